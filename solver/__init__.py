@@ -1,0 +1,1 @@
+"""Numbers in, choices out: pick one variant per layer under resource limits."""
