@@ -1,0 +1,152 @@
+"""Block-local distillation (BLD): train variants of one sub-block on the parent's own activations.
+
+Decoupled, as in Puzzle (arXiv 2411.19146, section 3): an attention variant sees the parent's hidden state and is
+held against the parent's attention, an FFN variant likewise, so variants never see each other and no gradient
+crosses a block. Letters: B batch, T tokens, H hidden_size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from puzzle.blocklib.layer import Calibration, Kind, LayerSpec, ParentLayer
+from puzzle.blocklib.modules import Rope, SwiGLU
+from puzzle.blocklib.store import layer_name
+from puzzle.blocklib.variant import Variant
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a variant is trained. num_steps batches of batch_size sequences of seq_len tokens."""
+
+    num_steps: int
+    batch_size: int
+    seq_len: int
+    lr: float
+    warm_up: float = 0.05  # of num_steps
+    final_lr: float = 0.05  # of lr
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    calibration_sequences: int = 64
+    validation_sequences: int = 16
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to final_lr · lr."""
+        warm = max(1, round(self.warm_up * self.num_steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        progress = (step - warm) / max(1, self.num_steps - warm)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def normalized_mse(child: Tensor, parent: Tensor) -> Tensor:
+    """MSE(child, parent) / MSE(parent, 0), in float32: 1 for a sub-block that contributes nothing."""
+    parent = parent.float()
+    return (child.float() - parent).square().sum() / parent.square().sum().clamp(min=1e-30)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 matrix products on a GPU, float32 on the CPU (where runs are bit-reproducible)."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class VariantTrainer:
+    """One variant of one sub-block: its module, its optimiser, its losses."""
+
+    def __init__(self, layer: ParentLayer, kind: Kind, variant: Variant, recipe: Recipe, device: torch.device):
+        self.kind, self.variant, self.recipe = kind, variant, recipe
+        self.key = f"{layer_name(layer.index)}/{kind}/{variant.name}"
+        seed = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big") >> 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of (layer, variant) alone, for variants that draw random weights
+            self.module = variant.build(layer).to(device=device, dtype=torch.float32).train()
+        parameters = list(self.module.parameters())
+        self.optimizer = None
+        if parameters:
+            self.optimizer = torch.optim.AdamW(
+                parameters, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+            )
+        self.loss_before = math.nan
+        self.loss_after = math.nan
+        self._validation = [0.0, 0]
+
+    def step(self, step: int, x: Tensor, target: Tensor, rope: Rope) -> None:
+        """One optimiser step on x [B, T, H] -> target [B, T, H]. A step with a non-finite loss is left out."""
+        if self.optimizer is None:
+            return
+        with autocast(x.device):
+            out = self.module(x, rope)
+        loss = normalized_mse(out, target)
+        loss.backward()
+        parameters = list(self.module.parameters())
+        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+        keep = torch.isfinite(norm)
+        for parameter in parameters:  # no host synchronisation: a bad gradient becomes a zero one
+            parameter.grad = torch.where(keep, parameter.grad, torch.zeros_like(parameter.grad))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr_at(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def validate(self, x: Tensor, target: Tensor, rope: Rope) -> None:
+        """Add one validation batch; `validated()` gives the mean and starts over."""
+        with autocast(x.device):
+            out = self.module(x, rope)
+        self._validation[0] += normalized_mse(out, target).item()
+        self._validation[1] += 1
+
+    def validated(self) -> float:
+        total, count = self._validation
+        self._validation = [0.0, 0]
+        return total / max(1, count)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and optimiser moments by name, for a snapshot."""
+        tensors = {f"{self.key}|{n}": p.detach() for n, p in self.module.named_parameters()}
+        if self.optimizer is not None:
+            for name, parameter in self.module.named_parameters():
+                for slot, value in self.optimizer.state[parameter].items():
+                    tensors[f"{self.key}|{name}|{slot}"] = value
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave, bit for bit."""
+        for name, parameter in self.module.named_parameters():
+            parameter.data.copy_(tensors[f"{self.key}|{name}"])
+            assert self.optimizer is not None
+            self.optimizer.state[parameter] = {
+                slot: tensors[f"{self.key}|{name}|{slot}"].to(parameter.device).clone()
+                for slot in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+
+def calibrate(ffn: SwiGLU, inputs: list[Tensor], spec: LayerSpec) -> Calibration:
+    """Statistics of the parent's FFN over the residual streams that enter it. inputs: [B, T, H] each"""
+    device = inputs[0].device
+    hidden = spec.hidden_size
+    found = Calibration(
+        num_tokens=0,
+        channel_sum=torch.zeros(spec.intermediate_size, dtype=torch.float64, device=device),
+        gram=torch.zeros(hidden, hidden, dtype=torch.float64, device=device),
+        cross=torch.zeros(hidden, hidden, dtype=torch.float64, device=device),
+    )
+    with torch.no_grad():
+        for x in inputs:
+            normed = ffn.norm(x)
+            inner = ffn.inner(normed)
+            out = ffn.down_proj(inner).flatten(0, 1).double()
+            flat = normed.flatten(0, 1).double()
+            found.num_tokens += len(flat)
+            found.channel_sum += inner.flatten(0, 1).double().abs().sum(dim=0)
+            found.gram += flat.T @ flat
+            found.cross += out.T @ flat
+    return found

@@ -1,0 +1,53 @@
+"""How a variant starts from the parent's weights (Puzzle, arXiv 2411.19146, appendix A).
+
+Letters: H hidden_size, N query heads, K KV heads, D head_dim, F intermediate_size, R width kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from puzzle.blocklib.layer import Calibration, LayerSpec
+
+RIDGE = 1e-4  # of the mean diagonal of the Gram matrix: keeps the solve stable when tokens are few
+
+
+def merge_kv_heads(weight: Tensor, num_heads: int, num_merged: int) -> Tensor:
+    """Mean-pool neighbouring heads of a K or V projection. [K·D, ...] -> [num_merged·D, ...]
+
+    Source: GQA (arXiv 2305.13245), section 2.1. Query heads keep their order, so query head n reads merged head
+    n // (N / num_merged), the mean of the heads that its neighbours read before.
+    """
+    dim = weight.shape[0] // num_heads
+    grouped = weight.float().view(num_merged, num_heads // num_merged, dim, *weight.shape[1:])
+    return grouped.mean(dim=1).reshape(num_merged * dim, *weight.shape[1:])
+
+
+def attention_as_linear(weights: dict[str, Tensor], spec: LayerSpec) -> Tensor:
+    """O · V with each KV head repeated for its query heads: attention where every token sees only itself. [H, H]"""
+    groups = spec.num_attention_heads // spec.num_key_value_heads
+    value = weights["v_proj.weight"].float().view(spec.num_key_value_heads, spec.head_dim, spec.hidden_size)
+    value = value.repeat_interleave(groups, dim=0).reshape(-1, spec.hidden_size)
+    return weights["o_proj.weight"].float() @ value
+
+
+def channel_order(weights: dict[str, Tensor], calibration: Calibration) -> Tensor:
+    """FFN channels by falling contribution mean|x_i| · ‖W_down[:, i]‖₂ over the calibration tokens. [F]"""
+    norms = weights["down_proj.weight"].double().norm(dim=0)
+    contribution = calibration.channel_sum.to(norms) / calibration.num_tokens * norms
+    return contribution.argsort(descending=True, stable=True)
+
+
+def ffn_as_linear(calibration: Calibration) -> Tensor:
+    """The H × H matrix with the least squared error against the FFN on the calibration tokens.
+
+    Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64. The product down · up, the other choice, drops the gate: it assumes
+    silu(gate) = 1 for every channel and token, while the gate is mostly near 0 (docs/log.md has both errors).
+    """
+    gram = calibration.gram.double()
+    size = gram.shape[0]
+    ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30)
+    solved = torch.linalg.solve(gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device),
+                                calibration.cross.double().T)  # fmt: skip
+    return solved.T.float()

@@ -1,0 +1,1 @@
+"""One file per variant; every file here is discovered and registered on first use."""

@@ -1,0 +1,1 @@
+"""Where attention, FFN and norms sit in a Hugging Face checkpoint, per model family."""
