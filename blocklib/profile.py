@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from puzzle.blocklib.layer import LayerSpec, rope_tables
 from puzzle.blocklib.runtime import decode, new_cache, prefill
+
+Call = tuple[Callable[[], object], Callable[[], object]]
 
 COLD_BYTES = 96 * 2**20  # weights rotate through at least this much: three times a large last-level cache
 
@@ -42,23 +45,46 @@ def rotating_copies(module: nn.Module, max_copies: int) -> list[nn.Module]:
     return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
 
 
-def time_calls(calls: list, seconds: float, min_samples: int) -> Timing:
-    """Call round the list, one sample a call, for `seconds` and at least `min_samples`; the first round warms up."""
-    for call in calls[: max(2, min(len(calls), min_samples))]:
+def time_calls(calls: list[Call], seconds: float, min_samples: int) -> Timing:
+    """Walk round the list for `seconds` and at least `min_samples`; each call is one sample, the first round warms up.
+
+    calls: (before, timed): `before` runs untimed, to leave the processor as a model's previous sub-block leaves it.
+    """
+    for before, call in calls[: max(2, min(len(calls), min_samples))]:
+        before()
         call()
     samples: list[float] = []
     begin = time.perf_counter()
     while len(samples) < min_samples or (time.perf_counter() - begin < seconds and len(samples) < 100 * min_samples):
-        call = calls[len(samples) % len(calls)]
+        before, call = calls[len(samples) % len(calls)]
+        before()
         start = time.perf_counter()
         call()
         samples.append(time.perf_counter() - start)
     return percentiles(samples)
 
 
+def bind(module: nn.Module, spec: LayerSpec, phase: str, batch: int, context: int, like: Tensor) -> Callable[[], Tensor]:
+    """One prefill of `context` tokens, or one decode step after `context` cached tokens, on data of its own.
+
+    like: a tensor of the dtype and device to run in.
+    """
+    cos, sin = rope_tables(spec, context + 1, like.device)
+    cache = new_cache(module, batch, context + 1, like)
+    num_tokens = context if phase == "prefill" else 1
+    x = torch.randn(batch, num_tokens, spec.hidden_size, device=like.device).to(like.dtype)
+    if phase == "prefill":
+        return lambda: prefill(module, x, (cos[:context], sin[:context]), cache)
+    if cache is not None:
+        cache.keys.normal_()
+        cache.values.normal_()
+    return lambda: decode(module, x, (cos[context:], sin[context:]), cache, context)
+
+
 @torch.inference_mode()
 def time_sub_block(
     copies: list[nn.Module],
+    partners: list[nn.Module],
     spec: LayerSpec,
     *,
     phase: str,
@@ -68,27 +94,18 @@ def time_sub_block(
     seconds: float,
     min_samples: int,
 ) -> Timing:
-    """One sub-block's time, its residual add included.
+    """One sub-block's time, its residual add included, each call right after a sub-block of the other kind.
 
-    phase "prefill": a prompt of `context` tokens; "decode": one token with `context` tokens in the cache before it.
-    like: a tensor of the dtype and device to run in.
+    partners: parent sub-blocks of the other kind, as a model would run before this one.
     """
-    hidden = spec.hidden_size
-    cos, sin = rope_tables(spec, context + 1, like.device)
-    calls = []
-    for module in copies:
-        cache = new_cache(module, batch, context + 1, like)
-        if phase == "prefill":
-            x = torch.randn(batch, context, hidden, device=like.device).to(like.dtype)
-            rope = cos[:context], sin[:context]
-            calls.append(lambda m=module, x=x, c=cache, r=rope: prefill(m, x, r, c))
-        else:
-            x = torch.randn(batch, 1, hidden, device=like.device).to(like.dtype)
-            rope = cos[context:], sin[context:]
-            if cache is not None:
-                cache.keys.normal_()
-                cache.values.normal_()
-            calls.append(lambda m=module, x=x, c=cache, r=rope: decode(m, x, r, c, context))
-        if phase == "prefill" and batch * context * hidden > 2**22 and len(calls) >= 2:
-            break  # the activations alone flush every cache
+    needed = len(copies)
+    if phase == "prefill" and batch * context * spec.hidden_size > 2**22:
+        needed = min(needed, 2)  # the activations alone flush every cache
+    calls = [
+        (
+            bind(partners[i % len(partners)], spec, phase, batch, context, like),
+            bind(copies[i], spec, phase, batch, context, like),
+        )
+        for i in range(needed)
+    ]
     return time_calls(calls, seconds, min_samples)

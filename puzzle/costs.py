@@ -1,0 +1,157 @@
+"""Cost tables: measured seconds of every sub-block, and the time of a workload made of them. Needs no torch.
+
+costs/<gpu>/<name>.csv, one row per (kind, shape, phase, batch, context, dtype). `solve` reads the library's own
+tables first, then those that ship with the package.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from puzzle.errors import UserError, nearest
+from puzzle.files import file_hash, write_text
+
+PACKAGED = Path(__file__).parent / "costs"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostRow:
+    """One measured point. kind: attention, ffn, embedding, head, or model (the whole parent); p20…p80 in seconds per call."""
+
+    kind: str
+    shape: str
+    phase: str
+    batch: int
+    context: int
+    dtype: str
+    p20_s: float
+    p50_s: float
+    p80_s: float
+    num_samples: int
+    device: str
+    versions: str
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """A batch of requests that start together: input_len prompt tokens each, then output_len tokens each."""
+
+    input_len: int
+    output_len: int
+
+    def __post_init__(self) -> None:
+        for name in ("input_len", "output_len"):
+            if getattr(self, name) < 1:
+                option = "--" + name.replace("_", "-")
+                raise UserError(f"{option} {getattr(self, name)}: a workload has at least 1 token")
+
+
+def write_costs(path: Path, rows: list[CostRow]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(CostRow)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        values = asdict(row)
+        writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
+    write_text(path, text.getvalue())
+
+
+class CostTable:
+    """Median seconds by (kind, shape, phase, batch, context), linear in context between measured points."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.device = ""
+        self.dtype = ""
+        self._points: dict[tuple[str, str, str, int], list[tuple[int, float]]] = {}
+        try:
+            with open(path, newline="", encoding="utf-8") as handle:
+                for number, row in enumerate(csv.DictReader(handle), 2):
+                    self._add(row, number)
+        except OSError as error:
+            raise UserError(f"cost table {path} cannot be read ({error.strerror}): profile again") from error
+        if not self._points:
+            raise UserError(f"cost table {path} is empty: profile again")
+        for points in self._points.values():
+            points.sort()
+
+    def _add(self, row: dict[str, str], number: int) -> None:
+        try:
+            seconds = float(row["p50_s"])
+            key = (row["kind"], row["shape"], row["phase"], int(row["batch"]))
+            context = int(row["context"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"cost table {self.path} line {number} is broken ({error}): profile again") from error
+        if not 0 <= seconds < float("inf"):
+            raise UserError(f"cost table {self.path} line {number} has p50_s = {row['p50_s']}: profile again")
+        self._points.setdefault(key, []).append((context, seconds))
+        self.device, self.dtype = row["device"], row["dtype"]
+
+    @property
+    def hash(self) -> str:
+        return file_hash(self.path)
+
+    @property
+    def batches(self) -> list[int]:
+        return sorted({key[3] for key in self._points})
+
+    def seconds(self, kind: str, shape: str, phase: str, batch: int, context: int) -> float:
+        """Median seconds of one call. Raises UserError for what was not measured; nothing is guessed."""
+        if shape == "none":
+            return 0.0
+        points = self._points.get((kind, shape, phase, batch))
+        if points is None:
+            raise UserError(f"cost table {self.path} has no {phase} time of {kind} '{shape}' at batch {batch}: "
+                            "profile again with this library")  # fmt: skip
+        at = bisect_left(points, (context, -1.0))
+        if at < len(points) and points[at][0] == context:
+            return points[at][1]
+        if at == 0 or at == len(points):
+            raise UserError(f"cost table {self.path} covers {phase} contexts {points[0][0]}-{points[-1][0]} of {kind} "
+                            f"'{shape}', not {context}: profile again with --contexts that span it")  # fmt: skip
+        (left, low), (right, high) = points[at - 1], points[at]
+        return low + (high - low) * (context - left) / (right - left)
+
+    def sum_of_parts(self, parts: list[tuple[str, str]], phase: str, batch: int, context: int) -> float:
+        """Seconds of a model as the sum of its (kind, shape) parts."""
+        return sum(self.seconds(kind, shape, phase, batch, context) for kind, shape in parts)
+
+    def whole_over_parts(self, parent: list[tuple[str, str]], phase: str, batch: int, context: int) -> float:
+        """Measured whole parent over the sum of its parts, at the measured point nearest to `context`; 1 when the
+        table has no whole. Children are predicted as this factor times the sum of their parts: it carries what
+        no part shows alone (cold instruction caches, dispatch between parts).
+        """
+        points = self._points.get(("model", "parent", phase, batch))
+        if not points:
+            return 1.0
+        at, seconds = min(points, key=lambda p: abs(p[0] - context))
+        return seconds / self.sum_of_parts(parent, phase, batch, at)
+
+    def decode_seconds(self, kind: str, shape: str, batch: int, work: Workload) -> float:
+        """All decode steps of a batch: the prompt gives the first token, output_len - 1 steps the rest."""
+        first = work.input_len
+        return sum(self.seconds(kind, shape, "decode", batch, first + step) for step in range(work.output_len - 1))
+
+
+def find_costs(gpu: str, name: str | None, roots: list[Path]) -> CostTable:
+    """The table costs/<gpu>/<name>.csv under the first root that has one. roots: the library's costs/, then ours.
+
+    Raises UserError for an unknown GPU (listing the known ones) or several tables and no name.
+    """
+    known = sorted({d.name for root in roots if root.is_dir() for d in root.iterdir() if d.is_dir()})
+    for root in roots:
+        tables = sorted((root / gpu).glob("*.csv"))
+        if name is not None:
+            tables = [t for t in tables if t.stem == name]
+        if len(tables) > 1:
+            names = ", ".join(t.stem for t in tables)
+            raise UserError(f"several cost tables for --gpu {gpu}: {names}; pass --shapes with one of them")
+        if tables:
+            return CostTable(tables[0])
+    hint = nearest(gpu, known) if known else "none has been profiled yet"
+    raise UserError(f"no cost table for --gpu {gpu} ({hint}): run `puzzle profile LIBRARY --gpu {gpu}` on that machine")
