@@ -30,14 +30,21 @@ from puzzle.library import KINDS, PARENT, Library
 @click.option("--tokens", type=float, default=2e6, show_default=True)
 @click.option("--seq-len", type=int, default=1024, show_default=True)
 @click.option("--batch-size", type=int, default=16, show_default=True)
-def main(parent: str, data: tuple[str, ...], out: Path, rates: str, tokens: float, seq_len: int, batch_size: int) -> None:
+def main(
+    parent: str, data: tuple[str, ...], out: Path, rates: str, tokens: float, seq_len: int, batch_size: int
+) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     rows = []
     for rate in (float(r) for r in rates.split(",")):
         with tempfile.TemporaryDirectory() as work:
             started = time.time()
             options = BuildOptions(
-                data=list(data), out=Path(work) / "lib", tokens=int(tokens), seq_len=seq_len, batch_size=batch_size, lr=rate
+                data=list(data),
+                out=Path(work) / "lib",
+                tokens=int(tokens),
+                seq_len=seq_len,
+                batch_size=batch_size,
+                lr=rate,
             )
             build_library(parent, options)
             seconds = time.time() - started
@@ -55,7 +62,9 @@ def main(parent: str, data: tuple[str, ...], out: Path, rates: str, tokens: floa
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(("lr", "kind", "variant", "nmse_before", "nmse_after", "tokens", "seconds", "device", "torch", "date"))
+        writer.writerow(
+            ("lr", "kind", "variant", "nmse_before", "nmse_after", "tokens", "seconds", "device", "torch", "date")
+        )
         writer.writerows(rows)
 
 

@@ -72,8 +72,13 @@ class VariantTrainer:
         self.optimizer = None
         if parameters:
             self.optimizer = torch.optim.AdamW(
-                parameters, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+                parameters,
+                lr=recipe.lr,
+                betas=(recipe.beta1, recipe.beta2),
+                weight_decay=recipe.weight_decay,
+                fused=True,
             )
+        self._start = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()}
         self.loss_before = math.nan
         self.loss_after = math.nan
         self._validation = [0.0, 0]
@@ -108,6 +113,15 @@ class VariantTrainer:
         total, count = self._validation
         self._validation = [0.0, 0]
         return total / max(1, count)
+
+    @property
+    def improved(self) -> bool:
+        """False when training left the variant worse on held-out text than it started (or NaN)."""
+        return self.loss_after <= self.loss_before
+
+    def best(self) -> dict[str, Tensor]:
+        """The trained weights, or the initial ones where training did not improve on them."""
+        return {n: p.detach() for n, p in self.module.named_parameters()} if self.improved else self._start
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a snapshot."""

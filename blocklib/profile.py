@@ -64,7 +64,9 @@ def time_calls(calls: list[Call], seconds: float, min_samples: int) -> Timing:
     return percentiles(samples)
 
 
-def bind(module: nn.Module, spec: LayerSpec, phase: str, batch: int, context: int, like: Tensor) -> Callable[[], Tensor]:
+def bind(
+    module: nn.Module, spec: LayerSpec, phase: str, batch: int, context: int, like: Tensor
+) -> Callable[[], Tensor]:
     """One prefill of `context` tokens, or one decode step after `context` cached tokens, on data of its own.
 
     like: a tensor of the dtype and device to run in.

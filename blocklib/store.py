@@ -1,9 +1,9 @@
 """The library on disk: one safetensors file and one JSON record per trained variant, verified when read.
 
-    LIB/library.json
-    LIB/blocks/L07/attention/kv2.safetensors   trained tensors; the spec stands in the header's metadata
-    LIB/blocks/L07/attention/kv2.json          status, tokens, losses, hash
-    LIB/scores/L07.json                        {"attention/kv2": {...}}
+LIB/library.json
+LIB/blocks/L07/attention/kv2.safetensors   trained tensors; the spec stands in the header's metadata
+LIB/blocks/L07/attention/kv2.json          status, tokens, losses, hash
+LIB/scores/L07.json                        {"attention/kv2": {...}}
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class BlockStore:
         path = self.path(layer, kind, variant)
         record = self.record(layer, kind, variant)
         if not path.is_file():
-            raise UserError(f"{path} is missing: run `puzzle build-library` again with the same --out, it fills the gap")
+            raise UserError(
+                f"{path} is missing: run `puzzle build-library` again with the same --out, it fills the gap"
+            )
         if file_hash(path) != record["sha256"]:
             raise UserError(f"{path} was truncated or changed after it was trained (its sha256 is not the recorded "
                             "one): delete it and run `puzzle build-library` again with the same --out")  # fmt: skip

@@ -135,5 +135,3 @@ def search_space(spec: LayerSpec, attention: str | None, ffn: str | None) -> dic
                 chosen.append(variant.name)
         space[kind] = chosen
     return space
-
-

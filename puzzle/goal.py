@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from puzzle.errors import UserError
+from puzzle.hardware import parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,3 +75,15 @@ class Goal:
     def check(self) -> None:
         if self.throughput is None and self.latency is None and self.memory is None and self.max_parameters is None:
             raise UserError("no goal: pass at least one of --throughput, --latency, --memory, --params")
+
+
+def goal_of(throughput: str | None, latency: str | None, memory: str | None, params: str | None) -> Goal:
+    """A Goal from what the user typed. Raises UserError."""
+    goal = Goal(
+        throughput=parse_throughput(throughput) if throughput is not None else None,
+        latency=parse_seconds("--latency", latency) if latency is not None else None,
+        memory=parse_bytes(memory) if memory is not None else None,
+        max_parameters=parse_count("--params", params) if params is not None else None,
+    )
+    goal.check()
+    return goal

@@ -36,7 +36,9 @@ class Block(nn.Module):
 class CausalModel(nn.Module):
     """Embedding, blocks, final norm, head; tied heads share the embedding's tensor."""
 
-    def __init__(self, spec: LayerSpec, embedding: Tensor, blocks: list[Block], final_norm: Tensor, head: Tensor | None):
+    def __init__(
+        self, spec: LayerSpec, embedding: Tensor, blocks: list[Block], final_norm: Tensor, head: Tensor | None
+    ):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)

@@ -125,3 +125,22 @@ def plan_build(
         flops=flops,
         num_tokens=num_tokens,
     )
+
+
+def describe(plan: BuildPlan, seconds: float, variants: dict[Kind, list[str]], device: str) -> dict:
+    """The plan as JSON-ready facts; every number in it is predicted."""
+    return {
+        "device": device,
+        "variants": variants,
+        "groups": [list(group) for group in plan.groups],
+        "trained_parameters_per_layer": plan.trained_parameters_per_layer,
+        "predicted": {
+            "peak_memory_bytes": plan.peak_memory_bytes,
+            "host_activation_bytes": plan.host_activation_bytes,
+            "disk_bytes": plan.disk_bytes,
+            "flops": plan.flops,
+            "num_tokens": plan.num_tokens,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(plan.num_tokens / seconds, 1),
+        },
+    }

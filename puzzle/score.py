@@ -66,7 +66,7 @@ class Scorer:
                 streams = [block(x, self.rope) for x in streams]
 
     def _wanted(self, layer: int, joint: bool) -> list[str]:
-        """"kind/variant" names, and "attention/a+ffn/f" for joint blocks."""
+        """ "kind/variant" names, and "attention/a+ffn/f" for joint blocks."""
         names = {k: [f"{k}/{v}" for v in self.library.variants(k) if v != PARENT] for k in KINDS}
         pairs = [f"{a}+{f}" for a in names["attention"] for f in names["ffn"]] if joint else []
         return [*names["attention"], *names["ffn"], *pairs]

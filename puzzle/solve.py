@@ -161,7 +161,9 @@ def build_problem(library: Library, costs: CostModel, goal: Goal, batch: int, pa
     constraints = []
     if goal.throughput is not None:
         wanted = goal.throughput.absolute(parent.tokens_per_second)
-        constraints.append(Constraint(resource="seconds", max=batch * costs.work.output_len / wanted, name="throughput"))
+        constraints.append(
+            Constraint(resource="seconds", max=batch * costs.work.output_len / wanted, name="throughput")
+        )
     if goal.latency is not None:
         constraints.append(Constraint(resource="seconds", max=goal.latency, name="latency"))
     if goal.memory is not None:
@@ -188,7 +190,13 @@ def choices_of(solution: Solution) -> list[Choice]:
 
 
 def solve_library(
-    library: Library, table: CostTable, work: Workload, goal: Goal, *, backend: str = "ortools", time_limit: float | None = None
+    library: Library,
+    table: CostTable,
+    work: Workload,
+    goal: Goal,
+    *,
+    backend: str = "ortools",
+    time_limit: float | None = None,
 ) -> dict[str, Any]:
     """The architecture as architecture.json has it. Raises UserError when the goal cannot be met, with what can be."""
     from puzzle.solver.sweep import sweep
@@ -251,7 +259,11 @@ def explain_infeasible(problems: dict[str, Problem], costs: CostModel, goal: Goa
         if seconds is not None:
             fastest = max(fastest, int(batch) * costs.work.output_len / seconds)
     if goal.throughput is not None and fastest > 0:
-        others = [n for n, v in (("--memory", goal.memory), ("--params", goal.max_parameters), ("--latency", goal.latency)) if v]
+        others = [
+            n
+            for n, v in (("--memory", goal.memory), ("--params", goal.max_parameters), ("--latency", goal.latency))
+            if v
+        ]
         within = f" within {' and '.join(others)}" if others else ""
         return (f"--throughput {goal.throughput} cannot be met{within}: the fastest child of this library reaches "
                 f"{fastest / parent.tokens_per_second:.3g}x ({fastest:.4g} tok/s; the parent {parent.tokens_per_second:.4g}); "
@@ -261,7 +273,9 @@ def explain_infeasible(problems: dict[str, Problem], costs: CostModel, goal: Goa
 
 
 def _least(problem: Problem, resource: str) -> float:
-    return problem.fixed.get(resource, 0.0) + sum(min(v.resources[resource] for v in la.variants) for la in problem.layers)
+    return problem.fixed.get(resource, 0.0) + sum(
+        min(v.resources[resource] for v in la.variants) for la in problem.layers
+    )
 
 
 def _least_seconds_within(problem: Problem, goal: Goal) -> float | None:
@@ -288,7 +302,9 @@ SHADES = "▁▂▃▄▅▆▇█"
 def picture(layers: list[Choice], library: Library) -> list[str]:
     """The architecture in two lines, a column per layer: KV heads or kind of attention, and the FFN's relative size."""
     symbols = {PARENT: "█", "none": "·", "linear": "/"}
-    attention = [symbols.get(c["attention"], c["attention"][2:] if c["attention"].startswith("kv") else "w") for c in layers]
+    attention = [
+        symbols.get(c["attention"], c["attention"][2:] if c["attention"].startswith("kv") else "w") for c in layers
+    ]
     full = library.variant("ffn", PARENT)["num_parameters"]
     ffn = []
     for choice in layers:

@@ -56,7 +56,9 @@ def random_feasible(problem: Problem, count: int, seed: int = 0) -> list[Solutio
 
 def _pressure(variant: Variant, problem: Problem, share: dict[str, float]) -> float:
     """How far a variant oversteps its share, in shares."""
-    return max(variant.resources[c.resource] / max(share[c.label], 1e-300) for c in problem.constraints if c.max is not None)
+    return max(
+        variant.resources[c.resource] / max(share[c.label], 1e-300) for c in problem.constraints if c.max is not None
+    )
 
 
 def _names(picked: dict[str, Variant]) -> dict[str, str]:
@@ -74,7 +76,9 @@ def _repair(problem: Problem, picked: dict[str, Variant], generator: random.Rand
             if not problem.violated(_names(picked)):
                 return True
             now = picked[layer.name]
-            cheaper = [v for v in layer.variants if v != now and all(v.resources[r] <= now.resources[r] for r in limited)]
+            cheaper = [
+                v for v in layer.variants if v != now and all(v.resources[r] <= now.resources[r] for r in limited)
+            ]
             if cheaper:
                 picked[layer.name] = generator.choice(cheaper)
     return not problem.violated(_names(picked))

@@ -14,7 +14,9 @@ def version() -> str:
     return f"ortools {ortools.__version__} HiGHS"
 
 
-def run(scaled: Scaled, cuts: list[tuple[int, ...]], seconds: float | None) -> tuple[str, tuple[int, ...] | None, float]:
+def run(
+    scaled: Scaled, cuts: list[tuple[int, ...]], seconds: float | None
+) -> tuple[str, tuple[int, ...] | None, float]:
     """See `solve.Backend`."""
     from ortools.math_opt.python import mathopt
 
@@ -41,7 +43,11 @@ def run(scaled: Scaled, cuts: list[tuple[int, ...]], seconds: float | None) -> t
     bound = result.termination.objective_bounds.dual_bound
     if not result.has_primal_feasible_solution():
         infeasible = {mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED}
-        return ("infeasible" if reason in infeasible else "time_limit"), None, math.inf if reason in infeasible else bound
+        return (
+            ("infeasible" if reason in infeasible else "time_limit"),
+            None,
+            math.inf if reason in infeasible else bound,
+        )
     values = result.variable_values()
     cells = tuple(max(range(len(vs)), key=lambda j, vs=vs: values[vs[j]]) for vs in x)
     return ("optimal" if reason == mathopt.TerminationReason.OPTIMAL else "feasible"), cells, bound

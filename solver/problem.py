@@ -67,7 +67,9 @@ class Problem:
                 for resource, value in variant.resources.items():
                     _finite(value, f"{where} {resource}")
                 if missing := wanted - set(variant.resources):
-                    raise ProblemError(f"{where} has no {sorted(missing)[0]}: every variant needs each limited resource")
+                    raise ProblemError(
+                        f"{where} has no {sorted(missing)[0]}: every variant needs each limited resource"
+                    )
         for resource, value in self.fixed.items():
             _finite(value, f"fixed {resource}")
         for constraint in self.constraints:
@@ -84,7 +86,9 @@ class Problem:
     def totals(self, choice: Mapping[str, str]) -> dict[str, Fraction]:
         """Exact totals of every resource and of "score" under `choice` {layer: variant}."""
         picked = [next(v for v in layer.variants if v.name == choice[layer.name]) for layer in self.layers]
-        sums = {r: Fraction(self.fixed.get(r, 0.0)) + sum(Fraction(v.resources[r]) for v in picked) for r in self.resources}
+        sums = {
+            r: Fraction(self.fixed.get(r, 0.0)) + sum(Fraction(v.resources[r]) for v in picked) for r in self.resources
+        }
         return {**sums, "score": sum((Fraction(v.score) for v in picked), Fraction(0))}
 
     def violated(self, choice: Mapping[str, str]) -> list[str]:

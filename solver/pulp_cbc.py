@@ -13,14 +13,14 @@ def version() -> str:
     return f"pulp {pulp.__version__} CBC"
 
 
-def run(scaled: Scaled, cuts: list[tuple[int, ...]], seconds: float | None) -> tuple[str, tuple[int, ...] | None, float]:
+def run(
+    scaled: Scaled, cuts: list[tuple[int, ...]], seconds: float | None
+) -> tuple[str, tuple[int, ...] | None, float]:
     """See `solve.Backend`."""
     import pulp
 
     model = pulp.LpProblem("puzzle", pulp.LpMinimize)
-    x = [
-        [pulp.LpVariable(f"x_{i}_{j}", cat=pulp.LpBinary) for j in range(len(s))] for i, s in enumerate(scaled.scores)
-    ]
+    x = [[pulp.LpVariable(f"x_{i}_{j}", cat=pulp.LpBinary) for j in range(len(s))] for i, s in enumerate(scaled.scores)]
     model += pulp.lpSum(float(s) * v for ss, vs in zip(scaled.scores, x, strict=True)
                         for s, v in zip(ss, vs, strict=True) if s)  # fmt: skip
     for cells in x:

@@ -40,7 +40,9 @@ def scale(problem: Problem) -> Scaled:
     factor = TARGET / spread if spread > 0 else 1.0
     rows = []
     for constraint in problem.constraints:
-        cells = [np.array([v.resources[constraint.resource] for v in la.variants], dtype=float) for la in problem.layers]
+        cells = [
+            np.array([v.resources[constraint.resource] for v in la.variants], dtype=float) for la in problem.layers
+        ]
         # Only the differences within a layer matter: moving each layer's least to the right-hand side keeps digits.
         least = sum(float(c.min()) for c in cells) + problem.fixed.get(constraint.resource, 0.0)
         cells = [c - c.min() for c in cells]

@@ -54,7 +54,9 @@ def solve(problem: Problem, backend: str = "ortools", time_limit: float | None =
             return no_solution("infeasible" if status == "infeasible" else "time_limit", bound, elapsed, version())
         choice = {la.name: la.variants[j].name for la, j in zip(problem.layers, cells, strict=True)}
         if not problem.violated(choice):
-            return certified(problem, choice, bound=bound, proven=status == "optimal", seconds=elapsed, solver=version())
+            return certified(
+                problem, choice, bound=bound, proven=status == "optimal", seconds=elapsed, solver=version()
+            )
         cuts.append(cells)
         if len(cuts) >= MAX_CUTS or (time_limit is not None and elapsed >= time_limit):
             return no_solution("time_limit", bound, elapsed, version())

@@ -103,8 +103,6 @@ class PuzzleAttention(nn.Module):
         super().__init__()
         size, dim, qkv_bias = config.hidden_size, config.head_dim, config.attention_bias or config.qkv_bias
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        if heads % kv_heads:
-            raise ValueError(f"num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv_heads})")
         self.slot, self.window, self.head_dim, self.num_groups = slot, config.sliding_window, dim, heads // kv_heads
         self.q_proj = nn.Linear(size, heads * dim, bias=qkv_bias)
         self.k_proj = nn.Linear(size, kv_heads * dim, bias=qkv_bias)
@@ -193,17 +191,19 @@ class PuzzleModel(nn.Module):
         self.norm = PuzzleRMSNorm(config.hidden_size, config.rms_norm_eps)
         self._rope: tuple[Tensor, float] | None = None  # made in forward: __init__ may run on the meta device
 
-    def arrange(self, cache: Cache) -> Cache:
-        """Give an unused cache one slot per layer that attends, where transformers makes one per layer.
+    def new_cache(self) -> DynamicCache:
+        """One slot per layer that attends: slot 0 is asked for the number of tokens and must never stay empty."""
+        cache = DynamicCache()
+        cache.layers = [DynamicLayer() if w is None else DynamicSlidingWindowLayer(w) for w in self.windows]
+        cache.layer_class_to_replicate = None
+        return cache
 
-        The number of cached tokens is read from the first slot, which would stay empty if its layer did not attend.
-        """
+    def adopt(self, cache: Cache) -> Cache:
+        """Check a cache that was handed in; lay out an unused `DynamicCache(config=...)` as `new_cache` does."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}: this model supports DynamicCache only")
-        found = [getattr(slot, "sliding_window", None) for slot in cache.layers]
-        if found != self.windows and not any(getattr(slot, "is_initialized", False) for slot in cache.layers):
-            cache.layer_class_to_replicate = None
-            cache.layers = [DynamicLayer() if w is None else DynamicSlidingWindowLayer(w) for w in self.windows]
+        if cache.layers and not any(getattr(slot, "is_initialized", False) for slot in cache.layers):
+            cache.layers = self.new_cache().layers
         return cache
 
     @torch.no_grad()
@@ -228,8 +228,8 @@ class PuzzleModel(nn.Module):
         """input_ids [B, T] or inputs_embeds [B, T, E], attention_mask [B, S] -> last_hidden_state [B, T, E]"""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        num_past = 0 if past_key_values is None else self.arrange(past_key_values).get_seq_length()
+            past_key_values = self.new_cache()
+        num_past = 0 if past_key_values is None else self.adopt(past_key_values).get_seq_length()
         num_new, num_all, real = x.shape[1], num_past + x.shape[1], None
         if attention_mask is not None and self.windows:
             if attention_mask.shape != (x.shape[0], num_all):
@@ -272,28 +272,28 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, output_hidden_states: bool | None = None, logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        logits_to_keep: int | Tensor = 0, **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """As PuzzleModel; logits [B, T, V], or of the last `logits_to_keep` tokens; labels [B, T] for the loss."""
-        out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
-        )
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(out.last_hidden_state[:, keep]), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
-        """Give `generate` a cache laid out for this model (see `PuzzleModel.arrange`)."""
-        if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
+    def get_decoder(self) -> PuzzleModel:
+        return self.model
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        """Give `generate` a cache laid out for this model, without short slots where it will take tokens back."""
+        if (kind := generation_config.cache_implementation) not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"cache_implementation='{kind}' is not supported by this model: leave it out")
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore
-        model_kwargs["past_key_values"] = cache = self.model.arrange(DynamicCache())
-        if getattr(generation_config, "is_assistant", False):
-            cache.activate_past_recording()
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            full = kind == "dynamic_full" or generation_config.is_assistant or generation_mode == "assisted_generation"
+            model_kwargs["past_key_values"] = DynamicCache() if full else self.model.new_cache()
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)  # type: ignore
 
 
 PuzzleConfig.register_for_auto_class()

@@ -116,7 +116,10 @@ class HfModel:
         """Raise UserError when a weight is missing, of the wrong shape, NaN or infinite. Reads every weight once."""
         found = self.checkpoint.shapes()
         hidden, vocab = self.spec.hidden_size, self.vocab_size
-        wanted: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+        wanted: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (vocab, hidden),
+            "model.norm.weight": (hidden,),
+        }
         if not self.tied:
             wanted["lm_head.weight"] = (vocab, hidden)
         for index in range(self.num_layers):
@@ -181,7 +184,9 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        )
     except Exception as error:  # the hub client raises many kinds; all mean that there is no such model to read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"'{hub_id}' is neither a local directory nor a model that the hub gives ({reason}): "
@@ -209,6 +214,8 @@ def _rope(directory: Path) -> tuple[tuple[float, ...], float]:
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
     if kind not in ROPE_INIT_FUNCTIONS:
-        raise UserError(f"RoPE type '{kind}' in {directory}/config.json is unknown; supported: default, linear, yarn, llama3")
+        raise UserError(
+            f"RoPE type '{kind}' in {directory}/config.json is unknown; supported: default, linear, yarn, llama3"
+        )
     inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
     return tuple(inv_freq.tolist()), float(scaling)

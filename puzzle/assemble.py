@@ -1,0 +1,95 @@
+"""Put a child together: for every layer the parent's own sub-block or a trained one from the library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle.blocklib.layer import KINDS, Kind, attention_shapes, ffn_shapes
+from puzzle.blocklib.store import BlockStore
+from puzzle.blocklib.variant import PARENT
+from puzzle.errors import UserError
+from puzzle.families.family import HfModel, hf_name, open_model
+from puzzle.files import read_json
+from puzzle.library import Library
+from puzzle.model import Block, CausalModel, load_model
+from puzzle.score import load_variant
+
+Choice = dict[str, str]
+
+
+def read_architecture(path: Path, library: Library) -> dict[str, Any]:
+    """architecture.json, checked against the library. `path` may be the file or the directory it is in.
+
+    Raises UserError when it belongs to another parent, or names a variant that the library lacks.
+    """
+    path = path / "architecture.json" if path.is_dir() else path
+    found = read_json(path, f"puzzle solve {library.root}")
+    if found["library"]["parent_fingerprint"] != library.facts["parent"]["fingerprint"]:
+        raise UserError(f"{path} was solved for another parent than that of library {library.root}: solve again")
+    if len(found["layers"]) != library.num_layers:
+        raise UserError(f"{path} has {len(found['layers'])} layers, the parent {library.num_layers}: solve again")
+    for index, choice in enumerate(found["layers"]):
+        for kind in KINDS:
+            if choice.get(kind) not in library.variants(kind):
+                raise UserError(f"{path} layer {index} asks for {kind} '{choice.get(kind)}', which library {library.root} "
+                                "lacks: build it, or solve again")  # fmt: skip
+    return found
+
+
+def open_parent(library: Library, parent: str | None) -> HfModel:
+    """The library's parent, its fingerprint checked."""
+    source = library.parent_source(parent)
+    opened = open_model(source)
+    library.check_parent(opened.checkpoint.fingerprint(), source)
+    return opened
+
+
+def assemble(
+    library: Library,
+    layers: list[Choice],
+    parent: HfModel,
+    *,
+    model: CausalModel | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> CausalModel:
+    """The child in memory. model: the parent already loaded on that device, whose weights the child then shares."""
+    model = model or load_model(parent, device=device, dtype=dtype)
+    store = BlockStore(library.root)
+    blocks = []
+    for index, choice in enumerate(layers):
+        parts = {}
+        for kind in KINDS:
+            own = getattr(model.blocks[index], kind)
+            name = choice[kind]
+            parts[kind] = own if name == PARENT else load_variant(
+                store, parent, index, kind, name, model.embedding.weight.device, model.embedding.weight.dtype
+            )  # fmt: skip
+        blocks.append(Block(parts["attention"], parts["ffn"]))
+    head = None if model.head is None else model.head.data
+    child = CausalModel(model.spec, model.embedding.weight.data, blocks, model.norm.weight.data, head)
+    return child.requires_grad_(False).eval()
+
+
+def child_tensors(library: Library, layers: list[Choice], parent: HfModel) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of the child, read one by one, in the checkpoints' own dtype."""
+    store = BlockStore(library.root)
+    shapes = {"attention": attention_shapes(parent.spec), "ffn": ffn_shapes(parent.spec)}
+    yield "model.embed_tokens.weight", parent.embedding()
+    for index, choice in enumerate(layers):
+        for kind in KINDS:
+            if choice[kind] == PARENT:
+                for name in shapes[kind]:
+                    full = hf_name(index, kind, name)
+                    yield full, parent.checkpoint.tensor(full)
+            else:
+                for name, tensor in store.read(index, kind, choice[kind]).items():
+                    yield hf_name(index, kind, name), tensor
+    yield "model.norm.weight", parent.final_norm()
+    if not parent.tied:
+        yield "lm_head.weight", parent.lm_head()

@@ -1,0 +1,55 @@
+"""`puzzle`: one thin command per verb. Stages are imported inside the commands, so that --help never loads torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from puzzle import __version__
+from puzzle.cli.assess import evaluate_command, score_command
+from puzzle.cli.build_library import build_library_command
+from puzzle.cli.export import export_command
+from puzzle.cli.profile import profile_command
+from puzzle.cli.run import run_command
+from puzzle.cli.solve import solve_command
+
+
+class _Cli(click.Group):
+    """Shows user errors as one line and exits with 2; keeps verbs in the order of the road."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from puzzle.errors import UserError
+
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="puzzle")
+def main() -> None:
+    """From a parent LLM and a deployment budget to the cheapest child that keeps the parent's behaviour.
+
+    \b
+    The road:
+      puzzle build-library PARENT --data TEXT --out LIB        train and score alternatives of every layer
+      puzzle profile LIB --gpu cpu                             measure what each of them costs
+      puzzle solve LIB --gpu cpu --throughput 2x --out SOL     choose one per layer
+      puzzle export LIB SOL --out CHILD                        write a Hugging Face checkpoint
+      puzzle evaluate PARENT CHILD --data TEXT                 measure parent and child side by side
+    or all of it:
+      puzzle run examples/quickstart.yaml --data TEXT --out RUN
+    """
+
+
+for _command in (
+    build_library_command, score_command, profile_command, solve_command, export_command, evaluate_command, run_command,
+):  # fmt: skip
+    main.add_command(_command)

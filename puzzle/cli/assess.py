@@ -1,0 +1,82 @@
+"""`puzzle score` and `puzzle evaluate`: how far blocks and whole children are from the parent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from puzzle.cli import options
+
+
+@click.command("score")
+@click.argument("library", type=options.DIRECTORY)
+@options.data
+@options.parent
+@click.option("--sequences", type=int, default=64, show_default=True, help="Held-out sequences.")
+@click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
+@options.text_field
+@options.device
+@options.as_json
+def score_command(
+    library: Path, data: tuple[str, ...], parent: str | None, sequences: int, joint: bool, text_field: str, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure, per block of LIBRARY, the KL divergence when it alone replaces its parent block.
+
+    `build-library` does this too; use this verb to score on more text, or joint pairs.
+
+    \b
+    Example:
+      puzzle score lib --data /usr/lib/python3.11 --sequences 256 --joint
+    """
+    options.positive("--sequences", sequences)
+    from puzzle.report import library_summary, print_library
+    from puzzle.score import score_library
+
+    score_library(library, list(data), parent=parent, num_sequences=sequences, joint=joint, text_field=text_field,
+                  device=device)  # fmt: skip
+    summary = library_summary(library)
+    options.print_json(summary) if as_json else print_library(summary)
+
+
+@click.command("evaluate")
+@click.argument("parent")
+@click.argument("child")
+@options.data
+@click.option("--sequences", type=int, default=64, show_default=True, help="Held-out sequences.")
+@click.option("--seq-len", type=int, default=1024, show_default=True)
+@options.input_len
+@options.output_len
+@click.option(
+    "--batch", default=None, metavar="P,C", help="Batch of parent and child (default: the child's architecture.json)."
+)
+@click.option("--repeats", type=int, default=3, show_default=True, help="Timed runs of each; the median counts.")
+@click.option("--no-speed", is_flag=True, help="Measure divergence and sizes only.")
+@options.text_field
+@options.device
+@options.as_json
+def evaluate_command(
+    parent: str, child: str, data: tuple[str, ...], sequences: int, seq_len: int, input_len: int, output_len: int,
+    batch: str | None, repeats: int, no_speed: bool, text_field: str, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure PARENT and CHILD side by side: loss, KL, top-1 agreement, tokens/s, bytes, KV cache.
+
+    \b
+    Example:
+      puzzle evaluate examples/parent child --data /usr/lib/python3.11 --json
+    """
+    for option, value in (("--sequences", sequences), ("--seq-len", seq_len), ("--repeats", repeats)):
+        options.positive(option, value)
+    from puzzle.costs import Workload
+    from puzzle.evaluate import evaluate
+    from puzzle.report import print_evaluation
+
+    pair = None
+    if batch is not None:
+        found = options.numbers("--batch", batch)
+        pair = (found[0], found[-1])
+    work = None if no_speed else Workload(input_len=input_len, output_len=output_len)
+    result = evaluate(parent, child, list(data), num_sequences=sequences, seq_len=seq_len, work=work, batches=pair,
+                      text_field=text_field, device=device, repeats=repeats)  # fmt: skip
+    options.print_json(result) if as_json else print_evaluation(result)

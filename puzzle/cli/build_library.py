@@ -1,0 +1,102 @@
+"""`puzzle build-library`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from puzzle.cli import options
+
+
+@click.command("build-library")
+@click.argument("source", metavar="PARENT")
+@options.data
+@click.option(
+    "--out", type=options.DIRECTORY, required=True, metavar="LIB", help="Library directory; new or to continue."
+)
+@click.option("--attention", default=None, metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
+@click.option("--ffn", default=None, metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
+@click.option("--layers", default=None, metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
+@click.option("--tokens", default="1M", show_default=True, help="Training tokens, e.g. 20M.")
+@click.option("--seq-len", type=int, default=1024, show_default=True)
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences a step.")
+@click.option(
+    "--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate (docs/log.md has the sweep)."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Orders the data; blocks' seeds depend on them alone."
+)
+@click.option("--calibration-sequences", type=int, default=64, show_default=True, help="For initialisation.")
+@click.option(
+    "--validation-sequences", type=int, default=16, show_default=True, help="Held out, for the losses reported."
+)
+@click.option("--group-size", type=int, default=None, help="Layers trained together (default: as many as fit).")
+@click.option("--memory-limit", default=None, metavar="BYTES", help="Use at most this much device memory, e.g. 80GB.")
+@click.option("--score/--no-score", default=True, show_default=True, help="Score the blocks after training.")
+@click.option("--score-sequences", type=int, default=64, show_default=True, help="Held-out sequences for the scores.")
+@click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
+@click.option("--dry-run", is_flag=True, help="Print groups, memory, disk, FLOPs and time; write nothing.")
+@options.text_field
+@options.device
+@options.as_json
+def build_library_command(
+    source: str, data: tuple[str, ...], out: Path, attention: str | None, ffn: str | None, layers: str | None, tokens: str,
+    seq_len: int, batch_size: int, lr: float, seed: int, calibration_sequences: int, validation_sequences: int,
+    group_size: int | None, memory_limit: str | None, score: bool, score_sequences: int, joint: bool, dry_run: bool,
+    text_field: str, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Train alternatives of every layer's attention and FFN against PARENT, and score them.
+
+    PARENT is a Hugging Face directory or hub id (llama, mistral, qwen2, qwen3). Running again with the same --out
+    continues where a run was stopped, and trains only what is new.
+
+    \b
+    Examples:
+      puzzle build-library examples/parent --data /usr/lib/python3.11 --out lib
+      puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
+      puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
+    """
+    for option, value in (("--seq-len", seq_len), ("--batch-size", batch_size), ("--lr", lr),
+                          ("--calibration-sequences", calibration_sequences), ("--score-sequences", score_sequences),
+                          ("--validation-sequences", validation_sequences)):  # fmt: skip
+        options.positive(option, value)
+    if group_size is not None:
+        options.positive("--group-size", group_size)
+    from puzzle.hardware import parse_bytes
+
+    num_tokens = options.count("--tokens", tokens)
+    limit = parse_bytes(memory_limit) if memory_limit else None
+
+    from puzzle.build import BuildOptions, Builder, build_library
+    from puzzle.families.family import open_model
+
+    wanted = BuildOptions(
+        data=list(data), out=out, attention=attention, ffn=ffn, layers=layers, tokens=num_tokens, seq_len=seq_len,
+        batch_size=batch_size, lr=lr, text_field=text_field, seed=seed, calibration_sequences=calibration_sequences,
+        validation_sequences=validation_sequences, group_size=group_size, memory_limit=limit, device=device,
+    )  # fmt: skip
+    if dry_run:
+        from puzzle.plan import describe
+        from puzzle.rehearse import predict_seconds
+
+        builder = Builder(open_model(source), wanted)
+        plan = builder.plan()
+        facts = describe(plan, predict_seconds(builder, plan), builder.variants, str(builder.device))
+        if as_json:
+            options.print_json(facts)
+        else:
+            from puzzle.report import print_plan
+
+            print_plan(facts)
+        return
+    build_library(source, wanted)
+    if score:
+        from puzzle.score import score_library
+
+        score_library(out, list(data), parent=source, num_sequences=score_sequences, seq_len=seq_len, joint=joint,
+                      text_field=text_field, device=device)  # fmt: skip
+    from puzzle.report import library_summary, print_library
+
+    summary = library_summary(out)
+    options.print_json(summary) if as_json else print_library(summary)

@@ -1,0 +1,98 @@
+"""Parent and child side by side, all measured: divergence on held-out text, and speed, bytes and cache as run here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle.bench import measure
+from puzzle.build import compute_dtype, pick_device
+from puzzle.console import console
+from puzzle.costs import Workload
+from puzzle.data import load_tokens
+from puzzle.errors import UserError
+from puzzle.families.family import HfModel, open_model
+from puzzle.files import read_json
+from puzzle.metrics import compare
+from puzzle.model import CausalModel, load_model
+
+
+def evaluate(
+    parent_source: str,
+    child_source: str,
+    data: list[str],
+    *,
+    num_sequences: int = 64,
+    seq_len: int = 1024,
+    work: Workload | None = None,
+    batches: tuple[int, int] | None = None,
+    text_field: str = "text",
+    device: str = "auto",
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """{"parent": {...}, "child": {...}, "speedup", "num_tokens", "device"}; every number is measured.
+
+    work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
+    child's architecture.json names. Raises UserError for models that do not belong together.
+    """
+    on = pick_device(device)
+    dtype = compute_dtype(on)
+    parent_model, child_model = open_model(parent_source), open_model(child_source)
+    if parent_model.vocab_size != child_model.vocab_size:
+        raise UserError(f"{parent_source} has {parent_model.vocab_size} tokens, {child_source} {child_model.vocab_size}: "
+                        "a child shares its parent's tokenizer")  # fmt: skip
+    seq_len = min(seq_len, parent_model.max_length)
+    tokens = load_tokens(data, parent_model.directory, seq_len=seq_len, num_train=1, num_validation=num_sequences,
+                         text_field=text_field)  # fmt: skip
+    parent = load_model(parent_model, device=on, dtype=dtype)
+    child = load_model(child_model, device=on, dtype=dtype)
+    console.print(f"measuring divergence on {tokens.validation.numel():,} held-out tokens")
+    itself = compare(parent, parent, tokens.validation)
+    against = compare(parent, child, tokens.validation)
+    result: dict[str, Any] = {
+        "device": str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_tokens": against["num_tokens"],
+        "parent": {"loss": itself["lm_loss"], **_sizes(parent_model, parent)},
+        "child": {
+            "loss": against["lm_loss"],
+            "kl": against["kl"],
+            "kl_stderr": against["kl_stderr"],
+            "top1_agreement": against["top1_agreement"],
+            **_sizes(child_model, child),
+        },
+    }
+    if work is not None:
+        at = batches or _batches(child_model.directory)
+        console.print(f"measuring speed: {work.input_len} tokens in, {work.output_len} out, batch {at[0]} and {at[1]}")
+        speed = measure({"parent": (parent, at[0]), "child": (child, at[1])}, work, repeats)
+        for name, found in speed.items():
+            result[name] |= {**asdict(found), "memory_bytes": found.memory_bytes}
+        result["speedup"] = speed["child"].tokens_per_second / speed["parent"].tokens_per_second
+        result["workload"] = asdict(work)
+    return result
+
+
+def _sizes(opened: HfModel, model: CausalModel) -> dict[str, int]:
+    weights = [t for _, t in model.named_weights()]
+    per_token = sum(
+        2 * block.attention.num_kv_heads * block.attention.head_dim
+        for block in model.blocks
+        if hasattr(block.attention, "num_kv_heads")
+    )
+    return {
+        "num_parameters": sum(t.numel() for t in weights),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in weights),
+        "kv_bytes_per_token": per_token * weights[0].element_size(),
+    }
+
+
+def _batches(child: Path) -> tuple[int, int]:
+    path = child / "architecture.json"
+    if not path.is_file():
+        return 1, 1
+    solved = read_json(path, "puzzle export")
+    return solved["parent_predicted"]["batch"], solved["predicted"]["batch"]

@@ -1,0 +1,1 @@
+"""From a library and an architecture to a checkpoint that engines serve."""

@@ -1,0 +1,136 @@
+"""What people read on the terminal: the architecture and its table, evaluations, results. Predicted is never mixed
+with measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from puzzle.console import bytes_text, console, seconds_text
+from puzzle.files import read_json
+from puzzle.library import KINDS, PARENT, Library
+from puzzle.solve import picture
+
+
+def _table(title: str, rows: list[tuple[str, Any, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("parent", justify="right")
+    table.add_column("child", justify="right")
+    for name, parent, child in rows:
+        table.add_row(name, str(parent), str(child))
+    return table
+
+
+def print_solution(solved: dict[str, Any], library: Library) -> None:
+    """The picture, the solver's certificate and the predicted figures of parent and child."""
+    parent, child = solved["parent_predicted"], solved["predicted"]
+    for line in picture(solved["layers"], library):
+        console.print(line, markup=False)
+    slack = ", ".join(f"{name} {value:.4g}" for name, value in solved["slack"].items())
+    console.print(f"{solved['status']}: sum of scores {solved['objective']:.5g} nats/token, bound {solved['bound']:.5g}, "
+                  f"gap {solved['gap']:.1e}, slack: {slack} ({solved['solver']}, {solved['seconds']:.2f} s)")  # fmt: skip
+    console.print(_table(f"predicted on {solved['costs']['device']} ({solved['costs']['dtype']})", [
+        ("batch", parent["batch"], child["batch"]),
+        ("tokens/s", f"{parent['tokens_per_second']:.5g}", f"{child['tokens_per_second']:.5g}"),
+        ("speed-up, each at its best batch", "1x", f"{child['speedup']:.3g}x"),
+        ("speed-up at the child's batch", "1x", f"{child['speedup_at_same_batch']:.3g}x"),
+        ("time to first token", f"{parent['ttft_seconds']:.4g} s", f"{child['ttft_seconds']:.4g} s"),
+        ("time per output token", f"{parent['tpot_seconds']:.4g} s", f"{child['tpot_seconds']:.4g} s"),
+        ("weights and KV cache", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
+        ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
+        ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
+    ]))  # fmt: skip
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    parent, child = result["parent"], result["child"]
+    rows = [
+        ("held-out loss, nats/token", f"{parent['loss']:.4f}", f"{child['loss']:.4f}"),
+        ("KL(parent‖child), nats/token", "0", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}"),
+        ("top-1 agreement", "1", f"{child['top1_agreement']:.4f}"),
+        ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
+        ("weights", bytes_text(parent["weight_bytes"]), bytes_text(child["weight_bytes"])),
+        ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
+    ]
+    if "speedup" in result:
+        rows += [
+            ("batch", parent["batch"], child["batch"]),
+            ("tokens/s", f"{parent['tokens_per_second']:.5g}", f"{child['tokens_per_second']:.5g}"),
+            ("speed-up", "1x", f"{result['speedup']:.3g}x"),
+            ("prefill", f"{parent['prefill_seconds']:.4g} s", f"{child['prefill_seconds']:.4g} s"),
+            ("decode", f"{parent['decode_seconds']:.4g} s", f"{child['decode_seconds']:.4g} s"),
+            ("weights and KV cache", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
+        ]
+    console.print(_table(f"measured on {result['device']} ({result['dtype']}), {result['num_tokens']:,} tokens", rows))
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Promise against delivery."""
+    table = Table(title="promised and delivered", title_justify="left")
+    for name in ("", "predicted", "measured"):
+        table.add_column(name, justify="right" if name else "left")
+    predicted, measured = result["predicted"], result["measured"]
+    table.add_row("speed-up", f"{predicted['speedup']:.3g}x", f"{measured['speedup']:.3g}x")
+    table.add_row("tokens/s", f"{predicted['tokens_per_second']:.5g}", f"{measured['tokens_per_second']:.5g}")
+    table.add_row("weights and KV cache", bytes_text(predicted["memory_bytes"]), bytes_text(measured["memory_bytes"]))
+    table.add_row("KV bytes per token", str(predicted["kv_bytes_per_token"]), str(measured["kv_bytes_per_token"]))
+    table.add_row("KL to the parent, nats/token", f"{result['child']['sum_of_scores']:.4f} (sum of scores)",
+                  f"{result['child']['kl']:.4f}")  # fmt: skip
+    table.add_row("held-out loss", f"parent {result['parent']['loss']:.4f}", f"{result['child']['loss']:.4f}")
+    console.print(table)
+
+
+def print_plan(facts: dict[str, Any]) -> None:
+    """The --dry-run report; every figure is predicted."""
+    groups, predicted = facts["groups"], facts["predicted"]
+    console.print(f"device            {facts['device']}")
+    for kind, names in facts["variants"].items():
+        console.print(f"{kind:<17} {', '.join(names)}")
+    console.print(
+        f"layers            {sum(map(len, groups))} in {len(groups)} group(s) of up to {max(map(len, groups))}"
+    )
+    console.print(f"trained           {facts['trained_parameters_per_layer']:,} parameters per layer")
+    console.print(f"device memory     {bytes_text(predicted['peak_memory_bytes'])} at the peak (predicted)")
+    console.print(f"host activations  {bytes_text(predicted['host_activation_bytes'])} (predicted)")
+    console.print(f"disk              {bytes_text(predicted['disk_bytes'])}: library and one snapshot (predicted)")
+    console.print(
+        f"compute           {predicted['flops']:.2e} FLOPs over {predicted['num_tokens']:,} tokens (predicted)"
+    )
+    console.print(f"training time     {seconds_text(predicted['seconds'])} (predicted from timed steps of one layer)")
+
+
+def library_summary(root: Path) -> dict[str, Any]:
+    """Per variant, medians over layers of what training and scoring measured."""
+    library = Library.open(root)
+    rows = []
+    for kind in KINDS:
+        for name in library.variants(kind):
+            if name == PARENT:
+                continue
+            records = [
+                read_json(root / "blocks" / f"L{layer:02d}" / kind / f"{name}.json", "puzzle build-library")
+                for layer in library.layers
+            ]
+            row: dict[str, Any] = {"kind": kind, "variant": name}
+            for key in ("validation_loss_before", "validation_loss_after"):
+                row[key] = median(r[key] for r in records)
+            if all((root / "scores" / f"L{layer:02d}.json").is_file() for layer in library.layers):
+                row["kl"] = median(library.scores(layer)[f"{kind}/{name}"]["kl"] for layer in library.layers)
+            rows.append(row)
+    return {"library": str(root), "num_layers": library.num_layers, "layers": library.layers, "variants": rows}
+
+
+def print_library(summary: dict[str, Any]) -> None:
+    table = Table(title=f"{summary['library']}: medians over {len(summary['layers'])} layers, measured on held-out text",
+                  title_justify="left")  # fmt: skip
+    for name in ("sub-block", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"):
+        table.add_column(name, justify="left" if name in ("sub-block", "variant") else "right")
+    for row in summary["variants"]:
+        kl = f"{row['kl']:.5f}" if "kl" in row else "not scored"
+        table.add_row(row["kind"], row["variant"], f"{row['validation_loss_before']:.4f}",
+                      f"{row['validation_loss_after']:.4f}", kl)  # fmt: skip
+    console.print(table)
