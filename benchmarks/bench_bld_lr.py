@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 import torch
-
 from puzzle.blocklib.store import BlockStore
+
 from puzzle.build import BuildOptions, build_library
 from puzzle.library import KINDS, PARENT, Library
 
@@ -56,8 +56,20 @@ def main(
                     records = [store.record(layer, kind, variant) for layer in library.layers]
                     before = statistics.median(r["validation_loss_before"] for r in records)
                     after = statistics.median(r["validation_loss_after"] for r in records)
-                    rows.append((rate, kind, variant, f"{before:.5f}", f"{after:.5f}", int(tokens), f"{seconds:.1f}",
-                                 device, torch.__version__, time.strftime("%Y-%m-%d")))  # fmt: skip
+                    rows.append(
+                        (
+                            rate,
+                            kind,
+                            variant,
+                            f"{before:.5f}",
+                            f"{after:.5f}",
+                            int(tokens),
+                            f"{seconds:.1f}",
+                            device,
+                            torch.__version__,
+                            time.strftime("%Y-%m-%d"),
+                        )
+                    )
                     print(*rows[-1], flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", newline="") as handle:

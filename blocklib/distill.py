@@ -13,12 +13,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
 from puzzle.blocklib.layer import Calibration, Kind, LayerSpec, ParentLayer
 from puzzle.blocklib.modules import Rope, SwiGLU
 from puzzle.blocklib.store import layer_name
 from puzzle.blocklib.variant import Variant
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +54,18 @@ def normalized_mse(child: Tensor, parent: Tensor) -> Tensor:
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 matrix products on a GPU, float32 on the CPU (where runs are bit-reproducible)."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type == "cuda":  # no weight cache: inside a CUDA graph it would keep stale copies
+        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
+    return contextlib.nullcontext()
 
 
 class VariantTrainer:
     """One variant of one sub-block: its module, its optimiser, its losses."""
 
-    def __init__(self, layer: ParentLayer, kind: Kind, variant: Variant, recipe: Recipe, device: torch.device):
+    def __init__(
+        self, layer: ParentLayer, kind: Kind, variant: Variant, recipe: Recipe, device: torch.device, lr: Tensor
+    ):
+        """lr: the learning rate of the coming step, a scalar tensor on `device` that all trainers share."""
         self.kind, self.variant, self.recipe = kind, variant, recipe
         self.key = f"{layer_name(layer.index)}/{kind}/{variant.name}"
         seed = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big") >> 1
@@ -73,31 +77,32 @@ class VariantTrainer:
         if parameters:
             self.optimizer = torch.optim.AdamW(
                 parameters,
-                lr=recipe.lr,
+                lr=lr,
                 betas=(recipe.beta1, recipe.beta2),
                 weight_decay=recipe.weight_decay,
                 fused=True,
+                capturable=device.type == "cuda",
             )
         self._start = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()}
         self.loss_before = math.nan
         self.loss_after = math.nan
-        self._validation = [0.0, 0]
+        self._validation: list[Tensor] = []
 
-    def step(self, step: int, x: Tensor, target: Tensor, rope: Rope) -> None:
-        """One optimiser step on x [B, T, H] -> target [B, T, H]. A step with a non-finite loss is left out."""
+    def step(self, x: Tensor, target: Tensor, rope: Rope) -> None:
+        """One optimiser step on x [B, T, H] -> target [B, T, H]. A step with a non-finite gradient is left out.
+
+        Never waits for the device, so that a CUDA graph can hold it.
+        """
         if self.optimizer is None:
             return
         with autocast(x.device):
             out = self.module(x, rope)
-        loss = normalized_mse(out, target)
-        loss.backward()
+        normalized_mse(out, target).backward()
         parameters = list(self.module.parameters())
-        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
-        keep = torch.isfinite(norm)
-        for parameter in parameters:  # no host synchronisation: a bad gradient becomes a zero one
+        keep = torch.isfinite(nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm))
+        for parameter in parameters:
+            assert parameter.grad is not None
             parameter.grad = torch.where(keep, parameter.grad, torch.zeros_like(parameter.grad))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr_at(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -106,13 +111,12 @@ class VariantTrainer:
         """Add one validation batch; `validated()` gives the mean and starts over."""
         with autocast(x.device):
             out = self.module(x, rope)
-        self._validation[0] += normalized_mse(out, target).item()
-        self._validation[1] += 1
+        self._validation.append(normalized_mse(out, target))
 
     def validated(self) -> float:
-        total, count = self._validation
-        self._validation = [0.0, 0]
-        return total / max(1, count)
+        mean = torch.stack(self._validation).double().mean().item()
+        self._validation = []
+        return mean
 
     @property
     def improved(self) -> bool:

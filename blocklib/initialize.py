@@ -6,9 +6,8 @@ Letters: H hidden_size, N query heads, K KV heads, D head_dim, F intermediate_si
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from puzzle.blocklib.layer import Calibration, LayerSpec
+from torch import Tensor
 
 RIDGE = 1e-4  # of the mean diagonal of the Gram matrix: keeps the solve stable when tokens are few
 
@@ -48,6 +47,7 @@ def ffn_as_linear(calibration: Calibration) -> Tensor:
     gram = calibration.gram.double()
     size = gram.shape[0]
     ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-    solved = torch.linalg.solve(gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device),
-                                calibration.cross.double().T)  # fmt: skip
+    solved = torch.linalg.solve(
+        gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device), calibration.cross.double().T
+    )
     return solved.T.float()

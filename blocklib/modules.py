@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from puzzle.blocklib.layer import LayerSpec
+from torch import Tensor, nn
 
 Rope = tuple[Tensor, Tensor]
 

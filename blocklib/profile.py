@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
 from puzzle.blocklib.layer import LayerSpec, rope_tables
 from puzzle.blocklib.runtime import decode, new_cache, prefill
+from torch import Tensor, nn
 
 Call = tuple[Callable[[], object], Callable[[], object]]
 

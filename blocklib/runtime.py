@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from puzzle.blocklib.modules import Attention, NoOp, Rope
+from torch import Tensor, nn
 
 
 class KVCache:

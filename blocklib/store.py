@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from puzzle.blocklib.layer import Kind
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from puzzle.blocklib.layer import Kind
 from puzzle.errors import UserError
 from puzzle.files import file_hash, read_json, replacing, write_json
 
@@ -59,7 +59,8 @@ class BlockStore:
         record: must hold "key", the content key; its "sha256" is added here.
         """
         path = self.path(layer, kind, variant)
-        metadata = {"format": "pt", "puzzle": json.dumps({**spec, "key": record["key"]}, sort_keys=True)}
+        # One key only: safetensors writes several in random order, and equal blocks must be equal files.
+        metadata = {"puzzle": json.dumps({**spec, "key": record["key"]}, sort_keys=True)}
         with replacing(path) as temporary:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
         write_json(path.with_suffix(".json"), {**record, "sha256": file_hash(path)})
@@ -73,8 +74,10 @@ class BlockStore:
                 f"{path} is missing: run `puzzle build-library` again with the same --out, it fills the gap"
             )
         if file_hash(path) != record["sha256"]:
-            raise UserError(f"{path} was truncated or changed after it was trained (its sha256 is not the recorded "
-                            "one): delete it and run `puzzle build-library` again with the same --out")  # fmt: skip
+            raise UserError(
+                f"{path} was truncated or changed after it was trained (its sha256 is not the recorded "
+                "one): delete it and run `puzzle build-library` again with the same --out"
+            )
         try:
             with safe_open(path, framework="pt") as handle:
                 return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)

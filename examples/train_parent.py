@@ -139,9 +139,14 @@ def completions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> 
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").to(model.device)
         out = model.generate(
-            input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=96, do_sample=True,
-            temperature=0.6, top_p=0.95, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+            input_ids=ids["input_ids"],
+            attention_mask=ids["attention_mask"],
+            max_new_tokens=96,
+            do_sample=True,
+            temperature=0.6,
+            top_p=0.95,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
     return texts
 
@@ -206,11 +211,22 @@ def main(
     )
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32, max_position_embeddings=T, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, initializer_range=0.02,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=T,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.02,
+    )
     model = LlamaForCausalLM(config).to(device)
     with torch.no_grad():  # residual writers start smaller: depth-scaled init, as in GPT-2
         for name, parameter in model.named_parameters():
@@ -221,8 +237,10 @@ def main(
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.95), fused=device == "cuda",
-    )  # fmt: skip
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=device == "cuda",
+    )
 
     def loss_fn(batch_ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -251,7 +269,7 @@ def main(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        if step % 100 == 0 or step == num_steps or step == probe:
+        if step % 100 == 0 or step in (num_steps, probe):
             seconds = time.time() - clock
             log.append((step, step * batch * T, f"{loss.item():.4f}", f"{rate:.2e}", f"{seconds:.1f}"))
             print(*log[-1], flush=True)

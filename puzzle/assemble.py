@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.blocklib.layer import KINDS, Kind, attention_shapes, ffn_shapes
+from puzzle.blocklib.layer import KINDS, attention_shapes, ffn_shapes
 from puzzle.blocklib.store import BlockStore
 from puzzle.blocklib.variant import PARENT
 from puzzle.errors import UserError
@@ -36,8 +36,10 @@ def read_architecture(path: Path, library: Library) -> dict[str, Any]:
     for index, choice in enumerate(found["layers"]):
         for kind in KINDS:
             if choice.get(kind) not in library.variants(kind):
-                raise UserError(f"{path} layer {index} asks for {kind} '{choice.get(kind)}', which library {library.root} "
-                                "lacks: build it, or solve again")  # fmt: skip
+                raise UserError(
+                    f"{path} layer {index} asks for {kind} '{choice.get(kind)}', which library {library.root} "
+                    "lacks: build it, or solve again"
+                )
     return found
 
 
@@ -67,9 +69,13 @@ def assemble(
         for kind in KINDS:
             own = getattr(model.blocks[index], kind)
             name = choice[kind]
-            parts[kind] = own if name == PARENT else load_variant(
-                store, parent, index, kind, name, model.embedding.weight.device, model.embedding.weight.dtype
-            )  # fmt: skip
+            parts[kind] = (
+                own
+                if name == PARENT
+                else load_variant(
+                    store, parent, index, kind, name, model.embedding.weight.device, model.embedding.weight.dtype
+                )
+            )
         blocks.append(Block(parts["attention"], parts["ffn"]))
     head = None if model.head is None else model.head.data
     child = CausalModel(model.spec, model.embedding.weight.data, blocks, model.norm.weight.data, head)

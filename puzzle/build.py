@@ -9,6 +9,7 @@ Letters: B batch, T tokens, H hidden_size.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from puzzle.files import check_writable, content_hash
 from puzzle.hardware import available_memory
 from puzzle.model import parent_module
 from puzzle.plan import BuildPlan, plan_build
+from puzzle.replay import Replayed
 from puzzle.streams import ResidualStreams, Split
 
 SNAPSHOT_SECONDS = 60.0
@@ -126,6 +128,7 @@ class Builder:
         self.variants = search_space(parent.spec, options.attention, options.ffn)
         self.store = BlockStore(options.out)
         self.stored_dtype = parent.final_norm().dtype
+        self.train_seconds = 0.0  # wall time of the training steps so far
         if options.seq_len > parent.max_length:
             raise UserError(
                 f"--seq-len {options.seq_len} is longer than the parent's context of {parent.max_length}: "
@@ -178,12 +181,14 @@ class Builder:
         with progress("distil", self.recipe.num_steps * (last + 1)) as bar:
             for index, group in enumerate(groups[: last + 1]):
                 self._run_group(group, missing[group], bar, keep_streams=index < last)
+        shutil.rmtree(out / ".work", ignore_errors=True)
         console.print(f"trained {total} blocks into {out}")
 
     # -- one group -------------------------------------------------------------------------------------------
 
     def _run_group(self, group: tuple[int, ...], missing: list[BlockKey], bar: Bar, keep_streams: bool) -> None:
         rope = rope_tables(self.spec, self.recipe.seq_len, self.device)
+        self._lr = torch.zeros((), device=self.device)
         layers, trainers = self._prepare_group(group, missing, rope)
         every = [trainer for of_layer in trainers.values() for trainer in of_layer]
         snapshot = self.options.out / ".work" / f"{layer_name(group[0])}-{layer_name(group[-1])}.safetensors"
@@ -193,19 +198,23 @@ class Builder:
             self._validate(layers, trainers, rope)
             for trainer in every:
                 trainer.loss_before = trainer.validated()
-        saved_at = time.monotonic()
+        forward = Replayed(lambda x: self._through(layers, {}, rope, x))
+        training = Replayed(lambda x: self._through(layers, trainers, rope, x))
+        begin = saved_at = time.monotonic()
         for step in range(self.recipe.num_steps):
             train = step >= done and bool(missing)
             if train or keep_streams:
-                x = self._streams.get("train", step)
-                for index, attention, ffn in layers:
-                    x = self.train_layer(x, attention, ffn, trainers.get(index, []) if train else [], rope, step)
+                self._lr.fill_(self.recipe.lr_at(step))
+                x = (training if train else forward)(self._streams.get("train", step))
                 if keep_streams:
                     self._streams.keep("train", step, x)
             bar.advance()
             if train and time.monotonic() - saved_at > self.options.snapshot_seconds:
                 save_snapshot(snapshot, every, step + 1, build_key)
                 saved_at = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.train_seconds += time.monotonic() - begin
         self._validate(layers, trainers, rope, keep_streams)
         for trainer in every:
             trainer.loss_after = trainer.validated()
@@ -230,20 +239,26 @@ class Builder:
                 layer.calibration = calibrate(ffn, streams, self.spec)
                 streams = [x + ffn(x, rope) for x in streams]
             trainers[index] = [
-                VariantTrainer(layer, kind, parse_variant(kind, name, self.spec), self.recipe, self.device)
+                VariantTrainer(layer, kind, parse_variant(kind, name, self.spec), self.recipe, self.device, self._lr)
                 for at, kind, name in missing
                 if at == index
             ]
         return layers, trainers
 
+    def _through(self, layers: Layers, trainers: Trainers, rope: Rope, x: Tensor) -> Tensor:
+        """The parent's layers on x; every trainer takes a step from the activation that passes it."""
+        for index, attention, ffn in layers:
+            x = self.train_layer(x, attention, ffn, trainers.get(index, []), rope)
+        return x
+
     def train_layer(
-        self, x: Tensor, attention: nn.Module, ffn: nn.Module, trainers: list[VariantTrainer], rope: Rope, step: int
+        self, x: Tensor, attention: nn.Module, ffn: nn.Module, trainers: list[VariantTrainer], rope: Rope
     ) -> Tensor:
         """One layer of the parent on x, and a step of each of its trainers. [B, T, H] -> [B, T, H]"""
         for kind, x_in, target in self._sub_blocks(x, attention, ffn, rope):
             for trainer in trainers:
                 if trainer.kind == kind:
-                    trainer.step(step, x_in, target, rope)
+                    trainer.step(x_in, target, rope)
             x = x_in + target
         return x
 

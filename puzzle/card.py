@@ -63,7 +63,7 @@ of {recipe["seq_len"]}, learning rate {recipe["lr"]:g}, data hash `{facts["data"
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 ```
 """
     )

@@ -106,14 +106,18 @@ class CostTable:
             return 0.0
         points = self._points.get((kind, shape, phase, batch))
         if points is None:
-            raise UserError(f"cost table {self.path} has no {phase} time of {kind} '{shape}' at batch {batch}: "
-                            "profile again with this library")  # fmt: skip
+            raise UserError(
+                f"cost table {self.path} has no {phase} time of {kind} '{shape}' at batch {batch}: "
+                "profile again with this library"
+            )
         at = bisect_left(points, (context, -1.0))
         if at < len(points) and points[at][0] == context:
             return points[at][1]
         if at == 0 or at == len(points):
-            raise UserError(f"cost table {self.path} covers {phase} contexts {points[0][0]}-{points[-1][0]} of {kind} "
-                            f"'{shape}', not {context}: profile again with --contexts that span it")  # fmt: skip
+            raise UserError(
+                f"cost table {self.path} covers {phase} contexts {points[0][0]}-{points[-1][0]} of {kind} "
+                f"'{shape}', not {context}: profile again with --contexts that span it"
+            )
         (left, low), (right, high) = points[at - 1], points[at]
         return low + (high - low) * (context - left) / (right - left)
 

@@ -21,8 +21,34 @@ from torch import Tensor
 from puzzle.console import progress
 from puzzle.errors import UserError
 
-TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cpp", ".hpp", ".cc", ".cu", ".rs", ".go", ".java",
-                 ".js", ".ts", ".html", ".css", ".sh", ".toml", ".yaml", ".yml", ".tex", ".sql", ".rb", ".jl"}  # fmt: skip
+TEXT_SUFFIXES = {
+    ".txt",
+    ".md",
+    ".rst",
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".cpp",
+    ".hpp",
+    ".cc",
+    ".cu",
+    ".rs",
+    ".go",
+    ".java",
+    ".js",
+    ".ts",
+    ".html",
+    ".css",
+    ".sh",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".tex",
+    ".sql",
+    ".rb",
+    ".jl",
+}
 TABLE_SUFFIXES = {".jsonl", ".parquet"}
 VALIDATION_PER_10000 = 200  # 2 % of documents; examples/train_parent.py holds out the same ones
 
@@ -92,8 +118,11 @@ def load_tokens(
     def flush() -> None:
         if not pending:
             return
-        for (split, _), ids in zip(pending, tokenizer([t for _, t in pending], verbose=False, add_special_tokens=False)
-                                   ["input_ids"], strict=True):  # fmt: skip
+        for (split, _), ids in zip(
+            pending,
+            tokenizer([t for _, t in pending], verbose=False, add_special_tokens=False)["input_ids"],
+            strict=True,
+        ):
             streams[split].append(np.array([separator, *ids], dtype=np.int32))
             lengths[split] += len(ids) + 1
         pending.clear()
@@ -128,8 +157,10 @@ def load_tokens(
         stream = np.concatenate(streams[split]) if streams[split] else np.empty(0, dtype=np.int32)
         count = min(len(stream), wanted[split]) // seq_len
         if count == 0:
-            raise UserError(f"--data {' '.join(sources)} gives {len(stream)} {name} tokens, less than one sequence of "
-                            f"{seq_len}: give more text or a smaller --seq-len")  # fmt: skip
+            raise UserError(
+                f"--data {' '.join(sources)} gives {len(stream)} {name} tokens, less than one sequence of "
+                f"{seq_len}: give more text or a smaller --seq-len"
+            )
         packed[split] = torch.from_numpy(stream[: count * seq_len].reshape(count, seq_len))
     return TokenData(train=packed[False], validation=packed[True], num_documents=len(seen), hash=digest.hexdigest())
 
@@ -148,11 +179,12 @@ def load_tokenizer(directory: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and more
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no tokenizer can be loaded from {directory} ({reason}): put tokenizer.json beside "
-                        "config.json") from error  # fmt: skip
+        raise UserError(
+            f"no tokenizer can be loaded from {directory} ({reason}): put tokenizer.json beside config.json"
+        ) from error
 
 
 def tokenizer_hash(directory: Path) -> str:
@@ -189,8 +221,10 @@ def _files(source: str) -> list[tuple[str, Path]] | None:
         suffixes = TEXT_SUFFIXES | TABLE_SUFFIXES
         found = [p for p in path.rglob("*") if p.suffix in suffixes and p.is_file()]
         if not found:
-            raise UserError(f"--data {source} has no text files (looked for {', '.join(sorted(suffixes))}): "
-                            "give a glob such as 'DIR/**/*.log' for other names")  # fmt: skip
+            raise UserError(
+                f"--data {source} has no text files (looked for {', '.join(sorted(suffixes))}): "
+                "give a glob such as 'DIR/**/*.log' for other names"
+            )
         return [(str(p.relative_to(path)), p) for p in found]
     if path.is_file():
         return [(path.name, path)]
@@ -218,8 +252,9 @@ def _table_documents(path: Path, text_field: str) -> Iterator[str]:
                     raise UserError(f"{path} line {number} is not JSON ({error.msg}): mend or remove it") from error
                 if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
                     fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                    raise UserError(f"{path} line {number} has no text field '{text_field}' (it has: {fields}): "
-                                    "pass --text-field")  # fmt: skip
+                    raise UserError(
+                        f"{path} line {number} has no text field '{text_field}' (it has: {fields}): pass --text-field"
+                    )
                 yield row[text_field]
         return
     try:
@@ -241,14 +276,16 @@ def _hub_documents(name: str, text_field: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"--data {name} is no file or directory here; to read it as a datasets name, "
-                        "pip install 'puzzle-nas[heal]'") from None  # fmt: skip
+        raise UserError(
+            f"--data {name} is no file or directory here; to read it as a datasets name, pip install 'puzzle-nas[heal]'"
+        ) from None
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
         for row in rows:
             if not isinstance(row.get(text_field), str):
-                raise UserError(f"dataset {name} has no text field '{text_field}' (it has: {', '.join(row)}): "
-                                "pass --text-field")  # fmt: skip
+                raise UserError(
+                    f"dataset {name} has no text field '{text_field}' (it has: {', '.join(row)}): pass --text-field"
+                )
             yield row[text_field]
     except UserError:
         raise

@@ -42,11 +42,14 @@ def evaluate(
     dtype = compute_dtype(on)
     parent_model, child_model = open_model(parent_source), open_model(child_source)
     if parent_model.vocab_size != child_model.vocab_size:
-        raise UserError(f"{parent_source} has {parent_model.vocab_size} tokens, {child_source} {child_model.vocab_size}: "
-                        "a child shares its parent's tokenizer")  # fmt: skip
+        raise UserError(
+            f"{parent_source} has {parent_model.vocab_size} tokens, {child_source} {child_model.vocab_size}: "
+            "a child shares its parent's tokenizer"
+        )
     seq_len = min(seq_len, parent_model.max_length)
-    tokens = load_tokens(data, parent_model.directory, seq_len=seq_len, num_train=1, num_validation=num_sequences,
-                         text_field=text_field)  # fmt: skip
+    tokens = load_tokens(
+        data, parent_model.directory, seq_len=seq_len, num_train=1, num_validation=num_sequences, text_field=text_field
+    )
     parent = load_model(parent_model, device=on, dtype=dtype)
     child = load_model(child_model, device=on, dtype=dtype)
     console.print(f"measuring divergence on {tokens.validation.numel():,} held-out tokens")

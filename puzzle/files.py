@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ SCHEMA = 1
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well it replaces `path`, otherwise it is removed."""
+    """Give a temporary path beside `path`; when the block ends well it replaces `path`, otherwise it is removed.
+
+    The temporary name is always the same, so that what a killed process left behind is overwritten.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.tmp")
         try:
             yield temporary
             temporary.chmod(0o644)

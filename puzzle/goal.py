@@ -32,8 +32,10 @@ def parse_throughput(text: str) -> Target:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise UserError(f"--throughput {text}: write a multiple of the parent such as 2x, or tokens per second such as "
-                        "500; it must be above 0")  # fmt: skip
+        raise UserError(
+            f"--throughput {text}: write a multiple of the parent such as 2x, or tokens per second such as "
+            "500; it must be above 0"
+        )
     return Target(value=value, relative=bool(found and found[2] == "x"))
 
 

@@ -64,8 +64,18 @@ def cpu_name() -> str:
 
 def parse_bytes(text: str) -> int:
     """'80GB' -> 80·10⁹, '1.5GiB' -> 1.5·2³⁰, '1000' -> 1000. Raises UserError for anything else or below 1."""
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20,
-             "gib": 2**30, "tib": 2**40}  # fmt: skip
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "tb": 10**12,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+        "tib": 2**40,
+    }
     cleaned = text.strip().lower()
     number = cleaned.rstrip("abcdefghijklmnopqrstuvwxyz ")
     unit = cleaned[len(number) :].strip()

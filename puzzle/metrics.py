@@ -32,9 +32,11 @@ class Divergence:
         rows = max(1, CHUNK_ELEMENTS // model.head_weight.shape[0])
         parts = []
         flat = zip(
-            parent_hidden.flatten(0, 1).split(rows), child_hidden.flatten(0, 1).split(rows), labels.flatten().split(rows),
+            parent_hidden.flatten(0, 1).split(rows),
+            child_hidden.flatten(0, 1).split(rows),
+            labels.flatten().split(rows),
             strict=True,
-        )  # fmt: skip
+        )
         for from_parent, from_child, label in flat:
             log_p = F.log_softmax(model.logits(from_parent).float(), dim=-1)
             log_q = F.log_softmax(child.logits(from_child).float(), dim=-1)

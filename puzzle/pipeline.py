@@ -53,8 +53,14 @@ class Run:
         with self._stage("build-library"):
             build_library(recipe.parent, self.build_options())
         with self._stage("score"):
-            score_library(library, recipe.data, num_sequences=recipe.score.sequences, joint=recipe.score.joint,
-                          text_field=recipe.text_field, device=recipe.device)  # fmt: skip
+            score_library(
+                library,
+                recipe.data,
+                num_sequences=recipe.score.sequences,
+                joint=recipe.score.joint,
+                text_field=recipe.text_field,
+                device=recipe.device,
+            )
         with self._stage("profile"):
             self._profile(library)
         with self._stage("solve"):
@@ -68,22 +74,30 @@ class Run:
             export_child(library, self.out / "solution", self.out / "child", force=True)
         with self._stage("evaluate"):
             measured = evaluate(
-                Library.open(library).parent_source(), str(self.out / "child"), recipe.data,
-                num_sequences=recipe.evaluate.sequences, seq_len=recipe.build.seq_len, work=self.work,
-                text_field=recipe.text_field, device="cpu" if recipe.profile.gpu == "cpu" else recipe.device,
+                Library.open(library).parent_source(),
+                str(self.out / "child"),
+                recipe.data,
+                num_sequences=recipe.evaluate.sequences,
+                seq_len=recipe.build.seq_len,
+                work=self.work,
+                text_field=recipe.text_field,
+                device="cpu" if recipe.profile.gpu == "cpu" else recipe.device,
                 repeats=recipe.evaluate.repeats,
-            )  # fmt: skip
+            )
         result = self._result(solved, measured)
         write_json(self.out / "result.json", result)
         return result
 
     def build_options(self) -> BuildOptions:
-        section = {k: v for k, v in asdict(self.recipe.build).items()}
+        section = asdict(self.recipe.build)
         section["tokens"] = int(section["tokens"])
         return BuildOptions(
-            data=self.recipe.data, out=self.out / "library", text_field=self.recipe.text_field, device=self.recipe.device,
+            data=self.recipe.data,
+            out=self.out / "library",
+            text_field=self.recipe.text_field,
+            device=self.recipe.device,
             **section,
-        )  # fmt: skip
+        )
 
     def _profile(self, library: Path) -> None:
         """Profile the workload's own lengths, unless this machine has done so for this very library."""

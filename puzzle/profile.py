@@ -79,13 +79,22 @@ def profile_library(root: Path, *, gpu: str, grid: Grid, name: str | None = None
     versions = f"torch {torch.__version__}"
     rows = [
         CostRow(
-            kind=point[0], shape=point[1], phase=point[2], batch=point[3], context=point[4], dtype="float32",
-            p20_s=median(t.p20 for t in found), p50_s=median(t.p50 for t in found), p80_s=median(t.p80 for t in found),
-            num_samples=sum(t.num_samples for t in found), device=cpu_name(), versions=versions,
+            kind=point[0],
+            shape=point[1],
+            phase=point[2],
+            batch=point[3],
+            context=point[4],
+            dtype="float32",
+            p20_s=median(t.p20 for t in found),
+            p50_s=median(t.p50 for t in found),
+            p80_s=median(t.p80 for t in found),
+            num_samples=sum(t.num_samples for t in found),
+            device=cpu_name(),
+            versions=versions,
             date=time.strftime("%Y-%m-%d"),
         )
         for point, found in samples.items()
-    ]  # fmt: skip
+    ]
     write_costs(out, rows)
     return out
 
@@ -111,9 +120,16 @@ class _Stage:
             module = variant.empty(self.spec).requires_grad_(False)
             self._copies = (kind + shape, rotating_copies(module, len(self.model.blocks)))
         return time_sub_block(
-            self._copies[1], self.partners[kind], self.spec, phase=phase, batch=batch, context=context, like=self.like,
-            seconds=self.grid.seconds, min_samples=self.grid.min_samples,
-        )  # fmt: skip
+            self._copies[1],
+            self.partners[kind],
+            self.spec,
+            phase=phase,
+            batch=batch,
+            context=context,
+            like=self.like,
+            seconds=self.grid.seconds,
+            min_samples=self.grid.min_samples,
+        )
 
     def _fixed(self, kind: str, phase: str, batch: int, context: int) -> Timing:
         """The embedding, or final norm, head and argmax of one position (a prompt needs only its last)."""

@@ -73,8 +73,14 @@ class Recipe:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
 
 
-_SECTIONS = {"build": BuildSection, "score": ScoreSection, "profile": ProfileSection, "goal": GoalSection,
-             "workload": WorkloadSection, "evaluate": EvaluateSection}  # fmt: skip
+_SECTIONS = {
+    "build": BuildSection,
+    "score": ScoreSection,
+    "profile": ProfileSection,
+    "goal": GoalSection,
+    "workload": WorkloadSection,
+    "evaluate": EvaluateSection,
+}
 
 
 def read_recipe(path: Path) -> Recipe:

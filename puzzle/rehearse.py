@@ -12,12 +12,13 @@ from puzzle.blocklib.variant import PARENT, parse_variant
 from puzzle.build import Builder, compute_dtype
 from puzzle.model import parent_module
 from puzzle.plan import BuildPlan
+from puzzle.replay import WARM_UP, Replayed
 
 NUM_STEPS = 3
 
 
 def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
-    """Seconds of all training steps: the median-free mean of NUM_STEPS steps of one layer, after a warm-up step,
+    """Seconds of all training steps: the mean of NUM_STEPS steps of one layer, after warm-up,
     times layers and steps. Weights and activations are random of the right shape: nothing is read or written."""
     spec, recipe, device = builder.spec, builder.recipe, builder.device
     dtype = compute_dtype(device)
@@ -30,20 +31,23 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
     x = torch.randn(recipe.batch_size, recipe.seq_len, spec.hidden_size, device=device, dtype=dtype)
     rope = rope_tables(spec, recipe.seq_len, device)
     layer.calibration = calibrate(ffn, [x[:1]], spec)  # type: ignore[arg-type]
+    lr = torch.full((), recipe.lr, device=device)
     trainers = [
-        VariantTrainer(layer, kind, parse_variant(kind, name, spec), recipe, device)
+        VariantTrainer(layer, kind, parse_variant(kind, name, spec), recipe, device, lr)
         for kind in KINDS
         for name in builder.variants[kind]
         if name != PARENT
     ]
-    seconds = 0.0
-    for step in range(NUM_STEPS + 1):
-        _wait(device)
-        begin = time.perf_counter()
-        builder.train_layer(x, attention, ffn, trainers, rope, step)
-        _wait(device)
-        seconds += (time.perf_counter() - begin) if step else 0.0
-    return seconds / NUM_STEPS * len(builder.layers) * recipe.num_steps
+    step = Replayed(lambda x: builder.train_layer(x, attention, ffn, trainers, rope))
+    for _ in range(WARM_UP + 1):
+        step(x)
+    _wait(device)
+    begin = time.perf_counter()
+    for _ in range(NUM_STEPS):
+        step(x)
+    _wait(device)
+    seconds = (time.perf_counter() - begin) / NUM_STEPS
+    return seconds * len(builder.layers) * recipe.num_steps
 
 
 def _wait(device: torch.device) -> None:

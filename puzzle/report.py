@@ -31,19 +31,26 @@ def print_solution(solved: dict[str, Any], library: Library) -> None:
     for line in picture(solved["layers"], library):
         console.print(line, markup=False)
     slack = ", ".join(f"{name} {value:.4g}" for name, value in solved["slack"].items())
-    console.print(f"{solved['status']}: sum of scores {solved['objective']:.5g} nats/token, bound {solved['bound']:.5g}, "
-                  f"gap {solved['gap']:.1e}, slack: {slack} ({solved['solver']}, {solved['seconds']:.2f} s)")  # fmt: skip
-    console.print(_table(f"predicted on {solved['costs']['device']} ({solved['costs']['dtype']})", [
-        ("batch", parent["batch"], child["batch"]),
-        ("tokens/s", f"{parent['tokens_per_second']:.5g}", f"{child['tokens_per_second']:.5g}"),
-        ("speed-up, each at its best batch", "1x", f"{child['speedup']:.3g}x"),
-        ("speed-up at the child's batch", "1x", f"{child['speedup_at_same_batch']:.3g}x"),
-        ("time to first token", f"{parent['ttft_seconds']:.4g} s", f"{child['ttft_seconds']:.4g} s"),
-        ("time per output token", f"{parent['tpot_seconds']:.4g} s", f"{child['tpot_seconds']:.4g} s"),
-        ("weights and KV cache", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
-        ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
-        ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
-    ]))  # fmt: skip
+    console.print(
+        f"{solved['status']}: sum of scores {solved['objective']:.5g} nats/token, bound {solved['bound']:.5g}, "
+        f"gap {solved['gap']:.1e}, slack: {slack} ({solved['solver']}, {solved['seconds']:.2f} s)"
+    )
+    console.print(
+        _table(
+            f"predicted on {solved['costs']['device']} ({solved['costs']['dtype']})",
+            [
+                ("batch", parent["batch"], child["batch"]),
+                ("tokens/s", f"{parent['tokens_per_second']:.5g}", f"{child['tokens_per_second']:.5g}"),
+                ("speed-up, each at its best batch", "1x", f"{child['speedup']:.3g}x"),
+                ("speed-up at the child's batch", "1x", f"{child['speedup_at_same_batch']:.3g}x"),
+                ("time to first token", f"{parent['ttft_seconds']:.4g} s", f"{child['ttft_seconds']:.4g} s"),
+                ("time per output token", f"{parent['tpot_seconds']:.4g} s", f"{child['tpot_seconds']:.4g} s"),
+                ("weights and KV cache", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
+                ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
+                ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
+            ],
+        )
+    )
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
@@ -78,8 +85,11 @@ def print_result(result: dict[str, Any]) -> None:
     table.add_row("tokens/s", f"{predicted['tokens_per_second']:.5g}", f"{measured['tokens_per_second']:.5g}")
     table.add_row("weights and KV cache", bytes_text(predicted["memory_bytes"]), bytes_text(measured["memory_bytes"]))
     table.add_row("KV bytes per token", str(predicted["kv_bytes_per_token"]), str(measured["kv_bytes_per_token"]))
-    table.add_row("KL to the parent, nats/token", f"{result['child']['sum_of_scores']:.4f} (sum of scores)",
-                  f"{result['child']['kl']:.4f}")  # fmt: skip
+    table.add_row(
+        "KL to the parent, nats/token",
+        f"{result['child']['sum_of_scores']:.4f} (sum of scores)",
+        f"{result['child']['kl']:.4f}",
+    )
     table.add_row("held-out loss", f"parent {result['parent']['loss']:.4f}", f"{result['child']['loss']:.4f}")
     console.print(table)
 
@@ -125,12 +135,19 @@ def library_summary(root: Path) -> dict[str, Any]:
 
 
 def print_library(summary: dict[str, Any]) -> None:
-    table = Table(title=f"{summary['library']}: medians over {len(summary['layers'])} layers, measured on held-out text",
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        title=f"{summary['library']}: medians over {len(summary['layers'])} layers, measured on held-out text",
+        title_justify="left",
+    )
     for name in ("sub-block", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"):
         table.add_column(name, justify="left" if name in ("sub-block", "variant") else "right")
     for row in summary["variants"]:
         kl = f"{row['kl']:.5f}" if "kl" in row else "not scored"
-        table.add_row(row["kind"], row["variant"], f"{row['validation_loss_before']:.4f}",
-                      f"{row['validation_loss_after']:.4f}", kl)  # fmt: skip
+        table.add_row(
+            row["kind"],
+            row["variant"],
+            f"{row['validation_loss_before']:.4f}",
+            f"{row['validation_loss_after']:.4f}",
+            kl,
+        )
     console.print(table)

@@ -36,8 +36,10 @@ def load_variant(
     tensors = store.read(layer, kind, name)
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
     if {n: tuple(t.shape) for n, t in tensors.items()} != wanted:
-        raise UserError(f"{store.path(layer, kind, name)} holds tensors of another shape than {kind} variant {name}: "
-                        "delete it and run `puzzle build-library` again")  # fmt: skip
+        raise UserError(
+            f"{store.path(layer, kind, name)} holds tensors of another shape than {kind} variant {name}: "
+            "delete it and run `puzzle build-library` again"
+        )
     module.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -73,8 +75,10 @@ class Scorer:
 
     def _score_layer(self, layer: int, wanted: list[str], streams, finals, data_hash: str, bar) -> None:
         path = self.store.scores_path(layer)
-        keys = {k: [self.store.record(layer, k, v)["sha256"] for v in self.library.variants(k) if v != PARENT]
-                for k in KINDS}  # fmt: skip
+        keys = {
+            k: [self.store.record(layer, k, v)["sha256"] for v in self.library.variants(k) if v != PARENT]
+            for k in KINDS
+        }
         key = content_hash([self.library.facts["parent"]["fingerprint"], data_hash, keys, str(self.device.type)])
         found: dict[str, dict[str, float]] = {}
         if path.is_file():
@@ -106,8 +110,10 @@ class Scorer:
             meter.add(self.model, final, self.model, x, ids)
         result = meter.result()
         if not math.isfinite(result["kl"]):
-            raise UserError(f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
-                            f"{self.store.path(layer, 'attention', 'x').parent.parent} and build with a smaller --lr")  # fmt: skip
+            raise UserError(
+                f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
+                f"{self.store.path(layer, 'attention', 'x').parent.parent} and build with a smaller --lr"
+            )
         return result
 
 
@@ -129,9 +135,14 @@ def score_library(
     opened = open_model(source)
     library.check_parent(opened.checkpoint.fingerprint(), source)
     tokens = load_tokens(
-        data, opened.directory, seq_len=seq_len or library.facts["data"]["seq_len"], num_train=1,
-        num_validation=num_sequences, text_field=text_field, seed=library.facts["seed"],
-    )  # fmt: skip
+        data,
+        opened.directory,
+        seq_len=seq_len or library.facts["data"]["seq_len"],
+        num_train=1,
+        num_validation=num_sequences,
+        text_field=text_field,
+        seed=library.facts["seed"],
+    )
     scorer = Scorer(library, opened, tokens.validation, pick_device(device), batch_size)
     scorer.run(tokens.hash, joint)
     return root / "scores"

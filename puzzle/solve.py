@@ -8,7 +8,6 @@ at the batch size that allows the smallest sum. Throughput b·output_len / Σ se
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from puzzle import __version__
@@ -44,8 +43,10 @@ class CostModel:
         self.library, self.table, self.work = library, table, work
         model = library.facts["model"]
         if work.input_len + work.output_len > model["max_length"]:
-            raise UserError(f"--input-len {work.input_len} + --output-len {work.output_len} exceed the parent's context of "
-                            f"{model['max_length']}")  # fmt: skip
+            raise UserError(
+                f"--input-len {work.input_len} + --output-len {work.output_len} exceed the parent's context of "
+                f"{model['max_length']}"
+            )
         self.bytes_per_element = DTYPE_BYTES[table.dtype]
         self.batches = table.batches
         head = model["head_shape"]
@@ -245,14 +246,20 @@ def explain_infeasible(problems: dict[str, Problem], costs: CostModel, goal: Goa
     """One line: the limits that bind and the best that is reachable."""
     least = {r: min(_least(p, r) for p in problems.values()) for r in ("memory_bytes", "num_parameters", "seconds")}
     if goal.memory is not None and least["memory_bytes"] > goal.memory:
-        return (f"--memory {goal.memory} bytes cannot be met: the smallest child of this library takes "
-                f"{int(least['memory_bytes'])} bytes at batch {min(costs.batches)}; raise --memory or offer smaller variants")  # fmt: skip
+        return (
+            f"--memory {goal.memory} bytes cannot be met: the smallest child of this library takes "
+            f"{int(least['memory_bytes'])} bytes at batch {min(costs.batches)}; raise --memory or offer smaller variants"
+        )
     if goal.max_parameters is not None and least["num_parameters"] > goal.max_parameters:
-        return (f"--params {goal.max_parameters} cannot be met: the smallest child of this library has "
-                f"{int(least['num_parameters'])} parameters; raise --params or offer smaller variants")  # fmt: skip
+        return (
+            f"--params {goal.max_parameters} cannot be met: the smallest child of this library has "
+            f"{int(least['num_parameters'])} parameters; raise --params or offer smaller variants"
+        )
     if goal.latency is not None and least["seconds"] > goal.latency:
-        return (f"--latency {goal.latency:g} s cannot be met: the fastest child of this library takes "
-                f"{least['seconds']:.4g} s; raise --latency or offer cheaper variants")  # fmt: skip
+        return (
+            f"--latency {goal.latency:g} s cannot be met: the fastest child of this library takes "
+            f"{least['seconds']:.4g} s; raise --latency or offer cheaper variants"
+        )
     fastest = 0.0
     for batch, problem in problems.items():
         seconds = _least_seconds_within(problem, goal)
@@ -265,11 +272,12 @@ def explain_infeasible(problems: dict[str, Problem], costs: CostModel, goal: Goa
             if v
         ]
         within = f" within {' and '.join(others)}" if others else ""
-        return (f"--throughput {goal.throughput} cannot be met{within}: the fastest child of this library reaches "
-                f"{fastest / parent.tokens_per_second:.3g}x ({fastest:.4g} tok/s; the parent {parent.tokens_per_second:.4g}); "
-                "lower --throughput or offer cheaper variants")  # fmt: skip
-    return ("the limits cannot be met together, though each one alone can: "
-            "relax --latency, --memory or --params")  # fmt: skip
+        return (
+            f"--throughput {goal.throughput} cannot be met{within}: the fastest child of this library reaches "
+            f"{fastest / parent.tokens_per_second:.3g}x ({fastest:.4g} tok/s; the parent {parent.tokens_per_second:.4g}); "
+            "lower --throughput or offer cheaper variants"
+        )
+    return "the limits cannot be met together, though each one alone can: relax --latency, --memory or --params"
 
 
 def _least(problem: Problem, resource: str) -> float:
@@ -283,10 +291,14 @@ def _least_seconds_within(problem: Problem, goal: Goal) -> float | None:
     from puzzle.solver.solve import solve
 
     layers = tuple(
-        Layer(name=la.name, variants=tuple(
-            Variant(name=v.name, score=v.resources["seconds"], resources=v.resources) for v in la.variants
-        )) for la in problem.layers
-    )  # fmt: skip
+        Layer(
+            name=la.name,
+            variants=tuple(
+                Variant(name=v.name, score=v.resources["seconds"], resources=v.resources) for v in la.variants
+            ),
+        )
+        for la in problem.layers
+    )
     kept = tuple(c for c in problem.constraints if c.name != "throughput")
     solution = solve(Problem(layers=layers, constraints=kept, fixed=problem.fixed))
     return solution.totals["seconds"] if solution.choice else None

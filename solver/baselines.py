@@ -17,9 +17,11 @@ def greedy(problem: Problem) -> Solution:
     choice: dict[str, str] = {}
     for position, layer in enumerate(problem.layers):
         share = {label: amount / (len(problem.layers) - position) for label, amount in left.items()}
-        fitting = [v for v in layer.variants if all(
-            v.resources[c.resource] <= share[c.label] for c in problem.constraints if c.max is not None
-        )]  # fmt: skip
+        fitting = [
+            v
+            for v in layer.variants
+            if all(v.resources[c.resource] <= share[c.label] for c in problem.constraints if c.max is not None)
+        ]
         pool = fitting or [min(layer.variants, key=lambda v: _pressure(v, problem, share))]
         picked = min(pool, key=lambda v: v.score)
         choice[layer.name] = picked.name

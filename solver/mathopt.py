@@ -25,19 +25,25 @@ def run(
     for cells in x:
         model.add_linear_constraint(mathopt.fast_sum(cells) == 1)
     for row in scaled.rows:
-        total = mathopt.fast_sum(float(c) * v for cs, vs in zip(row.coefficients, x, strict=True)
-                                 for c, v in zip(cs, vs, strict=True) if c)  # fmt: skip
+        total = mathopt.fast_sum(
+            float(c) * v for cs, vs in zip(row.coefficients, x, strict=True) for c, v in zip(cs, vs, strict=True) if c
+        )
         model.add_linear_constraint(
             lb=-math.inf if row.low is None else row.low, ub=math.inf if row.high is None else row.high, expr=total
         )
     for cut in cuts:
         model.add_linear_constraint(mathopt.fast_sum(x[i][j] for i, j in enumerate(cut)) <= len(cut) - 1)
-    model.minimize(mathopt.fast_sum(float(s) * v for ss, vs in zip(scaled.scores, x, strict=True)
-                                    for s, v in zip(ss, vs, strict=True) if s))  # fmt: skip
+    model.minimize(
+        mathopt.fast_sum(
+            float(s) * v for ss, vs in zip(scaled.scores, x, strict=True) for s, v in zip(ss, vs, strict=True) if s
+        )
+    )
     parameters = mathopt.SolveParameters(
-        relative_gap_tolerance=0.0, absolute_gap_tolerance=0.0, random_seed=0,
+        relative_gap_tolerance=0.0,
+        absolute_gap_tolerance=0.0,
+        random_seed=0,
         time_limit=None if seconds is None else datetime.timedelta(seconds=seconds),
-    )  # fmt: skip
+    )
     result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
     reason = result.termination.reason
     bound = result.termination.objective_bounds.dual_bound

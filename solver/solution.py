@@ -28,8 +28,17 @@ class Solution:
 
 
 def no_solution(status: Status, bound: float, seconds: float, solver: str) -> Solution:
-    return Solution(status=status, objective=float("inf"), bound=bound, gap=float("inf"), choice={}, totals={}, slack={},
-                    seconds=seconds, solver=solver)  # fmt: skip
+    return Solution(
+        status=status,
+        objective=float("inf"),
+        bound=bound,
+        gap=float("inf"),
+        choice={},
+        totals={},
+        slack={},
+        seconds=seconds,
+        solver=solver,
+    )
 
 
 def certified(
@@ -41,8 +50,14 @@ def certified(
     objective = float(totals.pop("score"))
     slack = {}
     for c in problem.constraints:
-        sides = [s for s in (None if c.max is None else c.max - float(totals[c.resource]),
-                             None if c.min is None else float(totals[c.resource]) - c.min) if s is not None]  # fmt: skip
+        sides = [
+            s
+            for s in (
+                None if c.max is None else c.max - float(totals[c.resource]),
+                None if c.min is None else float(totals[c.resource]) - c.min,
+            )
+            if s is not None
+        ]
         slack[c.label] = min(sides) if sides else float("inf")
     bound = min(bound, objective)
     return Solution(

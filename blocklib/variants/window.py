@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from puzzle.blocklib.layer import LayerSpec, ParentLayer
 from puzzle.blocklib.modules import Attention
 from puzzle.blocklib.variant import Footprint, register
 from puzzle.blocklib.variants.gqa import Gqa, attention_shape
+from torch import nn
+
 from puzzle.errors import UserError
 
 
@@ -29,7 +29,7 @@ class SlidingWindow:
 
     @classmethod
     def candidates(cls, spec: LayerSpec) -> list[str]:
-        return ["window-128"]
+        return ["window-128"] if spec.window is None or spec.window > 128 else []
 
     @property
     def name(self) -> str:

@@ -50,6 +50,12 @@ def main() -> None:
 
 
 for _command in (
-    build_library_command, score_command, profile_command, solve_command, export_command, evaluate_command, run_command,
-):  # fmt: skip
+    build_library_command,
+    score_command,
+    profile_command,
+    solve_command,
+    export_command,
+    evaluate_command,
+    run_command,
+):
     main.add_command(_command)

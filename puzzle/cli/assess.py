@@ -19,9 +19,15 @@ from puzzle.cli import options
 @options.device
 @options.as_json
 def score_command(
-    library: Path, data: tuple[str, ...], parent: str | None, sequences: int, joint: bool, text_field: str, device: str,
+    library: Path,
+    data: tuple[str, ...],
+    parent: str | None,
+    sequences: int,
+    joint: bool,
+    text_field: str,
+    device: str,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Measure, per block of LIBRARY, the KL divergence when it alone replaces its parent block.
 
     `build-library` does this too; use this verb to score on more text, or joint pairs.
@@ -34,8 +40,9 @@ def score_command(
     from puzzle.report import library_summary, print_library
     from puzzle.score import score_library
 
-    score_library(library, list(data), parent=parent, num_sequences=sequences, joint=joint, text_field=text_field,
-                  device=device)  # fmt: skip
+    score_library(
+        library, list(data), parent=parent, num_sequences=sequences, joint=joint, text_field=text_field, device=device
+    )
     summary = library_summary(library)
     options.print_json(summary) if as_json else print_library(summary)
 
@@ -57,9 +64,20 @@ def score_command(
 @options.device
 @options.as_json
 def evaluate_command(
-    parent: str, child: str, data: tuple[str, ...], sequences: int, seq_len: int, input_len: int, output_len: int,
-    batch: str | None, repeats: int, no_speed: bool, text_field: str, device: str, as_json: bool,
-) -> None:  # fmt: skip
+    parent: str,
+    child: str,
+    data: tuple[str, ...],
+    sequences: int,
+    seq_len: int,
+    input_len: int,
+    output_len: int,
+    batch: str | None,
+    repeats: int,
+    no_speed: bool,
+    text_field: str,
+    device: str,
+    as_json: bool,
+) -> None:
     """Measure PARENT and CHILD side by side: loss, KL, top-1 agreement, tokens/s, bytes, KV cache.
 
     \b
@@ -77,6 +95,16 @@ def evaluate_command(
         found = options.numbers("--batch", batch)
         pair = (found[0], found[-1])
     work = None if no_speed else Workload(input_len=input_len, output_len=output_len)
-    result = evaluate(parent, child, list(data), num_sequences=sequences, seq_len=seq_len, work=work, batches=pair,
-                      text_field=text_field, device=device, repeats=repeats)  # fmt: skip
+    result = evaluate(
+        parent,
+        child,
+        list(data),
+        num_sequences=sequences,
+        seq_len=seq_len,
+        work=work,
+        batches=pair,
+        text_field=text_field,
+        device=device,
+        repeats=repeats,
+    )
     options.print_json(result) if as_json else print_evaluation(result)

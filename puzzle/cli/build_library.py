@@ -41,11 +41,29 @@ from puzzle.cli import options
 @options.device
 @options.as_json
 def build_library_command(
-    source: str, data: tuple[str, ...], out: Path, attention: str | None, ffn: str | None, layers: str | None, tokens: str,
-    seq_len: int, batch_size: int, lr: float, seed: int, calibration_sequences: int, validation_sequences: int,
-    group_size: int | None, memory_limit: str | None, score: bool, score_sequences: int, joint: bool, dry_run: bool,
-    text_field: str, device: str, as_json: bool,
-) -> None:  # fmt: skip
+    source: str,
+    data: tuple[str, ...],
+    out: Path,
+    attention: str | None,
+    ffn: str | None,
+    layers: str | None,
+    tokens: str,
+    seq_len: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    calibration_sequences: int,
+    validation_sequences: int,
+    group_size: int | None,
+    memory_limit: str | None,
+    score: bool,
+    score_sequences: int,
+    joint: bool,
+    dry_run: bool,
+    text_field: str,
+    device: str,
+    as_json: bool,
+) -> None:
     """Train alternatives of every layer's attention and FFN against PARENT, and score them.
 
     PARENT is a Hugging Face directory or hub id (llama, mistral, qwen2, qwen3). Running again with the same --out
@@ -57,9 +75,14 @@ def build_library_command(
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
     """
-    for option, value in (("--seq-len", seq_len), ("--batch-size", batch_size), ("--lr", lr),
-                          ("--calibration-sequences", calibration_sequences), ("--score-sequences", score_sequences),
-                          ("--validation-sequences", validation_sequences)):  # fmt: skip
+    for option, value in (
+        ("--seq-len", seq_len),
+        ("--batch-size", batch_size),
+        ("--lr", lr),
+        ("--calibration-sequences", calibration_sequences),
+        ("--score-sequences", score_sequences),
+        ("--validation-sequences", validation_sequences),
+    ):
         options.positive(option, value)
     if group_size is not None:
         options.positive("--group-size", group_size)
@@ -68,14 +91,27 @@ def build_library_command(
     num_tokens = options.count("--tokens", tokens)
     limit = parse_bytes(memory_limit) if memory_limit else None
 
-    from puzzle.build import BuildOptions, Builder, build_library
+    from puzzle.build import Builder, BuildOptions, build_library
     from puzzle.families.family import open_model
 
     wanted = BuildOptions(
-        data=list(data), out=out, attention=attention, ffn=ffn, layers=layers, tokens=num_tokens, seq_len=seq_len,
-        batch_size=batch_size, lr=lr, text_field=text_field, seed=seed, calibration_sequences=calibration_sequences,
-        validation_sequences=validation_sequences, group_size=group_size, memory_limit=limit, device=device,
-    )  # fmt: skip
+        data=list(data),
+        out=out,
+        attention=attention,
+        ffn=ffn,
+        layers=layers,
+        tokens=num_tokens,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        lr=lr,
+        text_field=text_field,
+        seed=seed,
+        calibration_sequences=calibration_sequences,
+        validation_sequences=validation_sequences,
+        group_size=group_size,
+        memory_limit=limit,
+        device=device,
+    )
     if dry_run:
         from puzzle.plan import describe
         from puzzle.rehearse import predict_seconds
@@ -94,8 +130,16 @@ def build_library_command(
     if score:
         from puzzle.score import score_library
 
-        score_library(out, list(data), parent=source, num_sequences=score_sequences, seq_len=seq_len, joint=joint,
-                      text_field=text_field, device=device)  # fmt: skip
+        score_library(
+            out,
+            list(data),
+            parent=source,
+            num_sequences=score_sequences,
+            seq_len=seq_len,
+            joint=joint,
+            text_field=text_field,
+            device=device,
+        )
     from puzzle.report import library_summary, print_library
 
     summary = library_summary(out)

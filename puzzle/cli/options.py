@@ -10,8 +10,13 @@ import click
 
 DIRECTORY = click.Path(path_type=Path)
 
-data = click.option("--data", "-d", multiple=True, metavar="PATH",
-                    help="Directory, glob or file of text, .jsonl or .parquet, or a datasets name. Repeatable.")  # fmt: skip
+data = click.option(
+    "--data",
+    "-d",
+    multiple=True,
+    metavar="PATH",
+    help="Directory, glob or file of text, .jsonl or .parquet, or a datasets name. Repeatable.",
+)
 text_field = click.option("--text-field", default="text", show_default=True, help="Field of .jsonl and .parquet rows.")
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 parent = click.option("--parent", default=None, help="Where the library's parent is now, if it has moved.")

@@ -21,9 +21,17 @@ from puzzle.cli import options
 @click.option("--dry-run", is_flag=True, help="Print the number of points and the time; measure nothing.")
 @options.as_json
 def profile_command(
-    library: Path, gpu: str, batches: str, prefill: str, contexts: str, seconds: float, rounds: int, parent: str | None,
-    dry_run: bool, as_json: bool,
-) -> None:  # fmt: skip
+    library: Path,
+    gpu: str,
+    batches: str,
+    prefill: str,
+    contexts: str,
+    seconds: float,
+    rounds: int,
+    parent: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Measure prefill and decode time of every variant in LIBRARY, as it runs inside a model.
 
     Writes LIBRARY/costs/GPU/NAME.csv, which `puzzle solve` reads.

@@ -26,10 +26,20 @@ from puzzle.cli import options
 @click.option("--out", type=options.DIRECTORY, default=None, metavar="DIR", help="Default: LIBRARY/solution.")
 @options.as_json
 def solve_command(
-    library: Path, throughput: str | None, latency: str | None, memory: str | None, params: str | None, gpu: str,
-    shapes: str | None, input_len: int, output_len: int, backend: str, time_limit: float | None, out: Path | None,
+    library: Path,
+    throughput: str | None,
+    latency: str | None,
+    memory: str | None,
+    params: str | None,
+    gpu: str,
+    shapes: str | None,
+    input_len: int,
+    output_len: int,
+    backend: str,
+    time_limit: float | None,
+    out: Path | None,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Choose one variant per layer of LIBRARY: the least sum of scores within the goal.
 
     Needs neither a GPU nor torch. Writes architecture.json; says what is reachable when the goal is not.

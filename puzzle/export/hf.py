@@ -12,9 +12,21 @@ from puzzle.families.family import HfModel
 from puzzle.files import claim_output
 from puzzle.library import KINDS, Library
 
-_KEPT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps",
-         "max_position_embeddings", "hidden_act", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-         "initializer_range")  # fmt: skip
+_KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "hidden_act",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+)
 
 
 def per_layer_config(library: Library, layers: list[Choice]) -> dict[str, dict[str, Any]]:
@@ -35,8 +47,20 @@ def child_config(parent: HfModel, entries: dict[str, dict[str, Any]]) -> dict[st
     from transformers import LlamaConfig
 
     config, spec = parent.config, parent.spec
-    rope = LlamaConfig(**{k: config[k] for k in ("rope_theta", "rope_scaling", "rope_parameters", "hidden_size",
-                          "num_attention_heads", "max_position_embeddings") if config.get(k) is not None}).rope_parameters  # fmt: skip
+    rope = LlamaConfig(
+        **{
+            k: config[k]
+            for k in (
+                "rope_theta",
+                "rope_scaling",
+                "rope_parameters",
+                "hidden_size",
+                "num_attention_heads",
+                "max_position_embeddings",
+            )
+            if config.get(k) is not None
+        }
+    ).rope_parameters
     return {
         "architectures": ["PuzzleForCausalLM"],
         "model_type": "puzzle",

@@ -185,7 +185,7 @@ class PuzzleModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
         self.windows: list[int | None] = []  # of each cache slot; slots number the layers that attend, without gaps
-        for index, layer_config in enumerate(config.per_layer_config):
+        for index, layer_config in enumerate(config.per_layer_config or [config] * config.num_hidden_layers):
             self.layers.append(PuzzleLayer(layer_config, index, slot=len(self.windows)))
             self.windows += [layer_config.sliding_window] if self.layers[-1].attends else []
         self.norm = PuzzleRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -64,13 +64,19 @@ def _puzzle(config: dict[str, Any]) -> dict[str, Any]:
 
 def _reject_mixed_windows(config: dict[str, Any]) -> None:
     if config.get("use_sliding_window"):
-        raise UserError("use_sliding_window = true in config.json: parents with windows in some layers only are not "
-                        "supported; set it to false if the checkpoint allows it")  # fmt: skip
+        raise UserError(
+            "use_sliding_window = true in config.json: parents with windows in some layers only are not "
+            "supported; set it to false if the checkpoint allows it"
+        )
 
 
 _FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "puzzle": _puzzle,
-}  # fmt: skip
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "puzzle": _puzzle,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +135,10 @@ class HfModel:
             if name not in found:
                 raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
             if found[name] != shape:
-                raise UserError(f"weight {name} in {self.directory} has shape {list(found[name])}, config.json asks for "
-                                f"{list(shape)}: the config does not belong to these weights")  # fmt: skip
+                raise UserError(
+                    f"weight {name} in {self.directory} has shape {list(found[name])}, config.json asks for "
+                    f"{list(shape)}: the config does not belong to these weights"
+                )
         for name in wanted:
             self.checkpoint.tensor(name)
 
@@ -148,8 +156,9 @@ def open_model(source: str | Path) -> HfModel:
     model_type = config.get("model_type")
     if model_type not in _FAMILIES:
         hint = nearest(str(model_type), sorted(_FAMILIES))
-        raise UserError(f"{directory} is a '{model_type}' model, which is not supported; {hint} "
-                        f"(supported: {', '.join(_FAMILIES)})")  # fmt: skip
+        raise UserError(
+            f"{directory} is a '{model_type}' model, which is not supported; {hint} (supported: {', '.join(_FAMILIES)})"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{directory} uses hidden_act '{config['hidden_act']}': only SwiGLU (silu) FFNs are supported")
     try:
@@ -189,26 +198,37 @@ def _download(hub_id: str) -> Path:
         )
     except Exception as error:  # the hub client raises many kinds; all mean that there is no such model to read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"'{hub_id}' is neither a local directory nor a model that the hub gives ({reason}): "
-                        "check the spelling, or download it and pass the directory") from error  # fmt: skip
+        raise UserError(
+            f"'{hub_id}' is neither a local directory nor a model that the hub gives ({reason}): "
+            "check the spelling, or download it and pass the directory"
+        ) from error
 
 
 def _rope(directory: Path) -> tuple[tuple[float, ...], float]:
     """RoPE frequencies [D/2] and the factor on cos and sin, by transformers' own rules for this config."""
+    import json
+
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    import json
-
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    keys = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling",
-            "rope_parameters")  # fmt: skip
+    keys = (
+        "hidden_size",
+        "num_attention_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+    )
     config = LlamaConfig(**{k: raw[k] for k in keys if raw.get(k) is not None})
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
-        raise UserError(f"RoPE type '{kind}' in {directory}/config.json changes with the length: not supported; "
-                        "supported: default, linear, yarn, llama3")  # fmt: skip
+        raise UserError(
+            f"RoPE type '{kind}' in {directory}/config.json changes with the length: not supported; "
+            "supported: default, linear, yarn, llama3"
+        )
     if kind == "default":
         dim = config.head_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim

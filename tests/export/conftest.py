@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ def modules_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
-    monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
+    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers appends the cache to it
     return cache
 
 

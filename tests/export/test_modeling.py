@@ -23,32 +23,55 @@ from transformers import (
 from puzzle.export.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
 
 SHAPE = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
-}  # fmt: skip
+}
 SKIP_ATTENTION, NO_LAYER = {"skip": ["attention"]}, {"skip": ["attention", "mlp"]}
 LAYOUTS = {
     "identity": {},
     "kv heads and widths": {"0": {"num_key_value_heads": 1}, "2": {"intermediate_size": 8, "num_key_value_heads": 2}},
     "no attention in layer 0": {"0": SKIP_ATTENTION, "3": {"num_key_value_heads": 1}},
     "no attention in several": {"0": SKIP_ATTENTION, "1": {"linear": ["attention"]}, "4": SKIP_ATTENTION},
-    "no attention at all": {"0": SKIP_ATTENTION, "1": {"linear": ["attention"]}, "2": NO_LAYER, "3": SKIP_ATTENTION,
-                            "4": {"linear": ["attention", "mlp"]}},
+    "no attention at all": {
+        "0": SKIP_ATTENTION,
+        "1": {"linear": ["attention"]},
+        "2": NO_LAYER,
+        "3": SKIP_ATTENTION,
+        "4": {"linear": ["attention", "mlp"]},
+    },
     "windows": {"0": SKIP_ATTENTION, "1": {"sliding_window": 8}, "3": {"sliding_window": 5, "num_key_value_heads": 1}},
     "windows in all": {str(i): {"sliding_window": 1 + 6 * i} for i in range(5)},
-    "everything": {"0": {"num_key_value_heads": 1, "sliding_window": 6}, "1": SKIP_ATTENTION, "2": NO_LAYER,
-                   "3": {"linear": ["attention", "mlp"]}, "4": {"skip": ["mlp"], "sliding_window": 100}},
-}  # fmt: skip
+    "everything": {
+        "0": {"num_key_value_heads": 1, "sliding_window": 6},
+        "1": SKIP_ATTENTION,
+        "2": NO_LAYER,
+        "3": {"linear": ["attention", "mlp"]},
+        "4": {"skip": ["mlp"], "sliding_window": 100},
+    },
+}
 GREEDY = {"do_sample": False, "max_new_tokens": 64, "min_new_tokens": 64}
 
 
@@ -137,8 +160,9 @@ def test_global_window_equals_mistral():
 
 def test_window_in_some_layers_equals_qwen2_layer_types():
     types = ["full_attention", "sliding_attention", "full_attention"]
-    config = Qwen2Config(**SHAPE, rope_parameters=dict(ROPES["default"]), use_sliding_window=True, sliding_window=8,
-                         layer_types=types)  # fmt: skip
+    config = Qwen2Config(
+        **SHAPE, rope_parameters=dict(ROPES["default"]), use_sliding_window=True, sliding_window=8, layer_types=types
+    )
     qwen = randomised(Qwen2ForCausalLM(config))
     assert_same_model(puzzle_like(qwen, qkv_bias=True, per_layer_config={"1": {"sliding_window": 8}}), qwen)
 
@@ -245,8 +269,13 @@ def test_generation_goes_on_from_a_returned_cache_and_by_lookup():
     ids = tokens(1, 9)
     whole = model.generate(ids, **GREEDY)
     start = model.generate(ids, do_sample=False, max_new_tokens=20, return_dict_in_generate=True)
-    rest = model.generate(start.sequences, attention_mask=torch.ones_like(start.sequences),
-                          past_key_values=start.past_key_values, do_sample=False, max_new_tokens=44)  # fmt: skip
+    rest = model.generate(
+        start.sequences,
+        attention_mask=torch.ones_like(start.sequences),
+        past_key_values=start.past_key_values,
+        do_sample=False,
+        max_new_tokens=44,
+    )
     assert torch.equal(rest, whole)
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), whole)
     assert torch.equal(model.generate(ids, prefill_chunk_size=4, **GREEDY), whole)
@@ -269,7 +298,6 @@ def test_save_and_load_round_trip(layout, tmp_path):
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
     saved = json.loads((tmp_path / "second" / "config.json").read_text())
     wanted = {i: {k: sorted(v) if k == "skip" else v for k, v in entry.items()} for i, entry in LAYOUTS[layout].items()}
-    wanted.get("0", {}).pop("num_key_value_heads", None) if saved["num_key_value_heads"] == 1 else None
     assert saved.get("per_layer_config", {}) == wanted
     assert saved["architectures"] == ["PuzzleForCausalLM"]
     assert saved["auto_map"]["AutoModelForCausalLM"] == "modeling_puzzle.PuzzleForCausalLM"
@@ -287,8 +315,8 @@ def test_gradients_checkpointing_and_logits_to_keep():
     assert all(torch.allclose(weight.grad, plain[name], atol=1e-6) for name, weight in model.named_parameters())
     model.eval()
     whole = model(ids).logits
-    assert torch.equal(model(ids, logits_to_keep=1).logits, whole[:, -1:])
-    assert torch.equal(model(ids, logits_to_keep=torch.tensor([3, 8])).logits, whole[:, [3, 8]])
+    assert torch.allclose(model(ids, logits_to_keep=1).logits, whole[:, -1:], atol=1e-6)
+    assert torch.allclose(model(ids, logits_to_keep=torch.tensor([3, 8])).logits, whole[:, [3, 8]], atol=1e-6)
     assert torch.allclose(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, whole)
     assert torch.equal(
         model.get_decoder()(ids).last_hidden_state, model(ids, output_hidden_states=True).hidden_states[-1]
@@ -320,3 +348,20 @@ def test_what_the_model_cannot_do_is_said():
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(ValueError, match="StaticCache"):
         model(ids, past_key_values=StaticCache(config=LlamaConfig(**SHAPE), max_cache_len=16))
+
+
+def test_layer_numbers_of_two_digits(tmp_path):
+    """transformers pads the keys of `per_layer_config` when it saves; both spellings mean the same layers."""
+    model = child({"3": SKIP_ATTENTION, "11": {"num_key_value_heads": 1}}, num_hidden_layers=12)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["per_layer_config"]
+    assert saved == {"03": SKIP_ATTENTION, "11": {"num_key_value_heads": 1}}
+    assert [layer.attends for layer in PuzzleForCausalLM.from_pretrained(tmp_path).model.layers].index(False) == 3
+
+
+def test_training_after_inference_mode():
+    model = child({})
+    with torch.inference_mode():
+        model(tokens(1, 5))
+    model.train()(tokens(1, 5), labels=tokens(1, 5)).loss.backward()
+    assert copy.deepcopy(model).eval()(tokens(1, 5)).logits.shape == (1, 5, 128)

@@ -1,0 +1,31 @@
+# `make quickstart` runs the main job; `make test` the whole suite; `make check` format, lint and types.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
+
+.PHONY: quickstart test check format clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puzzle needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/puzzle run examples/quickstart.yaml --data "$(STDLIB)" --out runs/quickstart
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy puzzle blocklib solver
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf runs build dist *.egg-info

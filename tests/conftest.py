@@ -1,0 +1,166 @@
+"""Tiny models and libraries, made once a session: hidden 32, four layers, a corpus of a few files."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def run_cli(*arguments: object) -> Result:
+    """`puzzle ...` in this process."""
+    from puzzle.cli import main
+
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="session")
+def puzzle():
+    return run_cli
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Sixty documents of the standard library."""
+    directory = tmp_path_factory.mktemp("corpus")
+    files = sorted((STDLIB / "email").glob("*.py")) + sorted((STDLIB / "asyncio").glob("*.py"))
+    for path in files:
+        (directory / path.name).write_text(path.read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return directory
+
+
+def save_parent(directory: Path, corpus: Path, **changes) -> Path:
+    """A random Llama with a byte-level tokenizer of 384 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([p.read_text() for p in sorted(corpus.glob("*.py"))[:10]], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+    values = {
+        "vocab_size": 384,
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**values | changes))
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def parent(tmp_path_factory, corpus) -> Path:
+    return save_parent(tmp_path_factory.mktemp("models") / "tiny", corpus)
+
+
+BUILD = (
+    "--tokens",
+    2048,
+    "--seq-len",
+    64,
+    "--batch-size",
+    4,
+    "--calibration-sequences",
+    8,
+    "--validation-sequences",
+    4,
+    "--score-sequences",
+    6,
+    "--lr",
+    0.003,
+)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory, parent, corpus) -> Path:
+    """The tiny parent's library, built, scored and profiled. Tests that change it must copy it."""
+    out = tmp_path_factory.mktemp("libraries") / "lib"
+    done = run_cli("build-library", parent, "--data", corpus, "--out", out, *BUILD)
+    assert done.exit_code == 0, done.output
+    done = run_cli(
+        "profile",
+        out,
+        "--gpu",
+        "cpu",
+        "--batches",
+        "1,4",
+        "--prefill",
+        "16",
+        "--contexts",
+        "16,32",
+        "--seconds",
+        0.005,
+        "--rounds",
+        1,
+    )
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture(scope="session")
+def fake_costs():
+    return write_fake_costs
+
+
+def write_fake_costs(library: Path) -> None:
+    """Replace the measured times by round numbers, so that goals have known answers: a unit of time per 1000 weights."""
+    import csv
+
+    facts = json.loads((library / "library.json").read_text())
+    size = {v["shape"]: v["num_parameters"] for kind in facts["variants"].values() for v in kind.values()}
+    path = next((library / "costs" / "cpu").glob("*.csv"))
+    with open(path, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    kept = [row for row in rows if row["kind"] != "model"]
+    for row in kept:
+        tokens = int(row["batch"]) * (int(row["context"]) if row["phase"] == "prefill" else 1)
+        row["p50_s"] = (size.get(row["shape"], 100) + 50 / int(row["batch"])) * tokens * 1e-6
+    with open(path, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, kept[0])
+        writer.writeheader()
+        writer.writerows(kept)
+
+
+@pytest.fixture(scope="session")
+def poison():
+    return poison_tensor
+
+
+def poison_tensor(checkpoint: Path, name: str, edit) -> None:
+    """Rewrite one tensor of a single-file checkpoint: edit(tensor) -> tensor, or None to drop it."""
+    from safetensors.torch import load_file
+
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    value = edit(tensors.pop(name))
+    if value is not None:
+        tensors[name] = value
+    save_file(tensors, path, {"format": "pt"})
