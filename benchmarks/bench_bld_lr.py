@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 import torch
-from puzzle.blocklib.store import BlockStore
 
+from puzzle.blocklib.store import BlockStore
 from puzzle.build import BuildOptions, build_library
 from puzzle.library import KINDS, PARENT, Library
 

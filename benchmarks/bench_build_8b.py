@@ -19,9 +19,9 @@ from pathlib import Path
 
 import click
 import torch
-from puzzle.blocklib.layer import attention_shapes, ffn_shapes
 from safetensors.torch import save_file
 
+from puzzle.blocklib.layer import attention_shapes, ffn_shapes
 from puzzle.build import Builder, BuildOptions
 from puzzle.families.family import hf_name, open_model
 from puzzle.hardware import parse_bytes
@@ -93,13 +93,13 @@ def write_parent(directory: Path, tokenizer: Path, num_layers: int) -> None:
 @click.option("--data", required=True, multiple=True)
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--num-layers", type=int, default=8, show_default=True)
-@click.option("--layers", default="0-3", show_default=True)
-@click.option("--tokens", type=float, default=2e5, show_default=True)
+@click.option("--num-layers", type=int, default=11, show_default=True)
+@click.option("--layers", default="0-10", show_default=True)
+@click.option("--tokens", type=float, default=2.5e5, show_default=True)
 @click.option("--seq-len", type=int, default=2048, show_default=True)
 @click.option("--batch-size", type=int, default=4, show_default=True)
 @click.option("--memory-limit", default="80GB", show_default=True)
-@click.option("--peak-flops", type=float, default=989e12, show_default=True)
+@click.option("--peak-flops", type=float, default=1189e12, show_default=True)
 def main(
     data: tuple[str, ...],
     tokenizer: Path,

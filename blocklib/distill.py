@@ -13,11 +13,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from puzzle.blocklib.layer import Calibration, Kind, LayerSpec, ParentLayer
 from puzzle.blocklib.modules import Rope, SwiGLU
 from puzzle.blocklib.store import layer_name
 from puzzle.blocklib.variant import Variant
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

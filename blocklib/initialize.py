@@ -6,8 +6,9 @@ Letters: H hidden_size, N query heads, K KV heads, D head_dim, F intermediate_si
 from __future__ import annotations
 
 import torch
-from puzzle.blocklib.layer import Calibration, LayerSpec
 from torch import Tensor
+
+from puzzle.blocklib.layer import Calibration, LayerSpec
 
 RIDGE = 1e-4  # of the mean diagonal of the Gram matrix: keeps the solve stable when tokens are few
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from puzzle.blocklib.layer import LayerSpec
 from torch import Tensor, nn
+
+from puzzle.blocklib.layer import LayerSpec
 
 Rope = tuple[Tensor, Tensor]
 

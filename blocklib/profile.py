@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from puzzle.blocklib.layer import LayerSpec, rope_tables
 from puzzle.blocklib.runtime import decode, new_cache, prefill
-from torch import Tensor, nn
 
 Call = tuple[Callable[[], object], Callable[[], object]]
 
@@ -44,7 +45,7 @@ def rotating_copies(module: nn.Module, max_copies: int) -> list[nn.Module]:
     return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
 
 
-def time_calls(calls: list[Call], seconds: float, min_samples: int) -> Timing:
+def time_calls(calls: Sequence[Call], seconds: float, min_samples: int) -> Timing:
     """Walk round the list for `seconds` and at least `min_samples`; each call is one sample, the first round warms up.
 
     calls: (before, timed): `before` runs untimed, to leave the processor as a model's previous sub-block leaves it.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from puzzle.blocklib.modules import Attention, NoOp, Rope
 from torch import Tensor, nn
+
+from puzzle.blocklib.modules import Attention, NoOp, Rope
 
 
 class KVCache:
@@ -53,7 +54,7 @@ def prefill(module: nn.Module, x: Tensor, rope: Rope, cache: KVCache | None) -> 
     """x [B, T, H] -> x plus the sub-block's contribution; K and V go to the cache. rope covers positions 0…T-1."""
     if isinstance(module, NoOp):
         return x
-    if cache is None:
+    if cache is None or not isinstance(module, Attention):
         return x + module(x, rope)
     q, k, v = module.project(x, rope)
     cache.fill(k, v)
@@ -64,7 +65,7 @@ def decode(module: nn.Module, x: Tensor, rope: Rope, cache: KVCache | None, posi
     """x [B, 1, H] at `position` -> x plus the sub-block's contribution. rope holds that position's row alone."""
     if isinstance(module, NoOp):
         return x
-    if cache is None:
+    if cache is None or not isinstance(module, Attention):
         return x + module(x, rope)
     q, k, v = module.project(x, rope)
     keys, values = cache.append(k, v, position)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from puzzle.blocklib.distill import VariantTrainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from puzzle.blocklib.distill import VariantTrainer
 from puzzle.files import content_hash, replacing
 
 

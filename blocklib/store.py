@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from puzzle.blocklib.layer import Kind
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from puzzle.blocklib.layer import Kind
 from puzzle.errors import UserError
 from puzzle.files import file_hash, read_json, replacing, write_json
 

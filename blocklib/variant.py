@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
-from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, ParentLayer
 from torch import nn
 
+from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, ParentLayer
 from puzzle.errors import UserError, nearest
 
 PARENT = "parent"  # the name under which the parent's own sub-block is always a choice

@@ -9,6 +9,7 @@ Letters: B batch, T tokens, H hidden_size.
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ BlockKey = tuple[int, Kind, str]  # (layer, kind, variant)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
-    """What `puzzle build-library` was asked for. tokens: training tokens; attention, ffn: names or None (default)."""
+    """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
+    initialised. attention, ffn: names or None (default)."""
 
     data: list[str]
     out: Path
@@ -55,7 +57,7 @@ class BuildOptions:
     tokens: int = 1_000_000
     seq_len: int = 1024
     batch_size: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-3
     text_field: str = "text"
     seed: int = 0
     calibration_sequences: int = 64
@@ -67,7 +69,7 @@ class BuildOptions:
 
     def recipe(self) -> Recipe:
         return Recipe(
-            num_steps=max(1, round(self.tokens / (self.batch_size * self.seq_len))),
+            num_steps=-(-self.tokens // (self.batch_size * self.seq_len)),
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             lr=self.lr,
@@ -83,9 +85,12 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA GPU is visible here; use --device cpu or run where there is one")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is no device: use auto, cpu or cuda") from None
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -110,9 +115,9 @@ def parse_layers(text: str | None, num_layers: int) -> list[int]:
 
 
 def device_memory(device: torch.device, limit: int | None) -> int:
-    """Bytes that training may use: 90 % of what is free now, and at most `limit`."""
+    """Bytes that a plan may fill: 90 % of what is free now, or of `limit` where that is less."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return min(int(0.9 * free), limit or free)
+    return int(0.9 * min(free, limit or free))
 
 
 class Builder:
@@ -148,6 +153,7 @@ class Builder:
             compute_bytes=self.dtype.itemsize,
             stored_bytes=self.stored_dtype.itemsize,
             embedding_bytes=self.parent.vocab_size * self.spec.hidden_size * self.dtype.itemsize,
+            on_host=self.device.type == "cpu",
             group_size=self.options.group_size,
         )
 
@@ -157,7 +163,7 @@ class Builder:
             self.options.data,
             self.parent.directory,
             seq_len=recipe.seq_len,
-            num_train=recipe.num_steps * recipe.batch_size,
+            num_train=self.num_batches * recipe.batch_size,
             num_validation=recipe.validation_sequences,
             text_field=self.options.text_field,
             seed=self.options.seed,
@@ -178,9 +184,12 @@ class Builder:
         self._data = data
         self._embedding = nn.Embedding.from_pretrained(self.parent.embedding().to(self.device, self.dtype))
         self._streams = ResidualStreams(self._embed)
-        with progress("distil", self.recipe.num_steps * (last + 1)) as bar:
+        with progress("distil", self.num_batches * (last + 1)) as bar:
             for index, group in enumerate(groups[: last + 1]):
                 self._run_group(group, missing[group], bar, keep_streams=index < last)
+                gc.collect()  # an optimiser refers to itself: without this its states outlive the group
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
         shutil.rmtree(out / ".work", ignore_errors=True)
         console.print(f"trained {total} blocks into {out}")
 
@@ -201,8 +210,8 @@ class Builder:
         forward = Replayed(lambda x: self._through(layers, {}, rope, x))
         training = Replayed(lambda x: self._through(layers, trainers, rope, x))
         begin = saved_at = time.monotonic()
-        for step in range(self.recipe.num_steps):
-            train = step >= done and bool(missing)
+        for step in range(self.num_batches):
+            train = done <= step < self.recipe.num_steps and bool(missing)
             if train or keep_streams:
                 self._lr.fill_(self.recipe.lr_at(step))
                 x = (training if train else forward)(self._streams.get("train", step))
@@ -225,9 +234,7 @@ class Builder:
         """The parent's modules of the group's layers, and a trainer for every missing block."""
         layers: Layers = []
         trainers: Trainers = {}
-        calibration = -(-self.recipe.calibration_sequences // self.recipe.batch_size)
-        count = min(self.recipe.num_steps, calibration) if missing else 0
-        streams = [self._streams.get("train", step) for step in range(count)]
+        streams = [self._streams.get("train", step) for step in range(self.num_calibration if missing else 0)]
         for index in group:
             layer = self._to_device(self.parent.layer(index))
             attention, ffn = (parent_module(kind, self.spec, layer.weights(kind)) for kind in KINDS)
@@ -284,6 +291,16 @@ class Builder:
                     x = x_in + target
             if keep_streams:
                 self._streams.keep("validation", batch, x)
+
+    @property
+    def num_calibration(self) -> int:
+        """Batches that initialise the variants: the first ones of the training data."""
+        return -(-self.recipe.calibration_sequences // self.recipe.batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Training batches that pass through the parent."""
+        return max(self.recipe.num_steps, self.num_calibration)
 
     # -- small parts -----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from puzzle.bench import measure
+from puzzle.blocklib.modules import Attention
 from puzzle.build import compute_dtype, pick_device
 from puzzle.console import console
 from puzzle.costs import Workload
@@ -81,11 +82,8 @@ def evaluate(
 
 def _sizes(opened: HfModel, model: CausalModel) -> dict[str, int]:
     weights = [t for _, t in model.named_weights()]
-    per_token = sum(
-        2 * block.attention.num_kv_heads * block.attention.head_dim
-        for block in model.blocks
-        if hasattr(block.attention, "num_kv_heads")
-    )
+    attending = [block.attention for block in model.blocks if isinstance(block.attention, Attention)]
+    per_token = sum(2 * attention.num_kv_heads * attention.head_dim for attention in attending)
     return {
         "num_parameters": sum(t.numel() for t in weights),
         "weight_bytes": sum(t.numel() * t.element_size() for t in weights),

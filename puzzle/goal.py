@@ -51,15 +51,15 @@ def parse_seconds(option: str, text: str) -> float:
     return value
 
 
-def parse_count(option: str, text: str) -> int:
-    """'7e9', '7B', '12M' -> a count. Raises UserError unless positive."""
+def parse_count(option: str, text: str, least: int = 1) -> int:
+    """'7e9', '7B', '12M' -> a count. Raises UserError below `least`."""
     found = re.fullmatch(r"\s*([-+0-9.eE]+?)\s*([kKmMbBtT])?\s*", text)
     scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
     try:
         value = float(found[1]) * (scale[found[2].lower()] if found[2] else 1) if found else math.nan
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 1):
+    if not (math.isfinite(value) and value >= least):
         raise UserError(f"{option} {text}: write a count such as 6.5B, 12M or 1000000")
     return int(value)
 

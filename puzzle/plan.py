@@ -12,7 +12,11 @@ from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, attention_shapes, ffn_
 from puzzle.blocklib.variant import PARENT, parse_variant
 from puzzle.errors import UserError
 
-STATE_BYTES = 16  # per trained parameter: float32 master, gradient, and AdamW's two moments
+STATE_BYTES = 12  # per trained parameter, all the time: float32 master and AdamW's two moments
+START_BYTES = (
+    4  # per trained parameter, in host memory: the initial weights, kept in case training does not improve them
+)
+FLIGHT_BYTES = 12  # per parameter of the one variant that takes its step: float32 gradient, its masked copy, bf16 casts
 
 
 def _numel(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -34,7 +38,7 @@ class BuildPlan:
     groups: tuple[tuple[int, ...], ...]
     trained_parameters_per_layer: int
     peak_memory_bytes: int
-    host_activation_bytes: int
+    host_memory_bytes: int
     disk_bytes: int
     flops: float
     num_tokens: int
@@ -60,13 +64,23 @@ def training_flops(spec: LayerSpec, variants: dict[Kind, list[str]], seq_len: in
     return total
 
 
-def trained_parameters(spec: LayerSpec, variants: dict[Kind, list[str]]) -> int:
-    return sum(
+def variant_parameters(spec: LayerSpec, variants: dict[Kind, list[str]]) -> list[int]:
+    """Of every variant that is trained, in one layer."""
+    return [
         parse_variant(kind, name, spec).footprint(spec).num_parameters
         for kind in KINDS
         for name in variants[kind]
         if name != PARENT
-    )
+    ]
+
+
+def calibration_bytes(spec: LayerSpec, recipe: Recipe, compute_bytes: int) -> int:
+    """While a layer's variants are initialised: the calibration streams, one batch's statistics in float64, the least
+    squares, and a float32 copy of a sub-block."""
+    tokens, hidden = recipe.batch_size * recipe.seq_len, spec.hidden_size
+    streams = recipe.calibration_sequences * recipe.seq_len * hidden * compute_bytes
+    statistics = tokens * (2 * 8 * spec.intermediate_size + 3 * 8 * hidden)
+    return streams + statistics + 6 * 8 * hidden**2 + 4 * layer_parameters(spec)
 
 
 def workspace_bytes(spec: LayerSpec, recipe: Recipe, compute_bytes: int) -> int:
@@ -88,21 +102,21 @@ def plan_build(
     compute_bytes: int,
     stored_bytes: int,
     embedding_bytes: int,
+    on_host: bool,
     group_size: int | None = None,
 ) -> BuildPlan:
     """Fit as many layers as memory takes into a group; one group means that no activations are stored.
 
-    memory_bytes: what the device may use; compute_bytes, stored_bytes: per weight while training and on disk.
+    memory_bytes: what the device may use; compute_bytes, stored_bytes: per weight while training and on disk; on_host:
+    the device is the CPU, so that what waits in host memory counts as device memory.
     Raises UserError when not even one layer fits.
     """
-    trained = trained_parameters(spec, variants)
-    # Least-squares statistics live only while a layer's variants are built.
-    calibration = 2 * 8 * spec.hidden_size**2 + 4 * layer_parameters(spec)
+    per_variant = variant_parameters(spec, variants)
+    trained = sum(per_variant)
     parent = layer_parameters(spec) * compute_bytes
-    per_layer = STATE_BYTES * trained + parent
-    # bf16 copies of the weights of the variant in flight, which autocast makes
-    casts = 0 if compute_bytes == 4 else 2 * compute_bytes * _numel(ffn_shapes(spec))
-    fixed = embedding_bytes + workspace_bytes(spec, recipe, compute_bytes) + max(calibration, casts)
+    per_layer = (STATE_BYTES + (START_BYTES if on_host else 0)) * trained + parent
+    step = FLIGHT_BYTES * max(per_variant, default=0) + workspace_bytes(spec, recipe, compute_bytes)
+    fixed = embedding_bytes + max(step, calibration_bytes(spec, recipe, compute_bytes))
     fitting = int((memory_bytes - fixed) // per_layer)
     if fitting < 1:
         raise UserError(
@@ -110,17 +124,20 @@ def plan_build(
             "use a smaller --batch-size or --seq-len, or fewer variants"
         )
     size = min(len(layers), fitting if group_size is None else group_size)
+    size = -(-len(layers) // -(-len(layers) // size))  # as many groups, evenly filled
     groups = tuple(tuple(layers[i : i + size]) for i in range(0, len(layers), size))
     num_tokens = recipe.num_steps * recipe.batch_size * recipe.seq_len
-    stored = (recipe.num_steps * recipe.batch_size + recipe.validation_sequences) * recipe.seq_len
+    sequences = max(recipe.num_steps * recipe.batch_size, recipe.calibration_sequences) + recipe.validation_sequences
+    stored = sequences * recipe.seq_len
+    activations = stored * spec.hidden_size * compute_bytes if len(groups) > 1 else 0
     skipped = max(layers) + 1 - len(layers)
     flops = num_tokens * len(layers) * training_flops(spec, variants, recipe.seq_len)
     flops += num_tokens * skipped * (2 * layer_parameters(spec) + attention_flops(spec, recipe.seq_len, spec.window))
     return BuildPlan(
         groups=groups,
         trained_parameters_per_layer=trained,
-        peak_memory_bytes=fixed + size * per_layer,
-        host_activation_bytes=stored * spec.hidden_size * compute_bytes if len(groups) > 1 else 0,
+        peak_memory_bytes=fixed + size * per_layer + (activations if on_host else 0),
+        host_memory_bytes=activations + (0 if on_host else START_BYTES * size * trained),
         disk_bytes=len(layers) * trained * stored_bytes + size * trained * 12,
         flops=flops,
         num_tokens=num_tokens,
@@ -136,7 +153,7 @@ def describe(plan: BuildPlan, seconds: float, variants: dict[Kind, list[str]], d
         "trained_parameters_per_layer": plan.trained_parameters_per_layer,
         "predicted": {
             "peak_memory_bytes": plan.peak_memory_bytes,
-            "host_activation_bytes": plan.host_activation_bytes,
+            "host_memory_bytes": plan.host_memory_bytes,
             "disk_bytes": plan.disk_bytes,
             "flops": plan.flops,
             "num_tokens": plan.num_tokens,

@@ -42,6 +42,7 @@ class Replayed:
             self._input = x.clone()
             self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what the warm-up's stream holds cannot serve the graph
             with torch.cuda.graph(self._graph):
                 self._output = self._function(self._input)
         assert self._input is not None

@@ -105,7 +105,7 @@ def print_plan(facts: dict[str, Any]) -> None:
     )
     console.print(f"trained           {facts['trained_parameters_per_layer']:,} parameters per layer")
     console.print(f"device memory     {bytes_text(predicted['peak_memory_bytes'])} at the peak (predicted)")
-    console.print(f"host activations  {bytes_text(predicted['host_activation_bytes'])} (predicted)")
+    console.print(f"host memory       {bytes_text(predicted['host_memory_bytes'])} besides (predicted)")
     console.print(f"disk              {bytes_text(predicted['disk_bytes'])}: library and one snapshot (predicted)")
     console.print(
         f"compute           {predicted['flops']:.2e} FLOPs over {predicted['num_tokens']:,} tokens (predicted)"

@@ -94,7 +94,7 @@ class Scorer:
 
     def _score(self, layer: int, name: str, modules: dict[str, nn.Module], streams, finals) -> dict[str, float]:
         block = self.model.blocks[layer]
-        parts = {"attention": block.attention, "ffn": block.ffn}
+        parts: dict[str, nn.Module] = {kind: getattr(block, kind) for kind in KINDS}
         for piece in name.split("+"):
             kind, _, variant = piece.partition("/")
             if piece not in modules:

@@ -54,6 +54,7 @@ def run(
             None,
             math.inf if reason in infeasible else bound,
         )
-    values = result.variable_values()
-    cells = tuple(max(range(len(vs)), key=lambda j, vs=vs: values[vs[j]]) for vs in x)
-    return ("optimal" if reason == mathopt.TerminationReason.OPTIMAL else "feasible"), cells, bound
+    found = result.variable_values()
+    values = [[found[variable] for variable in of_layer] for of_layer in x]
+    choice = tuple(of_layer.index(max(of_layer)) for of_layer in values)
+    return ("optimal" if reason == mathopt.TerminationReason.OPTIMAL else "feasible"), choice, bound

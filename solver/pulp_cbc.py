@@ -48,6 +48,8 @@ def run(
     if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         infeasible = model.status == pulp.LpStatusInfeasible
         return ("infeasible" if infeasible else "time_limit"), None, math.inf if infeasible else -math.inf
-    cells = tuple(max(range(len(vs)), key=lambda j, vs=vs: vs[j].value() or 0.0) for vs in x)
-    optimal = model.sol_status == pulp.LpSolutionOptimal
-    return ("optimal" if optimal else "feasible"), cells, pulp.value(model.objective) or 0.0 if optimal else 0.0
+    values = [[variable.value() or 0.0 for variable in of_layer] for of_layer in x]
+    choice = tuple(of_layer.index(max(of_layer)) for of_layer in values)
+    if model.sol_status == pulp.LpSolutionOptimal:
+        return "optimal", choice, float(pulp.value(model.objective) or 0.0)
+    return "feasible", choice, 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from puzzle.solver.problem import Problem
 
 TARGET = 1e3  # the spread of the objective after scaling

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.store import BlockStore
-
 from puzzle.build import Builder, BuildOptions, build_library, parse_layers
 from puzzle.data import TokenData, load_tokens
 from puzzle.families.family import open_model

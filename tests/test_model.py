@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from puzzle.blocklib.layer import KINDS
-from puzzle.blocklib.modules import NoOp
-from puzzle.blocklib.runtime import KVCache
-from puzzle.blocklib.variant import parse_variant
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +16,10 @@ from transformers import (
 )
 
 from puzzle.bench import Runner, measure
+from puzzle.blocklib.layer import KINDS
+from puzzle.blocklib.modules import NoOp
+from puzzle.blocklib.runtime import KVCache
+from puzzle.blocklib.variant import parse_variant
 from puzzle.costs import Workload
 from puzzle.errors import UserError
 from puzzle.families.family import open_model

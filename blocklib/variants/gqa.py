@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from puzzle.blocklib.initialize import merge_kv_heads
 from puzzle.blocklib.layer import LayerSpec, ParentLayer, attention_shapes
 from puzzle.blocklib.modules import Attention
 from puzzle.blocklib.variant import Footprint, register
-from torch import nn
-
 from puzzle.errors import UserError
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
 from puzzle.blocklib.initialize import attention_as_linear, ffn_as_linear
 from puzzle.blocklib.layer import LayerSpec, ParentLayer
 from puzzle.blocklib.modules import Linear
 from puzzle.blocklib.variant import Footprint, register
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from puzzle.blocklib.layer import LayerSpec, ParentLayer
 from puzzle.blocklib.modules import NoOp
 from puzzle.blocklib.variant import Footprint, register
-from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from puzzle.blocklib.initialize import channel_order
 from puzzle.blocklib.layer import LayerSpec, ParentLayer, ffn_shapes
 from puzzle.blocklib.modules import SwiGLU
 from puzzle.blocklib.variant import Footprint, register
-from torch import nn
-
 from puzzle.errors import UserError
 
 

@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from puzzle.blocklib.layer import LayerSpec, ParentLayer
 from puzzle.blocklib.modules import Attention
 from puzzle.blocklib.variant import Footprint, register
 from puzzle.blocklib.variants.gqa import Gqa, attention_shape
-from torch import nn
-
 from puzzle.errors import UserError
 
 

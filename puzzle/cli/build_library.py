@@ -18,11 +18,11 @@ from puzzle.cli import options
 @click.option("--attention", default=None, metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
 @click.option("--ffn", default=None, metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
 @click.option("--layers", default=None, metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
-@click.option("--tokens", default="1M", show_default=True, help="Training tokens, e.g. 20M.")
+@click.option("--tokens", default="1M", show_default=True, help="Training tokens, e.g. 20M; 0 only initialises.")
 @click.option("--seq-len", type=int, default=1024, show_default=True)
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences a step.")
 @click.option(
-    "--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate (docs/log.md has the sweep)."
+    "--lr", type=float, default=2e-3, show_default=True, help="Peak learning rate (docs/log.md has the sweep)."
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Orders the data; blocks' seeds depend on them alone."
@@ -88,7 +88,7 @@ def build_library_command(
         options.positive("--group-size", group_size)
     from puzzle.hardware import parse_bytes
 
-    num_tokens = options.count("--tokens", tokens)
+    num_tokens = options.count("--tokens", tokens, least=0)
     limit = parse_bytes(memory_limit) if memory_limit else None
 
     from puzzle.build import Builder, BuildOptions, build_library

@@ -27,11 +27,11 @@ output_len = click.option(
 )
 
 
-def count(option: str, text: str) -> int:
+def count(option: str, text: str, least: int = 1) -> int:
     """'1e6', '20M' -> a count, for options that take large numbers."""
     from puzzle.goal import parse_count
 
-    return parse_count(option, text)
+    return parse_count(option, text, least)
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:

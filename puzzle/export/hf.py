@@ -71,7 +71,7 @@ def child_config(parent: HfModel, entries: dict[str, dict[str, Any]]) -> dict[st
         **{key: config[key] for key in _KEPT if key in config},
         "num_key_value_heads": spec.num_key_value_heads,
         "head_dim": spec.head_dim,
-        "rope_parameters": dict(rope),
+        "rope_parameters": dict(rope or {}),
         "attention_bias": spec.o_bias,
         "qkv_bias": spec.qkv_bias and not spec.o_bias,
         "mlp_bias": spec.mlp_bias,

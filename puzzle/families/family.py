@@ -222,7 +222,7 @@ def _rope(directory: Path) -> tuple[tuple[float, ...], float]:
         "rope_parameters",
     )
     config = LlamaConfig(**{k: raw[k] for k in keys if raw.get(k) is not None})
-    parameters = config.rope_parameters
+    parameters = dict(config.rope_parameters or {})
     kind = parameters.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise UserError(
@@ -230,7 +230,7 @@ def _rope(directory: Path) -> tuple[tuple[float, ...], float]:
             "supported: default, linear, yarn, llama3"
         )
     if kind == "default":
-        dim = config.head_dim
+        dim = int(config.head_dim or config.hidden_size // config.num_attention_heads)
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
     if kind not in ROPE_INIT_FUNCTIONS:

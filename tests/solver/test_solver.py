@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from puzzle.solver.baselines import greedy, random_feasible, uniform
 from puzzle.solver.problem import Constraint, Layer, Problem, ProblemError, Variant
 from puzzle.solver.solve import solve
