@@ -30,16 +30,20 @@ from puzzle.score import score_library
 @click.option("--data", required=True, multiple=True)
 @click.option("--library", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--attention", default=None, help="Default: the whole search space.")
+@click.option("--ffn", default=None)
 @click.option("--tokens", type=float, default=20e6, show_default=True)
 @click.option("--seq-len", type=int, default=1024, show_default=True)
 @click.option("--batch-size", type=int, default=16, show_default=True)
-@click.option("--lr", type=float, default=2e-3, show_default=True)
+@click.option("--lr", type=float, default=3e-3, show_default=True)
 @click.option("--score-sequences", type=int, default=64, show_default=True)
 def main(
     parent: str,
     data: tuple[str, ...],
     library: Path,
     out: Path,
+    attention: str | None,
+    ffn: str | None,
     tokens: float,
     seq_len: int,
     batch_size: int,
@@ -49,7 +53,14 @@ def main(
     def built(root: Path, num_tokens: int) -> float:
         begin = time.time()
         options = BuildOptions(
-            data=list(data), out=root, tokens=num_tokens, seq_len=seq_len, batch_size=batch_size, lr=lr
+            data=list(data),
+            out=root,
+            attention=attention,
+            ffn=ffn,
+            tokens=num_tokens,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            lr=lr,
         )
         build_library(parent, options)
         seconds = time.time() - begin

@@ -57,7 +57,7 @@ class BuildOptions:
     tokens: int = 1_000_000
     seq_len: int = 1024
     batch_size: int = 8
-    lr: float = 2e-3
+    lr: float = 3e-3
     text_field: str = "text"
     seed: int = 0
     calibration_sequences: int = 64

@@ -19,7 +19,7 @@ class BuildSection:
     tokens: float = 1e6
     seq_len: int = 1024
     batch_size: int = 8
-    lr: float = 2e-3
+    lr: float = 3e-3
     seed: int = 0
     calibration_sequences: int = 64
     validation_sequences: int = 16
