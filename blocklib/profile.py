@@ -65,14 +65,15 @@ def time_calls(calls: Sequence[Call], seconds: float, min_samples: int) -> Timin
 
 
 def bind(
-    module: nn.Module, spec: LayerSpec, phase: str, batch: int, context: int, like: Tensor
+    module: nn.Module, spec: LayerSpec, phase: str, batch: int, context: int, capacity: int, like: Tensor
 ) -> Callable[[], Tensor]:
     """One prefill of `context` tokens, or one decode step after `context` cached tokens, on data of its own.
 
-    like: a tensor of the dtype and device to run in.
+    capacity: tokens that the cache is made for, above context; reading part of a large cache is slower than reading a
+    small one whole (docs/log.md). like: a tensor of the dtype and device to run in.
     """
     cos, sin = rope_tables(spec, context + 1, like.device)
-    cache = new_cache(module, batch, context + 1, like)
+    cache = new_cache(module, batch, capacity, like)
     num_tokens = context if phase == "prefill" else 1
     x = torch.randn(batch, num_tokens, spec.hidden_size, device=like.device).to(like.dtype)
     if phase == "prefill":
@@ -92,6 +93,7 @@ def time_sub_block(
     phase: str,
     batch: int,
     context: int,
+    capacity: int,
     like: Tensor,
     seconds: float,
     min_samples: int,
@@ -105,8 +107,8 @@ def time_sub_block(
         needed = min(needed, 2)  # the activations alone flush every cache
     calls = [
         (
-            bind(partners[i % len(partners)], spec, phase, batch, context, like),
-            bind(copies[i], spec, phase, batch, context, like),
+            bind(partners[i % len(partners)], spec, phase, batch, context, capacity, like),
+            bind(copies[i], spec, phase, batch, context, capacity, like),
         )
         for i in range(needed)
     ]

@@ -35,6 +35,11 @@ class Grid:
     rounds: int = 2  # the grid is walked this many times, so that a slow minute does not sit on one variant
     min_samples: int = 4
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that caches are made for: the longest context and one more."""
+        return max(*self.prefill, *self.decode) + 1
+
 
 def profile_library(root: Path, *, gpu: str, grid: Grid, name: str | None = None, parent: str | None = None) -> Path:
     """Time every variant's prefill and decode and write LIB/costs/<gpu>/<name>.csv. Returns its path.
@@ -49,9 +54,8 @@ def profile_library(root: Path, *, gpu: str, grid: Grid, name: str | None = None
     library.check_parent(opened.checkpoint.fingerprint(), source)
     out = root / "costs" / gpu / f"{name or library.facts['parent']['name']}.csv"
     check_writable(out.parent)
-    longest = max(*grid.prefill, *grid.decode)
-    if longest > opened.max_length:
-        raise UserError(f"--contexts up to {longest} exceed the parent's context of {opened.max_length}")
+    if grid.capacity - 1 > opened.max_length:
+        raise UserError(f"--contexts up to {grid.capacity - 1} exceed the parent's context of {opened.max_length}")
     spec = opened.spec
     shapes: dict[tuple[str, str], object] = {}
     for kind in KINDS:
@@ -126,6 +130,7 @@ class _Stage:
             phase=phase,
             batch=batch,
             context=context,
+            capacity=self.grid.capacity,
             like=self.like,
             seconds=self.grid.seconds,
             min_samples=self.grid.min_samples,
@@ -133,7 +138,7 @@ class _Stage:
 
     def _fixed(self, kind: str, phase: str, batch: int, context: int) -> Timing:
         """The embedding, or final norm, head and argmax of one position (a prompt needs only its last)."""
-        before = bind(self.model.blocks[-1].ffn, self.spec, phase, batch, context, self.like)
+        before = bind(self.model.blocks[-1].ffn, self.spec, phase, batch, context, self.grid.capacity, self.like)
         if kind == "embedding":
             num_tokens = context if phase == "prefill" else 1
             ids = torch.randint(0, self.model.embedding.num_embeddings, (batch, num_tokens))
@@ -145,7 +150,7 @@ class _Stage:
 
     def _whole(self, phase: str, batch: int, context: int) -> Timing:
         """The whole parent: what the sum of its parts is held against."""
-        runner = Runner(self.model, batch, context + 1)
+        runner = Runner(self.model, batch, self.grid.capacity)
         if phase == "prefill":
             ids = torch.randint(0, self.model.embedding.num_embeddings, (batch, context))
             timed = lambda: runner.prefill(ids)  # noqa: E731

@@ -83,6 +83,10 @@ def print_result(result: dict[str, Any]) -> None:
     predicted, measured = result["predicted"], result["measured"]
     table.add_row("speed-up", f"{predicted['speedup']:.3g}x", f"{measured['speedup']:.3g}x")
     table.add_row("tokens/s", f"{predicted['tokens_per_second']:.5g}", f"{measured['tokens_per_second']:.5g}")
+    parent = result["parent"]
+    table.add_row(
+        "the parent's tokens/s", f"{parent['predicted_tokens_per_second']:.5g}", f"{parent['tokens_per_second']:.5g}"
+    )
     table.add_row("weights and KV cache", bytes_text(predicted["memory_bytes"]), bytes_text(measured["memory_bytes"]))
     table.add_row("KV bytes per token", str(predicted["kv_bytes_per_token"]), str(measured["kv_bytes_per_token"]))
     table.add_row(
@@ -90,7 +94,7 @@ def print_result(result: dict[str, Any]) -> None:
         f"{result['child']['sum_of_scores']:.4f} (sum of scores)",
         f"{result['child']['kl']:.4f}",
     )
-    table.add_row("held-out loss", f"parent {result['parent']['loss']:.4f}", f"{result['child']['loss']:.4f}")
+    table.add_row("held-out loss", f"parent {parent['loss']:.4f}", f"{result['child']['loss']:.4f}")
     console.print(table)
 
 
