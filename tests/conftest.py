@@ -77,6 +77,12 @@ def save_parent(directory: Path, corpus: Path, **changes) -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_parent():
+    """`save_parent`, for tests that need a parent of their own."""
+    return save_parent
+
+
+@pytest.fixture(scope="session")
 def parent(tmp_path_factory, corpus) -> Path:
     return save_parent(tmp_path_factory.mktemp("models") / "tiny", corpus)
 

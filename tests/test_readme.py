@@ -1,0 +1,65 @@
+"""What the README tells people to type works, at a tiny size: same verbs, same flags, smaller numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = {
+    "build-library": ["--tokens", "512", "--seq-len", "64", "--batch-size", "2", "--calibration-sequences", "2"],
+    "profile": ["--batches", "1,2", "--seconds", "0.005", "--rounds", "1"],
+    "solve": ["--throughput", "1.02x"],
+    "evaluate": ["--sequences", "2", "--seq-len", "64", "--batch", "1,1", "--repeats", "1"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every `puzzle ...` line of the README, in order, as arguments."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("puzzle ")]
+
+
+def test_there_are_five_verbs_in_the_walk_through():
+    assert [c[0] for c in commands()][:5] == ["build-library", "profile", "solve", "export", "evaluate"]
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(re.findall(r"^make ([a-z]+)", "\n".join(blocks("bash")), re.MULTILINE))
+    assert used
+    assert used <= targets
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:benchmarks|examples|docs)/[^`* ]+)`", README))
+def test_files_that_it_names_exist(path):
+    assert (ROOT / path).exists()
+
+
+def test_every_command_runs(puzzle, make_parent, corpus, tmp_path, monkeypatch):
+    parent = make_parent(tmp_path / "parent", corpus, max_position_embeddings=1024)
+    (tmp_path / "corpus").mkdir()
+    rows = [json.dumps({"text": path.read_text()}) for path in sorted(corpus.glob("*.py"))]
+    (tmp_path / "corpus" / "rows.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    here = {"examples/parent": str(parent), "meta-llama/Llama-3.1-8B": str(parent), "/usr/lib/python3": str(corpus)}
+    for command in commands():
+        arguments = [here.get(a, a) for a in command]
+        result = puzzle(*arguments, *SMALLER.get(command[0], []))
+        assert result.exit_code == 0, f"{command}: {result.output}"
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), {})
