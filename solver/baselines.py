@@ -1,12 +1,20 @@
-"""Simple ways to choose, on the same problem and with the same report as the MIP, to see what exactness buys."""
+"""Simple ways to choose, on the same problem and with the same report as the MIP, to see what exactness buys.
+
+Greedy, uniform and random know limits on resources only: on a problem with pairs, counts or stages they may find nothing.
+"""
 
 from __future__ import annotations
 
+import math
 import random
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
-from puzzle.solver.problem import Layer, Problem, Variant
+from puzzle.solver.explain import scored_by
+from puzzle.solver.problem import Constraint, Layer, Problem, Variant
 from puzzle.solver.solution import Solution, certified, no_solution
+from puzzle.solver.solve import solve
 
 
 def greedy(problem: Problem) -> Solution:
@@ -56,6 +64,26 @@ def random_feasible(problem: Problem, count: int, seed: int = 0) -> list[Solutio
     return found
 
 
+def only(problem: Problem, allowed: Sequence[str], name: str = "only") -> Solution:
+    """The optimum when every layer is restricted to the variants `allowed` that it has ("keep the block or drop it")."""
+    layers = []
+    for layer in problem.layers:
+        kept = tuple(v for v in layer.variants if v.name in allowed and layer.name not in problem.pins)
+        layers.append(replace(layer, variants=kept or layer.variants))
+    present = {(layer.name, v.name) for layer in layers for v in layer.variants}
+    pairs = tuple(p for p in problem.pairs if p.a in present and p.b in present)
+    found = solve(replace(problem, layers=tuple(layers), pairs=pairs))
+    return replace(found, solver=name)
+
+
+def most(problem: Problem, resource: str) -> Solution:
+    """As much of `resource` as the limits allow, whatever the scores ("maximise parameters")."""
+    found = solve(scored_by(problem, Constraint(resource=resource), -1.0))
+    return _report(
+        problem, [found.choice] if found.choice else [], time.monotonic() - found.seconds, f"most {resource}"
+    )
+
+
 def _pressure(variant: Variant, problem: Problem, share: dict[str, float]) -> float:
     """How far a variant oversteps its share, in shares."""
     return max(
@@ -100,6 +128,6 @@ def _fill(problem: Problem, picked: dict[str, Variant], generator: random.Random
 def _report(problem: Problem, choices: list[dict[str, str]], started: float, rule: str) -> Solution:
     feasible = [c for c in choices if not problem.violated(c)]
     if not feasible:
-        return no_solution("infeasible", float("-inf"), time.monotonic() - started, rule)
+        return no_solution("infeasible", -math.inf, time.monotonic() - started, rule)
     best = min(feasible, key=lambda c: problem.totals(c)["score"])
-    return certified(problem, best, bound=float("-inf"), proven=False, seconds=time.monotonic() - started, solver=rule)
+    return certified(problem, best, proven=False, seconds=time.monotonic() - started, solver=rule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 
-from puzzle.solver.scaled import Scaled
+from puzzle.solver.linear import Linear
 
 
 def version() -> str:
@@ -14,30 +14,16 @@ def version() -> str:
     return f"ortools {ortools.__version__} HiGHS"
 
 
-def run(
-    scaled: Scaled, cuts: list[tuple[int, ...]], seconds: float | None
-) -> tuple[str, tuple[int, ...] | None, float]:
-    """See `solve.Backend`."""
+def run(linear: Linear, seconds: float | None) -> tuple[str, list[float] | None, float]:
+    """(status, value of every variable or None, bound on the objective). status: see `solution.Status`."""
     from ortools.math_opt.python import mathopt
 
     model = mathopt.Model(name="puzzle")
-    x = [[model.add_binary_variable(name=f"x_{i}_{j}") for j in range(len(s))] for i, s in enumerate(scaled.scores)]
-    for cells in x:
-        model.add_linear_constraint(mathopt.fast_sum(cells) == 1)
-    for row in scaled.rows:
-        total = mathopt.fast_sum(
-            float(c) * v for cs, vs in zip(row.coefficients, x, strict=True) for c, v in zip(cs, vs, strict=True) if c
-        )
-        model.add_linear_constraint(
-            lb=-math.inf if row.low is None else row.low, ub=math.inf if row.high is None else row.high, expr=total
-        )
-    for cut in cuts:
-        model.add_linear_constraint(mathopt.fast_sum(x[i][j] for i, j in enumerate(cut)) <= len(cut) - 1)
-    model.minimize(
-        mathopt.fast_sum(
-            float(s) * v for ss, vs in zip(scaled.scores, x, strict=True) for s, v in zip(ss, vs, strict=True) if s
-        )
-    )
+    x = [model.add_binary_variable() if binary else model.add_variable(lb=0.0, ub=1.0) for binary in linear.binary]
+    for variables, coefficients, low, high in linear.rows:
+        total = mathopt.fast_sum(c * x[v] for v, c in zip(variables, coefficients, strict=True))
+        model.add_linear_constraint(lb=low, ub=high, expr=total)
+    model.minimize(mathopt.fast_sum(c * v for c, v in zip(linear.cost, x, strict=True) if c))
     parameters = mathopt.SolveParameters(
         relative_gap_tolerance=0.0,
         absolute_gap_tolerance=0.0,
@@ -46,15 +32,10 @@ def run(
     )
     result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
     reason = result.termination.reason
-    bound = result.termination.objective_bounds.dual_bound
     if not result.has_primal_feasible_solution():
-        infeasible = {mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED}
-        return (
-            ("infeasible" if reason in infeasible else "time_limit"),
-            None,
-            math.inf if reason in infeasible else bound,
-        )
+        if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
+            return "infeasible", None, math.inf
+        return "time_limit", None, result.termination.objective_bounds.dual_bound
     found = result.variable_values()
-    values = [[found[variable] for variable in of_layer] for of_layer in x]
-    choice = tuple(of_layer.index(max(of_layer)) for of_layer in values)
-    return ("optimal" if reason == mathopt.TerminationReason.OPTIMAL else "feasible"), choice, bound
+    optimal = reason == mathopt.TerminationReason.OPTIMAL
+    return ("optimal" if optimal else "feasible"), [found[v] for v in x], result.termination.objective_bounds.dual_bound

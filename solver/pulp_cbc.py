@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from puzzle.solver.scaled import Scaled
+from puzzle.solver.linear import Linear
 
 
 def version() -> str:
@@ -13,29 +13,25 @@ def version() -> str:
     return f"pulp {pulp.__version__} CBC"
 
 
-def run(
-    scaled: Scaled, cuts: list[tuple[int, ...]], seconds: float | None
-) -> tuple[str, tuple[int, ...] | None, float]:
-    """See `solve.Backend`."""
+def run(linear: Linear, seconds: float | None) -> tuple[str, list[float] | None, float]:
+    """(status, value of every variable or None, bound on the objective). status: see `solution.Status`."""
     import pulp
 
     model = pulp.LpProblem("puzzle", pulp.LpMinimize)
-    x = [[pulp.LpVariable(f"x_{i}_{j}", cat=pulp.LpBinary) for j in range(len(s))] for i, s in enumerate(scaled.scores)]
-    model += pulp.lpSum(
-        float(s) * v for ss, vs in zip(scaled.scores, x, strict=True) for s, v in zip(ss, vs, strict=True) if s
-    )
-    for cells in x:
-        model += pulp.lpSum(cells) == 1
-    for row in scaled.rows:
-        total = pulp.lpSum(
-            float(c) * v for cs, vs in zip(row.coefficients, x, strict=True) for c, v in zip(cs, vs, strict=True) if c
-        )
-        if row.low is not None:
-            model += total >= row.low
-        if row.high is not None:
-            model += total <= row.high
-    for cut in cuts:
-        model += pulp.lpSum(x[i][j] for i, j in enumerate(cut)) <= len(cut) - 1
+    x = [
+        pulp.LpVariable(f"x{n}", cat=pulp.LpBinary) if binary else pulp.LpVariable(f"x{n}", 0, 1)
+        for n, binary in enumerate(linear.binary)
+    ]
+    model += pulp.lpSum(c * v for c, v in zip(linear.cost, x, strict=True) if c)
+    for variables, coefficients, low, high in linear.rows:
+        total = pulp.lpSum(c * x[v] for v, c in zip(variables, coefficients, strict=True))
+        if low == high:
+            model += total == low
+            continue
+        if low > -math.inf:
+            model += total >= low
+        if high < math.inf:
+            model += total <= high
     solver = pulp.PULP_CBC_CMD(
         msg=False,
         timeLimit=seconds,
@@ -48,8 +44,7 @@ def run(
     if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         infeasible = model.status == pulp.LpStatusInfeasible
         return ("infeasible" if infeasible else "time_limit"), None, math.inf if infeasible else -math.inf
-    values = [[variable.value() or 0.0 for variable in of_layer] for of_layer in x]
-    choice = tuple(of_layer.index(max(of_layer)) for of_layer in values)
+    values = [variable.value() or 0.0 for variable in x]
     if model.sol_status == pulp.LpSolutionOptimal:
-        return "optimal", choice, float(pulp.value(model.objective) or 0.0)
-    return "feasible", choice, 0.0
+        return "optimal", values, float(pulp.value(model.objective) or 0.0)
+    return "feasible", values, -math.inf

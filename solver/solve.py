@@ -1,85 +1,258 @@
 """Solve one problem with a chosen back end; verify the answer exactly before anyone sees it.
 
-MIP: x_ij in {0, 1}; Σ_j x_ij = 1 for every layer i; Σ_ij r_ijk x_ij <= hi_k - f_k (and >= lo_k - f_k); minimise
-Σ_ij s_ij x_ij. A back end works in floating point with tolerances, so its answer may exceed a limit by a hair: then that
-very choice is cut off (Σ over its cells of x <= L - 1) and the problem solved again.
+"ortools" (default): the Lagrangian bound of `relax` removes cells that no optimal choice uses, `labels` lists every choice
+below a rising threshold, and HiGHS takes over when too many are left. "pulp": the whole linear program to CBC, which
+shares nothing with the former but the data. "brute": every choice, for tests.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import product
 
+import numpy as np
+
+from puzzle.solver import mathopt, pulp_cbc
+from puzzle.solver.arrays import Arrays, Contradiction, compile_problem
+from puzzle.solver.labels import FEASIBLE, Found, search
+from puzzle.solver.linear import SCALE, linearise
 from puzzle.solver.problem import Problem, ProblemError
-from puzzle.solver.scaled import Scaled, scale
+from puzzle.solver.relax import Bound, best_prices, bound_at, ceiling
 from puzzle.solver.solution import Solution, certified, no_solution
 
 MAX_CUTS = 200
 BRUTE_LIMIT = 2_000_000
-
-# A back end takes the scaled problem, the cells already cut off, and seconds left (None: no limit); it gives
-# (status, cells chosen per layer or None, bound on the scaled objective).
-Backend = Callable[[Scaled, list[tuple[int, ...]], float | None], tuple[str, tuple[int, ...] | None, float]]
-
-
-def backends() -> dict[str, tuple[Backend, Callable[[], str]]]:
-    """Name -> (function, its name and version). Imports happen on use."""
-    from puzzle.solver import mathopt, pulp_cbc
-
-    return {"ortools": (mathopt.run, mathopt.version), "pulp": (pulp_cbc.run, pulp_cbc.version)}
+BACKENDS = ("ortools", "pulp", "brute")
+BEAM = 3000  # labels of a search that need not be complete
+EPSILON = 1e-10  # what rounding may hide in a sum of scaled scores
 
 
-def solve(problem: Problem, backend: str = "ortools", time_limit: float | None = None) -> Solution:
-    """The optimal choice, or why there is none. Raises ProblemError for an unknown back end."""
+class _Clock:
+    def __init__(self, limit: float | None):
+        self.begin = time.monotonic()
+        self.deadline = None if limit is None else self.begin + limit
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    @property
+    def left(self) -> float | None:
+        return None if self.deadline is None else max(0.01, self.deadline - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+def solve(
+    problem: Problem, backend: str = "ortools", time_limit: float | None = None, cutoff: float | None = None
+) -> Solution:
+    """The optimal choice, or why there is none.
+
+    cutoff: a score that is already had; when no choice scores less the answer is status "cutoff" without a choice.
+    Raises ProblemError for an unknown back end or time limit.
+    """
+    if backend not in BACKENDS:
+        raise ProblemError(f"unknown back end '{backend}': use {', '.join(BACKENDS)}")
+    if time_limit is not None and not 0 < time_limit < math.inf:
+        raise ProblemError(f"time limit {time_limit!r}: must be above 0 seconds")
     if backend == "brute":
         return brute_force(problem)
-    known = backends()
-    if backend not in known:
-        raise ProblemError(f"unknown back end '{backend}': use {', '.join([*known, 'brute'])}")
-    run, version = known[backend]
-    started = time.monotonic()
-    scaled = scale(problem)
-    if any(row.low is not None and row.high is not None and row.low > row.high for row in scaled.rows):
-        return no_solution("infeasible", float("inf"), 0.0, version())
-    cuts: list[tuple[int, ...]] = []
-    bound = float("-inf")
-    while True:
-        elapsed = time.monotonic() - started
-        left = None if time_limit is None else max(0.01, time_limit - elapsed)
-        status, cells, scaled_bound = run(scaled, cuts, left)
-        elapsed = time.monotonic() - started
-        bound = max(bound, scaled.unscale(scaled_bound))
-        if cells is None:
-            return no_solution("infeasible" if status == "infeasible" else "time_limit", bound, elapsed, version())
-        choice = {la.name: la.variants[j].name for la, j in zip(problem.layers, cells, strict=True)}
+    clock = _Clock(time_limit)
+    arrays = _possible(problem)
+    name = mathopt.version() if backend == "ortools" else pulp_cbc.version()
+    if arrays is None:
+        return no_solution("infeasible", math.inf, clock.seconds, name)
+    if backend == "pulp":
+        return _by_program(problem, arrays, arrays.allowed, pulp_cbc, clock, -math.inf)
+    return _by_labels(problem, arrays, clock, name, cutoff)
+
+
+def lower_bound(problem: Problem) -> float:
+    """No choice scores less; infinite when some limit is out of reach. Quick: no search."""
+    arrays = _possible(problem)
+    if arrays is None:
+        return math.inf
+    value = max(bound_at(arrays, p)[0].value for p in best_prices(arrays))
+    return math.inf if value > ceiling(arrays) else arrays.true_score(value)
+
+
+def _possible(problem: Problem) -> Arrays | None:
+    """None when pins contradict each other, or a limit is out of reach even if every layer takes what uses least of it."""
+    try:
+        arrays = compile_problem(problem)
+    except Contradiction:
+        return None
+    least = np.where(arrays.allowed, arrays.rows, np.inf).min(axis=2).sum(axis=1)
+    if arrays.arc_rows is not None:
+        least = least + np.minimum(arrays.arc_rows, 0.0).min(axis=(2, 3)).sum(axis=1)
+    least = least + np.minimum(arrays.far.rows, 0.0).sum(axis=1)
+    return None if (least > arrays.b + FEASIBLE * (1 + np.abs(arrays.b))).any() else arrays
+
+
+def _by_labels(problem: Problem, arrays: Arrays, clock: _Clock, name: str, cutoff: float | None) -> Solution:
+    prices = best_prices(arrays)
+    bounds, through = _bounds(arrays, prices, arrays.allowed)
+    lower, top = max(b.value for b in bounds), ceiling(arrays)
+    limit = math.inf if cutoff is None else (cutoff - arrays.shift) * arrays.factor
+    if lower > top:
+        return no_solution("infeasible", math.inf, clock.seconds, name)
+    if lower >= limit:
+        return no_solution("cutoff", arrays.true_score(lower), clock.seconds, name)
+    best: tuple[float, dict[str, str]] | None = None
+    # Begin where about one layer in eight has a second cell, and widen: nothing is lost, every round is complete.
+    reduced = np.sort(through[arrays.allowed] - lower)
+    step = float(reduced[min(len(reduced) - 1, len(through) + len(through) // 8)])
+    step = max(step, 1e-9 * max(1.0, abs(lower)))
+    base, threshold = lower, min(lower + step, limit)
+    beamed = False
+    while not clock.over:
+        edge = threshold + EPSILON * max(1.0, abs(threshold))
+        cells = arrays.allowed & (through < edge)
+        found = _search(arrays, prices, cells, edge, clock)
+        if not found.complete:  # too many choices are that close: a beam finds a good one, below which there are fewer
+            if beamed:
+                break
+            beamed = True
+            found = _search(arrays, prices, cells, edge, clock, beam=BEAM)
+            hit = _first_valid(problem, arrays, found)
+            if hit is None or hit[0] >= threshold:
+                break
+            best, threshold = hit, hit[0]
+            continue
+        hit = _first_valid(problem, arrays, found)
+        if hit is not None and (best is None or hit[0] < best[0]):
+            best = hit
+        if best is not None and best[0] <= threshold:
+            return certified(problem, best[1], proven=True, seconds=clock.seconds, solver=name)
+        lower = max(lower, threshold)
+        if threshold >= limit:
+            return no_solution("cutoff", arrays.true_score(threshold), clock.seconds, name)
+        if best is None and threshold > top:
+            return no_solution("infeasible", math.inf, clock.seconds, name)
+        step *= 2.0
+        threshold = min(base + step, limit, best[0] if best is not None else math.inf)
+    edge = min(limit, best[0] if best else math.inf)
+    edge += EPSILON * max(1.0, abs(edge)) if edge < math.inf else 0.0
+    cells = arrays.allowed & (through < edge)
+    if cells.any(axis=1).all():
+        return _by_program(problem, arrays, cells, mathopt, clock, lower, best, limit)
+    return _unproven(problem, arrays, clock, name, best, lower, limit)
+
+
+def _bounds(arrays: Arrays, prices: list[np.ndarray], cells: np.ndarray) -> tuple[list[Bound], np.ndarray]:
+    """The bounds at all prices, and the best bound on choices through each cell."""
+    found = [bound_at(arrays, p, cells) for p in prices]
+    return [b for b, _ in found], np.maximum.reduce([through for _, through in found])
+
+
+def _search(
+    arrays: Arrays, prices: list[np.ndarray], cells: np.ndarray, edge: float, clock: _Clock, beam: int | None = None
+) -> Found:
+    none = Found(np.zeros((0, len(cells)), dtype=int), np.zeros(0), True)
+    if not cells.any(axis=1).all():
+        return none
+    bounds, through = _bounds(arrays, prices, cells)
+    cells = cells & (through < edge)
+    if not cells.any(axis=1).all():
+        return none
+    if beam is not None:
+        return search(arrays, bounds, edge, cells, keep=beam, beam=True, deadline=clock.deadline)
+    return search(arrays, bounds, edge, cells, deadline=clock.deadline)
+
+
+def _first_valid(problem: Problem, arrays: Arrays, found: Found) -> tuple[float, dict[str, str]] | None:
+    """The best found choice that holds in exact arithmetic."""
+    for score, picked in zip(found.score.tolist(), found.picked, strict=True):
+        choice = arrays.choice(picked)
         if not problem.violated(choice):
-            return certified(
-                problem, choice, bound=bound, proven=status == "optimal", seconds=elapsed, solver=version()
-            )
-        cuts.append(cells)
-        if len(cuts) >= MAX_CUTS or (time_limit is not None and elapsed >= time_limit):
-            return no_solution("time_limit", bound, elapsed, version())
+            return score, choice
+    return None
+
+
+def _by_program(
+    problem: Problem,
+    arrays: Arrays,
+    cells: np.ndarray,
+    backend,
+    clock: _Clock,
+    lower: float,
+    best: tuple[float, dict[str, str]] | None = None,
+    limit: float = math.inf,
+) -> Solution:
+    """Let a back end solve the program over `cells`; a choice that breaks a limit by a hair is cut off, and again.
+
+    best, lower: what is known; every choice outside `cells` is worse than `best` (or `limit`).
+    """
+    linear = linearise(problem, arrays, cells)
+    name = backend.version()
+    for _ in range(MAX_CUTS):
+        if clock.over:
+            break
+        status, values, bound = backend.run(linear, clock.left)
+        lower = max(lower, bound / SCALE if math.isfinite(bound) else -math.inf)
+        if values is None:
+            if status != "infeasible":
+                break
+            if best is not None:
+                return certified(problem, best[1], proven=True, seconds=clock.seconds, solver=name)
+            status = "infeasible" if limit == math.inf else "cutoff"
+            return no_solution(status, arrays.true_score(limit), clock.seconds, name)
+        picked = linear.picked(values)
+        choice = arrays.choice(picked)
+        if not problem.violated(choice):
+            score = _score(arrays, picked)
+            if best is None or score < best[0]:
+                best = score, choice
+            if status == "optimal" and best[0] >= limit:
+                return no_solution("cutoff", arrays.true_score(limit), clock.seconds, name)
+            if status == "optimal":
+                return certified(problem, best[1], proven=True, seconds=clock.seconds, solver=name)
+            break
+        linear.forbid(picked)
+    return _unproven(problem, arrays, clock, name, best, lower, limit)
+
+
+def _unproven(
+    problem: Problem,
+    arrays: Arrays,
+    clock: _Clock,
+    name: str,
+    best: tuple[float, dict[str, str]] | None,
+    lower: float,
+    limit: float,
+) -> Solution:
+    bound = arrays.true_score(min(lower, limit))
+    if best is None:
+        return no_solution("time_limit", bound, clock.seconds, name)
+    return certified(problem, best[1], proven=False, bound=bound, seconds=clock.seconds, solver=name)
+
+
+def _score(arrays: Arrays, picked: np.ndarray) -> float:
+    at, far = np.arange(len(picked)), arrays.far
+    total = arrays.score[at, picked].sum()
+    if arrays.arc_score is not None:
+        total += arrays.arc_score[at[:-1], picked[:-1], picked[1:]].sum()
+    return float(total + far.score[(picked[far.i] == far.v) & (picked[far.j] == far.w)].sum())
+
+
+def choices(problem: Problem) -> Iterator[dict[str, str]]:
+    """Every choice, feasible or not."""
+    for names in product(*([v.name for v in layer.variants] for layer in problem.layers)):
+        yield {layer.name: name for layer, name in zip(problem.layers, names, strict=True)}
 
 
 def brute_force(problem: Problem) -> Solution:
     """Every choice, in exact arithmetic: the twin that the tests hold the back ends against."""
-    count = 1
-    for layer in problem.layers:
-        count *= len(layer.variants)
+    count = math.prod(len(layer.variants) for layer in problem.layers)
     if count > BRUTE_LIMIT:
         raise ProblemError(f"brute force would try {count} choices: use it up to {BRUTE_LIMIT}, or another back end")
-    started = time.monotonic()
-    best, best_score = None, None
-    for names in product(*([v.name for v in layer.variants] for layer in problem.layers)):
-        choice = {layer.name: name for layer, name in zip(problem.layers, names, strict=True)}
-        if problem.violated(choice):
-            continue
-        score = problem.totals(choice)["score"]
-        if best_score is None or score < best_score:
-            best, best_score = choice, score
-    seconds = time.monotonic() - started
+    clock = _Clock(None)
+    valid = ((problem.totals(c)["score"], c) for c in choices(problem) if not problem.violated(c))
+    best = min(valid, key=lambda item: item[0], default=None)
     if best is None:
-        return no_solution("infeasible", float("inf"), seconds, "brute force")
-    assert best_score is not None
-    return certified(problem, best, bound=float(best_score), proven=True, seconds=seconds, solver="brute force")
+        return no_solution("infeasible", math.inf, clock.seconds, "brute force")
+    return certified(problem, best[1], proven=True, seconds=clock.seconds, solver="brute force")

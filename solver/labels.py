@@ -1,0 +1,168 @@
+"""Find every choice whose bound is below a threshold: partial choices grow layer by layer, hopeless ones are dropped.
+
+A label is a partial choice with its score, its use of every limit, and the cell it ends in. It is dropped when, at any of
+several price vectors, its cost so far and the least cost to go reach the threshold, or when some limit cannot be met any
+more. With the bounds of `relax` few labels survive: tens where there are 54 to the power of 126 choices.
+(Label setting as for shortest paths with resource limits: Irnich and Desaulniers 2005; without dominance.)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from puzzle.solver.arrays import Arrays
+from puzzle.solver.relax import Bound
+
+MAX_LABELS = 300_000
+FEASIBLE = 1e-9  # slack on scaled rows in floating point; exact arithmetic has the last word
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """picked [N, L] cells, by rising score [N] (scaled). complete: nothing below the threshold was dropped for space."""
+
+    picked: np.ndarray
+    score: np.ndarray
+    complete: bool
+
+
+def search(
+    arrays: Arrays,
+    bounds: list[Bound],
+    threshold: float,
+    cells: np.ndarray,
+    *,
+    keep: int = MAX_LABELS,
+    beam: bool = False,
+    deadline: float | None = None,
+) -> Found:
+    """All choices over `cells` [L, V] with every bound below `threshold`.
+
+    keep: labels held at once; beyond it the search stops (complete is False), or with `beam` goes on with the best ones.
+    """
+    num_layers, num_rows = arrays.score.shape[0], arrays.num_rows
+    order = _order(arrays, cells)
+    prices = np.stack([b.prices for b in bounds])  # [M, K]
+    constant = np.array([b.constant for b in bounds])[:, None]
+    to_go = _to_go(arrays, bounds, cells, order)  # [M, L, V], by layer
+    rest = _least_rows(arrays, cells, order)  # [L, K], by position: the least that later layers use
+    far, closing = _Far(arrays, bounds, order), np.array(arrays.b)[:, None] + FEASIBLE * (1 + np.abs(arrays.b)[:, None])
+
+    score, rows, node = np.zeros(1), np.zeros((num_rows, 1)), np.zeros(1, dtype=int)
+    trail: list[tuple[np.ndarray, np.ndarray]] = []
+    complete = True
+    for position, i in enumerate(order):
+        options = np.flatnonzero(cells[i])
+        grown = score[:, None] + arrays.score[i, options][None, :]
+        used = rows[:, :, None] + arrays.rows[:, i, options][:, None, :]
+        if arrays.arc_score is not None and position > 0:
+            assert arrays.arc_rows is not None
+            grown = grown + arrays.arc_score[i - 1][node][:, options]
+            used = used + arrays.arc_rows[:, i - 1][:, node][:, :, options]
+        grown, used = far.close(i, options, grown, used)
+        cost = grown[None] + np.tensordot(prices, used, 1) + (to_go[:, i, options] + constant)[:, None, :] + far.opened
+        worst = cost.max(axis=0)
+        fits = (used <= (closing - rest[position][:, None])[:, :, None]).all(axis=0)
+        parent, picked = np.nonzero((worst < threshold) & fits)
+        if len(parent) > keep:
+            complete = False
+            if not beam:
+                return Found(np.zeros((0, num_layers), dtype=int), np.zeros(0), False)
+            best = np.argpartition(worst[parent, picked], keep)[:keep]
+            parent, picked = parent[best], picked[best]
+        score, rows, node = grown[parent, picked], used[:, parent, picked], options[picked]
+        far.grow(i, parent, node)
+        trail.append((parent, node))
+        if len(parent) == 0 or (deadline is not None and time.monotonic() > deadline):
+            return Found(np.zeros((0, num_layers), dtype=int), np.zeros(0), complete and len(parent) == 0)
+    at = np.argsort(score, kind="stable")
+    score = score[at]
+    chosen = np.empty((len(at), num_layers), dtype=int)
+    for position in range(num_layers - 1, -1, -1):
+        parent, node = trail[position]
+        chosen[:, order[position]] = node[at]
+        at = parent[at]
+    return Found(chosen, score, complete)
+
+
+def _order(arrays: Arrays, cells: np.ndarray) -> list[int]:
+    """Neighbours' pairs fix the order; otherwise decided layers come first, then those whose cells differ most."""
+    if arrays.arc_score is not None:
+        return list(range(len(cells)))
+    spread = np.where(cells, arrays.rows, -np.inf).max(axis=2) - np.where(cells, arrays.rows, np.inf).min(axis=2)
+    difference = spread.max(axis=0) if arrays.num_rows else np.zeros(len(cells))
+    free = cells.sum(axis=1) > 1
+    return sorted(range(len(cells)), key=lambda i: (free[i], -difference[i]))
+
+
+def _to_go(arrays: Arrays, bounds: list[Bound], cells: np.ndarray, order: list[int]) -> np.ndarray:
+    if arrays.arc_score is not None:
+        return np.stack([b.to_go for b in bounds])
+    least = np.stack([np.where(cells, b.unit, np.inf).min(axis=1) for b in bounds])  # [M, L]
+    after = np.zeros((*least.shape, 1))
+    running = np.zeros(len(bounds))
+    for i in reversed(order):
+        after[:, i, 0] = running
+        running = running + least[:, i]
+    return np.broadcast_to(after, (*least.shape, cells.shape[1]))
+
+
+def _least_rows(arrays: Arrays, cells: np.ndarray, order: list[int]) -> np.ndarray:
+    least = np.where(cells, arrays.rows, np.inf).min(axis=2)  # [K, L]
+    after = np.zeros((len(order), arrays.num_rows))
+    position_of = {layer: p for p, layer in enumerate(order)}
+    for position in range(len(order) - 2, -1, -1):
+        after[position] = after[position + 1] + least[:, order[position + 1]]
+        if arrays.arc_rows is not None:
+            after[position] += arrays.arc_rows[:, order[position]].min(axis=(1, 2))
+    for p, (i, j) in enumerate(zip(arrays.far.i, arrays.far.j, strict=True)):
+        last = max(position_of[int(i)], position_of[int(j)])
+        after[:last] += np.minimum(arrays.far.rows[:, p], 0.0)
+    return after
+
+
+class _Far:
+    """Pairs of layers apart: which labels chose the first end, and what the bound still holds open for them."""
+
+    def __init__(self, arrays: Arrays, bounds: list[Bound], order: list[int]):
+        far = arrays.far
+        self.half = np.stack([b.half for b in bounds])  # [M, P]
+        position = {layer: p for p, layer in enumerate(order)}
+        self.by_first: dict[int, list[tuple[int, int]]] = {}  # layer: (pair, cell of the first end)
+        self.by_last: dict[int, list[tuple[int, int]]] = {}
+        for p in range(len(far.score)):
+            ends = [(int(far.i[p]), int(far.v[p])), (int(far.j[p]), int(far.w[p]))]
+            (first, v), (last, w) = sorted(ends, key=lambda end: position[end[0]])
+            self.by_first.setdefault(first, []).append((p, v))
+            self.by_last.setdefault(last, []).append((p, w))
+        self.pairs = far
+        self.chosen: dict[int, np.ndarray] = {}  # open pair: the labels [N] that chose its first end
+        self.opened = np.zeros((len(bounds), 1, 1))  # [M, N, 1 or options]
+        self.sum = np.zeros((len(bounds), 1))
+
+    def close(self, i: int, options: np.ndarray, grown: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs whose last end is in layer i add what they truly add; pairs that begin here open."""
+        for p, w in self.by_last.get(i, ()):
+            chose = self.chosen.pop(p)
+            self.sum = self.sum - self.half[:, p : p + 1] * chose
+            at = np.flatnonzero(options == w)
+            if at.size:
+                grown[:, at[0]] += self.pairs.score[p] * chose
+                used[:, :, at[0]] += self.pairs.rows[:, p : p + 1] * chose
+        self.opened = np.repeat(self.sum[:, :, None], len(options), axis=2) if self.by_first else self.sum[:, :, None]
+        for p, v in self.by_first.get(i, ()):
+            self.opened[:, :, options == v] += self.half[:, p][:, None, None]
+        return grown, used
+
+    def grow(self, i: int, parent: np.ndarray, node: np.ndarray) -> None:
+        """Follow the labels that survived layer i."""
+        if not self.by_first:
+            return
+        self.sum = self.sum[:, parent]
+        self.chosen = {p: chose[parent] for p, chose in self.chosen.items()}
+        for p, v in self.by_first.get(i, ()):
+            self.chosen[p] = (node == v).astype(float)
+            self.sum = self.sum + self.half[:, p : p + 1] * self.chosen[p]
