@@ -26,7 +26,7 @@ from puzzle.goal import goal_of
 from puzzle.library import Library
 from puzzle.metrics import compare
 from puzzle.model import load_model
-from puzzle.solve import CostModel, build_problem, choices_of, open_costs
+from puzzle.solve import choices_of, open_costs, select
 from puzzle.solver.baselines import greedy, random_feasible, uniform
 from puzzle.solver.solution import Solution
 from puzzle.solver.solve import solve
@@ -55,9 +55,9 @@ def main(
 ) -> None:
     library = Library.open(root)
     goal = goal_of(throughput, None, None, None)
-    costs = CostModel(library, open_costs(library, gpu, None), Workload(input_len=128, output_len=128))
-    own = costs.best_parent(None)
-    problems = {b: build_problem(library, costs, goal, b, own) for b in costs.batches}
+    selection = select(library, open_costs(library, gpu, None), Workload(input_len=128, output_len=128), goal)
+    costs, own = selection.costs, selection.parent
+    problems = {b: selection.problem(b) for b in costs.batches}
 
     def best(choose) -> tuple[int, Solution]:
         found = {b: choose(problem) for b, problem in problems.items()}

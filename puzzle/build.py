@@ -31,6 +31,7 @@ from puzzle.describe import write_library
 from puzzle.errors import UserError
 from puzzle.families.family import HfModel, open_model
 from puzzle.files import check_writable, content_hash
+from puzzle.goal import parse_layers
 from puzzle.hardware import available_memory
 from puzzle.model import parent_module
 from puzzle.plan import BuildPlan, plan_build
@@ -97,23 +98,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def parse_layers(text: str | None, num_layers: int) -> list[int]:
-    """'0-3,7' -> [0, 1, 2, 3, 7]; None is all. Raises UserError outside the model or for anything else."""
-    if text is None:
-        return list(range(num_layers))
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        try:
-            begin, end = int(first), int(last or first)
-        except ValueError:
-            raise UserError(f"--layers {text}: '{part}' is no layer or range; write for example 0-3,7") from None
-        if not 0 <= begin <= end < num_layers:
-            raise UserError(f"--layers {text}: '{part}' is outside the parent's layers 0-{num_layers - 1}")
-        chosen.update(range(begin, end + 1))
-    return sorted(chosen)
-
-
 def device_memory(device: torch.device, limit: int | None) -> int:
     """Bytes that a plan may fill: 90 % of what is free now, or of `limit` where that is less."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
@@ -129,7 +113,8 @@ class Builder:
         self.recipe = options.recipe()
         self.device = pick_device(options.device)
         self.dtype = compute_dtype(self.device)
-        self.layers = parse_layers(options.layers, parent.num_layers)
+        every = range(parent.num_layers)
+        self.layers = list(every) if options.layers is None else parse_layers("--layers", options.layers, len(every))
         self.variants = search_space(parent.spec, options.attention, options.ffn)
         self.store = BlockStore(options.out)
         self.stored_dtype = parent.final_norm().dtype

@@ -8,7 +8,7 @@ from typing import Any
 from puzzle import __version__
 from puzzle.console import bytes_text
 from puzzle.library import Library
-from puzzle.solve import picture
+from puzzle.picture import picture
 
 
 def child_card(library: Library, solved: dict[str, Any], licence: str | None = None) -> str:

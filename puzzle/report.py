@@ -11,8 +11,9 @@ from rich.table import Table
 
 from puzzle.console import bytes_text, console, seconds_text
 from puzzle.files import read_json
+from puzzle.frontier import terminal_plot
 from puzzle.library import KINDS, PARENT, Library
-from puzzle.solve import picture
+from puzzle.picture import picture
 
 
 def _table(title: str, rows: list[tuple[str, Any, Any]]) -> Table:
@@ -73,6 +74,40 @@ def print_evaluation(result: dict[str, Any]) -> None:
             ("weights and KV cache", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
         ]
     console.print(_table(f"measured on {result['device']} ({result['dtype']}), {result['num_tokens']:,} tokens", rows))
+
+
+def print_prices(solved: dict[str, Any]) -> None:
+    """What 1 % more of each limit buys; nothing without --explain."""
+    for price in solved.get("prices", ()):
+        change = price["objective"] - solved["objective"]
+        share = f" ({100 * change / solved['objective']:+.2f} %)" if solved["objective"] else ""
+        moved = "1 % less throughput" if price["limit"] == "throughput" else f"{price['limit']} {price['moved']:.6g}"
+        console.print(f"{moved}: sum of scores {change:+.4g}{share}")
+
+
+def print_frontier(rows: list[dict[str, Any]], axis: str) -> None:
+    if not rows:
+        console.print("no point of the frontier can be met")
+        return
+    for line in terminal_plot(rows, axis):
+        console.print(line, markup=False, highlight=False)
+
+
+def print_diverse(found: list[dict[str, Any]], library: Library) -> None:
+    for number, solved in enumerate(found, 1):
+        console.print(
+            f"{number}: sum of scores {solved['objective']:.5g}, {solved['predicted']['speedup']:.3g}x (predicted)"
+        )
+        for line in picture(solved["layers"], library)[:2]:
+            console.print(line, markup=False)
+
+
+def print_solutions(value: dict[str, Any]) -> None:
+    """What `puzzle solve --problem` found."""
+    for number, solution in enumerate(value["solutions"], 1):
+        objective = "none" if solution["objective"] is None else f"{solution['objective']:.9g}"
+        gap = "" if solution["gap"] is None else f", gap {solution['gap']:.1e}"
+        console.print(f"{number}: {solution['status']}, objective {objective}{gap} ({solution['seconds']:.2f} s)")
 
 
 def print_result(result: dict[str, Any]) -> None:

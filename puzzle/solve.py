@@ -7,124 +7,32 @@ at the batch size that allows the smallest sum. Throughput b·output_len / Σ se
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from puzzle import __version__
 from puzzle.costs import PACKAGED, CostTable, Workload, find_costs
 from puzzle.errors import UserError
-from puzzle.goal import Goal
+from puzzle.goal import Goal, Target, parse_layers
 from puzzle.library import KINDS, PARENT, Library
-from puzzle.solver.problem import Constraint, Layer, Problem, Variant
+from puzzle.predict import Choice, CostModel, Prediction
+from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
+from puzzle.solver.diverse import diverse
+from puzzle.solver.explain import prices
+from puzzle.solver.problem import Constraint, Count, Layer, Problem, ProblemError, Stages, Variant
 from puzzle.solver.solution import Solution
+from puzzle.solver.sweep import sweep
+from puzzle.why import why_infeasible
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-Choice = dict[str, str]  # {"attention": name, "ffn": name}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """What the cost model says of one architecture at one batch size. memory: weights and KV cache at full context."""
-
-    batch: int
-    tokens_per_second: float
-    latency_seconds: float
-    ttft_seconds: float
-    tpot_seconds: float
-    memory_bytes: int
-    kv_bytes_per_token: int
-    num_parameters: int
-
-
-class CostModel:
-    """Seconds and bytes of architectures made of one library's variants, for one workload."""
-
-    def __init__(self, library: Library, table: CostTable, work: Workload):
-        self.library, self.table, self.work = library, table, work
-        model = library.facts["model"]
-        if work.input_len + work.output_len > model["max_length"]:
-            raise UserError(
-                f"--input-len {work.input_len} + --output-len {work.output_len} exceed the parent's context of "
-                f"{model['max_length']}"
-            )
-        self.bytes_per_element = DTYPE_BYTES[table.dtype]
-        self.batches = table.batches
-        head = model["head_shape"]
-        self._fixed_parts = [("embedding", head), ("head", head)]
-        parent = [(kind, library.variant(kind, PARENT)["shape"]) for kind in KINDS] * library.num_layers
-        middle = work.input_len + work.output_len // 2
-        self._factors = {
-            b: (
-                table.whole_over_parts(parent + self._fixed_parts, "prefill", b, work.input_len),
-                table.whole_over_parts(parent + self._fixed_parts, "decode", b, middle),
-            )
-            for b in self.batches
-        }
-        self._seconds: dict[tuple[str, str, int], tuple[float, float]] = {}
-
-    def part_seconds(self, kind: str, shape: str, batch: int) -> tuple[float, float]:
-        """(prefill, all decode steps) of one part in this workload, the whole-over-parts factor included."""
-        key = (kind, shape, batch)
-        if key not in self._seconds:
-            prefill, decode = self._factors[batch]
-            self._seconds[key] = (
-                prefill * self.table.seconds(kind, shape, "prefill", batch, self.work.input_len),
-                decode * self.table.decode_seconds(kind, shape, batch, self.work),
-            )
-        return self._seconds[key]
-
-    def variant_bytes(self, kind: str, name: str, batch: int) -> int:
-        facts = self.library.variant(kind, name)
-        length = self.work.input_len + self.work.output_len
-        cached = length if facts["window"] is None else min(length, facts["window"])
-        return self.bytes_per_element * (facts["num_parameters"] + facts["kv_elements_per_token"] * cached * batch)
-
-    def resources(self, choice: Choice, batch: int) -> dict[str, float]:
-        """Seconds, bytes and parameters of one layer's pair."""
-        seconds = 0.0
-        for kind in KINDS:
-            seconds += sum(self.part_seconds(kind, self.library.variant(kind, choice[kind])["shape"], batch))
-        return {
-            "seconds": seconds,
-            "memory_bytes": sum(self.variant_bytes(kind, choice[kind], batch) for kind in KINDS),
-            "num_parameters": sum(self.library.variant(kind, choice[kind])["num_parameters"] for kind in KINDS),
-        }
-
-    def fixed(self, batch: int) -> dict[str, float]:
-        """The same of what no choice changes: embedding, final norm, LM head."""
-        count = self.library.facts["model"]["num_fixed_parameters"]
-        return {
-            "seconds": sum(sum(self.part_seconds(kind, shape, batch)) for kind, shape in self._fixed_parts),
-            "memory_bytes": count * self.bytes_per_element,
-            "num_parameters": count,
-        }
-
-    def predict(self, layers: list[Choice], batch: int) -> Prediction:
-        prefill = decode = 0.0
-        parts = [(kind, self.library.variant(kind, layer[kind])["shape"]) for layer in layers for kind in KINDS]
-        for kind, shape in parts + self._fixed_parts:
-            first, rest = self.part_seconds(kind, shape, batch)
-            prefill, decode = prefill + first, decode + rest
-        fixed = self.fixed(batch)
-        facts = [self.library.variant(kind, layer[kind]) for layer in layers for kind in KINDS]
-        return Prediction(
-            batch=batch,
-            tokens_per_second=batch * self.work.output_len / (prefill + decode),
-            latency_seconds=prefill + decode,
-            ttft_seconds=prefill,
-            tpot_seconds=decode / max(1, self.work.output_len - 1),
-            memory_bytes=int(fixed["memory_bytes"])
-            + sum(self.variant_bytes(kind, layer[kind], batch) for layer in layers for kind in KINDS),
-            kv_bytes_per_token=self.bytes_per_element * sum(f["kv_elements_per_token"] for f in facts),
-            num_parameters=int(fixed["num_parameters"]) + sum(f["num_parameters"] for f in facts),
-        )
-
-    def best_parent(self, memory: int | None) -> Prediction:
-        """The parent at its own best batch that fits `memory` (at the smallest batch when none does)."""
-        parent = [dict.fromkeys(KINDS, PARENT)] * self.library.num_layers
-        found = [self.predict(parent, b) for b in self.batches]
-        fitting = [p for p in found if memory is None or p.memory_bytes <= memory] or found[:1]
-        return max(fitting, key=lambda p: p.tokens_per_second)
+NO_OP_ONLY = [f"{attention}|{ffn}" for attention in (PARENT, "none") for ffn in (PARENT, "none")]
+BASELINES: dict[str, Callable[[Problem], Solution]] = {
+    "greedy": greedy,
+    "uniform": uniform,
+    "random": lambda problem: min(random_feasible(problem, 20), key=lambda s: s.objective, default=uniform(problem)),
+    "no-op": lambda problem: only(problem, NO_OP_ONLY, "no-op only"),
+    "most-parameters": lambda problem: most(problem, "num_parameters"),
+}
 
 
 def layer_choices(library: Library) -> list[list[tuple[Choice, float]]]:
@@ -157,37 +65,111 @@ def pair_name(choice: Choice) -> str:
     return f"{choice['attention']}|{choice['ffn']}"
 
 
-def build_problem(library: Library, costs: CostModel, goal: Goal, batch: int, parent: Prediction) -> Problem:
-    """The selection problem at one batch size."""
-    constraints = []
-    if goal.throughput is not None:
-        wanted = goal.throughput.absolute(parent.tokens_per_second)
-        constraints.append(
-            Constraint(resource="seconds", max=batch * costs.work.output_len / wanted, name="throughput")
+def layer_label(index: int) -> str:
+    return f"L{index:03d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A goal on a library at one set of costs, ready to be posed at any batch size."""
+
+    library: Library
+    costs: CostModel
+    goal: Goal
+    parent: Prediction
+
+    def problems(self) -> dict[str, Problem]:
+        """The selection problem at every batch size. Raises UserError where the goal's structure is impossible."""
+        try:
+            return {str(b): self.problem(b) for b in self.costs.batches}
+        except ProblemError as error:
+            raise UserError(str(error)) from error
+
+    def problem(self, batch: int) -> Problem:
+        """The selection problem at one batch size."""
+        library, costs, goal = self.library, self.costs, self.goal
+        seen: dict[str, dict[str, float]] = {}
+        layers = []
+        for index, pairs in enumerate(layer_choices(library)):
+            variants = []
+            for choice, score in pairs:
+                name = pair_name(choice)
+                if name not in seen:
+                    seen[name] = costs.resources(choice, batch)
+                    if goal.cached_tokens is not None:
+                        seen[name]["cached_bytes"] = costs.cached_bytes(choice, goal.cached_tokens)
+                variants.append(Variant(name=name, score=score, resources=seen[name]))
+            layers.append(Layer(name=layer_label(index), variants=tuple(variants)))
+        fixed = costs.fixed(batch)
+        pinned = self._layers("--pin", goal.pinned)
+        alike = self._layers("--alike", goal.alike)
+        return Problem(
+            layers=tuple(layers),
+            constraints=self.constraints(batch),
+            counts=self._counts(layers),
+            fixed=fixed | {"cached_bytes": fixed["memory_bytes"]},
+            pins={layer_label(i): (f"{PARENT}|{PARENT}",) for i in pinned},
+            equal=(tuple(layer_label(i) for i in alike),) if alike else (),
+            stages=None
+            if goal.stages is None
+            else Stages(resource="seconds", count=goal.stages, tolerance=goal.stage_tolerance),
         )
-    if goal.latency is not None:
-        constraints.append(Constraint(resource="seconds", max=goal.latency, name="latency"))
-    if goal.memory is not None:
-        constraints.append(Constraint(resource="memory_bytes", max=float(goal.memory), name="memory"))
-    if goal.max_parameters is not None:
-        constraints.append(Constraint(resource="num_parameters", max=float(goal.max_parameters), name="params"))
-    seen: dict[str, dict[str, float]] = {}
-    layers = []
-    for index, pairs in enumerate(layer_choices(library)):
-        variants = []
-        for choice, score in pairs:
-            name = pair_name(choice)
-            if name not in seen:
-                seen[name] = costs.resources(choice, batch)
-            variants.append(Variant(name=name, score=score, resources=seen[name]))
-        layers.append(Layer(name=f"L{index:02d}", variants=tuple(variants)))
-    return Problem(layers=tuple(layers), constraints=tuple(constraints), fixed=costs.fixed(batch))
+
+    def _layers(self, option: str, text: str | None) -> list[int]:
+        return [] if text is None else parse_layers(option, text, self.library.num_layers)
+
+    def constraints(self, batch: int) -> tuple[Constraint, ...]:
+        goal, work, parent = self.goal, self.costs.work, self.parent
+        found: list[tuple[str, str, float]] = []
+        if goal.throughput is not None:
+            wanted = goal.throughput.absolute(parent.tokens_per_second)
+            found.append(("throughput", "seconds", batch * work.output_len / wanted))
+
+        def add(label: str, resource: str, target: Target | None, own: float, times: float = 1.0) -> None:
+            if target is not None:
+                found.append((label, resource, target.absolute(own) * times))
+
+        add("latency", "seconds", goal.latency, parent.latency_seconds)
+        add("ttft", "prefill_seconds", goal.ttft, parent.ttft_seconds)
+        add("tpot", "decode_seconds", goal.tpot, parent.tpot_seconds, max(1, work.output_len - 1))
+        add("memory", "memory_bytes", goal.memory, parent.memory_bytes)
+        add("params", "num_parameters", goal.max_parameters, parent.num_parameters)
+        if goal.cached_tokens is not None:
+            add("cached-tokens", "cached_bytes", goal.memory, parent.memory_bytes)
+        return tuple(Constraint(resource=r, max=float(value), name=label) for label, r, value in found)
+
+    def _counts(self, layers: list[Layer]) -> tuple[Count, ...]:
+        if self.goal.keep_attention is None:
+            return ()
+        attending = {
+            name
+            for name in self.library.variants("attention")
+            if self.library.variant("attention", name)["kv_elements_per_token"]
+        }
+        cells = frozenset(
+            (layer.name, v.name) for layer in layers for v in layer.variants if v.name.split("|")[0] in attending
+        )
+        return (Count(name="keep-attention", cells=cells, min=self.goal.keep_attention),)
 
 
 def choices_of(solution: Solution) -> list[Choice]:
     """The solution's pairs, layer by layer."""
     split = [solution.choice[name].split("|") for name in sorted(solution.choice)]
     return [{"attention": attention, "ffn": ffn} for attention, ffn in split]
+
+
+def select(library: Library, table: CostTable, work: Workload, goal: Goal) -> Selection:
+    """Raises UserError for a goal that is none, or a workload that the costs do not cover."""
+    goal.check()
+    return selection_of(library, table, work, goal)
+
+
+def selection_of(library: Library, table: CostTable, work: Workload, goal: Goal) -> Selection:
+    """`select`, for a goal that may be empty."""
+    costs = CostModel(library, table, work)
+    memory = goal.memory
+    limit = None if memory is None else int(memory.absolute(costs.best_parent(None).memory_bytes))
+    return Selection(library, costs, goal, costs.best_parent(limit))
 
 
 def solve_library(
@@ -198,32 +180,88 @@ def solve_library(
     *,
     backend: str = "ortools",
     time_limit: float | None = None,
+    baseline: str | None = None,
+    explain: bool = False,
 ) -> dict[str, Any]:
-    """The architecture as architecture.json has it. Raises UserError when the goal cannot be met, with what can be."""
-    from puzzle.solver.sweep import sweep
+    """The architecture as architecture.json has it. Raises UserError when the goal cannot be met, with what can be.
 
-    goal.check()
-    costs = CostModel(library, table, work)
-    parent = costs.best_parent(goal.memory)
-    problems = {str(b): build_problem(library, costs, goal, b, parent) for b in costs.batches}
-    best, solutions = sweep(problems, backend=backend, time_limit=time_limit)
+    baseline: one of BASELINES, in place of the optimum. explain: add "prices", what looser limits would buy.
+    """
+    selection = select(library, table, work, goal)
+    problems = selection.problems()
+    best, solutions = choose(problems, backend, time_limit, baseline)
     if best is None:
-        raise UserError(explain_infeasible(problems, costs, goal, parent))
-    solution = solutions[best]
+        if baseline is not None:
+            raise UserError(
+                f"--baseline {baseline} finds no child that meets the goal: leave it out, or relax the goal"
+            )
+        if any(s.status == "time_limit" for s in solutions.values()):
+            raise UserError(f"no child was found in --time-limit {time_limit:g} s: allow more")
+        raise UserError(why_infeasible(problems, selection.costs, goal, selection.parent))
+    solved = describe(selection, int(best), solutions[best])
+    solved["objective_per_batch"] = {b: s.objective for b, s in solutions.items() if s.choice}
+    if explain:
+        solved["prices"] = [asdict(price) for price in prices(problems[best], solutions[best])]
+    return solved
+
+
+def solve_diverse(
+    selection: Selection, count: int, min_distance: int, backend: str = "ortools", time_limit: float | None = None
+) -> list[dict[str, Any]]:
+    """Up to `count` architectures at the best batch size, each at least `min_distance` layers from all earlier ones.
+
+    time_limit: seconds for each. Raises UserError when there is none, or for a distance that there cannot be.
+    """
+    problems = selection.problems()
+    best, _ = choose(problems, backend, time_limit, None)
+    if best is None:
+        raise UserError(why_infeasible(problems, selection.costs, selection.goal, selection.parent))
+    try:
+        found = diverse(problems[best], count, min_distance, backend=backend, time_limit=time_limit)
+    except ProblemError as error:
+        raise UserError(str(error)) from error
+    return [describe(selection, int(best), solution) for solution in found]
+
+
+def choose(
+    problems: Mapping[str, Problem], backend: str, time_limit: float | None, baseline: str | None
+) -> tuple[str | None, dict[str, Solution]]:
+    """(best batch or None, solution per batch), by the solver or by a simple rule."""
+    try:
+        if baseline is None:
+            return sweep(problems, backend=backend, time_limit=time_limit)
+        solutions = {label: BASELINES[baseline](problem) for label, problem in problems.items()}
+    except ProblemError as error:
+        raise UserError(str(error)) from error
+    feasible = [label for label, solution in solutions.items() if solution.choice]
+    return (min(feasible, key=lambda label: solutions[label].objective) if feasible else None), solutions
+
+
+def describe(selection: Selection, batch: int, solution: Solution) -> dict[str, Any]:
+    """What architecture.json says of one solution at one batch size."""
+    library, costs, parent = selection.library, selection.costs, selection.parent
     layers = choices_of(solution)
-    child = costs.predict(layers, int(best))
-    same = costs.predict([dict.fromkeys(KINDS, PARENT)] * library.num_layers, child.batch)
+    child = costs.predict(layers, batch)
+    same = costs.predict([dict.fromkeys(KINDS, PARENT)] * library.num_layers, batch)
+    goal = selection.goal
     return {
         "puzzle": __version__,
         "library": {"parent_fingerprint": library.facts["parent"]["fingerprint"]},
         "goal": {
-            "throughput": str(goal.throughput) if goal.throughput else None,
-            "latency_seconds": goal.latency,
-            "memory_bytes": goal.memory,
-            "num_parameters": goal.max_parameters,
+            "throughput": _text(goal.throughput),
+            "latency_seconds": _text(goal.latency),
+            "ttft_seconds": _text(goal.ttft),
+            "tpot_seconds": _text(goal.tpot),
+            "memory_bytes": _text(goal.memory),
+            "num_parameters": _text(goal.max_parameters),
+            "cached_tokens": goal.cached_tokens,
+            "keep_attention": goal.keep_attention,
+            "pinned": goal.pinned,
+            "alike": goal.alike,
+            "stages": goal.stages,
         },
-        "workload": asdict(work),
-        "costs": {"device": table.device, "dtype": table.dtype, "sha256": table.hash},
+        "workload": asdict(costs.work),
+        "costs": {"device": costs.table.device, "dtype": costs.table.dtype, "sha256": costs.table.hash},
         "status": solution.status,
         "objective": solution.objective,
         "bound": solution.bound,
@@ -238,92 +276,15 @@ def solve_library(
             "speedup_at_same_batch": child.tokens_per_second / same.tokens_per_second,
         },
         "parent_predicted": asdict(parent),
-        "objective_per_batch": {b: s.objective for b, s in solutions.items() if s.choice},
     }
 
 
-def explain_infeasible(problems: dict[str, Problem], costs: CostModel, goal: Goal, parent: Prediction) -> str:
-    """One line: the limits that bind and the best that is reachable."""
-    least = {r: min(_least(p, r) for p in problems.values()) for r in ("memory_bytes", "num_parameters", "seconds")}
-    if goal.memory is not None and least["memory_bytes"] > goal.memory:
-        return (
-            f"--memory {goal.memory} bytes cannot be met: the smallest child of this library takes "
-            f"{int(least['memory_bytes'])} bytes at batch {min(costs.batches)}; raise --memory or offer smaller variants"
-        )
-    if goal.max_parameters is not None and least["num_parameters"] > goal.max_parameters:
-        return (
-            f"--params {goal.max_parameters} cannot be met: the smallest child of this library has "
-            f"{int(least['num_parameters'])} parameters; raise --params or offer smaller variants"
-        )
-    if goal.latency is not None and least["seconds"] > goal.latency:
-        return (
-            f"--latency {goal.latency:g} s cannot be met: the fastest child of this library takes "
-            f"{least['seconds']:.4g} s; raise --latency or offer cheaper variants"
-        )
-    fastest = 0.0
-    for batch, problem in problems.items():
-        seconds = _least_seconds_within(problem, goal)
-        if seconds is not None:
-            fastest = max(fastest, int(batch) * costs.work.output_len / seconds)
-    if goal.throughput is not None and fastest > 0:
-        others = [
-            n
-            for n, v in (("--memory", goal.memory), ("--params", goal.max_parameters), ("--latency", goal.latency))
-            if v
-        ]
-        within = f" within {' and '.join(others)}" if others else ""
-        return (
-            f"--throughput {goal.throughput} cannot be met{within}: the fastest child of this library reaches "
-            f"{fastest / parent.tokens_per_second:.3g}x ({fastest:.4g} tok/s; the parent {parent.tokens_per_second:.4g}); "
-            "lower --throughput or offer cheaper variants"
-        )
-    return "the limits cannot be met together, though each one alone can: relax --latency, --memory or --params"
-
-
-def _least(problem: Problem, resource: str) -> float:
-    return problem.fixed.get(resource, 0.0) + sum(
-        min(v.resources[resource] for v in la.variants) for la in problem.layers
-    )
-
-
-def _least_seconds_within(problem: Problem, goal: Goal) -> float | None:
-    """The fewest seconds under every limit but throughput; None when there is no such choice."""
-    from puzzle.solver.solve import solve
-
-    layers = tuple(
-        Layer(
-            name=la.name,
-            variants=tuple(
-                Variant(name=v.name, score=v.resources["seconds"], resources=v.resources) for v in la.variants
-            ),
-        )
-        for la in problem.layers
-    )
-    kept = tuple(c for c in problem.constraints if c.name != "throughput")
-    solution = solve(Problem(layers=layers, constraints=kept, fixed=problem.fixed))
-    return solution.totals["seconds"] if solution.choice else None
+def _text(target: Target | None) -> str | float | None:
+    """A relative target as text ("2x"), an absolute one as its number."""
+    if target is None:
+        return None
+    return str(target) if target.relative else target.value
 
 
 def open_costs(library: Library, gpu: str, name: str | None) -> CostTable:
     return find_costs(gpu, name, [library.root / "costs", PACKAGED])
-
-
-SHADES = "▁▂▃▄▅▆▇█"
-
-
-def picture(layers: list[Choice], library: Library) -> list[str]:
-    """The architecture in two lines, a column per layer: KV heads or kind of attention, and the FFN's relative size."""
-    symbols = {PARENT: "█", "none": "·", "linear": "/"}
-    attention = [
-        symbols.get(c["attention"], c["attention"][2:] if c["attention"].startswith("kv") else "w") for c in layers
-    ]
-    full = library.variant("ffn", PARENT)["num_parameters"]
-    ffn = []
-    for choice in layers:
-        share = library.variant("ffn", choice["ffn"])["num_parameters"] / full
-        ffn.append(symbols.get(choice["ffn"]) or SHADES[min(7, int(share * 8))])
-    return [
-        "attention  " + " ".join(attention),
-        "ffn        " + " ".join(ffn),
-        "           █ parent   1 2 4 KV heads   w window   ▁…▇ narrower   / linear   · none",
-    ]

@@ -18,9 +18,10 @@ import torch
 
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.store import BlockStore
-from puzzle.build import Builder, BuildOptions, build_library, parse_layers
+from puzzle.build import Builder, BuildOptions, build_library
 from puzzle.data import TokenData, load_tokens
 from puzzle.families.family import open_model
+from puzzle.goal import parse_layers
 from puzzle.metrics import compare
 from puzzle.model import Block, load_model
 from puzzle.score import load_variant
@@ -71,7 +72,7 @@ def test_layers_can_be_chosen(parent, corpus, tmp_path):
     blocks = [name for name in one_hashes if name.startswith("blocks")]
     assert len(blocks) == 4
     assert all(one_hashes[name] == all_hashes[name] for name in blocks)
-    assert parse_layers("0-1,3", 4) == [0, 1, 3]
+    assert parse_layers("--layers", "0-1,3", 4) == [0, 1, 3]
 
 
 def test_a_library_can_be_widened(parent, corpus, tmp_path):

@@ -3,42 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from puzzle.cli import options
 
+RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
+
 
 @click.command("solve")
-@click.argument("library", type=options.DIRECTORY)
+@click.argument("library", type=options.DIRECTORY, required=False)
 @click.option("--throughput", default=None, metavar="GOAL", help="2x (of the parent at its best batch) or tokens/s.")
-@click.option(
-    "--latency", default=None, metavar="SECONDS", help="From prompt to last token of a batch, e.g. 1.5 or 800ms."
-)
-@click.option("--memory", default=None, metavar="BYTES", help="Weights and KV cache at full context, e.g. 80GB.")
-@click.option("--params", default=None, metavar="COUNT", help="Parameters, e.g. 6.5B.")
-@click.option("--gpu", required=True, help="Whose costs: cpu, or a GPU that has been profiled.")
+@click.option("--latency", default=None, metavar="GOAL", help="Prompt to last token of a batch: 1.5, 800ms or 50%.")
+@click.option("--ttft", default=None, metavar="GOAL", help="Time to the first token: 0.2, 200ms or 50%.")
+@click.option("--tpot", default=None, metavar="GOAL", help="Time per later token: 20ms or 50%.")
+@click.option("--memory", default=None, metavar="GOAL", help="Weights and KV cache at full context: 80GB or 60%.")
+@click.option("--params", default=None, metavar="GOAL", help="Parameters: 6.5B or 60%.")
+@click.option("--cached-tokens", default=None, metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
+@click.option("--keep-attention", type=int, default=None, metavar="N", help="At least N layers keep softmax attention.")
+@click.option("--pin", "pinned", default=None, metavar="RANGES", help="Layers that keep the parent's block: 0-1,15.")
+@click.option("--alike", default=None, metavar="RANGES", help="Layers that all choose the same: 0-15.")
+@click.option("--stages", type=int, default=None, metavar="N", help="N contiguous pipeline stages of equal time.")
+@click.option("--stage-tolerance", default="5%", show_default=True, metavar="SHARE")
+@click.option("--gpu", default=None, help="Whose costs: cpu, or a GPU that has been profiled.")
 @click.option("--shapes", default=None, help="Which of several cost tables.")
 @options.input_len
 @options.output_len
 @click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools", show_default=True)
-@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="For each batch size.")
-@click.option("--out", type=options.DIRECTORY, default=None, metavar="DIR", help="Default: LIBRARY/solution.")
+@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="For the whole answer.")
+@click.option("--baseline", type=click.Choice(RULES), default=None, help="A simple rule in place of the optimum.")
+@click.option("--explain", is_flag=True, help="Also say what 1 % more of each limit would buy.")
+@click.option("--pareto", default=None, metavar="AXIS", help="Frontier against throughput, latency or memory.")
+@click.option("--points", type=int, default=50, show_default=True, help="Of the frontier.")
+@click.option(
+    "--diverse", type=int, default=None, metavar="N", help="N children that differ, each the best of the rest."
+)
+@click.option("--min-distance", type=int, default=1, show_default=True, help="Layers in which they differ.")
+@click.option("--problem", type=options.DIRECTORY, default=None, help="A problem.json of your own, without a LIBRARY.")
+@click.option("--out", type=options.DIRECTORY, default=None, help="Default: LIBRARY/solution, or solution.json.")
 @options.as_json
 def solve_command(
-    library: Path,
-    throughput: str | None,
-    latency: str | None,
-    memory: str | None,
-    params: str | None,
-    gpu: str,
+    library: Path | None,
+    gpu: str | None,
     shapes: str | None,
     input_len: int,
     output_len: int,
     backend: str,
     time_limit: float | None,
+    baseline: str | None,
+    explain: bool,
+    pareto: str | None,
+    points: int,
+    diverse: int | None,
+    min_distance: int,
+    problem: Path | None,
     out: Path | None,
     as_json: bool,
+    **wanted: Any,
 ) -> None:
     """Choose one variant per layer of LIBRARY: the least sum of scores within the goal.
 
@@ -47,27 +69,79 @@ def solve_command(
     \b
     Examples:
       puzzle solve lib --throughput 2x --gpu cpu --input-len 128 --output-len 128
-      puzzle solve lib --throughput 1.5x --memory 24MiB --gpu cpu --backend pulp --json
+      puzzle solve lib --throughput 1.5x --memory 60% --keep-attention 8 --gpu cpu --explain
+      puzzle solve lib --pareto throughput --points 20 --gpu cpu --out frontier
+      puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
+      puzzle solve --problem problem.json --out solution.json
     """
     if time_limit is not None:
         options.positive("--time-limit", time_limit)
+    from puzzle.errors import UserError
+
+    if problem is not None:
+        _solve_file(problem, out or Path("solution.json"), backend, time_limit, as_json)
+        return
+    if library is None:
+        raise UserError("nothing to solve: name a LIBRARY (see `puzzle build-library`), or pass --problem problem.json")
+    if gpu is None:
+        raise UserError("--gpu is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
     from puzzle.costs import Workload
     from puzzle.files import check_writable, write_json
-    from puzzle.goal import goal_of
+    from puzzle.goal import Goal, goal_of
     from puzzle.library import Library
-    from puzzle.solve import open_costs, solve_library
+    from puzzle.solve import open_costs, select, solve_library
 
-    goal = goal_of(throughput, latency, memory, params)
+    if pareto is not None and not any(value for name, value in wanted.items() if name != "stage_tolerance"):
+        goal = Goal()
+    else:
+        goal = goal_of(**wanted)
     work = Workload(input_len=input_len, output_len=output_len)
     opened = Library.open(library)
-    target = (out or library / "solution") / "architecture.json"
-    check_writable(target.parent)
-    solved = solve_library(opened, open_costs(opened, gpu, shapes), work, goal, backend=backend, time_limit=time_limit)
-    write_json(target, solved)
+    target = out or library / "solution"
+    check_writable(target)
+    costs = open_costs(opened, gpu, shapes)
+    from puzzle.report import print_diverse, print_frontier, print_prices, print_solution
+
+    if pareto is not None:
+        from puzzle.frontier import library_frontier
+        from puzzle.solve import selection_of
+
+        rows = library_frontier(selection_of(opened, costs, work, goal), pareto, points, target, backend)
+        options.print_json({"schema": 1, "axis": pareto, "points": rows}) if as_json else print_frontier(rows, pareto)
+        click.echo(f"wrote {target / 'frontier.csv'}", err=True)
+        return
+    if diverse is not None:
+        from puzzle.solve import solve_diverse
+
+        found = solve_diverse(select(opened, costs, work, goal), diverse, min_distance, backend, time_limit)
+        for number, solved in enumerate(found, 1):
+            write_json(target / f"architecture-{number:02d}.json", solved)
+        options.print_json({"schema": 1, "solutions": found}) if as_json else print_diverse(found, opened)
+        click.echo(f"wrote {len(found)} architectures into {target}", err=True)
+        return
+    solved = solve_library(
+        opened, costs, work, goal, backend=backend, time_limit=time_limit, baseline=baseline, explain=explain
+    )
+    write_json(target / "architecture.json", solved)
     if as_json:
         options.print_json(solved)
     else:
-        from puzzle.report import print_solution
-
         print_solution(solved, opened)
-        click.echo(f"wrote {target}", err=True)
+        print_prices(solved)
+        click.echo(f"wrote {target / 'architecture.json'}", err=True)
+
+
+def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:
+    from puzzle.errors import UserError
+    from puzzle.files import check_writable
+    from puzzle.report import print_solutions
+    from puzzle.solve_file import solve_file
+
+    check_writable(out.parent)
+    value = solve_file(problem, out, backend=backend, time_limit=time_limit)
+    options.print_json(value) if as_json else print_solutions(value)
+    click.echo(f"wrote {out}", err=True)
+    if value["conflict"]:
+        nearest = [f"{k} {v['side']} {v['value']:.6g}" for k, v in value["conflict"]["nearest"].items()]
+        ways = f"; feasible with {', or '.join(nearest)}" if nearest else ""
+        raise UserError(f"no solution: {' and '.join(value['conflict']['limits'])} cannot be met together{ways}")

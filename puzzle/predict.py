@@ -1,0 +1,131 @@
+"""Seconds, bytes and parameters of any architecture made of one library's variants. Needs no torch.
+
+The cost of a model is the sum of its measured parts times one factor, measured on the whole parent (see `costs`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puzzle.costs import CostTable, Workload
+from puzzle.errors import UserError
+from puzzle.library import KINDS, PARENT, Library
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Choice = dict[str, str]  # {"attention": name, "ffn": name}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What the cost model says of one architecture at one batch size. memory: weights and KV cache at full context."""
+
+    batch: int
+    tokens_per_second: float
+    latency_seconds: float
+    ttft_seconds: float
+    tpot_seconds: float
+    memory_bytes: int
+    kv_bytes_per_token: int
+    num_parameters: int
+
+
+class CostModel:
+    """Seconds and bytes of architectures made of one library's variants, for one workload."""
+
+    def __init__(self, library: Library, table: CostTable, work: Workload):
+        self.library, self.table, self.work = library, table, work
+        model = library.facts["model"]
+        if work.input_len + work.output_len > model["max_length"]:
+            raise UserError(
+                f"--input-len {work.input_len} + --output-len {work.output_len} exceed the parent's context of "
+                f"{model['max_length']}"
+            )
+        self.bytes_per_element = DTYPE_BYTES[table.dtype]
+        self.batches = table.batches
+        head = model["head_shape"]
+        self._fixed_parts = [("embedding", head), ("head", head)]
+        parent = [(kind, library.variant(kind, PARENT)["shape"]) for kind in KINDS] * library.num_layers
+        middle = work.input_len + work.output_len // 2
+        self._factors = {
+            b: (
+                table.whole_over_parts(parent + self._fixed_parts, "prefill", b, work.input_len),
+                table.whole_over_parts(parent + self._fixed_parts, "decode", b, middle),
+            )
+            for b in self.batches
+        }
+        self._seconds: dict[tuple[str, str, int], tuple[float, float]] = {}
+
+    def part_seconds(self, kind: str, shape: str, batch: int) -> tuple[float, float]:
+        """(prefill, all decode steps) of one part in this workload, the whole-over-parts factor included."""
+        key = (kind, shape, batch)
+        if key not in self._seconds:
+            prefill, decode = self._factors[batch]
+            self._seconds[key] = (
+                prefill * self.table.seconds(kind, shape, "prefill", batch, self.work.input_len),
+                decode * self.table.decode_seconds(kind, shape, batch, self.work),
+            )
+        return self._seconds[key]
+
+    def variant_bytes(self, kind: str, name: str, batch: int) -> int:
+        facts = self.library.variant(kind, name)
+        length = self.work.input_len + self.work.output_len
+        cached = length if facts["window"] is None else min(length, facts["window"])
+        return self.bytes_per_element * (facts["num_parameters"] + facts["kv_elements_per_token"] * cached * batch)
+
+    def resources(self, choice: Choice, batch: int) -> dict[str, float]:
+        """Seconds, bytes and parameters of one layer's pair."""
+        parts = [self.part_seconds(kind, self.library.variant(kind, choice[kind])["shape"], batch) for kind in KINDS]
+        return self._timed(parts) | {
+            "memory_bytes": sum(self.variant_bytes(kind, choice[kind], batch) for kind in KINDS),
+            "num_parameters": sum(self.library.variant(kind, choice[kind])["num_parameters"] for kind in KINDS),
+        }
+
+    def fixed(self, batch: int) -> dict[str, float]:
+        """The same of what no choice changes: embedding, final norm, LM head."""
+        count = self.library.facts["model"]["num_fixed_parameters"]
+        return self._timed([self.part_seconds(kind, shape, batch) for kind, shape in self._fixed_parts]) | {
+            "memory_bytes": count * self.bytes_per_element,
+            "num_parameters": count,
+        }
+
+    @staticmethod
+    def _timed(parts: list[tuple[float, float]]) -> dict[str, float]:
+        prefill, decode = sum(p for p, _ in parts), sum(d for _, d in parts)
+        return {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
+
+    def cached_bytes(self, choice: Choice, num_tokens: int) -> float:
+        """Bytes of one layer's weights and of its cache for `num_tokens` tokens in sequences of the workload's length."""
+        length = self.work.input_len + self.work.output_len
+        total = 0.0
+        for kind in KINDS:
+            facts = self.library.variant(kind, choice[kind])
+            share = 1.0 if facts["window"] is None else min(1.0, facts["window"] / length)
+            total += facts["num_parameters"] + facts["kv_elements_per_token"] * num_tokens * share
+        return self.bytes_per_element * total
+
+    def predict(self, layers: list[Choice], batch: int) -> Prediction:
+        prefill = decode = 0.0
+        parts = [(kind, self.library.variant(kind, layer[kind])["shape"]) for layer in layers for kind in KINDS]
+        for kind, shape in parts + self._fixed_parts:
+            first, rest = self.part_seconds(kind, shape, batch)
+            prefill, decode = prefill + first, decode + rest
+        fixed = self.fixed(batch)
+        facts = [self.library.variant(kind, layer[kind]) for layer in layers for kind in KINDS]
+        return Prediction(
+            batch=batch,
+            tokens_per_second=batch * self.work.output_len / (prefill + decode),
+            latency_seconds=prefill + decode,
+            ttft_seconds=prefill,
+            tpot_seconds=decode / max(1, self.work.output_len - 1),
+            memory_bytes=int(fixed["memory_bytes"])
+            + sum(self.variant_bytes(kind, layer[kind], batch) for layer in layers for kind in KINDS),
+            kv_bytes_per_token=self.bytes_per_element * sum(f["kv_elements_per_token"] for f in facts),
+            num_parameters=int(fixed["num_parameters"]) + sum(f["num_parameters"] for f in facts),
+        )
+
+    def best_parent(self, memory: int | None) -> Prediction:
+        """The parent at its own best batch that fits `memory` (at the smallest batch when none does)."""
+        parent = [dict.fromkeys(KINDS, PARENT)] * self.library.num_layers
+        found = [self.predict(parent, b) for b in self.batches]
+        fitting = [p for p in found if memory is None or p.memory_bytes <= memory] or found[:1]
+        return max(fitting, key=lambda p: p.tokens_per_second)
