@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from puzzle.goal import Goal
 from puzzle.predict import CostModel, Prediction
-from puzzle.solver.explain import Conflict, explain_infeasible
+from puzzle.solver.explain import nearest, smallest_conflict
 from puzzle.solver.problem import Problem
 
 Words = tuple[str, bool, Callable[[float], str]]  # (the limit as typed, larger is better, what is reachable)
@@ -14,28 +14,30 @@ Words = tuple[str, bool, Callable[[float], str]]  # (the limit as typed, larger 
 
 def why_infeasible(problems: Mapping[str, Problem], costs: CostModel, goal: Goal, parent: Prediction) -> str:
     """One line. problems: by batch size, each without a solution."""
-    conflicts = {int(b): conflict for b, problem in problems.items() if (conflict := explain_infeasible(problem))}
+    limits = smallest_conflict(list(problems.values()))
+    assert limits is not None, "the problems were found infeasible"
     words = _words(costs, goal, parent)
-    fewest = min((c.limits for c in conflicts.values()), key=len)
-    reach = {label: _reach(label, words, conflicts, costs) for label in fewest}
-    typed = " and ".join(words[label][0] for label in fewest)
-    found = [text for text in reach.values() if text is not None]
+    reach = {int(b): nearest(problem, limits) for b, problem in problems.items()}
+    typed = " and ".join(words[label][0] for label in limits)
+    found = [text for label in limits if (text := _reach(label, words, reach, costs)) is not None]
     if not found:
         return (
             f"{typed} cannot be met: no value of one of them alone would do; relax several, or offer cheaper variants"
         )
-    if len(fewest) == 1:
+    if len(limits) == 1:
         return f"{typed} cannot be met: {found[0]}; relax it or offer cheaper variants"
     return f"{typed} cannot be met together: with the rest kept, {', or '.join(found)}; relax one, or offer cheaper variants"
 
 
-def _reach(label: str, words: dict[str, Words], conflicts: dict[int, Conflict], costs: CostModel) -> str | None:
-    """The best that is reachable over the batch sizes when this limit alone gives way."""
+def _reach(
+    label: str, words: dict[str, Words], reach: dict[int, dict[str, tuple[str, float]]], costs: CostModel
+) -> str | None:
+    """The best over the batch sizes when this limit alone gives way. reach: by batch size, what `nearest` found."""
     _, larger, text = words[label]
     values = []
-    for batch, conflict in conflicts.items():
-        if label in conflict.nearest:
-            value = conflict.nearest[label][1]
+    for batch, limits in reach.items():
+        if label in limits:
+            value = limits[label][1]
             values.append(batch * costs.work.output_len / value if label == "throughput" else value)
     return text((max if larger else min)(values)) if values else None
 

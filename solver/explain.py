@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -111,40 +112,52 @@ def _moved(problem: Problem, limit: Limit, side: str, value: float) -> Problem:
 
 def explain_infeasible(problem: Problem) -> Conflict | None:
     """None when `problem` has a solution."""
-    if solve(problem).status != "infeasible":
+    limits = smallest_conflict([problem])
+    return None if limits is None else Conflict(limits=limits, nearest=nearest(problem, limits))
+
+
+def smallest_conflict(problems: Sequence[Problem]) -> tuple[str, ...] | None:
+    """The fewest limits that no choice of any of the problems (which share labels) meets together; None when one can be met.
+
+    All small sets are tried, smallest first, and beyond them one that no member can leave.
+    """
+    every = labels(problems[0])
+
+    def impossible(kept: Sequence[str]) -> bool:
+        dropped = set(every) - set(kept)
+        return all(solve(without(problem, dropped)).status == "infeasible" for problem in problems)
+
+    if not impossible(every):
         return None
-    every = labels(problem)
-    limits = _smallest(problem, every)
-    nearest: dict[str, tuple[str, float]] = {}
+    for size in range(1, min(len(every), 3) + 1):
+        for kept in combinations(every, size):
+            if impossible(kept):
+                return kept
+    kept_so_far = every
+    for label in every:
+        trial = [x for x in kept_so_far if x != label]
+        if impossible(trial):
+            kept_so_far = trial
+    return tuple(kept_so_far)
+
+
+def nearest(problem: Problem, limits: Sequence[str]) -> dict[str, tuple[str, float]]:
+    """As in Conflict: how far each of `limits` alone, all else kept, has to give way."""
+    found: dict[str, tuple[str, float]] = {}
     for limit in problem.limits:
         if limit.label not in limits:
             continue
         if isinstance(limit, Stages):
-            found = _tolerance(problem, limit)
-            if found is not None:
-                nearest[limit.label] = "tolerance", found
+            tolerance = _tolerance(problem, limit)
+            if tolerance is not None:
+                found[limit.label] = "tolerance", tolerance
             continue
         for side in _sides(limit):
             value = least(problem, limit, side)
-            if value is None or solve(_moved(problem, limit, side, value)).status == "infeasible":
-                continue
-            nearest[limit.label] = side, value
-            break
-    return Conflict(limits=tuple(limits), nearest=nearest)
-
-
-def _smallest(problem: Problem, every: list[str]) -> list[str]:
-    """The smallest infeasible subset: all small subsets first, and beyond them one that no member can leave."""
-    for size in range(1, min(len(every), 3) + 1):
-        for kept in combinations(every, size):
-            if solve(without(problem, set(every) - set(kept))).status == "infeasible":
-                return list(kept)
-    kept_so_far = list(every)
-    for label in every:
-        trial = [x for x in kept_so_far if x != label]
-        if solve(without(problem, set(every) - set(trial))).status == "infeasible":
-            kept_so_far = trial
-    return kept_so_far
+            if value is not None and solve(_moved(problem, limit, side, value)).status != "infeasible":
+                found[limit.label] = side, value
+                break
+    return found
 
 
 def _tolerance(problem: Problem, stages: Stages) -> float | None:
