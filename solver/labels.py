@@ -3,7 +3,8 @@
 A label is a partial choice with its score, its use of every limit, and the cell it ends in. It is dropped when, at any of
 several price vectors, its cost so far and the least cost to go reach the threshold, or when some limit cannot be met any
 more. With the bounds of `relax` few labels survive: tens where there are 54 to the power of 126 choices.
-(Label setting as for shortest paths with resource limits: Irnich and Desaulniers 2005; without dominance.)
+A label is also dropped when another one that ends in the same cell scores no more and uses no more of any limit
+(label setting as for shortest paths with resource limits: Irnich and Desaulniers 2005).
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from puzzle.solver.arrays import Arrays
 from puzzle.solver.relax import Bound
 
 MAX_LABELS = 300_000
+WINDOW = 30  # labels that each is compared with
+CROWD = 500  # fewer labels are not worth comparing
 FEASIBLE = 1e-9  # slack on scaled rows in floating point; exact arithmetic has the last word
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """picked [N, L] cells, by rising score [N] (scaled). complete: nothing below the threshold was dropped for space."""
+    """picked [N, L] cells, by rising score [N] (scaled). complete: nothing below the threshold was dropped for space.
+    thinned: some were dropped for others that are no worse, up to rounding."""
 
     picked: np.ndarray
     score: np.ndarray
     complete: bool
+    thinned: bool = False
 
 
 def search(
@@ -37,9 +42,10 @@ def search(
     *,
     keep: int = MAX_LABELS,
     beam: bool = False,
+    thin: bool = True,
     deadline: float | None = None,
 ) -> Found:
-    """All choices over `cells` [L, V] with every bound below `threshold`.
+    """All choices over `cells` [L, V] with every bound below `threshold`; with `thin` all that may be the best.
 
     keep: labels held at once; beyond it the search stops (complete is False), or with `beam` goes on with the best ones.
     """
@@ -53,7 +59,8 @@ def search(
 
     score, rows, node = np.zeros(1), np.zeros((num_rows, 1)), np.zeros(1, dtype=int)
     trail: list[tuple[np.ndarray, np.ndarray]] = []
-    complete = True
+    complete, thinned = True, False
+    thin = thin and not len(arrays.far.score)  # what far pairs hold open differs from label to label
     for position, i in enumerate(order):
         options = np.flatnonzero(cells[i])
         grown = score[:, None] + arrays.score[i, options][None, :]
@@ -67,6 +74,11 @@ def search(
         worst = cost.max(axis=0)
         fits = (used <= (closing - rest[position][:, None])[:, :, None]).all(axis=0)
         parent, picked = np.nonzero((worst < threshold) & fits)
+        if thin and len(parent) > CROWD:
+            ends = picked if arrays.arc_score is not None else np.zeros_like(picked)
+            left = _undominated(ends, grown[parent, picked], used[:, parent, picked])
+            thinned = thinned or len(left) < len(parent)
+            parent, picked = parent[left], picked[left]
         if len(parent) > keep:
             complete = False
             if not beam:
@@ -85,7 +97,22 @@ def search(
         parent, node = trail[position]
         chosen[:, order[position]] = node[at]
         at = parent[at]
-    return Found(chosen, score, complete)
+    return Found(chosen, score, complete, thinned)
+
+
+def _undominated(ends: np.ndarray, score: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Indices of the labels that no near one makes superfluous. Sorted by end and first row, the others need comparing."""
+    values = np.vstack([score[None], rows[1:]])
+    at = np.lexsort((rows[0], ends)) if len(rows) else np.lexsort((score, ends))
+    while True:
+        sorted_values, sorted_ends = values[:, at], ends[at]
+        dead = np.zeros(len(at), dtype=bool)
+        for step in range(1, min(WINDOW, len(at) - 1) + 1):
+            no_worse = (sorted_values[:, :-step] <= sorted_values[:, step:]).all(axis=0)
+            dead[step:] |= no_worse & (sorted_ends[:-step] == sorted_ends[step:])
+        at = at[~dead]
+        if dead.sum() <= 0.05 * len(dead):
+            return np.sort(at)
 
 
 def _order(arrays: Arrays, cells: np.ndarray) -> list[int]:

@@ -112,12 +112,12 @@ def _by_labels(problem: Problem, arrays: Arrays, clock: _Clock, name: str, cutof
     while not clock.over:
         edge = threshold + EPSILON * max(1.0, abs(threshold))
         cells = arrays.allowed & (through < edge)
-        found = _search(arrays, prices, cells, edge, clock)
+        found = _search(problem, arrays, prices, cells, edge, clock)
         if not found.complete:  # too many choices are that close: a beam finds a good one, below which there are fewer
             if beamed:
                 break
             beamed = True
-            found = _search(arrays, prices, cells, edge, clock, beam=BEAM)
+            found = _search(problem, arrays, prices, cells, edge, clock, beam=BEAM)
             hit = _first_valid(problem, arrays, found)
             if hit is None or hit[0] >= threshold:
                 break
@@ -150,7 +150,13 @@ def _bounds(arrays: Arrays, prices: list[np.ndarray], cells: np.ndarray) -> tupl
 
 
 def _search(
-    arrays: Arrays, prices: list[np.ndarray], cells: np.ndarray, edge: float, clock: _Clock, beam: int | None = None
+    problem: Problem,
+    arrays: Arrays,
+    prices: list[np.ndarray],
+    cells: np.ndarray,
+    edge: float,
+    clock: _Clock,
+    beam: int | None = None,
 ) -> Found:
     none = Found(np.zeros((0, len(cells)), dtype=int), np.zeros(0), True)
     if not cells.any(axis=1).all():
@@ -161,7 +167,11 @@ def _search(
         return none
     if beam is not None:
         return search(arrays, bounds, edge, cells, keep=beam, beam=True, deadline=clock.deadline)
-    return search(arrays, bounds, edge, cells, deadline=clock.deadline)
+    found = search(arrays, bounds, edge, cells, deadline=clock.deadline)
+    if found.thinned and len(found.score) and problem.violated(arrays.choice(found.picked[0])):
+        # The best holds by floating point alone, and may have pushed out a choice that truly holds.
+        return search(arrays, bounds, edge, cells, thin=False, deadline=clock.deadline)
+    return found
 
 
 def _first_valid(problem: Problem, arrays: Arrays, found: Found) -> tuple[float, dict[str, str]] | None:
