@@ -10,7 +10,8 @@ reading the instance into a Problem excluded, "gap" is proven: 0, or at most 1e-
   sparse-pairs      126 × 54, two limits, 200 pairs of random cells, layers anywhere, scores of either sign
   sweep             nine batch sizes, one answer
   pareto            50 throughput targets × nine batch sizes
-  diverse           10 choices at least 20 layers apart, 80 × 16, tight runtime and memory
+  diverse           10 choices at least 20 layers apart, 80 × 16, runtime at 33 % and memory at 40 %, where both bind; at
+                    most 60 s for each
   baselines         objective of simple rules over the optimum, three libraries
 
     python benchmarks/bench_solver.py --out benchmarks/results/solver.csv
@@ -216,15 +217,16 @@ def main(out: Path, wanted: str | None, backend: str) -> None:
     if cases is None or "diverse" in cases:
         for seed in range(3):
             layers = library(80, seed, small=True)
-            problem = Problem(layers=layers, constraints=limits(layers, ("runtime", "memory"), 0.4))
+            chosen = limits(layers, ("runtime",), 0.33) + limits(layers, ("memory",), 0.4)
+            problem = Problem(layers=layers, constraints=chosen)
             begin = time.perf_counter()
             found_all = diverse(problem, 10, 20, backend=backend, time_limit=60.0)
             seconds = time.perf_counter() - begin
             scores = [s.objective for s in found_all]
-            status = (
-                "all optimal" if {s.status for s in found_all} == {"optimal"} and scores == sorted(scores) else "NOT"
-            )
-            report.add("diverse", f"80x16 {len(found_all)} seed {seed}", status, scores[-1], 0.0, seconds)
+            proven = sum(s.status == "optimal" for s in found_all)
+            gap = max(s.gap for s in found_all)
+            status = f"{proven} optimal" + ("" if scores == sorted(scores) else ", NOT RISING")
+            report.add("diverse", f"80x16 {len(found_all)} seed {seed}", status, scores[-1], gap, seconds)
     if cases is None or "baselines" in cases:
         for seed in range(3):
             layers = library(80, seed)

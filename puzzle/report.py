@@ -52,6 +52,15 @@ def print_solution(solved: dict[str, Any], library: Library) -> None:
             ],
         )
     )
+    for one in solved["also"]:
+        work, mine, own = one["workload"], one["predicted"], one["parent_predicted"]
+        console.print(
+            f"also {work['input_len']}/{work['output_len']} at batch {mine['batch']}, predicted: "
+            f"{mine['tokens_per_second']:.5g} tokens/s ({mine['speedup']:.3g}x), first token {mine['ttft_seconds']:.4g} s, "
+            f"then {mine['tpot_seconds']:.4g} s each; parent {own['tokens_per_second']:.5g} at batch {own['batch']}, "
+            f"{own['ttft_seconds']:.4g} s, {own['tpot_seconds']:.4g} s",
+            markup=False,
+        )
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

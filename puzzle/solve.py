@@ -7,11 +7,12 @@ at the batch size that allows the smallest sum. Throughput b·output_len / Σ se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from puzzle import __version__
+from puzzle.also import LIMITS, Also, Served, served
 from puzzle.costs import PACKAGED, CostTable, Workload, find_costs
 from puzzle.errors import UserError
 from puzzle.goal import Goal, Target, parse_layers
@@ -71,12 +72,18 @@ def layer_label(index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A goal on a library at one set of costs, ready to be posed at any batch size."""
+    """A goal on a library at one set of costs, ready to be posed at any batch size. others: further workloads."""
 
     library: Library
     costs: CostModel
     goal: Goal
     parent: Prediction
+    others: tuple[Served, ...] = ()
+
+    @property
+    def served(self) -> tuple[Served, ...]:
+        """All workloads, the main one first."""
+        return (Served(suffix="", batch=None, goal=self.goal, costs=self.costs, parent=self.parent), *self.others)
 
     def problems(self) -> dict[str, Problem]:
         """The selection problem at every batch size. Raises UserError where the goal's structure is impossible."""
@@ -96,11 +103,15 @@ class Selection:
                 name = pair_name(choice)
                 if name not in seen:
                     seen[name] = costs.resources(choice, batch)
+                    for other in self.others:
+                        seen[name] |= other.timed(other.costs.resources(choice, other.at(batch)))
                     if goal.cached_tokens is not None:
                         seen[name]["cached_bytes"] = costs.cached_bytes(choice, goal.cached_tokens)
                 variants.append(Variant(name=name, score=score, resources=seen[name]))
             layers.append(Layer(name=layer_label(index), variants=tuple(variants)))
         fixed = costs.fixed(batch)
+        for other in self.others:
+            fixed |= other.timed(other.costs.fixed(other.at(batch)))
         pinned = self._layers("--pin", goal.pinned)
         alike = self._layers("--alike", goal.alike)
         return Problem(
@@ -119,24 +130,16 @@ class Selection:
         return [] if text is None else parse_layers(option, text, self.library.num_layers)
 
     def constraints(self, batch: int) -> tuple[Constraint, ...]:
-        goal, work, parent = self.goal, self.costs.work, self.parent
-        found: list[tuple[str, str, float]] = []
-        if goal.throughput is not None:
-            wanted = goal.throughput.absolute(parent.tokens_per_second)
-            found.append(("throughput", "seconds", batch * work.output_len / wanted))
-
-        def add(label: str, resource: str, target: Target | None, own: float, times: float = 1.0) -> None:
-            if target is not None:
-                found.append((label, resource, target.absolute(own) * times))
-
-        add("latency", "seconds", goal.latency, parent.latency_seconds)
-        add("ttft", "prefill_seconds", goal.ttft, parent.ttft_seconds)
-        add("tpot", "decode_seconds", goal.tpot, parent.tpot_seconds, max(1, work.output_len - 1))
-        add("memory", "memory_bytes", goal.memory, parent.memory_bytes)
-        add("params", "num_parameters", goal.max_parameters, parent.num_parameters)
-        if goal.cached_tokens is not None:
-            add("cached-tokens", "cached_bytes", goal.memory, parent.memory_bytes)
-        return tuple(Constraint(resource=r, max=float(value), name=label) for label, r, value in found)
+        """The limits of all workloads; those of further ones carry their suffix."""
+        found = [c for one in self.served for c in _limits(one, one.at(batch))]
+        goal, parent = self.goal, self.parent
+        if goal.max_parameters is not None:
+            most_parameters = goal.max_parameters.absolute(parent.num_parameters)
+            found.append(Constraint(resource="num_parameters", max=float(most_parameters), name="params"))
+        if goal.cached_tokens is not None and goal.memory is not None:
+            room = goal.memory.absolute(parent.memory_bytes)
+            found.append(Constraint(resource="cached_bytes", max=float(room), name="cached-tokens"))
+        return tuple(found)
 
     def _counts(self, layers: list[Layer]) -> tuple[Count, ...]:
         if self.goal.keep_attention is None:
@@ -152,24 +155,45 @@ class Selection:
         return (Count(name="keep-attention", cells=cells, min=self.goal.keep_attention),)
 
 
+def _limits(one: Served, batch: int) -> list[Constraint]:
+    """Throughput, latencies and memory of one workload."""
+    goal, output_len, parent = one.goal, one.costs.work.output_len, one.parent
+    found: list[tuple[str, str, float]] = []
+    if goal.throughput is not None:
+        found.append(("throughput", "seconds", batch * output_len / goal.throughput.absolute(parent.tokens_per_second)))
+    for label, resource, target, own, times in (
+        ("latency", "seconds", goal.latency, parent.latency_seconds, 1),
+        ("ttft", "prefill_seconds", goal.ttft, parent.ttft_seconds, 1),
+        ("tpot", "decode_seconds", goal.tpot, parent.tpot_seconds, max(1, output_len - 1)),
+        ("memory", "memory_bytes", goal.memory, parent.memory_bytes, 1),
+    ):
+        if target is not None:
+            found.append((label, resource, target.absolute(own) * times))
+    return [Constraint(resource=r + one.suffix, max=float(value), name=label + one.suffix) for label, r, value in found]
+
+
 def choices_of(solution: Solution) -> list[Choice]:
     """The solution's pairs, layer by layer."""
     split = [solution.choice[name].split("|") for name in sorted(solution.choice)]
     return [{"attention": attention, "ffn": ffn} for attention, ffn in split]
 
 
-def select(library: Library, table: CostTable, work: Workload, goal: Goal) -> Selection:
+def select(library: Library, table: CostTable, work: Workload, goal: Goal, also: Sequence[Also] = ()) -> Selection:
     """Raises UserError for a goal that is none, or a workload that the costs do not cover."""
-    goal.check()
-    return selection_of(library, table, work, goal)
+    if not also:
+        goal.check()
+    return selection_of(library, table, work, goal, also)
 
 
-def selection_of(library: Library, table: CostTable, work: Workload, goal: Goal) -> Selection:
+def selection_of(
+    library: Library, table: CostTable, work: Workload, goal: Goal, also: Sequence[Also] = ()
+) -> Selection:
     """`select`, for a goal that may be empty."""
     costs = CostModel(library, table, work)
     memory = goal.memory
     limit = None if memory is None else int(memory.absolute(costs.best_parent(None).memory_bytes))
-    return Selection(library, costs, goal, costs.best_parent(limit))
+    others = tuple(served(one, library, table, limit) for one in also)
+    return Selection(library, costs, goal, costs.best_parent(limit), others)
 
 
 def solve_library(
@@ -182,12 +206,13 @@ def solve_library(
     time_limit: float | None = None,
     baseline: str | None = None,
     explain: bool = False,
+    also: Sequence[Also] = (),
 ) -> dict[str, Any]:
     """The architecture as architecture.json has it. Raises UserError when the goal cannot be met, with what can be.
 
     baseline: one of BASELINES, in place of the optimum. explain: add "prices", what looser limits would buy.
     """
-    selection = select(library, table, work, goal)
+    selection = select(library, table, work, goal, also)
     problems = selection.problems()
     best, solutions = choose(problems, backend, time_limit, baseline)
     if best is None:
@@ -197,7 +222,7 @@ def solve_library(
             )
         if any(s.status == "time_limit" for s in solutions.values()):
             raise UserError(f"no child was found in --time-limit {time_limit:g} s: allow more")
-        raise UserError(why_infeasible(problems, selection.costs, goal, selection.parent))
+        raise UserError(why_infeasible(problems, selection.served))
     solved = describe(selection, int(best), solutions[best])
     solved["objective_per_batch"] = {b: s.objective for b, s in solutions.items() if s.choice}
     if explain:
@@ -215,7 +240,7 @@ def solve_diverse(
     problems = selection.problems()
     best, _ = choose(problems, backend, time_limit, None)
     if best is None:
-        raise UserError(why_infeasible(problems, selection.costs, selection.goal, selection.parent))
+        raise UserError(why_infeasible(problems, selection.served))
     try:
         found = diverse(problems[best], count, min_distance, backend=backend, time_limit=time_limit)
     except ProblemError as error:
@@ -276,6 +301,18 @@ def describe(selection: Selection, batch: int, solution: Solution) -> dict[str, 
             "speedup_at_same_batch": child.tokens_per_second / same.tokens_per_second,
         },
         "parent_predicted": asdict(parent),
+        "also": [_also(one, layers, batch) for one in selection.others],
+    }
+
+
+def _also(one: Served, layers: list[Choice], batch: int) -> dict[str, Any]:
+    """The predictions in a further workload."""
+    child = one.costs.predict(layers, one.at(batch))
+    return {
+        "workload": asdict(one.costs.work),
+        "goal": {name: _text(getattr(one.goal, name)) for name in LIMITS if getattr(one.goal, name)},
+        "predicted": asdict(child) | {"speedup": child.tokens_per_second / one.parent.tokens_per_second},
+        "parent_predicted": asdict(one.parent),
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from puzzle.solver import mathopt, pulp_cbc
 from puzzle.solver.arrays import Arrays, Contradiction, compile_problem
-from puzzle.solver.labels import FEASIBLE, Found, search
+from puzzle.solver.labels import FEASIBLE, MAX_LABELS, Found, search
 from puzzle.solver.linear import SCALE, linearise
 from puzzle.solver.problem import Problem, ProblemError
 from puzzle.solver.relax import Bound, best_prices, bound_at, ceiling
@@ -25,6 +25,7 @@ from puzzle.solver.solution import Solution, certified, no_solution
 MAX_CUTS = 200
 BRUTE_LIMIT = 2_000_000
 BACKENDS = ("ortools", "pulp", "brute")
+FEW_ROWS = 3  # with more limits labels rarely dominate each other, and linear programs do better than long lists
 BEAM = 3000  # labels of a search that need not be complete
 EPSILON = 1e-10  # what rounding may hide in a sum of scaled scores
 
@@ -67,7 +68,12 @@ def solve(
     if arrays is None:
         return no_solution("infeasible", math.inf, clock.seconds, name)
     if backend == "pulp":
-        return _by_program(problem, arrays, arrays.allowed, pulp_cbc, clock, -math.inf)
+        status, hit, bound = _run(problem, arrays, arrays.allowed, pulp_cbc, clock)
+        if status == "infeasible":
+            return no_solution(status, math.inf, clock.seconds, name)
+        if hit is not None and status == "optimal":
+            return certified(problem, hit[1], proven=True, seconds=clock.seconds, solver=name)
+        return _unproven(problem, arrays, clock, name, hit, bound, math.inf)
     return _by_labels(problem, arrays, clock, name, cutoff)
 
 
@@ -135,11 +141,39 @@ def _by_labels(problem: Problem, arrays: Arrays, clock: _Clock, name: str, cutof
             return no_solution("infeasible", math.inf, clock.seconds, name)
         step *= 2.0
         threshold = min(base + step, limit, best[0] if best is not None else math.inf)
-    edge = min(limit, best[0] if best else math.inf)
-    edge += EPSILON * max(1.0, abs(edge)) if edge < math.inf else 0.0
-    cells = arrays.allowed & (through < edge)
-    if cells.any(axis=1).all():
-        return _by_program(problem, arrays, cells, mathopt, clock, lower, best, limit)
+    return _by_programs(problem, arrays, through, clock, base, step, threshold, lower, best, limit)
+
+
+def _by_programs(
+    problem: Problem,
+    arrays: Arrays,
+    through: np.ndarray,
+    clock: _Clock,
+    base: float,
+    step: float,
+    edge: float,
+    lower: float,
+    best: tuple[float, dict[str, str]] | None,
+    limit: float,
+) -> Solution:
+    """Too many choices to list: linear programs over the cells that may hold a choice below a rising edge."""
+    top, name = ceiling(arrays), mathopt.version()
+    while not clock.over:
+        step *= 2.0
+        edge = max(edge, base + step)
+        edge = min(limit, edge if edge <= top else math.inf, best[0] if best else math.inf)
+        margin = EPSILON * max(1.0, abs(edge)) if edge < math.inf else 0.0
+        status, hit, bound = _run(problem, arrays, arrays.allowed & (through < edge + margin), mathopt, clock)
+        if hit is not None and (best is None or hit[0] < best[0]):
+            best = hit
+        lower = max(lower, min(edge, bound))
+        if status not in ("optimal", "infeasible"):
+            break
+        if best is not None and best[0] <= edge and best[0] < limit:
+            return certified(problem, best[1], proven=True, seconds=clock.seconds, solver=name)
+        if edge >= limit:
+            found = "infeasible" if limit == math.inf else "cutoff"
+            return no_solution(found, arrays.true_score(limit), clock.seconds, name)
     return _unproven(problem, arrays, clock, name, best, lower, limit)
 
 
@@ -167,7 +201,8 @@ def _search(
         return none
     if beam is not None:
         return search(arrays, bounds, edge, cells, keep=beam, beam=True, deadline=clock.deadline)
-    found = search(arrays, bounds, edge, cells, deadline=clock.deadline)
+    keep = MAX_LABELS if arrays.num_rows <= FEW_ROWS else MAX_LABELS // 10
+    found = search(arrays, bounds, edge, cells, keep=keep, deadline=clock.deadline)
     if found.thinned and len(found.score) and problem.violated(arrays.choice(found.picked[0])):
         # The best holds by floating point alone, and may have pushed out a choice that truly holds.
         return search(arrays, bounds, edge, cells, thin=False, deadline=clock.deadline)
@@ -183,47 +218,30 @@ def _first_valid(problem: Problem, arrays: Arrays, found: Found) -> tuple[float,
     return None
 
 
-def _by_program(
-    problem: Problem,
-    arrays: Arrays,
-    cells: np.ndarray,
-    backend,
-    clock: _Clock,
-    lower: float,
-    best: tuple[float, dict[str, str]] | None = None,
-    limit: float = math.inf,
-) -> Solution:
-    """Let a back end solve the program over `cells`; a choice that breaks a limit by a hair is cut off, and again.
-
-    best, lower: what is known; every choice outside `cells` is worse than `best` (or `limit`).
-    """
+def _run(
+    problem: Problem, arrays: Arrays, cells: np.ndarray, backend, clock: _Clock
+) -> tuple[str, tuple[float, dict[str, str]] | None, float]:
+    """(status, score and choice or None, lower bound) of the program over `cells`; a choice that breaks a limit by a hair
+    is cut off, and the rest solved again."""
+    if not cells.any(axis=1).all():
+        return "infeasible", None, math.inf
     linear = linearise(problem, arrays, cells)
-    name = backend.version()
+    bound = -math.inf
     for _ in range(MAX_CUTS):
         if clock.over:
             break
-        status, values, bound = backend.run(linear, clock.left)
-        lower = max(lower, bound / SCALE if math.isfinite(bound) else -math.inf)
+        status, values, found_bound = backend.run(linear, clock.left)
+        if values is None and status == "infeasible":
+            return status, None, math.inf
+        bound = max(bound, found_bound / SCALE if math.isfinite(found_bound) else -math.inf)
         if values is None:
-            if status != "infeasible":
-                break
-            if best is not None:
-                return certified(problem, best[1], proven=True, seconds=clock.seconds, solver=name)
-            status = "infeasible" if limit == math.inf else "cutoff"
-            return no_solution(status, arrays.true_score(limit), clock.seconds, name)
+            break
         picked = linear.picked(values)
         choice = arrays.choice(picked)
         if not problem.violated(choice):
-            score = _score(arrays, picked)
-            if best is None or score < best[0]:
-                best = score, choice
-            if status == "optimal" and best[0] >= limit:
-                return no_solution("cutoff", arrays.true_score(limit), clock.seconds, name)
-            if status == "optimal":
-                return certified(problem, best[1], proven=True, seconds=clock.seconds, solver=name)
-            break
+            return status, (_score(arrays, picked), choice), bound
         linear.forbid(picked)
-    return _unproven(problem, arrays, clock, name, best, lower, limit)
+    return "time_limit", None, bound
 
 
 def _unproven(

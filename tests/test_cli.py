@@ -84,6 +84,26 @@ def test_limits_hold_together(puzzle, own_library):
     assert set(solved["slack"]) == {"throughput", "memory", "params"}
 
 
+def test_further_workloads_hold_too(puzzle, own_library):
+    """The child meets the limits of every workload, each relative to the parent in that workload."""
+    alone = json.loads(puzzle("solve", own_library, "--throughput", "1.2x", *SOLVE, "--json").stdout)
+    also = ["--also", "16/8@1:ttft=70%", "--also", "16/4:throughput=1.3x"]
+    done = puzzle("solve", own_library, "--throughput", "1.2x", *also, "--memory", "10MB", *SOLVE, "--json")
+    assert done.exit_code == 0, done.output
+    solved = json.loads(done.stdout)
+    first, second = solved["also"]
+    assert first["predicted"]["batch"] == 1
+    assert first["predicted"]["ttft_seconds"] <= 0.7 * first["parent_predicted"]["ttft_seconds"]
+    assert second["predicted"]["speedup"] >= 1.3
+    assert second["predicted"]["batch"] == solved["predicted"]["batch"]
+    assert solved["objective"] >= alone["objective"]
+    assert {"throughput", "memory", "ttft@16/8@1", "memory@16/8@1", "throughput@16/4"} <= set(solved["slack"])
+    shown = puzzle("solve", own_library, "--throughput", "1.2x", *also, *SOLVE)
+    assert "also 16/8 at batch 1, predicted:" in shown.output
+    far = puzzle("solve", own_library, "--also", "16/8@1:throughput=1000x", *SOLVE)
+    one_line_error(far, "--also 16/8@1:throughput 1000x cannot be met: the fastest child reaches")
+
+
 def test_a_goal_out_of_reach_names_what_is_reachable(puzzle, own_library):
     """And the named value can indeed be had."""
     done = puzzle("solve", own_library, "--throughput", "1000x", *SOLVE)
@@ -331,6 +351,11 @@ def test_bad_build_options(puzzle, parent, corpus, tmp_path, arguments, wanted):
         (["--throughput", "1x", "--pin", "3-9"], ["--pin 3-9", "outside the parent's layers 0-3"]),
         (["--throughput", "1x", "--stages", "9"], ["9 stages of 4 layers"]),
         (["--throughput", "1x", "--diverse", "2", "--min-distance", "9"], ["distance of 9 layers"]),
+        (["--also", "32:ttft=1s"], ["--also 32:ttft=1s", "1024/64@8"]),
+        (["--also", "32/8:ttft=1s,ttft=2s"], ["'ttft=2s' is no new limit"]),
+        (["--also", "32/8:beauty=2x"], ["'beauty=2x'", "throughput, latency, ttft, tpot"]),
+        (["--also", "32/8:ttft=-1s"], ["--ttft -1s", "above 0"]),
+        (["--also", "32/8@3:ttft=1s"], ["batch 3 is not in the costs"]),
         (["--pareto", "beauty"], ["--pareto beauty", "throughput, latency, memory"]),
         (["--pareto", "memory", "--points", "1"], ["--points 1"]),
     ],

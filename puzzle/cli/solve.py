@@ -26,6 +26,7 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 @click.option("--alike", default=None, metavar="RANGES", help="Layers that all choose the same: 0-15.")
 @click.option("--stages", type=int, default=None, metavar="N", help="N contiguous pipeline stages of equal time.")
 @click.option("--stage-tolerance", default="5%", show_default=True, metavar="SHARE")
+@click.option("--also", multiple=True, metavar="WORKLOAD", help="A further workload: 1024/64@8:ttft=300ms,tpot=20ms.")
 @click.option("--gpu", default=None, help="Whose costs: cpu, or a GPU that has been profiled.")
 @click.option("--shapes", default=None, help="Which of several cost tables.")
 @options.input_len
@@ -45,6 +46,7 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 @options.as_json
 def solve_command(
     library: Path | None,
+    also: tuple[str, ...],
     gpu: str | None,
     shapes: str | None,
     input_len: int,
@@ -71,6 +73,7 @@ def solve_command(
       puzzle solve lib --throughput 2x --gpu cpu --input-len 128 --output-len 128
       puzzle solve lib --throughput 1.5x --memory 60% --keep-attention 8 --gpu cpu --explain
       puzzle solve lib --pareto throughput --points 20 --gpu cpu --out frontier
+      puzzle solve lib --throughput 2x --also 256/16@1:ttft=50% --gpu cpu
       puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
       puzzle solve --problem problem.json --out solution.json
     """
@@ -85,13 +88,15 @@ def solve_command(
         raise UserError("nothing to solve: name a LIBRARY (see `puzzle build-library`), or pass --problem problem.json")
     if gpu is None:
         raise UserError("--gpu is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
+    from puzzle.also import parse_also
     from puzzle.costs import Workload
     from puzzle.files import check_writable, write_json
     from puzzle.goal import Goal, goal_of
     from puzzle.library import Library
     from puzzle.solve import open_costs, select, solve_library
 
-    if pareto is not None and not any(value for name, value in wanted.items() if name != "stage_tolerance"):
+    others = [parse_also(text) for text in also]
+    if (pareto or others) and not any(value for name, value in wanted.items() if name != "stage_tolerance"):
         goal = Goal()
     else:
         goal = goal_of(**wanted)
@@ -106,21 +111,29 @@ def solve_command(
         from puzzle.frontier import library_frontier
         from puzzle.solve import selection_of
 
-        rows = library_frontier(selection_of(opened, costs, work, goal), pareto, points, target, backend)
+        rows = library_frontier(selection_of(opened, costs, work, goal, others), pareto, points, target, backend)
         options.print_json({"schema": 1, "axis": pareto, "points": rows}) if as_json else print_frontier(rows, pareto)
         click.echo(f"wrote {target / 'frontier.csv'}", err=True)
         return
     if diverse is not None:
         from puzzle.solve import solve_diverse
 
-        found = solve_diverse(select(opened, costs, work, goal), diverse, min_distance, backend, time_limit)
+        found = solve_diverse(select(opened, costs, work, goal, others), diverse, min_distance, backend, time_limit)
         for number, solved in enumerate(found, 1):
             write_json(target / f"architecture-{number:02d}.json", solved)
         options.print_json({"schema": 1, "solutions": found}) if as_json else print_diverse(found, opened)
         click.echo(f"wrote {len(found)} architectures into {target}", err=True)
         return
     solved = solve_library(
-        opened, costs, work, goal, backend=backend, time_limit=time_limit, baseline=baseline, explain=explain
+        opened,
+        costs,
+        work,
+        goal,
+        backend=backend,
+        time_limit=time_limit,
+        baseline=baseline,
+        explain=explain,
+        also=others,
     )
     write_json(target / "architecture.json", solved)
     if as_json:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from puzzle.solver import mathopt
 from puzzle.solver.explain import explain_infeasible, prices, without
 from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, Stages, Variant
+from puzzle.solver.relax import best_prices
 from puzzle.solver.solution import Solution
-from puzzle.solver.solve import _by_program, _Clock, _possible, solve
+from puzzle.solver.solve import _bounds, _by_programs, _Clock, _possible, solve
 
 whole = st.integers(-3, 5).map(float)
 numbers = st.one_of(whole, st.floats(-2, 5, allow_nan=False, width=32), st.sampled_from([0.1, 0.2, 0.3, 0.7]))
@@ -76,11 +76,13 @@ def problems(draw) -> Problem:
 
 
 def by_highs(problem: Problem) -> Solution:
-    """HiGHS on the whole program: what the default back end leaves to it when there are too many labels."""
+    """HiGHS on widening sets of cells: what the default back end leaves to it when there are too many labels."""
     arrays = _possible(problem)
     if arrays is None:
         return solve(problem)
-    return _by_program(problem, arrays, arrays.allowed, mathopt, _Clock(None), -math.inf)
+    bounds, through = _bounds(arrays, best_prices(arrays), arrays.allowed)
+    lower = max(b.value for b in bounds)
+    return _by_programs(problem, arrays, through, _Clock(None), lower, 0.01, lower, lower, None, math.inf)
 
 
 def check(problem: Problem, run) -> None:
