@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.blocklib.layer import KINDS, attention_shapes, ffn_shapes
+from puzzle.blocklib.layer import KINDS
 from puzzle.blocklib.store import BlockStore
 from puzzle.blocklib.variant import PARENT
 from puzzle.errors import UserError
-from puzzle.families.family import HfModel, hf_name, open_model
+from puzzle.export.child import child_of_library
+from puzzle.families.family import HfModel, open_model
 from puzzle.files import read_json
 from puzzle.library import Library
 from puzzle.model import Block, CausalModel, load_model
@@ -84,18 +85,4 @@ def assemble(
 
 def child_tensors(library: Library, layers: list[Choice], parent: HfModel) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of the child, read one by one, in the checkpoints' own dtype."""
-    store = BlockStore(library.root)
-    shapes = {"attention": attention_shapes(parent.spec), "ffn": ffn_shapes(parent.spec)}
-    yield "model.embed_tokens.weight", parent.embedding()
-    for index, choice in enumerate(layers):
-        for kind in KINDS:
-            if choice[kind] == PARENT:
-                for name in shapes[kind]:
-                    full = hf_name(index, kind, name)
-                    yield full, parent.checkpoint.tensor(full)
-            else:
-                for name, tensor in store.read(index, kind, choice[kind]).items():
-                    yield hf_name(index, kind, name), tensor
-    yield "model.norm.weight", parent.final_norm()
-    if not parent.tied:
-        yield "lm_head.weight", parent.lm_head()
+    return child_of_library(library, layers, parent).tensors()

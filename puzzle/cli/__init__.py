@@ -13,6 +13,7 @@ from puzzle.cli.build_library import build_library_command
 from puzzle.cli.export import export_command
 from puzzle.cli.profile import profile_command
 from puzzle.cli.run import run_command
+from puzzle.cli.serve_check import serve_check_command
 from puzzle.cli.solve import solve_command
 
 
@@ -43,6 +44,7 @@ def main() -> None:
       puzzle profile LIB --gpu cpu                             measure what each of them costs
       puzzle solve LIB --gpu cpu --throughput 2x --out SOL     choose one per layer
       puzzle export LIB SOL --out CHILD                        write a Hugging Face checkpoint
+      puzzle serve-check CHILD --engine vllm                   compare an engine with ours
       puzzle evaluate PARENT CHILD --data TEXT                 measure parent and child side by side
     or all of it:
       puzzle run examples/quickstart.yaml --data TEXT --out RUN
@@ -55,6 +57,7 @@ for _command in (
     profile_command,
     solve_command,
     export_command,
+    serve_check_command,
     evaluate_command,
     run_command,
 ):

@@ -10,26 +10,82 @@ from puzzle.cli import options
 
 
 @click.command("export")
-@click.argument("library", type=options.DIRECTORY)
-@click.argument("architecture", type=options.DIRECTORY)
-@click.option("--out", type=options.DIRECTORY, required=True, metavar="CHILD", help="New directory for the checkpoint.")
+@click.argument("source", type=options.DIRECTORY, metavar="LIBRARY|CHILD")
+@click.argument("architecture", type=options.DIRECTORY, required=False)
+@click.option("--out", type=options.DIRECTORY, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
+@click.option("--format", "format_", default=None, help="hf (default), nemotron-nas or gguf.")
+@click.option("--engine", default=None, help="Who will serve it: vllm, llama.cpp, sglang, mlx or tensorrt-llm.")
+@click.option("--dtype", default=None, help="float32, bfloat16, float16, and q8_0 for gguf. Default: the parent's.")
 @options.parent
+@click.option("--licence", default=None, help="For the model card. Default: what the parent's card says.")
+@click.option(
+    "--measured", type=options.DIRECTORY, default=None, metavar="JSON", help="What `puzzle evaluate --json` printed."
+)
 @click.option("--max-shard", default="4GiB", show_default=True, help="Largest safetensors file.")
+@click.option("--push-to-hub", default=None, metavar="REPO", help="Upload to this model of the Hugging Face hub too.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @options.as_json
 def export_command(
-    library: Path, architecture: Path, out: Path, parent: str | None, max_shard: str, force: bool, as_json: bool
+    source: Path,
+    architecture: Path | None,
+    out: Path,
+    format_: str | None,
+    engine: str | None,
+    dtype: str | None,
+    parent: str | None,
+    licence: str | None,
+    measured: Path | None,
+    max_shard: str,
+    push_to_hub: str | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write the child that ARCHITECTURE (architecture.json or its directory) chooses from LIBRARY.
 
-    The checkpoint loads with AutoModelForCausalLM.from_pretrained(CHILD, trust_remote_code=True).
+    Or write a CHILD that is already a Hugging Face checkpoint in another format. With --engine the child is rewritten,
+    exactly, where the engine cannot take a shape, and what that costs is printed.
 
     \b
-    Example:
-      puzzle export lib lib/solution --out child
+    Examples:
+      puzzle export lib lib/solution --out child                         AutoModelForCausalLM, trust_remote_code=True
+      puzzle export lib lib/solution --engine vllm --out child-vllm      vllm serve child-vllm --trust-remote-code
+      puzzle export child --engine llama.cpp --dtype q8_0 --out child.gguf
     """
-    from puzzle.export.hf import export_child
+    import json
+    from dataclasses import asdict
+
+    from puzzle.errors import UserError
+    from puzzle.export.write import export, open_source
     from puzzle.hardware import parse_bytes
 
-    export_child(library, architecture, out, parent=parent, force=force, max_shard_bytes=parse_bytes(max_shard))
-    options.print_json({"child": str(out)}) if as_json else click.echo(f"wrote {out}", err=True)
+    try:
+        evaluation = None if measured is None else json.loads(measured.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--measured {measured} cannot be read ({error}): save what `puzzle evaluate --json` prints"
+        ) from error
+    done = export(
+        open_source(source, architecture, parent),
+        out,
+        format=format_,
+        engine=engine,
+        dtype=dtype,
+        licence=licence,
+        measured=evaluation,
+        force=force,
+        max_shard_bytes=parse_bytes(max_shard),
+        push_to_hub=push_to_hub,
+    )
+    if as_json:
+        lowerings = [asdict(lowering) for lowering in done.lowerings]
+        options.print_json(
+            {
+                "child": str(out),
+                "format": done.format,
+                "engine": done.engine,
+                "dtype": done.dtype,
+                "lowerings": lowerings,
+            }
+        )
+    else:
+        click.echo(f"wrote {out}", err=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from puzzle.errors import UserError, writing
-from puzzle.files import claim_output, file_hash, write_json
+from puzzle.files import claim_output, file_hash, read_json, write_json
 
 MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
 TOKENIZER_FILES = (
@@ -29,6 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 HEADER_BYTES = 64 * 1024  # kept free for a shard's header: about 500 tensors
 _DTYPES = {
     torch.float64: "F64",
@@ -55,44 +57,67 @@ def write_checkpoint(
     generation_config: dict[str, Any] | None,
     card: str,
     extra_json: Mapping[str, dict[str, Any]] | None = None,
+    code: Sequence[Path] | None = None,
     max_shard_bytes: int = 4 * 2**30,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write a child to the directory `out` and return its manifest {"schema": 1, "files": {name: {bytes, sha256}}}.
 
     tensors: (name, tensor) in any order and on any device; one is held at a time.
-    tokenizer_from: the directory whose tokenizer files are copied.
+    tokenizer_from: the directory whose files of tokenizer and licence are copied.
     extra_json: further files, {"name.json": content}.
+    code: Python files that config.json's auto_map names, and what they import. Default: MODELING_FILE alone.
     max_shard_bytes: of tensor data in one safetensors file; a larger tensor gets a file of its own. [bytes]
     force: replace a directory that is not empty.
 
     Everything is written to a temporary directory beside `out`, which is renamed at the end: a failure removes it and
-    leaves `out` as it was. Raises UserError when `out` is in use (without force) or cannot be written, when the disk
-    is full, and when `tokenizer_from` is missing.
+    leaves `out` as it was, and what a killed export left there is removed. Raises UserError when `out` is in use
+    (without force) or cannot be written, when the disk is full, and when `tokenizer_from` is missing.
     """
-    claim_output(out, force)
     if tokenizer_from is not None and not tokenizer_from.is_dir():
         raise UserError(f"tokenizer directory {tokenizer_from} does not exist: give the parent's directory")
     documents = {"config.json": config, "generation_config.json": generation_config}
     if clash := {*documents, "manifest.json", "model.safetensors.index.json"} & set(extra_json or ()):
         raise ValueError(f"extra_json may not replace {sorted(clash)}")
-
-    target = out.resolve()  # through a symbolic link: the directory behind it is replaced
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        with writing(out):
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same number
-            temporary.mkdir(parents=True)
+    with publishing(out, force) as temporary:
         _write_shards(temporary, tensors, max_shard_bytes, out)
         with writing(out):
             for name, content in {**documents, **(extra_json or {})}.items():
                 if content is not None:
                     _write_json(temporary / name, content)
             (temporary / "README.md").write_text(card, encoding="utf-8")
-            shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
-            if tokenizer_from is not None:
-                for source in (path for pattern in TOKENIZER_FILES for path in tokenizer_from.glob(pattern)):
-                    shutil.copyfile(source, temporary / source.name)
+            for source in (MODELING_FILE,) if code is None else code:
+                shutil.copyfile(source, temporary / source.name)
+            copy_companions(tokenizer_from, temporary)
+    return read_json(out / "manifest.json", "puzzle export")
+
+
+def copy_companions(source: Path | None, target: Path) -> None:
+    """Copy the files of tokenizer and licence that a checkpoint has beside its weights."""
+    if source is None:
+        return
+    for path in (path for pattern in (*TOKENIZER_FILES, *LICENCE_FILES) for path in source.glob(pattern)):
+        shutil.copyfile(path, target / path.name)
+
+
+@contextlib.contextmanager
+def publishing(out: Path, force: bool) -> Iterator[Path]:
+    """Give a temporary directory beside `out`; when the block ends well, list it in a manifest and rename it to `out`.
+
+    When the block fails it is removed and `out` stays as it was; what a killed process left there is removed first.
+    Raises UserError when `out` is in use (without force) or cannot be written.
+    """
+    target = out.resolve()  # through a symbolic link: the directory behind it is replaced
+    with writing(out):
+        clear_leftovers(target)
+    claim_output(out, force)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        with writing(out):
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same number
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(out):
             files = {
                 path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
                 for path in sorted(temporary.iterdir())
@@ -102,7 +127,38 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return {"schema": 1, "files": files}
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what exports to `target` left beside it when they were killed; those still running are left alone.
+
+    One killed between the two renames of a replacement had moved the old directory aside: it comes back.
+    """
+    if not target.parent.is_dir():
+        return
+    for kind in ("old", "tmp"):
+        for path in target.parent.glob(f"{glob.escape(f'.{target.name}.{kind}-')}*"):
+            owner = path.name.rpartition("-")[2]
+            if not owner.isdecimal() or _is_running(int(owner)):
+                continue
+            if kind == "old" and not target.exists():
+                os.rename(path, target)
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def _publish(temporary: Path, out: Path, force: bool) -> None:

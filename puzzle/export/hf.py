@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from puzzle.assemble import Choice, child_tensors, open_parent, read_architecture
-from puzzle.card import child_card
-from puzzle.export.checkpoint import write_checkpoint
-from puzzle.families.family import HfModel
-from puzzle.files import claim_output
-from puzzle.library import KINDS, Library
+import torch
+
+from puzzle.export.child import Child
 
 _KEPT = (
     "vocab_size",
@@ -29,38 +26,9 @@ _KEPT = (
 )
 
 
-def per_layer_config(library: Library, layers: list[Choice]) -> dict[str, dict[str, Any]]:
-    """The standard field: only layers that differ, lists of both sub-blocks joined."""
-    entries: dict[str, dict[str, Any]] = {}
-    for index, choice in enumerate(layers):
-        entry: dict[str, Any] = {}
-        for kind in KINDS:
-            for key, value in library.variant(kind, choice[kind])["hf"].items():
-                entry[key] = entry.get(key, []) + value if isinstance(value, list) else value
-        if entry:
-            entries[str(index)] = entry
-    return entries
-
-
-def child_config(parent: HfModel, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the child: the parent's values, our classes, and what single layers change."""
-    from transformers import LlamaConfig
-
-    config, spec = parent.config, parent.spec
-    rope = LlamaConfig(
-        **{
-            k: config[k]
-            for k in (
-                "rope_theta",
-                "rope_scaling",
-                "rope_parameters",
-                "hidden_size",
-                "num_attention_heads",
-                "max_position_embeddings",
-            )
-            if config.get(k) is not None
-        }
-    ).rope_parameters
+    kept = {key: child.parent_config[key] for key in _KEPT if key in child.parent_config}
     return {
         "architectures": ["PuzzleForCausalLM"],
         "model_type": "puzzle",
@@ -68,17 +36,19 @@ def child_config(parent: HfModel, entries: dict[str, dict[str, Any]]) -> dict[st
             "AutoConfig": "modeling_puzzle.PuzzleConfig",
             "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
         },
-        **{key: config[key] for key in _KEPT if key in config},
-        "num_key_value_heads": spec.num_key_value_heads,
-        "head_dim": spec.head_dim,
-        "rope_parameters": dict(rope or {}),
-        "attention_bias": spec.o_bias,
-        "qkv_bias": spec.qkv_bias and not spec.o_bias,
-        "mlp_bias": spec.mlp_bias,
-        "qk_norm": spec.qk_norm,
-        "sliding_window": spec.window,
-        "dtype": str(parent.final_norm().dtype).removeprefix("torch."),
-        "per_layer_config": entries,
+        **kept,
+        "num_hidden_layers": len(child.layers),
+        "num_key_value_heads": child.num_key_value_heads,
+        "head_dim": child.head_dim,
+        "rope_parameters": child.rope_parameters,
+        "attention_bias": child.o_bias,
+        "qkv_bias": child.qkv_bias and not child.o_bias,
+        "mlp_bias": child.mlp_bias,
+        "qk_norm": child.qk_norm,
+        "sliding_window": child.window,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parent_name": child.parent_name,
+        "per_layer_config": child.per_layer_config(),
     }
 
 
@@ -92,23 +62,7 @@ def export_child(
     max_shard_bytes: int = 4 * 2**30,
 ) -> Path:
     """Write the child of `architecture` to `out`, tensor by tensor. Returns `out`; raises UserError for bad input."""
-    library = Library.open(root)
-    solved = read_architecture(architecture, library)
-    opened = open_parent(library, parent)
-    claim_output(out, force)
-    entries = per_layer_config(library, solved["layers"])
-    generation = opened.directory / "generation_config.json"
-    import json
+    from puzzle.export.write import export, open_source
 
-    write_checkpoint(
-        out,
-        config=child_config(opened, entries),
-        tensors=child_tensors(library, solved["layers"], opened),
-        tokenizer_from=opened.directory,
-        generation_config=json.loads(generation.read_text()) if generation.is_file() else None,
-        card=child_card(library, solved),
-        extra_json={"architecture.json": {"schema": 1, **{k: v for k, v in solved.items() if k != "schema"}}},
-        max_shard_bytes=max_shard_bytes,
-        force=force,
-    )
+    export(open_source(root, architecture, parent), out, force=force, max_shard_bytes=max_shard_bytes)
     return out

@@ -254,7 +254,7 @@ class PuzzleModel(nn.Module):
 class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
     """PuzzleModel with a language-model head."""
 
-    config_class = PuzzleConfig
+    config_class: Any = PuzzleConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -262,11 +262,16 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: PuzzleConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
-        self.model = PuzzleModel(config)
+        self.model = PuzzleModel(self.decoder_config(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def decoder_config(config: Any) -> PuzzleConfig:
+        """The decoder's own configuration; formats that say the same in other words translate here."""
+        return config
 
     @can_return_tuple
     def forward(
