@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from puzzle.costs import CostTable, Workload
+from puzzle.engine import EngineModel
 from puzzle.errors import UserError
 from puzzle.goal import Goal, Target, goal_of
 from puzzle.library import Library
@@ -72,7 +73,7 @@ class Served:
         return {name + self.suffix: resources[name] for name in TIMED}
 
 
-def served(also: Also, library: Library, table: CostTable, memory: int | None) -> Served:
+def served(also: Also, library: Library, table: CostTable | EngineModel, memory: int | None) -> Served:
     """memory: the main workload's limit in bytes, which holds here too. Raises UserError for a batch not measured."""
     costs = CostModel(library, table, also.work)
     if also.batch is not None and also.batch not in costs.batches:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from puzzle.costs import CostTable, Workload
+from puzzle.engine import EngineModel
 from puzzle.errors import UserError
 from puzzle.library import KINDS, PARENT, Library
 
@@ -32,7 +33,7 @@ class Prediction:
 class CostModel:
     """Seconds and bytes of architectures made of one library's variants, for one workload."""
 
-    def __init__(self, library: Library, table: CostTable, work: Workload):
+    def __init__(self, library: Library, table: CostTable | EngineModel, work: Workload):
         self.library, self.table, self.work = library, table, work
         model = library.facts["model"]
         if work.input_len + work.output_len > model["max_length"]:

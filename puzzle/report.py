@@ -199,3 +199,21 @@ def print_library(summary: dict[str, Any]) -> None:
             kl,
         )
     console.print(table)
+
+
+def print_fit(value: dict[str, Any]) -> None:
+    """Constants of an engine, and how far its predictions are from what was measured."""
+    for name, constant in value["constants"].items():
+        unit = "of the datasheet" if constant > 1e-2 else "s"
+        console.print(f"{name:<10} {constant:.4g} {unit}", markup=False)
+    table = Table(title=f"errors of {value['engine']} on {value['device']}", title_justify="left")
+    for name in ("", "mean", "largest", "mean, left out", "largest, left out"):
+        table.add_column(name, justify="right" if name else "left")
+    for what, found in value["errors"].items():
+        if isinstance(found, dict):
+            out = value["leave_one_out"].get(what, found)
+            cells = [f"{100 * e:.2f} %" for e in (found["mean"], found["largest"], out["mean"], out["largest"])]
+            table.add_row(f"{what.replace('_', ' ')} ({found['num']})", *cells)
+    console.print(table)
+    left = value["leave_one_out"]
+    console.print(f"pairs of architectures ranked right when left out: {left['pairs_ranked_right']} of {left['pairs']}")

@@ -14,6 +14,7 @@ from typing import Any
 from puzzle import __version__
 from puzzle.also import LIMITS, Also, Served, served
 from puzzle.costs import PACKAGED, CostTable, Workload, find_costs
+from puzzle.engine import EngineModel, open_engine
 from puzzle.errors import UserError
 from puzzle.goal import Goal, Target, parse_layers
 from puzzle.library import KINDS, PARENT, Library
@@ -178,7 +179,9 @@ def choices_of(solution: Solution) -> list[Choice]:
     return [{"attention": attention, "ffn": ffn} for attention, ffn in split]
 
 
-def select(library: Library, table: CostTable, work: Workload, goal: Goal, also: Sequence[Also] = ()) -> Selection:
+def select(
+    library: Library, table: CostTable | EngineModel, work: Workload, goal: Goal, also: Sequence[Also] = ()
+) -> Selection:
     """Raises UserError for a goal that is none, or a workload that the costs do not cover."""
     if not also:
         goal.check()
@@ -186,7 +189,7 @@ def select(library: Library, table: CostTable, work: Workload, goal: Goal, also:
 
 
 def selection_of(
-    library: Library, table: CostTable, work: Workload, goal: Goal, also: Sequence[Also] = ()
+    library: Library, table: CostTable | EngineModel, work: Workload, goal: Goal, also: Sequence[Also] = ()
 ) -> Selection:
     """`select`, for a goal that may be empty."""
     costs = CostModel(library, table, work)
@@ -198,7 +201,7 @@ def selection_of(
 
 def solve_library(
     library: Library,
-    table: CostTable,
+    table: CostTable | EngineModel,
     work: Workload,
     goal: Goal,
     *,
@@ -323,5 +326,8 @@ def _text(target: Target | None) -> str | float | None:
     return str(target) if target.relative else target.value
 
 
-def open_costs(library: Library, gpu: str, name: str | None) -> CostTable:
+def open_costs(library: Library, gpu: str, name: str | None, engine: str = "puzzle") -> CostTable | EngineModel:
+    """Measured costs of our own runtime, or the fitted model of a serving engine."""
+    if engine != "puzzle":
+        return open_engine(engine, gpu)
     return find_costs(gpu, name, [library.root / "costs", PACKAGED])

@@ -10,24 +10,32 @@ from puzzle.cli import options
 
 
 @click.command("profile")
-@click.argument("library", type=options.DIRECTORY)
+@click.argument("library", type=options.DIRECTORY, required=False)
 @click.option("--gpu", required=True, help="Where costs are measured: cpu is this machine's processor.")
 @click.option("--batches", default="1,4,16,64", show_default=True)
 @click.option("--prefill", default="64,128,256", show_default=True, help="Prompt lengths.")
 @click.option("--contexts", default="64,128,256,512", show_default=True, help="Cached tokens before a decode step.")
 @click.option("--seconds", type=float, default=0.2, show_default=True, help="Spent on a point in each round.")
 @click.option("--rounds", type=int, default=3, show_default=True, help="Walks over the whole grid; medians count.")
+@click.option("--engine", default=None, help="Fit this serving engine's overheads instead (with --fit).")
+@click.option("--fit", "fit_path", type=options.DIRECTORY, default=None, metavar="FILE.csv", help="What it measured.")
+@click.option(
+    "--out", type=options.DIRECTORY, default=None, help="Where the fit goes; default: fit.json beside FILE.csv."
+)
 @options.parent
 @click.option("--dry-run", is_flag=True, help="Print the number of points and the time; measure nothing.")
 @options.as_json
 def profile_command(
-    library: Path,
+    library: Path | None,
     gpu: str,
     batches: str,
     prefill: str,
     contexts: str,
     seconds: float,
     rounds: int,
+    engine: str | None,
+    fit_path: Path | None,
+    out: Path | None,
     parent: str | None,
     dry_run: bool,
     as_json: bool,
@@ -40,7 +48,17 @@ def profile_command(
     Examples:
       puzzle profile lib --gpu cpu
       puzzle profile lib --gpu cpu --batches 1,32 --prefill 512 --contexts 512,768 --dry-run
+      puzzle profile --engine vllm --gpu h100 --fit measured.csv
     """
+    from puzzle.errors import UserError
+
+    if engine is not None or fit_path is not None:
+        if engine is None or fit_path is None:
+            raise UserError("--engine and --fit go together: name the engine and the CSV of what it measured")
+        _fit(engine, gpu, fit_path, out, as_json)
+        return
+    if library is None:
+        raise UserError("nothing to profile: name a LIBRARY (see `puzzle build-library`)")
     options.positive("--seconds", seconds)
     options.positive("--rounds", rounds)
     found = [
@@ -65,3 +83,17 @@ def profile_command(
     grid = Grid(batches=found[0], prefill=found[1], decode=found[2], seconds=seconds, rounds=rounds)
     path = profile_library(library, gpu=gpu, grid=grid, parent=parent)
     options.print_json({"costs": str(path)}) if as_json else click.echo(f"wrote {path}", err=True)
+
+
+def _fit(engine: str, gpu: str, path: Path, out: Path | None, as_json: bool) -> None:
+    from puzzle.engine_fit import fit_engine
+    from puzzle.files import check_writable
+    from puzzle.report import print_fit
+
+    check_writable((out or path).absolute().parent)
+    value = fit_engine(engine, path, out, gpu=gpu)
+    if as_json:
+        options.print_json({"schema": 1, **value})
+    else:
+        print_fit(value)
+        click.echo(f"wrote {out or path.with_name('fit.json')}", err=True)

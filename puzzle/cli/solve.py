@@ -29,6 +29,7 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 @click.option("--also", multiple=True, metavar="WORKLOAD", help="A further workload: 1024/64@8:ttft=300ms,tpot=20ms.")
 @click.option("--gpu", default=None, help="Whose costs: cpu, or a GPU that has been profiled.")
 @click.option("--shapes", default=None, help="Which of several cost tables.")
+@click.option("--engine", default="puzzle", show_default=True, help="Who serves: our runtime, or vllm (fitted).")
 @options.input_len
 @options.output_len
 @click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools", show_default=True)
@@ -49,6 +50,7 @@ def solve_command(
     also: tuple[str, ...],
     gpu: str | None,
     shapes: str | None,
+    engine: str,
     input_len: int,
     output_len: int,
     backend: str,
@@ -72,6 +74,7 @@ def solve_command(
     Examples:
       puzzle solve lib --throughput 2x --gpu cpu --input-len 128 --output-len 128
       puzzle solve lib --throughput 1.5x --memory 60% --keep-attention 8 --gpu cpu --explain
+      puzzle solve lib --throughput 2x --gpu h100 --engine vllm --memory 80GB
       puzzle solve lib --pareto throughput --points 20 --gpu cpu --out frontier
       puzzle solve lib --throughput 2x --also 256/16@1:ttft=50% --gpu cpu
       puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
@@ -104,7 +107,7 @@ def solve_command(
     opened = Library.open(library)
     target = out or library / "solution"
     check_writable(target)
-    costs = open_costs(opened, gpu, shapes)
+    costs = open_costs(opened, gpu, shapes, engine)
     from puzzle.report import print_diverse, print_frontier, print_prices, print_solution
 
     if pareto is not None:
