@@ -21,7 +21,7 @@ test: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy puzzle blocklib solver
+	$(BIN)/mypy puzzle blocklib solver kernels
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

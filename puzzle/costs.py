@@ -12,7 +12,7 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from puzzle.errors import UserError, nearest
+from puzzle.errors import UserError, nearest, writing
 from puzzle.files import file_hash, write_text
 
 PACKAGED = Path(__file__).parent / "costs"
@@ -61,14 +61,33 @@ def write_costs(path: Path, rows: list[CostRow]) -> None:
     write_text(path, text.getvalue())
 
 
+def append_costs(path: Path, row: CostRow) -> None:
+    """Add one row to a table in the making, and make sure that it is on the disk."""
+    with writing(path):
+        new = not path.exists() or path.stat().st_size == 0
+        with open(path, "a", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, [f.name for f in fields(CostRow)], lineterminator="\n")
+            if new:
+                writer.writeheader()
+            values = asdict(row)
+            writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
+
+
 class CostTable:
-    """Median seconds by (kind, shape, phase, batch, context), linear in context between measured points."""
+    """Median seconds by (kind, shape, phase, batch, context), linear in context between measured points.
+
+    What depends on the number of rows alone is stored by rows: at context 0 in decode, and in prefill at batch 1 with the
+    number of prompt tokens as context. In such tables time goes on growing beyond the last measured point as it did between
+    the last two, and these points are listed in `extrapolated`; in tables without them (a CPU's) they are errors.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.device = ""
         self.dtype = ""
         self._points: dict[tuple[str, str, str, int], list[tuple[int, float]]] = {}
+        self._rows: dict[tuple[str, str], bool] = {}
+        self.extrapolated: set[str] = set()
         try:
             with open(path, newline="", encoding="utf-8") as handle:
                 for number, row in enumerate(csv.DictReader(handle), 2):
@@ -79,18 +98,24 @@ class CostTable:
             raise UserError(f"cost table {path} is empty: profile again")
         for points in self._points.values():
             points.sort()
+            for at in range(1, len(points)):  # more tokens never take less time: what noise says otherwise is lifted
+                points[at] = (points[at][0], max(points[at][1], points[at - 1][1]))
 
     def _add(self, row: dict[str, str], number: int) -> None:
         try:
             seconds = float(row["p50_s"])
             key = (row["kind"], row["shape"], row["phase"], int(row["batch"]))
             context = int(row["context"])
+            fits = int(row["num_samples"]) > 0
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"cost table {self.path} line {number} is broken ({error}): profile again") from error
         if not 0 <= seconds < float("inf"):
             raise UserError(f"cost table {self.path} line {number} has p50_s = {row['p50_s']}: profile again")
-        self._points.setdefault(key, []).append((context, seconds))
+        if fits:  # a point without samples did not fit in memory
+            self._points.setdefault(key, []).append((context, seconds))
         self.device, self.dtype = row["device"], row["dtype"]
+
+        self.strict = not any(key[2] == "decode" and points[0][0] == 0 for key, points in self._points.items())
 
     @property
     def hash(self) -> str:
@@ -104,20 +129,63 @@ class CostTable:
         """Median seconds of one call. Raises UserError for what was not measured; nothing is guessed."""
         if shape == "none":
             return 0.0
+        if self._by_rows(kind, shape):
+            if phase == "prefill":
+                rows = batch * (context if kind != "head" and kind != "embedding" else 1)
+                if kind in ("head", "embedding"):
+                    return self.seconds(kind, shape, "decode", batch, 0)
+                return self._at(self._known(kind, shape, phase, 1), rows, f"{phase} of {kind} '{shape}', {rows} tokens")
+            return self._known(kind, shape, phase, batch)[0][1]
+        what = f"{phase} of {kind} '{shape}', batch {batch}, context {context}"
+        points = self._points.get((kind, shape, phase, batch))
+        if points is None and phase == "prefill":
+            return self._prefill(kind, shape, batch, context, what)
+        return self._at(self._known(kind, shape, phase, batch), context, what)
+
+    def _by_rows(self, kind: str, shape: str) -> bool:
+        key = (kind, shape)
+        if key not in self._rows:
+            found = [points for k, points in self._points.items() if k[:3] == (kind, shape, "decode")]
+            self._rows[key] = bool(found) and all(c == 0 for points in found for c, _ in points)
+        return self._rows[key]
+
+    def _known(self, kind: str, shape: str, phase: str, batch: int) -> list[tuple[int, float]]:
         points = self._points.get((kind, shape, phase, batch))
         if points is None:
             raise UserError(
                 f"cost table {self.path} has no {phase} time of {kind} '{shape}' at batch {batch}: "
                 "profile again with this library"
             )
+        return points
+
+    def _prefill(self, kind: str, shape: str, batch: int, context: int, what: str) -> float:
+        """Attention over more prompts than were measured together: in proportion to the largest batch measured."""
+        measured = sorted(k[3] for k, points in self._points.items() if k[:3] == (kind, shape, "prefill"))
+        fitting = [b for b in measured if self._points[kind, shape, "prefill", b][-1][0] >= context] or measured[:1]
+        if not fitting:
+            self._known(kind, shape, "prefill", batch)
+        below = [b for b in fitting if b <= batch]
+        nearest_batch = max(below) if below else fitting[0]
+        return self._at(self._points[kind, shape, "prefill", nearest_batch], context, what) * batch / nearest_batch
+
+    def _at(self, points: list[tuple[int, float]], context: int, what: str) -> float:
+        """Linear between measured points; marked as extrapolated outside."""
         at = bisect_left(points, (context, -1.0))
         if at < len(points) and points[at][0] == context:
             return points[at][1]
-        if at == 0 or at == len(points):
+        if self.strict and (at == 0 or at == len(points)):
             raise UserError(
-                f"cost table {self.path} covers {phase} contexts {points[0][0]}-{points[-1][0]} of {kind} "
-                f"'{shape}', not {context}: profile again with --contexts that span it"
+                f"cost table {self.path} covers contexts {points[0][0]}-{points[-1][0]} in {what}: "
+                "profile again with --contexts that span it"
             )
+        if at == 0:
+            self.extrapolated.add(what)
+            return points[0][1]
+        if at == len(points):
+            self.extrapolated.add(what)
+            if len(points) == 1:
+                return points[0][1] * context / points[0][0]
+            at -= 1
         (left, low), (right, high) = points[at - 1], points[at]
         return low + (high - low) * (context - left) / (right - left)
 
@@ -145,11 +213,14 @@ class CostTable:
 def find_costs(gpu: str, name: str | None, roots: list[Path]) -> CostTable:
     """The table costs/<gpu>/<name>.csv under the first root that has one. roots: the library's costs/, then ours.
 
-    Raises UserError for an unknown GPU (listing the known ones) or several tables and no name.
+    gpu: a folder's name, or its first part ("h200" finds h200-sxm-141gb). Raises UserError for an unknown GPU (listing the
+    known ones) or several tables and no name.
     """
-    known = sorted({d.name for root in roots if root.is_dir() for d in root.iterdir() if d.is_dir()})
-    for root in roots:
-        tables = sorted((root / gpu).glob("*.csv"))
+    folders = [d for root in roots if root.is_dir() for d in sorted(root.iterdir()) if d.is_dir()]
+    for folder in folders:
+        if folder.name != gpu and not folder.name.startswith(f"{gpu}-"):
+            continue
+        tables = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
         if name is not None:
             tables = [t for t in tables if t.stem == name]
         if len(tables) > 1:
@@ -157,5 +228,6 @@ def find_costs(gpu: str, name: str | None, roots: list[Path]) -> CostTable:
             raise UserError(f"several cost tables for --gpu {gpu}: {names}; pass --shapes with one of them")
         if tables:
             return CostTable(tables[0])
+    known = sorted({d.name for d in folders})
     hint = nearest(gpu, known) if known else "none has been profiled yet"
     raise UserError(f"no cost table for --gpu {gpu} ({hint}): run `puzzle profile LIBRARY --gpu {gpu}` on that machine")

@@ -1,6 +1,6 @@
 """Numbers in, choices out: pick one variant per layer under resource limits.
 
-    from puzzle.solver import Constraint, Layer, Problem, Variant, solve
+from puzzle.solver import Constraint, Layer, Problem, Variant, solve
 """
 
 from puzzle.solver.diverse import diverse

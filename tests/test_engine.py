@@ -74,7 +74,19 @@ def test_decode_seconds_are_the_sum_of_the_steps():
 
 
 def test_solve_prices_an_engine_without_a_table(puzzle, library, tmp_path):
-    arguments = ["--gpu", "h100", "--engine", "vllm", "--input-len", 16, "--output-len", 16, "--json", "--out", tmp_path]
+    arguments = [
+        "--gpu",
+        "h100",
+        "--engine",
+        "vllm",
+        "--input-len",
+        16,
+        "--output-len",
+        16,
+        "--json",
+        "--out",
+        tmp_path,
+    ]
     done = puzzle("solve", library, "--throughput", "1.05x", *arguments)
     assert done.exit_code == 0, done.output
     solved = json.loads(done.stdout)

@@ -1,7 +1,105 @@
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TINY = Path(__file__).parents[2] / "benchmarks" / "tiny_children.py"
+
+
+def load_tiny():
+    """benchmarks/tiny_children.py as a module: the twelve children that the matrix of engines uses too."""
+    if "tiny_children" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("tiny_children", TINY)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["tiny_children"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["tiny_children"]
+
+
+def pytest_generate_tests(metafunc):
+    """A test that asks for `name` runs once for each of the twelve."""
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", list(load_tiny().CHILDREN))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return load_tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny):
+    """`tiny_checkpoint(name)`: the directory of one of the twelve as `--format hf` writes it. Not to be changed."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def directory(name: str) -> Path:
+        return root / name if (root / name).is_dir() else tiny.write_tiny_child(name, root / name)
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def child_logits():
+    return naive_logits
+
+
+def naive_logits(child, ids: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Logits [B, T, V] of a `Child`, written down as plainly as possible, all in one dtype. Default RoPE only."""
+    from puzzle.export.child import Absent, Gqa, Linear
+
+    def norm(x, weight):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + child.rms_norm_eps) * weight
+
+    def rotate(x):
+        half = child.head_dim // 2
+        theta = child.rope_parameters["rope_theta"]
+        angle = torch.arange(x.shape[2], dtype=dtype)[:, None] / theta ** (torch.arange(half, dtype=dtype) / half)
+        first, second = x[..., :half], x[..., half:]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def attention(x, shape, w):
+        def heads(letter):
+            out = F.linear(x, w[f"{letter}_proj.weight"], w.get(f"{letter}_proj.bias"))
+            return out.unflatten(-1, (-1, child.head_dim)).transpose(1, 2)
+
+        groups = child.num_attention_heads // shape.num_key_value_heads
+        q, k, v = rotate(heads("q")), rotate(heads("k")).repeat_interleave(groups, 1), heads("v")
+        distance = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+        seen = (distance >= 0) & (distance < (shape.window or x.shape[1]))
+        scores = (q @ k.transpose(-1, -2) / child.head_dim**0.5).masked_fill(~seen, float("-inf"))
+        out = (scores.softmax(-1) @ v.repeat_interleave(groups, 1)).transpose(1, 2).flatten(2)
+        return F.linear(out, w["o_proj.weight"], w.get("o_proj.bias"))
+
+    def ffn(x, w):
+        gate = F.linear(x, w["gate_proj.weight"], w.get("gate_proj.bias"))
+        up = F.linear(x, w["up_proj.weight"], w.get("up_proj.bias"))
+        return F.linear(F.silu(gate) * up, w["down_proj.weight"], w.get("down_proj.bias"))
+
+    x = child.read_embedding().to(dtype)[ids]
+    for layer in child.layers:
+        for kind in ("attention", "ffn"):
+            shape = layer.shape(kind)
+            w = {key: value.to(dtype) for key, value in layer.read(kind).items()}
+            assert {key: tuple(value.shape) for key, value in w.items()} == _shapes(child, shape)
+            if isinstance(shape, Absent):
+                continue
+            n = norm(x, w["norm.weight"])
+            if isinstance(shape, Linear):
+                x = x + n @ w["linear.weight"].T
+            else:
+                x = x + (attention(n, shape, w) if isinstance(shape, Gqa) else ffn(n, w))
+    return norm(x, child.read_final_norm().to(dtype)) @ child.read_head().to(dtype).T
+
+
+def _shapes(child, shape):
+    from puzzle.export.child import sub_block_shapes
+
+    return sub_block_shapes(child, shape)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,191 @@
+"""Sub-blocks as they run on a GPU: packed weights, the residual add fused into the norm, a paged KV cache.
+
+A sub-block takes the stream before it as two tensors, (delta, residual), and returns two: `delta` is what the previous
+sub-block contributed and nobody has added yet, so that one kernel adds it and norms the sum. All sequences of a batch have
+the same length. Nothing here waits for the device, so a whole decode step can be captured as a CUDA graph.
+
+Letters: B sequences, T prompt tokens, H hidden_size, N query heads, K KV heads, D head_dim, P pages per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puzzle.blocklib.layer import LayerSpec, rope_tables
+from puzzle.blocklib.modules import Attention, Linear, NoOp, SwiGLU, causal_mask, rotate
+from puzzle.kernels.decode_attention import decode_attention
+from puzzle.kernels.rmsnorm import rms_norm
+from puzzle.kernels.rope_kv import rope_kv
+from puzzle.kernels.swiglu import Weights, pack_swiglu, swiglu
+
+PAGE = 64  # tokens of one page
+
+Stream = tuple[Tensor, Tensor | None]  # (delta, residual), each [B·T, H]; no residual before the first sub-block
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """What the layers of one static batch share. positions, lengths [B] int32: of the token in hand, and with it.
+    table [B, P] int32: pages of each sequence, in order. cos, sin [max_length, D] float32."""
+
+    positions: Tensor
+    lengths: Tensor
+    table: Tensor
+    cos: Tensor
+    sin: Tensor
+    max_length: int
+
+    @property
+    def size(self) -> int:
+        return len(self.positions)
+
+    def at(self, position: int) -> None:
+        """Make `position` the token in hand, of every sequence."""
+        self.positions.fill_(position)
+        self.lengths.fill_(position + 1)
+
+    def advance(self) -> None:
+        self.positions.add_(1)
+        self.lengths.add_(1)
+
+
+def new_batch(spec: LayerSpec, size: int, max_length: int, device: torch.device | str) -> Batch:
+    pages = -(-max_length // PAGE)
+    cos, sin = rope_tables(spec, pages * PAGE, device)
+    positions = torch.zeros(size, dtype=torch.int32, device=device)
+    table = torch.arange(size * pages, dtype=torch.int32, device=device).view(size, pages)
+    return Batch(positions=positions, lengths=positions + 1, table=table, cos=cos, sin=sin, max_length=max_length)
+
+
+class FastAttention:
+    """Softmax attention over a paged cache [B·P, 2, K, PAGE, D]; a window keeps only the pages that it can see."""
+
+    def __init__(self, module: Attention, batch: Batch):
+        self.heads, self.kv_heads, self.dim = module.num_heads, module.num_kv_heads, module.head_dim
+        self.window = module.window
+        self.norm, self.eps = module.norm.weight.data, module.norm.eps
+        parts = (module.q_proj, module.k_proj, module.v_proj)
+        self.qkv = torch.cat([p.weight.data for p in parts])
+        self.qkv_bias = None if parts[0].bias is None else torch.cat([p.bias.data for p in parts])
+        self.out, self.out_bias = module.o_proj.weight.data, module.o_proj.bias
+        self.head_norms = None if isinstance(module.q_norm, nn.Identity) else (module.q_norm, module.k_norm)
+        self.table = batch.table
+        if self.window is not None and -(-self.window // PAGE) + 1 < batch.table.shape[1]:
+            ring = -(-self.window // PAGE) + 1
+            inside = torch.arange(batch.table.shape[1], dtype=torch.int32, device=self.table.device) % ring
+            first = torch.arange(batch.size, dtype=torch.int32, device=self.table.device) * ring
+            self.table = (first[:, None] + inside[None, :]).contiguous()
+        num_pages = int(self.table.max()) + 1
+        self.cache = self.norm.new_zeros((num_pages, 2, self.kv_heads, PAGE, self.dim))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.cache.numel() * self.cache.element_size()
+
+    def _project(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The new residual, and q [M, N, D], k, v [M, K, D] of the M tokens in hand, before RoPE."""
+        delta, residual = stream
+        normed, residual = rms_norm(delta, residual, self.norm, self.eps)
+        qkv = F.linear(normed, self.qkv, self.qkv_bias)
+        q, k, v = qkv.view(len(qkv), -1, self.dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.head_norms is not None:
+            q, k = self.head_norms[0](q), self.head_norms[1](k)
+        return residual, q, k, v
+
+    def decode(self, stream: Stream, batch: Batch) -> Stream:
+        """One token of each sequence. delta, residual [B, H]"""
+        residual, q, k, v = self._project(stream)
+        q = rope_kv(q, k, v, batch.cos, batch.sin, batch.positions, self.cache, self.table)
+        found = decode_attention(
+            q, self.cache, self.table, batch.lengths, max_context=batch.max_length, window=self.window
+        )
+        return F.linear(found.flatten(1), self.out, self.out_bias), residual
+
+    def prefill(self, stream: Stream, batch: Batch) -> Stream:
+        """All prompts. delta, residual [B·T, H], sequence by sequence."""
+        residual, q, k, v = self._project(stream)
+        num_tokens = len(q) // batch.size
+        at = torch.arange(num_tokens, dtype=torch.int32, device=q.device)
+        slots = self.table[:, at // PAGE] * PAGE + at % PAGE
+        if self.window is not None:  # a ring of pages holds only what later tokens can see
+            slots = slots.masked_fill(at < num_tokens - self.window, -1)
+        q = rope_kv(
+            q, k, v, batch.cos, batch.sin, at.repeat(batch.size), self.cache, None, slots=slots.flatten().contiguous()
+        )
+        q, k, v = (x.reshape(batch.size, num_tokens, -1, self.dim).transpose(1, 2) for x in (q, k, v))
+        k = rotate(k, (batch.cos[:num_tokens], batch.sin[:num_tokens]))
+        found = windowed(q, k, v, self.window) if self.window and self.window < num_tokens else _causal(q, k, v)
+        return F.linear(found.transpose(1, 2).flatten(2).flatten(0, 1), self.out, self.out_bias), residual
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention over the last `window` keys, a stretch of queries at a time. q [B, N, T, D], k, v [B, K, T, D]"""
+    num_tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
+    found = torch.empty_like(q)
+    for begin in range(0, num_tokens, window):
+        end, first = min(begin + window, num_tokens), max(0, begin - window + 1)
+        mask = causal_mask(end - first, window, q.device)[begin - first :]
+        keys, values = (x[:, :, first:end].repeat_interleave(groups, dim=1) for x in (k, v))
+        found[:, :, begin:end] = F.scaled_dot_product_attention(q[:, :, begin:end], keys, values, attn_mask=mask)
+    return found
+
+
+class FastSwiGLU:
+    """The FFN; decode and prefill differ only in the number of rows."""
+
+    def __init__(self, module: SwiGLU):
+        if module.gate_proj.bias is not None:
+            self.weights: Weights | None = None
+            self.module = module
+        else:
+            self.weights = pack_swiglu(
+                module.gate_proj.weight.data, module.up_proj.weight.data, module.down_proj.weight.data
+            )
+        self.norm, self.eps = module.norm.weight.data, module.norm.eps
+
+    def decode(self, stream: Stream, batch: Batch) -> Stream:
+        normed, residual = rms_norm(*stream, self.norm, self.eps)
+        if self.weights is None:
+            return self.module.down_proj(self.module.inner(normed)), residual
+        return swiglu(normed, self.weights), residual
+
+    prefill = decode
+
+
+class FastLinear:
+    """One matrix after the norm."""
+
+    def __init__(self, module: Linear):
+        self.norm, self.eps, self.weight = module.norm.weight.data, module.norm.eps, module.linear.weight.data
+
+    def decode(self, stream: Stream, batch: Batch) -> Stream:
+        normed, residual = rms_norm(*stream, self.norm, self.eps)
+        return F.linear(normed, self.weight), residual
+
+    prefill = decode
+
+
+Fast = FastAttention | FastSwiGLU | FastLinear
+
+
+def make_fast(module: nn.Module, batch: Batch) -> Fast | None:
+    """How `module` runs in this batch; None when it does nothing. Attention gets its cache here."""
+    if isinstance(module, NoOp):
+        return None
+    makers: dict[type, Callable[[], Fast]] = {
+        Attention: lambda: FastAttention(module, batch),  # type: ignore[arg-type]
+        SwiGLU: lambda: FastSwiGLU(module),  # type: ignore[arg-type]
+        Linear: lambda: FastLinear(module),  # type: ignore[arg-type]
+    }
+    if type(module) not in makers:
+        raise NotImplementedError(f"no fast path for {type(module).__name__}: add one in blocklib/fast.py")
+    return makers[type(module)]()

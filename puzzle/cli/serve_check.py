@@ -1,0 +1,42 @@
+"""`puzzle serve-check`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from puzzle.cli import options
+
+
+@click.command("serve-check")
+@click.argument("export", type=options.DIRECTORY)
+@click.option("--engine", required=True, help="hf, vllm, llama.cpp or mlx.")
+@click.option("--python", type=options.DIRECTORY, help="Python of the environment that has the engine.")
+@click.option("--reference", type=options.DIRECTORY, help="The child's --format hf export (default: EXPORT itself).")
+@click.option("--tokens", type=int, default=64, show_default=True, help="Greedy tokens to compare.")
+@click.option("--threads", type=int, default=2, show_default=True, help="CPU threads of the engine.")
+@options.as_json
+def serve_check_command(
+    export: Path, engine: str, python: Path | None, reference: Path | None, tokens: int, threads: int, as_json: bool
+) -> None:
+    """Load EXPORT (a directory or .gguf file) in an engine and compare logits and greedy tokens with ours.
+
+    Exit code 0: equal; 1: different, or the engine fails on it; 2: bad input, or the engine is not installed.
+
+    \b
+    Example:
+      puzzle serve-check child --engine vllm --python .engines/vllm/bin/python
+    """
+    for option, value in (("--tokens", tokens), ("--threads", threads)):
+        options.positive(option, value)
+    from puzzle.serve_check import EngineFailed, serve_check
+
+    try:
+        check = serve_check(export, engine, python=python, reference=reference, num_tokens=tokens, threads=threads)
+    except EngineFailed as error:
+        options.print_json({"equal": False, "error": str(error)}) if as_json else click.echo(f"DIFFERENT: {error}")
+        sys.exit(1)
+    options.print_json(check.as_dict()) if as_json else click.echo(check.verdict)
+    sys.exit(0 if check.equal else 1)

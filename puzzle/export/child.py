@@ -1,0 +1,388 @@
+"""One description of a child that every writer reads, whatever the format: facts, shapes per layer, tensors on demand.
+
+A child comes out of a library and an architecture (`child_of_library`) or out of a checkpoint on disk
+(`child_of_checkpoint`: what `--format hf` wrote, or any parent). `puzzle.export.lower` rewrites it for an engine, and
+the writers (`hf`, `nemotron_nas`, `gguf`) put it on disk. Nothing is read before a `read_…` callable is called, so that
+a child larger than the memory streams through, one sub-block at a time.
+
+Twelve tiny children with every kind of layer, for tests and for the matrix of engines: `benchmarks/tiny_children.py`.
+Letters: E hidden_size, H num_attention_heads, K num_key_value_heads, D head_dim, F width, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, attention_shapes, ffn_shapes
+from puzzle.blocklib.store import BlockStore
+from puzzle.errors import UserError
+from puzzle.export.stream import StreamingCheckpoint
+from puzzle.families.family import HfModel, hf_name, open_model
+from puzzle.library import PARENT, Library
+
+Tensors = dict[str, Tensor]
+Read = Callable[[], Tensors]
+Choice = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gqa:
+    """Softmax attention with num_key_value_heads K, over the last `window` tokens (None: all).
+
+    Tensors: norm.weight [E], q_proj.weight [H·D, E], k_proj.weight and v_proj.weight [K·D, E], o_proj.weight [E, H·D];
+    with qkv_bias {q,k,v}_proj.bias; with o_bias o_proj.bias [E]; with qk_norm q_norm.weight and k_norm.weight [D].
+    Rows of q and k stand in the rotate-half order of Llama checkpoints.
+    """
+
+    num_key_value_heads: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwiGlu:
+    """down(silu(gate(n)) · up(n)) of the normed input n, `width` F channels wide.
+
+    Tensors: norm.weight [E], gate_proj.weight and up_proj.weight [F, E], down_proj.weight [E, F]; with mlp_bias
+    {gate,up,down}_proj.bias.
+    """
+
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One matrix after the norm, without bias, for attention or FFN. Tensors: norm.weight [E], linear.weight [E, E]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Nothing, not even a norm: adds nothing to the residual stream. No tensors."""
+
+
+Attention = Gqa | Linear | Absent
+Ffn = SwiGlu | Linear | Absent
+LINEAR, ABSENT = Linear(), Absent()
+
+
+def no_tensors() -> Tensors:
+    """What reads a sub-block that is absent."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChildLayer:
+    """h = x + attention(x), then h + ffn(h). `read_…` return {name inside the sub-block: tensor}, as `Gqa` … list them.
+
+    origin: the layer of the child, before any lowering, that this one stands for; messages name it.
+    """
+
+    attention: Attention
+    ffn: Ffn
+    read_attention: Read
+    read_ffn: Read
+    origin: int
+
+    def shape(self, kind: Kind) -> Attention | Ffn:
+        return self.attention if kind == "attention" else self.ffn
+
+    def read(self, kind: Kind) -> Tensors:
+        return self.read_attention() if kind == "attention" else self.read_ffn()
+
+    @property
+    def is_empty(self) -> bool:
+        return isinstance(self.attention, Absent) and isinstance(self.ffn, Absent)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Child:
+    """A whole child. rope_parameters as transformers has them: {"rope_type", "rope_theta", "factor", ...}.
+
+    num_key_value_heads, intermediate_size and window are the parent's: the values of layers that nothing changed.
+    qkv_bias, o_bias, mlp_bias and qk_norm hold for every softmax attention and every SwiGLU of the child.
+    dtype: of the tensors that the `read_…` callables return.
+    """
+
+    name: str  # for messages and the card
+    layers: tuple[ChildLayer, ...]
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    window: int | None
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    dtype: torch.dtype
+    tokenizer: Path | None  # the directory with the tokenizer's files
+    generation_config: dict[str, Any] | None
+    parent_name: str
+    licence: str | None  # as the parent's model card names it on the hub: "llama3.1", "apache-2.0"
+    parent_config: dict[str, Any]  # config.json as it was read
+    read_embedding: Callable[[], Tensor]  # [V, E]
+    read_final_norm: Callable[[], Tensor]  # [E]
+    read_head: Callable[[], Tensor]  # [V, E]; the embedding when tied
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, tensor), sub-block after sub-block; a tied head is left out."""
+        yield "model.embed_tokens.weight", self.read_embedding()
+        for index, layer in enumerate(self.layers):
+            for kind in KINDS:
+                block = layer.read(kind)
+                for name in sorted(block):  # in one order, wherever they were read
+                    yield hf_name(index, kind, name), block.pop(name)
+        yield "model.norm.weight", self.read_final_norm()
+        if not self.tied:
+            yield "lm_head.weight", self.read_head()
+
+    def reach(self, shape: Gqa) -> int | None:
+        """The window that an attention needs, None when it covers the child's whole context."""
+        return None if shape.window is None or shape.window >= self.max_position_embeddings else shape.window
+
+    def sub_block_shapes(self, index: int, kind: Kind) -> dict[str, tuple[int, ...]]:
+        """{name inside the sub-block: shape} of one sub-block, without reading it."""
+        return sub_block_shapes(self, self.layers[index].shape(kind))
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all tensors that `tensors` yields."""
+        fixed = self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+        return fixed + sum(num_parameters(self, layer.shape(kind)) for layer in self.layers for kind in KINDS)
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Keys and values together, over all layers; windows not deducted."""
+        heads = (layer.attention.num_key_value_heads for layer in self.layers if isinstance(layer.attention, Gqa))
+        return 2 * self.head_dim * sum(heads)
+
+    def per_layer_config(self) -> dict[str, dict[str, Any]]:
+        """The standard field of config.json: {layer: what it changes}, only layers that differ from the parent."""
+        entries: dict[str, dict[str, Any]] = {}
+        for index, layer in enumerate(self.layers):
+            entry: dict[str, Any] = {}
+            for kind, owner in zip(KINDS, ("attention", "mlp"), strict=True):
+                shape = layer.shape(kind)
+                if isinstance(shape, Gqa):
+                    if shape.num_key_value_heads != self.num_key_value_heads:
+                        entry["num_key_value_heads"] = shape.num_key_value_heads
+                    if shape.window != self.window:
+                        entry["sliding_window"] = shape.window
+                elif isinstance(shape, SwiGlu):
+                    if shape.width != self.intermediate_size:
+                        entry["intermediate_size"] = shape.width
+                else:
+                    key = "linear" if isinstance(shape, Linear) else "skip"
+                    entry[key] = [*entry.get(key, []), owner]
+            if entry:
+                entries[str(index)] = entry
+        return entries
+
+
+def sub_block_shapes(child: Child, shape: Attention | Ffn) -> dict[str, tuple[int, ...]]:
+    """{name inside the sub-block: shape} of a sub-block of this child's sizes and biases."""
+    size = child.hidden_size
+    if isinstance(shape, Absent):
+        return {}
+    if isinstance(shape, Linear):
+        return {"norm.weight": (size,), "linear.weight": (size, size)}
+    spec = _spec(child)
+    return (
+        attention_shapes(spec, shape.num_key_value_heads) if isinstance(shape, Gqa) else ffn_shapes(spec, shape.width)
+    )
+
+
+def num_parameters(child: Child, shape: Attention | Ffn) -> int:
+    """Elements of a sub-block's tensors, its norm included."""
+    return sum(torch.Size(dims).numel() for dims in sub_block_shapes(child, shape).values())
+
+
+def _spec(child: Child) -> LayerSpec:
+    return LayerSpec(
+        hidden_size=child.hidden_size,
+        num_attention_heads=child.num_attention_heads,
+        num_key_value_heads=child.num_key_value_heads,
+        head_dim=child.head_dim,
+        intermediate_size=child.intermediate_size,
+        rms_norm_eps=child.rms_norm_eps,
+        inv_freq=(),
+        qkv_bias=child.qkv_bias,
+        o_bias=child.o_bias,
+        mlp_bias=child.mlp_bias,
+        qk_norm=child.qk_norm,
+        window=child.window,
+    )
+
+
+def with_dtype(child: Child, dtype: torch.dtype) -> Child:
+    """The child with all tensors cast to `dtype` when they are read; reading raises UserError where one overflows."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        found = tensor.to(dtype)
+        if tensor.dtype != dtype and dtype == torch.float16 and not torch.isfinite(found).all():
+            raise UserError(f"--dtype float16: a weight of {child.name} exceeds its range of 65504: use bfloat16")
+        return found
+
+    def cast_all(read: Read) -> Read:
+        return lambda: {name: cast(tensor) for name, tensor in read().items()}
+
+    layers = tuple(
+        replace(layer, read_attention=cast_all(layer.read_attention), read_ffn=cast_all(layer.read_ffn))
+        for layer in child.layers
+    )
+    embedding, final_norm, head = child.read_embedding, child.read_final_norm, child.read_head
+    return replace(
+        child,
+        layers=layers,
+        dtype=dtype,
+        read_embedding=lambda: cast(embedding()),
+        read_final_norm=lambda: cast(final_norm()),
+        read_head=lambda: cast(head()),
+    )
+
+
+def child_of_library(library: Library, layers: list[Choice], parent: HfModel) -> Child:
+    """The child that picks `layers` (one {"attention": variant, "ffn": variant} each) from a library of `parent`."""
+    entries: list[dict[str, Any]] = []
+    for choice in layers:
+        entry: dict[str, Any] = {}
+        for kind in KINDS:
+            for key, value in library.variant(kind, choice[kind])["hf"].items():
+                entry[key] = entry.get(key, []) + value if isinstance(value, list) else value
+        entries.append(entry)
+    child = _from_hf(parent, entries, parent_name=library.facts["parent"]["name"])
+    store = BlockStore(library.root)
+    chosen = []
+    for index, (layer, choice) in enumerate(zip(child.layers, layers, strict=True)):
+        trained = {
+            f"read_{kind}": partial(store.read, index, kind, choice[kind]) for kind in KINDS if choice[kind] != PARENT
+        }
+        chosen.append(replace(layer, **trained))  # type: ignore[arg-type]
+    return replace(child, layers=tuple(chosen))
+
+
+def child_of_checkpoint(source: str | Path | HfModel) -> Child:
+    """The child (or parent) in a Hugging Face directory. Raises UserError as `open_model` does."""
+    opened = source if isinstance(source, HfModel) else open_model(source)
+    entries = {int(index): entry for index, entry in (opened.config.get("per_layer_config") or {}).items()}
+    name = opened.config.get("parent_name") or Path(opened.source).absolute().name
+    return _from_hf(opened, [entries.get(index, {}) for index in range(opened.num_layers)], parent_name=name)
+
+
+def _from_hf(opened: HfModel, entries: list[dict[str, Any]], parent_name: str) -> Child:
+    """A child with the shapes of `entries` (one per layer) and the tensors of one checkpoint."""
+    config, spec, checkpoint = opened.config, opened.spec, StreamingCheckpoint(opened.directory)
+    generation = opened.directory / "generation_config.json"
+
+    def read(index: int, kind: Kind, shape: Attention | Ffn) -> Read:
+        if isinstance(shape, Absent):
+            return no_tensors
+        return lambda: {name: checkpoint.tensor(hf_name(index, kind, name)) for name in sub_block_shapes(child, shape)}
+
+    child = Child(
+        name=Path(opened.source).absolute().name,
+        layers=(),
+        hidden_size=spec.hidden_size,
+        vocab_size=opened.vocab_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads,
+        head_dim=spec.head_dim,
+        intermediate_size=spec.intermediate_size,
+        rms_norm_eps=spec.rms_norm_eps,
+        max_position_embeddings=opened.max_length,
+        rope_parameters=rope_parameters(config),
+        tied=opened.tied,
+        qkv_bias=spec.qkv_bias,
+        o_bias=spec.o_bias,
+        mlp_bias=spec.mlp_bias,
+        qk_norm=spec.qk_norm,
+        window=spec.window,
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_id=config.get("eos_token_id"),
+        pad_token_id=config.get("pad_token_id"),
+        dtype=checkpoint.dtype("model.norm.weight"),
+        tokenizer=opened.directory,
+        generation_config=json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else None,
+        parent_name=parent_name,
+        licence=licence_of(opened.directory),
+        parent_config=config,
+        read_embedding=partial(checkpoint.tensor, "model.embed_tokens.weight"),
+        read_final_norm=partial(checkpoint.tensor, "model.norm.weight"),
+        read_head=partial(checkpoint.tensor, "model.embed_tokens.weight" if opened.tied else "lm_head.weight"),
+    )
+    layers = []
+    for index, entry in enumerate(entries):
+        attention, ffn = _shapes(entry, spec)
+        layers.append(
+            ChildLayer(
+                attention=attention,
+                ffn=ffn,
+                read_attention=read(index, "attention", attention),
+                read_ffn=read(index, "ffn", ffn),
+                origin=index,
+            )
+        )
+    return replace(child, layers=tuple(layers))
+
+
+def _shapes(entry: dict[str, Any], spec: LayerSpec) -> tuple[Attention, Ffn]:
+    """One entry of `per_layer_config`, in words of this file."""
+    skip, linear = entry.get("skip") or [], entry.get("linear") or []
+    attention: Attention = Gqa(
+        num_key_value_heads=entry.get("num_key_value_heads", spec.num_key_value_heads),
+        window=entry.get("sliding_window", spec.window),
+    )
+    ffn: Ffn = SwiGlu(width=entry.get("intermediate_size", spec.intermediate_size))
+    return (
+        ABSENT if "attention" in skip else LINEAR if "attention" in linear else attention,
+        ABSENT if "mlp" in skip else LINEAR if "mlp" in linear else ffn,
+    )
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """The parent's RoPE in transformers' current spelling, whichever its config.json uses."""
+    from transformers import LlamaConfig
+
+    keys = (
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "hidden_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
+    return dict(LlamaConfig(**{k: config[k] for k in keys if config.get(k) is not None}).rope_parameters or {})
+
+
+def licence_of(directory: Path) -> str | None:
+    """`license:` in the front matter of a checkpoint's README.md, None when there is none."""
+    import yaml
+
+    readme = directory / "README.md"
+    if not readme.is_file():
+        return None
+    parts = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return str(found) if found else None

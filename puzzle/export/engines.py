@@ -1,0 +1,128 @@
+"""What each serving engine takes of a child, in one table; needs no torch.
+
+A row says what the engine's own reader of the format does, found by reading it: vLLM 0.32.0
+(model_executor/models/nemotron_nas.py, llama.py), llama.cpp (src/models/deci.cpp, conversion of DeciLM), mlx-lm 0.32.2
+(models/nemotron-nas.py), SGLang (srt/models/nemotron_nas.py, llama.py) and TensorRT-LLM
+(_torch/models/modeling_nemotron_nas.py). `puzzle.export.lower` rewrites what a row lacks, or refuses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from puzzle.errors import UserError, nearest
+
+FORMATS = ("hf", "nemotron-nas", "gguf")
+WIDTH_STEP = 256  # DeciLM readers round an FFN's width up to a multiple of this
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """One engine. formats: those that it reads, the usual one first.
+
+    first_layer: what layer 0 may have in place of softmax attention. attention_bias: "split" (q, k, v and o apart),
+    "joint" (all four or none) or "none". windows: "one size" means that layers with a window share its length.
+    any_head_dim: head_dim may differ from hidden_size / num_attention_heads. any_width: in nemotron-nas too, FFN widths need no
+    multiple of WIDTH_STEP (in gguf they never do).
+    """
+
+    name: str
+    formats: tuple[str, ...]
+    linear_attention: bool
+    linear_ffn: bool
+    ffn_bias: bool
+    attention_bias: Literal["split", "joint", "none"]
+    first_layer: Literal["anything", "linear attention", "softmax attention"]
+    ffn_required: bool = False  # a layer without FFN loses what its attention adds
+    equal_kv_heads: bool = False
+    windows: Literal["one size", "none"] = "none"
+    any_head_dim: bool = True
+    any_width: bool = False
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine(
+            name="vllm",
+            formats=("nemotron-nas",),
+            linear_attention=False,
+            linear_ffn=False,
+            ffn_bias=True,
+            attention_bias="split",
+            first_layer="softmax attention",  # the residual stream starts in the first input_layernorm
+            windows="one size",  # layer_types and sliding_window, read by its LlamaAttention
+            any_width=True,
+        ),
+        Engine(
+            name="llama.cpp",
+            formats=("gguf", "nemotron-nas"),
+            linear_attention=True,
+            linear_ffn=False,
+            ffn_bias=True,
+            attention_bias="split",
+            first_layer="linear attention",  # head sizes are derived from layer 0's number of heads
+            ffn_required=True,
+        ),
+        Engine(
+            name="mlx",
+            formats=("nemotron-nas",),
+            linear_attention=False,  # read, but it takes a cache slot that stays empty, and masks come from slot 0
+            linear_ffn=True,
+            ffn_bias=True,
+            attention_bias="joint",
+            first_layer="anything",
+            any_head_dim=False,
+        ),
+        Engine(
+            name="sglang",
+            formats=("nemotron-nas",),
+            linear_attention=False,
+            linear_ffn=False,
+            ffn_bias=False,
+            attention_bias="joint",
+            first_layer="softmax attention",
+            equal_kv_heads=True,
+        ),
+        Engine(
+            name="tensorrt-llm",
+            formats=("nemotron-nas",),
+            linear_attention=True,
+            linear_ffn=True,
+            ffn_bias=False,
+            attention_bias="none",
+            first_layer="anything",
+        ),
+    )
+}
+
+# `--format nemotron-nas` without --engine: what the format itself has words for.
+ANY_DECILM_READER = Engine(
+    name="nemotron-nas",
+    formats=("nemotron-nas",),
+    linear_attention=True,
+    linear_ffn=True,
+    ffn_bias=True,
+    attention_bias="split",
+    first_layer="anything",
+)
+
+
+def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None]:
+    """(format, engine) with the one that was left out filled in: hf, or the engine's usual format.
+
+    Raises UserError for unknown names and for a format that the engine does not read.
+    """
+    if engine is not None and engine not in ENGINES:
+        raise UserError(f"unknown engine '{engine}': {nearest(engine, list(ENGINES))}")
+    if format is not None and format not in FORMATS:
+        raise UserError(f"unknown format '{format}': {nearest(format, list(FORMATS))}")
+    if format is None:
+        return (ENGINES[engine].formats[0] if engine else "hf"), engine
+    if engine is None:
+        return format, "llama.cpp" if format == "gguf" else None
+    if format not in ENGINES[engine].formats:
+        readable = " or ".join(ENGINES[engine].formats)
+        raise UserError(f"--engine {engine} does not read --format {format}: pass --format {readable}")
+    return format, engine

@@ -1,0 +1,279 @@
+"""`--format gguf`: a child as one file that llama.cpp reads (architecture `deci`), written tensor by tensor.
+
+The per-layer arrays say what a layer is: (H, K) attention heads = softmax attention, (H, 0) = one matrix, (0, 0) = none;
+feed_forward_length 0 = no FFN. llama.cpp computes some of these combinations wrongly or not at all, without an error:
+`puzzle.export.lower` rewrites them first, and what is left is refused here, before anything is written.
+Letters: E hidden_size, H num_attention_heads, K num_key_value_heads, D head_dim.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from puzzle.blocklib.layer import KINDS
+from puzzle.errors import UserError, nearest, writing
+from puzzle.export.child import Absent, Child, Gqa, Linear, SwiGlu
+from puzzle.export.gguf_tokenizer import tokenizer_metadata
+from puzzle.files import check_writable, replacing
+
+DTYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7), "bf16": ("BF16", 32)}  # ggml type, file type
+TENSOR_NAMES = {
+    ("attention", "norm.weight"): "attn_norm.weight",
+    ("attention", "linear.weight"): "attn_output.weight",
+    ("ffn", "norm.weight"): "ffn_norm.weight",
+    **{
+        (kind, f"{name}_proj.{part}"): f"{ours}.{part}"
+        for kind, names in (
+            ("attention", {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}),
+            ("ffn", {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}),
+        )
+        for name, ours in names.items()
+        for part in ("weight", "bias")
+    },
+}
+ALIGNMENT = 32  # bytes; every tensor starts at a multiple of it
+BLOCK = 32  # values of a row that share one scale in q8_0
+CHUNK = 2**22  # values converted together
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor to come: its name in the file, its shape as torch has it, and the ggml type that it is stored in."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+
+def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
+    """Write `child` (already lowered for llama.cpp) to the file `out`. Returns `out`.
+
+    dtype: of the matrices: f32, f16, bf16 or q8_0; vectors are always float32, and in q8_0 files a matrix whose rows
+    are no multiple of 32 is f16. A temporary file beside `out` is renamed at the end, so that `out` is never half
+    written. Raises UserError for a shape or tokenizer that llama.cpp cannot take, and when `out` cannot be written.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("--format gguf needs the package gguf: pip install 'puzzle-nas[gguf]'") from None
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} with --format gguf: {nearest(dtype, list(DTYPES))}")
+    _claim_file(out, force)
+    refuse_what_llama_cpp_gets_wrong(child)
+    metadata = _metadata(child, dtype)
+    inv_freq, attention_factor = rope_frequencies(child)
+    theta = float(child.rope_parameters["rope_theta"])
+    plain = 1.0 / theta ** (torch.arange(0, child.head_dim, 2, dtype=torch.float32) / child.head_dim)
+    factors = None if torch.equal(plain, inv_freq) else plain / inv_freq
+    metadata["deci.rope.freq_base"] = theta
+    if attention_factor != 1:
+        metadata["deci.rope.scaling.attn_factor"] = attention_factor
+
+    entries = list(_entries(child, DTYPES[dtype][0], factors))
+    with replacing(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, "deci")
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        sizes = []
+        for entry in entries:
+            kind = gguf.GGMLQuantizationType[entry.type]
+            per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            sizes.append(torch.Size(entry.shape).numel() // per_block * block_bytes)
+            # float32 stands for any type here: with raw_dtype given, it only tells that the shape counts values.
+            writer.add_tensor_info(entry.name, entry.shape, numpy.dtype(numpy.float32), sizes[-1], raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        with open(temporary, "ab") as handle:
+            _pad(handle)
+            for entry, size, (name, tensor) in zip(entries, sizes, _tensors(child, factors), strict=True):
+                if entry.name != name or entry.shape != tuple(tensor.shape):
+                    raise ValueError(f"tensor {name} {tuple(tensor.shape)} came where {entry} was announced")
+                start = handle.tell()
+                with writing(out):
+                    _write(handle, tensor, entry)
+                assert handle.tell() - start == size
+                _pad(handle)
+    return out
+
+
+def permute(weight: Tensor, num_heads: int, *, inverse: bool = False) -> Tensor:
+    """Rows of q_proj or k_proj [heads·D, ...] from rotate-half order (i, i + D/2) to the adjacent pairs that llama.cpp
+    rotates in this architecture; biases alike. inverse: back again."""
+    half = weight.shape[0] // num_heads // 2
+    split = (num_heads, half, 2) if inverse else (num_heads, 2, half)
+    return weight.reshape(*split, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def rope_frequencies(child: Child) -> tuple[Tensor, float]:
+    """inv_freq [D/2] float32 and the factor on cos and sin, by transformers' rules for the child's rope_parameters."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind, dim = child.rope_parameters.get("rope_type", "default"), child.head_dim
+    if kind == "default":
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        return 1.0 / float(child.rope_parameters["rope_theta"]) ** exponents, 1.0
+    config = LlamaConfig(
+        hidden_size=child.hidden_size,
+        num_attention_heads=child.num_attention_heads,
+        head_dim=dim,
+        max_position_embeddings=child.max_position_embeddings,
+        rope_parameters=dict(child.rope_parameters),
+    )
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
+    return inv_freq.float(), float(factor)
+
+
+def refuse_what_llama_cpp_gets_wrong(child: Child) -> None:
+    """Raise UserError, naming layer and sub-block, for what architecture `deci` cannot say or computes wrongly."""
+    if child.qk_norm:
+        raise UserError(
+            f"{child.name} has per-head norms on q and k (Qwen3), which llama.cpp's deci architecture does not have: "
+            "use --format hf"
+        )
+    last = len(child.layers) - 1
+    for index, layer in enumerate(child.layers):
+        where = f"layer {layer.origin} of {child.name}"
+        attention, ffn = layer.attention, layer.ffn
+        if isinstance(attention, Gqa) and attention.window and attention.window < child.max_position_embeddings:
+            raise UserError(
+                f"{where}: attention over a window of {attention.window} tokens, but llama.cpp's deci architecture has "
+                "no windows; choose kv"
+                f"{attention.num_key_value_heads} there, or use --format hf"
+            )
+        if isinstance(ffn, Linear):
+            raise UserError(f"{where}: llama.cpp has no linear FFN; lower it for llama.cpp, or choose another FFN")
+        if isinstance(ffn, Absent) and (not isinstance(attention, Absent) or index == last):
+            raise UserError(
+                f"{where}: without an FFN llama.cpp loses this layer's attention or does not load the file; lower it "
+                "for llama.cpp (a zero FFN of width 256), or choose another FFN"
+            )
+        if index == 0 and isinstance(attention, Absent):
+            raise UserError(
+                f"{where}: llama.cpp does not load a file whose first layer has no attention; lower it for llama.cpp "
+                "(a zero linear attention), or choose another attention"
+            )
+
+
+def _metadata(child: Child, dtype: str) -> dict[str, Any]:
+    heads = [0 if isinstance(layer.attention, Absent) else child.num_attention_heads for layer in child.layers]
+    kv_heads = [x.attention.num_key_value_heads if isinstance(x.attention, Gqa) else 0 for x in child.layers]
+    special = {"bos": child.bos_token_id, "eos": child.eos_token_id, "pad": child.pad_token_id}
+    return {
+        "general.name": child.name,
+        "general.type": "model",
+        "general.file_type": DTYPES[dtype][1],
+        "general.quantization_version": 2,
+        **({"general.license": child.licence} if child.licence else {}),
+        **(
+            {"general.base_model.count": 1, "general.base_model.0.name": child.parent_name} if child.parent_name else {}
+        ),
+        "deci.vocab_size": child.vocab_size,
+        "deci.context_length": child.max_position_embeddings,
+        "deci.embedding_length": child.hidden_size,
+        "deci.block_count": len(child.layers),
+        "deci.attention.head_count": heads,
+        "deci.attention.head_count_kv": kv_heads,
+        "deci.attention.key_length": child.head_dim,
+        "deci.attention.value_length": child.head_dim,
+        "deci.attention.layer_norm_rms_epsilon": child.rms_norm_eps,
+        "deci.rope.dimension_count": child.head_dim,
+        "deci.feed_forward_length": [x.ffn.width if isinstance(x.ffn, SwiGlu) else 0 for x in child.layers],
+        **tokenizer_metadata(child.tokenizer, child.vocab_size, special),
+    }
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """One metadata value by its Python type; integers are unsigned, token types (a list of small ints) signed."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif value:
+        writer.add_array(key, value)
+
+
+def _entries(child: Child, matrix_type: str, factors: Tensor | None) -> Iterator[_Entry]:
+    """Every tensor of the file in order, from shapes alone."""
+
+    def entry(name: str, shape: tuple[int, ...]) -> _Entry:
+        kind = matrix_type if len(shape) == 2 else "F32"
+        return _Entry(name, shape, "F16" if kind == "Q8_0" and shape[-1] % BLOCK else kind)
+
+    yield entry("token_embd.weight", (child.vocab_size, child.hidden_size))
+    if factors is not None:
+        yield entry("rope_freqs.weight", tuple(factors.shape))
+    for index in range(len(child.layers)):
+        for kind in KINDS:
+            for name, shape in child.sub_block_shapes(index, kind).items():
+                yield entry(f"blk.{index}.{TENSOR_NAMES[kind, name]}", shape)
+    yield entry("output_norm.weight", (child.hidden_size,))
+    if not child.tied:
+        yield entry("output.weight", (child.vocab_size, child.hidden_size))
+
+
+def _tensors(child: Child, factors: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `_entries` announces, in its order, one sub-block in memory at a time."""
+    yield "token_embd.weight", child.read_embedding()
+    if factors is not None:
+        yield "rope_freqs.weight", factors
+    for index, layer in enumerate(child.layers):
+        for kind in KINDS:
+            block = layer.read(kind)
+            for name in child.sub_block_shapes(index, kind):
+                tensor = block.pop(name)
+                if name.startswith(("q_proj.", "k_proj.")):
+                    tensor = permute(tensor, tensor.shape[0] // child.head_dim)
+                yield f"blk.{index}.{TENSOR_NAMES[kind, name]}", tensor
+    yield "output_norm.weight", child.read_final_norm()
+    if not child.tied:
+        yield "output.weight", child.read_head()
+
+
+def _write(handle: IO[bytes], tensor: Tensor, entry: _Entry) -> None:
+    """Append one tensor in its stored type, a few million values at a time. Raises UserError when float16 overflows."""
+    from gguf.quants import GGMLQuantizationType, quantize
+
+    rows = tensor.detach().cpu().reshape(-1, tensor.shape[-1])
+    for part in rows.split(max(1, CHUNK // rows.shape[1])):
+        if entry.type == "Q8_0":
+            data = quantize(part.float().numpy(), GGMLQuantizationType.Q8_0)
+        elif entry.type == "BF16":
+            data = part.bfloat16().view(torch.int16).numpy()
+        elif entry.type == "F16":
+            half = part.half()
+            if not torch.isfinite(half).all():
+                raise UserError(f"{entry.name} has values beyond 65504, the largest float16: use --dtype bf16 or f32")
+            data = half.numpy()
+        else:
+            data = part.float().numpy()
+        handle.write(numpy.ascontiguousarray(data).tobytes())
+
+
+def _pad(handle: IO[bytes]) -> None:
+    handle.write(b"\0" * (-handle.tell() % ALIGNMENT))
+
+
+def _claim_file(out: Path, force: bool) -> None:
+    """Check that `out` is a .gguf file name that may be written. Raises UserError."""
+    if out.suffix != ".gguf":
+        raise UserError(f"--out {out}: --format gguf writes one file; give a name that ends in .gguf")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory: give a file name that ends in .gguf")
+    if out.exists() and not force:
+        raise UserError(f"--out {out} exists: choose another name, or pass --force to replace it")
+    check_writable(out.parent)

@@ -1,0 +1,220 @@
+"""`puzzle export`: a library and an architecture, or a child on disk, into the format that an engine reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle.card import CardFacts, child_card
+from puzzle.console import console
+from puzzle.errors import UserError, nearest
+from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
+from puzzle.export.child import Child, child_of_checkpoint, child_of_library, with_dtype
+from puzzle.export.engines import ENGINES, pick_format
+from puzzle.export.hf import hf_config
+from puzzle.export.lower import Lowering, lower
+from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
+from puzzle.files import read_json
+from puzzle.library import Library
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "q8_0": "q8_0"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What is exported. solved: its architecture.json; recipe: library.json's facts, None for a child on disk."""
+
+    child: Child
+    solved: dict[str, Any] | None
+    facts: dict[str, Any] | None
+    measured: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """What was written. engine: None when any reader of the format was meant."""
+
+    out: Path
+    format: str
+    engine: str | None
+    dtype: str
+    lowerings: tuple[Lowering, ...]
+
+
+def open_source(source: Path, architecture: Path | None = None, parent: str | None = None) -> Source:
+    """A library with an architecture, or a checkpoint without one. Raises UserError for anything else."""
+    from puzzle.assemble import open_parent, read_architecture
+
+    if (source / "library.json").is_file() or architecture is not None:
+        library = Library.open(source)
+        if architecture is None:
+            raise UserError(
+                f"{source} is a library: say which child of it, as in `puzzle export {source} {source}/solution --out CHILD`"
+            )
+        solved = read_architecture(architecture, library)
+        opened = open_parent(library, parent)
+        child = child_of_library(library, solved["layers"], opened)
+        return Source(child=child, solved=solved, facts=library.facts, measured=None)
+    if parent is not None:
+        raise UserError(f"--parent belongs to a library, and {source} is none: leave it out")
+    child = child_of_checkpoint(source)
+    return Source(
+        child=child,
+        solved=_optional(source / "architecture.json"),
+        facts=None,
+        measured=_optional(source / "evaluation.json"),
+    )
+
+
+def _optional(path: Path) -> dict[str, Any] | None:
+    return read_json(path, "puzzle export") if path.is_file() else None
+
+
+def export(
+    source: Source,
+    out: Path,
+    *,
+    format: str | None = None,
+    engine: str | None = None,
+    dtype: str | None = None,
+    licence: str | None = None,
+    measured: dict[str, Any] | None = None,
+    force: bool = False,
+    max_shard_bytes: int = 4 * 2**30,
+    push_to_hub: str | None = None,
+) -> Exported:
+    """Write the child to `out`, sub-block by sub-block, and say what it took.
+
+    format: hf, nemotron-nas or gguf; engine: the one that will read it. Either may be left out (`pick_format`).
+    dtype: float32, bfloat16 or float16, and q8_0 for gguf; None keeps the checkpoint's own. measured: what `puzzle
+    evaluate --json` printed, for the card. out: a directory; with gguf also a file name that ends in .gguf.
+    Raises UserError before anything is written when the engine cannot take the child.
+    """
+    format, engine = pick_format(format, engine)
+    child = source.child
+    if dtype is not None and dtype not in (_GGUF_DTYPES if format == "gguf" else DTYPES):
+        known = list(_GGUF_DTYPES if format == "gguf" else DTYPES)
+        raise UserError(f"--dtype {dtype} with --format {format}: {nearest(dtype, known)}")
+    if dtype in DTYPES:
+        child = with_dtype(child, DTYPES[dtype])
+    elif format != "hf":
+        child = with_dtype(child, child.dtype)  # one dtype for all: engines compute in what they find
+    child, lowerings = lower(child, engine, format)
+    hub = None if push_to_hub is None else open_hub(push_to_hub)
+    written = dtype or str(child.dtype).removeprefix("torch.")
+    card = child_card(
+        CardFacts(
+            child=child,
+            original=source.child,
+            format=format,
+            engine=engine,
+            dtype=written,
+            file=_gguf_name(out, written) if format == "gguf" else None,
+            licence=licence or source.child.licence,
+            lowerings=tuple(str(lowering) for lowering in lowerings),
+            also=tuple(takers(child)) if format == "nemotron-nas" and engine is None else (),
+            solved=source.solved,
+            facts=source.facts,
+            measured=measured or source.measured,
+        )
+    )
+    records = {"architecture.json": source.solved, "evaluation.json": measured or source.measured}
+    extra = {name: {**record, "schema": 1} for name, record in records.items() if record is not None}
+    if format == "gguf":
+        _write_gguf(child, out, written, card, force)
+    else:
+        decilm = format == "nemotron-nas"
+        write_checkpoint(
+            out,
+            config=decilm_config(child, engine) if decilm else hf_config(child, child.dtype),
+            tensors=decilm_tensors(child, engine) if decilm else child.tensors(),
+            tokenizer_from=child.tokenizer,
+            generation_config=child.generation_config,
+            card=card,
+            extra_json=extra,
+            code=CODE if decilm else None,
+            max_shard_bytes=max_shard_bytes,
+            force=force,
+        )
+    for lowering in lowerings:
+        console.print(f"lowered for {engine or format}: {lowering}", markup=False, soft_wrap=True)
+    if hub is not None and push_to_hub is not None:
+        _push(hub, push_to_hub, out)
+    return Exported(out=out, format=format, engine=engine, dtype=written, lowerings=tuple(lowerings))
+
+
+def takers(child: Child) -> list[str]:
+    """Engines that read this very nemotron-nas checkpoint: those for which nothing would be written differently."""
+    found = []
+    for name, engine in ENGINES.items():
+        if "nemotron-nas" not in engine.formats:
+            continue
+        try:
+            _, lowerings = lower(child, name, "nemotron-nas")
+        except UserError:
+            continue
+        if not lowerings and decilm_config(child, name) == decilm_config(child, None):
+            found.append(name)
+    return found
+
+
+def _gguf_name(out: Path, dtype: str) -> str:
+    return out.name if out.suffix == ".gguf" else f"{out.name}-{_GGUF_DTYPES[dtype]}.gguf"
+
+
+def _write_gguf(child: Child, out: Path, dtype: str, card: str, force: bool) -> None:
+    """A file alone where `out` names one; else a directory with file, card, tokenizer and manifest."""
+    try:
+        from puzzle.export.gguf import export_gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UserError("--format gguf needs the package gguf: pip install gguf") from error
+    if out.suffix == ".gguf":
+        export_gguf(child, out, dtype=_GGUF_DTYPES[dtype], force=force)
+        return
+    with publishing(out, force) as temporary:
+        export_gguf(child, temporary / _gguf_name(out, dtype), dtype=_GGUF_DTYPES[dtype], force=True)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        copy_companions(child.tokenizer, temporary)
+
+
+def open_hub(repository: str) -> Any:
+    """A client that may write to `repository`. Raises UserError without network, login or a name like "me/child"."""
+    from huggingface_hub import HfApi
+
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UserError(f"--push-to-hub {repository}: write it as NAME/MODEL, such as me/child")
+    client = HfApi()
+    try:
+        client.whoami()
+    except Exception as error:  # the client raises many kinds; all mean that nothing can be pushed
+        reason = _first_line(error)
+        raise UserError(
+            f"--push-to-hub {repository}: the hub does not know who you are ({reason}): run `hf auth login` or set "
+            "HF_TOKEN, with a network; or leave the option out"
+        ) from error
+    return client
+
+
+def _push(client: Any, repository: str, out: Path) -> None:
+    try:
+        client.create_repo(repository, exist_ok=True)
+        if out.is_dir():
+            client.upload_folder(repo_id=repository, folder_path=str(out))
+        else:
+            client.upload_file(repo_id=repository, path_or_fileobj=str(out), path_in_repo=out.name)
+    except Exception as error:
+        raise UserError(
+            f"--push-to-hub {repository} failed ({_first_line(error)}); {out} is complete: push it with "
+            f"`hf upload {repository} {out}`"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

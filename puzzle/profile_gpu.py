@@ -1,0 +1,345 @@
+"""Measure what variants of known shapes cost on this GPU: `puzzle profile --gpu h200 --shapes llama-3.1-8b`.
+
+Every point is a chain of copies of one sub-block as a CUDA graph (blocklib/fast_profile.py). What depends on a number of
+rows alone is measured by rows: FFNs, linear maps and heads carry context 0 in decode, and in prefill batch 1 with the number
+of prompt tokens as context. Attention is measured by batch and context. Finished points stay in NAME.partial.csv, so that a
+killed run goes on where it was; a point that does not fit in memory is recorded with no samples.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from puzzle.blocklib.fast import Batch, Stream, new_batch
+from puzzle.blocklib.fast_profile import chain, fast_copies, num_copies, time_replays
+from puzzle.blocklib.profile import Timing
+from puzzle.blocklib.variant import parse_variant, search_space
+from puzzle.console import progress
+from puzzle.costs import CostRow, append_costs, write_costs
+from puzzle.errors import UserError
+from puzzle.fast_model import Graph, random_module
+from puzzle.files import check_writable, write_json
+from puzzle.hardware import cpu_name
+from puzzle.kernels.rmsnorm import rms_norm
+from puzzle.shapes import Shapes, named_shapes
+
+MAX_WEIGHT_BYTES = 24 * 2**30  # of one chain; wider FFNs are left out
+REFERENCE_EVERY = 100  # points between two looks at the reference point
+Key = tuple[str, str, str, int, int]  # kind, shape, phase, batch, context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuGrid:
+    """What to measure. rows: of FFNs in prefill; prompts: (batch, length) of attention in prefill; wide: FFN widths as
+    multiples of the parent's, what fusion makes. seconds: spent on a point."""
+
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    contexts: tuple[int, ...] = (128, 512, 2048, 4096, 8192, 32768, 131072)
+    rows: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+    prompts: tuple[tuple[int, int], ...] = tuple(
+        (b, t) for b in (1, 4, 16, 64, 256) for t in (128, 512, 2048, 8192, 32768) if b * t <= 32768
+    )
+    wide: tuple[int, ...] = (2, 4, 8, 16)
+    attention: str = "kv4,kv2,kv1,window-1024,linear"
+    seconds: float = 0.03
+    min_samples: int = 5
+
+
+@dataclass(slots=True)
+class _Target:
+    """One sub-block shape to be measured. make: a module of it with random weights."""
+
+    kind: str
+    shape: str
+    by_rows: bool
+    make: Callable[[], Any]
+    points: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+def this_gpu() -> str:
+    """The name of the CUDA device. Raises UserError when there is none."""
+    if not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here: profile on the machine whose costs you want, or use --gpu cpu")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise UserError(f"{torch.cuda.get_device_name()} is sm_{major}{minor}: the kernels need sm_80 or newer")
+    return torch.cuda.get_device_name()
+
+
+def profile_shapes(
+    name: str, *, gpu: str, out: Path, grid: GpuGrid | None = None, device: str = "cuda"
+) -> tuple[Path, dict[str, Any]]:
+    """Measure the named shapes; write out/NAME.csv and NAME.json (conditions and drift). Returns its path and the latter.
+
+    Raises UserError when `gpu` is not this machine's.
+    """
+    grid, shapes = grid or GpuGrid(), named_shapes(name)
+    where = torch.device(device)
+    if where.type == "cuda" and gpu.split("-")[0] not in this_gpu().lower():
+        raise UserError(f"--gpu {gpu}: this machine has {this_gpu()}; a cost is measured where it will be paid")
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    path, partial = out / f"{name}.csv", out / f"{name}.partial.csv"
+    check_writable(out)
+    stage = _Stage(shapes, grid, where, dtype)
+    done = _read_done(partial, stage.facts)
+    begin, drift, measured = time.perf_counter(), [], 0
+    targets = list(_targets(shapes, grid, where, dtype))
+    conditions = [_conditions(where)]
+    with progress("profile", sum(len(t.points) for t in targets)) as bar, torch.inference_mode():
+        for target in targets:
+            left = [p for p in target.points if (target.kind, target.shape, *p) not in done]
+            bar.advance(len(target.points) - len(left))
+            if not left:
+                continue
+            bar.note(f"{target.kind} {target.shape}")
+            stage.load(target)
+            for phase, batch, context in left:
+                timing = stage.time(phase, batch, context)
+                append_costs(partial, stage.row(target, phase, batch, context, timing))
+                measured += 1
+                bar.advance(1)
+            drift.append(stage.reference())
+    seconds = time.perf_counter() - begin
+    rows = _read_rows(partial)
+    write_costs(path, sorted(rows, key=lambda r: (r.kind, r.shape, r.phase, r.batch, r.context)))
+    partial.unlink()
+    conditions.append(_conditions(where))
+    facts = {
+        **stage.facts,
+        "shapes": name,
+        "points": len(rows),
+        "measured_now": measured,
+        "seconds": round(seconds, 1),
+        "points_per_minute": round(60 * measured / seconds, 1),
+        "reference_seconds": drift,
+        "conditions": [c for c in conditions if c],
+    }
+    write_json(path.with_suffix(".json"), facts)
+    return path, facts
+
+
+def _targets(shapes: Shapes, grid: GpuGrid, device: torch.device, dtype: torch.dtype) -> Iterator[_Target]:
+    spec = shapes.spec
+    names = [
+        n for n in grid.attention.split(",") if not n.startswith("kv") or spec.num_key_value_heads % int(n[2:]) == 0
+    ]
+    names = [n for n in names if not n.startswith("kv") or int(n[2:]) < spec.num_key_value_heads]
+    space = search_space(spec, ",".join(names), None)
+    seen = set()
+    for kind in ("attention", "ffn"):
+        for variant_name in space[kind]:  # type: ignore[index]
+            variant = parse_variant(kind, variant_name, spec)  # type: ignore[arg-type]
+            shape = variant.shape(spec)
+            if shape == "none" or (kind, shape) in seen:
+                continue
+            seen.add((kind, shape))
+            by_rows = kind == "ffn" or "linear" in shape
+
+            def make(kind: str = kind, name: str = variant_name) -> Any:
+                return random_module(kind, name, spec, device, dtype)
+
+            yield _with_points(_Target(kind, shape, by_rows, make), grid, shapes)
+    for times in grid.wide:
+        width = times * spec.intermediate_size
+        if 3 * spec.hidden_size * width * dtype.itemsize <= MAX_WEIGHT_BYTES // 2:
+
+            def make_wide(times: int = times) -> Any:
+                return random_module("ffn", f"x{times}", spec, device, dtype)
+
+            yield _with_points(_Target("ffn", f"h{spec.hidden_size} f{width}", True, make_wide), grid, shapes)
+    head_shape = f"h{spec.hidden_size} v{shapes.vocab_size}"
+
+    def make_head() -> Any:
+        return torch.randn(shapes.vocab_size, spec.hidden_size, device=device).to(dtype)
+
+    for kind in ("embedding", "head"):
+        target = _Target(kind, head_shape, True, make_head)
+        target.points = [("decode", b, 0) for b in grid.batches]
+        yield target
+
+
+def _with_points(target: _Target, grid: GpuGrid, shapes: Shapes) -> _Target:
+    longest = shapes.max_length
+    if target.by_rows:
+        target.points = [("decode", b, 0) for b in grid.batches] + [("prefill", 1, n) for n in grid.rows]
+    else:
+        target.points = [("decode", b, c) for c in grid.contexts for b in grid.batches if c <= longest]
+        target.points += [("prefill", b, t) for b, t in grid.prompts if t <= longest]
+    return target
+
+
+class _Stage:
+    """Holds the copies of the shape in hand and times any of its points."""
+
+    def __init__(self, shapes: Shapes, grid: GpuGrid, device: torch.device, dtype: torch.dtype):
+        self.shapes, self.grid, self.device, self.dtype = shapes, grid, device, dtype
+        versions = f"torch {torch.__version__}"
+        if device.type == "cuda":
+            import triton
+
+            versions += f", triton {triton.__version__}"
+        self.facts = {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+            "versions": versions,
+            "dtype": str(dtype).removeprefix("torch."),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        self.target: _Target | None = None
+        self.modules: list[Any] = []
+        self._reference = Graph(self._reference_call(), device)
+
+    def _reference_call(self) -> Callable[[], object]:
+        hidden = self.shapes.spec.hidden_size
+        weights = [torch.randn(4 * hidden, hidden, device=self.device).to(self.dtype) for _ in range(8)]
+        x = torch.randn(16, hidden, device=self.device).to(self.dtype)
+        return lambda: [F.linear(x, w) for w in weights]
+
+    def reference(self) -> float:
+        """Seconds of a fixed piece of work: drift shows here."""
+        return time_replays(self._reference.replay, 1, self.device, 0.02, 20).p50
+
+    def load(self, target: _Target) -> None:
+        """Copies of `target`, enough to run on cold weights."""
+        self.target, self.modules = target, []
+        self._release()
+        first = target.make()
+        size = (
+            first.numel() * first.element_size()
+            if isinstance(first, torch.Tensor)
+            else sum(p.numel() * p.element_size() for p in first.parameters())
+        )
+        count = num_copies(size, 0)
+        while count > 1 and count * size > MAX_WEIGHT_BYTES:
+            count -= 1
+        self.modules = [first, *(target.make() for _ in range(count - 1))]
+
+    def _release(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def time(self, phase: str, batch: int, context: int) -> Timing | None:
+        """None when the point does not fit in memory."""
+        try:
+            return self._time(phase, batch, context)
+        except torch.cuda.OutOfMemoryError:
+            self._release()
+            return None
+
+    def _time(self, phase: str, batch: int, context: int) -> Timing | None:
+        assert self.target is not None
+        hidden, spec = self.shapes.spec.hidden_size, self.shapes.spec
+        num_rows = batch * context if phase == "prefill" else batch
+        if self.target.kind in ("embedding", "head"):
+            return self._fixed(batch)
+        modules = self.modules if phase == "decode" else self.modules[:2]
+        state: Batch
+        if self.target.by_rows:
+            state = new_batch(spec, 1, 64, self.device)
+        else:
+            per_copy = 2 * batch * context * modules[0].num_kv_heads * modules[0].head_dim * self.dtype.itemsize
+            weights = sum(p.numel() * p.element_size() for p in modules[0].parameters())
+            modules = modules[: num_copies(weights, per_copy)]
+            if self.device.type == "cuda":
+                free = torch.cuda.mem_get_info()[0] * 0.85
+                modules = modules[: max(1, int(free // max(1, per_copy)))]
+                if per_copy > free:
+                    return None
+            length = context + 1 if phase == "decode" else context
+            state = new_batch(spec, batch, length, self.device)
+            state.at(context if phase == "decode" else 0)
+        parts = fast_copies(modules, state)
+        delta = torch.randn(num_rows, hidden, device=self.device).to(self.dtype)
+        run = chain(parts, state, phase, delta, torch.randn_like(delta))
+        graph = Graph(run, self.device)
+        min_samples = self.grid.min_samples
+        timing = time_replays(graph.replay, len(parts), self.device, self.grid.seconds, min_samples)
+        del graph, parts, run, state
+        if not self.target.by_rows:
+            self._release()
+        return timing
+
+    def _fixed(self, batch: int) -> Timing:
+        """The embedding's rows, or final norm, head and argmax."""
+        assert self.target is not None
+        spec = self.shapes.spec
+        ids = torch.randint(0, self.shapes.vocab_size, (batch,), device=self.device)
+        x = torch.randn(batch, spec.hidden_size, device=self.device).to(self.dtype)
+        scale = torch.ones(spec.hidden_size, device=self.device, dtype=self.dtype)
+
+        def run() -> None:
+            for weight in self.modules:
+                if self.target is not None and self.target.kind == "embedding":
+                    F.embedding(ids, weight)
+                else:
+                    stream: Stream = rms_norm(x, x, scale, spec.rms_norm_eps)
+                    ids.copy_(F.linear(stream[0], weight).argmax(-1))
+
+        graph = Graph(run, self.device)
+        return time_replays(graph.replay, len(self.modules), self.device, self.grid.seconds, self.grid.min_samples)
+
+    def row(self, target: _Target, phase: str, batch: int, context: int, timing: Timing | None) -> CostRow:
+        none = Timing(p20=0.0, p50=0.0, p80=0.0, num_samples=0)
+        found = timing or none
+        return CostRow(
+            kind=target.kind,
+            shape=target.shape,
+            phase=phase,
+            batch=batch,
+            context=context,
+            dtype=self.facts["dtype"],
+            p20_s=found.p20,
+            p50_s=found.p50,
+            p80_s=found.p80,
+            num_samples=found.num_samples,
+            device=self.facts["device"],
+            versions=self.facts["versions"],
+            date=self.facts["date"],
+        )
+
+
+def _conditions(device: torch.device) -> str:
+    """Clocks, temperature and power as nvidia-smi reports them."""
+    if device.type != "cuda":
+        return ""
+    query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def _read_rows(path: Path) -> list[CostRow]:
+    """Rows of a table, a last half-written line left out."""
+    rows = []
+    with open(path, newline="", encoding="utf-8") as handle:
+        for raw in csv.DictReader(handle):
+            try:
+                values: dict[str, Any] = dict(raw)
+                values |= {k: int(raw[k]) for k in ("batch", "context", "num_samples")}
+                values |= {k: float(raw[k]) for k in ("p20_s", "p50_s", "p80_s")}
+                if raw["date"]:
+                    rows.append(CostRow(**values))
+            except (KeyError, TypeError, ValueError):
+                continue
+    return rows
+
+
+def _read_done(partial: Path, facts: dict[str, str]) -> set[Key]:
+    """Points that an interrupted run on the same device finished."""
+    if not partial.is_file():
+        return set()
+    rows = [r for r in _read_rows(partial) if r.device == facts["device"] and r.dtype == facts["dtype"]]
+    write_costs(partial, rows)
+    return {(r.kind, r.shape, r.phase, r.batch, r.context) for r in rows}

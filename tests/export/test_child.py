@@ -1,0 +1,248 @@
+"""The one description of a child: from a library, from a checkpoint, in another dtype, read as a stream."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from puzzle.errors import UserError
+from puzzle.export.checkpoint import write_checkpoint
+from puzzle.export.child import ABSENT, LINEAR, Gqa, SwiGlu, child_of_checkpoint, licence_of, with_dtype
+from puzzle.export.stream import StreamingCheckpoint
+from puzzle.export.write import export, open_source
+from puzzle.library import Library
+from puzzle.model import load_model
+
+LAYERS = [
+    {"attention": "kv1", "ffn": "0.5"},
+    {"attention": "none", "ffn": "linear"},
+    {"attention": "window-128", "ffn": "parent"},
+    {"attention": "linear", "ffn": "none"},
+]
+
+
+@pytest.fixture(scope="module")
+def solution(tmp_path_factory, puzzle, library):
+    """architecture.json with LAYERS in place of what the solver chose."""
+    out = tmp_path_factory.mktemp("solution")
+    options = ("--gpu", "cpu", "--throughput", "1.2x", "--input-len", 16, "--output-len", 16, "--out", out)
+    done = puzzle("solve", library, *options)
+    assert done.exit_code == 0, done.output
+    solved = json.loads((out / "architecture.json").read_text())
+    (out / "architecture.json").write_text(json.dumps({**solved, "layers": LAYERS}))
+    return out
+
+
+def test_child_of_a_library(library, solution, parent):
+    child = open_source(library, solution).child
+    assert [(layer.attention, layer.ffn) for layer in child.layers] == [
+        (Gqa(num_key_value_heads=1), SwiGlu(width=48)),
+        (ABSENT, LINEAR),
+        (Gqa(num_key_value_heads=2, window=128), SwiGlu(width=96)),
+        (LINEAR, ABSENT),
+    ]
+    assert (child.hidden_size, child.vocab_size, child.head_dim, child.tied) == (32, 384, 8, True)
+    assert (child.name, child.parent_name, child.dtype) == ("tiny", "tiny", torch.float32)
+    assert child.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert child.tokenizer == parent
+    tensors = dict(child.tensors())
+    assert sum(tensor.numel() for tensor in tensors.values()) == child.num_parameters
+    for index, layer in enumerate(child.layers):
+        for kind in ("attention", "ffn"):
+            assert {k: tuple(v.shape) for k, v in layer.read(kind).items()} == child.sub_block_shapes(index, kind)
+    theirs = load_file(parent / "model.safetensors")
+    same = {name for name, tensor in tensors.items() if name in theirs and torch.equal(tensor, theirs[name])}
+    assert {"model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"} <= same
+    assert child.per_layer_config() == {
+        "0": {"num_key_value_heads": 1, "intermediate_size": 48},
+        "1": {"skip": ["attention"], "linear": ["mlp"]},
+        "2": {"sliding_window": 128},
+        "3": {"linear": ["attention"], "skip": ["mlp"]},
+    }
+    assert child.kv_elements_per_token == 2 * 8 * (1 + 2)
+
+
+def test_from_library_to_checkpoint_and_on(library, solution, tmp_path, puzzle):
+    """A child read back from disk is the child that was written, and exports to the same bytes."""
+    done = puzzle("export", library, solution, "--out", tmp_path / "first", "--licence", "mit")
+    assert done.exit_code == 0, done.output
+    first = open_source(library, solution).child
+    again = child_of_checkpoint(tmp_path / "first")
+    assert (again.parent_name, again.licence) == ("tiny", "mit")
+    mine, theirs = dict(first.tensors()), dict(again.tensors())
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for key in ("hidden_size", "rope_parameters", "per_layer_config", "num_key_value_heads", "intermediate_size"):
+        got, wanted = getattr(again, key), getattr(first, key)
+        assert (got() if callable(got) else got) == (wanted() if callable(wanted) else wanted)
+    done = puzzle("export", tmp_path / "first", "--out", tmp_path / "second")
+    assert done.exit_code == 0, done.output
+    for file in ("config.json", "model.safetensors", "architecture.json", "tokenizer.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_a_parent_is_a_child_too(parent):
+    child = child_of_checkpoint(parent)
+    assert child.per_layer_config() == {}
+    assert {layer.attention for layer in child.layers} == {Gqa(num_key_value_heads=2)}
+    assert dict(child.tensors()).keys() == {name for name, _ in load_model(parent).named_weights()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype(dtype, tiny_checkpoint, tmp_path):
+    source = open_source(tiny_checkpoint("linear-ffn"))
+    done = export(source, tmp_path / "child", dtype=dtype)
+    written = load_file(done.out / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {getattr(torch, dtype)}
+    assert json.loads((done.out / "config.json").read_text())["dtype"] == dtype == done.dtype
+    for name, tensor in source.child.tensors():
+        assert torch.equal(written[name], tensor.to(getattr(torch, dtype)))
+
+
+def test_float16_overflow_is_said(tiny):
+    child = tiny.tiny_child("kv-heads")
+    child = with_dtype(replace(child, read_final_norm=lambda: torch.full((256,), 1e5)), torch.float16)
+    with pytest.raises(UserError, match=r"float16: a weight of kv-heads exceeds its range of 65504: use bfloat16"):
+        child.read_final_norm()
+
+
+def test_streaming_reads_what_is_there(tiny_checkpoint, tmp_path, poison):
+    copy = shutil.copytree(tiny_checkpoint("kv-heads"), tmp_path / "copy")
+    stream, whole = StreamingCheckpoint(copy), load_file(copy / "model.safetensors")
+    assert stream.names == whole.keys()
+    assert all(torch.equal(stream.tensor(name), tensor) for name, tensor in whole.items())
+    assert stream.dtype("model.norm.weight") == torch.float32
+    with pytest.raises(UserError, match="lacks the weight nothing"):
+        stream.tensor("nothing")
+    poison(copy, "model.norm.weight", lambda t: t.index_fill(0, torch.tensor([3, 5]), float("nan")))
+    with pytest.raises(UserError, match=r"model.norm.weight in .* has 2 NaN or infinite values"):
+        StreamingCheckpoint(copy).tensor("model.norm.weight")
+
+
+def test_the_licence_is_found(tmp_path):
+    assert licence_of(tmp_path) is None
+    for text, wanted in (
+        ("---\nlicense: llama3.1\ntags: [x]\n---\n# A", "llama3.1"),
+        ("# A\n---\nlicense: mit\n---\n", None),
+        ("---\n- a\n---\n", None),
+        ("---\nlicense: [unclosed\n---\n", None),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        assert licence_of(tmp_path) == wanted
+
+
+def test_wrong_sources(library, solution, tiny_checkpoint, tmp_path, puzzle):
+    child = tiny_checkpoint("kv-heads")
+    for arguments, message in (
+        ((library,), "is a library: say which child of it"),
+        ((child, solution), "library.json does not exist"),
+        ((child, "--parent", child), "--parent belongs to a library"),
+        ((tmp_path / "nowhere",), "does not exist"),
+        ((child, "--dtype", "int8"), "--dtype int8 with --format hf: known: float32, bfloat16, float16"),
+        ((child, "--dtype", "q8_0"), "--dtype q8_0 with --format hf"),
+        ((child, "--engine", "vlm"), "unknown engine 'vlm': did you mean 'vllm'?"),
+        ((child, "--measured", tmp_path / "none.json"), "cannot be read"),
+        ((child, "--push-to-hub", "child"), "--push-to-hub child: write it as NAME/MODEL"),
+        ((child, "--push-to-hub", "me/child"), "--push-to-hub me/child: the hub does not know who you are"),
+    ):
+        done = puzzle("export", *arguments, "--out", tmp_path / "out")
+        assert done.exit_code == 2, done.output
+        assert message in done.stderr.replace("\n", " "), done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from puzzle.export import write
+from puzzle.export.child import Child
+source, out, format = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+real = Child.tensors
+def tensors(self):
+    for number, item in enumerate(real(self)):
+        if number == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+Child.tensors = tensors
+write.export(write.open_source(source), out, format=format, force=True, max_shard_bytes=500_000)
+"""
+
+
+@pytest.mark.parametrize("format", ["hf", "nemotron-nas"])
+@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
+def test_killed_in_the_middle(format, there, tiny_checkpoint, tmp_path):
+    """No half checkpoint under the final name; the next export clears what the killed one left."""
+    source, out = tiny_checkpoint("kv-heads"), tmp_path / "child"
+    if there:
+        export(open_source(source), out, format=format)
+    before = {path.name: path.read_bytes() for path in out.iterdir()} if there else None
+    done = subprocess.run([sys.executable, "-c", KILLED, source, out, format], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".child.tmp-")]
+    assert len(left) == 1
+    parts = [path.suffix for path in (tmp_path / left[0]).iterdir()]
+    assert len(parts) > 1
+    assert set(parts) == {".part"}
+    assert ({path.name: path.read_bytes() for path in out.iterdir()} if there else None) == before
+    assert out.exists() is there
+    export(open_source(source), out, format=format, force=there)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".child")] == []
+    assert (out / "manifest.json").is_file()
+
+
+def test_leftovers_of_others_stay(tmp_path):
+    """A running process's directory is left alone; an old checkpoint moved aside by a killed one comes back."""
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    try:
+        for name in (
+            f".child.tmp-{sleeper.pid}",
+            f".child.tmp-{gone.pid}",
+            f".child.old-{gone.pid}",
+            ".child.tmp-mine",
+        ):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").write_text(name)
+        with pytest.raises(UserError, match="child is not empty"):
+            _write(tmp_path / "child")
+        assert (tmp_path / "child" / "file").read_text() == f".child.old-{gone.pid}"
+        _write(tmp_path / "child", force=True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+            ["child", f".child.tmp-{sleeper.pid}", ".child.tmp-mine"]
+        )
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def _write(out: Path, **options) -> None:
+    write_checkpoint(
+        out, config={}, tensors=[("a", torch.ones(2))], tokenizer_from=None, generation_config=None, card="", **options
+    )
+
+
+def test_licence_files_come_along(tiny_checkpoint, tmp_path):
+    copy = shutil.copytree(tiny_checkpoint("kv-heads"), tmp_path / "copy")
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md"):
+        (copy / name).write_text(name)
+    done = export(open_source(copy), tmp_path / "child", format="nemotron-nas")
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md"):
+        assert (done.out / name).read_text() == name
+
+
+def test_the_library_is_only_read(library, solution, tmp_path):
+    times = {path: path.stat().st_mtime_ns for path in Path(library).rglob("*") if path.is_file()}
+    time.sleep(0.01)
+    export(open_source(library, solution), tmp_path / "child", engine=None)
+    assert times == {path: os.stat(path).st_mtime_ns for path in Path(library).rglob("*") if path.is_file()}
+    assert Library.open(library).facts["layers"] == [0, 1, 2, 3]

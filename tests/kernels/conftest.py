@@ -1,0 +1,97 @@
+"""Kernels on the GPU where there is one, otherwise on the CPU under Triton's interpreter.
+
+The interpreter must be asked for before a function is decorated with `triton.jit`, so the kernels are imported here, and
+Triton's own functions (sum, max ...), which another library may have imported before, are decorated again. Only the tests
+in this folder then dispatch to the kernels: elsewhere the plain-PyTorch twins are the right choice on a CPU.
+
+The interpreter (3.7) truncates to bf16, drops the carry when it rounds to fp8, and multiplies bf16 matrices as integers;
+here it converts through torch instead, which rounds as the GPU does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+def interpret_kernels() -> None:
+    """Import every kernel, and what Triton's language defines in Triton itself, for the interpreter."""
+    import triton
+    from triton.language import standard
+    from triton.runtime.jit import JITFunction
+
+    for name, function in list(vars(standard).items()):
+        if isinstance(function, JITFunction):
+            again = triton.jit(function.fn)
+            for module in (standard, triton.language):
+                if hasattr(module, name):
+                    setattr(module, name, again)
+    for path in sorted(KERNELS.glob("*.py")):
+        sys.modules.pop(f"puzzle.kernels.{path.stem}", None)
+        importlib.import_module(f"puzzle.kernels.{path.stem}")
+
+
+def round_as_the_gpu_does() -> None:
+    """Conversions between float types through torch, to the nearest, ties to even; products of bf16 in float32."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8e4nv": torch.float8_e4m3fn}
+
+    def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
+        bits = torch.from_numpy(np.ascontiguousarray(data).view(f"int{source.primitive_bitwidth}").copy())
+        out = bits.view(types[source.name]).to(types[target.name])
+        width = target.primitive_bitwidth
+        return out.view(getattr(torch, f"int{width}")).numpy().view(f"uint{width}").reshape(data.shape)
+
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *settings):
+        wide = [
+            interpreter.TensorHandle(convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x
+            for x in (a, b)
+        ]
+        return product(self, *wide, d, *settings)
+
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+if not torch.cuda.is_available():
+    round_as_the_gpu_does()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        interpret_kernels()
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Kernels, not twins, also on the CPU; the same random numbers in every run."""
+    torch.manual_seed(0)
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def relative_error():
+    """‖out - reference‖ / ‖reference‖ in float64; NaN (an element that was never written) stays NaN and fails."""
+
+    def measure(out: torch.Tensor, reference: torch.Tensor) -> float:
+        out, reference = out.double().cpu(), reference.double().cpu()
+        return ((out - reference).norm() / reference.norm().clamp(min=1e-12)).item()
+
+    return measure

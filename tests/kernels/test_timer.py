@@ -1,0 +1,68 @@
+"""The timer's arithmetic, and that it measures something, on the GPU or the CPU."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from puzzle.kernels import timer
+
+
+def test_percentiles():
+    found = timer.percentiles([float(i) for i in range(11)])
+    assert (found.p20, found.p50, found.p80, found.n) == (2, 5, 8, 11)
+    assert timer.percentiles([3.0]) == timer.Timing(p20=3.0, p50=3.0, p80=3.0, n=1)
+    with pytest.raises(ValueError, match="no samples"):
+        timer.percentiles([])
+
+
+def test_calls_take_turns_on_the_cpu():
+    seen = []
+    found = timer.time_calls([lambda: seen.append(0), lambda: seen.append(1)], seconds=0, min_samples=6, device="cpu")
+    assert found.n == 6
+    assert seen == [0, 1] * 4  # one warm-up each
+
+
+def test_cpu_time_is_real():
+    found = timer.time_calls([lambda: time.sleep(0.002)], seconds=0, min_samples=3, device="cpu")
+    assert 0.002 <= found.p20 <= found.p50 <= found.p80
+
+
+def test_stops_at_max_samples():
+    assert timer.time_calls([lambda: None], seconds=60, max_samples=7, device="cpu").n == 7
+
+
+def test_no_calls():
+    with pytest.raises(ValueError, match="no calls"):
+        timer.time_calls([])
+
+
+def test_copies(monkeypatch):
+    assert timer.num_copies(1000, "cpu") == 1
+    monkeypatch.setattr(timer, "l2_bytes", lambda device: 50 * 2**20)
+    assert timer.num_copies(2**20) == 201
+    assert timer.num_copies(2**40) == 2
+    assert timer.num_copies(1, limit=8) == 8
+
+
+def test_ceilings_are_positive(device):
+    assert timer.copy_bandwidth(device, num_bytes=2**16, seconds=0.001) > 0
+    assert timer.read_bandwidth(device, num_bytes=2**16, seconds=0.001) > 0
+    assert timer.matmul_rate(torch.float32, device, size=64, seconds=0.001) > 0
+
+
+def test_environment(device):
+    found = timer.environment(device)
+    assert set(found) == {"device", "torch", "cuda", "triton", "date"}
+    assert found["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a CUDA graph is replayed")
+def test_cold_calls_are_slower_than_warm_ones():
+    num_bytes = timer.l2_bytes() // 8
+    copies = [torch.randn(num_bytes // 4, device="cuda") for _ in range(timer.num_copies(num_bytes))]
+    cold = timer.time_calls([lambda x=x: x.sum() for x in copies])
+    warm = timer.time_calls([copies[0].sum])
+    assert warm.p50 < cold.p50
