@@ -2,9 +2,9 @@
 
 32 query heads of 128, bf16 queries. The figure is bytes of K and V that must be read over the time, as a share of the read
 bandwidth measured in the same run. Caches rotate through several times the L2; calls are replayed as one CUDA graph; p50 of
-replays. --sweep tries numbers of stretches, warps and stages.
+replays. --sweep tries numbers of stretches, warps and stages; --warm compiles one share (I/N) of them and stops.
 
-    python benchmarks/bench_decode_attention.py --out benchmarks/results/decode_attention.csv [--sweep]
+    python benchmarks/bench_decode_attention.py --out benchmarks/results/decode_attention.csv [--sweep] [--warm I/N]
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ POINTS = [(64, 4096, kv, None) for kv in (8, 4, 2, 1)] + [
     (1, 32768, 8, None),
     (64, 512, 8, None),
 ]
+DATASHEET = 3.35e12  # bytes a second, H100 SXM
+DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
+SWEEP = ((2, 4), (2, 3, 4))  # warps, stages
 
 
 def paged(batch: int, context: int, kv: int, dtype: torch.dtype, copies: int) -> list:
@@ -44,9 +47,13 @@ def paged(batch: int, context: int, kv: int, dtype: torch.dtype, copies: int) ->
     return found
 
 
-def run(made: list, context: int, window: int | None, splits: int | None, seconds: float) -> float:
+def run(
+    made: list, context: int, window: int | None, seconds: float, splits: int | None = None, warps: int | None = None
+) -> float:
     calls = [
-        lambda q=q, c=c, t=t, n=n: decode_attention(q, c, t, n, max_context=context, window=window, splits=splits)
+        lambda q=q, c=c, t=t, n=n: decode_attention(
+            q, c, t, n, max_context=context, window=window, splits=splits, num_warps=warps
+        )
         for q, c, t, n in made
     ]
     return time_calls(calls, seconds=seconds, min_samples=8).p50
@@ -62,10 +69,25 @@ def sdpa(batch: int, context: int, kv: int, copies: int) -> float:
     return time_calls(calls, seconds=0.03, min_samples=8).p50
 
 
+def warm(share: str) -> None:
+    index, count = map(int, share.split("/"))
+    kinds = dict.fromkeys((kv, window) for _, _, kv, window in POINTS)
+    for (kv, window), dtype, warps, stages in list(product(kinds, DTYPES, *SWEEP))[index::count]:
+        module.NUM_STAGES = stages
+        for splits in (1, 4):
+            for q, c, t, n in paged(2, 1024, kv, dtype, 1):
+                decode_attention(q, c, t, n, max_context=1024, window=window, splits=splits, num_warps=warps)
+
+
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path))
 @click.option("--sweep", is_flag=True)
-def main(out: Path, sweep: bool) -> None:
+@click.option("--warm", "share", default=None)
+def main(out: Path, sweep: bool, share: str | None) -> None:
+    if share:
+        warm(share)
+        return
+    default = module.NUM_STAGES
     facts, bandwidth = environment(), read_bandwidth("cuda")
     print(f"read bandwidth {bandwidth / 1e12:.3f} TB/s")
     with open(out, "w", newline="") as handle:
@@ -73,7 +95,7 @@ def main(out: Path, sweep: bool) -> None:
         header = ["batch", "context", "kv_heads", "window", "cache", "way", "config", "seconds", "share_of_measured",
                   "share_of_datasheet", *facts]  # fmt: skip
         writer.writerow(header)
-        for (batch, context, kv, window), dtype in product(POINTS, (torch.bfloat16, torch.float8_e4m3fn)):
+        for (batch, context, kv, window), dtype in product(POINTS, DTYPES):
             reach = min(context, window or context)
             size = 2 * batch * reach * kv * DIM * dtype.itemsize
             copies = min(num_copies(size), 64)
@@ -81,24 +103,24 @@ def main(out: Path, sweep: bool) -> None:
             results = {}
             if sweep:
                 tries = {}
-                for warps, stages, splits in product((2, 4), (2, 3, 4), (None, 1, 4)):
-                    module.NUM_WARPS, module.NUM_STAGES = warps, stages
+                for warps, stages, splits in product(*SWEEP, (None, 1, 2, 4)):
+                    module.NUM_STAGES = stages
                     if splits and splits * 128 > reach:
                         continue
                     try:
-                        tries[warps, stages, splits] = run(made, context, window, splits, 0.004)
+                        tries[warps, stages, splits] = run(made, context, window, 0.004, splits, warps)
                     except Exception as error:  # a configuration that does not compile or fit is out of the race
                         print("  skipped", warps, stages, splits, type(error).__name__)
                 for best in sorted(tries, key=tries.__getitem__)[:4]:
                     print("  ", best, f"{1e6 * tries[best]:.1f} us, share {size / tries[best] / bandwidth:.3f}")
-                module.NUM_WARPS, module.NUM_STAGES = 4, 3
-            results["puzzle"] = run(made, context, window, None, 0.03)
+                module.NUM_STAGES = default
+            results["puzzle"] = run(made, context, window, 0.03)
             if dtype == torch.bfloat16 and window is None:
                 results["torch sdpa"] = sdpa(batch, context, kv, copies)
             for way, seconds in results.items():
                 name = str(dtype).removeprefix("torch.")
                 row = [batch, context, kv, window or "", name, way, "", f"{seconds:.4g}",
-                       f"{size / seconds / bandwidth:.3f}", f"{size / seconds / 4.8e12:.3f}"]  # fmt: skip
+                       f"{size / seconds / bandwidth:.3f}", f"{size / seconds / DATASHEET:.3f}"]  # fmt: skip
                 writer.writerow([*row, *facts.values()])
                 print(*row, flush=True)
             del made

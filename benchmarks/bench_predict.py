@@ -3,16 +3,19 @@
 Architectures have the layers of the named shapes, each with a random attention (any variant, or none) and FFN (any width, wide
 ones as fusion makes them, linear, none); every fourth has a run of attention-free layers. Weights are random. A decode step is
 the median of CUDA-graph replays at a fixed context; prefill likewise. The prediction is the table's sum of medians; nothing is
-fitted. Writes a row per point and, with --plot, a scatter plot.
+fitted. Writes a row per point and, with --plot, a scatter plot; a point that does not fit in memory is left out. --fp8: weights
+of sub-blocks and KV cache in fp8, against the table of the same name.
 
-    python benchmarks/bench_predict.py --gpu h200 --shapes llama-3.1-8b --out benchmarks/results/predict.csv
+    python benchmarks/bench_predict.py --gpu h100 --shapes llama-3.1-8b --out benchmarks/results/predict.csv
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,7 +23,7 @@ import torch
 
 from puzzle.blocklib.variant import parse_variant
 from puzzle.costs import PACKAGED, CostTable, find_costs
-from puzzle.fast_model import FastRunner, decode_step_seconds, prefill_seconds, random_stack
+from puzzle.fast_model import FastRunner, Stack, decode_step_seconds, prefill_seconds, random_stack
 from puzzle.shapes import Shapes, named_shapes
 
 ATTENTION = ("parent", "kv4", "kv2", "kv1", "window-1024", "linear", "none")
@@ -69,11 +72,12 @@ def parts_of(layers: list[dict[str, str]], shapes: Shapes) -> list[tuple[str, st
 @click.option("--prompts", default="1x2048,16x512")
 @click.option("--device", default="cuda")
 @click.option("--seed", default=0)
+@click.option("--fp8", is_flag=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", type=click.Path(path_type=Path), default=None)
-def main(gpu, name, table, count, num_layers, batches, contexts, prompts, device, seed, out, plot) -> None:
+def main(gpu, name, table, count, num_layers, batches, contexts, prompts, device, seed, fp8, out, plot) -> None:
     shapes = named_shapes(name)
-    costs = CostTable(table) if table else find_costs(gpu, name, [PACKAGED])
+    costs = CostTable(table) if table else find_costs(gpu, f"{name}-fp8" if fp8 else name, [PACKAGED])
     where, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
     handle = open(out, "w", newline="")  # noqa: SIM115 (closed when the program ends)
     writer = csv.writer(handle, lineterminator="\n")
@@ -95,30 +99,34 @@ def main(gpu, name, table, count, num_layers, batches, contexts, prompts, device
         parts = parts_of(layers, shapes)
         for batch in map(int, batches.split(",")):
             for context in map(int, contexts.split(",")):
-                runner = FastRunner(stack, batch, context + 1)
-                runner.randomize()
-                measured = decode_step_seconds(runner, context)
-                add(number, "decode", batch, context, costs.sum_of_parts(parts, "decode", batch, context), measured)
-                del runner
-                _release(device)
+                with fitting(device):
+                    measured = decode_seconds(stack, batch, context, fp8)
+                    add(number, "decode", batch, context, costs.sum_of_parts(parts, "decode", batch, context), measured)
         for text in filter(None, prompts.split(",")):
             batch, length = map(int, text.split("x"))
-            runner = FastRunner(stack, batch, length)
-            measured = prefill_seconds(runner, length)
-            add(number, "prefill", batch, length, costs.sum_of_parts(parts, "prefill", batch, length), measured)
-            del runner
-            _release(device)
+            with fitting(device):
+                measured = prefill_seconds(FastRunner(stack, batch, length, fp8), length)
+                add(number, "prefill", batch, length, costs.sum_of_parts(parts, "prefill", batch, length), measured)
         summary = {
             p: f"mean {100 * sum(e) / len(e):.2f} % largest {100 * max(e):.2f} %" for p, e in errors.items() if e
         }
         print(number, summary, flush=True)
         del stack
-        _release(device)
     if plot:
         draw(out, plot)
 
 
-def _release(device: str) -> None:
+def decode_seconds(stack: Stack, batch: int, context: int, fp8: bool) -> float:
+    runner = FastRunner(stack, batch, context + 1, fp8)
+    runner.randomize()
+    return decode_step_seconds(runner, context)
+
+
+@contextlib.contextmanager
+def fitting(device: str) -> Iterator[None]:
+    """Leaves out what does not fit in memory, and frees memory afterwards."""
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        yield
     if device == "cuda":
         torch.cuda.empty_cache()
 

@@ -21,7 +21,7 @@ from puzzle.blocklib.modules import Attention, Linear, NoOp, SwiGLU, causal_mask
 from puzzle.kernels.decode_attention import decode_attention
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.rope_kv import rope_kv
-from puzzle.kernels.swiglu import Weights, pack_swiglu, swiglu
+from puzzle.kernels.swiglu import Weights, linear, pack_swiglu, swiglu, to_fp8
 
 PAGE = 64  # tokens of one page
 
@@ -31,7 +31,8 @@ Stream = tuple[Tensor, Tensor | None]  # (delta, residual), each [B·T, H]; no r
 @dataclass(kw_only=True, slots=True)
 class Batch:
     """What the layers of one static batch share. positions, lengths [B] int32: of the token in hand, and with it.
-    table [B, P] int32: pages of each sequence, in order. cos, sin [max_length, D] float32."""
+    table [B, P] int32: pages of each sequence, in order. cos, sin [max_length, D] float32. fp8: weights of sub-blocks and
+    cached keys and values are float8_e4m3fn, the weights with a scale per row."""
 
     positions: Tensor
     lengths: Tensor
@@ -39,6 +40,7 @@ class Batch:
     cos: Tensor
     sin: Tensor
     max_length: int
+    fp8: bool = False
 
     @property
     def size(self) -> int:
@@ -54,12 +56,28 @@ class Batch:
         self.lengths.add_(1)
 
 
-def new_batch(spec: LayerSpec, size: int, max_length: int, device: torch.device | str) -> Batch:
+def new_batch(spec: LayerSpec, size: int, max_length: int, device: torch.device | str, fp8: bool = False) -> Batch:
     pages = -(-max_length // PAGE)
     cos, sin = rope_tables(spec, pages * PAGE, device)
     positions = torch.zeros(size, dtype=torch.int32, device=device)
     table = torch.arange(size * pages, dtype=torch.int32, device=device).view(size, pages)
-    return Batch(positions=positions, lengths=positions + 1, table=table, cos=cos, sin=sin, max_length=max_length)
+    return Batch(
+        positions=positions, lengths=positions + 1, table=table, cos=cos, sin=sin, max_length=max_length, fp8=fp8
+    )
+
+
+class _Product:
+    """x wᵀ + bias with w as the batch wants it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, fp8: bool):
+        self.weight, self.bias = weight, bias
+        self.scale: Tensor | None = None
+        if fp8:
+            self.weight, self.scale = to_fp8(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = linear(x, self.weight, self.scale)
+        return out if self.bias is None else out + self.bias
 
 
 class FastAttention:
@@ -70,9 +88,9 @@ class FastAttention:
         self.window = module.window
         self.norm, self.eps = module.norm.weight.data, module.norm.eps
         parts = (module.q_proj, module.k_proj, module.v_proj)
-        self.qkv = torch.cat([p.weight.data for p in parts])
-        self.qkv_bias = None if parts[0].bias is None else torch.cat([p.bias.data for p in parts])
-        self.out, self.out_bias = module.o_proj.weight.data, module.o_proj.bias
+        bias = None if parts[0].bias is None else torch.cat([p.bias.data for p in parts])
+        self.qkv = _Product(torch.cat([p.weight.data for p in parts]), bias, batch.fp8)
+        self.out = _Product(module.o_proj.weight.data, module.o_proj.bias, batch.fp8)
         self.head_norms = None if isinstance(module.q_norm, nn.Identity) else (module.q_norm, module.k_norm)
         self.table = batch.table
         if self.window is not None and -(-self.window // PAGE) + 1 < batch.table.shape[1]:
@@ -81,7 +99,13 @@ class FastAttention:
             first = torch.arange(batch.size, dtype=torch.int32, device=self.table.device) * ring
             self.table = (first[:, None] + inside[None, :]).contiguous()
         num_pages = int(self.table.max()) + 1
-        self.cache = self.norm.new_zeros((num_pages, 2, self.kv_heads, PAGE, self.dim))
+        kept = torch.float8_e4m3fn if batch.fp8 else self.norm.dtype
+        self.cache = torch.zeros((num_pages, 2, self.kv_heads, PAGE, self.dim), dtype=kept, device=self.norm.device)
+
+    def randomize(self) -> None:
+        """Fill the cache with noise."""
+        for block in self.cache.split(1024):
+            block.copy_(torch.randn(block.shape, dtype=torch.bfloat16, device=block.device))
 
     @property
     def num_bytes(self) -> int:
@@ -91,7 +115,7 @@ class FastAttention:
         """The new residual, and q [M, N, D], k, v [M, K, D] of the M tokens in hand, before RoPE."""
         delta, residual = stream
         normed, residual = rms_norm(delta, residual, self.norm, self.eps)
-        qkv = F.linear(normed, self.qkv, self.qkv_bias)
+        qkv = self.qkv(normed)
         q, k, v = qkv.view(len(qkv), -1, self.dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.head_norms is not None:
             q, k = self.head_norms[0](q), self.head_norms[1](k)
@@ -104,7 +128,7 @@ class FastAttention:
         found = decode_attention(
             q, self.cache, self.table, batch.lengths, max_context=batch.max_length, window=self.window
         )
-        return F.linear(found.flatten(1), self.out, self.out_bias), residual
+        return self.out(found.flatten(1)), residual
 
     def prefill(self, stream: Stream, batch: Batch) -> Stream:
         """All prompts. delta, residual [B·T, H], sequence by sequence."""
@@ -120,7 +144,7 @@ class FastAttention:
         q, k, v = (x.reshape(batch.size, num_tokens, -1, self.dim).transpose(1, 2) for x in (q, k, v))
         k = rotate(k, (batch.cos[:num_tokens], batch.sin[:num_tokens]))
         found = windowed(q, k, v, self.window) if self.window and self.window < num_tokens else _causal(q, k, v)
-        return F.linear(found.transpose(1, 2).flatten(2).flatten(0, 1), self.out, self.out_bias), residual
+        return self.out(found.transpose(1, 2).flatten(2).flatten(0, 1)), residual
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,13 +166,13 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 class FastSwiGLU:
     """The FFN; decode and prefill differ only in the number of rows."""
 
-    def __init__(self, module: SwiGLU):
+    def __init__(self, module: SwiGLU, fp8: bool):
         if module.gate_proj.bias is not None:
             self.weights: Weights | None = None
             self.module = module
         else:
             self.weights = pack_swiglu(
-                module.gate_proj.weight.data, module.up_proj.weight.data, module.down_proj.weight.data
+                module.gate_proj.weight.data, module.up_proj.weight.data, module.down_proj.weight.data, fp8
             )
         self.norm, self.eps = module.norm.weight.data, module.norm.eps
 
@@ -164,12 +188,13 @@ class FastSwiGLU:
 class FastLinear:
     """One matrix after the norm."""
 
-    def __init__(self, module: Linear):
-        self.norm, self.eps, self.weight = module.norm.weight.data, module.norm.eps, module.linear.weight.data
+    def __init__(self, module: Linear, fp8: bool):
+        self.norm, self.eps = module.norm.weight.data, module.norm.eps
+        self.product = _Product(module.linear.weight.data, None, fp8)
 
     def decode(self, stream: Stream, batch: Batch) -> Stream:
         normed, residual = rms_norm(*stream, self.norm, self.eps)
-        return F.linear(normed, self.weight), residual
+        return self.product(normed), residual
 
     prefill = decode
 
@@ -183,8 +208,8 @@ def make_fast(module: nn.Module, batch: Batch) -> Fast | None:
         return None
     makers: dict[type, Callable[[], Fast]] = {
         Attention: lambda: FastAttention(module, batch),  # type: ignore[arg-type]
-        SwiGLU: lambda: FastSwiGLU(module),  # type: ignore[arg-type]
-        Linear: lambda: FastLinear(module),  # type: ignore[arg-type]
+        SwiGLU: lambda: FastSwiGLU(module, batch.fp8),  # type: ignore[arg-type]
+        Linear: lambda: FastLinear(module, batch.fp8),  # type: ignore[arg-type]
     }
     if type(module) not in makers:
         raise NotImplementedError(f"no fast path for {type(module).__name__}: add one in blocklib/fast.py")

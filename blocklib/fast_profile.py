@@ -30,7 +30,7 @@ def fast_copies(modules: Sequence[nn.Module], batch: Batch) -> list[Fast]:
     found = [part for module in modules if (part := make_fast(module, batch)) is not None]
     for part in found:
         if isinstance(part, FastAttention):
-            part.cache.normal_()
+            part.randomize()
     return found
 
 
@@ -47,9 +47,17 @@ def chain(parts: Sequence[Fast], batch: Batch, phase: str, delta: Tensor, residu
 
 
 def time_replays(
-    replay: Callable[[], object], length: int, device: torch.device, seconds: float, min_samples: int
+    replay: Callable[[], object],
+    length: int,
+    device: torch.device,
+    seconds: float,
+    min_samples: int,
+    settle: float = 0.0,
 ) -> Timing:
-    """Seconds of one link: replays until `seconds` have passed and there are `min_samples`, each divided by `length`."""
+    """Seconds of one link: replays until `seconds` have passed and there are `min_samples`, each divided by `length`.
+
+    settle: seconds of replays before, after which clocks stand where sustained work brings them.
+    """
     if device.type != "cuda":
         samples: list[float] = []
         begin = time.perf_counter()
@@ -65,6 +73,8 @@ def time_replays(
     last.record()
     last.synchronize()
     once = max(first.elapsed_time(last) / 1e3, 1e-6)
+    for _ in range(int(settle / once)):
+        replay()
     count = max(min_samples, min(400, int(seconds / once)))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()

@@ -80,4 +80,4 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     batch, heads, _, dim = q.shape
     groups = heads // keys.shape[1]
     rows = q.view(batch, keys.shape[1], groups, dim)
-    return F.scaled_dot_product_attention(rows, keys, values).view(batch, heads, 1, dim)
+    return F.scaled_dot_product_attention(rows, keys, values).reshape(batch, heads, 1, dim)

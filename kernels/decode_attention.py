@@ -16,15 +16,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from puzzle.kernels.overlap import launch_options
+
 try:
     import triton
     import triton.language as tl
+
+    from puzzle.kernels.overlap import follow
 except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
-PROGRAMS_PER_SM = 6  # stretches are cut until the grid has about this many programs per multiprocessor
+PROGRAMS_PER_SM = 2  # stretches are cut until the grid has about this many programs per multiprocessor
 MIN_STRETCH = 256  # tokens: shorter ones cost more in merging than they save
-NUM_WARPS, NUM_STAGES = 4, 3
+NUM_STAGES = 3
 
 
 def decode_attention_reference(
@@ -58,8 +62,10 @@ if triton is not None:
         scale, v_scale, splits,
         G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+        FP8: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        b, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        follow(PDL)
+        b, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         kv_heads = tl.num_programs(1)
         length = tl.load(lengths_ptr + b)
         first = tl.maximum(0, length - WINDOW) if WINDOW > 0 else 0
@@ -75,8 +81,9 @@ if triton is not None:
             q_ptr + b * q_stride_b + heads[:, None] * q_stride_n + d[None, :],
             mask=(g < G)[:, None] & inside_d[None, :], other=0.0,
         )  # fmt: skip
-        # base 2 throughout: exp2 is one instruction
-        q = (q.to(tl.float32) * (scale * 1.4426950408889634)).to(q.dtype)
+        # fp8 becomes fp16 in one instruction for two values, bf16 takes many; base 2 throughout: exp2 is one instruction
+        compute = tl.float16 if FP8 else q_ptr.dtype.element_ty
+        q = (q.to(tl.float32) * (scale * 1.4426950408889634)).to(compute)
         top = tl.full((BLOCK_G,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         found = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
@@ -86,14 +93,14 @@ if triton is not None:
             at = page * S + s
             seen = (s < S) & (at < length) & (at >= first)
             mask = seen[:, None] & inside_d[None, :]
-            k = tl.load(inner + block * cache_stride_block, mask=mask, other=0.0).to(q.dtype)
-            v = tl.load(inner + block * cache_stride_block + cache_stride_kv, mask=mask, other=0.0).to(q.dtype)
+            k = tl.load(inner + block * cache_stride_block, mask=mask, other=0.0).to(compute)
+            v = tl.load(inner + block * cache_stride_block + cache_stride_kv, mask=mask, other=0.0).to(compute)
             logits = tl.where(seen[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
             new_top = tl.maximum(top, tl.max(logits, axis=1))
             safe = tl.where(new_top == -float("inf"), 0.0, new_top)
             shrink, weights = tl.exp2(top - safe), tl.exp2(logits - safe[:, None])
             total = total * shrink + tl.sum(weights, axis=1)
-            found = found * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+            found = found * shrink[:, None] + tl.dot(weights.to(compute), v, input_precision="ieee")
             top = new_top
         kept = tl.where(total > 0.0, total, 1.0)
         found = found / kept[:, None] * v_scale
@@ -108,8 +115,10 @@ if triton is not None:
 
     @triton.jit
     def merge_kernel(
-        part_ptr, lse_ptr, out_ptr, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+        part_ptr, lse_ptr, out_ptr, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
+        follow(PDL)
         row = tl.program_id(0).to(tl.int64)
         d, split = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_SPLITS)
         lse = tl.load(lse_ptr + row * splits + split, mask=split < splits, other=-float("inf"))
@@ -132,7 +141,7 @@ def _num_multiprocessors(index: int) -> int:
 def num_splits(batch: int, kv_heads: int, max_context: int, device: torch.device) -> int:
     """Stretches that fill the device without becoming shorter than MIN_STRETCH tokens."""
     wanted = PROGRAMS_PER_SM * (_num_multiprocessors(device.index or 0) if device.type == "cuda" else 4)
-    return max(1, min(-(-wanted // (batch * kv_heads)), -(-max_context // MIN_STRETCH), 64))
+    return max(1, min(wanted // (batch * kv_heads), -(-max_context // MIN_STRETCH), 64))
 
 
 def decode_attention(
@@ -147,6 +156,7 @@ def decode_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     splits: int | None = None,
+    num_warps: int | None = None,
 ) -> Tensor:
     """q [B, N, D], head_dim contiguous -> [B, N, D]
 
@@ -173,17 +183,20 @@ def decode_attention(
     part = torch.empty((batch * heads, count, dim) if count > 1 else (1, 1, 1), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch * heads, count) if count > 1 else (1, 1), dtype=torch.float32, device=q.device)
     group, block_d = heads // kv_heads, triton.next_power_of_2(dim)
+    fp8 = cache.dtype == torch.float8_e4m3fn
+    warps = num_warps or (2 if fp8 and group <= 16 else 4)
     split_kernel[(batch, kv_heads, count)](
         q, cache, block_table, lengths, out, part, lse,
         q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), cache.stride(2), block_table.stride(0),
         (dim**-0.5 if scale is None else scale) * k_scale, v_scale, count,
         G=group, D=dim, S=page, WINDOW=window or 0,
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=max(16, block_d),
-        BLOCK_S=max(16, triton.next_power_of_2(page)), SPLIT=count > 1, STAGES=NUM_STAGES, num_warps=NUM_WARPS,
+        BLOCK_S=max(16, triton.next_power_of_2(page)), SPLIT=count > 1, STAGES=NUM_STAGES,
+        FP8=fp8, num_warps=warps, **launch_options(q.device),
     )  # fmt: skip
     if count > 1:
         merge_kernel[(batch * heads,)](
             part, lse, out, count, D=dim, BLOCK_D=max(16, block_d), BLOCK_SPLITS=max(2, triton.next_power_of_2(count)),
-            num_warps=1 if dim <= 64 else 2,
+            num_warps=1 if dim <= 64 else 2, **launch_options(q.device),
         )  # fmt: skip
     return out

@@ -14,9 +14,13 @@ import os
 import torch
 from torch import Tensor
 
+from puzzle.kernels.overlap import launch_options
+
 try:
     import triton
     import triton.language as tl
+
+    from puzzle.kernels.overlap import follow
 except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
@@ -38,8 +42,10 @@ if triton is not None:
     def rms_norm_kernel(
         x_ptr, residual_ptr, weight_ptr, out_ptr, stream_ptr, eps,
         H: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_H: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """One program per row. x, residual, out, stream: [R, H] contiguous; weight: [H]."""
+        follow(PDL)
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, BLOCK_H)
         inside = columns < H
@@ -94,5 +100,6 @@ def rms_norm(
         H=hidden, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
         BLOCK_H=triton.next_power_of_2(hidden),
         num_warps=num_warps or next(warps for limit, warps in NUM_WARPS if hidden <= limit),
+        **launch_options(x.device),
     )  # fmt: skip
     return out, stream

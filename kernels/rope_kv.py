@@ -16,9 +16,13 @@ import os
 import torch
 from torch import Tensor
 
+from puzzle.kernels.overlap import launch_options
+
 try:
     import triton
     import triton.language as tl
+
+    from puzzle.kernels.overlap import follow
 except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
@@ -71,6 +75,7 @@ if triton is not None:
         cache_head,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, HAS_SEQUENCES: tl.constexpr,
         HAS_SLOTS: tl.constexpr, FP8: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """Program (token, part): the first cdiv(N, BLOCK_HEADS) parts rotate Q, the others rotate and store K and V.
 
@@ -78,6 +83,7 @@ if triton is not None:
         """
         HALF: tl.constexpr = D // 2
         Q_PARTS: tl.constexpr = (N + BLOCK_HEADS - 1) // BLOCK_HEADS
+        follow(PDL)
         token = tl.program_id(0).to(tl.int64)
         part = tl.program_id(1)
         lanes = tl.arange(0, BLOCK_HALF)
@@ -117,12 +123,13 @@ if triton is not None:
             if FP8:
                 k_first, k_second = tl.clamp(k_first, -448.0, 448.0), tl.clamp(k_second, -448.0, 448.0)
                 v_first, v_second = tl.clamp(v_first, -448.0, 448.0), tl.clamp(v_second, -448.0, 448.0)
-            target = cache_ptr + block * cache_block + heads[:, None] * cache_head + row * D + lanes[None, :]
+            # not `target` again: branches may not give one name two types of pointer
+            cached = cache_ptr + block * cache_block + heads[:, None] * cache_head + row * D + lanes[None, :]
             stored = cache_ptr.dtype.element_ty
-            tl.store(target, k_first.to(stored), mask=inside)
-            tl.store(target + HALF, k_second.to(stored), mask=inside)
-            tl.store(target + cache_kv, v_first.to(stored), mask=inside)
-            tl.store(target + cache_kv + HALF, v_second.to(stored), mask=inside)
+            tl.store(cached, k_first.to(stored), mask=inside)
+            tl.store(cached + HALF, k_second.to(stored), mask=inside)
+            tl.store(cached + cache_kv, v_first.to(stored), mask=inside)
+            tl.store(cached + cache_kv + HALF, v_second.to(stored), mask=inside)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, block_table: Tensor | None, slots: Tensor | None) -> None:
@@ -186,6 +193,6 @@ def rope_kv(
         cos.stride(0), cache.stride(0), cache.stride(1), cache.stride(2),
         N=num_heads, K=k.shape[1], D=dim, PAGE=cache.shape[3], HAS_SEQUENCES=sequences is not None,
         HAS_SLOTS=slots is not None, FP8=cache.dtype == torch.float8_e4m3fn, BLOCK_HEADS=block_heads,
-        BLOCK_HALF=triton.next_power_of_2(dim // 2), num_warps=config["num_warps"],
+        BLOCK_HALF=triton.next_power_of_2(dim // 2), num_warps=config["num_warps"], **launch_options(q.device),
     )  # fmt: skip
     return out

@@ -1,8 +1,9 @@
-"""The SwiGLU FFN: down(silu(x gateᵀ) · (x upᵀ)), with gate and up packed into one weight (arXiv 2002.05202).
+"""The SwiGLU FFN: down(silu(x gateᵀ) · (x upᵀ)), gate and up interleaved in one weight (arXiv 2002.05202).
 
-Few rows (decode): one kernel streams gate and up once and writes the activation, so that their product never reaches memory;
-many rows: cuBLAS multiplies and one pass applies the activation. `down` is cuBLAS' in both. Which way wins is a table, measured
-by benchmarks/bench_swiglu.py. Letters: M rows, H hidden_size, F intermediate_size.
+Few rows (decode): two products that stream their weights once, the activation in the first one's epilogue. Many rows
+(prefill): cuBLAS multiplies and one pass applies the activation. Which way wins is a table, measured by
+benchmarks/bench_skinny.py and bench_swiglu.py. fp8 weights carry a scale per row; with many rows x becomes fp8 too, by row.
+Letters: M rows, H hidden_size, F intermediate_size.
 """
 
 from __future__ import annotations
@@ -14,111 +15,163 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puzzle.kernels.skinny import MAX_ROWS, Config, skinny_linear
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
-FUSED_ROWS = 64  # more rows go through cuBLAS
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
 
 
 class Weights(NamedTuple):
-    """gate_up [2F, H]: gate's rows, then up's. down [H, F]."""
+    """gate_up [2F, H]: rows 2f and 2f+1 are gate and up of channel f. down [H, F]. Scales [2F], [H] when they are fp8."""
 
     gate_up: Tensor
     down: Tensor
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
 
-class Config(NamedTuple):
-    """Tile and pipeline of the fused kernel. block_f: rows of gate (and of up) in one program."""
-
-    block_f: int
-    block_h: int
-    num_warps: int
-    num_stages: int
-
-
-def pack_swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Weights:
+def pack_swiglu(gate: Tensor, up: Tensor, down: Tensor, fp8: bool = False) -> Weights:
     """gate, up [F, H], down [H, F] -> packed weights; done once, when a model is loaded."""
     if gate.shape != up.shape or down.shape != gate.shape[::-1]:
         raise ValueError(f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} do not fit")
-    return Weights(torch.cat((gate, up)), down.contiguous())
+    gate_up = torch.stack((gate, up), dim=1).flatten(0, 1)
+    if not fp8:
+        return Weights(gate_up, down.contiguous())
+    (gate_up, gate_up_scale), (down, down_scale) = to_fp8(gate_up), to_fp8(down)
+    return Weights(gate_up, down, gate_up_scale, down_scale)
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, K] -> float8_e4m3fn [N, K] and scale [N] float32: largest magnitude of a row / 448, 1 for a row of zeros."""
+    scale = x.abs().amax(dim=1).float() / FP8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (x / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 def swiglu_reference(x: Tensor, weights: Weights) -> Tensor:
     """The twin of `swiglu` in plain PyTorch: same arguments, same results up to rounding."""
-    gate, up = F.linear(x, weights.gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, weights.down)
+    return linear_reference(silu_mul_reference(linear_reference(x, weights[0], weights[2])), weights[1], weights[3])
+
+
+def linear_reference(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The twin of `linear`."""
+    return F.linear(x, w if scale is None else (w.to(scale.dtype) * scale[:, None]).to(x.dtype))
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """The twin of `silu_mul`."""
+    return F.silu(gate_up[:, ::2]) * gate_up[:, 1::2]
 
 
 if triton is not None:
 
     @triton.jit
-    def gate_up_kernel(
-        x_ptr, weight_ptr, out_ptr, num_rows, width,
-        H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
-    ):  # fmt: skip
-        m, f = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-        h = tl.arange(0, BLOCK_H)
-        inside_m, inside_f = m < num_rows, f < width
-        gate = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
-        up = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
-        rows = f.to(tl.int64)[:, None] * H
-        for begin in tl.range(0, H, BLOCK_H, num_stages=STAGES):
-            at = begin + h
-            inside_h = at < H
-            x = tl.load(x_ptr + m[None, :] * H + at[:, None], mask=inside_h[:, None] & inside_m[None, :], other=0.0)
-            mask = inside_f[:, None] & inside_h[None, :]
-            w = tl.load(weight_ptr + rows + at[None, :], mask=mask, other=0.0)
-            gate = tl.dot(w, x, gate, input_precision="ieee")
-            w = tl.load(weight_ptr + width.to(tl.int64) * H + rows + at[None, :], mask=mask, other=0.0)
-            up = tl.dot(w, x, up, input_precision="ieee")
+    def silu_mul_kernel(gate_up_ptr, out_ptr, width, BLOCK_F: tl.constexpr):
+        row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_F
+        pairs = 2 * begin + tl.arange(0, 2 * BLOCK_F)
+        value = tl.load(gate_up_ptr + row * 2 * width + pairs, mask=pairs < 2 * width, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(value, (BLOCK_F, 2)))
+        f = begin + tl.arange(0, BLOCK_F)
         dtype = out_ptr.dtype.element_ty
-        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-        value = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
-        tl.store(
-            out_ptr + m[None, :] * width + f[:, None], value.to(dtype), mask=inside_f[:, None] & inside_m[None, :]
-        )  # fmt: skip
+        tl.store(out_ptr + row * width + f, (gate * tl.sigmoid(gate) * up).to(dtype), mask=f < width)
 
     @triton.jit
-    def silu_mul_kernel(gate_up_ptr, out_ptr, width, BLOCK_F: tl.constexpr):
-        row, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-        inside = f < width
-        dtype = out_ptr.dtype.element_ty
-        gate = tl.load(gate_up_ptr + row * 2 * width + f, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_up_ptr + row * 2 * width + width + f, mask=inside, other=0.0).to(tl.float32)
-        value = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
-        tl.store(out_ptr + row * width + f, value.to(dtype), mask=inside)
+    def to_fp8_kernel(x_ptr, out_ptr, scale_ptr, width, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+        """A program a row; the second pass over the row comes from the L2."""
+        row = tl.program_id(0).to(tl.int64)
+        lanes = tl.arange(0, BLOCK)
+        largest = tl.zeros((BLOCK,), tl.float32)
+        for begin in tl.range(0, width, BLOCK):
+            at = begin + lanes
+            value = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(value))
+        peak = tl.max(largest, axis=0)
+        scale = tl.where(peak > 0, peak / LIMIT, 1.0)
+        tl.store(scale_ptr + row, scale)
+        for begin in tl.range(0, width, BLOCK):
+            at = begin + lanes
+            value = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32) / scale
+            value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * width + at, value, mask=at < width)
+
+
+def _on_kernels(x: Tensor) -> bool:
+    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """[M, 2F] -> silu(first half) · second half [M, F]"""
+    """[M, 2F], pairs of gate and up -> silu(gate) · up [M, F]"""
+    if not _on_kernels(gate_up):
+        return silu_mul_reference(gate_up)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(2048, triton.next_power_of_2(width))
+    block = min(1024, triton.next_power_of_2(width))
     silu_mul_kernel[(rows, triton.cdiv(width, block))](gate_up, out, width, BLOCK_F=block, num_warps=4)
     return out
 
 
-def fused_gate_up(x: Tensor, gate_up: Tensor, config: Config) -> Tensor:
-    """x [M, H], M at most FUSED_ROWS -> silu(x gateᵀ) · (x upᵀ) [M, F]"""
-    rows, hidden = x.shape
-    width = gate_up.shape[0] // 2
-    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    gate_up_kernel[(triton.cdiv(width, config.block_f),)](
-        x, gate_up, out, rows, width,
-        H=hidden, BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_F=config.block_f, BLOCK_H=config.block_h,
-        STAGES=config.num_stages, num_warps=config.num_warps,
-    )  # fmt: skip
-    return out
+def rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`to_fp8` in one kernel."""
+    if not _on_kernels(x):
+        return to_fp8(x)
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    block = min(4096, triton.next_power_of_2(x.shape[1]))
+    to_fp8_kernel[(len(x),)](x, out, scale, x.shape[1], LIMIT=FP8_MAX, BLOCK=block, num_warps=8)
+    return out, scale
 
 
-def choose(rows: int, hidden: int, width: int) -> Config | None:
-    """The fused kernel's tile where it beats cuBLAS with a separate activation; None where it does not."""
-    if rows > FUSED_ROWS:
+def choose_linear(rows: int, num: int, columns: int, dtype: torch.dtype) -> Config | None:
+    """A good tile of `skinny_linear` for w [num, columns]; None for more rows than it takes, where cuBLAS wins.
+
+    What won in `benchmarks/bench_skinny.py --sweep` on an H100 SXM, torch 2.11, triton 3.6, 2026-11-24: bf16 weights of
+    235/134/59/34/17/8 MB at 16 rows take 81/46/22/13/7.9/5.5 us, cuBLAS with a separate activation 89/51/25/18/12/9.8.
+    """
+    if rows > MAX_ROWS:
         return None
-    return Config(32 if width <= 4096 else 64, 128, 4, 4)
+    few, tiles = rows <= 32, -(-num // 64)
+    if dtype == torch.float8_e4m3fn:
+        if few:
+            split = 1 if tiles >= 224 else 2 if tiles >= 80 else 4 if tiles >= 48 else 8
+            return Config(32, 256, 4, 4, split, 512)
+        if tiles >= 192:
+            return Config(64, 128, 4, 4, 1, 0)
+        return Config(64, 256, 4, 3, 1 if tiles >= 96 else 2 if tiles >= 48 else 4 if tiles >= 24 else 8, 512)
+    if few:
+        if tiles >= 192:
+            return Config(64, 128, 4, 4, 1, 0)
+        if tiles >= 96:
+            return Config(64, 256, 4, 3, 1, 512)
+        if tiles >= 48 and columns <= 8192:
+            return Config(64, 128, 4, 4, 4, 512)
+        return Config(64, 256, 4, 3, 2 if tiles >= 48 else 4 if tiles >= 24 else 8, 512)
+    if tiles >= 192:
+        return Config(128, 128, 8, 4, 1, 0)
+    return Config(64, 128, 4, 4, 1 if tiles >= 80 else 2 if tiles >= 48 else 4, 512)
+
+
+def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, *, gated: bool = False) -> Tensor:
+    """x [M, K], w [N, K] in x's dtype, or float8_e4m3fn with scale [N] -> x wᵀ [M, N]; silu · up of its pairs if gated."""
+    if not _on_kernels(x):
+        out = linear_reference(x, w, scale)
+        return silu_mul_reference(out) if gated else out
+    config = choose_linear(len(x), len(w), w.shape[1], w.dtype)
+    if config is not None:
+        return skinny_linear(x, w, config, scale=scale, gated=gated)
+    if scale is None:
+        out = F.linear(x, w)
+    else:
+        value, row_scale = rows_to_fp8(x)
+        out = torch._scaled_mm(
+            value, w.t(), scale_a=row_scale[:, None], scale_b=scale[None, :], out_dtype=x.dtype, use_fast_accum=True
+        )
+    return silu_mul(out) if gated else out
 
 
 def swiglu(x: Tensor, weights: Weights) -> Tensor:
@@ -126,11 +179,5 @@ def swiglu(x: Tensor, weights: Weights) -> Tensor:
     hidden = weights.gate_up.shape[1]
     if x.ndim != 2 or x.shape[1] != hidden:
         raise ValueError(f"x {tuple(x.shape)} wants [M, {hidden}]")
-    if triton is None or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return swiglu_reference(x, weights)
-    config = choose(len(x), hidden, weights.gate_up.shape[0] // 2)
-    if config is not None:
-        inner = fused_gate_up(x.contiguous(), weights.gate_up, config)
-    else:
-        inner = silu_mul(F.linear(x, weights.gate_up))
-    return F.linear(inner, weights.down)
+    inner = linear(x, weights.gate_up, weights.gate_up_scale, gated=True)
+    return linear(inner, weights.down, weights.down_scale)

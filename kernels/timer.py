@@ -88,6 +88,7 @@ def time_calls(
     if device.type != "cuda":
         return _time_on_cpu(calls, seconds, min_samples, max_samples)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # operands may still be in the making
     with torch.cuda.stream(stream):
         for call in calls:
             call()

@@ -24,6 +24,7 @@ from puzzle.blocklib.modules import SwiGLU
 from puzzle.blocklib.variant import parse_variant
 from puzzle.costs import Workload
 from puzzle.kernels.rmsnorm import rms_norm
+from puzzle.kernels.swiglu import linear
 from puzzle.model import CausalModel
 from puzzle.shapes import Shapes
 
@@ -115,9 +116,9 @@ class Graph:
 class FastRunner:
     """Greedy generation of a batch of equally long prompts."""
 
-    def __init__(self, stack: Stack, batch: int, max_length: int):
+    def __init__(self, stack: Stack, batch: int, max_length: int, fp8: bool = False):
         self.stack, self.device = stack, stack.embedding.device
-        self.batch: Batch = new_batch(stack.spec, batch, max_length, self.device)
+        self.batch: Batch = new_batch(stack.spec, batch, max_length, self.device, fp8)
         made = [make_fast(module, self.batch) for module in stack.modules]
         self.parts: list[Fast] = [part for part in made if part is not None]
         self.ids = torch.zeros(batch, dtype=torch.long, device=self.device)
@@ -131,12 +132,12 @@ class FastRunner:
         """Fill the caches with noise, to time a decode step without a prompt."""
         for part in self.parts:
             if isinstance(part, FastAttention):
-                part.cache.normal_()
+                part.randomize()
 
     def _next(self, stream: Stream) -> Tensor:
         """Final norm, head and argmax of the rows in hand. -> [B]"""
         normed, _ = rms_norm(*stream, self.stack.final_norm, self.stack.spec.rms_norm_eps)
-        return F.linear(normed, self.stack.head).argmax(-1)
+        return linear(normed, self.stack.head).argmax(-1)
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor) -> Tensor:

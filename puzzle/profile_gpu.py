@@ -9,6 +9,7 @@ killed run goes on where it was; a point that does not fit in memory is recorded
 from __future__ import annotations
 
 import csv
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -25,15 +26,19 @@ from puzzle.blocklib.profile import Timing
 from puzzle.blocklib.variant import parse_variant, search_space
 from puzzle.console import progress
 from puzzle.costs import CostRow, append_costs, write_costs
-from puzzle.errors import UserError
+from puzzle.errors import UserError, writing
 from puzzle.fast_model import Graph, random_module
 from puzzle.files import check_writable, write_json
 from puzzle.hardware import cpu_name
 from puzzle.kernels.rmsnorm import rms_norm
+from puzzle.kernels.swiglu import linear
 from puzzle.shapes import Shapes, named_shapes
 
 MAX_WEIGHT_BYTES = 24 * 2**30  # of one chain; wider FFNs are left out
-REFERENCE_EVERY = 100  # points between two looks at the reference point
+MIN_REPLAY_SECONDS = 1e-3  # shorter chains go through the graph several times: a launch takes microseconds
+SETTLE_SECONDS = 0.15  # of a long prefill before it is timed: sustained products lower the clocks
+SETTLE_ROWS = 1024
+MAX_SPREAD, RETRIES = 0.06, 3  # a point is timed again while its p80 lies this far above its p20
 Key = tuple[str, str, str, int, int]  # kind, shape, phase, batch, context
 
 
@@ -50,7 +55,7 @@ class GpuGrid:
     )
     wide: tuple[int, ...] = (2, 4, 8, 16)
     attention: str = "kv4,kv2,kv1,window-1024,linear"
-    seconds: float = 0.03
+    seconds: float = 0.025
     min_samples: int = 5
 
 
@@ -76,10 +81,11 @@ def this_gpu() -> str:
 
 
 def profile_shapes(
-    name: str, *, gpu: str, out: Path, grid: GpuGrid | None = None, device: str = "cuda"
+    name: str, *, gpu: str, out: Path, grid: GpuGrid | None = None, device: str = "cuda", fp8: bool = False
 ) -> tuple[Path, dict[str, Any]]:
     """Measure the named shapes; write out/NAME.csv and NAME.json (conditions and drift). Returns its path and the latter.
 
+    fp8: weights of sub-blocks and cached keys and values in float8_e4m3fn; the files are called NAME-fp8.
     Raises UserError when `gpu` is not this machine's.
     """
     grid, shapes = grid or GpuGrid(), named_shapes(name)
@@ -87,9 +93,12 @@ def profile_shapes(
     if where.type == "cuda" and gpu.split("-")[0] not in this_gpu().lower():
         raise UserError(f"--gpu {gpu}: this machine has {this_gpu()}; a cost is measured where it will be paid")
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    path, partial = out / f"{name}.csv", out / f"{name}.partial.csv"
+    stem = f"{name}-fp8" if fp8 else name
+    path, partial = out / f"{stem}.csv", out / f"{stem}.partial.csv"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     check_writable(out)
-    stage = _Stage(shapes, grid, where, dtype)
+    stage = _Stage(shapes, grid, where, dtype, fp8)
     done = _read_done(partial, stage.facts)
     begin, drift, measured = time.perf_counter(), [], 0
     targets = list(_targets(shapes, grid, where, dtype))
@@ -180,8 +189,8 @@ def _with_points(target: _Target, grid: GpuGrid, shapes: Shapes) -> _Target:
 class _Stage:
     """Holds the copies of the shape in hand and times any of its points."""
 
-    def __init__(self, shapes: Shapes, grid: GpuGrid, device: torch.device, dtype: torch.dtype):
-        self.shapes, self.grid, self.device, self.dtype = shapes, grid, device, dtype
+    def __init__(self, shapes: Shapes, grid: GpuGrid, device: torch.device, dtype: torch.dtype, fp8: bool):
+        self.shapes, self.grid, self.device, self.dtype, self.fp8 = shapes, grid, device, dtype, fp8
         versions = f"torch {torch.__version__}"
         if device.type == "cuda":
             import triton
@@ -190,7 +199,7 @@ class _Stage:
         self.facts = {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
             "versions": versions,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": "fp8" if fp8 else str(dtype).removeprefix("torch."),
             "date": time.strftime("%Y-%m-%d"),
         }
         self.target: _Target | None = None
@@ -217,7 +226,7 @@ class _Stage:
             if isinstance(first, torch.Tensor)
             else sum(p.numel() * p.element_size() for p in first.parameters())
         )
-        count = num_copies(size, 0)
+        count = num_copies(size // (2 if self.fp8 else 1), 0)
         while count > 1 and count * size > MAX_WEIGHT_BYTES:
             count -= 1
         self.modules = [first, *(target.make() for _ in range(count - 1))]
@@ -240,13 +249,20 @@ class _Stage:
         num_rows = batch * context if phase == "prefill" else batch
         if self.target.kind in ("embedding", "head"):
             return self._fixed(batch)
-        modules = self.modules if phase == "decode" else self.modules[:2]
+        modules = self.modules
         state: Batch
         if self.target.by_rows:
-            state = new_batch(spec, 1, 64, self.device)
+            state = new_batch(spec, 1, 64, self.device, self.fp8)
         else:
-            per_copy = 2 * batch * context * modules[0].num_kv_heads * modules[0].head_dim * self.dtype.itemsize
-            weights = sum(p.numel() * p.element_size() for p in modules[0].parameters())
+            per_copy = (
+                2
+                * batch
+                * context
+                * modules[0].num_kv_heads
+                * modules[0].head_dim
+                * (1 if self.fp8 else self.dtype.itemsize)
+            )
+            weights = sum(p.numel() * p.element_size() for p in modules[0].parameters()) // (2 if self.fp8 else 1)
             modules = modules[: num_copies(weights, per_copy)]
             if self.device.type == "cuda":
                 free = torch.cuda.mem_get_info()[0] * 0.85
@@ -254,15 +270,13 @@ class _Stage:
                 if per_copy > free:
                     return None
             length = context + 1 if phase == "decode" else context
-            state = new_batch(spec, batch, length, self.device)
+            state = new_batch(spec, batch, length, self.device, self.fp8)
             state.at(context if phase == "decode" else 0)
         parts = fast_copies(modules, state)
         delta = torch.randn(num_rows, hidden, device=self.device).to(self.dtype)
         run = chain(parts, state, phase, delta, torch.randn_like(delta))
-        graph = Graph(run, self.device)
-        min_samples = self.grid.min_samples
-        timing = time_replays(graph.replay, len(parts), self.device, self.grid.seconds, min_samples)
-        del graph, parts, run, state
+        timing = self._replayed(run, len(parts), SETTLE_SECONDS if num_rows >= SETTLE_ROWS else 0.0)
+        del parts, run, state
         if not self.target.by_rows:
             self._release()
         return timing
@@ -281,10 +295,33 @@ class _Stage:
                     F.embedding(ids, weight)
                 else:
                     stream: Stream = rms_norm(x, x, scale, spec.rms_norm_eps)
-                    ids.copy_(F.linear(stream[0], weight).argmax(-1))
+                    ids.copy_(linear(stream[0], weight).argmax(-1))
 
-        graph = Graph(run, self.device)
-        return time_replays(graph.replay, len(self.modules), self.device, self.grid.seconds, self.grid.min_samples)
+        return self._replayed(run, len(self.modules), 0.0)
+
+    def _replayed(self, run: Callable[[], object], length: int, settle: float) -> Timing:
+        """Seconds of one of the `length` links of `run`, as a graph long enough that its launch does not count."""
+        graph, rounds = Graph(run, self.device), 1
+        if self.device.type == "cuda":
+            once = length * time_replays(graph.replay, length, self.device, 0.0, 3).p50
+            if (rounds := min(64, math.ceil(MIN_REPLAY_SECONDS / once))) > 1:
+
+                def again() -> None:
+                    for _ in range(rounds):
+                        run()
+
+                graph = Graph(again, self.device)
+        best: Timing | None = None
+        for _ in range(RETRIES):
+            found = time_replays(
+                graph.replay, length * rounds, self.device, self.grid.seconds, self.grid.min_samples, settle
+            )
+            if best is None or found.p80 - found.p20 < best.p80 - best.p20:
+                best = found
+            if best.p80 - best.p20 <= MAX_SPREAD * best.p50:
+                break
+        assert best is not None
+        return best
 
     def row(self, target: _Target, phase: str, batch: int, context: int, timing: Timing | None) -> CostRow:
         none = Timing(p20=0.0, p50=0.0, p80=0.0, num_samples=0)
