@@ -1,10 +1,11 @@
-# `make quickstart` runs the main job; `make test` the whole suite; `make check` format, lint and types.
+# `make quickstart` runs the main job; `make test` the whole suite; `make check` format, lint and types;
+# `make test-serving` installs vLLM, llama.cpp and mlx-lm into .engines/ (half an hour) and runs twelve tiny children in each.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test test-serving check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puzzle needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
@@ -17,6 +18,10 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q
+
+test-serving: $(VENV)/installed
+	$(BIN)/python benchmarks/serving_environments.py
+	$(BIN)/python benchmarks/serving_matrix.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -24,7 +24,7 @@ TORCH = "torch==2.13.0"
 VLLM = "0.32.0"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 REQUIREMENTS = {
-    "llama.cpp": ["llama-cpp-python==0.3.36", "numpy"],
+    "llama.cpp": ["llama-cpp-python[server]==0.3.36", "numpy"],
     "mlx": ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "safetensors"],
 }
 

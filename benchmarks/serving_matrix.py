@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +27,7 @@ from tiny_children import CHILDREN, tiny_child, write_tiny_child
 
 from puzzle.errors import UserError
 from puzzle.export.write import Source, export
+from puzzle.hardware import cpu_name
 from puzzle.serve_check import EngineFailed, serve_check
 
 RESULTS = Path(__file__).resolve().parent / "results" / "serving_matrix.csv"
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--children", nargs="+", default=list(CHILDREN), choices=list(CHILDREN))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    facts = {"date": datetime.date.today().isoformat(), "machine": f"{platform.system()} {platform.machine()}"}
+    facts = {"device": cpu_name(), "date": datetime.date.today().isoformat()}
     columns = ["child", "engine", "format", "verdict", "max_delta_over_std", "same_greedy_tokens", "same_tokenizer"]
     columns += ["lowerings", "why", "version", *facts]
     rows = []

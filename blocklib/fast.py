@@ -10,7 +10,7 @@ Letters: B sequences, T prompt tokens, H hidden_size, N query heads, K KV heads,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,17 @@ class Batch:
     sin: Tensor
     max_length: int
     fp8: bool = False
+    rows: slice = field(default_factory=lambda: slice(None))  # of the layers' page tables: which sequences these are
 
     @property
     def size(self) -> int:
         return len(self.positions)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the sequences, sharing all state."""
+        return replace(
+            self, positions=self.positions[rows], lengths=self.lengths[rows], table=self.table[rows], rows=rows
+        )
 
     def at(self, position: int) -> None:
         """Make `position` the token in hand, of every sequence."""
@@ -135,7 +142,7 @@ class FastAttention:
         residual, q, k, v = self._project(stream)
         num_tokens = len(q) // batch.size
         at = torch.arange(num_tokens, dtype=torch.int32, device=q.device)
-        slots = self.table[:, at // PAGE] * PAGE + at % PAGE
+        slots = self.table[batch.rows][:, at // PAGE] * PAGE + at % PAGE
         if self.window is not None:  # a ring of pages holds only what later tokens can see
             slots = slots.masked_fill(at < num_tokens - self.window, -1)
         q = rope_kv(

@@ -26,7 +26,10 @@ try:
 except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
-PROGRAMS_PER_SM = 2  # stretches are cut until the grid has about this many programs per multiprocessor
+PROGRAMS_PER_SM = {
+    2: 2,
+    1: 4,
+}  # by bytes of a cached value: stretches are cut until the grid has about that many programs
 MIN_STRETCH = 256  # tokens: shorter ones cost more in merging than they save
 NUM_STAGES = 3
 
@@ -138,9 +141,11 @@ def _num_multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def num_splits(batch: int, kv_heads: int, max_context: int, device: torch.device) -> int:
+def num_splits(batch: int, kv_heads: int, max_context: int, itemsize: int, device: torch.device) -> int:
     """Stretches that fill the device without becoming shorter than MIN_STRETCH tokens."""
-    wanted = PROGRAMS_PER_SM * (_num_multiprocessors(device.index or 0) if device.type == "cuda" else 4)
+    wanted = PROGRAMS_PER_SM.get(itemsize, 2) * (
+        _num_multiprocessors(device.index or 0) if device.type == "cuda" else 4
+    )
     return max(1, min(wanted // (batch * kv_heads), -(-max_context // MIN_STRETCH), 64))
 
 
@@ -178,7 +183,7 @@ def decode_attention(
             v_scale=v_scale,
         )  # fmt: skip
     reach = max_context if window is None else min(window, max_context)
-    count = splits or num_splits(batch, kv_heads, reach, q.device)
+    count = splits or num_splits(batch, kv_heads, reach, cache.itemsize, q.device)
     out = torch.empty(batch, heads, dim, dtype=q.dtype, device=q.device)
     part = torch.empty((batch * heads, count, dim) if count > 1 else (1, 1, 1), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch * heads, count) if count > 1 else (1, 1), dtype=torch.float32, device=q.device)

@@ -137,8 +137,10 @@ def _predicted(solved: dict[str, Any]) -> str:
         ("parameters", f"{child['num_parameters']:,}", f"{parent['num_parameters']:,}"),
     ]
     head = f"predicted on {solved['costs']['device']}, {solved['costs']['dtype']}"
+    runs = ", ".join(f"{first}-{last}" for first, last in solved.get("fuse", ()))
+    fused = f"These figures are for layers {runs} fused, which `puzzle fuse` does.\n\n" if runs else ""
     return (
-        f"## Predicted\n\n{_table(head, rows)}\n\n"
+        f"## Predicted\n\n{_table(head, rows)}\n\n{fused}"
         f"The sum of the replaced blocks' own KL divergences, measured one at a time, is {solved['objective']:.4f} nats "
         f"per token (solver: {solved['status']}, gap {solved['gap']:.1e}, {solved['solver']}). The whole child's KL is "
         "what `puzzle evaluate` measures."

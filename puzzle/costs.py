@@ -123,7 +123,12 @@ class CostTable:
 
     @property
     def batches(self) -> list[int]:
-        return sorted({key[3] for key in self._points})
+        """Batch sizes that can be served: those whose decode steps were measured."""
+        return sorted({key[3] for key in self._points if key[2] == "decode"})
+
+    def shapes(self, kind: str) -> list[str]:
+        """What was measured of one kind."""
+        return sorted({key[1] for key in self._points if key[0] == kind})
 
     def seconds(self, kind: str, shape: str, phase: str, batch: int, context: int) -> float:
         """Median seconds of one call. Raises UserError for what was not measured; nothing is guessed."""
@@ -131,10 +136,14 @@ class CostTable:
             return 0.0
         if self._by_rows(kind, shape):
             if phase == "prefill":
-                rows = batch * (context if kind != "head" and kind != "embedding" else 1)
                 if kind in ("head", "embedding"):
                     return self.seconds(kind, shape, "decode", batch, 0)
-                return self._at(self._known(kind, shape, phase, 1), rows, f"{phase} of {kind} '{shape}', {rows} tokens")
+                known = self._known(kind, shape, phase, 1)
+                whole, rest = divmod(
+                    batch * context, known[-1][0]
+                )  # the runtime takes no more together than was measured
+                what = f"{phase} of {kind} '{shape}', {rest} tokens"
+                return whole * known[-1][1] + (self._at(known, rest, what) if rest else 0.0)
             return self._known(kind, shape, phase, batch)[0][1]
         what = f"{phase} of {kind} '{shape}', batch {batch}, context {context}"
         points = self._points.get((kind, shape, phase, batch))

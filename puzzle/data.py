@@ -176,10 +176,13 @@ def _lend_validation(streams: dict[bool, list], lengths: dict[bool, int], wanted
 
 def load_tokenizer(directory: Path):
     """The checkpoint's tokenizer. Raises UserError when there is none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        ours = config.get("model_type") == "puzzle"  # its config class is code of the checkpoint, which stays unread
+        known = {"config": PreTrainedConfig()} if ours else {}
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **known)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and more
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from puzzle.costs import Workload
 from puzzle.errors import UserError, nearest
+from puzzle.export.engines import ENGINES as SERVING
+from puzzle.export.engines import WIDTH_STEP
 from puzzle.files import content_hash, read_json
 from puzzle.hardware import gpu_facts
 
@@ -90,6 +92,34 @@ class EngineModel:
             return steps * self.seconds(kind, shape, "decode", batch, work.input_len + steps // 2)
         return sum(self.seconds(kind, shape, "decode", batch, work.input_len + step) for step in range(steps))
 
+    def lowered(self, attention: str, ffn: str, parent_attention: str, *, first: bool) -> list[tuple[str, str]]:
+        """(kind, shape) of every part that a layer of these shapes becomes in this engine's export.
+
+        The rewrites of `puzzle.export.lower`, told from shapes alone. first: layer 0, which some engines want to attend;
+        an empty layer 0 is dropped, and counts as if the next one took its place without attention. Engines without a row in
+        `puzzle.export.engines` get the shapes as they are.
+        """
+        target = SERVING.get(self.engine)
+        if target is None:
+            return [("attention", attention), ("ffn", ffn)]
+        size = _sizes(parent_attention)
+        hidden, is_linear = size["h"], attention.endswith(" linear")
+        parts: list[tuple[str, str]] = []
+        swiglu = f"h{hidden} linear" if target.linear_ffn else f"h{hidden} f{hidden}"
+        if is_linear and not target.linear_attention:  # the linear FFN of a layer put before
+            parts.append(("ffn", swiglu))
+            is_linear, attention = False, "none"
+        if first and "q" not in _sizes(attention):
+            if target.first_layer == "softmax attention":
+                parts.append(("attention", f"h{hidden} q{size['q']} kv1 d{size['d']}"))
+            elif target.first_layer == "linear attention" and not is_linear:
+                parts.append(("attention", f"h{hidden} linear"))
+        if ffn.endswith(" linear"):
+            ffn = swiglu
+        elif ffn == "none" and attention != "none" and target.ffn_required:
+            ffn = f"h{hidden} f{WIDTH_STEP}"
+        return [*parts, ("attention", attention), ("ffn", ffn)]
+
     def whole_over_parts(self, parent: list[tuple[str, str]], phase: str, batch: int, context: int) -> float:
         """1: the overheads are in the parts."""
         return 1.0
@@ -101,6 +131,19 @@ def _sizes(shape: str) -> dict[str, int]:
     if shape != "none" and "h" not in found:
         raise UserError(f"sub-block shape '{shape}' is unknown to the engine model: give its hidden size as h4096")
     return found
+
+
+def sizes_of_part(kind: str, shape: str) -> tuple[int, int]:
+    """(parameters, KV elements per token) of a part's matrices; norms and biases are not counted.
+
+    Raises UserError for a shape that is not of ours.
+    """
+    if shape == "none":
+        return 0, 0
+    has = _sizes(shape)
+    if kind == "attention" and "q" in has:
+        return 2 * has["h"] * has["d"] * (has["q"] + has["kv"]), 2 * has["kv"] * has["d"]
+    return (3 * has["h"] * has["f"] if "f" in has else has["h"] ** 2), 0
 
 
 def open_engine(engine: str, gpu: str) -> EngineModel:

@@ -28,6 +28,8 @@ from puzzle.kernels.swiglu import linear
 from puzzle.model import CausalModel
 from puzzle.shapes import Shapes
 
+PREFILL_ROWS = 16384  # prompt tokens that go through the model together
+
 
 @dataclass(kw_only=True, slots=True)
 class Stack:
@@ -96,13 +98,13 @@ def random_stack(
 class Graph:
     """A call, captured on a GPU and replayed; on a CPU simply called again. The call may not wait for the device."""
 
-    def __init__(self, call: Callable[[], object], device: torch.device):
+    def __init__(self, call: Callable[[], object], device: torch.device, warm_ups: int = 2):
         self.call, self.graph = call, None
         if device.type == "cuda":
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                for _ in range(2):  # compiles kernels and fills workspaces
+                for _ in range(warm_ups):  # compiles kernels and fills workspaces
                     call()
             torch.cuda.current_stream(device).wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
@@ -116,10 +118,12 @@ class Graph:
 class FastRunner:
     """Greedy generation of a batch of equally long prompts."""
 
-    def __init__(self, stack: Stack, batch: int, max_length: int, fp8: bool = False):
+    def __init__(self, stack: Stack, batch: int, max_length: int, fp8: bool = False, consume: bool = False):
+        """consume: take the sub-blocks out of the stack, so that no weight is held twice."""
         self.stack, self.device = stack, stack.embedding.device
         self.batch: Batch = new_batch(stack.spec, batch, max_length, self.device, fp8)
-        made = [make_fast(module, self.batch) for module in stack.modules]
+        waiting = stack.modules if consume else list(stack.modules)
+        made = [make_fast(waiting.pop(0), self.batch) for _ in range(len(waiting))]
         self.parts: list[Fast] = [part for part in made if part is not None]
         self.ids = torch.zeros(batch, dtype=torch.long, device=self.device)
         self._step: Graph | None = None
@@ -141,14 +145,21 @@ class FastRunner:
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor) -> Tensor:
-        """prompts [B, T] -> the first generated token of each sequence [B], which is also the next step's input."""
-        stream: Stream = F.embedding(prompts.flatten(), self.stack.embedding), None
-        for part in self.parts:
-            stream = part.prefill(stream, self.batch)
+        """prompts [B, T] -> the first generated token of each sequence [B], which is also the next step's input.
+
+        Sequences go through together as long as they are PREFILL_ROWS tokens at most: more gain nothing but memory.
+        """
         num_tokens = prompts.shape[1]
-        last = [None if x is None else x.view(len(prompts), num_tokens, -1)[:, -1] for x in stream]
-        assert last[0] is not None
-        self.ids.copy_(self._next((last[0], last[1])))
+        together = max(1, PREFILL_ROWS // num_tokens)
+        for begin in range(0, len(prompts), together):
+            rows = slice(begin, min(begin + together, len(prompts)))
+            batch = self.batch.part(rows)
+            stream: Stream = F.embedding(prompts[rows].flatten(), self.stack.embedding), None
+            for part in self.parts:
+                stream = part.prefill(stream, batch)
+            last = [None if x is None else x.view(batch.size, num_tokens, -1)[:, -1] for x in stream]
+            assert last[0] is not None
+            self.ids[rows] = self._next((last[0], last[1]))
         self.batch.at(num_tokens)
         return self.ids.clone()
 
@@ -202,16 +213,17 @@ class Served:
     memory_bytes: int
 
 
-def serve(stack: Stack, batch: int, work: Workload, repeats: int = 3) -> Served:
-    """Generate for one batch of random prompts, `repeats` times after a warm-up; medians."""
-    runner = FastRunner(stack, batch, work.input_len + work.output_len)
+def serve(stack: Stack, batch: int, work: Workload, repeats: int = 3, fp8: bool = False) -> Served:
+    """Generate for one batch of random prompts, `repeats` times after a warm-up; medians. Uses the stack up."""
+    weight_bytes = stack.num_bytes
+    runner = FastRunner(stack, batch, work.input_len + work.output_len, fp8, consume=True)
     prompts = torch.randint(0, len(stack.embedding), (batch, work.input_len), device=runner.device)
     runner.batch.at(work.input_len)
     with torch.inference_mode():
-        first = Graph(lambda: runner.prefill(prompts), runner.device)
+        first = Graph(lambda: runner.prefill(prompts), runner.device, warm_ups=1)
         step = Graph(runner._decode_and_advance, runner.device)
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         _wait(runner.device)
         begin = time.perf_counter()
         first.replay()
@@ -221,13 +233,13 @@ def serve(stack: Stack, batch: int, work: Workload, repeats: int = 3) -> Served:
             step.replay()
         _wait(runner.device)
         times.append((middle - begin, time.perf_counter() - middle))
-    prefill, decode = (median(t[i] for t in times[1:]) for i in (0, 1))
+    prefill, decode = (median(t[i] for t in times) for i in (0, 1))
     return Served(
         batch=batch,
         tokens_per_second=batch * work.output_len / (prefill + decode),
         ttft_seconds=prefill,
         tpot_seconds=decode / max(1, work.output_len - 1),
-        memory_bytes=stack.num_bytes + runner.kv_bytes,
+        memory_bytes=weight_bytes + runner.kv_bytes,
     )
 
 

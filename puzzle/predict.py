@@ -5,14 +5,16 @@ The cost of a model is the sum of its measured parts times one factor, measured 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from puzzle.costs import CostTable, Workload
-from puzzle.engine import EngineModel
+from puzzle.engine import EngineModel, sizes_of_part
 from puzzle.errors import UserError
 from puzzle.library import KINDS, PARENT, Library
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+FIXED_BYTES = {**DTYPE_BYTES, "fp8": 2}  # embedding and LM head stay in bf16
 Choice = dict[str, str]  # {"attention": name, "ffn": name}
 
 
@@ -73,11 +75,34 @@ class CostModel:
         cached = length if facts["window"] is None else min(length, facts["window"])
         return self.bytes_per_element * (facts["num_parameters"] + facts["kv_elements_per_token"] * cached * batch)
 
-    def resources(self, choice: Choice, batch: int) -> dict[str, float]:
-        """Seconds, bytes and parameters of one layer's pair."""
-        parts = [self.part_seconds(kind, self.library.variant(kind, choice[kind])["shape"], batch) for kind in KINDS]
+    def parts(self, choice: Choice, index: int) -> list[tuple[str, str]]:
+        """(kind, shape) of what layer `index` runs: its own two sub-blocks, or what an engine's export makes of them."""
+        shapes = {kind: self.library.variant(kind, choice[kind])["shape"] for kind in KINDS}
+        if not isinstance(self.table, EngineModel):
+            return list(shapes.items())
+        parent = self.library.variant("attention", PARENT)["shape"]
+        return self.table.lowered(shapes["attention"], shapes["ffn"], parent, first=index == 0)
+
+    def extra(self, choice: Choice, index: int) -> tuple[int, int]:
+        """(parameters, KV elements per token) that layer `index` has in an engine's export beyond its own."""
+        found = [sizes_of_part(*part) for part in self.parts(choice, index)]
+        own = [sizes_of_part(kind, self.library.variant(kind, choice[kind])["shape"]) for kind in KINDS]
+        return sum(p for p, _ in found) - sum(p for p, _ in own), sum(k for _, k in found) - sum(k for _, k in own)
+
+    def extra_bytes(self, choice: Choice, index: int, num_tokens: int) -> int:
+        """Bytes of `extra` with the cache of `num_tokens` tokens; 0 where the table is of our own runtime."""
+        if not isinstance(self.table, EngineModel):
+            return 0
+        parameters, elements = self.extra(choice, index)
+        return self.bytes_per_element * (parameters + elements * num_tokens)
+
+    def resources(self, choice: Choice, batch: int, index: int = 1) -> dict[str, float]:
+        """Seconds, bytes and parameters of one layer's pair. index: of the layer; engines treat the first, 0, differently."""
+        parts = [self.part_seconds(kind, shape, batch) for kind, shape in self.parts(choice, index)]
+        length = self.work.input_len + self.work.output_len
         return self._timed(parts) | {
-            "memory_bytes": sum(self.variant_bytes(kind, choice[kind], batch) for kind in KINDS),
+            "memory_bytes": sum(self.variant_bytes(kind, choice[kind], batch) for kind in KINDS)
+            + self.extra_bytes(choice, index, batch * length),
             "num_parameters": sum(self.library.variant(kind, choice[kind])["num_parameters"] for kind in KINDS),
         }
 
@@ -85,7 +110,7 @@ class CostModel:
         """The same of what no choice changes: embedding, final norm, LM head."""
         count = self.library.facts["model"]["num_fixed_parameters"]
         return self._timed([self.part_seconds(kind, shape, batch) for kind, shape in self._fixed_parts]) | {
-            "memory_bytes": count * self.bytes_per_element,
+            "memory_bytes": count * FIXED_BYTES[self.table.dtype],
             "num_parameters": count,
         }
 
@@ -94,7 +119,7 @@ class CostModel:
         prefill, decode = sum(p for p, _ in parts), sum(d for _, d in parts)
         return {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
 
-    def cached_bytes(self, choice: Choice, num_tokens: int) -> float:
+    def cached_bytes(self, choice: Choice, num_tokens: int, index: int = 1) -> float:
         """Bytes of one layer's weights and of its cache for `num_tokens` tokens in sequences of the workload's length."""
         length = self.work.input_len + self.work.output_len
         total = 0.0
@@ -102,26 +127,32 @@ class CostModel:
             facts = self.library.variant(kind, choice[kind])
             share = 1.0 if facts["window"] is None else min(1.0, facts["window"] / length)
             total += facts["num_parameters"] + facts["kv_elements_per_token"] * num_tokens * share
-        return self.bytes_per_element * total
+        return self.bytes_per_element * total + self.extra_bytes(choice, index, num_tokens)
 
-    def predict(self, layers: list[Choice], batch: int) -> Prediction:
-        prefill = decode = 0.0
-        parts = [(kind, self.library.variant(kind, layer[kind])["shape"]) for layer in layers for kind in KINDS]
+    def predict(self, layers: list[Choice], batch: int, change: Mapping[str, float] | None = None) -> Prediction:
+        """Of the whole model. change: what fusing layers adds to the resources (`puzzle.fuse.price`)."""
+        change = change or {}
+        prefill, decode = change.get("prefill_seconds", 0.0), change.get("decode_seconds", 0.0)
+        parts = [part for index, layer in enumerate(layers) for part in self.parts(layer, index)]
         for kind, shape in parts + self._fixed_parts:
             first, rest = self.part_seconds(kind, shape, batch)
             prefill, decode = prefill + first, decode + rest
         fixed = self.fixed(batch)
         facts = [self.library.variant(kind, layer[kind]) for layer in layers for kind in KINDS]
+        length = self.work.input_len + self.work.output_len
         return Prediction(
             batch=batch,
             tokens_per_second=batch * self.work.output_len / (prefill + decode),
             latency_seconds=prefill + decode,
             ttft_seconds=prefill,
             tpot_seconds=decode / max(1, self.work.output_len - 1),
-            memory_bytes=int(fixed["memory_bytes"])
-            + sum(self.variant_bytes(kind, layer[kind], batch) for layer in layers for kind in KINDS),
-            kv_bytes_per_token=self.bytes_per_element * sum(f["kv_elements_per_token"] for f in facts),
-            num_parameters=int(fixed["num_parameters"]) + sum(f["num_parameters"] for f in facts),
+            memory_bytes=int(fixed["memory_bytes"] + change.get("memory_bytes", 0))
+            + sum(self.variant_bytes(kind, layer[kind], batch) for layer in layers for kind in KINDS)
+            + sum(self.extra_bytes(layer, index, batch * length) for index, layer in enumerate(layers)),
+            kv_bytes_per_token=self.bytes_per_element * sum(f["kv_elements_per_token"] for f in facts)
+            + sum(self.extra_bytes(x, i, 1) - self.extra_bytes(x, i, 0) for i, x in enumerate(layers)),
+            num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0))
+            + sum(f["num_parameters"] for f in facts),
         )
 
     def best_parent(self, memory: int | None) -> Prediction:

@@ -12,7 +12,7 @@ import csv
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,28 +70,50 @@ class _Target:
     points: list[tuple[str, int, int]] = field(default_factory=list)
 
 
-def this_gpu() -> str:
-    """The name of the CUDA device. Raises UserError when there is none."""
-    if not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: profile on the machine whose costs you want, or use --gpu cpu")
+def this_gpu(gpu: str) -> str:
+    """The name of the CUDA device that is to be `gpu`. Raises UserError when there is none that the kernels can use, with the driver's reason."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"--gpu {gpu}: no CUDA device can be used here ({reason}): profile on the machine whose costs you want, or use "
+            "--gpu cpu"
+        ) from error
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         raise UserError(f"{torch.cuda.get_device_name()} is sm_{major}{minor}: the kernels need sm_80 or newer")
     return torch.cuda.get_device_name()
 
 
-def profile_shapes(
-    name: str, *, gpu: str, out: Path, grid: GpuGrid | None = None, device: str = "cuda", fp8: bool = False
-) -> tuple[Path, dict[str, Any]]:
-    """Measure the named shapes; write out/NAME.csv and NAME.json (conditions and drift). Returns its path and the latter.
+def check_gpu(gpu: str) -> None:
+    """Raises UserError unless `gpu` ("h100", "h100-sxm-80gb") names this machine's device."""
+    here = this_gpu(gpu)
+    if gpu.split("-")[0] not in here.lower():
+        raise UserError(f"--gpu {gpu}: this machine has {here}; a cost is measured where it will be paid")
 
+
+def profile_shapes(
+    name: str,
+    *,
+    gpu: str,
+    out: Path,
+    grid: GpuGrid | None = None,
+    device: str = "cuda",
+    fp8: bool = False,
+    shapes: Shapes | None = None,
+    space: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Measure a parent's variants; write out/NAME.csv and NAME.json (conditions and drift). Returns its path and the latter.
+
+    shapes, space: the parent and its variants by kind; by default the shapes that `name` stands for, and all of the grid's.
     fp8: weights of sub-blocks and cached keys and values in float8_e4m3fn; the files are called NAME-fp8.
     Raises UserError when `gpu` is not this machine's.
     """
-    grid, shapes = grid or GpuGrid(), named_shapes(name)
+    grid, shapes = grid or GpuGrid(), shapes or named_shapes(name)
     where = torch.device(device)
-    if where.type == "cuda" and gpu.split("-")[0] not in this_gpu().lower():
-        raise UserError(f"--gpu {gpu}: this machine has {this_gpu()}; a cost is measured where it will be paid")
+    if where.type == "cuda":
+        check_gpu(gpu)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     stem = f"{name}-fp8" if fp8 else name
     path, partial = out / f"{stem}.csv", out / f"{stem}.partial.csv"
@@ -101,7 +123,7 @@ def profile_shapes(
     stage = _Stage(shapes, grid, where, dtype, fp8)
     done = _read_done(partial, stage.facts)
     begin, drift, measured = time.perf_counter(), [], 0
-    targets = list(_targets(shapes, grid, where, dtype))
+    targets = list(_targets(shapes, space or variants_of(shapes, grid), grid, where, dtype))
     conditions = [_conditions(where)]
     with progress("profile", sum(len(t.points) for t in targets)) as bar, torch.inference_mode():
         for target in targets:
@@ -136,16 +158,31 @@ def profile_shapes(
     return path, facts
 
 
-def _targets(shapes: Shapes, grid: GpuGrid, device: torch.device, dtype: torch.dtype) -> Iterator[_Target]:
-    spec = shapes.spec
+def variants_of(shapes: Shapes, grid: GpuGrid) -> Mapping[str, Sequence[str]]:
+    """The grid's attention variants that these shapes allow, and the default FFNs."""
+    heads = shapes.spec.num_key_value_heads
     names = [
-        n for n in grid.attention.split(",") if not n.startswith("kv") or spec.num_key_value_heads % int(n[2:]) == 0
+        name
+        for name in grid.attention.split(",")
+        if not name.startswith("kv") or (heads % int(name[2:]) == 0 and int(name[2:]) < heads)
     ]
-    names = [n for n in names if not n.startswith("kv") or int(n[2:]) < spec.num_key_value_heads]
-    space = search_space(spec, ",".join(names), None)
+    return search_space(shapes.spec, ",".join(names), None)  # type: ignore[return-value]
+
+
+def count_points(shapes: Shapes, space: Mapping[str, Sequence[str]] | None = None) -> int:
+    """How many points `profile_shapes` measures."""
+    grid = GpuGrid()
+    found = _targets(shapes, space or variants_of(shapes, grid), grid, torch.device("meta"), torch.bfloat16)
+    return sum(len(target.points) for target in found)
+
+
+def _targets(
+    shapes: Shapes, space: Mapping[str, Sequence[str]], grid: GpuGrid, device: torch.device, dtype: torch.dtype
+) -> Iterator[_Target]:
+    spec = shapes.spec
     seen = set()
     for kind in ("attention", "ffn"):
-        for variant_name in space[kind]:  # type: ignore[index]
+        for variant_name in space[kind]:
             variant = parse_variant(kind, variant_name, spec)  # type: ignore[arg-type]
             shape = variant.shape(spec)
             if shape == "none" or (kind, shape) in seen:

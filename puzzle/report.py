@@ -31,6 +31,8 @@ def print_solution(solved: dict[str, Any], library: Library) -> None:
     parent, child = solved["parent_predicted"], solved["predicted"]
     for line in picture(solved["layers"], library):
         console.print(line, markup=False)
+    if solved["library"].get("synthetic_scores"):
+        console.print("the scores are synthetic: speed and size are what counts here, not quality")
     slack = ", ".join(f"{name} {value:.4g}" for name, value in solved["slack"].items())
     console.print(
         f"{solved['status']}: sum of scores {solved['objective']:.5g} nats/token, bound {solved['bound']:.5g}, "
@@ -199,6 +201,56 @@ def print_library(summary: dict[str, Any]) -> None:
             kl,
         )
     console.print(table)
+
+
+def print_runs(solved: dict[str, Any]) -> None:
+    """Which layers `puzzle fuse` will fuse, and how they were priced; nothing without --fusion."""
+    if "fusion" not in solved:
+        return
+    priced = solved["fusion"]
+    runs = ", ".join(f"{first}-{last}" for first, last in solved["fuse"]) or "none: nothing is gained by it here"
+    after = " (after `puzzle export`, by `puzzle fuse CHILD --out FUSED`)" if solved["fuse"] else ""
+    console.print(f"to be fused: layers {runs}{after}", markup=False)
+    ways = {
+        "cost table": "interpolated between the widths of the cost table",
+        "affine fit": "an affine fit over the widths of the cost table, which has none beyond the parent's",
+        "engine model": "the engine model's",
+    }
+    console.print(
+        f"time of wide FFNs: {ways[priced['wide_ffn']]}; fusion saves {priced['saved_seconds']:.4g} s of the workload "
+        f"(predicted); the solver's sum over pairs of neighbours says {priced['pairwise_error_seconds']:+.2g} s more"
+    )
+    if priced["missed"]:
+        console.print(
+            f"fused, the child misses {', '.join(priced['missed'])} by that difference: ask for a little more"
+        )
+    if priced["dependency"] is None:
+        console.print("fusion is charged no score: pass --fusion-dependency for the parent's dependency between FFNs")
+    else:
+        console.print(
+            f"charged for dependency ({priced['dependency']}): {priced['charge']:.4g} nats/token over neighbours, "
+            f"{priced['charge_all']:.4g} over all pairs of the runs"
+        )
+
+
+def print_fusion(found: dict[str, Any]) -> None:
+    """What `puzzle fuse` fused or measured."""
+    if not found["dependency_only"]:
+        table = Table(title=f"fused, each FFN through {'its own norm' if found['norm'] == 'own' else 'the last norm'}")
+        for name in ("layers", "channels", "largest dependency (measured)"):
+            table.add_column(name, justify="right")
+        for run in found["runs"]:
+            near = "not measured" if run["dependency"] is None else f"{run['dependency']:.3g}"
+            widths = " + ".join(map(str, run["widths"]))
+            table.add_row(f"{run['first']}-{run['last']}", f"{widths} = {run['width']}", near)
+        console.print(table)
+        layers = found["num_layers"]
+        console.print(f"{layers['before']} layers became {layers['after']}")
+    for key, title in (("pairs", "in parallel alone"), ("together", "in parallel together")):
+        for row in found.get("parallel", {}).get(key, ()):
+            pairs = row["pairs"] if key == "together" else [row["layers"]]
+            names = ", ".join(f"{first}|{second}" for first, second in pairs)
+            console.print(f"blocks {names} {title}: KL {row['kl']:.5f} ± {row['kl_stderr']:.5f} (measured)")
 
 
 def print_fit(value: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from puzzle.blocklib.layer import LayerSpec
 from puzzle.errors import UserError, nearest
@@ -55,3 +56,17 @@ def named_shapes(name: str) -> Shapes:
     if name not in SHAPES:
         raise UserError(f"--shapes {name} is unknown: {nearest(name, sorted(SHAPES))}")
     return SHAPES[name]
+
+
+def shapes_of_facts(model: dict[str, Any]) -> Shapes:
+    """The shapes of a library's parent, from library.json's "model". RoPE's frequencies are usual ones: no time depends on them."""
+    spec = model["spec"]
+    dim = spec["head_dim"]
+    inv_freq = tuple(500000.0 ** (-2 * i / dim) for i in range(dim // 2))
+    return Shapes(
+        spec=LayerSpec(**spec, inv_freq=inv_freq),
+        num_layers=model["num_layers"],
+        vocab_size=model["vocab_size"],
+        tied=model["tied"],
+        max_length=model["max_length"],
+    )

@@ -8,7 +8,7 @@ at the batch size that allows the smallest sum. Throughput b·output_len / Σ se
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from puzzle import __version__
@@ -16,13 +16,14 @@ from puzzle.also import LIMITS, Also, Served, served
 from puzzle.costs import PACKAGED, CostTable, Workload, find_costs
 from puzzle.engine import EngineModel, open_engine
 from puzzle.errors import UserError
+from puzzle.fuse.price import PLUS, Fusion
 from puzzle.goal import Goal, Target, parse_layers
 from puzzle.library import KINDS, PARENT, Library
 from puzzle.predict import Choice, CostModel, Prediction
 from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import prices
-from puzzle.solver.problem import Constraint, Count, Layer, Problem, ProblemError, Stages, Variant
+from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, ProblemError, Stages, Variant
 from puzzle.solver.solution import Solution
 from puzzle.solver.sweep import sweep
 from puzzle.why import why_infeasible
@@ -73,13 +74,18 @@ def layer_label(index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A goal on a library at one set of costs, ready to be posed at any batch size. others: further workloads."""
+    """A goal on a library at one set of costs, ready to be posed at any batch size. others: further workloads.
+
+    fusion: neighbouring FFNs without attention may become one; None: they stay apart. same_batch: a relative throughput is of
+    the parent at the child's batch, not at its own best."""
 
     library: Library
     costs: CostModel
     goal: Goal
     parent: Prediction
     others: tuple[Served, ...] = ()
+    fusion: Fusion | None = None
+    same_batch: bool = False
 
     @property
     def served(self) -> tuple[Served, ...]:
@@ -96,20 +102,22 @@ class Selection:
     def problem(self, batch: int) -> Problem:
         """The selection problem at one batch size."""
         library, costs, goal = self.library, self.costs, self.goal
-        seen: dict[str, dict[str, float]] = {}
+        seen: dict[tuple[str, bool], dict[str, float]] = {}
         layers = []
         for index, pairs in enumerate(layer_choices(library)):
             variants = []
             for choice, score in pairs:
                 name = pair_name(choice)
-                if name not in seen:
-                    seen[name] = costs.resources(choice, batch)
+                key = (name, index == 0)  # an engine may treat the first layer differently
+                if key not in seen:
+                    seen[key] = costs.resources(choice, batch, index)
                     for other in self.others:
-                        seen[name] |= other.timed(other.costs.resources(choice, other.at(batch)))
+                        seen[key] |= other.timed(other.costs.resources(choice, other.at(batch), index))
                     if goal.cached_tokens is not None:
-                        seen[name]["cached_bytes"] = costs.cached_bytes(choice, goal.cached_tokens)
-                variants.append(Variant(name=name, score=score, resources=seen[name]))
-            layers.append(Layer(name=layer_label(index), variants=tuple(variants)))
+                        seen[key]["cached_bytes"] = costs.cached_bytes(choice, goal.cached_tokens, index)
+                variants.append(Variant(name=name, score=score, resources=seen[key]))
+            layer = Layer(name=layer_label(index), variants=tuple(variants))
+            layers.append(layer if self.fusion is None else self.fusion.twins(layer))
         fixed = costs.fixed(batch)
         for other in self.others:
             fixed |= other.timed(other.costs.fixed(other.at(batch)))
@@ -119,6 +127,7 @@ class Selection:
             layers=tuple(layers),
             constraints=self.constraints(batch),
             counts=self._counts(layers),
+            pairs=self._pairs(layers, batch),
             fixed=fixed | {"cached_bytes": fixed["memory_bytes"]},
             pins={layer_label(i): (f"{PARENT}|{PARENT}",) for i in pinned},
             equal=(tuple(layer_label(i) for i in alike),) if alike else (),
@@ -127,12 +136,22 @@ class Selection:
             else Stages(resource="seconds", count=goal.stages, tolerance=goal.stage_tolerance),
         )
 
+    def _pairs(self, layers: list[Layer], batch: int) -> tuple[Pair, ...]:
+        """What fusing neighbours changes, in every workload."""
+        if self.fusion is None:
+            return ()
+        return self.fusion.pairs(layers, {one.suffix: (one.costs, one.at(batch)) for one in self.served})
+
     def _layers(self, option: str, text: str | None) -> list[int]:
         return [] if text is None else parse_layers(option, text, self.library.num_layers)
 
     def constraints(self, batch: int) -> tuple[Constraint, ...]:
         """The limits of all workloads; those of further ones carry their suffix."""
-        found = [c for one in self.served for c in _limits(one, one.at(batch))]
+        served = self.served
+        if self.same_batch:
+            there = self.costs.predict([dict.fromkeys(KINDS, PARENT)] * self.library.num_layers, batch)
+            served = (replace(served[0], parent=there), *served[1:])
+        found = [c for one in served for c in _limits(one, one.at(batch))]
         goal, parent = self.goal, self.parent
         if goal.max_parameters is not None:
             most_parameters = goal.max_parameters.absolute(parent.num_parameters)
@@ -176,16 +195,22 @@ def _limits(one: Served, batch: int) -> list[Constraint]:
 def choices_of(solution: Solution) -> list[Choice]:
     """The solution's pairs, layer by layer."""
     split = [solution.choice[name].split("|") for name in sorted(solution.choice)]
-    return [{"attention": attention, "ffn": ffn} for attention, ffn in split]
+    return [{"attention": attention, "ffn": ffn.removesuffix(PLUS)} for attention, ffn in split]
 
 
 def select(
-    library: Library, table: CostTable | EngineModel, work: Workload, goal: Goal, also: Sequence[Also] = ()
+    library: Library,
+    table: CostTable | EngineModel,
+    work: Workload,
+    goal: Goal,
+    also: Sequence[Also] = (),
+    fusion: Fusion | None = None,
+    same_batch: bool = False,
 ) -> Selection:
     """Raises UserError for a goal that is none, or a workload that the costs do not cover."""
     if not also:
         goal.check()
-    return selection_of(library, table, work, goal, also)
+    return replace(selection_of(library, table, work, goal, also), fusion=fusion, same_batch=same_batch)
 
 
 def selection_of(
@@ -210,12 +235,14 @@ def solve_library(
     baseline: str | None = None,
     explain: bool = False,
     also: Sequence[Also] = (),
+    fusion: Fusion | None = None,
+    same_batch: bool = False,
 ) -> dict[str, Any]:
     """The architecture as architecture.json has it. Raises UserError when the goal cannot be met, with what can be.
 
     baseline: one of BASELINES, in place of the optimum. explain: add "prices", what looser limits would buy.
     """
-    selection = select(library, table, work, goal, also)
+    selection = select(library, table, work, goal, also, fusion, same_batch)
     problems = selection.problems()
     best, solutions = choose(problems, backend, time_limit, baseline)
     if best is None:
@@ -269,12 +296,15 @@ def describe(selection: Selection, batch: int, solution: Solution) -> dict[str, 
     """What architecture.json says of one solution at one batch size."""
     library, costs, parent = selection.library, selection.costs, selection.parent
     layers = choices_of(solution)
-    child = costs.predict(layers, batch)
+    child = _predicted(selection, costs, solution, batch)
     same = costs.predict([dict.fromkeys(KINDS, PARENT)] * library.num_layers, batch)
     goal = selection.goal
     return {
         "puzzle": __version__,
-        "library": {"parent_fingerprint": library.facts["parent"]["fingerprint"]},
+        "library": {
+            "parent_fingerprint": library.facts["parent"]["fingerprint"],
+            **({"synthetic_scores": True} if library.facts.get("synthetic_scores") else {}),
+        },
         "goal": {
             "throughput": _text(goal.throughput),
             "latency_seconds": _text(goal.latency),
@@ -304,13 +334,38 @@ def describe(selection: Selection, batch: int, solution: Solution) -> dict[str, 
             "speedup_at_same_batch": child.tokens_per_second / same.tokens_per_second,
         },
         "parent_predicted": asdict(parent),
-        "also": [_also(one, layers, batch) for one in selection.others],
+        "also": [_also(selection, one, solution, batch) for one in selection.others],
+        **_fused(selection, solution, batch),
     }
 
 
-def _also(one: Served, layers: list[Choice], batch: int) -> dict[str, Any]:
+def _predicted(selection: Selection, costs: CostModel, solution: Solution, batch: int) -> Prediction:
+    """Of the child as it will run: fused, where it was solved so."""
+    layers, fusion = choices_of(solution), selection.fusion
+    change = None if fusion is None else fusion.change(fusion.runs(solution), layers, costs, batch)
+    return costs.predict(layers, batch, change)
+
+
+def _fused(selection: Selection, solution: Solution, batch: int) -> dict[str, Any]:
+    """What architecture.json says of fusion; nothing where it was not asked for."""
+    if selection.fusion is None:
+        return {}
+    fusion, layers = selection.fusion, choices_of(solution)
+    runs, problem = fusion.runs(solution), selection.problem(batch)
+    totals, missed = problem.totals(solution.choice), []
+    for one in selection.served:
+        for name, error in fusion.pairwise_error(runs, layers, one.costs, one.at(batch)).items():
+            for limit in problem.constraints:
+                if limit.resource == name + one.suffix and limit.max is not None:
+                    over = float(totals[limit.resource]) + error > limit.max * (1 + 1e-9)
+                    missed += [limit.label] if over else []
+    summary = fusion.summary(runs, layers, selection.costs, batch, missed)
+    return {"fuse": [list(run) for run in runs], "fusion": summary}
+
+
+def _also(selection: Selection, one: Served, solution: Solution, batch: int) -> dict[str, Any]:
     """The predictions in a further workload."""
-    child = one.costs.predict(layers, one.at(batch))
+    child = _predicted(selection, one.costs, solution, one.at(batch))
     return {
         "workload": asdict(one.costs.work),
         "goal": {name: _text(getattr(one.goal, name)) for name in LIMITS if getattr(one.goal, name)},

@@ -9,8 +9,11 @@ import click
 
 from puzzle import __version__
 from puzzle.cli.assess import evaluate_command, score_command
+from puzzle.cli.bench import bench_command
 from puzzle.cli.build_library import build_library_command
 from puzzle.cli.export import export_command
+from puzzle.cli.fuse import fuse_command
+from puzzle.cli.heal import heal_command
 from puzzle.cli.profile import profile_command
 from puzzle.cli.run import run_command
 from puzzle.cli.serve_check import serve_check_command
@@ -57,8 +60,11 @@ for _command in (
     profile_command,
     solve_command,
     export_command,
+    fuse_command,
+    heal_command,
     serve_check_command,
     evaluate_command,
+    bench_command,
     run_command,
 ):
     main.add_command(_command)

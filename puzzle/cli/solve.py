@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from puzzle.cli import options
+
+if TYPE_CHECKING:
+    from puzzle.goal import Goal
 
 RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 
@@ -27,8 +30,19 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 @click.option("--stages", type=int, default=None, metavar="N", help="N contiguous pipeline stages of equal time.")
 @click.option("--stage-tolerance", default="5%", show_default=True, metavar="SHARE")
 @click.option("--also", multiple=True, metavar="WORKLOAD", help="A further workload: 1024/64@8:ttft=300ms,tpot=20ms.")
+@click.option(
+    "--fusion", is_flag=True, help="Count on `puzzle fuse`: price neighbours without attention as one wide FFN."
+)
+@click.option(
+    "--fusion-dependency",
+    type=options.DIRECTORY,
+    default=None,
+    metavar="JSON",
+    help="Charge fused FFNs for it: of the parent, by `puzzle fuse --dependency-only`.",
+)
 @click.option("--gpu", default=None, help="Whose costs: cpu, or a GPU that has been profiled.")
 @click.option("--shapes", default=None, help="Which of several cost tables.")
+@click.option("--same-batch", is_flag=True, help="2x means of the parent at the child's batch, not at its own best.")
 @click.option("--engine", default="puzzle", show_default=True, help="Who serves: our runtime, or vllm (fitted).")
 @options.input_len
 @options.output_len
@@ -48,8 +62,11 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 def solve_command(
     library: Path | None,
     also: tuple[str, ...],
+    fusion: bool,
+    fusion_dependency: Path | None,
     gpu: str | None,
     shapes: str | None,
+    same_batch: bool,
     engine: str,
     input_len: int,
     output_len: int,
@@ -77,6 +94,7 @@ def solve_command(
       puzzle solve lib --throughput 2x --gpu h100 --engine vllm --memory 80GB
       puzzle solve lib --pareto throughput --points 20 --gpu cpu --out frontier
       puzzle solve lib --throughput 2x --also 256/16@1:ttft=50% --gpu cpu
+      puzzle solve lib --throughput 2x --fusion --fusion-dependency dependency.json --gpu cpu
       puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
       puzzle solve --problem problem.json --out solution.json
     """
@@ -94,21 +112,31 @@ def solve_command(
     from puzzle.also import parse_also
     from puzzle.costs import Workload
     from puzzle.files import check_writable, write_json
+    from puzzle.fuse.price import Fusion
     from puzzle.goal import Goal, goal_of
     from puzzle.library import Library
     from puzzle.solve import open_costs, select, solve_library
 
     others = [parse_also(text) for text in also]
+    if same_batch and (pareto is not None or diverse is not None):
+        raise UserError("--same-batch solves for one optimum: leave out --pareto and --diverse")
     if (pareto or others) and not any(value for name, value in wanted.items() if name != "stage_tolerance"):
         goal = Goal()
     else:
         goal = goal_of(**wanted)
+        goal.check()
+    goal = _on_card(goal, gpu)
     work = Workload(input_len=input_len, output_len=output_len)
     opened = Library.open(library)
     target = out or library / "solution"
     check_writable(target)
     costs = open_costs(opened, gpu, shapes, engine)
-    from puzzle.report import print_diverse, print_frontier, print_prices, print_solution
+    if fusion_dependency is not None and not fusion:
+        raise UserError("--fusion-dependency is the price of --fusion: pass that too, or leave both out")
+    if fusion and (pareto is not None or diverse is not None or baseline is not None):
+        raise UserError("--fusion solves for one optimum: leave out --pareto, --diverse and --baseline")
+    fusing = Fusion.open(opened, fusion_dependency) if fusion else None
+    from puzzle.report import print_diverse, print_frontier, print_prices, print_runs, print_solution
 
     if pareto is not None:
         from puzzle.frontier import library_frontier
@@ -137,14 +165,31 @@ def solve_command(
         baseline=baseline,
         explain=explain,
         also=others,
+        fusion=fusing,
+        same_batch=same_batch,
     )
     write_json(target / "architecture.json", solved)
     if as_json:
         options.print_json(solved)
     else:
         print_solution(solved, opened)
+        print_runs(solved)
         print_prices(solved)
         click.echo(f"wrote {target / 'architecture.json'}", err=True)
+
+
+def _on_card(goal: Goal, gpu: str) -> Goal:
+    """The goal, within the card's memory where no limit was given."""
+    from dataclasses import replace
+
+    from puzzle.goal import Target
+    from puzzle.hardware import GPUS
+
+    card = GPUS.get(gpu.split("-")[0])
+    if goal.memory is not None or card is None:
+        return goal
+    click.echo(f"within the {card.name}'s {card.memory_bytes / 1e9:g} GB; pass --memory for another limit", err=True)
+    return replace(goal, memory=Target(value=float(card.memory_bytes), relative=False))
 
 
 def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:

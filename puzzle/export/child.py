@@ -12,7 +12,7 @@ Letters: E hidden_size, H num_attention_heads, K num_key_value_heads, D head_dim
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,7 @@ class ChildLayer:
     """h = x + attention(x), then h + ffn(h). `read_…` return {name inside the sub-block: tensor}, as `Gqa` … list them.
 
     origin: the layer of the child, before any lowering, that this one stands for; messages name it.
+    parent_layer: the last layer of the parent that this one stands for; None: that of its origin's number.
     """
 
     attention: Attention
@@ -89,6 +90,12 @@ class ChildLayer:
     read_attention: Read
     read_ffn: Read
     origin: int
+    parent_layer: int | None = None
+
+    @property
+    def stands_for(self) -> int:
+        """The last layer of the parent that this one stands for: their outputs can be compared."""
+        return self.origin if self.parent_layer is None else self.parent_layer
 
     def shape(self, kind: Kind) -> Attention | Ffn:
         return self.attention if kind == "attention" else self.ffn
@@ -171,6 +178,13 @@ class Child:
         """Keys and values together, over all layers; windows not deducted."""
         heads = (layer.attention.num_key_value_heads for layer in self.layers if isinstance(layer.attention, Gqa))
         return 2 * self.head_dim * sum(heads)
+
+    @property
+    def layer_origins(self) -> list[int] | None:
+        """Per layer, the last layer of the parent that it stands for; None when nothing ever changed their number."""
+        if all(layer.parent_layer is None for layer in self.layers):
+            return None
+        return [layer.stands_for for layer in self.layers]
 
     def per_layer_config(self) -> dict[str, dict[str, Any]]:
         """The standard field of config.json: {layer: what it changes}, only layers that differ from the parent."""
@@ -327,6 +341,7 @@ def _from_hf(opened: HfModel, entries: list[dict[str, Any]], parent_name: str) -
         read_head=partial(checkpoint.tensor, "model.embed_tokens.weight" if opened.tied else "lm_head.weight"),
     )
     layers = []
+    origins = _layer_origins(config, opened)
     for index, entry in enumerate(entries):
         attention, ffn = _shapes(entry, spec)
         layers.append(
@@ -336,9 +351,24 @@ def _from_hf(opened: HfModel, entries: list[dict[str, Any]], parent_name: str) -
                 read_attention=read(index, "attention", attention),
                 read_ffn=read(index, "ffn", ffn),
                 origin=index,
+                parent_layer=origins[index],
             )
         )
     return replace(child, layers=tuple(layers))
+
+
+def _layer_origins(config: dict[str, Any], opened: HfModel) -> Sequence[int | None]:
+    """config.json's layer_origins, which fusion writes; None for every layer without it."""
+    found = config.get("layer_origins")
+    if found is None:
+        return [None] * opened.num_layers
+    numbers = isinstance(found, list) and all(isinstance(n, int) and n >= 0 for n in found)
+    if not numbers or len(found) != opened.num_layers or found != sorted(set(found)):
+        raise UserError(
+            f"{opened.directory}/config.json has layer_origins {found}: one rising layer of the parent for each of the "
+            f"{opened.num_layers} layers; export or fuse the child again"
+        )
+    return found
 
 
 def _shapes(entry: dict[str, Any], spec: LayerSpec) -> tuple[Attention, Ffn]:

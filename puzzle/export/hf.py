@@ -29,6 +29,7 @@ _KEPT = (
 def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the child: the parent's values, our classes, and what single layers change."""
     kept = {key: child.parent_config[key] for key in _KEPT if key in child.parent_config}
+    origins = child.layer_origins
     return {
         "architectures": ["PuzzleForCausalLM"],
         "model_type": "puzzle",
@@ -49,6 +50,7 @@ def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "parent_name": child.parent_name,
         "per_layer_config": child.per_layer_config(),
+        **({} if origins is None else {"layer_origins": origins}),
     }
 
 

@@ -1,7 +1,7 @@
 """One interface over the supported families: layer specs and plain weights in, whatever the checkpoint calls them.
 
-Llama, Mistral, Qwen2, Qwen3 and our own children name their weights alike; they differ in biases, per-head norms
-and windows, which `_FAMILIES` lists.
+Llama, Mistral, Qwen2, Qwen3, our own children and DeciLM (nemotron-nas) name their weights alike; they differ in biases,
+per-head norms and windows, which `_FAMILIES` lists.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from puzzle.blocklib.layer import Kind, LayerSpec, ParentLayer, attention_shapes, ffn_shapes
 from puzzle.errors import UserError, nearest
 from puzzle.families.checkpoint import Checkpoint
+from puzzle.families.nemotron_nas import as_child
 
 _NORM = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
 _MODULE = {"attention": "self_attn", "ffn": "mlp"}
@@ -152,6 +153,8 @@ def open_model(source: str | Path) -> HfModel:
     if not directory.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
         directory = _download(str(source))
     checkpoint = Checkpoint(directory)
+    if checkpoint.config.get("model_type") == "nemotron-nas":
+        checkpoint.config = as_child(checkpoint.config, directory)
     config = checkpoint.config
     model_type = config.get("model_type")
     if model_type not in _FAMILIES:

@@ -1,0 +1,247 @@
+"""Decode latency of fused against unfused FFNs on GPUs, with random weights of the real shapes.
+
+Protocol: a decode step of the whole stack (embedding, layers, final norm, head, argmax) over --context cached tokens, captured
+as a CUDA graph and replayed --steps times; p20, p50 and p80 of the replays. Weights of different layers are different memory,
+far more than any cache holds, so every layer reads cold weights. Attention-free layers stand together in the middle of the
+stack and are fused in twos, in fours, and all in one; `parent` has attention everywhere, `unfused` lost it in those layers.
+FFN widths of the attention-free layers: the parent's (x1) and half of it (x0.5).
+    llama-3.1-8b        32 layers, 12 of them without attention
+    llama-3.1-405b-tp8  one GPU's share of eight: hidden 16384, FFN 6656, 16 heads, 1 KV head; 24 layers, 12 without attention
+One GPU: no all-reduce. Under `torchrun --nproc-per-node N … --tp N`: one NCCL all-reduce inside the graph after every
+attention and every FFN, as tensor parallelism has it; the 8B shape is divided by N, the 405B shares stay shares of eight.
+The head's shard is not gathered. Rank 0 writes the slowest rank's percentiles.
+
+    PYTHONPATH=. python benchmarks/bench_fusion_latency.py
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/bench_fusion_latency.py --tp 2
+    PYTHONPATH=. python benchmarks/bench_fusion_latency.py --device cpu --shapes reference --batches 1 --steps 5 --csv /tmp/x.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+
+from puzzle.blocklib.fast import Batch, Fast, Stream
+from puzzle.blocklib.layer import LayerSpec
+from puzzle.fast_model import FastRunner, Stack, random_module
+from puzzle.shapes import Shapes, named_shapes
+
+LAYERS = {"llama-3.1-8b": (32, 12), "llama-3.1-405b-tp8": (24, 12)}  # all, without attention; others: all, half
+GROUPS = {"parent": 0, "unfused": 1, "twos": 2, "fours": 4, "one": -1}
+COLUMNS = (
+    "shapes,ffn_of_attention_free,fusion,num_layers,batch,context,tp,all_reduces_per_token,weight_bytes,"
+    "p20_s,p50_s,p80_s,speedup_over_unfused,device,versions,date"
+)
+
+
+class Reduced:
+    """A sub-block whose contribution is summed over all ranks."""
+
+    def __init__(self, part: Fast):
+        self.part = part
+
+    def decode(self, stream: Stream, batch: Batch) -> Stream:
+        delta, residual = self.part.decode(stream, batch)
+        dist.all_reduce(delta)
+        return delta, residual
+
+
+def share(shapes: Shapes, name: str, tp: int) -> Shapes:
+    """One rank's part of the shapes. Those named -tpN are such parts already."""
+    if tp == 1 or "-tp" in name:
+        return shapes
+    spec = shapes.spec
+    cut = replace(
+        spec,
+        num_attention_heads=spec.num_attention_heads // tp,
+        num_key_value_heads=max(1, spec.num_key_value_heads // tp),
+        intermediate_size=spec.intermediate_size // tp,
+    )
+    return replace(shapes, spec=cut, vocab_size=shapes.vocab_size // tp)
+
+
+def widths(spec: LayerSpec, count: int, free: int, fusion: str, fraction: float) -> list[tuple[bool, int]]:
+    """(has attention, FFN channels) per layer; the attention-free ones in the middle."""
+    full, narrow, group = spec.intermediate_size, int(fraction * spec.intermediate_size), GROUPS[fusion]
+    before = (count - free) // 2
+    size = free if group < 0 else group
+    middle = [(True, full)] * free if group == 0 else [(False, size * narrow)] * (free // size)
+    return [(True, full)] * before + middle + [(True, full)] * (count - free - before)
+
+
+def build(shapes: Shapes, layers: list[tuple[bool, int]], device: torch.device, dtype: torch.dtype) -> Stack:
+    spec = shapes.spec
+    modules = []
+    for attending, width in layers:
+        if attending:
+            modules.append(random_module("attention", "parent", spec, device, dtype))
+        modules.append(random_module("ffn", "parent", replace(spec, intermediate_size=width), device, dtype))
+    head = torch.empty(shapes.vocab_size, spec.hidden_size, device=device, dtype=dtype).normal_(std=0.02)
+    norm = torch.ones(spec.hidden_size, device=device, dtype=dtype)
+    return Stack(spec=spec, embedding=head, head=head, final_norm=norm, modules=modules)
+
+
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call as a CUDA graph's replay; on a CPU the call itself."""
+    if device.type != "cuda":
+        return call
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles kernels, opens NCCL's channels
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may query events meanwhile
+        call()
+    return graph.replay
+
+
+def percentiles(replay: Callable[[], object], steps: int, device: torch.device) -> list[float]:
+    """p20, p50, p80 seconds of one replay, of the slowest rank. The count is fixed, so that ranks stay in step."""
+    for _ in range(5):
+        replay()
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        torch.cuda.synchronize(device)
+        events[0].record()
+        for event in events[1:]:
+            replay()
+            event.record()
+        torch.cuda.synchronize(device)
+        samples = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+    else:
+        samples = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            replay()
+            samples.append(time.perf_counter() - begin)
+    found = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    if dist.is_initialized():
+        found = found.to(device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def measure(stack: Stack, batch: int, context: int, steps: int, tp: int) -> list[float]:
+    runner = FastRunner(stack, batch, context + 2)
+    runner.randomize()
+    if tp > 1:
+        runner.parts = [Reduced(part) for part in runner.parts]  # type: ignore[misc]
+    runner.batch.at(context)
+    with torch.inference_mode():
+        return percentiles(captured(runner.decode_once, runner.device), steps, runner.device)
+
+
+@click.command()
+@click.option("--shapes", "names", default="llama-3.1-8b,llama-3.1-405b-tp8", show_default=True)
+@click.option("--batches", default="1,16,64", show_default=True)
+@click.option("--fractions", default="1,0.5", show_default=True, help="FFN width of attention-free layers.")
+@click.option("--context", type=int, default=1024, show_default=True)
+@click.option("--steps", type=int, default=100, show_default=True)
+@click.option("--tp", type=int, default=1, show_default=True, help="Ranks, under torchrun.")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--csv", "table", type=click.Path(path_type=Path), default=Path("benchmarks/results/fusion_latency.csv"))
+@click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
+def main(
+    names: str,
+    batches: str,
+    fractions: str,
+    context: int,
+    steps: int,
+    tp: int,
+    device: str,
+    table: Path,
+    append: bool,
+) -> None:
+    where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if device == "cuda":
+        torch.cuda.set_device(where)
+    if tp > 1:
+        if device == "cuda":
+            dist.init_process_group("nccl", device_id=where)
+        else:
+            dist.init_process_group("gloo")
+        if dist.get_world_size() != tp:
+            raise SystemExit(f"--tp {tp} under {dist.get_world_size()} ranks: torchrun --nproc-per-node {tp}")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    versions = f"torch {torch.__version__}"
+    if device == "cuda":
+        import triton
+
+        versions += f"; triton {triton.__version__}; nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    rows: list[tuple] = []
+    for name in names.split(","):
+        whole = named_shapes(name)
+        count, free = LAYERS.get(name, (whole.num_layers, whole.num_layers // 2 // 4 * 4))
+        shapes = share(whole, name, tp)
+        for fraction in map(float, fractions.split(",")):
+            unfused: dict[int, float] = {}
+            for fusion in ("unfused", "parent", "twos", "fours", "one"):
+                if fusion == "parent" and fraction != 1:
+                    continue
+                layers = widths(shapes.spec, count, free, fusion, fraction)
+                stack = build(shapes, layers, where, dtype)
+                size, num_parts = stack.num_bytes, len(stack.modules)
+                for batch in map(int, batches.split(",")):
+                    low, middle, high = measure(stack, batch, context, steps, tp)
+                    unfused.setdefault(batch, middle)
+                    row = (
+                        name,
+                        f"x{fraction:g}",
+                        fusion,
+                        len(layers),
+                        batch,
+                        context,
+                        tp,
+                        num_parts if tp > 1 else 0,
+                        size,
+                        f"{low:.6g}",
+                        f"{middle:.6g}",
+                        f"{high:.6g}",
+                        f"{unfused[batch] / middle:.4f}",
+                        torch.cuda.get_device_name(where) if device == "cuda" else "cpu",
+                        versions,
+                        time.strftime("%Y-%m-%d"),
+                    )
+                    rows.append(row)
+                    if first:
+                        print(*row[:13], flush=True)
+                        write(table, rows, append)
+                del stack
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_KEPT: dict[Path, str] = {}
+
+
+def write(table: Path, rows: list[tuple], append: bool) -> None:
+    """All rows so far, after those that the file had before this run with --append."""
+    header = COLUMNS + "\n"
+    if table not in _KEPT:
+        old = table.read_text(encoding="utf-8") if append and table.is_file() else header
+        _KEPT[table] = old if old.startswith(header) else header
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with open(table, "w", newline="", encoding="utf-8") as handle:
+        handle.write(_KEPT[table])
+        csv.writer(handle, lineterminator="\n").writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""`puzzle bench`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from puzzle.cli import options
+
+
+@click.command("bench")
+@click.argument("target", type=options.DIRECTORY, metavar="CHILD|ARCHITECTURE")
+@click.option("--gpu", required=True, help="This machine's: h100, or cpu.")
+@click.option(
+    "--shapes", default=None, metavar="NAME", help="The parent's shapes, for an architecture without weights."
+)
+@click.option("--input-len", type=int, default=None, help="Prompt tokens. Default: the architecture's workload.")
+@click.option("--output-len", type=int, default=None, help="Generated tokens. Default: the architecture's workload.")
+@click.option("--batch", type=int, default=None, help="Default: what was predicted to be best.")
+@click.option("--fp8", is_flag=True, help="Weights and KV cache in fp8.")
+@click.option("--with-parent", is_flag=True, help="Measure the parent too, at its own best batch.")
+@click.option("--repeats", type=int, default=3, show_default=True)
+@options.as_json
+def bench_command(
+    target: Path,
+    gpu: str,
+    shapes: str | None,
+    input_len: int | None,
+    output_len: int | None,
+    batch: int | None,
+    fp8: bool,
+    with_parent: bool,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Measure throughput, time to first token and time per token beside the prediction.
+
+    \b
+    Examples:
+      puzzle bench lib/solution --gpu h100 --shapes llama-3.1-8b --with-parent
+      puzzle bench child --gpu h100 --input-len 2048 --output-len 256 --batch 32
+    """
+    from puzzle.errors import UserError
+
+    if (input_len is None) != (output_len is None):
+        raise UserError("--input-len and --output-len go together: pass both or none")
+    for option, value in (
+        ("--input-len", input_len),
+        ("--output-len", output_len),
+        ("--batch", batch),
+        ("--repeats", repeats),
+    ):
+        if value is not None:
+            options.positive(option, value)
+    from puzzle.bench_gpu import bench
+    from puzzle.costs import Workload
+
+    work = None if input_len is None or output_len is None else Workload(input_len=input_len, output_len=output_len)
+    found = bench(
+        target, gpu=gpu, shapes=shapes, work=work, batch=batch, fp8=fp8, with_parent=with_parent, repeats=repeats
+    )
+    options.print_json(found) if as_json else _print(found)
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from puzzle.console import console
+
+    table = Table(title=f"{found['device']}, {found['dtype']}, {found['workload']}", title_justify="left")
+    for name in ("", "predicted", "measured", "measured / predicted"):
+        table.add_column(name, justify="left" if not name else "right")
+    for who in ("child", "parent"):
+        if who not in found:
+            continue
+        measured, predicted = found[who]["measured"], found[who]["predicted"] or {}
+        table.add_row(f"{who}, batch {measured['batch']}", "", "", "", style="bold")
+        for key, label, scale in (
+            ("tokens_per_second", "tokens/s", 1.0),
+            ("ttft_seconds", "time to first token, ms", 1e3),
+            ("tpot_seconds", "time per output token, ms", 1e3),
+            ("memory_bytes", "weights and KV cache, GB", 1e-9),
+        ):
+            ours, theirs = measured[key] * scale, predicted.get(key)
+            told = ("–", "–") if theirs is None else (f"{theirs * scale:.5g}", f"{ours / (theirs * scale):.3f}")
+            table.add_row(label, told[0], f"{ours:.5g}", told[1])
+    if "speedup" in found:
+        told = found["speedup"]
+        promised = "–" if told["predicted"] is None else f"{told['predicted']:.3g}x"
+        table.add_row("speed-up, each at its best batch", promised, f"{told['measured']:.3g}x", "")
+    console.print(table)

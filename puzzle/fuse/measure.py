@@ -1,0 +1,202 @@
+"""What layers owe to earlier layers, measured on held-out text: the dependency matrix, and blocks run in parallel.
+
+One pass over the child, a layer in memory at a time: beside the child's own residual stream go those in which one earlier
+layer added nothing, kept in host memory. Letters: B sequences, T tokens, E hidden_size, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puzzle.blocklib.layer import KINDS, LayerSpec
+from puzzle.blocklib.modules import Attention, Linear, NoOp, SwiGLU
+from puzzle.console import progress
+from puzzle.export.child import Child, Gqa, SwiGlu
+from puzzle.export.child import Linear as LinearShape
+from puzzle.fuse.matrix import Matrix, Rows
+from puzzle.metrics import Divergence
+from puzzle.model import Block, CausalModel
+
+
+class Walker:
+    """A child on one device, layer by layer, and the held-out ids [B, T] it runs on."""
+
+    def __init__(self, child: Child, spec: LayerSpec, sequences: Tensor, device: torch.device, dtype: torch.dtype):
+        self.child, self.spec, self.device, self.dtype = child, spec, device, dtype
+        self.ids = [ids.long().to(device) for ids in sequences.split(4)]
+        embedding = child.read_embedding().to(device, dtype)
+        head = None if child.tied else child.read_head().to(device, dtype)
+        ends = CausalModel(spec, embedding, [], child.read_final_norm().to(device, dtype), head)
+        self.ends = ends.requires_grad_(False).eval()
+        self.rope = self.ends.rope(sequences.shape[1])
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers in order, one in memory at a time."""
+        for index in range(len(self.child.layers)):
+            yield self.block(index)
+
+    def block(self, index: int) -> Block:
+        layer = self.child.layers[index]
+        parts = []
+        for kind in KINDS:
+            shape = layer.shape(kind)
+            with torch.device("meta"):
+                module: nn.Module = NoOp()
+                if isinstance(shape, Gqa):
+                    module = Attention(self.spec, shape.num_key_value_heads, shape.window)
+                elif isinstance(shape, SwiGlu):
+                    module = SwiGLU(self.spec, shape.width)
+                elif isinstance(shape, LinearShape):
+                    module = Linear(self.spec)
+            weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(kind).items()}
+            module.load_state_dict(weights, assign=True)
+            parts.append(module.requires_grad_(False).eval())
+        return Block(parts[0], parts[1])
+
+    def embedded(self) -> list[Tensor]:
+        """The stream before the first layer, batch by batch [B, T, E], in host memory."""
+        return [self.ends.embedding(ids).cpu() for ids in self.ids]
+
+    def added(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention and FFN add to x [B, T, E]."""
+        attention = block.attention(x, self.rope)
+        return attention, block.ffn(x + attention, self.rope)
+
+
+class _Sums:
+    """Running sums of both measures over tokens, [L][L]; None where j adds nothing or i was never left out."""
+
+    def __init__(self, num_layers: int):
+        self.distance = torch.zeros(num_layers, num_layers, dtype=torch.float64)
+        self.error, self.size = torch.zeros_like(self.distance), torch.zeros_like(self.distance)
+        self.num_tokens = torch.zeros_like(self.distance)
+
+    def add(self, i: int, j: int, own: Tensor, without: Tensor) -> None:
+        """own, without [B, T, E]: what j adds with and without i."""
+        own, without = own.float(), without.float()
+        self.distance[i, j] += (1 - F.cosine_similarity(own, without, dim=-1)).sum(dtype=torch.float64).cpu()
+        self.error[i, j] += (without - own).pow(2).sum(dtype=torch.float64).cpu()
+        self.size[i, j] += own.pow(2).sum(dtype=torch.float64).cpu()
+        self.num_tokens[i, j] += own.shape[0] * own.shape[1]
+
+    def matrix(self) -> Matrix:
+        return Matrix(
+            dependency=_rows(self.distance / self.num_tokens, self.size),
+            relative_error=_rows(self.error / self.size, self.size),
+        )
+
+
+def _rows(values: Tensor, size: Tensor) -> Rows:
+    known = size > 0
+    return [
+        [max(0.0, value) if ok else None for value, ok in zip(row, oks, strict=True)]
+        for row, oks in zip(values.tolist(), known.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def measure_dependency(walker: Walker, ffns: bool = False) -> tuple[Matrix, Matrix | None]:
+    """(matrix of whole layers, that of FFNs alone or None). A layer's contribution is what it adds to the stream.
+
+    Host memory: (L + 1)·B·T·E elements, twice that with `ffns`.
+    """
+    count = len(walker.child.layers)
+    layers, alone = _Sums(count), _Sums(count)
+    streams = walker.embedded()
+    without: dict[int, list[Tensor]] = {}  # per layer left out
+    without_ffn: dict[int, list[Tensor]] = {}
+    with progress("dependency", count) as bar:
+        for j, block in enumerate(walker.blocks()):
+            bar.note(f"layer {j}")
+            new: list[Tensor] = []
+            new_ffn: list[Tensor] = []
+            for batch, kept in enumerate(streams):
+                x = kept.to(walker.device)
+                attention, ffn = walker.added(block, x)
+                for i, stream in without.items():
+                    other = stream[batch].to(walker.device)
+                    own_attention, own_ffn = walker.added(block, other)
+                    layers.add(i, j, attention + ffn, own_attention + own_ffn)
+                    stream[batch] = (other + own_attention + own_ffn).cpu()
+                for i, stream in without_ffn.items():
+                    other = stream[batch].to(walker.device)
+                    own_attention, own_ffn = walker.added(block, other)
+                    alone.add(i, j, ffn, own_ffn)
+                    stream[batch] = (other + own_attention + own_ffn).cpu()
+                new.append(kept)
+                new_ffn.append((x + attention).cpu())
+                streams[batch] = (x + attention + ffn).cpu()
+            if not (isinstance(block.attention, NoOp) and isinstance(block.ffn, NoOp)):
+                without[j] = new
+            if ffns and not isinstance(block.ffn, NoOp):
+                without_ffn[j] = new_ffn
+            bar.advance()
+    return layers.matrix(), alone.matrix() if ffns else None
+
+
+@torch.no_grad()
+def parallel_divergence(walker: Walker, sets: list[list[int]]) -> list[dict[str, float]]:
+    """For each set of layers i: the child's KL(child‖changed) when each i and i + 1 read the same input.
+
+    A pair computes x + c_i(x) + c_{i+1}(x), with c what a whole block adds (arXiv 2503.18908, "parallelizing whole
+    blocks"); sets hold disjoint pairs. Returns, per set, what `metrics.Divergence.result` gives, in nats per token.
+    """
+    own = walker.embedded()
+    changed: list[list[Tensor] | None] = [None] * len(sets)
+    before: list[list[Tensor] | None] = [None] * len(sets)  # the input that a pair in hand shares
+    count = len(walker.child.layers)
+    with progress("in parallel", count) as bar:
+        for j, block in enumerate(walker.blocks()):
+            for number, pairs in enumerate(sets):
+                if j in pairs:
+                    before[number] = list(changed[number] or own)
+                if (stream := changed[number]) is None and j - 1 not in pairs:
+                    continue  # the same as the child so far
+                stream = stream if stream is not None else list(own)
+                shared = before[number] if j - 1 in pairs else None
+                for batch, x in enumerate(stream):
+                    read = (x if shared is None else shared[batch]).to(walker.device)
+                    stream[batch] = (x.to(walker.device) + sum(walker.added(block, read))).cpu()
+                changed[number] = stream
+            for batch, x in enumerate(own):
+                own[batch] = (x.to(walker.device) + sum(walker.added(block, x.to(walker.device)))).cpu()
+            bar.advance()
+    found = []
+    for stream in changed:
+        meter = Divergence()
+        for ids, x, y in zip(walker.ids, own, stream or own, strict=True):
+            meter.add(walker.ends, x.to(walker.device), walker.ends, y.to(walker.device), ids)
+        found.append(meter.result())
+    return found
+
+
+def parallel_report(walker: Walker) -> dict[str, Any]:
+    """Every pair of neighbouring blocks in parallel, alone; and the best disjoint pairs together, one more at a time.
+
+    {"pairs": [{"layers": [i, i+1], "kl", "kl_stderr"}], "together": [{"pairs": [[i, i+1], …], "kl", "kl_stderr"}]}
+    """
+    count = len(walker.child.layers) - 1
+    busy = [i for i in range(count) if not (walker.child.layers[i].is_empty or walker.child.layers[i + 1].is_empty)]
+    alone = dict(zip(busy, parallel_divergence(walker, [[i] for i in busy]), strict=True))
+    chosen: list[int] = []
+    sets: list[list[int]] = []
+    for i in sorted(busy, key=lambda i: alone[i]["kl"]):
+        if not {i - 1, i, i + 1} & set(chosen):
+            chosen.append(i)
+            sets.append(sorted(chosen))
+    together = parallel_divergence(walker, sets)
+    return {
+        "pairs": [{"layers": [i, i + 1], **_short(alone[i])} for i in busy],
+        "together": [
+            {"pairs": [[i, i + 1] for i in pairs], **_short(found)} for pairs, found in zip(sets, together, strict=True)
+        ],
+    }
+
+
+def _short(found: dict[str, float]) -> dict[str, float]:
+    return {key: found[key] for key in ("kl", "kl_stderr")}

@@ -1,0 +1,149 @@
+"""Fusion as a rewrite of a child: x + Σ_k FFN_k(norm_k(x)) as one layer with one wide SwiGLU.
+
+For layers k of a run, with norm scales s_k, n = x / rms(x), and ⊙ the product of channels:
+    Σ_k D_k (silu(G_k (s_k ⊙ n)) ⊙ U_k (s_k ⊙ n)) = D (silu(G n) ⊙ U n)
+with G and U the rows of G_k·diag(s_k) and U_k·diag(s_k) under each other, D the columns of D_k beside each other, and a
+norm of scale one. So every FFN keeps its own norm ("own"). The paper keeps the last layer's norm for all FFNs ("last",
+arXiv 2503.18908, section 3): then G_k and U_k stay as they are and the scale is s_j. Biases of gate and up stack, those
+of down add up. What fusion changes is the input: an FFN no longer sees what the FFNs before it in its run added.
+
+Nothing is read before the fused layer is; then one layer of the run, and its folded copy, are held beside it.
+Letters: E hidden_size, F width of one FFN, W width of the fused one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from puzzle.export.child import ABSENT, Absent, Child, ChildLayer, Linear, Read, SwiGlu, Tensors, no_tensors
+from puzzle.fuse.runs import Run, check_runs, members, width_of
+
+Norm = Literal["own", "last"]
+
+
+def widths_of(child: Child) -> list[int | None]:
+    """Per layer, as `puzzle.fuse.runs` has it: channels of a layer without attention, 0 for no FFN, None: not fusible."""
+    return [_width(layer) for layer in child.layers]
+
+
+def _width(layer: ChildLayer) -> int | None:
+    if not isinstance(layer.attention, Absent) or isinstance(layer.ffn, Linear):
+        return None
+    return layer.ffn.width if isinstance(layer.ffn, SwiGlu) else 0
+
+
+def reasons(child: Child) -> list[str]:
+    """Per layer, what stands in the way of fusing it; "" where nothing does."""
+    found = []
+    for layer in child.layers:
+        if not isinstance(layer.attention, Absent):
+            found.append(f"has {'linear ' if isinstance(layer.attention, Linear) else ''}attention")
+        else:
+            found.append("has a linear FFN, which no wide SwiGLU can hold" if isinstance(layer.ffn, Linear) else "")
+    return found
+
+
+def fuse_layers(child: Child, runs: Sequence[Run], norm: Norm = "own") -> Child:
+    """The child with each run as one layer without attention; layers of a run without FFN vanish.
+
+    Each new layer stands for the last parent layer of its run (`ChildLayer.parent_layer`). Raises UserError as
+    `check_runs` does.
+    """
+    widths = widths_of(child)
+    starts = {run[0]: run for run in check_runs(runs, widths, reasons(child))}
+    layers: list[ChildLayer] = []
+    at = 0
+    while at < len(child.layers):
+        if at not in starts:
+            layers.append(child.layers[at])
+            at += 1
+            continue
+        run = starts[at]
+        parts = [child.layers[index] for index in members(run, widths)]
+        last = child.layers[run[1]]
+        layers.append(
+            replace(
+                last,
+                attention=ABSENT,
+                read_attention=no_tensors,
+                ffn=SwiGlu(width=width_of(run, widths)),
+                read_ffn=_stacked([part.read_ffn for part in parts], [_width(part) or 0 for part in parts], norm),
+                parent_layer=last.stands_for,
+            )
+        )
+        at = run[1] + 1
+    numbered = tuple(replace(layer, origin=index, parent_layer=layer.stands_for) for index, layer in enumerate(layers))
+    return replace(child, layers=numbered)
+
+
+def remove_layers(child: Child, layers: Sequence[int]) -> Child:
+    """The child without these layers: what fusion is held against, at the same number of layers."""
+    kept = [layer for index, layer in enumerate(child.layers) if index not in set(layers)]
+    numbered = tuple(replace(layer, origin=index, parent_layer=layer.stands_for) for index, layer in enumerate(kept))
+    return replace(child, layers=numbered)
+
+
+def _stacked(reads: list[Read], widths: list[int], norm: Norm) -> Read:
+    """Reads FFNs one by one into the tensors of the wide one, in the widest of their dtypes."""
+
+    def tensors() -> Tensors:
+        wide: Tensors = {}
+        begin = 0
+        for read, width in zip(reads, widths, strict=True):
+            part = folded(read()) if norm == "own" else read()
+            if not wide:
+                wide = _empty(part, sum(widths))
+            for name, value in part.items():
+                wide[name] = wide[name].to(torch.promote_types(wide[name].dtype, value.dtype))
+                _place(name, wide[name], value, slice(begin, begin + width))
+            begin += width
+        return wide
+
+    return tensors
+
+
+def _empty(part: Tensors, width: int) -> Tensors:
+    """Zero tensors of the wide FFN, in the dtypes of its first part."""
+    size = len(part["norm.weight"])
+    shapes = {
+        "norm.weight": (size,),
+        "gate_proj.weight": (width, size),
+        "up_proj.weight": (width, size),
+        "down_proj.weight": (size, width),
+        "gate_proj.bias": (width,),
+        "up_proj.bias": (width,),
+        "down_proj.bias": (size,),
+    }
+    return {name: value.new_zeros(shapes[name]) for name, value in part.items()}
+
+
+def _place(name: str, wide: Tensor, value: Tensor, at: slice) -> None:
+    """Write one FFN's tensor into the wide one's, in place."""
+    if name == "norm.weight":
+        wide.copy_(value)  # with folded scales all are one; otherwise the last one stays
+    elif name == "down_proj.weight":
+        wide[:, at] = value
+    elif name == "down_proj.bias":
+        wide.add_(value)
+    else:
+        wide[at] = value
+
+
+def folded(tensors: Tensors) -> Tensors:
+    """An FFN's tensors with the scale of its norm inside gate and up [F, E], and a norm of ones [E].
+
+    The product is taken in float32 (in float64 for float64 weights) and rounded once.
+    """
+    scale = tensors["norm.weight"]
+    found = dict(tensors)
+    for name in ("gate_proj.weight", "up_proj.weight"):
+        weight = tensors[name]
+        precise = torch.promote_types(torch.promote_types(weight.dtype, scale.dtype), torch.float32)
+        found[name] = (weight.to(precise) * scale.to(precise)).to(weight.dtype)
+    found["norm.weight"] = torch.ones_like(scale)
+    return found

@@ -1,0 +1,239 @@
+"""`puzzle fuse`: a child on disk -> a child with fewer layers, and what was measured to choose them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle.build import compute_dtype, pick_device
+from puzzle.card import CardFacts, child_card
+from puzzle.data import load_tokens
+from puzzle.errors import UserError
+from puzzle.export.checkpoint import write_checkpoint
+from puzzle.export.child import Child, child_of_checkpoint
+from puzzle.export.hf import hf_config
+from puzzle.families.family import HfModel, open_model
+from puzzle.files import read_json
+from puzzle.fuse.matrix import Dependency
+from puzzle.fuse.measure import Walker, measure_dependency
+from puzzle.fuse.rewrite import Norm, fuse_layers, reasons, widths_of
+from puzzle.fuse.runs import Rule, Run, check_runs, choose_runs, members, stretches, width_of, worst
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """Held-out text to measure on: num_sequences sequences of seq_len tokens."""
+
+    data: Sequence[str]
+    num_sequences: int = 16
+    seq_len: int = 512
+    text_field: str = "text"
+    device: str = "auto"
+
+
+def open_walker(opened: HfModel, held: Held) -> tuple[Walker, dict[str, Any]]:
+    """The child on its device, and the facts of the measurement. Raises UserError without text."""
+    device = pick_device(held.device)
+    tokens = load_tokens(
+        list(held.data),
+        opened.directory,
+        seq_len=min(held.seq_len, opened.max_length),
+        num_train=1,
+        num_validation=held.num_sequences,
+        text_field=held.text_field,
+    )
+    walker = Walker(child_of_checkpoint(opened), opened.spec, tokens.validation, device, compute_dtype(device))
+    facts = {
+        "model": Path(opened.source).absolute().name,
+        "num_tokens": tokens.validation.numel(),
+        "data_hash": tokens.hash,
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "versions": f"torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return walker, facts
+
+
+def dependency_of(source: str | Path, held: Held, ffns: bool = False) -> Dependency:
+    """Measure a parent or child on disk. Raises UserError as `open_model` and `load_tokens` do."""
+    walker, facts = open_walker(open_model(source), held)
+    layers, alone = measure_dependency(walker, ffns)
+    return Dependency(layers=layers, ffns=alone, facts=facts)
+
+
+def recorded_runs(source: Path) -> list[Run] | None:
+    """The runs that `puzzle solve --fusion` wrote into architecture.json (a file, or the directory it is in).
+
+    None where there is no such file, or it was solved without --fusion. Raises UserError for runs that are none.
+    """
+    path = source / "architecture.json" if source.is_dir() else source
+    if not path.is_file():
+        return None
+    found = read_json(path, "puzzle solve").get("fuse")
+    if found is None:
+        return None
+    if not all(isinstance(run, list) and len(run) == 2 and all(isinstance(n, int) for n in run) for run in found):
+        raise UserError(f'{path} has "fuse": {found}: write [[first, last], ...], or solve again with --fusion')
+    return [(first, last) for first, last in found]
+
+
+def pick_runs(child: Child, rule: Rule, dependency: Dependency | None) -> list[Run]:
+    """`choose_runs` for a child. Raises UserError, saying what would help, when nothing can be fused."""
+    widths = widths_of(child)
+    if not stretches(widths):
+        free = [index for index, why in enumerate(reasons(child)) if not why]
+        which = f"only {', '.join(map(str, free))}" if free else "none"
+        raise UserError(
+            f"{child.name} has no two neighbouring layers without attention ({which} of its {len(widths)} layers): fuse a "
+            "child that drops attention, as `puzzle solve LIBRARY --throughput 2x --fusion` chooses one"
+        )
+    matrix = None if dependency is None or dependency.layers is None else dependency.layers.dependency
+    runs = choose_runs(widths, rule, matrix)
+    if runs:
+        return runs
+    able = ", ".join(f"{first}-{last}" for first, last in stretches(widths))
+    if choose_runs(widths, Rule(keep_last=rule.keep_last)) and not choose_runs(
+        widths, Rule(keep_last=rule.keep_last, max_width=rule.max_width)
+    ):
+        raise UserError(f"--max-width {rule.max_width} leaves nothing to fuse in layers {able}: allow more channels")
+    if rule.keep_last and not choose_runs(widths, Rule()):
+        raise UserError(
+            f"nothing to fuse: the rows of layers without attention of {child.name} ({able}) have two FFNs each, and "
+            "their last one is kept: pass --no-keep-last"
+        )
+    assert matrix is not None
+    rows = [members(stretch, widths)[: -1 if rule.keep_last else None] for stretch in stretches(widths)]
+    pairs = [(i, j) for inside in rows for i, j in pairwise(inside)]
+    least = min((value for i, j in pairs if (value := matrix[i][j]) is not None), default=0.0)
+    raise UserError(
+        f"--max-dependency {rule.max_dependency:g} leaves nothing to fuse in layers {able}: the least dependency there is "
+        f"{least:.3g}; allow more, or name --runs by hand"
+    )
+
+
+def describe(child: Child, runs: Sequence[Run], norm: Norm, dependency: Dependency | None) -> dict[str, Any]:
+    """What is fused, as `puzzle fuse --json` prints it. Raises UserError for runs that cannot be."""
+    widths = widths_of(child)
+    matrix = None if dependency is None or dependency.layers is None else dependency.layers.dependency
+    fused = fuse_layers(child, runs, norm)
+    return {
+        "norm": norm,
+        "runs": [
+            {
+                "first": run[0],
+                "last": run[1],
+                "widths": [widths[layer] for layer in members(run, widths)],
+                "width": width_of(run, widths),
+                "dependency": worst(run, widths, matrix),
+            }
+            for run in check_runs(runs, widths, reasons(child))
+        ],
+        "num_layers": {"before": len(child.layers), "after": len(fused.layers)},
+        "num_parameters": {"before": child.num_parameters, "after": fused.num_parameters},
+        "layer_origins": [layer.stands_for for layer in fused.layers],
+    }
+
+
+def fuse_child(
+    source: Path,
+    out: Path,
+    runs: Sequence[Run],
+    *,
+    norm: Norm = "own",
+    dependency: Dependency | None = None,
+    report: dict[str, Any] | None = None,
+    force: bool = False,
+    max_shard_bytes: int = 4 * 2**30,
+) -> dict[str, Any]:
+    """Write the fused child to `out`, sub-block by sub-block, and return `describe`'s facts.
+
+    dependency: kept as dependency.json; report: what was measured of blocks in parallel, kept as parallel.json.
+    Raises UserError for runs that cannot be fused, and as `write_checkpoint` does.
+    """
+    child = child_of_checkpoint(source)
+    facts = describe(child, runs, norm, dependency)
+    extra: dict[str, dict[str, Any]] = {"fusion.json": {"schema": 1, **facts}}
+    if dependency is not None:
+        extra["dependency.json"] = {"schema": 1, **dependency.to_json()}
+    if report is not None:
+        extra["parallel.json"] = {"schema": 1, **report}
+    path = source / "architecture.json"
+    solved = read_json(path, "puzzle solve") if path.is_file() else None
+    done = [list(run) for run in sorted(runs)]
+    promised = solved is not None and solved.pop("fuse", None) == done
+    if solved is not None:
+        extra["architecture.json"] = solved | {"fused": [*solved.get("fused", []), *done]}
+    write_fused(
+        fuse_layers(child, runs, norm),
+        child,
+        out,
+        section=_section(facts),
+        solved=solved if promised else None,
+        extra=extra,
+        force=force,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return facts
+
+
+def write_fused(
+    fused: Child,
+    child: Child,
+    out: Path,
+    *,
+    section: str,
+    solved: dict[str, Any] | None = None,
+    extra: dict[str, dict[str, Any]] | None = None,
+    force: bool = False,
+    max_shard_bytes: int = 4 * 2**30,
+) -> None:
+    """A checkpoint like any other child's. section: what its card says besides; solved: predictions that still hold."""
+    dtype = str(fused.dtype).removeprefix("torch.")
+    card = child_card(
+        CardFacts(
+            child=fused,
+            original=fused,
+            format="hf",
+            engine=None,
+            dtype=dtype,
+            file=None,
+            licence=child.licence,
+            lowerings=(),
+            also=(),
+            solved=solved,
+            facts=None,
+            measured=None,
+        )
+    )
+    write_checkpoint(
+        out,
+        config=hf_config(fused, fused.dtype),
+        tensors=fused.tensors(),
+        tokenizer_from=child.tokenizer,
+        generation_config=child.generation_config,
+        card=f"{card}\n{section}\n",
+        extra_json=extra,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+    )
+
+
+def _section(facts: dict[str, Any]) -> str:
+    """What the card says of the fusion."""
+    rows = "\n".join(
+        f"| {run['first']}-{run['last']} | {' + '.join(map(str, run['widths']))} = {run['width']} | "
+        f"{'not measured' if run['dependency'] is None else format(run['dependency'], '.3g')} |"
+        for run in facts["runs"]
+    )
+    norm = "its own norm" if facts["norm"] == "own" else "the norm of the last"
+    return (
+        f"## Fused\n\n{facts['num_layers']['before']} layers became {facts['num_layers']['after']}: the FFNs of a run read "
+        f"one input in parallel (arXiv 2503.18908), each through {norm}.\n\n| layers before | channels | largest dependency "
+        f"|\n|---|---|---|\n{rows}"
+    )

@@ -1,0 +1,181 @@
+"""What `puzzle fuse` does with its options: which runs, measured on what, written where."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puzzle.console import console
+from puzzle.errors import UserError
+from puzzle.export.child import Child, child_of_checkpoint
+from puzzle.families.family import HfModel, open_model
+from puzzle.files import check_writable, claim_output, write_json
+from puzzle.fuse.matrix import Dependency, check_matplotlib, draw_heat_map, read_dependency
+from puzzle.fuse.measure import Walker, measure_dependency, parallel_report
+from puzzle.fuse.rewrite import Norm
+from puzzle.fuse.runs import Rule, Run, parse_runs
+from puzzle.fuse.stage import Held, describe, fuse_child, open_walker, pick_runs, recorded_runs
+from puzzle.goal import parse_count
+from puzzle.hardware import parse_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """The options of `puzzle fuse`, as typed."""
+
+    data: tuple[str, ...]
+    out: Path | None
+    runs_text: str | None
+    norm: Norm
+    max_dependency: float
+    keep_last: bool
+    max_width: str | None
+    sequences: int
+    seq_len: int
+    dependency_file: Path | None
+    dependency_only: bool
+    heat_map: Path | None
+    parallel_blocks: bool
+    max_shard: str
+    dry_run: bool
+    force: bool
+    text_field: str
+    device: str
+
+
+def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
+    """{"child", "written": [paths], "dependency_only"} and what `stage.describe` gives; "parallel" with --parallel-blocks.
+
+    Everything that can be wrong with the options is said before anything is measured. Raises UserError.
+    """
+    opened = open_model(source)
+    child = child_of_checkpoint(opened)
+    if wanted.heat_map is not None:
+        check_matplotlib()
+        check_writable(wanted.heat_map.parent)
+    if wanted.data and wanted.dependency_file is not None:
+        raise UserError("--data and --dependency both say where the dependency comes from: leave one out")
+    if wanted.parallel_blocks and not wanted.data:
+        raise UserError("--parallel-blocks is measured on text: pass --data")
+    if wanted.dependency_only:
+        return _dependency_only(source, opened, wanted)
+    if wanted.out is None and not wanted.dry_run:
+        raise UserError("--out is missing: say where the fused child goes, or pass --dry-run")
+    if wanted.out is not None and not wanted.dry_run:
+        claim_output(wanted.out, wanted.force)
+    max_shard = parse_bytes(wanted.max_shard)
+    rule = _rule(child, wanted)
+    runs = _given(source, child, wanted)
+    if runs is not None:
+        describe(child, runs, wanted.norm, None)  # says what is wrong before anything is measured
+    elif not wanted.data and wanted.dependency_file is None:
+        pick_runs(child, Rule(keep_last=rule.keep_last, max_width=rule.max_width), None)
+        raise UserError("nothing says which layers to fuse: pass --data with held-out text, or --runs 3-5 by hand")
+    dependency, report = _measured(opened, wanted)
+    if wanted.heat_map is not None:
+        _draw(wanted.heat_map, dependency, child.name)
+    if runs is None:
+        runs = pick_runs(child, rule, dependency)
+    written = [] if wanted.heat_map is None else [str(wanted.heat_map)]
+    if wanted.dry_run or wanted.out is None:
+        facts = describe(child, runs, wanted.norm, dependency)
+    else:
+        facts = fuse_child(
+            source,
+            wanted.out,
+            runs,
+            norm=wanted.norm,
+            dependency=dependency,
+            report=report,
+            force=wanted.force,
+            max_shard_bytes=max_shard,
+        )
+        written.append(str(wanted.out))
+    found = {"child": str(source), **facts, "written": written, "dependency_only": False}
+    return found | ({} if report is None else {"parallel": report})
+
+
+def _dependency_only(source: Path, opened: HfModel, wanted: Wanted) -> dict[str, Any]:
+    if not wanted.data:
+        raise UserError("--dependency-only is measured on text: pass --data")
+    out = wanted.out
+    if out is None or out.suffix != ".json":
+        raise UserError(f"--out {out or 'is missing'}: with --dependency-only it is a file, such as dependency.json")
+    check_writable(out.parent)
+    dependency, report = _measured(opened, wanted)
+    assert dependency is not None, "there is text"
+    write_json(out, dependency.to_json())
+    written = [str(out)]
+    if wanted.heat_map is not None:
+        _draw(wanted.heat_map, dependency, Path(source).absolute().name)
+        written.append(str(wanted.heat_map))
+    found = {"child": str(source), "written": written, "dependency_only": True, **dependency.to_json()}
+    return found | ({} if report is None else {"parallel": report})
+
+
+def _rule(child: Child, wanted: Wanted) -> Rule:
+    width = None
+    if wanted.max_width is not None:
+        times = re.fullmatch(r"\s*([0-9.]+)\s*x\s*", wanted.max_width)
+        try:
+            width = (
+                int(float(times[1]) * child.intermediate_size)
+                if times
+                else parse_count("--max-width", wanted.max_width)
+            )
+        except ValueError:
+            raise UserError(
+                f"--max-width {wanted.max_width}: write channels such as 28672, or 4x the parent's"
+            ) from None
+    return Rule(max_dependency=wanted.max_dependency, keep_last=wanted.keep_last, max_width=width)
+
+
+def _given(source: Path, child: Child, wanted: Wanted) -> list[Run] | None:
+    """Runs by hand or as the child was solved for; None when they are to be chosen by dependency."""
+    text = wanted.runs_text
+    if text == "auto":
+        return None
+    if text is not None and text != "solved":
+        return parse_runs(text, len(child.layers))
+    found = recorded_runs(source)
+    if found:
+        if text is None:
+            listed = ",".join(f"{first}-{last}" for first, last in found)
+            console.print(f"runs {listed}, as this child was solved for; --runs auto chooses by dependency instead")
+        return found
+    if text == "solved":
+        raise UserError(
+            f"--runs solved: {source} records no runs; solve with --fusion and export again, or leave it out"
+        )
+    return None
+
+
+def _measured(opened: HfModel, wanted: Wanted) -> tuple[Dependency | None, dict[str, Any] | None]:
+    """The dependency, from text or from a file, and the report on blocks in parallel."""
+    if wanted.dependency_file is not None:
+        return read_dependency(wanted.dependency_file, opened.num_layers), None
+    if not wanted.data:
+        return None, None
+    held = Held(
+        data=wanted.data,
+        num_sequences=wanted.sequences,
+        seq_len=wanted.seq_len,
+        text_field=wanted.text_field,
+        device=wanted.device,
+    )
+    walker, facts = open_walker(opened, held)
+    layers, ffns = measure_dependency(walker, ffns=wanted.dependency_only)
+    return Dependency(layers=layers, ffns=ffns, facts=facts), _parallel(walker, wanted)
+
+
+def _parallel(walker: Walker, wanted: Wanted) -> dict[str, Any] | None:
+    return parallel_report(walker) if wanted.parallel_blocks else None
+
+
+def _draw(path: Path, dependency: Dependency | None, name: str) -> None:
+    matrix = None if dependency is None else dependency.layers or dependency.ffns
+    if matrix is None:
+        raise UserError("--heat-map draws the dependency, which was not measured: pass --data, or --dependency")
+    draw_heat_map(path, matrix, f"dependency between the layers of {name}")

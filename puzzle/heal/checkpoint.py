@@ -1,0 +1,155 @@
+"""Where a running healing keeps its state: OUT.heal/ with heal.jsonl, run.json and the newest checkpoint.
+
+    HEALED.heal/run.json              what the run depends on; another run is refused
+    HEALED.heal/heal.jsonl            a line per step and per evaluation
+    HEALED.heal/step-00000500/        torch.distributed.checkpoint: weights, moments, random states; written as
+                                      step-….tmp and renamed, then the one before is removed
+
+A process killed at any moment leaves a whole checkpoint behind. Shards are put together anew when the number of
+processes changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from puzzle.errors import UserError, writing
+from puzzle.files import read_json, write_json
+from puzzle.heal.parallel import Ranks
+from puzzle.heal.train import Trainer
+
+
+class WorkDir:
+    """The directory beside --out that belongs to one run."""
+
+    def __init__(self, out: Path, ranks: Ranks):
+        target = out.absolute()
+        self.path = target.with_name(f"{target.name}.heal")
+        self.ranks = ranks
+
+    @property
+    def log(self) -> Path:
+        return self.path / "heal.jsonl"
+
+    def claim(self, facts: dict[str, Any], force: bool) -> None:
+        """Begin or continue the run that `facts` describe. Raises UserError when another one stands here.
+
+        force: throw another one away.
+        """
+        record = self.path / "run.json"
+        if record.is_file():
+            found = read_json(record, "puzzle heal").get("run", {})
+            if found != facts:
+                changed = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
+                if not force:
+                    raise UserError(
+                        f"{self.path} holds an unfinished run with another {', '.join(changed)}: give the same options "
+                        "to continue it, remove it, or pass --force to begin anew"
+                    )
+                self.ranks.wait()
+                if self.ranks.is_first:
+                    shutil.rmtree(self.path)
+        self.ranks.wait()
+        if self.ranks.is_first:
+            write_json(record, {"run": facts})
+        self.ranks.wait()
+
+    def newest(self) -> int:
+        """The step of the newest whole checkpoint, 0 when there is none."""
+        steps = [int(found[1]) for p in self._entries() if (found := re.fullmatch(r"step-(\d+)", p.name))]
+        return max(steps, default=0)
+
+    def _entries(self) -> list[Path]:
+        return sorted(self.path.iterdir()) if self.path.is_dir() else []
+
+    def _directory(self, step: int) -> Path:
+        return self.path / f"step-{step:08}"
+
+    def save(self, trainer: Trainer, step: int) -> None:
+        """Write the state after `step` steps, then remove older ones. Every rank takes part."""
+        final = self._directory(step)
+        temporary = final.with_name(f"{final.name}.tmp")
+        if self.ranks.is_first and temporary.exists():
+            shutil.rmtree(temporary)
+        self.ranks.wait()
+        try:
+            with writing(self.path), _quiet(), _plain_errors():
+                dcp.save({**trainer.state(), **self._random()}, checkpoint_id=temporary, no_dist=self.ranks.world == 1)
+        except UserError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self.ranks.wait()
+        if self.ranks.is_first:
+            with writing(self.path):
+                if final.exists():
+                    shutil.rmtree(final)
+                os.rename(temporary, final)
+            for path in self._entries():
+                if path.name.startswith("step-") and path != final:
+                    shutil.rmtree(path, ignore_errors=True)
+        self.ranks.wait()
+
+    def load(self, trainer: Trainer, step: int) -> None:
+        """Continue from `save`, bit for bit. Raises UserError when the checkpoint cannot be read."""
+        directory = self._directory(step)
+        random = self._random()
+        state = {**trainer.state(), **random}
+        try:
+            with _quiet():
+                known = set(dcp.FileSystemReader(directory).read_metadata().state_dict_metadata)
+                state = {name: tensor for name, tensor in state.items() if name in known or name not in random}
+                dcp.load(state, checkpoint_id=directory, no_dist=self.ranks.world == 1)
+        except Exception as error:  # the reader raises many kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{directory} cannot be read ({reason}): remove {self.path} to begin anew") from error
+        torch.set_rng_state(random[f"random.{self.ranks.rank}"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(random[f"random.cuda.{self.ranks.rank}"])
+
+    def _random(self) -> dict[str, Tensor]:
+        """States of the random generators of this rank."""
+        found = {f"random.{self.ranks.rank}": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            found[f"random.cuda.{self.ranks.rank}"] = torch.cuda.get_rng_state()
+        return found
+
+    def remove(self) -> None:
+        self.ranks.wait()
+        if self.ranks.is_first:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.ranks.wait()
+
+
+@contextlib.contextmanager
+def _plain_errors():
+    """The error of the file system in place of the checkpoint library's collection of what every rank met."""
+    try:
+        yield
+    except CheckpointException as error:
+        met = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in met if isinstance(cause, OSError)), error) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the checkpoint library's remarks about running in a single process."""
+    level = logging.getLogger("torch.distributed.checkpoint").level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.getLogger("torch.distributed.checkpoint").setLevel(level)

@@ -1,0 +1,78 @@
+"""heal.jsonl: a line per step and per evaluation; and, where asked for, TensorBoard or Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from puzzle.errors import UserError, writing
+
+
+class Log:
+    """Appends lines; only the first rank has one that writes."""
+
+    def __init__(self, path: Path | None, trackers: list[Any]):
+        self._path, self._trackers = path, trackers
+
+    def truncate(self, step: int) -> None:
+        """Forget what came after `step`: it will be computed again."""
+        if self._path is None or not self._path.is_file():
+            return
+        kept = [line for line in read_log(self._path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        with writing(self._path):
+            temporary = self._path.with_name(".heal.jsonl.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self._path)
+
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        if self._path is None or not lines:
+            return
+        with writing(self._path), open(self._path, "a", encoding="utf-8") as handle:
+            handle.write("".join(json.dumps(line) + "\n" for line in lines))
+        for tracker in self._trackers:
+            for line in lines:
+                tracker(line)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a heal.jsonl; a last line cut short by a killed process is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    flat = {"held_out/" + k: v for k, v in line["held_out"].items()} if "held_out" in line else line
+    return {k: v for k, v in flat.items() if k != "step" and isinstance(v, int | float)}
+
+
+def trackers(tensorboard: Path | None, wandb: str | None, facts: dict[str, Any]) -> list[Any]:
+    """Functions that take a line of the log. Raises UserError when a package is missing."""
+    found: list[Any] = []
+    if tensorboard is not None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        writer = SummaryWriter(str(tensorboard))
+
+        def to_tensorboard(line: dict[str, Any]) -> None:
+            for name, value in _scalars(line).items():
+                writer.add_scalar(name, value, line["step"])
+            writer.flush()
+
+        found.append(to_tensorboard)
+    if wandb is not None:
+        try:
+            import wandb as client
+        except ImportError:
+            raise UserError("--wandb needs the package wandb: pip install wandb") from None
+        run = client.init(project=wandb, config=facts)
+        found.append(lambda line: run.log(_scalars(line), step=line["step"]))
+    return found

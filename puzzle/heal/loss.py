@@ -1,0 +1,193 @@
+"""Global knowledge distillation: KL of the next-token distributions and cosine of the hidden states, without logits.
+
+    L = w_kl · τ² · mean_t KL(softmax(z_p/τ) ‖ softmax(z_c/τ))
+      + w_cos · mean_{t, pairs} (1 - cos(h_c, h_p))
+      + w_lm · mean_t -log softmax(z_c)[next token]
+
+Sources: Puzzle (arXiv 2411.19146, section on global knowledge distillation: KL and cosine together, no LM loss, heal best) and
+Llama-Nemotron (arXiv 2505.00949); the factor τ² keeps gradients of one size (Hinton et al., arXiv 1503.02531). Means are
+over the tokens whose label counts, of the whole step. h: the residual stream after a layer, in pairs of child and teacher.
+
+Letters: B batch, T tokens, H hidden_size, V vocab_size, R = B·T rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from puzzle.blocklib.modules import Rope
+from puzzle.heal.rows import IGNORE
+from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_reference
+from puzzle.model import CausalModel
+
+CHUNK_ELEMENTS = 2**24  # logits that the plain way holds at once, a side: 64 MiB in float32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Of the three losses, and the temperature τ of the first."""
+
+    kl: float = 1.0
+    cosine: float = 1.0
+    lm: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """What the teacher shows: its hidden states [B, T, H] after the layers asked for, and the normed last one [R, H]."""
+
+    hidden: list[Tensor]
+    normed: Tensor
+
+    def to(self, device: torch.device) -> Shown:
+        if self.normed.device == device:
+            return self
+        return Shown(hidden=[h.to(device) for h in self.hidden], normed=self.normed.to(device))
+
+
+class Teacher(nn.Module):
+    """A frozen model that shows hidden states. layers: after which ones."""
+
+    def __init__(self, model: CausalModel, layers: list[int]):
+        super().__init__()
+        self.model, self.layers = model.requires_grad_(False), frozenset(layers)
+
+    def forward(self, ids: Tensor, rope: Rope, keep: bool = True) -> Shown:
+        """keep: whether hidden states are wanted, not the last one alone. ids [B, T]"""
+        x = self.model.embedding(ids)
+        hidden = []
+        for index, block in enumerate(self.model.blocks):
+            x = block(x, rope)
+            if keep and index in self.layers:
+                hidden.append(x)
+        return Shown(hidden=hidden, normed=self.model.norm(x).flatten(0, 1))
+
+
+class Learner(nn.Module):
+    """The child with its loss. pairs: (child layer, teacher layer) that should agree, in order.
+
+    teacher_head: [V, H] of the teacher; None when it is the child's own. dtype: of the residual stream. train_head: whether
+    the head learns too.
+    recompute: keep only what enters each block and compute the rest again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        child: CausalModel,
+        pairs: list[tuple[int, int]],
+        teacher_head: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        train_head: bool = False,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        self.child, self.teacher_head, self.dtype, self.train_head = child, teacher_head, dtype, train_head
+        self.layers = [layer for layer, _ in pairs]
+        if recompute:  # inside the block's forward, so that the shards of its weights are gathered around it
+            for block in child.blocks:
+                block.forward = partial(  # type: ignore[method-assign]
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
+
+    def forward(
+        self, ids: Tensor, labels: Tensor, rope: Rope, shown: Shown | None, scale: Tensor, weights: Weights
+    ) -> Tensor:
+        """Loss, KL, cosine distance and LM loss [4]: sums over the tokens that count, times `scale`. ids, labels [B, T]"""
+        counts = labels.flatten() != IGNORE
+        x = self.child.embedding(ids).to(self.dtype)
+        distance = scale.new_zeros(())
+        seen = 0
+        for index, block in enumerate(self.child.blocks):
+            x = block(x, rope)
+            if weights.cosine and shown is not None and seen < len(self.layers) and self.layers[seen] == index:
+                distance = distance + (cosine_distance(x, shown.hidden[seen]).flatten() * counts).sum()
+                seen += 1
+        distance = distance * scale / max(1, len(self.layers))
+        kl = lm = scale.new_zeros(())
+        if weights.kl or weights.lm:
+            kl, lm = self._head(self.child.norm(x).flatten(0, 1), shown, labels.flatten(), counts, scale, weights)
+        total = weights.kl * weights.temperature**2 * kl + weights.cosine * distance + weights.lm * lm
+        return torch.stack((total, *(part.detach() for part in (kl, distance, lm))))
+
+    def _head(
+        self, normed: Tensor, shown: Shown | None, labels: Tensor, counts: Tensor, scale: Tensor, weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        head = self.child.head_weight
+        from_teacher = normed.detach() if shown is None else shown.normed
+        teacher_head = head.detach() if shown is None or self.teacher_head is None else self.teacher_head
+        child_head = None if self.teacher_head is None and not self.train_head else head
+        kl = lm = scale.new_zeros(())
+        if weights.kl:
+            found, loss = head_losses(from_teacher, normed, teacher_head, child_head, labels, weights.temperature)
+            kl = (found * counts).sum() * scale
+            lm = (loss * counts).sum() * scale if weights.temperature == 1 else lm
+        if weights.lm and (not weights.kl or weights.temperature != 1):
+            _, loss = head_losses(from_teacher, normed, teacher_head, child_head, labels, 1.0)
+            lm = (loss * counts).sum() * scale
+        return kl, lm
+
+
+def cosine_distance(child: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cos of the angle between hidden states, in float32 at least. [..., H] twice -> [...]"""
+    wide = torch.promote_types(child.dtype, torch.float32)
+    return 1 - F.cosine_similarity(child.to(wide), teacher.to(wide), dim=-1)
+
+
+def head_losses(
+    teacher: Tensor, child: Tensor, head: Tensor, child_head: Tensor | None, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher‖child) at `temperature`, in nats, and (at temperature 1) the LM loss, per row.
+
+    teacher [R, H'], child [R, H]: normed hidden states; head [V', H'] of the teacher, child_head [V, H] (None: the
+    same one, which then learns nothing). Words that only one of them knows are left out; a narrower model is filled up
+    with zeros. On a GPU without a learning head this is `linear_kl`; else its plain twin, in chunks of rows that are
+    computed again in the backward pass.
+    """
+    with torch.autocast(child.device.type, enabled=False):
+        own = head if child_head is None else child_head
+        learns = child_head is not None and child_head.requires_grad
+        dtype = child.dtype if learns else own.dtype
+        teacher, child, head = teacher.to(dtype), child.to(dtype), head.to(dtype)
+        if temperature != 1:  # the logits are linear in the hidden states
+            teacher, child = teacher / temperature, child / temperature
+        if child_head is not None:
+            vocab, width = min(len(head), len(own)), max(head.shape[1], own.shape[1])
+            head, child_head = (widened(w.to(dtype)[:vocab], width) for w in (head, child_head))
+            teacher, child = widened(teacher, width), widened(child, width)
+        if child.is_cuda and not learns:
+            # Two heads: float32 logits, for rounding would hide a small KL (one head: linear_kl takes the difference).
+            rows = max(2048, CHUNK_ELEMENTS // len(head))
+            chunks = Chunks(tokens=rows, logits=None if child_head is None else torch.float32)
+            found = linear_kl(teacher, child, head, child_head, labels, config=chunks, backward=chunks)
+            assert found.lm_loss is not None
+            return found.kl, found.lm_loss
+        rows = max(1, CHUNK_ELEMENTS // len(head))
+        parts = [
+            _plain(*part, head, child_head)
+            if len(child) <= rows
+            else checkpoint(_plain, *part, head, child_head, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(teacher.split(rows), child.split(rows), labels.split(rows), strict=True)
+        ]
+        kl, loss = (torch.cat(column) for column in zip(*parts, strict=True))
+        return kl, loss
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """Zeros to the right of x up to `width` columns; x itself when it has them."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _plain(
+    teacher: Tensor, child: Tensor, labels: Tensor, head: Tensor, child_head: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    found = linear_kl_reference(teacher, child, head, child_head, labels)
+    assert found.lm_loss is not None
+    return found.kl, found.lm_loss

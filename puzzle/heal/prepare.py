@@ -1,0 +1,158 @@
+"""From two checkpoints to a trainer: what matches what, what learns, what is shared, how it is split over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from puzzle.build import compute_dtype, pick_device
+from puzzle.data import load_tokenizer, tokenizer_hash
+from puzzle.errors import UserError
+from puzzle.families.family import HfModel, open_model
+from puzzle.heal.loss import Learner, Teacher, Weights
+from puzzle.heal.parallel import Ranks, shard
+from puzzle.heal.settings import HealOptions, Stage
+from puzzle.heal.train import Trainer
+from puzzle.model import CausalModel, load_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """The two checkpoints, opened; pairs: (child layer, teacher layer) whose outputs should agree."""
+
+    child: HfModel
+    teacher: HfModel | None
+    pairs: list[tuple[int, int]]
+    dtype: torch.dtype
+
+
+def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Models:
+    """Open and check child and teacher. Raises UserError when they do not fit each other or the options."""
+    child = open_model(options.child)
+    teacher = open_model(options.teacher) if options.teacher is not None and options.needs_teacher else None
+    for stage in stages:
+        if stage.seq_len > child.max_length:
+            raise UserError(
+                f"sequences of {stage.seq_len} tokens: {options.child} is made for at most {child.max_length}; use a "
+                "smaller --seq-len, or raise max_position_embeddings (and scale RoPE) in its config.json"
+            )
+        parts = options.accumulate * ranks.world
+        if stage.batch_size % parts:
+            raise UserError(
+                f"{stage.batch_size} sequences of {stage.seq_len} tokens a step cannot be split into {parts} parts "
+                f"(--accumulate {options.accumulate}, {ranks.world} processes): choose another --batch-size"
+            )
+    if teacher is not None:
+        _same_tokenizer(options, child, teacher)
+    pairs: list[tuple[int, int]] = []
+    if teacher is not None:
+        try:
+            pairs = matching_layers(child, teacher)
+        except UserError:
+            if options.cosine_weight > 0:
+                raise
+    given = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = given[options.dtype] if options.dtype in given else compute_dtype(ranks.device)
+    return Models(child=child, teacher=teacher, pairs=pairs, dtype=dtype)
+
+
+def _same_tokenizer(options: HealOptions, child: HfModel, teacher: HfModel) -> None:
+    if tokenizer_hash(child.directory) == tokenizer_hash(teacher.directory):
+        return
+    if load_tokenizer(child.directory).get_vocab() != load_tokenizer(teacher.directory).get_vocab():
+        raise UserError(
+            f"--teacher {options.teacher} has another tokenizer than {options.child}: logits of different words cannot be "
+            "compared; let it write completions and learn from those with --lm-weight 1 --kl-weight 0 --cosine-weight 0"
+        )
+
+
+def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
+    """(child layer, teacher layer) pairs: by `layer_origins` in the child's config, else one to one.
+
+    layer_origins: for each child layer the last parent layer that it stands for. Raises UserError when neither works.
+    """
+    if child.spec.hidden_size != teacher.spec.hidden_size:
+        raise UserError(
+            f"{teacher.source} has hidden size {teacher.spec.hidden_size}, {child.source} {child.spec.hidden_size}: "
+            "hidden states cannot be compared; pass --cosine-weight 0"
+        )
+    origins = child.config.get("layer_origins")
+    if origins is None and child.num_layers == teacher.num_layers:
+        return [(index, index) for index in range(child.num_layers)]
+    if origins is None:
+        raise UserError(
+            f"{child.source} has {child.num_layers} layers, {teacher.source} {teacher.num_layers}, and no layer_origins in "
+            "its config.json says which match: pass --cosine-weight 0"
+        )
+    fits = isinstance(origins, list) and len(origins) == child.num_layers and all(isinstance(o, int) for o in origins)
+    if not fits or not all(0 <= o < teacher.num_layers for o in origins) or sorted(set(origins)) != origins:
+        raise UserError(
+            f"{child.source}: layer_origins {origins} must rise, one layer of {teacher.source} (0 to "
+            f"{teacher.num_layers - 1}) for each of the {child.num_layers} layers; or pass --cosine-weight 0"
+        )
+    return list(enumerate(origins))
+
+
+def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> Trainer:
+    """Both models in memory, split over the ranks if there are several, and a trainer around them."""
+    device = ranks.device
+    teacher_device = pick_device(options.teacher_device) if options.teacher_device else device
+    if teacher_device != device and ranks.world > 1:
+        raise UserError(
+            f"--teacher-device {options.teacher_device} with {ranks.world} processes: there the teacher is split over the "
+            "same devices as the child; leave it out"
+        )
+    child = load_model(models.child, device=device, dtype=torch.float32)
+    child.requires_grad_(True).train()
+    teacher = None
+    if models.teacher is not None:
+        teacher = Teacher(
+            load_model(models.teacher, device=teacher_device, dtype=models.dtype), [layer for _, layer in models.pairs]
+        )
+    if not options.train_embeddings:
+        _freeze(child, None if teacher is None else teacher.model, models.dtype)
+    head = None
+    if teacher is not None and (options.train_embeddings or not _same(child.head_weight, teacher.model.head_weight)):
+        head = teacher.model.head_weight.detach().to(device)
+    learner = Learner(
+        child, models.pairs, head, models.dtype, train_head=options.train_embeddings, recompute=options.recompute
+    )
+    if teacher is not None:
+        shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
+    shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
+    return Trainer(
+        learner,
+        teacher,
+        options.recipe(stages),
+        Weights(
+            kl=options.kl_weight, cosine=options.cosine_weight, lm=options.lm_weight, temperature=options.temperature
+        ),
+        ranks,
+        dtype=models.dtype,
+        teacher_device=teacher_device,
+        accumulate=options.accumulate,
+        cuda_graph=options.cuda_graph,
+    )
+
+
+def _frozen_ends(model: CausalModel) -> set[nn.Parameter]:
+    return {model.embedding.weight} | (set() if model.head is None else {model.head})
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.detach().to(b.device, b.dtype), b)
+
+
+def _freeze(child: CausalModel, teacher: CausalModel | None, dtype: torch.dtype) -> None:
+    """Embedding and head do not learn: in `dtype`, and in the teacher's memory where they are the same."""
+
+    def frozen(mine: nn.Parameter, theirs: nn.Parameter | None) -> nn.Parameter:
+        if theirs is not None and theirs.device == mine.device and _same(mine, theirs):
+            return theirs
+        return nn.Parameter(mine.detach().to(dtype), requires_grad=False)
+
+    child.embedding.weight = frozen(child.embedding.weight, None if teacher is None else teacher.embedding.weight)
+    if child.head is not None:
+        child.head = frozen(child.head, None if teacher is None else teacher.head)

@@ -1,0 +1,259 @@
+"""`puzzle heal`: read, train, keep checkpoints, write the healed child.
+
+One call is one run: it continues the checkpoint that a killed run of the same options left beside --out. What a step
+computes depends on its number alone, so the loss curve goes on as if nothing had happened: on the CPU to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle import __version__
+from puzzle.console import Bar, console, progress, seconds_text
+from puzzle.errors import UserError
+from puzzle.files import claim_output, read_json
+from puzzle.hardware import cpu_name
+from puzzle.heal.blend import Source, read_blend
+from puzzle.heal.checkpoint import WorkDir
+from puzzle.heal.log import Log, read_log, trackers
+from puzzle.heal.parallel import Ranks, start_ranks, stop_ranks
+from puzzle.heal.prepare import Models, build_trainer, open_models
+from puzzle.heal.settings import HealOptions, Stage
+from puzzle.heal.tokens import HealData, load_data
+from puzzle.heal.train import METRICS, Trainer
+from puzzle.heal.write import write_healed
+
+FLUSH_STEPS = 20  # on a GPU; the CPU's numbers are there at once
+
+
+def sources_of(options: HealOptions) -> list[Source]:
+    """The blend's sources, or --data as the only one. Raises UserError when there is neither."""
+    if options.blend is not None:
+        return read_blend(options.blend)
+    if not options.data:
+        raise UserError("no data: pass --data with a directory, a glob or a file, or --data-blend with a YAML file")
+    return [Source(name="--data", paths=tuple(options.data), text_field=options.text_field)]
+
+
+def read_data(options: HealOptions, stages: list[Stage], models: Models) -> HealData:
+    return load_data(
+        sources_of(options),
+        models.child.directory,
+        stages,
+        num_validation=options.validation_sequences,
+        seed=options.seed,
+        allow_repeats=options.allow_repeats,
+    )
+
+
+def heal(options: HealOptions, data: HealData | None = None) -> dict[str, Any]:
+    """Heal `options.child` and write it to `options.out`. Returns the record that stands in its heal.json.
+
+    data: what `read_data` returned, to be used again. Raises UserError for bad input before anything is written, and when
+    training diverges.
+    """
+    options.check()
+    stages = options.plan_stages()
+    ranks = start_ranks(options.device)
+    try:
+        return _heal(options, stages, ranks, data)
+    finally:
+        stop_ranks(ranks)
+
+
+def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealData | None) -> dict[str, Any]:
+    models = open_models(options, stages, ranks)
+    finished = options.out / "heal.json"
+    again = finished.is_file() and not options.force
+    if not again:
+        claim_output(options.out, options.force)
+    data = data or read_data(options, stages, models)
+    for line in data.mixture.report():
+        console.print(
+            f"{line['source']}: {line['share']:.1%} of the tokens, {line['epochs']:.2f} epochs of "
+            f"{line['available_tokens']:,} tokens",
+            markup=False,
+        )
+    facts = {
+        "child": models.child.checkpoint.fingerprint(),
+        "teacher": None if models.teacher is None else models.teacher.checkpoint.fingerprint(),
+        "data": data.mixture.hash,
+        **options.trained_with(stages, str(models.dtype).removeprefix("torch.")),
+    }
+    if again:
+        record = read_json(finished, "puzzle heal")
+        if record.get("run") == facts:
+            console.print(f"{options.out} is healed already: nothing to do")
+            WorkDir(options.out, ranks).remove()  # a run killed after its last file was written leaves it
+            return record
+        claim_output(options.out, options.force)
+    tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
+    work = WorkDir(options.out, ranks)
+    work.claim(facts, options.force)
+    run = Run(options, stages, data, ranks, work, Log(work.log if ranks.is_first else None, tracked))
+    trainer = build_trainer(options, stages, models, ranks)
+    run.train(trainer)
+    record = run.record(facts, models)
+    write_healed(options.out, models.child, trainer, record, work, force=options.force)
+    work.remove()
+    return record
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    lr: float
+    num_tokens: int
+    metrics: Tensor
+
+
+class Run:
+    """The loop over steps: batches, log, evaluation, checkpoints."""
+
+    def __init__(
+        self, options: HealOptions, stages: list[Stage], data: HealData, ranks: Ranks, work: WorkDir, log: Log
+    ):
+        self.options, self.stages, self.data, self.ranks, self.work, self.log = options, stages, data, ranks, work, log
+        self.num_steps = sum(stage.num_steps for stage in stages)
+        self._pending: list[_Pending] = []
+        self._tokens = 0  # trained on so far
+        self._flushed = time.monotonic()
+        self._shown = dict.fromkeys(METRICS, math.nan)
+
+    def train(self, trainer: Trainer) -> None:
+        """From the newest checkpoint, or the start, to the end. Raises UserError when too many steps are skipped."""
+        start = self.work.newest()
+        if start:
+            self.work.load(trainer, start)
+            console.print(f"continuing {self.work.path} after step {start} of {self.num_steps}")
+        self.log.truncate(start or -1)  # from the start, the first evaluation comes again too
+        self._tokens = sum(stage.batch_size * stage.seq_len for stage, _, _ in map(self._place, range(start)))
+        console.print(f"log: {self.work.log}", markup=False)
+        current = -1
+        with progress("heal", self.num_steps) as bar:
+            bar.advance(start)
+            if not start:
+                self._evaluate(trainer, 0)
+            self._flushed = time.monotonic()
+            for step in range(start, self.num_steps):
+                stage, number, inner = self._place(step)
+                if number != current:
+                    trainer.begin_stage(stage.seq_len)
+                    current = number
+                share = stage.batch_size // self.ranks.world
+                mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+                found = trainer.step(self.data.mixture.batch(number, inner, mine), step)
+                self._tokens += stage.batch_size * stage.seq_len
+                self._pending.append(_Pending(step + 1, trainer.recipe.lr_at(step), self._tokens, found))
+                self._after(trainer, step + 1, bar)
+
+    def _place(self, step: int) -> tuple[Stage, int, int]:
+        """(stage, its number, step within it)"""
+        for number, stage in enumerate(self.stages):
+            if step < stage.num_steps:
+                return stage, number, step
+            step -= stage.num_steps
+        raise AssertionError
+
+    def _after(self, trainer: Trainer, done: int, bar: Bar) -> None:
+        """Log, evaluate and save when it is time."""
+        options, last = self.options, done == self.num_steps
+        evaluate = last or bool(options.eval_every and done % options.eval_every == 0)
+        save = last or bool(options.save_every and done % options.save_every == 0)
+        if evaluate or save or self.ranks.device.type == "cpu" or len(self._pending) >= FLUSH_STEPS:
+            self._flush(bar)
+        bar.advance()
+        if evaluate:
+            self._evaluate(trainer, done)
+        if save:
+            self.work.save(trainer, done)
+        if evaluate or save:
+            self._flushed = time.monotonic()
+
+    def _flush(self, bar: Bar) -> None:
+        """Bring the pending numbers to the log and look for steps that were skipped."""
+        values = torch.stack([p.metrics for p in self._pending]).tolist()
+        now = time.monotonic()
+        stages = [self._place(p.step - 1)[0] for p in self._pending]
+        rate = sum(s.batch_size * s.seq_len for s in stages) / max(1e-9, now - self._flushed)
+        self._flushed = now
+        used = {"kl": self.options.kl_weight, "cosine": self.options.cosine_weight, "lm": self.options.lm_weight}
+        lines = []
+        for pending, found in zip(self._pending, values, strict=True):
+            named = dict(zip(METRICS, found, strict=True))
+            self._shown = named
+            lines.append(
+                {
+                    "step": pending.step,
+                    "tokens": pending.num_tokens,
+                    **{
+                        k: named[k] if used.get(k, 1) and math.isfinite(named[k]) else None
+                        for k in ("loss", "kl", "cosine", "lm", "grad_norm")
+                    },
+                    "lr": pending.lr,
+                    "skipped": int(named["skipped"]),
+                    "tokens_per_second": round(rate, 1),
+                }
+            )
+        self._pending = []
+        self.log.write(lines)
+        bar.note(f"loss {self._shown['loss']:.4f}  KL {self._shown['kl']:.4f}  {rate:,.0f} tokens/s")
+        if max(found[-1] for found in values) >= self.options.max_skipped:
+            raise UserError(
+                f"{self.options.max_skipped} steps in a row up to step {lines[-1]['step']} had a non-finite gradient: "
+                f"training diverged; lower --lr {self.options.lr:g}, or use --dtype fp32 (log: {self.work.log})"
+            )
+
+    def _evaluate(self, trainer: Trainer, step: int) -> None:
+        rows = self.data.validation
+        tokens_at_once = (
+            self.stages[0].batch_size * self.stages[0].seq_len // self.ranks.world // self.options.accumulate
+        )
+        found = trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
+        self.log.write([{"step": step, "tokens": self._tokens, "held_out": found}])
+        kl = f"KL {found['kl']:.4f}, " if "kl" in found else ""
+        console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}", markup=False)
+
+    def record(self, facts: dict[str, Any], models: Models) -> dict[str, Any]:
+        """What is told of the run in heal.json, on the card and by --json. All of it is measured; `seconds` is the time of
+        all steps, without reading, evaluations and what a killed run lost."""
+        lines = read_log(self.work.log)
+        steps = [line for line in lines if "skipped" in line]
+        before = [0, *(line["tokens"] for line in steps)]
+        seconds = sum((s["tokens"] - b) / s["tokens_per_second"] for s, b in zip(steps, before, strict=False))
+        held_out = [line["held_out"] for line in lines if "held_out" in line]
+        device = self.ranks.device
+        return {
+            "run": facts,
+            "puzzle": __version__,
+            "torch": torch.__version__,
+            "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "processes": self.ranks.world,
+            "teacher": None if models.teacher is None else models.teacher.directory.absolute().name,
+            "num_steps": self.num_steps,
+            "num_tokens": self._tokens,
+            "skipped_steps": steps[-1]["skipped"],
+            "seconds": round(seconds, 3),
+            "sources": self.data.mixture.report(),
+            "held_out_tokens": int((self.data.validation[1] >= 0).sum()),
+            "before": held_out[0],
+            "after": held_out[-1],
+        }
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line for people."""
+    before, after = record["before"], record["after"]
+    text = f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}"
+    if "kl" in after:
+        text += f" (teacher {after['teacher_loss']:.4f}), KL {before['kl']:.4f} -> {after['kl']:.4f}"
+    sources = ", ".join(f"{s['source']} {s['epochs']:.2f} epochs" for s in record["sources"])
+    return f"{text} after {record['num_tokens']:,} tokens in {seconds_text(record['seconds'])}; {sources}"

@@ -1,0 +1,168 @@
+"""What `puzzle heal` was asked for: weights of the losses, stages, learning rate, and the checks on all of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from puzzle.blocklib.distill import Recipe
+from puzzle.errors import UserError
+from puzzle.goal import parse_count
+
+DTYPES = ("auto", "bf16", "fp32")
+VALIDATION_SEQUENCES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """num_steps steps of batch_size sequences of seq_len tokens."""
+
+    seq_len: int
+    batch_size: int
+    num_steps: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.seq_len * self.batch_size * self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealOptions:
+    """One healing. batch_size: sequences of the first stage a step, over all ranks; later stages keep its tokens a step.
+    accumulate: micro-batches of a step. tokens: to train on, rounded up to whole steps; `stages` ("8k:100M,64k:20M")
+    replaces seq_len and tokens. max_skipped: steps in a row with a non-finite gradient that end the run.
+    save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the start)."""
+
+    child: str
+    out: Path
+    teacher: str | None = None
+    data: list[str] = field(default_factory=list)
+    blend: Path | None = None
+    text_field: str = "text"
+    allow_repeats: bool = False
+    kl_weight: float = 1.0
+    cosine_weight: float = 1.0
+    lm_weight: float = 0.0
+    temperature: float = 1.0
+    tokens: int = 10_000_000
+    stages: str | None = None
+    seq_len: int = 1024
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 3e-4
+    warm_up: float = 0.05  # of all steps
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    max_skipped: int = 5
+    train_embeddings: bool = False
+    recompute: bool = False
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    teacher_device: str | None = None
+    cuda_graph: bool = True
+    save_every: int = 500
+    eval_every: int = 100
+    validation_sequences: int = VALIDATION_SEQUENCES
+    force: bool = False
+    tensorboard: Path | None = None
+    wandb: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError for values out of range or options that contradict each other."""
+        for option, value in (
+            ("--lr", self.lr),
+            ("--temperature", self.temperature),
+            ("--clip-norm", self.clip_norm),
+            ("--batch-size", self.batch_size),
+            ("--accumulate", self.accumulate),
+            ("--validation-sequences", self.validation_sequences),
+        ):
+            if not 0 < value < math.inf:
+                raise UserError(f"{option} {value:g}: must be above 0")
+        if self.seq_len < 2:
+            raise UserError(f"--seq-len {self.seq_len}: must be at least 2, a token and the next one")
+        for option, value in (
+            ("--kl-weight", self.kl_weight),
+            ("--cosine-weight", self.cosine_weight),
+            ("--lm-weight", self.lm_weight),
+            ("--weight-decay", self.weight_decay),
+            ("--save-every", self.save_every),
+            ("--eval-every", self.eval_every),
+        ):
+            if not 0 <= value < math.inf:
+                raise UserError(f"{option} {value:g}: must not be negative")
+        if not 0 <= self.warm_up <= 1:
+            raise UserError(f"--warm-up {self.warm_up:g}: the share of all steps, between 0 and 1")
+        if self.kl_weight == self.cosine_weight == self.lm_weight == 0:
+            raise UserError("--kl-weight 0 --cosine-weight 0 --lm-weight 0: nothing to learn from; set one above 0")
+        if self.needs_teacher and self.teacher is None:
+            raise UserError(
+                "no --teacher: give the parent, or learn from the text alone with --kl-weight 0 --cosine-weight 0 "
+                "--lm-weight 1"
+            )
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype}: use {', '.join(DTYPES)}")
+        if self.blend is not None and self.data:
+            raise UserError(f"--data-blend {self.blend} and --data together: list the data as a source of the blend")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kl_weight > 0 or self.cosine_weight > 0
+
+    def plan_stages(self) -> list[Stage]:
+        """Raises UserError for stages that cannot be read."""
+        if self.stages is None:
+            return [self._stage(self.seq_len, self.tokens, self.batch_size)]
+        pairs = parse_stages(self.stages)
+        per_step = self.batch_size * pairs[0][0]
+        return [self._stage(seq_len, tokens, max(1, per_step // seq_len)) for seq_len, tokens in pairs]
+
+    @staticmethod
+    def _stage(seq_len: int, tokens: int, batch_size: int) -> Stage:
+        return Stage(seq_len=seq_len, batch_size=batch_size, num_steps=-(-tokens // (batch_size * seq_len)))
+
+    def recipe(self, stages: list[Stage]) -> Recipe:
+        """Learning rate, clipping and decay over all stages together."""
+        return Recipe(
+            num_steps=sum(stage.num_steps for stage in stages),
+            batch_size=stages[0].batch_size,
+            seq_len=stages[0].seq_len,
+            lr=self.lr,
+            warm_up=self.warm_up,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+        )
+
+    def trained_with(self, stages: list[Stage], dtype: str) -> dict[str, Any]:
+        """What the healed weights depend on, JSON-ready; device, log and checkpoints stay out."""
+        names = (
+            "kl_weight",
+            "cosine_weight",
+            "lm_weight",
+            "temperature",
+            "accumulate",
+            "lr",
+            "warm_up",
+            "weight_decay",
+        )
+        kept = {name: getattr(self, name) for name in (*names, "clip_norm", "train_embeddings", "seed")}
+        return {**kept, "dtype": dtype, "stages": [asdict(stage) for stage in stages]}
+
+
+def parse_stages(text: str) -> list[tuple[int, int]]:
+    """'8k:100M,64k:20M' -> [(8192, 100000000), (65536, 20000000)]: sequence length (k = 1024) and tokens of each stage.
+
+    Raises UserError for anything else.
+    """
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*:\s*(\S+)\s*", part)
+        seq_len = int(match[1]) * (1024 if match[2] else 1) if match else 0
+        if match is None or seq_len < 2:
+            raise UserError(f"--stages {text}: '{part}' is no stage; write LENGTH:TOKENS, such as 8k:100M,64k:20M")
+        found.append((seq_len, parse_count("--stages", match[3])))
+    return found

@@ -1,0 +1,179 @@
+"""One step of healing: the teacher shows, the child's loss flows back, AdamW moves the float32 weights.
+
+On one GPU a step is a CUDA graph (puzzle/replay.py) and never waits for the device: a step with a non-finite gradient is
+left out by the optimiser itself (`found_inf`), and counted on the device. Under FSDP the optimiser works on each rank's
+part of the weights. Letters: B sequences of this rank, T tokens, S held-out sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from puzzle.blocklib.distill import Recipe
+from puzzle.blocklib.modules import Rope
+from puzzle.console import console
+from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
+from puzzle.heal.parallel import Ranks, like_sharded, local
+from puzzle.heal.rows import IGNORE
+from puzzle.replay import Replayed
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+METRICS = ("loss", "kl", "cosine", "lm", "grad_norm", "skipped", "skipped_in_a_row")
+
+
+class Trainer:
+    """Steps of one learner. Metrics and learning rate are tensors on the device."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        teacher: Teacher | None,
+        recipe: Recipe,
+        weights: Weights,
+        ranks: Ranks,
+        *,
+        dtype: torch.dtype,
+        teacher_device: torch.device,
+        accumulate: int = 1,
+        cuda_graph: bool = True,
+    ):
+        self.learner, self.teacher, self.recipe, self.weights, self.ranks = learner, teacher, recipe, weights, ranks
+        self.dtype, self.accumulate, self.teacher_device = dtype, accumulate, teacher_device
+        self.device = ranks.device
+        self.names = [name for name, p in learner.child.named_parameters() if p.requires_grad]
+        self.model = [p for p in learner.child.parameters() if p.requires_grad]
+        # A sharded weight and its rank's part share memory: the optimiser knows plain tensors only.
+        self.parts = [p if local(p) is p else nn.Parameter(local(p)) for p in self.model]
+        self.lr = torch.zeros((), device=self.device)
+        matrices = [p for p in self.parts if p.ndim > 1]
+        vectors = [p for p in self.parts if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=self.lr,
+            betas=(recipe.beta1, recipe.beta2),
+            fused=True,
+            capturable=self.device.type == "cuda",
+        )
+        for part in self.parts:
+            state = {name: torch.zeros_like(part, memory_format=torch.preserve_format) for name in MOMENTS}
+            self.optimizer.state[part] = {"step": torch.zeros((), device=self.device), **state}
+        self._skipped = torch.zeros(2, device=self.device)  # in all, and in a row
+        self._graphed = cuda_graph and self.device.type == "cuda" and ranks.world == 1 and teacher_device == self.device
+        self._step = Replayed(self._whole_step)
+        self._child_rope: Rope | None = None
+        self._teacher_rope: Rope | None = None
+
+    def begin_stage(self, seq_len: int) -> None:
+        """Sequences have this length from now on."""
+        self._set_ropes(seq_len)
+        self._step = Replayed(self._whole_step)
+
+    def _set_ropes(self, seq_len: int) -> None:
+        """The tables are made here: a CUDA graph cannot copy them from the host. A teacher may have other frequencies."""
+        self._child_rope = self.learner.child.rope(seq_len)
+        self._teacher_rope = None if self.teacher is None else self.teacher.model.rope(seq_len)
+
+    def step(self, batch: Tensor, step: int) -> Tensor:
+        """Train on ids and labels [2, B, T] of this rank. Returns METRICS of the whole step, on the device."""
+        self.lr.fill_(self.recipe.lr_at(step))
+        batch = batch.to(self.device, non_blocking=True)
+        if not self._graphed:
+            return self._whole_step(batch)
+        try:
+            return self._step(batch).clone()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            console.print(f"no CUDA graph here ({str(error).splitlines()[0]}): steps run one kernel at a time")
+            self._graphed = False
+            for part in self.parts:
+                part.grad = None
+            return self._whole_step(batch)
+
+    def _whole_step(self, batch: Tensor) -> Tensor:
+        count = self.ranks.sum((batch[1] != IGNORE).sum().float()).clamp(min=1)
+        total = torch.zeros(4, device=self.device)
+        for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
+            with self._autocast():
+                shown = self._show(ids, self.weights)
+                found = self.learner(ids, labels, self._child_rope, shown, 1 / count, self.weights)
+            (found[0] * self.ranks.world).backward()  # FSDP takes the mean over ranks
+            total += found.detach()
+        gradients = [self._gradient(model, part) for model, part in zip(self.model, self.parts, strict=True)]
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        norm = self.ranks.sum(squares).sqrt()
+        broken = (~torch.isfinite(norm)).float()
+        torch._foreach_mul_(gradients, (self.recipe.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.found_inf = broken  # type: ignore[attr-defined]
+        self.optimizer.step()
+        for model, part in zip(self.model, self.parts, strict=True):
+            model.grad = part.grad = None
+        self._skipped += broken
+        self._skipped[1] *= broken
+        return torch.cat((self.ranks.sum(total), norm[None], self._skipped))
+
+    @staticmethod
+    def _gradient(model: nn.Parameter, part: nn.Parameter) -> Tensor:
+        if model.grad is None:
+            model.grad = torch.zeros_like(model)
+        if part is not model:
+            part.grad = local(model.grad)
+        assert part.grad is not None
+        return part.grad
+
+    @torch.no_grad()
+    def _show(self, ids: Tensor, weights: Weights) -> Shown | None:
+        if self.teacher is None:
+            return None
+        return self.teacher(ids.to(self.teacher_device), self._teacher_rope, weights.cosine > 0).to(self.device)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()  # no weight cache below: inside a CUDA graph it would keep stale copies
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+
+    @torch.no_grad()
+    def evaluate(self, rows: Tensor, batch_size: int) -> dict[str, float]:
+        """Means over the held-out ids and labels [2, S, T] that count, in nats per token: the child's LM loss and, with a
+        teacher, KL at temperature 1, cosine distance and the teacher's own LM loss. batch_size: rows of a rank at once."""
+        child_rope, teacher_rope = self._child_rope, self._teacher_rope
+        self._set_ropes(rows.shape[2])
+        with_teacher = self.teacher is not None
+        with_states = with_teacher and bool(self.learner.layers)
+        weights = Weights(kl=float(with_teacher), cosine=float(with_states), lm=1.0)
+        one = torch.ones((), device=self.device)
+        sums = torch.zeros(6, dtype=torch.float64, device=self.device)
+        for start in range(0, rows.shape[1], batch_size * self.ranks.world):
+            begin = start + self.ranks.rank * batch_size
+            ids, labels = rows[:, begin : begin + batch_size].to(self.device)
+            if not len(ids):  # every rank takes part in every pass: this one with a row that does not count
+                ids, labels = rows[0, :1].to(self.device), torch.full_like(rows[1, :1], IGNORE, device=self.device)
+            with self._autocast():
+                shown = self._show(ids, weights)
+                found = self.learner(ids, labels, self._child_rope, shown, one, weights)
+                own = one.new_zeros(())
+                if shown is not None and self.teacher is not None:
+                    head = self.teacher.model.head_weight.to(self.device)
+                    loss = head_losses(shown.normed, shown.normed, head, None, labels.flatten(), 1.0)[1]
+                    own = (loss * (labels.flatten() != IGNORE)).sum()
+            sums += torch.cat((found, own[None], (labels != IGNORE).sum()[None])).double()
+        self._child_rope, self._teacher_rope = child_rope, teacher_rope
+        _, kl, cosine, loss, own, count = self.ranks.sum(sums).tolist()
+        result = {"loss": loss / count}
+        if with_teacher:
+            result |= {"kl": kl / count, "teacher_loss": own / count}
+        return result | ({"cosine": cosine / count} if with_states else {})
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a step changes, by name; sharded tensors under FSDP. Shares memory with the trainer."""
+        found: dict[str, Tensor] = {"skipped": self._skipped}
+        for name, model, part in zip(self.names, self.model, self.parts, strict=True):
+            state = self.optimizer.state[part]
+            found[f"{name}|weight"] = model.detach()
+            found[f"{name}|step"] = state["step"]
+            for moment in MOMENTS:
+                found[f"{name}|{moment}"] = like_sharded(state[moment], model)
+        return found

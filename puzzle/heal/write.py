@@ -1,0 +1,117 @@
+"""Write a healed child: the checkpoint it came from, with what was trained in place of what was there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from puzzle.blocklib.layer import KINDS, Kind
+from puzzle.card import CardFacts, child_card
+from puzzle.export.checkpoint import MODELING_FILE, write_checkpoint
+from puzzle.export.child import Child, child_of_checkpoint
+from puzzle.export.hf import hf_config
+from puzzle.families.family import HfModel
+from puzzle.files import SCHEMA, read_json
+from puzzle.heal.checkpoint import WorkDir
+from puzzle.heal.parallel import whole
+from puzzle.heal.train import Trainer
+from puzzle.model import CausalModel
+
+
+def with_trained(original: Child, model: CausalModel, train_embeddings: bool) -> Child:
+    """The child with the tensors of `model`, in the checkpoint's dtype; embedding and head only where they were trained.
+
+    Under FSDP every rank must read the same tensors in the same order.
+    """
+
+    def ready(tensor: Tensor) -> Tensor:
+        return whole(tensor.detach()).to("cpu", original.dtype)
+
+    def read(index: int, kind: Kind) -> dict[str, Tensor]:
+        return {name: ready(t) for name, t in getattr(model.blocks[index], kind).state_dict().items()}
+
+    layers = tuple(
+        replace(layer, **{f"read_{kind}": partial(read, index, kind) for kind in KINDS})  # type: ignore[arg-type]
+        for index, layer in enumerate(original.layers)
+    )
+    child = replace(original, layers=layers, read_final_norm=lambda: ready(model.norm.weight))
+    if train_embeddings:
+        child = replace(
+            child,
+            read_embedding=lambda: ready(model.embedding.weight),
+            read_head=lambda: ready(model.head_weight),
+        )
+    return child
+
+
+def write_healed(
+    out: Path, source: HfModel, trainer: Trainer, record: dict[str, Any], work: WorkDir, *, force: bool
+) -> None:
+    """Write `out` as `puzzle export --format hf` does, with heal.json and heal.jsonl beside the weights."""
+    original = child_of_checkpoint(source)
+    child = with_trained(original, trainer.learner.child, trainer.learner.train_head)
+    if not work.ranks.is_first:
+        for _ in child.tensors():  # takes part in putting the shards together
+            pass
+        return
+    solved = source.directory / "architecture.json"
+    extra = {"heal.json": {"schema": SCHEMA, **record}}
+    if solved.is_file():
+        extra["architecture.json"] = read_json(solved, "puzzle export")
+    card = child_card(
+        CardFacts(
+            child=child,
+            original=child,
+            format="hf",
+            engine=None,
+            dtype=str(child.dtype).removeprefix("torch."),
+            file=None,
+            licence=child.licence,
+            lowerings=(),
+            also=(),
+            solved=extra.get("architecture.json"),
+            facts=None,
+            measured=None,
+        )
+    )
+    write_checkpoint(
+        out,
+        config=hf_config(child, child.dtype),
+        tensors=child.tensors(),
+        tokenizer_from=child.tokenizer,
+        generation_config=child.generation_config,
+        card=card.replace("## Serve\n", f"{healing(record)}\n\n## Serve\n", 1),
+        extra_json=extra,
+        code=(MODELING_FILE, work.log),  # the log travels with the files that are copied as they are
+        force=force,
+    )
+
+
+def healing(record: dict[str, Any]) -> str:
+    """The card's section: what was measured before and after, on what it was trained, with which settings."""
+    before, after, run = record["before"], record["after"], record["run"]
+    rows = [("held-out loss, nats/token", before["loss"], after["loss"], after.get("teacher_loss"))]
+    if "kl" in after:
+        rows.append(("KL(teacher‖child), nats/token", before["kl"], after["kl"], 0.0))
+    if "cosine" in after:
+        rows.append(("cosine distance of hidden states", before["cosine"], after["cosine"], 0.0))
+    lines = "\n".join(
+        f"| {name} | {a:.4f} | {b:.4f} | {'' if c is None else format(c, '.4f')} |" for name, a, b, c in rows
+    )
+    sources = "\n".join(
+        f"| {s['source'].replace('|', ' ')} | {s['share']:.1%} | {s['tokens']:,} | {s['epochs']:.2f} |"
+        for s in record["sources"]
+    )
+    settings = json.dumps({k: run[k] for k in sorted(run) if k not in ("child", "teacher", "data")})
+    return (
+        f"## Healed\n\nGlobal distillation{'' if record['teacher'] is None else ' from ' + record['teacher']}, "
+        f"{record['num_tokens']:,} tokens in {record['num_steps']:,} steps on {record['device']}"
+        f" ({record['seconds']:.0f} s, {record['skipped_steps']} steps skipped).\n\n"
+        f"| measured on {record['held_out_tokens']:,} held-out tokens | before | after | teacher |\n|---|---|---|---|\n"
+        f"{lines}\n\n| source | share | tokens | epochs |\n|---|---|---|---|\n{sources}\n\nSettings: `{settings}`."
+    )

@@ -1,0 +1,93 @@
+"""`puzzle solve --gpu h100` from the shipped table, and `puzzle bench`, which on the CPU runs the same code without graphs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from puzzle.profile_gpu import GpuGrid, profile_shapes
+
+SYNTHETIC = Path(__file__).parents[1] / "benchmarks" / "synthetic_library.py"
+GRID = GpuGrid(
+    batches=(1, 2), contexts=(16, 64), rows=(32, 64), prompts=((1, 32), (2, 32)), wide=(), attention="kv2,kv1,window-1024,linear",
+    seconds=1e-4, min_samples=1,
+)  # fmt: skip
+
+
+def synthetic(name: str, out: Path) -> Path:
+    subprocess.run([sys.executable, SYNTHETIC, name, out], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory, puzzle) -> Path:
+    """A library of the reference shapes with synthetic scores, profiled and solved here."""
+    library = synthetic("reference", tmp_path_factory.mktemp("bench") / "lib")
+    profile_shapes("reference", gpu="cpu", out=library / "costs" / "cpu", device="cpu", grid=GRID)
+    work = ("--input-len", 32, "--output-len", 8)
+    done = puzzle("solve", library, "--params", "80%", "--gpu", "cpu", *work, "--out", library / "solution")
+    assert done.exit_code == 0, done.output
+    assert "scores are synthetic" in done.output
+    return library / "solution"
+
+
+def test_the_shipped_table_needs_no_gpu(puzzle, tmp_path):
+    library = synthetic("llama-3.1-8b", tmp_path / "lib")
+    arguments = ("--gpu", "h100", "--shapes", "llama-3.1-8b", "--input-len", 512, "--output-len", 256, "--json")
+    done = puzzle("solve", library, "--throughput", "5x", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "within the h100's 80 GB" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["library"]["synthetic_scores"] is True
+    assert found["predicted"]["speedup"] >= 5
+    assert found["predicted"]["memory_bytes"] <= 80e9
+    assert found["parent_predicted"]["memory_bytes"] <= 80e9
+    same = json.loads(puzzle("solve", library, "--throughput", "5x", "--same-batch", *arguments).stdout)
+    assert same["predicted"]["speedup_at_same_batch"] >= 5
+    assert same["objective"] <= found["objective"]
+    fp8 = json.loads(
+        puzzle("solve", library, "--throughput", "5x", *arguments[:3], "llama-3.1-8b-fp8", *arguments[4:]).stdout
+    )
+    assert fp8["parent_predicted"]["tokens_per_second"] > found["parent_predicted"]["tokens_per_second"]
+    done = puzzle("solve", library, "--throughput", "5x", *arguments, "--memory", "9GB")
+    assert json.loads(done.stdout)["predicted"]["memory_bytes"] <= 9e9
+
+
+def test_promised_and_delivered_side_by_side(puzzle, solved):
+    done = puzzle("bench", solved, "--gpu", "cpu", "--shapes", "reference", "--with-parent", "--repeats", 1, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    promised = json.loads((solved / "architecture.json").read_text())
+    assert found["child"]["predicted"]["tokens_per_second"] == promised["predicted"]["tokens_per_second"]
+    assert found["child"]["measured"]["batch"] == promised["predicted"]["batch"]
+    assert found["speedup"]["measured"] > 0
+    pages = (
+        16 * 2 * 2 * 4 * 64 * 32 * 4 * promised["predicted"]["batch"]
+    )  # at most: layers, k and v, heads, page, head_dim
+    assert abs(found["child"]["measured"]["memory_bytes"] - found["child"]["predicted"]["memory_bytes"]) <= pages
+
+
+def test_a_checkpoint(puzzle, parent):
+    arguments = ("--gpu", "cpu", "--input-len", 8, "--output-len", 4, "--batch", 2, "--repeats", 1)
+    done = puzzle("bench", parent, *arguments)
+    assert done.exit_code == 0, done.output
+    assert "tokens/s" in done.output
+
+
+def test_bad_requests(puzzle, solved, parent, tmp_path):
+    for arguments, message in (
+        ((tmp_path, "--gpu", "cpu"), "is neither a checkpoint nor an architecture"),
+        ((solved, "--gpu", "cpu"), "an architecture needs --shapes"),
+        ((solved, "--gpu", "cpu", "--shapes", "llama-3.1-8b"), "the architecture has 16 layers and --shapes 32"),
+        ((parent, "--gpu", "cpu"), "has no architecture.json with a workload"),
+        ((parent, "--gpu", "cpu", "--input-len", 8), "--input-len and --output-len go together"),
+        ((parent, "--gpu", "cpu", "--input-len", 8, "--output-len", 4, "--batch", 0), "--batch 0: must be above 0"),
+        ((solved, "--gpu", "h100", "--shapes", "reference"), "no CUDA device can be used here"),
+    ):
+        done = puzzle("bench", *arguments)
+        assert done.exit_code == 2, done.output
+        assert message in done.stderr.replace("\n", " "), done.stderr
