@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
 
-.PHONY: quickstart test test-serving check format clean
+.PHONY: quickstart test test-gpu test-serving check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puzzle needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
@@ -22,6 +22,9 @@ test: $(VENV)/installed
 test-serving: $(VENV)/installed
 	$(BIN)/python benchmarks/serving_environments.py
 	$(BIN)/python benchmarks/serving_matrix.py
+
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -q tests/kernels tests/heal tests/test_fast_model.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

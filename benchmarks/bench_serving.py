@@ -8,12 +8,14 @@ vllm: `vllm serve` of each model, both up at the same time on ports of their own
 streaming, all requests at once) in turns, parent, child, parent, ...; one more round through the official OpenAI package.
 llama.cpp: llama-cpp-python's OpenAI server in the same way, which answers one request after the other. llama.cpp-batch: all
 sequences decoded together in one context of llama.cpp's library. puzzle: the runtime that `puzzle profile` measures.
-Text is compared with what puzzle's own runtime generates in float32. tokens_per_s: generated tokens over the time from the first
+Text is compared with what puzzle's own runtime generates in float32; a text that leaves it at a token whose logit is within
+NEAR of the best is counted as a near tie. llama-cpp-python's server leaves out the text of tokens longer than 32 bytes (such as a
+newline with 36 spaces): a text with one of them counts as another, although the tokens are the same. tokens_per_s: generated tokens over the time from the first
 request to the last token, prompts included; median and best of the rounds. speedup: child over parent, of the medians.
 predicted_speedup: of `puzzle solve --gpu cpu` at this batch, the sum of the parts of puzzle's own runtime; it knows nothing
 of an engine. With --fit DIRECTORY vLLM is also measured at 1, 16 and 64 requests on the parent and on three uniform
 children, `puzzle profile --engine vllm --gpu cpu --fit` fits the engine's constants to those figures, and the fit predicts the child,
-which it has not seen. Environments: benchmarks/serving_environments.py.
+which it has not seen; a fit.json that is there is used as it is. Environments: benchmarks/serving_environments.py.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ from puzzle.solve import open_costs
 HERE = Path(__file__).resolve().parent
 WORK = Workload(input_len=128, output_len=128)
 MODELS = ("parent", "child")
+NEAR = 2e-3  # standard deviations of the logits: twice what serve-check allows an engine to differ
 UNIFORM = {"narrow": ("parent", "0.25"), "few-kv-heads": ("kv1", "parent"), "half": ("kv2", "0.5")}  # for the fit
 FIT_REQUESTS = (1, 16, 64)
 
@@ -112,7 +115,7 @@ def serving(engine: str, path: Path, name: str, requests: int, threads: int) -> 
     else:
         command = [str(python), "-m", "llama_cpp.server", "--model", str(path), "--n_threads", str(threads)]
         command += ["--n_threads_batch", str(threads), "--n_ctx", str(length), "--interrupt_requests", "false"]
-        command += ["--model_alias", name, "--host", "127.0.0.1"]
+        command += ["--model_alias", name, "--host", "127.0.0.1", "--type_k", "0", "--type_v", "0"]  # float32 cache
     with open(path.with_name(f"{path.name}.log"), "w", encoding="utf-8") as log:
         started = subprocess.Popen(
             [*command, "--port", str(port)], stdout=log, stderr=log, env=environment, start_new_session=True
@@ -187,12 +190,29 @@ class Bench:
     def prompt_texts(self) -> list[str]:
         return [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in self.prompts]
 
-    def num_same(self, name: str, texts: list[str], stops: bool = False) -> int:
-        same = 0
-        for ids, text in zip(self.expected[name], texts, strict=True):
+    def num_same(self, name: str, texts: list[str], stops: bool = False) -> tuple[int, int]:
+        """(texts that are ours, texts that leave ours at a near tie). stops: they end before the end token."""
+        same = ties = 0
+        for prompt, ids, text in zip(self.prompts, self.expected[name], texts, strict=True):
             cut = ids[: ids.index(self.eos)] if stops and self.eos in ids else ids
-            same += self.tokenizer.decode(cut) == text
-        return same
+            if self.tokenizer.decode(cut) == text:
+                same += 1
+            else:
+                whole = self.tokenizer.decode(prompt, skip_special_tokens=False) + text
+                theirs = self.tokenizer.encode(whole, add_special_tokens=False).ids[len(prompt) :]
+                ties += self.is_near_tie(name, prompt, ids, theirs)
+        return same, ties
+
+    @torch.inference_mode()
+    def is_near_tie(self, name: str, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
+        """Whether at the first other token its logit is as good as the best, within NEAR standard deviations."""
+        at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        if at is None:
+            return False
+        logits = self.models[name](torch.tensor([prompt + ours[:at]]))[0, -1]
+        gap = float((logits.max() - logits[theirs[at]]) / logits.std())
+        print(f"{name}: other token at place {at}, {gap:.1e} standard deviations below the best", flush=True)
+        return gap <= NEAR
 
     def layers(self, name: str) -> list[dict[str, str]]:
         if name == "child":
@@ -203,7 +223,9 @@ class Bench:
         batches = [b for b in self.costs.batches if b <= self.arguments.requests]
         return self.costs.predict(self.layers(name), max(batches)).tokens_per_second
 
-    def add(self, engine: str, how: str, version: str, rates: dict[str, list[float]], same: dict[str, int]) -> None:
+    def add(
+        self, engine: str, how: str, version: str, rates: dict[str, list[float]], same: dict[str, tuple[int, int]]
+    ) -> None:
         """A row for each model. rates: tokens per second of the rounds."""
         for name in MODELS:
             self.rows.append(
@@ -220,7 +242,8 @@ class Bench:
                     "predicted_speedup": f"{self.predicted(name) / self.predicted('parent'):.2f}",
                     "fit_tokens_per_s": "",
                     "fit_speedup": "",
-                    "same_greedy_text": f"{same[name]}/{len(self.prompts)}",
+                    "same_greedy_text": f"{same[name][0]}/{len(self.prompts)}",
+                    "near_ties": same[name][1],
                     "version": version,
                 }
             )
@@ -233,7 +256,7 @@ class Bench:
         extra = {"repeat_penalty": 1.0} if stops else {"ignore_eos": True}
         rates: dict[str, list[float]] = {name: [] for name in MODELS}
         through_openai: dict[str, list[float]] = {name: [] for name in MODELS}
-        same: dict[str, int] = dict.fromkeys(MODELS, len(self.prompts))
+        same = dict.fromkeys(MODELS, (len(self.prompts), 0))
         with contextlib.ExitStack() as stack:
             urls = {}
             for name in MODELS:
@@ -266,7 +289,9 @@ class Bench:
             job |= {"threads": self.arguments.threads, "rounds": 1}
             answer = worker(python_of("llama.cpp"), "serving_llama_cpp.py", self.directory, job)
             rates[name] += [len(self.prompts) * WORK.output_len / seconds for seconds in answer["seconds"]]
-            same[name] = sum(a == b for a, b in zip(answer["tokens"], self.expected[name], strict=True))
+            pairs = list(zip(self.prompts, self.expected[name], answer["tokens"], strict=True))
+            equal = sum(ours == theirs for _, ours, theirs in pairs)
+            same[name] = equal, sum(self.is_near_tie(name, *each) for each in pairs if each[1] != each[2])
             version = answer["version"]
         self.add("llama.cpp", f"batch of {len(self.prompts)} sequences in its library", version, rates, same)
 
@@ -277,11 +302,11 @@ class Bench:
         for _ in range(rounds):
             for name, found in measure_runtime(models, WORK, repeats=1).items():
                 rates[name].append(found.tokens_per_second)
-        same = dict.fromkeys(MODELS, len(self.prompts))
+        same = dict.fromkeys(MODELS, (len(self.prompts), 0))
         self.add("puzzle", f"batch of {len(self.prompts)}, no engine", "puzzle", rates, same)
 
     def fit(self, folder: Path, rounds: int) -> None:
-        """Measure vLLM on the parent and uniform children, fit its constants, predict the child."""
+        """Measure vLLM on the parent and on uniform children, and fit its constants to that."""
         from puzzle.export.child import child_of_library
         from puzzle.families.family import open_model
 
@@ -338,6 +363,9 @@ class Bench:
                 }
             )
         )
+
+    def use_fit(self, folder: Path) -> None:
+        """Fill in what the fit predicts of parent and child in vLLM."""
         engine = CostModel(self.library, read_fit(folder / "fit.json"), WORK)
         predicted = {name: engine.predict(self.layers(name), len(self.prompts)).tokens_per_second for name in MODELS}
         for row in self.rows:
@@ -371,7 +399,9 @@ def main() -> None:
             bench.in_llama_cpp(arguments.rounds)
         write_rows(arguments, bench.rows)
         if arguments.fit is not None:
-            bench.fit(arguments.fit, max(1, arguments.rounds // 2))
+            if not (arguments.fit / "fit.json").is_file():
+                bench.fit(arguments.fit, max(1, arguments.rounds // 2))
+            bench.use_fit(arguments.fit)
             write_rows(arguments, bench.rows)
 
 

@@ -25,15 +25,19 @@ GPUS = {
     for gpu in (
         Gpu(name="h100", memory_bytes=80 * 10**9, bandwidth=3.35e12, bf16_flops=989e12),
         Gpu(name="h200", memory_bytes=141 * 10**9, bandwidth=4.8e12, bf16_flops=989e12),
-        # two cores of a server, in round figures: what `puzzle profile --engine ... --fit` fits are shares of these
-        Gpu(name="cpu", memory_bytes=16 * 10**9, bandwidth=4e10, bf16_flops=2e11),
         Gpu(name="a100", memory_bytes=80 * 10**9, bandwidth=2.04e12, bf16_flops=312e12),
     )
 }
 
 
+# Two cores of a server in round figures, no limit of anything: `puzzle profile --engine ... --fit` fits shares of these.
+CPU = Gpu(name="cpu", memory_bytes=16 * 10**9, bandwidth=4e10, bf16_flops=2e11)
+
+
 def gpu_facts(name: str) -> Gpu:
-    """Raises UserError for a name that is not listed."""
+    """Of one GPU, or CPU for "cpu". Raises UserError for a name that is not listed."""
+    if name == CPU.name:
+        return CPU
     if name not in GPUS:
         raise UserError(f"unknown GPU '{name}': {nearest(name, sorted(GPUS))}")
     return GPUS[name]
