@@ -72,8 +72,10 @@ def search(
         grown, used = far.close(i, options, grown, used)
         cost = grown[None] + np.tensordot(prices, used, 1) + (to_go[:, i, options] + constant)[:, None, :] + far.opened
         worst = cost.max(axis=0)
-        fits = (used <= (closing - rest[position][:, None])[:, :, None]).all(axis=0)
-        parent, picked = np.nonzero((worst < threshold) & fits)
+        fits = worst < threshold
+        for use, room in zip(used, closing[:, 0] - rest[position], strict=True):
+            fits &= use <= room
+        parent, picked = np.nonzero(fits)
         if thin and len(parent) > CROWD:
             ends = picked if arrays.arc_score is not None else np.zeros_like(picked)
             left = _undominated(ends, grown[parent, picked], used[:, parent, picked])
@@ -108,8 +110,10 @@ def _undominated(ends: np.ndarray, score: np.ndarray, rows: np.ndarray) -> np.nd
         sorted_values, sorted_ends = values[:, at], ends[at]
         dead = np.zeros(len(at), dtype=bool)
         for step in range(1, min(WINDOW, len(at) - 1) + 1):
-            no_worse = (sorted_values[:, :-step] <= sorted_values[:, step:]).all(axis=0)
-            dead[step:] |= no_worse & (sorted_ends[:-step] == sorted_ends[step:])
+            no_worse = sorted_ends[:-step] == sorted_ends[step:]
+            for row in sorted_values:  # several times faster than `all` over the short axis
+                no_worse &= row[:-step] <= row[step:]
+            dead[step:] |= no_worse
         at = at[~dead]
         if dead.sum() <= 0.05 * len(dead):
             return np.sort(at)

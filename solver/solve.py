@@ -158,12 +158,14 @@ def _by_programs(
 ) -> Solution:
     """Too many choices to list: linear programs over the cells that may hold a choice below a rising edge."""
     top, name = ceiling(arrays), mathopt.version()
+    num_hits = 0
     while not clock.over:
         step *= 2.0
-        edge = max(edge, base + step)
+        edge = max(edge, base + step) if num_hits < 2 else math.inf  # two programs agree: what is left is the proof
         edge = min(limit, edge if edge <= top else math.inf, best[0] if best else math.inf)
         margin = EPSILON * max(1.0, abs(edge)) if edge < math.inf else 0.0
         status, hit, bound = _run(problem, arrays, arrays.allowed & (through < edge + margin), mathopt, clock)
+        num_hits += hit is not None
         if hit is not None and (best is None or hit[0] < best[0]):
             best = hit
         lower = max(lower, min(edge, bound))
