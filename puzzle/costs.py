@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from bisect import bisect_left
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -219,11 +220,12 @@ class CostTable:
         return sum(self.seconds(kind, shape, "decode", batch, first + step) for step in range(work.output_len - 1))
 
 
-def find_costs(gpu: str, name: str | None, roots: list[Path]) -> CostTable:
+def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[tuple[str, str]] = ()) -> CostTable:
     """The table costs/<gpu>/<name>.csv under the first root that has one. roots: the library's costs/, then ours.
 
-    gpu: a folder's name, or its first part ("h200" finds h200-sxm-141gb). Raises UserError for an unknown GPU (listing the
-    known ones) or several tables and no name.
+    gpu: a folder's name, or its first part ("h200" finds h200-sxm-141gb). needs: (kind, shape) of what will be asked; without
+    a name, of several tables the one that holds them all counts, and not one in fp8, which asks to be named. Raises
+    UserError for an unknown GPU (listing the known ones), or several tables and no name that decides.
     """
     folders = [d for root in roots if root.is_dir() for d in sorted(root.iterdir()) if d.is_dir()]
     for folder in folders:
@@ -232,6 +234,15 @@ def find_costs(gpu: str, name: str | None, roots: list[Path]) -> CostTable:
         tables = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
         if name is not None:
             tables = [t for t in tables if t.stem == name]
+        if len(tables) > 1 and needs:
+            opened = [(t, CostTable(t)) for t in tables if not t.stem.endswith("-fp8")]
+            holding = [t for t, table in opened if all(shape in table.shapes(kind) for kind, shape in needs)]
+            if not holding:
+                raise UserError(
+                    f"none of the cost tables for --gpu {gpu} ({', '.join(t.stem for t in tables)}) holds this library's "
+                    f"shapes: run `puzzle profile LIBRARY --gpu {gpu}` on that machine"
+                )
+            tables = holding
         if len(tables) > 1:
             names = ", ".join(t.stem for t in tables)
             raise UserError(f"several cost tables for --gpu {gpu}: {names}; pass --shapes with one of them")

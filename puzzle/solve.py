@@ -385,4 +385,7 @@ def open_costs(library: Library, gpu: str, name: str | None, engine: str = "puzz
     """Measured costs of our own runtime, or the fitted model of a serving engine."""
     if engine != "puzzle":
         return open_engine(engine, gpu)
-    return find_costs(gpu, name, [library.root / "costs", PACKAGED])
+    shapes = {(kind, library.variant(kind, v)["shape"]) for kind in KINDS for v in library.variants(kind)}
+    needs = [(kind, shape) for kind, shape in sorted(shapes) if shape != "none"]
+    needs.append(("head", library.facts["model"]["head_shape"]))
+    return find_costs(gpu, name, [library.root / "costs", PACKAGED], needs)

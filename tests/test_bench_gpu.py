@@ -37,7 +37,7 @@ def solved(tmp_path_factory, puzzle) -> Path:
 
 def test_the_shipped_table_needs_no_gpu(puzzle, tmp_path):
     library = synthetic("llama-3.1-8b", tmp_path / "lib")
-    arguments = ("--gpu", "h100", "--shapes", "llama-3.1-8b", "--input-len", 512, "--output-len", 256, "--json")
+    arguments = ("--gpu", "h100", "--input-len", 512, "--output-len", 256, "--json")
     done = puzzle("solve", library, "--throughput", "5x", *arguments)
     assert done.exit_code == 0, done.output
     assert "within the h100's 80 GB" in done.stderr
@@ -49,12 +49,17 @@ def test_the_shipped_table_needs_no_gpu(puzzle, tmp_path):
     same = json.loads(puzzle("solve", library, "--throughput", "5x", "--same-batch", *arguments).stdout)
     assert same["predicted"]["speedup_at_same_batch"] >= 5
     assert same["objective"] <= found["objective"]
-    fp8 = json.loads(
-        puzzle("solve", library, "--throughput", "5x", *arguments[:3], "llama-3.1-8b-fp8", *arguments[4:]).stdout
-    )
+    named = ("--shapes", "llama-3.1-8b-fp8", *arguments)
+    fp8 = json.loads(puzzle("solve", library, "--throughput", "5x", *named).stdout)
     assert fp8["parent_predicted"]["tokens_per_second"] > found["parent_predicted"]["tokens_per_second"]
     done = puzzle("solve", library, "--throughput", "5x", *arguments, "--memory", "9GB")
     assert json.loads(done.stdout)["predicted"]["memory_bytes"] <= 9e9
+
+
+def test_a_library_that_no_table_covers(puzzle, solved):
+    done = puzzle("solve", solved.parent, "--throughput", "2x", "--gpu", "h100", "--out", solved.parent / "other")
+    assert done.exit_code == 2, done.output
+    assert "holds this library's shapes: run `puzzle profile LIBRARY --gpu h100`" in done.stderr.replace("\n", " ")
 
 
 def test_promised_and_delivered_side_by_side(puzzle, solved):
