@@ -103,13 +103,13 @@ def main(
     for kept in itertools.product(*(members(run, widths) for run in runs)):
         gone = [layer for run in runs for layer in range(run[0], run[1] + 1) if layer not in kept]
         smaller = remove_layers(child, gone)
-        write_fused(smaller, child, out / "removed", section=f"Layers {gone} removed.", force=True)
+        write_fused(smaller, out / "removed", section=f"Layers {gone} removed.", force=True)
         kl = compare(model, load_model(out / "removed", device=device, dtype=dtype), tokens[:16])["kl"]
         print("removed", gone, f"{kl:.4f}", flush=True)
         if best is None or kl < best[0]:
             best = kl, smaller
     assert best is not None
-    write_fused(best[1], child, out / "removed", section="Layers removed, none fused.", force=True)
+    write_fused(best[1], out / "removed", section="Layers removed, none fused.", force=True)
 
     unfused = load_model(out / "unfused", device=device, dtype=dtype)
     rows = []

@@ -22,7 +22,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from puzzle.export.checkpoint import write_checkpoint
 from puzzle.export.child import (
     ABSENT,
     LINEAR,
@@ -36,7 +35,7 @@ from puzzle.export.child import (
     no_tensors,
     sub_block_shapes,
 )
-from puzzle.export.hf import hf_config
+from puzzle.export.hf import write_hf
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB, CONTEXT = 256, 8, 4, 32, 512, 384, 512
 LLAMA3 = {
@@ -191,15 +190,7 @@ def write_tiny_child(name: str, out: Path) -> Path:
     if not (tokenizer / "tokenizer.json").is_file():
         write_tokenizer(tokenizer)
     child = tiny_child(name, tokenizer)
-    write_checkpoint(
-        out,
-        config=hf_config(child, child.dtype),
-        tensors=child.tensors(),
-        tokenizer_from=tokenizer,
-        generation_config=child.generation_config,
-        card=f"---\nlicense: {child.licence}\n---\n# {name}\n",
-        force=True,
-    )
+    write_hf(child, out, f"---\nlicense: {child.licence}\n---\n# {name}\n", force=True)
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle.blocklib.fast import Batch, Fast, FastAttention, Stream, make_fast
-from puzzle.blocklib.profile import Timing, percentiles
+from puzzle.kernels.timer import Timing, percentiles
 
 COLD_BYTES = 200 * 2**20  # weights and caches rotate through at least this much, four times the L2
 MAX_COPIES = 24

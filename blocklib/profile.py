@@ -9,33 +9,17 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from puzzle.blocklib.layer import LayerSpec, rope_tables
 from puzzle.blocklib.runtime import decode, new_cache, prefill
+from puzzle.kernels.timer import Timing, percentiles
 
 Call = tuple[Callable[[], object], Callable[[], object]]
 
 COLD_BYTES = 96 * 2**20  # weights rotate through at least this much: three times a large last-level cache
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timing:
-    """Seconds of one call: percentiles over num_samples calls."""
-
-    p20: float
-    p50: float
-    p80: float
-    num_samples: int
-
-
-def percentiles(samples: list[float]) -> Timing:
-    ordered = torch.tensor(samples, dtype=torch.float64)
-    p20, p50, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return Timing(p20=p20, p50=p50, p80=p80, num_samples=len(samples))
 
 
 def rotating_copies(module: nn.Module, max_copies: int) -> list[nn.Module]:

@@ -25,12 +25,12 @@ MIN_GRAPH_SECONDS = 4e-4  # shorter graphs are repeated: the resolution of an ev
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Seconds per call at the 20th, 50th and 80th percentile of `n` samples."""
+    """Seconds per call at the 20th, 50th and 80th percentile of `num_samples` samples."""
 
     p20: float
     p50: float
     p80: float
-    n: int
+    num_samples: int
 
 
 def percentiles(samples: Sequence[float]) -> Timing:
@@ -38,9 +38,9 @@ def percentiles(samples: Sequence[float]) -> Timing:
     if not samples:
         raise ValueError("no samples to summarise")
     if len(samples) == 1:
-        return Timing(p20=samples[0], p50=samples[0], p80=samples[0], n=1)
+        return Timing(p20=samples[0], p50=samples[0], p80=samples[0], num_samples=1)
     cuts = statistics.quantiles(samples, n=10, method="inclusive")
-    return Timing(p20=cuts[1], p50=cuts[4], p80=cuts[7], n=len(samples))
+    return Timing(p20=cuts[1], p50=cuts[4], p80=cuts[7], num_samples=len(samples))
 
 
 def l2_bytes(device: torch.device | str | int = "cuda") -> int:

@@ -35,6 +35,26 @@ class CardFacts:
     measured: dict[str, Any] | None
 
 
+def plain_card(child: Child, solved: dict[str, Any] | None) -> str:
+    """The card of a child in its own format and dtype, nothing rewritten. solved: predictions that hold for it."""
+    return child_card(
+        CardFacts(
+            child=child,
+            original=child,
+            format="hf",
+            engine=None,
+            dtype=str(child.dtype).removeprefix("torch."),
+            file=None,
+            licence=child.licence,
+            lowerings=(),
+            also=(),
+            solved=solved,
+            facts=None,
+            measured=None,
+        )
+    )
+
+
 def child_card(card: CardFacts) -> str:
     """Markdown with the Hub's front matter."""
     parts = [_front(card), f"# A child of {card.child.parent_name}", _origin(card), _picture(card.original)]

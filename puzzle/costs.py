@@ -140,9 +140,8 @@ class CostTable:
                 if kind in ("head", "embedding"):
                     return self.seconds(kind, shape, "decode", batch, 0)
                 known = self._known(kind, shape, phase, 1)
-                whole, rest = divmod(
-                    batch * context, known[-1][0]
-                )  # the runtime takes no more together than was measured
+                # the runtime takes no more tokens together than were measured
+                whole, rest = divmod(batch * context, known[-1][0])
                 what = f"{phase} of {kind} '{shape}', {rest} tokens"
                 return whole * known[-1][1] + (self._at(known, rest, what) if rest else 0.0)
             return self._known(kind, shape, phase, batch)[0][1]

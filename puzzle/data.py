@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -243,31 +244,42 @@ def _files(source: str) -> list[tuple[str, Path]] | None:
     return None
 
 
-def _table_documents(path: Path, text_field: str) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as handle:
-            for number, line in enumerate(handle, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path} line {number} is not JSON ({error.msg}): mend or remove it") from error
-                if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-                    fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                    raise UserError(
-                        f"{path} line {number} has no text field '{text_field}' (it has: {fields}): pass --text-field"
-                    )
-                yield row[text_field]
-        return
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of every line that is not blank. Raises UserError for one that is not JSON."""
+    with open(path, encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error.msg}): mend or remove it") from error
+            yield number, row
+
+
+def open_parquet(path: Path) -> Any:
+    """A pyarrow ParquetFile. Raises UserError without pyarrow, and for a file that is none."""
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError(f"{path} needs pyarrow: pip install pyarrow, or convert it to .jsonl") from None
     try:
-        table = parquet.ParquetFile(path)
+        return parquet.ParquetFile(path)
     except Exception as error:  # pyarrow's own error types
         raise UserError(f"{path} is not a readable parquet file ({error})") from error
+
+
+def _table_documents(path: Path, text_field: str) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        for number, row in json_lines(path):
+            if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+                fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise UserError(
+                    f"{path} line {number} has no text field '{text_field}' (it has: {fields}): pass --text-field"
+                )
+            yield row[text_field]
+        return
+    table = open_parquet(path)
     if text_field not in table.schema_arrow.names:
         names = ", ".join(table.schema_arrow.names)
         raise UserError(f"{path} has no column '{text_field}' (it has: {names}): pass --text-field")

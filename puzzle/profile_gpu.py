@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from puzzle.blocklib.fast import Batch, Stream, new_batch
 from puzzle.blocklib.fast_profile import chain, fast_copies, num_copies, time_replays
-from puzzle.blocklib.profile import Timing
 from puzzle.blocklib.variant import parse_variant, search_space
 from puzzle.console import progress
 from puzzle.costs import CostRow, append_costs, write_costs
@@ -32,6 +31,7 @@ from puzzle.files import check_writable, write_json
 from puzzle.hardware import cpu_name
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.swiglu import linear
+from puzzle.kernels.timer import Timing
 from puzzle.shapes import Shapes, named_shapes
 
 MAX_WEIGHT_BYTES = 24 * 2**30  # of one chain; wider FFNs are left out

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from puzzle import profile_gpu
-from puzzle.blocklib.profile import Timing
 from puzzle.costs import CostTable
 from puzzle.errors import UserError
+from puzzle.kernels.timer import Timing
 from puzzle.profile_gpu import GpuGrid, count_points, profile_shapes
 from puzzle.shapes import named_shapes
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from puzzle.export.checkpoint import write_checkpoint
 from puzzle.export.child import Child
 
 _KEPT = (
@@ -24,6 +25,19 @@ _KEPT = (
     "pad_token_id",
     "initializer_range",
 )
+
+
+def write_hf(child: Child, out: Path, card: str, **options: Any) -> None:
+    """Write the child as it stands. options: `extra_json`, `code`, `max_shard_bytes` and `force` of `write_checkpoint`."""
+    write_checkpoint(
+        out,
+        config=hf_config(child, child.dtype),
+        tensors=child.tensors(),
+        tokenizer_from=child.tokenizer,
+        generation_config=child.generation_config,
+        card=card,
+        **options,
+    )
 
 
 def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:

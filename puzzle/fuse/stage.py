@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from puzzle.build import compute_dtype, pick_device
-from puzzle.card import CardFacts, child_card
+from puzzle.card import plain_card
 from puzzle.data import load_tokens
 from puzzle.errors import UserError
-from puzzle.export.checkpoint import write_checkpoint
 from puzzle.export.child import Child, child_of_checkpoint
-from puzzle.export.hf import hf_config
+from puzzle.export.hf import write_hf
 from puzzle.families.family import HfModel, open_model
 from puzzle.files import read_json
 from puzzle.fuse.matrix import Dependency
@@ -171,7 +170,6 @@ def fuse_child(
         extra["architecture.json"] = solved | {"fused": [*solved.get("fused", []), *done]}
     write_fused(
         fuse_layers(child, runs, norm),
-        child,
         out,
         section=_section(facts),
         solved=solved if promised else None,
@@ -184,7 +182,6 @@ def fuse_child(
 
 def write_fused(
     fused: Child,
-    child: Child,
     out: Path,
     *,
     section: str,
@@ -194,34 +191,8 @@ def write_fused(
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
     """A checkpoint like any other child's. section: what its card says besides; solved: predictions that still hold."""
-    dtype = str(fused.dtype).removeprefix("torch.")
-    card = child_card(
-        CardFacts(
-            child=fused,
-            original=fused,
-            format="hf",
-            engine=None,
-            dtype=dtype,
-            file=None,
-            licence=child.licence,
-            lowerings=(),
-            also=(),
-            solved=solved,
-            facts=None,
-            measured=None,
-        )
-    )
-    write_checkpoint(
-        out,
-        config=hf_config(fused, fused.dtype),
-        tensors=fused.tensors(),
-        tokenizer_from=child.tokenizer,
-        generation_config=child.generation_config,
-        card=f"{card}\n{section}\n",
-        extra_json=extra,
-        max_shard_bytes=max_shard_bytes,
-        force=force,
-    )
+    card = f"{plain_card(fused, solved)}\n{section}\n"
+    write_hf(fused, out, card, extra_json=extra, max_shard_bytes=max_shard_bytes, force=force)
 
 
 def _section(facts: dict[str, Any]) -> str:

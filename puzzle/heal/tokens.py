@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from puzzle.console import Bar, progress
-from puzzle.data import TABLE_SUFFIXES, documents, is_validation, load_tokenizer
+from puzzle.data import TABLE_SUFFIXES, documents, is_validation, json_lines, load_tokenizer, open_parquet
 from puzzle.errors import UserError
 from puzzle.heal.blend import Source
 from puzzle.heal.rows import IGNORE, Mixture, Stream
@@ -216,23 +215,9 @@ def chats(source: Source, seed: int) -> Iterator[tuple[str, list[dict[str, Any]]
 
 def _table(path: Path) -> Iterator[Any]:
     if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{path} line {number} is not JSON ({error.msg}): mend or remove it") from error
+        yield from (row for _, row in json_lines(path))
         return
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{path} needs pyarrow: pip install pyarrow, or convert it to .jsonl") from None
-    try:
-        table = parquet.ParquetFile(path)
-    except Exception as error:  # pyarrow's own error types
-        raise UserError(f"{path} is not a readable parquet file ({error})") from error
-    for batch in table.iter_batches(batch_size=256):
+    for batch in open_parquet(path).iter_batches(batch_size=256):
         yield from batch.to_pylist()
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from puzzle.blocklib.layer import KINDS, Kind
-from puzzle.card import CardFacts, child_card
-from puzzle.export.checkpoint import MODELING_FILE, write_checkpoint
+from puzzle.card import plain_card
+from puzzle.export.checkpoint import MODELING_FILE
 from puzzle.export.child import Child, child_of_checkpoint
-from puzzle.export.hf import hf_config
+from puzzle.export.hf import write_hf
 from puzzle.families.family import HfModel
 from puzzle.files import SCHEMA, read_json
 from puzzle.heal.checkpoint import WorkDir
@@ -63,29 +63,11 @@ def write_healed(
     extra = {"heal.json": {"schema": SCHEMA, **record}}
     if solved.is_file():
         extra["architecture.json"] = read_json(solved, "puzzle export")
-    card = child_card(
-        CardFacts(
-            child=child,
-            original=child,
-            format="hf",
-            engine=None,
-            dtype=str(child.dtype).removeprefix("torch."),
-            file=None,
-            licence=child.licence,
-            lowerings=(),
-            also=(),
-            solved=extra.get("architecture.json"),
-            facts=None,
-            measured=None,
-        )
-    )
-    write_checkpoint(
+    card = plain_card(child, extra.get("architecture.json"))
+    write_hf(
+        child,
         out,
-        config=hf_config(child, child.dtype),
-        tensors=child.tensors(),
-        tokenizer_from=child.tokenizer,
-        generation_config=child.generation_config,
-        card=card.replace("## Serve\n", f"{healing(record)}\n\n## Serve\n", 1),
+        card.replace("## Serve\n", f"{healing(record)}\n\n## Serve\n", 1),
         extra_json=extra,
         code=(MODELING_FILE, work.log),  # the log travels with the files that are copied as they are
         force=force,

@@ -12,8 +12,8 @@ from puzzle.kernels import timer
 
 def test_percentiles():
     found = timer.percentiles([float(i) for i in range(11)])
-    assert (found.p20, found.p50, found.p80, found.n) == (2, 5, 8, 11)
-    assert timer.percentiles([3.0]) == timer.Timing(p20=3.0, p50=3.0, p80=3.0, n=1)
+    assert (found.p20, found.p50, found.p80, found.num_samples) == (2, 5, 8, 11)
+    assert timer.percentiles([3.0]) == timer.Timing(p20=3.0, p50=3.0, p80=3.0, num_samples=1)
     with pytest.raises(ValueError, match="no samples"):
         timer.percentiles([])
 
@@ -21,7 +21,7 @@ def test_percentiles():
 def test_calls_take_turns_on_the_cpu():
     seen = []
     found = timer.time_calls([lambda: seen.append(0), lambda: seen.append(1)], seconds=0, min_samples=6, device="cpu")
-    assert found.n == 6
+    assert found.num_samples == 6
     assert seen == [0, 1] * 4  # one warm-up each
 
 
@@ -31,7 +31,7 @@ def test_cpu_time_is_real():
 
 
 def test_stops_at_max_samples():
-    assert timer.time_calls([lambda: None], seconds=60, max_samples=7, device="cpu").n == 7
+    assert timer.time_calls([lambda: None], seconds=60, max_samples=7, device="cpu").num_samples == 7
 
 
 def test_no_calls():
