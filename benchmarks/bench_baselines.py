@@ -26,7 +26,8 @@ from puzzle.goal import goal_of
 from puzzle.library import Library
 from puzzle.metrics import compare
 from puzzle.model import load_model
-from puzzle.solve import choices_of, open_costs, select
+from puzzle.selection import select
+from puzzle.solve import choices_of, open_costs
 from puzzle.solver.baselines import greedy, random_feasible, uniform
 from puzzle.solver.solution import Solution
 from puzzle.solver.solve import solve

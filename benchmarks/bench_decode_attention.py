@@ -73,7 +73,7 @@ def warm(share: str) -> None:
     index, count = map(int, share.split("/"))
     kinds = dict.fromkeys((kv, window) for _, _, kv, window in POINTS)
     for (kv, window), dtype, warps, stages in list(product(kinds, DTYPES, *SWEEP))[index::count]:
-        module.NUM_STAGES = stages
+        module.NUM_STAGES = dict.fromkeys((1, 2), stages)
         for splits in (1, 4):
             for q, c, t, n in paged(2, 1024, kv, dtype, 1):
                 decode_attention(q, c, t, n, max_context=1024, window=window, splits=splits, num_warps=warps)
@@ -103,8 +103,8 @@ def main(out: Path, sweep: bool, share: str | None) -> None:
             results = {}
             if sweep:
                 tries = {}
-                for warps, stages, splits in product(*SWEEP, (None, 1, 2, 4)):
-                    module.NUM_STAGES = stages
+                for warps, stages, splits in product(*SWEEP, (None, 1, 2, 4, 8)):
+                    module.NUM_STAGES = dict.fromkeys((1, 2), stages)
                     if splits and splits * 128 > reach:
                         continue
                     try:

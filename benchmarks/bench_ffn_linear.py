@@ -18,11 +18,12 @@ import click
 import torch
 from torch import Tensor
 
-from puzzle.blocklib.distill import calibrate, normalized_mse
+from puzzle.blocklib.distill import calibrate
 from puzzle.blocklib.initialize import ffn_as_linear
 from puzzle.blocklib.modules import Linear
 from puzzle.data import load_tokens
 from puzzle.families.family import open_model
+from puzzle.kernels.block_loss import block_loss
 from puzzle.metrics import Divergence
 from puzzle.model import load_model
 
@@ -80,7 +81,7 @@ def _measure(model, index: int, matrix: Tensor, norm: Tensor, held, held_ids, fi
     meter, errors = Divergence(), []
     for x, ids, final in zip(held, held_ids, finals, strict=True):
         y = module(x, rope)
-        errors.append(normalized_mse(y, model.blocks[index].ffn(x, rope)).item())
+        errors.append(block_loss(y, model.blocks[index].ffn(x, rope)).item())
         child = x + y
         for later in model.blocks[index + 1 :]:
             child = later(child, rope)

@@ -19,6 +19,7 @@ from puzzle.blocklib.layer import Calibration, Kind, LayerSpec, ParentLayer
 from puzzle.blocklib.modules import Rope, SwiGLU
 from puzzle.blocklib.store import layer_name
 from puzzle.blocklib.variant import Variant
+from puzzle.kernels.block_loss import block_loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +46,6 @@ class Recipe:
             return self.lr * (step + 1) / warm
         progress = (step - warm) / max(1, self.num_steps - warm)
         return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def normalized_mse(child: Tensor, parent: Tensor) -> Tensor:
-    """MSE(child, parent) / MSE(parent, 0), in float32: 1 for a sub-block that contributes nothing."""
-    parent = parent.float()
-    return (child.float() - parent).square().sum() / parent.square().sum().clamp(min=1e-30)
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -98,7 +93,7 @@ class VariantTrainer:
             return
         with autocast(x.device):
             out = self.module(x, rope)
-        normalized_mse(out, target).backward()
+        block_loss(out, target).backward()
         parameters = list(self.module.parameters())
         keep = torch.isfinite(nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm))
         for parameter in parameters:
@@ -112,7 +107,7 @@ class VariantTrainer:
         """Add one validation batch; `validated()` gives the mean and starts over."""
         with autocast(x.device):
             out = self.module(x, rope)
-        self._validation.append(normalized_mse(out, target))
+        self._validation.append(block_loss(out, target))
 
     def validated(self) -> float:
         mean = torch.stack(self._validation).double().mean().item()

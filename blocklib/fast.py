@@ -9,6 +9,7 @@ Letters: B sequences, T prompt tokens, H hidden_size, N query heads, K KV heads,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -28,11 +29,33 @@ PAGE = 64  # tokens of one page
 Stream = tuple[Tensor, Tensor | None]  # (delta, residual), each [B·T, H]; no residual before the first sub-block
 
 
+class CachePool:
+    """Memory that caches are cut from, full of noise: to time many shapes without filling each one's caches anew."""
+
+    def __init__(self, num_bytes: int, dtype: torch.dtype, device: torch.device):
+        self.buffer = torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device=device)
+        for block in self.buffer.split(2**28):
+            block.copy_(torch.empty(len(block), dtype=torch.bfloat16, device=device).normal_())
+        self.used = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self.buffer.numel() * self.buffer.element_size()
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """The next part of it. Raises ValueError when too little is left."""
+        begin, self.used = self.used, self.used + math.prod(shape)
+        if self.used > len(self.buffer):
+            raise ValueError(f"a cache {shape} does not fit in what is left of {len(self.buffer)} elements")
+        return self.buffer[begin : self.used].view(shape)
+
+
 @dataclass(kw_only=True, slots=True)
 class Batch:
     """What the layers of one static batch share. positions, lengths [B] int32: of the token in hand, and with it.
     table [B, P] int32: pages of each sequence, in order. cos, sin [max_length, D] float32. fp8: weights of sub-blocks and
-    cached keys and values are float8_e4m3fn, the weights with a scale per row."""
+    cached keys and values are float8_e4m3fn, the weights with a scale per row. pool: where caches come from, if not from new
+    memory full of zeros."""
 
     positions: Tensor
     lengths: Tensor
@@ -42,6 +65,7 @@ class Batch:
     max_length: int
     fp8: bool = False
     rows: slice = field(default_factory=lambda: slice(None))  # of the layers' page tables: which sequences these are
+    pool: CachePool | None = None
 
     @property
     def size(self) -> int:
@@ -61,6 +85,11 @@ class Batch:
     def advance(self) -> None:
         self.positions.add_(1)
         self.lengths.add_(1)
+
+
+def kept_pages(num_pages: int, window: int | None) -> int:
+    """Pages of a sequence that a layer keeps, of `num_pages`: with a window only those that it can see."""
+    return num_pages if window is None else min(num_pages, -(-window // PAGE) + 1)
 
 
 def new_batch(spec: LayerSpec, size: int, max_length: int, device: torch.device | str, fp8: bool = False) -> Batch:
@@ -100,14 +129,17 @@ class FastAttention:
         self.out = _Product(module.o_proj.weight.data, module.o_proj.bias, batch.fp8)
         self.head_norms = None if isinstance(module.q_norm, nn.Identity) else (module.q_norm, module.k_norm)
         self.table = batch.table
-        if self.window is not None and -(-self.window // PAGE) + 1 < batch.table.shape[1]:
-            ring = -(-self.window // PAGE) + 1
+        ring = kept_pages(batch.table.shape[1], self.window)
+        if ring < batch.table.shape[1]:
             inside = torch.arange(batch.table.shape[1], dtype=torch.int32, device=self.table.device) % ring
             first = torch.arange(batch.size, dtype=torch.int32, device=self.table.device) * ring
             self.table = (first[:, None] + inside[None, :]).contiguous()
-        num_pages = int(self.table.max()) + 1
-        kept = torch.float8_e4m3fn if batch.fp8 else self.norm.dtype
-        self.cache = torch.zeros((num_pages, 2, self.kv_heads, PAGE, self.dim), dtype=kept, device=self.norm.device)
+        shape = (batch.size * ring, 2, self.kv_heads, PAGE, self.dim)
+        if batch.pool is not None:
+            self.cache = batch.pool.take(shape)
+        else:
+            kept = torch.float8_e4m3fn if batch.fp8 else self.norm.dtype
+            self.cache = torch.zeros(shape, dtype=kept, device=self.norm.device)
 
     def randomize(self) -> None:
         """Fill the cache with noise."""

@@ -71,13 +71,13 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of T new queries over the same T keys. [B, T, H]"""
         num_tokens = q.shape[2]
-        mask = None
-        if self.window is not None and self.window < num_tokens:
-            mask = causal_mask(num_tokens, self.window, q.device)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
-        )
-        return self.output(out)
+        if self.window is None or self.window >= num_tokens:
+            shared = self.num_heads != self.num_kv_heads
+            return self.output(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared))
+        mask = causal_mask(num_tokens, self.window, q.device)
+        # With a mask, only equally many heads of q and k spare a GPU the scores [B, N, T, T] in float32.
+        k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
+        return self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
     def output(self, attended: Tensor) -> Tensor:
         """[B, N, T, D] -> [B, T, H]"""

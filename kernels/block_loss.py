@@ -7,6 +7,7 @@ adds up in a fixed order (so equal inputs give equal bits). The backward pass re
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -74,11 +75,16 @@ if triton is not None:
         tl.store(out_ptr + at, (gap * scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def loss_and_energy(child: Tensor, parent: Tensor, config: dict[str, int] = FORWARD) -> tuple[Tensor, Tensor]:
     """The loss and Σ parent², float32 scalars. Contiguous tensors of one shape, on a GPU or under the interpreter."""
     num_elements = child.numel()
-    processors = torch.cuda.get_device_properties(child.device).multi_processor_count if child.is_cuda else 2
-    num_programs = min(triton.cdiv(num_elements, config["BLOCK"]), processors * config["programs_per_sm"], MAX_PROGRAMS)
+    most = min(_num_processors(child.device) * config["programs_per_sm"], MAX_PROGRAMS)
+    num_programs = min(triton.cdiv(num_elements, config["BLOCK"]), most)
     partial = torch.empty(2, num_programs, dtype=torch.float32, device=child.device)
     loss = torch.empty((), dtype=torch.float32, device=child.device)
     energy = torch.empty_like(loss)
@@ -125,4 +131,5 @@ def block_loss(child: Tensor, parent: Tensor) -> Tensor:
         raise ValueError(f"child {tuple(child.shape)} and parent {tuple(parent.shape)} must have one non-empty shape")
     if triton is None or not (child.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return block_loss_reference(child, parent.detach())
-    return _BlockLoss.apply(child.contiguous(), parent.detach().contiguous())
+    with torch.cuda.device_of(child):  # Triton launches on the current device
+        return _BlockLoss.apply(child.contiguous(), parent.detach().contiguous())

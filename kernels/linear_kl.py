@@ -11,6 +11,8 @@ kl = A / P - log(P / Q). Equal logits give exactly 0, and a constant added to al
   relative error of the divergence, not an absolute one that would hide a small KL.
 - `Fused`: one kernel keeps both logit tiles in float32 accumulators; only the sums reach memory.
 
+On a CPU, and for float64, the twin runs in chunks of rows (`linear_kl_by_rows`).
+
 Letters: T tokens, H hidden_size, V vocab_size, S splits of the vocabulary. The gradient goes to the child's hidden state
 alone, from logits computed again in chunks.
 """
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -47,13 +50,21 @@ class LinearKL(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunks:
-    """tokens × words logits at once, twice, in `logits` (None: the dtype of the hidden states)."""
+    """tokens × words logits at once, twice, in `logits` (None: the dtype of the hidden states).
 
-    tokens: int = 2048
+    tokens: None for 2048, or more where that gives fewer than 2^24 logits.
+    """
+
+    tokens: int | None = None
     words: int = 8448  # 16 × 33 tiles of 128 × 256: four full waves of 132 multiprocessors
     logits: torch.dtype | None = None
     block: int = 2048
     num_warps: int = 4
+
+    def size(self, vocab: int) -> tuple[int, int]:
+        """Tokens and words at once, of a head of `vocab` words."""
+        words = min(self.words, vocab)
+        return self.tokens or max(2048, 2**24 // words), words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +91,33 @@ def linear_kl_reference(
     log_p, log_q = F.log_softmax(lp, dim=-1), F.log_softmax(lc, dim=-1)
     loss = None if targets is None else F.nll_loss(log_q, targets, ignore_index=IGNORE, reduction="none")
     return LinearKL((log_p.exp() * (log_p - log_q)).sum(-1), loss, lp.argmax(-1) == lc.argmax(-1))
+
+
+def linear_kl_by_rows(
+    parent: Tensor,
+    child: Tensor,
+    weight: Tensor,
+    child_weight: Tensor | None = None,
+    targets: Tensor | None = None,
+    config: Chunks | None = None,
+) -> LinearKL:
+    """The twin with no more logits at once than `config` allows: in chunks of rows, computed again in the backward pass.
+
+    Unlike `linear_kl` it gives a gradient to everything that wants one, the heads too.
+    """
+    tokens, words = (config or Chunks()).size(len(weight))
+    rows = max(1, tokens * words // len(weight))
+    if len(child) <= rows:
+        return linear_kl_reference(parent, child, weight, child_weight, targets)
+    parts = [
+        checkpoint(
+            linear_kl_reference, parent[at : at + rows], child[at : at + rows], weight, child_weight,
+            None if targets is None else targets[at : at + rows], use_reentrant=False, preserve_rng_state=False,
+        )
+        for at in range(0, len(child), rows)
+    ]  # fmt: skip
+    kl, loss, same = zip(*parts, strict=True)
+    return LinearKL(torch.cat(kl), None if targets is None else torch.cat(loss), torch.cat(same))
 
 
 if triton is not None:
@@ -230,7 +268,8 @@ def _chunks(
     parent: Tensor, child: Tensor, weight: Tensor, child_weight: Tensor | None, config: Chunks
 ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """(tokens, first word, the parent's logits, the child's or their difference); the buffers are used again."""
-    num_tokens, num_words = min(config.tokens, len(parent)), min(config.words, len(weight))
+    num_tokens, num_words = config.size(len(weight))
+    num_tokens = min(num_tokens, len(parent))
     buffers = torch.empty(2, num_tokens * num_words, dtype=config.logits or child.dtype, device=child.device)
     for token in range(0, len(parent), num_tokens):
         tokens = slice(token, min(token + num_tokens, len(parent)))
@@ -343,7 +382,7 @@ def linear_kl(
     """Divergence of the child's next-token distribution from the parent's, per token.
 
     parent, child: hidden states after the final norm [T, H]; weight: the LM head of the parent, and of the child unless
-    child_weight is given [V, H]; one dtype, bf16 or float32. targets [T] int64, -100 to leave a token out.
+    child_weight is given [V, H]; one dtype, bf16, float32 or (slowly) float64. targets [T] int64, -100 to leave a token out.
     `kl` and `lm_loss` carry a gradient to `child`; nothing else gets one. Top-1 ties go to the lowest word.
     Errors of kl: about 3e-7 absolute, and relative ones of the logits' rounding (module docstring).
     Raises ValueError for shapes or dtypes that do not fit.
@@ -358,12 +397,15 @@ def linear_kl(
         raise ValueError(f"targets {tuple(targets.shape)} for {len(parent)} tokens")
     parent, weight = parent.detach(), weight.detach()
     child_weight = None if child_weight is None else child_weight.detach()
-    if triton is None or not (child.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return linear_kl_reference(parent, child, weight, child_weight, targets)
+    runs_here = triton is not None and (child.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    if not runs_here or child.dtype == torch.float64:
+        rows = config if isinstance(config, Chunks) else None
+        return linear_kl_by_rows(parent, child, weight, child_weight, targets, rows)
     parent, child, weight = parent.contiguous(), child.contiguous(), weight.contiguous()
     child_weight = None if child_weight is None else child_weight.contiguous()
     targets = None if targets is None else targets.contiguous()
     if config is None:
         config = Fused() if _fused_wins(child) else Chunks()
-    found = _LinearKL.apply(child, parent, weight, child_weight, targets, config, backward or Chunks())
+    with torch.cuda.device_of(child):  # Triton launches on the current device
+        found = _LinearKL.apply(child, parent, weight, child_weight, targets, config, backward or Chunks())
     return LinearKL(found[0], None if targets is None else found[1], found[2])

@@ -28,7 +28,7 @@ except ImportError:  # no wheel for this platform: the twin serves
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 # tokens at least -> heads per program, warps
-CONFIGS = ((512, {"BLOCK_HEADS": 8, "num_warps": 2}), (0, {"BLOCK_HEADS": 4, "num_warps": 1}))
+CONFIGS = ((512, {"BLOCK_HEADS": 32, "num_warps": 4}), (0, {"BLOCK_HEADS": 4, "num_warps": 1}))
 
 
 def rope_kv_reference(

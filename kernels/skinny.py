@@ -210,12 +210,14 @@ def skinny_linear(
         partial = torch.empty(split * tiles * config.block_n * block_m, dtype=torch.float32, device=x.device)
         counters = _counters(x.device)
     options = launch_options(x.device)
+    aligned = columns * w.element_size() % 16 == 0  # what a bulk prefetch asks of every row
+    prefetch = config.prefetch if options["PDL"] and aligned else 0
     skinny_kernel[(tiles, split)](
         x, w, scale, residual, out, partial, counters, rows, num, columns, x.stride(0), out.stride(0),
         0 if residual is None else residual.stride(0),
         GATED=gated, HAS_SCALE=scale is not None, HAS_RESIDUAL=residual is not None,
         EVEN_K=columns % config.block_k == 0, SPLIT_K=split, BLOCK_M=block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, PREFETCH=config.prefetch if options["PDL"] else 0, num_warps=config.num_warps,
+        BLOCK_K=config.block_k, PREFETCH=prefetch, num_warps=config.num_warps,
         num_stages=config.num_stages, **options,
     )  # fmt: skip
     return out

@@ -24,6 +24,7 @@ except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
+SILU_TO_FP8 = {"BLOCK_F": 2048, "num_warps": 16}
 
 
 class Weights(NamedTuple):
@@ -99,6 +100,31 @@ if triton is not None:
             value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + row * width + at, value, mask=at < width)
 
+    @triton.jit
+    def silu_mul_to_fp8_kernel(gate_up_ptr, out_ptr, scale_ptr, width, LIMIT: tl.constexpr, BLOCK_F: tl.constexpr):
+        """A program a row: its largest magnitude, then the values again, which come from the L2."""
+        row = tl.program_id(0).to(tl.int64)
+        lanes, pair_lanes = tl.arange(0, BLOCK_F), tl.arange(0, 2 * BLOCK_F)
+        source = gate_up_ptr + row * 2 * width
+        largest = tl.zeros((BLOCK_F,), tl.float32)
+        for begin in tl.range(0, width, BLOCK_F):
+            pairs = 2 * begin + pair_lanes
+            value = tl.load(source + pairs, mask=pairs < 2 * width, other=0.0).to(tl.float32)
+            gate, up = tl.split(tl.reshape(value, (BLOCK_F, 2)))
+            largest = tl.maximum(largest, tl.abs(gate * tl.sigmoid(gate) * up))
+        peak = tl.max(largest, axis=0)
+        scale = tl.where(peak > 0, peak / LIMIT, 1.0)
+        tl.store(scale_ptr + row, scale)
+        inverse = 1.0 / scale
+        for begin in tl.range(0, width, BLOCK_F):
+            pairs = 2 * begin + pair_lanes
+            value = tl.load(source + pairs, mask=pairs < 2 * width, other=0.0).to(tl.float32)
+            gate, up = tl.split(tl.reshape(value, (BLOCK_F, 2)))
+            value = gate * tl.sigmoid(gate) * up * inverse
+            value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT).to(out_ptr.dtype.element_ty)
+            f = begin + lanes
+            tl.store(out_ptr + row * width + f, value, mask=f < width)
+
 
 def _on_kernels(x: Tensor) -> bool:
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
@@ -127,6 +153,20 @@ def rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
+def silu_mul_to_fp8(gate_up: Tensor, config: dict[str, int] = SILU_TO_FP8) -> tuple[Tensor, Tensor]:
+    """`to_fp8` of `silu_mul`, in one pass over memory and without rounding in between: float8_e4m3fn [M, F], scale [M]."""
+    if not _on_kernels(gate_up):
+        return to_fp8(silu_mul_reference(gate_up))
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=gate_up.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
+    block = min(config["BLOCK_F"], triton.next_power_of_2(width))
+    silu_mul_to_fp8_kernel[(rows,)](
+        gate_up, out, scale, width, LIMIT=FP8_MAX, BLOCK_F=block, num_warps=config["num_warps"]
+    )
+    return out, scale
+
+
 def choose_linear(rows: int, num: int, columns: int, dtype: torch.dtype) -> Config | None:
     """A good tile of `skinny_linear` for w [num, columns]; None for more rows than it takes, where cuBLAS wins.
 
@@ -139,7 +179,7 @@ def choose_linear(rows: int, num: int, columns: int, dtype: torch.dtype) -> Conf
     if dtype == torch.float8_e4m3fn:
         if few:
             split = 1 if tiles >= 224 else 2 if tiles >= 80 else 4 if tiles >= 48 else 8
-            return Config(32, 256, 4, 4, split, 512)
+            return Config(32, 256, 4 if split == 1 else 2, 4, split, 512)
         if tiles >= 192:
             return Config(64, 128, 4, 4, 1, 0)
         return Config(64, 256, 4, 3, 1 if tiles >= 96 else 2 if tiles >= 48 else 4 if tiles >= 24 else 8, 512)
@@ -164,14 +204,14 @@ def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, *, gated: bool = F
     config = choose_linear(len(x), len(w), w.shape[1], w.dtype)
     if config is not None:
         return skinny_linear(x, w, config, scale=scale, gated=gated)
-    if scale is None:
-        out = F.linear(x, w)
-    else:
-        value, row_scale = rows_to_fp8(x)
-        out = torch._scaled_mm(
-            value, w.t(), scale_a=row_scale[:, None], scale_b=scale[None, :], out_dtype=x.dtype, use_fast_accum=True
-        )
+    out = F.linear(x, w) if scale is None else _fp8_product(*rows_to_fp8(x), w, scale, x.dtype)
     return silu_mul(out) if gated else out
+
+
+def _fp8_product(x: Tensor, x_scale: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [M, K], w [N, K] in float8_e4m3fn with a scale per row each -> [M, N]"""
+    scales = {"scale_a": x_scale[:, None], "scale_b": scale[None, :]}
+    return torch._scaled_mm(x, w.t(), **scales, out_dtype=dtype, use_fast_accum=True)
 
 
 def swiglu(x: Tensor, weights: Weights) -> Tensor:
@@ -179,5 +219,8 @@ def swiglu(x: Tensor, weights: Weights) -> Tensor:
     hidden = weights.gate_up.shape[1]
     if x.ndim != 2 or x.shape[1] != hidden:
         raise ValueError(f"x {tuple(x.shape)} wants [M, {hidden}]")
+    if weights.down_scale is not None and len(x) > MAX_ROWS and _on_kernels(x):
+        narrow, row_scale = silu_mul_to_fp8(linear(x, weights.gate_up, weights.gate_up_scale))
+        return _fp8_product(narrow, row_scale, weights.down, weights.down_scale, x.dtype)
     inner = linear(x, weights.gate_up, weights.gate_up_scale, gated=True)
     return linear(inner, weights.down, weights.down_scale)

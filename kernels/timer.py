@@ -1,26 +1,28 @@
 """Times GPU work as a model meets it: operands not in the L2 cache, no launch overhead; and the device's own ceilings.
 
 A caller gives several callables that do the same work on different copies of the operands. They are captured one after
-another in one CUDA graph; by the time a copy's turn comes again, the others have pushed it out of the L2. A sample is one
-replay's time, between two events, over the number of calls in the graph. Without a GPU: `time.perf_counter` around each
+another in one CUDA graph; by the time a copy's turn comes again, the others have pushed it out of the L2. A sample is the
+time between two events, one replay apart, over the number of calls in the graph. Without a GPU: `time.perf_counter` around each
 call, so that every caller also runs on a CPU (where the operands' place in the caches is not controlled).
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 Call = Callable[[], Any]
 L2_MULTIPLE = 4  # the copies together are this many times the L2
-EVENT_BATCH = 16  # replays between two waits for the device
-MIN_GRAPH_SECONDS = 4e-4  # shorter graphs are repeated: the resolution of an event is about half a microsecond
+MAX_SAMPLES = 400
+MIN_GRAPH_SECONDS, MAX_ROUNDS = 1e-3, 64  # shorter graphs hold their calls several times: a launch takes 5 µs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,19 +57,71 @@ def num_copies(bytes_per_call: int, device: torch.device | str = "cuda", limit: 
     return 1 if cache == 0 else min(limit, max(2, -(-L2_MULTIPLE * cache // max(1, bytes_per_call)) + 1))
 
 
-def capture(calls: Sequence[Call], rounds: int = 1) -> torch.cuda.CUDAGraph:
-    """All calls in turn, `rounds` times, as one CUDA graph. Every call must have run before (compilation, handles).
+class Graph:
+    """A call, captured `rounds` times in turn on a GPU and replayed as one CUDA graph; on a CPU simply called.
 
-    A call's result is kept until the same call comes again, so calls that allocate their outputs write to memory of
-    their own.
+    The call may not wait for the device. warm_ups: calls before the capture, which compile kernels and open handles.
     """
-    graph = torch.cuda.CUDAGraph()
-    kept: list[Any] = [None] * len(calls)
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for index, call in enumerate(calls):
-                kept[index] = call()
-    return graph
+
+    def __init__(self, call: Call, device: torch.device, warm_ups: int = 2, rounds: int = 1):
+        self.call, self.rounds, self.graph = call, rounds, None
+        if device.type == "cuda":
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))  # operands may still be in the making
+            with torch.cuda.stream(side):
+                for _ in range(warm_ups):
+                    call()
+            torch.cuda.current_stream(device).wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._calls()
+
+    def _calls(self) -> None:
+        for _ in range(self.rounds):
+            self.call()
+
+    def replay(self) -> None:
+        self.graph.replay() if self.graph is not None else self._calls()
+
+
+def time_replays(
+    replay: Call, length: int, device: torch.device, seconds: float, min_samples: int, settle: float = 0.0
+) -> Timing:
+    """Seconds of one of the `length` calls that a replay makes. Replays are queued ahead of the device, so that none waits
+    for the host, until they take `seconds` and there are `min_samples` of them, MAX_SAMPLES at most.
+
+    settle: seconds of replays before, after which clocks stand where sustained work brings them.
+    """
+    if device.type != "cuda":
+        samples: list[float] = []
+        begin = time.perf_counter()
+        while len(samples) < min_samples or time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            replay()
+            samples.append((time.perf_counter() - start) / length)
+        return percentiles(samples)
+    replay()
+    once = _between_events(replay, 1)[0]
+    for _ in range(int(settle / once)):
+        replay()
+    count = max(min_samples, min(MAX_SAMPLES, int(seconds / once)))
+    return percentiles([sample / length for sample in _between_events(replay, count)])
+
+
+def _between_events(replay: Call, count: int) -> list[float]:
+    """Seconds of each of `count` replays in a row."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        replay()
+        event.record()
+    events[-1].synchronize()
+    return [max(a.elapsed_time(b) * 1e-3, 1e-7) for a, b in pairwise(events)]
+
+
+def rounds_for(once: float) -> int:
+    """How often calls that take `once` seconds together go into a graph, so that its launch does not count."""
+    return max(1, min(MAX_ROUNDS, math.ceil(MIN_GRAPH_SECONDS / max(once, 1e-7))))
 
 
 def time_calls(
@@ -75,53 +129,36 @@ def time_calls(
     *,
     seconds: float = 0.05,
     min_samples: int = 20,
-    max_samples: int = 2000,
     device: torch.device | str | None = None,
 ) -> Timing:
-    """Seconds per call. Samples until `seconds` of measured time and `min_samples` are there, or `max_samples`.
+    """Seconds per call. Samples until `seconds` of measured time and `min_samples` are there, MAX_SAMPLES at most.
 
-    device: where the calls run; by default the GPU if there is one. Raises ValueError without calls.
+    A call's result is kept until the same call comes again, so calls that allocate their outputs write to memory of
+    their own. device: where the calls run; by default the GPU if there is one. Raises ValueError without calls.
     """
     if not calls:
         raise ValueError("no calls to time")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda":
-        return _time_on_cpu(calls, seconds, min_samples, max_samples)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # operands may still be in the making
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = capture(calls)
-    graph.replay()
-    once = _replay_seconds(graph, 2)[-1]
-    rounds = min(64, max(1, round(MIN_GRAPH_SECONDS / max(once, 1e-7))))
+        return _time_on_cpu(calls, seconds, min_samples)
+    kept: list[Any] = [None] * len(calls)
+
+    def run() -> None:
+        for index, call in enumerate(calls):
+            kept[index] = call()
+
+    graph = Graph(run, device, warm_ups=1)
+    rounds = rounds_for(time_replays(graph.replay, 1, device, 0.0, 3).p50)
     if rounds > 1:
-        graph = capture(calls, rounds)
-        graph.replay()
-    samples: list[float] = []
-    while len(samples) < max_samples and (len(samples) < min_samples or sum(samples) < seconds):
-        samples += _replay_seconds(graph, EVENT_BATCH if once * rounds < 0.02 else 4)
-    return percentiles([sample / (len(calls) * rounds) for sample in samples])
+        graph = Graph(run, device, warm_ups=0, rounds=rounds)
+    return time_replays(graph.replay, len(calls) * rounds, device, seconds, min_samples)
 
 
-def _replay_seconds(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
-    """`count` replays, queued ahead of the device so that none waits for the host."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * count)]
-    for start, end in zip(marks[::2], marks[1::2], strict=True):
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e-3 for start, end in zip(marks[::2], marks[1::2], strict=True)]
-
-
-def _time_on_cpu(calls: Sequence[Call], seconds: float, min_samples: int, max_samples: int) -> Timing:
+def _time_on_cpu(calls: Sequence[Call], seconds: float, min_samples: int) -> Timing:
     for call in calls:
         call()
     samples: list[float] = []
-    while len(samples) < max_samples and (len(samples) < min_samples or sum(samples) < seconds):
+    while len(samples) < MAX_SAMPLES and (len(samples) < min_samples or sum(samples) < seconds):
         start = time.perf_counter()
         calls[len(samples) % len(calls)]()
         samples.append(time.perf_counter() - start)

@@ -69,7 +69,7 @@ def bench(
             measured = asdict(serve(stack, at, work, repeats, fp8))
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(f"batch {at} does not fit on {found['device']}: pass a smaller --batch") from error
-        keep = ("tokens_per_second", "ttft_seconds", "tpot_seconds", "memory_bytes")
+        keep = ("tokens_per_second", "ttft_seconds", "tpot_seconds", "memory_bytes", "workspace_bytes")
         same = promised is not None and promised["batch"] == at
         return {"measured": measured, "predicted": {k: promised[k] for k in keep} if same and promised else None}
 

@@ -152,7 +152,7 @@ def _predicted(solved: dict[str, Any]) -> str:
         ("batch", child["batch"], parent["batch"]),
         ("time to first token, s", f"{child['ttft_seconds']:.4g}", f"{parent['ttft_seconds']:.4g}"),
         ("time per output token, s", f"{child['tpot_seconds']:.4g}", f"{parent['tpot_seconds']:.4g}"),
-        ("weights and KV cache", bytes_text(child["memory_bytes"]), bytes_text(parent["memory_bytes"])),
+        ("memory", bytes_text(child["memory_bytes"]), bytes_text(parent["memory_bytes"])),
         ("KV bytes per token", child["kv_bytes_per_token"], parent["kv_bytes_per_token"]),
         ("parameters", f"{child['num_parameters']:,}", f"{parent['num_parameters']:,}"),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
@@ -17,11 +18,13 @@ from puzzle.errors import UserError, nearest, writing
 from puzzle.files import file_hash, write_text
 
 PACKAGED = Path(__file__).parent / "costs"
+PREFILL_ROWS = 16384  # prompt tokens that go through the runtime on a GPU together: more gain nothing but memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostRow:
-    """One measured point. kind: attention, ffn, embedding, head, or model (the whole parent); p20…p80 in seconds per call."""
+    """One measured point. kind: attention, ffn, embedding, head, or model (the whole parent); p20…p80 in seconds per call;
+    workspace_bytes: at the peak of a call, beside weights and caches (0 where nobody counts them: on a CPU)."""
 
     kind: str
     shape: str
@@ -36,6 +39,7 @@ class CostRow:
     device: str
     versions: str
     date: str
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +91,7 @@ class CostTable:
         self.device = ""
         self.dtype = ""
         self._points: dict[tuple[str, str, str, int], list[tuple[int, float]]] = {}
+        self._workspace: dict[tuple[str, str, str], dict[int, int]] = {}  # kind, shape, phase -> rows: bytes
         self._rows: dict[tuple[str, str], bool] = {}
         self.extrapolated: set[str] = set()
         try:
@@ -108,12 +113,16 @@ class CostTable:
             key = (row["kind"], row["shape"], row["phase"], int(row["batch"]))
             context = int(row["context"])
             fits = int(row["num_samples"]) > 0
+            workspace = int(row.get("workspace_bytes") or 0)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"cost table {self.path} line {number} is broken ({error}): profile again") from error
         if not 0 <= seconds < float("inf"):
             raise UserError(f"cost table {self.path} line {number} has p50_s = {row['p50_s']}: profile again")
         if fits:  # a point without samples did not fit in memory
             self._points.setdefault(key, []).append((context, seconds))
+            by_rows = self._workspace.setdefault(key[:3], {})
+            num_rows = key[3] * context if key[2] == "prefill" else key[3]
+            by_rows[num_rows] = max(by_rows.get(num_rows, 0), workspace)
         self.device, self.dtype = row["device"], row["dtype"]
 
         self.strict = not any(key[2] == "decode" and points[0][0] == 0 for key, points in self._points.items())
@@ -150,6 +159,18 @@ class CostTable:
         if points is None and phase == "prefill":
             return self._prefill(kind, shape, batch, context, what)
         return self._at(self._known(kind, shape, phase, batch), context, what)
+
+    def workspace(self, kind: str, shape: str, batch: int, input_len: int) -> int:
+        """Bytes that one sub-block works with, beside its weights and its cache, at the peak of a prefill or a decode step; 0
+        where they were not measured. Between and beyond measured numbers of rows in proportion to the next one."""
+        prompts = max(1, PREFILL_ROWS // input_len)  # that go through the runtime together
+        found = 0.0
+        for phase, rows in (("prefill", min(batch, prompts) * input_len), ("decode", batch)):
+            known = self._workspace.get((kind, shape, phase))
+            if known:
+                at = min((r for r in known if r >= rows), default=max(known))
+                found = max(found, known[at] * rows / at)
+        return math.ceil(found)
 
     def _by_rows(self, kind: str, shape: str) -> bool:
         key = (kind, shape)

@@ -120,6 +120,10 @@ class EngineModel:
             ffn = f"h{hidden} f{WIDTH_STEP}"
         return [*parts, ("attention", attention), ("ffn", ffn)]
 
+    def workspace(self, kind: str, shape: str, batch: int, input_len: int) -> int:
+        """0: an engine takes a share of the card for itself, which the memory limit has to leave."""
+        return 0
+
     def whole_over_parts(self, parent: list[tuple[str, str]], phase: str, batch: int, context: int) -> float:
         """1: the overheads are in the parts."""
         return 1.0

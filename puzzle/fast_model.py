@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,17 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puzzle.blocklib.fast import Batch, Fast, FastAttention, Stream, make_fast, new_batch
-from puzzle.blocklib.fast_profile import time_replays
 from puzzle.blocklib.layer import KINDS, LayerSpec
 from puzzle.blocklib.modules import SwiGLU
 from puzzle.blocklib.variant import parse_variant
-from puzzle.costs import Workload
+from puzzle.costs import PREFILL_ROWS, Workload
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.swiglu import linear
+from puzzle.kernels.timer import Graph, time_replays
 from puzzle.model import CausalModel
 from puzzle.shapes import Shapes
-
-PREFILL_ROWS = 16384  # prompt tokens that go through the model together
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,26 +93,6 @@ def random_stack(
     )
 
 
-class Graph:
-    """A call, captured on a GPU and replayed; on a CPU simply called again. The call may not wait for the device."""
-
-    def __init__(self, call: Callable[[], object], device: torch.device, warm_ups: int = 2):
-        self.call, self.graph = call, None
-        if device.type == "cuda":
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for _ in range(warm_ups):  # compiles kernels and fills workspaces
-                    call()
-            torch.cuda.current_stream(device).wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                call()
-
-    def replay(self) -> None:
-        self.graph.replay() if self.graph is not None else self.call()
-
-
 class FastRunner:
     """Greedy generation of a batch of equally long prompts."""
 
@@ -157,9 +135,10 @@ class FastRunner:
             stream: Stream = F.embedding(prompts[rows].flatten(), self.stack.embedding), None
             for part in self.parts:
                 stream = part.prefill(stream, batch)
-            last = [None if x is None else x.view(batch.size, num_tokens, -1)[:, -1] for x in stream]
-            assert last[0] is not None
-            self.ids[rows] = self._next((last[0], last[1]))
+            delta, residual = (None if x is None else x.view(batch.size, num_tokens, -1)[:, -1].clone() for x in stream)
+            del stream  # the next prompts need its memory
+            assert delta is not None
+            self.ids[rows] = self._next((delta, residual))
         self.batch.at(num_tokens)
         return self.ids.clone()
 
@@ -204,19 +183,27 @@ def prefill_seconds(runner: FastRunner, length: int, seconds: float = 0.1) -> fl
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """A whole batch, measured: prompt to first token, time per later token, generated tokens over the wall time."""
+    """A whole batch, measured: prompt to first token, time per later token, generated tokens over the wall time.
+
+    memory_bytes: at the peak; on a CPU weights and caches only. workspace_bytes: of these, beside weights and caches.
+    """
 
     batch: int
     tokens_per_second: float
     ttft_seconds: float
     tpot_seconds: float
     memory_bytes: int
+    workspace_bytes: int
 
 
 def serve(stack: Stack, batch: int, work: Workload, repeats: int = 3, fp8: bool = False) -> Served:
     """Generate for one batch of random prompts, `repeats` times after a warm-up; medians. Uses the stack up."""
     weight_bytes = stack.num_bytes
     runner = FastRunner(stack, batch, work.input_len + work.output_len, fp8, consume=True)
+    held = 0
+    if runner.device.type == "cuda":
+        held = torch.cuda.memory_allocated(runner.device)
+        torch.cuda.reset_peak_memory_stats(runner.device)
     prompts = torch.randint(0, len(stack.embedding), (batch, work.input_len), device=runner.device)
     runner.batch.at(work.input_len)
     with torch.inference_mode():
@@ -234,12 +221,14 @@ def serve(stack: Stack, batch: int, work: Workload, repeats: int = 3, fp8: bool 
         _wait(runner.device)
         times.append((middle - begin, time.perf_counter() - middle))
     prefill, decode = (median(t[i] for t in times) for i in (0, 1))
+    workspace = torch.cuda.max_memory_allocated(runner.device) - held if held else 0
     return Served(
         batch=batch,
         tokens_per_second=batch * work.output_len / (prefill + decode),
         ttft_seconds=prefill,
         tpot_seconds=decode / max(1, work.output_len - 1),
-        memory_bytes=weight_bytes + runner.kv_bytes,
+        memory_bytes=held + workspace if held else weight_bytes + runner.kv_bytes,
+        workspace_bytes=workspace,
     )
 
 

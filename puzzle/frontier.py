@@ -16,7 +16,8 @@ from puzzle.console import progress
 from puzzle.errors import UserError
 from puzzle.files import content_hash, read_json, write_json
 from puzzle.goal import Target
-from puzzle.solve import Selection, choices_of, pair_name
+from puzzle.selection import Selection, pair_name
+from puzzle.solve import choices_of
 from puzzle.solver.pareto import Point, frontier
 from puzzle.solver.problem import Problem
 

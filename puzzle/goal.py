@@ -84,8 +84,8 @@ def parse_count(option: str, text: str, least: int = 1) -> int:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
     """Limits on the child. throughput in tokens/s of a whole batch; latency, ttft, tpot in seconds (prompt to last token,
-    to first token, per later token); memory in bytes of weights and KV cache; max_parameters a count. cached_tokens:
-    tokens whose cache fits `memory` beside the weights. keep_attention: layers that keep softmax attention. pinned: layers
+    to first token, per later token); memory in bytes of weights, KV cache and measured workspace; max_parameters a count.
+    cached_tokens: tokens whose cache fits `memory` beside the rest. keep_attention: layers that keep softmax attention. pinned: layers
     ("0-1,15") that keep the parent's block. alike: layers that choose the same. stages: contiguous, of equal time within
     stage_tolerance. Raises UserError when the fields contradict each other."""
 

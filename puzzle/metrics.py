@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from puzzle.kernels.linear_kl import IGNORE, Chunks, linear_kl
 from puzzle.model import CausalModel
-
-CHUNK_ELEMENTS = 2**26  # logits held at once, float32: 256 MiB a side
 
 
 class Divergence:
@@ -25,28 +23,28 @@ class Divergence:
         self._same: list[Tensor] = []
         self.num_tokens = 0
 
-    def add(self, model: CausalModel, parent_hidden: Tensor, child: CausalModel, child_hidden: Tensor, ids: Tensor):
-        """Residual streams before the final norm [S, T, H] each, and the ids [S, T] they come from."""
+    @torch.no_grad()
+    def add(
+        self, model: CausalModel, parent_hidden: Tensor, child: CausalModel, child_hidden: Tensor, ids: Tensor
+    ) -> None:
+        """Residual streams before the final norm [S, T, H] each, in one dtype, and the ids [S, T] they come from."""
         num_sequences, length = ids.shape
-        labels = torch.cat((ids[:, 1:], ids.new_full((num_sequences, 1), -100)), dim=1).to(parent_hidden.device)
-        rows = max(1, CHUNK_ELEMENTS // model.head_weight.shape[0])
-        parts = []
-        flat = zip(
-            parent_hidden.flatten(0, 1).split(rows),
-            child_hidden.flatten(0, 1).split(rows),
-            labels.flatten().split(rows),
-            strict=True,
+        labels = torch.cat((ids[:, 1:], ids.new_full((num_sequences, 1), IGNORE)), dim=1).to(parent_hidden.device)
+        head, own = model.head_weight, child.head_weight
+        shared = own is head or (own.shape == head.shape and torch.equal(own, head))
+        found = linear_kl(
+            model.norm(parent_hidden).flatten(0, 1),
+            child.norm(child_hidden).flatten(0, 1),
+            head,
+            None if shared else own,
+            labels.flatten(),
+            config=Chunks(logits=torch.float32),
         )
-        for from_parent, from_child, label in flat:
-            log_p = F.log_softmax(model.logits(from_parent).float(), dim=-1)
-            log_q = F.log_softmax(child.logits(from_child).float(), dim=-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-            loss = F.nll_loss(log_q, label, ignore_index=-100, reduction="none")
-            parts.append(torch.stack((kl, loss, (log_p.argmax(-1) == log_q.argmax(-1)).float())))
-        per_token = torch.cat(parts, dim=1).view(3, num_sequences, length).double()
-        self._kl.append(per_token[0].mean(dim=1).cpu())
-        self._loss.append(per_token[1].sum(dim=1).cpu() / (length - 1))
-        self._same.append(per_token[2].mean(dim=1).cpu())
+        assert found.lm_loss is not None
+        kl, loss, same = (x.view(num_sequences, length).double() for x in (found.kl, found.lm_loss, found.same_top1))
+        self._kl.append(kl.mean(dim=1).cpu())
+        self._loss.append(loss.sum(dim=1).cpu() / (length - 1))
+        self._same.append(same.mean(dim=1).cpu())
         self.num_tokens += num_sequences * length
 
     def result(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, H hidden_size, V vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, rope_tables
 from puzzle.blocklib.modules import Attention, Linear, NoOp, RMSNorm, Rope, SwiGLU
 from puzzle.blocklib.variant import parent_variant
 from puzzle.families.family import HfModel, hf_name, open_model
+
+OWNERS: dict[Kind, str] = {"attention": "attention", "ffn": "mlp"}  # of a sub-block's fields in `per_layer_config`
 
 
 class Block(nn.Module):
@@ -84,7 +86,7 @@ class CausalModel(nn.Module):
 
 def module_from_hf(kind: Kind, entry: dict, spec: LayerSpec) -> nn.Module:
     """An empty module of the shape that one layer's `per_layer_config` entry asks for."""
-    owner = {"attention": "attention", "ffn": "mlp"}[kind]
+    owner = OWNERS[kind]
     if owner in entry.get("skip", []):
         return NoOp()
     if owner in entry.get("linear", []):
@@ -95,25 +97,28 @@ def module_from_hf(kind: Kind, entry: dict, spec: LayerSpec) -> nn.Module:
     return SwiGLU(spec, entry.get("intermediate_size", spec.intermediate_size))
 
 
+def block_from_hf(index: int, entry: dict, spec: LayerSpec, tensor: Callable[[str], Tensor]) -> Block:
+    """Layer `index` in the shape of its `per_layer_config` entry. tensor: its weights by Hugging Face name, as they will run."""
+    parts = []
+    for kind in KINDS:
+        with torch.device("meta"):
+            module = module_from_hf(kind, entry, spec)
+        weights = {name: tensor(hf_name(index, kind, name)) for name in module.state_dict()}
+        module.load_state_dict(weights, assign=True)
+        parts.append(module)
+    return Block(parts[0], parts[1])
+
+
 def load_model(
     source: str | Path | HfModel, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> CausalModel:
     """A parent or an exported child, whole, on `device`. Raises UserError as `open_model` does."""
     opened = source if isinstance(source, HfModel) else open_model(source)
     entries = {int(i): e for i, e in (opened.config.get("per_layer_config") or {}).items()}
-    blocks = []
-    for index in range(opened.num_layers):
-        parts = {}
-        for kind in KINDS:
-            with torch.device("meta"):
-                module = module_from_hf(kind, entries.get(index, {}), opened.spec)
-            weights = {
-                name: opened.checkpoint.tensor(hf_name(index, kind, name)).to(device, dtype)
-                for name in module.state_dict()
-            }
-            module.load_state_dict(weights, assign=True)
-            parts[kind] = module
-        blocks.append(Block(parts["attention"], parts["ffn"]))
+    blocks = [
+        block_from_hf(i, entries.get(i, {}), opened.spec, lambda name: opened.checkpoint.tensor(name).to(device, dtype))
+        for i in range(opened.num_layers)
+    ]
     model = CausalModel(
         opened.spec,
         opened.embedding().to(device, dtype),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from puzzle.costs import CostTable, Workload
+from puzzle.costs import PREFILL_ROWS, CostTable, Workload
 from puzzle.engine import EngineModel, sizes_of_part
 from puzzle.errors import UserError
 from puzzle.library import KINDS, PARENT, Library
@@ -20,7 +20,8 @@ Choice = dict[str, str]  # {"attention": name, "ffn": name}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What the cost model says of one architecture at one batch size. memory: weights and KV cache at full context."""
+    """What the cost model says of one architecture at one batch size. memory: weights, KV cache at full context, and
+    workspace, what the largest sub-block of the library works with."""
 
     batch: int
     tokens_per_second: float
@@ -28,6 +29,7 @@ class Prediction:
     ttft_seconds: float
     tpot_seconds: float
     memory_bytes: int
+    workspace_bytes: int
     kv_bytes_per_token: int
     num_parameters: int
 
@@ -57,6 +59,7 @@ class CostModel:
             for b in self.batches
         }
         self._seconds: dict[tuple[str, str, int], tuple[float, float]] = {}
+        self._workspace: dict[int, int] = {}
 
     def part_seconds(self, kind: str, shape: str, batch: int) -> tuple[float, float]:
         """(prefill, all decode steps) of one part in this workload, the whole-over-parts factor included."""
@@ -68,6 +71,19 @@ class CostModel:
                 decode * self.table.decode_seconds(kind, shape, batch, self.work),
             )
         return self._seconds[key]
+
+    def workspace(self, batch: int) -> int:
+        """Bytes beside weights and caches: the stream that comes into a sub-block (two tensors of the prompts that go through
+        together), and what the sub-block of this library that needs most works with, so that no choice needs more. Sub-blocks
+        run one after another in the same memory. 0 where workspaces were not measured."""
+        if batch not in self._workspace:
+            prompt = self.work.input_len
+            shapes = [(k, self.library.variant(k, v)["shape"]) for k in KINDS for v in self.library.variants(k)]
+            found = max(self.table.workspace(*part, batch, prompt) for part in shapes + self._fixed_parts)
+            rows = prompt * min(batch, max(1, PREFILL_ROWS // prompt))
+            stream = 2 * rows * self.library.facts["model"]["spec"]["hidden_size"] * FIXED_BYTES[self.table.dtype]
+            self._workspace[batch] = found + stream if found else 0
+        return self._workspace[batch]
 
     def variant_bytes(self, kind: str, name: str, batch: int) -> int:
         facts = self.library.variant(kind, name)
@@ -107,10 +123,10 @@ class CostModel:
         }
 
     def fixed(self, batch: int) -> dict[str, float]:
-        """The same of what no choice changes: embedding, final norm, LM head."""
+        """The same of what no choice changes: embedding, final norm, LM head, workspace."""
         count = self.library.facts["model"]["num_fixed_parameters"]
         return self._timed([self.part_seconds(kind, shape, batch) for kind, shape in self._fixed_parts]) | {
-            "memory_bytes": count * FIXED_BYTES[self.table.dtype],
+            "memory_bytes": count * FIXED_BYTES[self.table.dtype] + self.workspace(batch),
             "num_parameters": count,
         }
 
@@ -149,6 +165,7 @@ class CostModel:
             memory_bytes=int(fixed["memory_bytes"] + change.get("memory_bytes", 0))
             + sum(self.variant_bytes(kind, layer[kind], batch) for layer in layers for kind in KINDS)
             + sum(self.extra_bytes(layer, index, batch * length) for index, layer in enumerate(layers)),
+            workspace_bytes=self.workspace(batch),
             kv_bytes_per_token=self.bytes_per_element * sum(f["kv_elements_per_token"] for f in facts)
             + sum(self.extra_bytes(x, i, 1) - self.extra_bytes(x, i, 0) for i, x in enumerate(layers)),
             num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0))

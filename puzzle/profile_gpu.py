@@ -9,36 +9,25 @@ killed run goes on where it was; a point that does not fit in memory is recorded
 from __future__ import annotations
 
 import csv
-import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from puzzle.blocklib.fast import Batch, Stream, new_batch
-from puzzle.blocklib.fast_profile import chain, fast_copies, num_copies, time_replays
 from puzzle.blocklib.variant import parse_variant, search_space
 from puzzle.console import progress
 from puzzle.costs import CostRow, append_costs, write_costs
 from puzzle.errors import UserError, writing
-from puzzle.fast_model import Graph, random_module
+from puzzle.fast_model import random_module
 from puzzle.files import check_writable, write_json
-from puzzle.hardware import cpu_name
-from puzzle.kernels.rmsnorm import rms_norm
-from puzzle.kernels.swiglu import linear
 from puzzle.kernels.timer import Timing
+from puzzle.profile_point import MAX_WEIGHT_BYTES, Point, Stage, Target
 from puzzle.shapes import Shapes, named_shapes
 
-MAX_WEIGHT_BYTES = 24 * 2**30  # of one chain; wider FFNs are left out
-MIN_REPLAY_SECONDS = 1e-3  # shorter chains go through the graph several times: a launch takes microseconds
-SETTLE_SECONDS = 0.15  # of a long prefill before it is timed: sustained products lower the clocks
-SETTLE_ROWS = 1024
-MAX_SPREAD, RETRIES = 0.06, 3  # a point is timed again while its p80 lies this far above its p20
 Key = tuple[str, str, str, int, int]  # kind, shape, phase, batch, context
 
 
@@ -57,17 +46,6 @@ class GpuGrid:
     attention: str = "kv4,kv2,kv1,window-1024,linear"
     seconds: float = 0.025
     min_samples: int = 5
-
-
-@dataclass(slots=True)
-class _Target:
-    """One sub-block shape to be measured. make: a module of it with random weights."""
-
-    kind: str
-    shape: str
-    by_rows: bool
-    make: Callable[[], Any]
-    points: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 def this_gpu(gpu: str) -> str:
@@ -120,7 +98,7 @@ def profile_shapes(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     check_writable(out)
-    stage = _Stage(shapes, grid, where, dtype, fp8)
+    stage = Stage(shapes, where, dtype, fp8, grid.seconds, grid.min_samples)
     done = _read_done(partial, stage.facts)
     begin, drift, measured = time.perf_counter(), [], 0
     targets = list(_targets(shapes, space or variants_of(shapes, grid), grid, where, dtype))
@@ -132,10 +110,10 @@ def profile_shapes(
             if not left:
                 continue
             bar.note(f"{target.kind} {target.shape}")
-            stage.load(target)
+            fits = stage.load(target)
             for phase, batch, context in left:
-                timing = stage.time(phase, batch, context)
-                append_costs(partial, stage.row(target, phase, batch, context, timing))
+                point = stage.time(phase, batch, context) if fits else None
+                append_costs(partial, _row(stage.facts, target, phase, batch, context, point))
                 measured += 1
                 bar.advance(1)
             drift.append(stage.reference())
@@ -178,7 +156,7 @@ def count_points(shapes: Shapes, space: Mapping[str, Sequence[str]] | None = Non
 
 def _targets(
     shapes: Shapes, space: Mapping[str, Sequence[str]], grid: GpuGrid, device: torch.device, dtype: torch.dtype
-) -> Iterator[_Target]:
+) -> Iterator[Target]:
     spec = shapes.spec
     seen = set()
     for kind in ("attention", "ffn"):
@@ -193,7 +171,7 @@ def _targets(
             def make(kind: str = kind, name: str = variant_name) -> Any:
                 return random_module(kind, name, spec, device, dtype)
 
-            yield _with_points(_Target(kind, shape, by_rows, make), grid, shapes)
+            yield _with_points(Target(kind, shape, by_rows, make), grid, shapes)
     for times in grid.wide:
         width = times * spec.intermediate_size
         if 3 * spec.hidden_size * width * dtype.itemsize <= MAX_WEIGHT_BYTES // 2:
@@ -201,183 +179,50 @@ def _targets(
             def make_wide(times: int = times) -> Any:
                 return random_module("ffn", f"x{times}", spec, device, dtype)
 
-            yield _with_points(_Target("ffn", f"h{spec.hidden_size} f{width}", True, make_wide), grid, shapes)
+            yield _with_points(Target("ffn", f"h{spec.hidden_size} f{width}", True, make_wide), grid, shapes)
     head_shape = f"h{spec.hidden_size} v{shapes.vocab_size}"
 
     def make_head() -> Any:
         return torch.randn(shapes.vocab_size, spec.hidden_size, device=device).to(dtype)
 
     for kind in ("embedding", "head"):
-        target = _Target(kind, head_shape, True, make_head)
+        target = Target(kind, head_shape, True, make_head)
         target.points = [("decode", b, 0) for b in grid.batches]
         yield target
 
 
-def _with_points(target: _Target, grid: GpuGrid, shapes: Shapes) -> _Target:
+def _with_points(target: Target, grid: GpuGrid, shapes: Shapes) -> Target:
     longest = shapes.max_length
     if target.by_rows:
         target.points = [("decode", b, 0) for b in grid.batches] + [("prefill", 1, n) for n in grid.rows]
     else:
-        target.points = [("decode", b, c) for c in grid.contexts for b in grid.batches if c <= longest]
+        contexts = sorted({min(c, longest) for c in grid.contexts})
+        target.points = [("decode", b, c) for c in contexts for b in grid.batches]
         target.points += [("prefill", b, t) for b, t in grid.prompts if t <= longest]
     return target
 
 
-class _Stage:
-    """Holds the copies of the shape in hand and times any of its points."""
-
-    def __init__(self, shapes: Shapes, grid: GpuGrid, device: torch.device, dtype: torch.dtype, fp8: bool):
-        self.shapes, self.grid, self.device, self.dtype, self.fp8 = shapes, grid, device, dtype, fp8
-        versions = f"torch {torch.__version__}"
-        if device.type == "cuda":
-            import triton
-
-            versions += f", triton {triton.__version__}"
-        self.facts = {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-            "versions": versions,
-            "dtype": "fp8" if fp8 else str(dtype).removeprefix("torch."),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        self.target: _Target | None = None
-        self.modules: list[Any] = []
-        self._reference = Graph(self._reference_call(), device)
-
-    def _reference_call(self) -> Callable[[], object]:
-        hidden = self.shapes.spec.hidden_size
-        weights = [torch.randn(4 * hidden, hidden, device=self.device).to(self.dtype) for _ in range(8)]
-        x = torch.randn(16, hidden, device=self.device).to(self.dtype)
-        return lambda: [F.linear(x, w) for w in weights]
-
-    def reference(self) -> float:
-        """Seconds of a fixed piece of work: drift shows here."""
-        return time_replays(self._reference.replay, 1, self.device, 0.02, 20).p50
-
-    def load(self, target: _Target) -> None:
-        """Copies of `target`, enough to run on cold weights."""
-        self.target, self.modules = target, []
-        self._release()
-        first = target.make()
-        size = (
-            first.numel() * first.element_size()
-            if isinstance(first, torch.Tensor)
-            else sum(p.numel() * p.element_size() for p in first.parameters())
-        )
-        count = num_copies(size // (2 if self.fp8 else 1), 0)
-        while count > 1 and count * size > MAX_WEIGHT_BYTES:
-            count -= 1
-        self.modules = [first, *(target.make() for _ in range(count - 1))]
-
-    def _release(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def time(self, phase: str, batch: int, context: int) -> Timing | None:
-        """None when the point does not fit in memory."""
-        try:
-            return self._time(phase, batch, context)
-        except torch.cuda.OutOfMemoryError:
-            self._release()
-            return None
-
-    def _time(self, phase: str, batch: int, context: int) -> Timing | None:
-        assert self.target is not None
-        hidden, spec = self.shapes.spec.hidden_size, self.shapes.spec
-        num_rows = batch * context if phase == "prefill" else batch
-        if self.target.kind in ("embedding", "head"):
-            return self._fixed(batch)
-        modules = self.modules
-        state: Batch
-        if self.target.by_rows:
-            state = new_batch(spec, 1, 64, self.device, self.fp8)
-        else:
-            per_copy = (
-                2
-                * batch
-                * context
-                * modules[0].num_kv_heads
-                * modules[0].head_dim
-                * (1 if self.fp8 else self.dtype.itemsize)
-            )
-            weights = sum(p.numel() * p.element_size() for p in modules[0].parameters()) // (2 if self.fp8 else 1)
-            modules = modules[: num_copies(weights, per_copy)]
-            if self.device.type == "cuda":
-                free = torch.cuda.mem_get_info()[0] * 0.85
-                modules = modules[: max(1, int(free // max(1, per_copy)))]
-                if per_copy > free:
-                    return None
-            length = context + 1 if phase == "decode" else context
-            state = new_batch(spec, batch, length, self.device, self.fp8)
-            state.at(context if phase == "decode" else 0)
-        parts = fast_copies(modules, state)
-        delta = torch.randn(num_rows, hidden, device=self.device).to(self.dtype)
-        run = chain(parts, state, phase, delta, torch.randn_like(delta))
-        timing = self._replayed(run, len(parts), SETTLE_SECONDS if num_rows >= SETTLE_ROWS else 0.0)
-        del parts, run, state
-        if not self.target.by_rows:
-            self._release()
-        return timing
-
-    def _fixed(self, batch: int) -> Timing:
-        """The embedding's rows, or final norm, head and argmax."""
-        assert self.target is not None
-        spec = self.shapes.spec
-        ids = torch.randint(0, self.shapes.vocab_size, (batch,), device=self.device)
-        x = torch.randn(batch, spec.hidden_size, device=self.device).to(self.dtype)
-        scale = torch.ones(spec.hidden_size, device=self.device, dtype=self.dtype)
-
-        def run() -> None:
-            for weight in self.modules:
-                if self.target is not None and self.target.kind == "embedding":
-                    F.embedding(ids, weight)
-                else:
-                    stream: Stream = rms_norm(x, x, scale, spec.rms_norm_eps)
-                    ids.copy_(linear(stream[0], weight).argmax(-1))
-
-        return self._replayed(run, len(self.modules), 0.0)
-
-    def _replayed(self, run: Callable[[], object], length: int, settle: float) -> Timing:
-        """Seconds of one of the `length` links of `run`, as a graph long enough that its launch does not count."""
-        graph, rounds = Graph(run, self.device), 1
-        if self.device.type == "cuda":
-            once = length * time_replays(graph.replay, length, self.device, 0.0, 3).p50
-            if (rounds := min(64, math.ceil(MIN_REPLAY_SECONDS / once))) > 1:
-
-                def again() -> None:
-                    for _ in range(rounds):
-                        run()
-
-                graph = Graph(again, self.device)
-        best: Timing | None = None
-        for _ in range(RETRIES):
-            found = time_replays(
-                graph.replay, length * rounds, self.device, self.grid.seconds, self.grid.min_samples, settle
-            )
-            if best is None or found.p80 - found.p20 < best.p80 - best.p20:
-                best = found
-            if best.p80 - best.p20 <= MAX_SPREAD * best.p50:
-                break
-        assert best is not None
-        return best
-
-    def row(self, target: _Target, phase: str, batch: int, context: int, timing: Timing | None) -> CostRow:
-        none = Timing(p20=0.0, p50=0.0, p80=0.0, num_samples=0)
-        found = timing or none
-        return CostRow(
-            kind=target.kind,
-            shape=target.shape,
-            phase=phase,
-            batch=batch,
-            context=context,
-            dtype=self.facts["dtype"],
-            p20_s=found.p20,
-            p50_s=found.p50,
-            p80_s=found.p80,
-            num_samples=found.num_samples,
-            device=self.facts["device"],
-            versions=self.facts["versions"],
-            date=self.facts["date"],
-        )
+def _row(
+    facts: Mapping[str, str], target: Target, phase: str, batch: int, context: int, point: Point | None
+) -> CostRow:
+    """point None: it did not fit in memory, which a row without samples says."""
+    found = point or Point(timing=Timing(p20=0.0, p50=0.0, p80=0.0, num_samples=0), workspace=0)
+    return CostRow(
+        kind=target.kind,
+        shape=target.shape,
+        phase=phase,
+        batch=batch,
+        context=context,
+        dtype=facts["dtype"],
+        p20_s=found.timing.p20,
+        p50_s=found.timing.p50,
+        p80_s=found.timing.p80,
+        num_samples=found.timing.num_samples,
+        workspace_bytes=found.workspace,
+        device=facts["device"],
+        versions=facts["versions"],
+        date=facts["date"],
+    )
 
 
 def _conditions(device: torch.device) -> str:
@@ -401,7 +246,7 @@ def _read_rows(path: Path) -> list[CostRow]:
         for raw in csv.DictReader(handle):
             try:
                 values: dict[str, Any] = dict(raw)
-                values |= {k: int(raw[k]) for k in ("batch", "context", "num_samples")}
+                values |= {k: int(raw[k]) for k in ("batch", "context", "num_samples", "workspace_bytes")}
                 values |= {k: float(raw[k]) for k in ("p20_s", "p50_s", "p80_s")}
                 if raw["date"]:
                     rows.append(CostRow(**values))

@@ -48,7 +48,7 @@ def print_solution(solved: dict[str, Any], library: Library) -> None:
                 ("speed-up at the child's batch", "1x", f"{child['speedup_at_same_batch']:.3g}x"),
                 ("time to first token", f"{parent['ttft_seconds']:.4g} s", f"{child['ttft_seconds']:.4g} s"),
                 ("time per output token", f"{parent['tpot_seconds']:.4g} s", f"{child['tpot_seconds']:.4g} s"),
-                ("weights and KV cache", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
+                ("memory", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
                 ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
                 ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
             ],
@@ -82,7 +82,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
             ("speed-up", "1x", f"{result['speedup']:.3g}x"),
             ("prefill", f"{parent['prefill_seconds']:.4g} s", f"{child['prefill_seconds']:.4g} s"),
             ("decode", f"{parent['decode_seconds']:.4g} s", f"{child['decode_seconds']:.4g} s"),
-            ("weights and KV cache", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
+            ("memory", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
         ]
     console.print(_table(f"measured on {result['device']} ({result['dtype']}), {result['num_tokens']:,} tokens", rows))
 

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from puzzle.blocklib.layer import KINDS, Kind, LayerSpec
-from puzzle.blocklib.modules import Attention, Linear, NoOp, SwiGLU
 from puzzle.errors import UserError
 from puzzle.families.checkpoint import Checkpoint
 from puzzle.families.family import _rope, hf_name, open_model
-from puzzle.model import Block, CausalModel, load_model
+from puzzle.model import OWNERS, CausalModel, block_from_hf, load_model
 
 FORMATS = {"puzzle": "hf", "nemotron-nas": "nemotron-nas"}
+SIZES: dict[Kind, tuple[str, str]] = {  # the matrix whose rows tell a sub-block's size, and the size's name
+    "attention": ("k_proj.weight", "num_key_value_heads"),
+    "ffn": ("up_proj.weight", "intermediate_size"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,36 +185,38 @@ def _model(
     """A model from Hugging Face names, a way to get each tensor, and the layers whose attention has a window."""
     blocks = []
     for index in range(num_layers):
-        parts: dict[Kind, nn.Module] = {}
-        for kind in KINDS:
-            with torch.device("meta"):
-                module = _empty(spec, index, kind, names, tensor, (windows or {}).get(index))
-            weights = {name: tensor(hf_name(index, kind, name)).float() for name in module.state_dict()}
-            module.load_state_dict(weights, assign=True)
-            parts[kind] = module
-        blocks.append(Block(parts["attention"], parts["ffn"]))
+        entry, own = _layer(spec, index, names, tensor, (windows or {}).get(index))
+        blocks.append(block_from_hf(index, entry, own, lambda name: tensor(name).float()))
     head = tensor("lm_head.weight").float() if "lm_head.weight" in names else None
     embedding, norm = tensor("model.embed_tokens.weight").float(), tensor("model.norm.weight").float()
     return CausalModel(spec, embedding, blocks, norm, head).requires_grad_(False).eval()
 
 
-def _empty(
-    spec: LayerSpec, index: int, kind: Kind, names: set[str], tensor: Callable[[str], Tensor], window: int | None
-) -> nn.Module:
-    """An empty module of the shape that the tensors of one sub-block have."""
-    if hf_name(index, kind, "linear.weight") in names:
-        return Linear(spec)
-    if kind == "attention" and (key := hf_name(index, kind, "k_proj.weight")) in names:
-        biased = replace(
-            spec,
-            qkv_bias=hf_name(index, kind, "q_proj.bias") in names,
-            o_bias=hf_name(index, kind, "o_proj.bias") in names,
-        )
-        return Attention(biased, tensor(key).shape[0] // spec.head_dim, window)
-    if kind == "ffn" and (key := hf_name(index, kind, "up_proj.weight")) in names:
-        biased = replace(spec, mlp_bias=hf_name(index, kind, "up_proj.bias") in names)
-        return SwiGLU(biased, tensor(key).shape[0])
-    return NoOp()
+def _layer(
+    spec: LayerSpec, index: int, names: set[str], tensor: Callable[[str], Tensor], window: int | None
+) -> tuple[dict[str, Any], LayerSpec]:
+    """(`per_layer_config` entry, spec with the layer's biases) of the shape that its tensors have."""
+
+    def has(kind: Kind, name: str) -> bool:
+        return hf_name(index, kind, name) in names
+
+    entry: dict[str, Any] = {"sliding_window": window, "linear": [], "skip": []}
+    for kind in KINDS:
+        matrix, size = SIZES[kind]
+        if has(kind, "linear.weight"):
+            entry["linear"].append(OWNERS[kind])
+        elif has(kind, matrix):
+            rows = tensor(hf_name(index, kind, matrix)).shape[0]
+            entry[size] = rows // spec.head_dim if kind == "attention" else rows
+        else:
+            entry["skip"].append(OWNERS[kind])
+    biased = replace(
+        spec,
+        qkv_bias=has("attention", "q_proj.bias"),
+        o_bias=has("attention", "o_proj.bias"),
+        mlp_bias=has("ffn", "up_proj.bias"),
+    )
+    return entry, biased
 
 
 def tokenize(export: Export, text: str) -> list[int]:

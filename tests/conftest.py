@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -153,6 +155,32 @@ def write_fake_costs(library: Path) -> None:
         writer = csv.DictWriter(handle, kept[0])
         writer.writeheader()
         writer.writerows(kept)
+
+
+@pytest.fixture
+def own_library(library, fake_costs, tmp_path) -> Path:
+    """A copy that a test may change, with known costs."""
+    copy = tmp_path / "lib"
+    shutil.copytree(library, copy)
+    facts = json.loads((copy / "library.json").read_text())
+    facts["parent"]["source"] = os.path.relpath((library / facts["parent"]["source"]).resolve(), copy.resolve())
+    (copy / "library.json").write_text(json.dumps(facts))
+    fake_costs(copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def one_line_error():
+    return check_one_line_error
+
+
+def check_one_line_error(done: Result, *wanted: str) -> None:
+    """Exit code 2, no traceback, one line on standard error that holds every wanted text."""
+    assert done.exit_code == 2, (done.output, done.exception)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    for text in wanted:
+        assert text in errors[0], errors[0]
 
 
 @pytest.fixture(scope="session")

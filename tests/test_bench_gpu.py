@@ -56,8 +56,18 @@ def test_the_shipped_table_needs_no_gpu(puzzle, tmp_path):
     assert json.loads(done.stdout)["predicted"]["memory_bytes"] <= 9e9
 
 
-def test_a_library_that_no_table_covers(puzzle, solved):
-    done = puzzle("solve", solved.parent, "--throughput", "2x", "--gpu", "h100", "--out", solved.parent / "other")
+@pytest.mark.parametrize("name", ["llama-3.3-70b", "llama-3.1-405b-tp8", "qwen3-8b", "reference"])
+def test_every_shipped_parent_can_be_solved_for(puzzle, tmp_path, name):
+    library = synthetic(name, tmp_path / "lib")
+    arguments = ("--throughput", "2x", "--gpu", "h100", "--input-len", 256, "--output-len", 128, "--json")
+    found = json.loads(puzzle("solve", library, *arguments).stdout)
+    assert found["predicted"]["speedup"] >= 2
+    assert found["predicted"]["memory_bytes"] <= 80e9
+    assert found["predicted"]["workspace_bytes"] > 0
+
+
+def test_a_library_that_no_table_covers(puzzle, library, tmp_path):
+    done = puzzle("solve", library, "--throughput", "2x", "--gpu", "h100", "--out", tmp_path / "other")
     assert done.exit_code == 2, done.output
     assert "holds this library's shapes: run `puzzle profile LIBRARY --gpu h100`" in done.stderr.replace("\n", " ")
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from puzzle import profile_gpu
+from puzzle import profile_gpu, profile_point
 from puzzle.costs import CostTable
 from puzzle.errors import UserError
 from puzzle.kernels.timer import Timing
@@ -24,7 +24,7 @@ GRID = GpuGrid(
 KILLED = """
 import os, signal
 from pathlib import Path
-from puzzle import profile_gpu
+from puzzle import profile_gpu, profile_point
 from puzzle.profile_gpu import GpuGrid, profile_shapes
 real, left = profile_gpu.append_costs, [11]
 def append(*arguments):
@@ -64,14 +64,14 @@ def test_killed_and_resumed(tmp_path):
 
 
 def test_what_does_not_fit_is_recorded_and_skipped(tmp_path, monkeypatch):
-    real = profile_gpu._Stage._time
+    real = profile_point.Stage._time
 
     def short_of_memory(self, phase, batch, context):
         if phase == "decode" and batch == 4 and context == 64:
             raise torch.cuda.OutOfMemoryError("out of memory")
         return real(self, phase, batch, context)
 
-    monkeypatch.setattr(profile_gpu._Stage, "_time", short_of_memory)
+    monkeypatch.setattr(profile_point.Stage, "_time", short_of_memory)
     path, _ = profile_shapes("reference", gpu="cpu", out=tmp_path, device="cpu", grid=GRID)
     without = [r for r in rows(path) if r["num_samples"] == "0"]
     assert {(r["batch"], r["context"]) for r in without} == {("4", "64")}
@@ -84,10 +84,10 @@ def test_what_does_not_fit_is_recorded_and_skipped(tmp_path, monkeypatch):
 
 def test_a_noisy_point_is_timed_again(monkeypatch):
     timings = [Timing(p20=1.0, p50=2.0, p80=3.0, num_samples=5), Timing(p20=1.9, p50=2.0, p80=2.01, num_samples=5)]
-    monkeypatch.setattr(profile_gpu, "time_replays", lambda *_: timings.pop(0))
-    stage = object.__new__(profile_gpu._Stage)
-    stage.device, stage.grid = torch.device("cpu"), GRID
-    assert stage._replayed(lambda: None, 1, 0.0).p20 == 1.9
+    monkeypatch.setattr(profile_point, "time_replays", lambda *_: timings.pop(0))
+    stage = object.__new__(profile_point.Stage)
+    stage.device, stage.on_gpu, stage.seconds, stage.min_samples = torch.device("cpu"), False, 0.0, 1
+    assert stage._measured(lambda: None, 1, 1.0, 0.0, 0).timing.p20 == 1.9
     assert timings == []
 
 

@@ -81,7 +81,7 @@ def _print(found: dict[str, Any]) -> None:
             ("tokens_per_second", "tokens/s", 1.0),
             ("ttft_seconds", "time to first token, ms", 1e3),
             ("tpot_seconds", "time per output token, ms", 1e3),
-            ("memory_bytes", "weights and KV cache, GB", 1e-9),
+            ("memory_bytes", "memory at the peak, GB", 1e-9),
         ):
             ours, theirs = measured[key] * scale, predicted.get(key)
             told = ("–", "–") if theirs is None else (f"{theirs * scale:.5g}", f"{ours / (theirs * scale):.3f}")

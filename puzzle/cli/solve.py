@@ -21,7 +21,9 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 @click.option("--latency", default=None, metavar="GOAL", help="Prompt to last token of a batch: 1.5, 800ms or 50%.")
 @click.option("--ttft", default=None, metavar="GOAL", help="Time to the first token: 0.2, 200ms or 50%.")
 @click.option("--tpot", default=None, metavar="GOAL", help="Time per later token: 20ms or 50%.")
-@click.option("--memory", default=None, metavar="GOAL", help="Weights and KV cache at full context: 80GB or 60%.")
+@click.option(
+    "--memory", default=None, metavar="GOAL", help="Weights, KV cache at full context, workspace: 80GB or 60%."
+)
 @click.option("--params", default=None, metavar="GOAL", help="Parameters: 6.5B or 60%.")
 @click.option("--cached-tokens", default=None, metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
 @click.option("--keep-attention", type=int, default=None, metavar="N", help="At least N layers keep softmax attention.")
@@ -115,7 +117,8 @@ def solve_command(
     from puzzle.fuse.price import Fusion
     from puzzle.goal import Goal, goal_of
     from puzzle.library import Library
-    from puzzle.solve import open_costs, select, solve_library
+    from puzzle.selection import select
+    from puzzle.solve import open_costs, solve_library
 
     others = [parse_also(text) for text in also]
     if same_batch and (pareto is not None or diverse is not None):
@@ -140,7 +143,7 @@ def solve_command(
 
     if pareto is not None:
         from puzzle.frontier import library_frontier
-        from puzzle.solve import selection_of
+        from puzzle.selection import selection_of
 
         rows = library_frontier(selection_of(opened, costs, work, goal, others), pareto, points, target, backend)
         options.print_json({"schema": 1, "axis": pareto, "points": rows}) if as_json else print_frontier(rows, pareto)

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle.blocklib.distill import calibrate, normalized_mse
+from puzzle.blocklib.distill import calibrate
 from puzzle.blocklib.initialize import attention_as_linear, channel_order, merge_kv_heads
 from puzzle.blocklib.layer import KINDS, LayerSpec, ParentLayer, attention_shapes, ffn_shapes, rope_tables
 from puzzle.blocklib.variant import PARENT, parse_variant, registry, search_space
 from puzzle.errors import UserError
+from puzzle.kernels.block_loss import block_loss
 from puzzle.model import module_from_hf, parent_module
 
 
@@ -134,11 +135,11 @@ def test_linear_ffn_is_the_least_squares_solution():
     x = torch.cat(inputs)
     normed = ffn.norm(x).flatten(0, 1).double()
     best = torch.linalg.lstsq(normed, ffn(x).flatten(0, 1).double()).solution
-    optimum = normalized_mse((normed @ best).view_as(x), ffn(x))
-    assert optimum <= normalized_mse(module(x), ffn(x)) + 1e-6 <= 1.01 * optimum + 2e-6
+    optimum = block_loss((normed @ best).view_as(x), ffn(x))
+    assert optimum <= block_loss(module(x), ffn(x)) + 1e-6 <= 1.01 * optimum + 2e-6
     product = layer.ffn["down_proj.weight"] @ layer.ffn["up_proj.weight"]
-    mine = normalized_mse(module(x), ffn(x))
-    assert mine < normalized_mse(ffn.norm(x) @ product.T, ffn(x))
+    mine = block_loss(module(x), ffn(x))
+    assert mine < block_loss(ffn.norm(x) @ product.T, ffn(x))
     assert mine < 1
 
 
@@ -154,7 +155,7 @@ def test_channels_kept_are_those_that_contribute_most():
     assert set(channel_order(layer.ffn, layer.calibration)[:32].tolist()) == set(keep.tolist())
     narrow = parse_variant("ffn", "0.5", layer.spec)
     assert narrow.width(layer.spec) == 32
-    assert normalized_mse(narrow.build(layer)(x), ffn(x)) < 1e-4
+    assert block_loss(narrow.build(layer)(x), ffn(x)) < 1e-4
 
 
 @given(st.floats(0.001, 1), st.sampled_from([63, 96, 704, 2816, 5632, 14336]))

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -38,6 +39,22 @@ def tiny_checkpoint(tmp_path_factory, tiny):
 
     def directory(name: str) -> Path:
         return root / name if (root / name).is_dir() else tiny.write_tiny_child(name, root / name)
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def solved_as(tmp_path_factory, puzzle, library):
+    """`solved_as(layers)`: the directory of an architecture.json with `layers` in place of what the solver chose."""
+
+    def directory(layers: list[dict[str, str]]) -> Path:
+        out = tmp_path_factory.mktemp("solution")
+        options = ("--gpu", "cpu", "--throughput", "1.2x", "--input-len", 16, "--output-len", 16, "--out", out)
+        done = puzzle("solve", library, *options)
+        assert done.exit_code == 0, done.output
+        solved = json.loads((out / "architecture.json").read_text())
+        (out / "architecture.json").write_text(json.dumps({**solved, "layers": layers}))
+        return out
 
     return directory
 

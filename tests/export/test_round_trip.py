@@ -24,15 +24,8 @@ EVALUATION = ("--sequences", 8, "--seq-len", 64)
 
 
 @pytest.fixture(scope="module")
-def solution(tmp_path_factory, puzzle, library):
-    """architecture.json with LAYERS in place of what the solver chose."""
-    out = tmp_path_factory.mktemp("solution")
-    options = ("--gpu", "cpu", "--throughput", "1.2x", "--input-len", 16, "--output-len", 16, "--out", out)
-    done = puzzle("solve", library, *options)
-    assert done.exit_code == 0, done.output
-    solved = json.loads((out / "architecture.json").read_text())
-    (out / "architecture.json").write_text(json.dumps({**solved, "layers": LAYERS}))
-    return out
+def solution(solved_as):
+    return solved_as(LAYERS)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ from puzzle.kernels import block_loss as module
 from puzzle.kernels.block_loss import block_loss, block_loss_reference
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
 @pytest.mark.parametrize("shape", [(1,), (7, 63), (2, 5, 500), (3, 2048)])
 def test_matches_twin(device, relative_error, shape, dtypes):
     parent = torch.randn(shape, device=device).to(getattr(torch, dtypes[1]))
@@ -41,11 +43,48 @@ def test_known_values(device):
     assert torch.isfinite(block_loss(parent, torch.zeros_like(parent)))
 
 
-def test_strided_inputs(device):
-    child, parent = torch.randn(2, 8, 30, device=device)
-    assert block_loss(child.t(), parent.t()).item() == pytest.approx(
-        block_loss_reference(child, parent).item(), rel=1e-6
-    )
+def test_strided_inputs(device, relative_error):
+    """Loss and gradient do not depend on how child and parent lie in memory."""
+    base, parent = torch.randn(2, 8, 30, device=device)
+    base = base.bfloat16().requires_grad_()
+    for turn in (lambda x: x.t(), lambda x: x[1::2, ::3], lambda x: x[:, None].expand(8, 5, 30)):
+        base.grad = None
+        loss = block_loss(turn(base), turn(parent))
+        loss.backward()
+        twin = base.detach().double().requires_grad_()
+        want = block_loss_reference(turn(twin), turn(parent).double())
+        want.backward()
+        assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+        assert relative_error(base.grad, twin.grad) < 1e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_in_a_cuda_graph(relative_error):
+    """Captured once, replayed with other inputs: loss and gradient follow."""
+    child, parent = torch.randn(2, 6, 700, device="cuda")
+    child = child.bfloat16()
+
+    def step():
+        leaf = child.detach().requires_grad_()
+        loss = block_loss(leaf, parent)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = step()
+    for _ in range(2):
+        child.copy_(torch.randn_like(child))
+        parent.copy_(torch.randn_like(parent))
+        graph.replay()
+        want_loss, want_grad = step()
+        assert loss.item() == want_loss.item()
+        assert torch.equal(grad, want_grad)
 
 
 def test_equal_bits(device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl, linear_kl_reference
+from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl, linear_kl_by_rows, linear_kl_reference
 
 CONFIGS = [
     pytest.param(Chunks(tokens=3, words=40, block=16), id="chunks"),
@@ -108,6 +108,27 @@ def test_gradient_in_bf16(device, relative_error):
     twin(parent, exact, weight).kl.sum().backward()
     assert child.grad.dtype == torch.bfloat16
     assert relative_error(child.grad, exact.grad) < 0.03
+
+
+@pytest.mark.parametrize("heads", ["shared", "two"])
+def test_by_rows_is_the_twin(device, heads):
+    """Values and gradients of hidden states and heads, computed again chunk by chunk."""
+    drawn = [x.double() if x.is_floating_point() else x for x in draw(device, 11, 32, 150)]
+    parent, child, weight, targets = drawn
+    other = None if heads == "shared" else weight.flip(0)
+    wanted = [x for x in (parent, child, weight, other) if x is not None]
+    for x in wanted:
+        x.requires_grad_()
+    found = linear_kl_by_rows(parent, child, weight, other, targets, Chunks(tokens=8, words=75))
+    want = linear_kl_reference(parent, child, weight, other, targets)
+    for x, y in zip(found[:2], want[:2], strict=True):
+        torch.testing.assert_close(x, y)
+        gradients = [
+            torch.autograd.grad(z.square().sum(), wanted, retain_graph=True, allow_unused=True) for z in (x, y)
+        ]
+        torch.testing.assert_close(*gradients)
+    assert torch.equal(found.same_top1, want.same_top1)
+    assert linear_kl_by_rows(parent, child, weight, other, None, Chunks(tokens=1, words=30)).lm_loss is None
 
 
 def test_logits_far_from_zero(device):

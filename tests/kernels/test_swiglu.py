@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from puzzle.kernels import swiglu as module
-from puzzle.kernels.swiglu import linear, pack_swiglu, rows_to_fp8, silu_mul, swiglu, to_fp8
+from puzzle.kernels.swiglu import linear, pack_swiglu, rows_to_fp8, silu_mul, silu_mul_to_fp8, swiglu, to_fp8
 
 
 def weights(hidden, width, device, dtype):
@@ -53,6 +53,31 @@ def test_rows_to_fp8(device, shape):
     assert torch.equal(scale, want_scale)
     assert scale[0] == 1
     assert torch.equal(value.float(), want.float())
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 126), (2, 5002)])
+def test_silu_mul_to_fp8(device, relative_error, shape):
+    gate_up = torch.randn(shape, device=device)
+    gate_up[0] = 0
+    value, scale = silu_mul_to_fp8(gate_up)
+    want, want_scale = to_fp8(silu_mul(gate_up))
+    torch.testing.assert_close(scale, want_scale)
+    assert scale[0] == 1
+    assert relative_error(value.float() * scale[:, None], want.float() * want_scale[:, None]) < 5e-3
+
+
+def test_fp8_with_many_rows_is_close(device, relative_error, monkeypatch):
+    gate, up, down = weights(128, 96, device, torch.bfloat16)
+    x = torch.randn(80, 128, device=device).to(torch.bfloat16)
+    if device.type == "cpu":  # no such product there
+        monkeypatch.setattr(module, "_fp8_product", _product)
+    out, exact = swiglu(x, pack_swiglu(gate, up, down, fp8=True)), swiglu(x, pack_swiglu(gate, up, down))
+    assert out.dtype == torch.bfloat16
+    assert 1e-3 < relative_error(out, exact) < 0.08
+
+
+def _product(x, x_scale, w, scale, dtype):
+    return ((x.float() * x_scale[:, None]) @ (w.float() * scale[:, None]).T).to(dtype)
 
 
 def test_every_element_is_written(device, monkeypatch):

@@ -30,8 +30,17 @@ def test_cpu_time_is_real():
     assert 0.002 <= found.p20 <= found.p50 <= found.p80
 
 
-def test_stops_at_max_samples():
-    assert timer.time_calls([lambda: None], seconds=60, max_samples=7, device="cpu").num_samples == 7
+def test_stops_at_the_largest_number_of_samples():
+    assert timer.time_calls([lambda: None], seconds=60, device="cpu").num_samples == timer.MAX_SAMPLES
+
+
+def test_short_calls_go_into_a_graph_several_times():
+    assert timer.rounds_for(1.0) == 1
+    assert timer.rounds_for(timer.MIN_GRAPH_SECONDS / 2.5) == 3
+    assert timer.rounds_for(0.0) == timer.MAX_ROUNDS
+    calls = []
+    timer.Graph(lambda: calls.append(0), torch.device("cpu"), rounds=3).replay()
+    assert len(calls) == 3
 
 
 def test_no_calls():
