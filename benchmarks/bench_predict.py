@@ -4,7 +4,8 @@ Architectures have the layers of the named shapes, each with a random attention 
 ones as fusion makes them, linear, none); every fourth has a run of attention-free layers. Weights are random. A decode step is
 the median of CUDA-graph replays at a fixed context; prefill likewise. The prediction is the table's sum of medians; nothing is
 fitted. Writes a row per point and, with --plot, a scatter plot; a point that does not fit in memory is left out. --fp8: weights
-of sub-blocks and KV cache in fp8, against the table of the same name.
+of sub-blocks and KV cache in fp8, against the table of the same name. --measured takes measured times from an earlier CSV and
+needs no GPU.
 
     python benchmarks/bench_predict.py --gpu h100 --shapes llama-3.1-8b --out benchmarks/results/predict.csv
 """
@@ -75,9 +76,17 @@ def parts_of(layers: list[dict[str, str]], shapes: Shapes) -> list[tuple[str, st
 @click.option("--fp8", is_flag=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", type=click.Path(path_type=Path), default=None)
-def main(gpu, name, table, count, num_layers, batches, contexts, prompts, device, seed, fp8, out, plot) -> None:
+@click.option("--measured", type=click.Path(path_type=Path), default=None, help="Predict the points of this CSV again.")
+def main(
+    gpu, name, table, count, num_layers, batches, contexts, prompts, device, seed, fp8, out, plot, measured
+) -> None:
     shapes = named_shapes(name)
     costs = CostTable(table) if table else find_costs(gpu, f"{name}-fp8" if fp8 else name, [PACKAGED])
+    if measured:
+        predict_again(measured, costs, architectures(num_layers or shapes.num_layers, count, seed), shapes, out)
+        if plot:
+            draw(out, plot)
+        return
     where, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
     handle = open(out, "w", newline="")  # noqa: SIM115 (closed when the program ends)
     writer = csv.writer(handle, lineterminator="\n")
@@ -114,6 +123,26 @@ def main(gpu, name, table, count, num_layers, batches, contexts, prompts, device
         del stack
     if plot:
         draw(out, plot)
+
+
+def predict_again(measured: Path, costs: CostTable, layers: list, shapes: Shapes, out: Path) -> None:
+    """The rows of an earlier run with the predictions of another table."""
+    with open(measured, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    errors: dict[str, list[float]] = {}
+    for row in rows:
+        point = row["phase"], int(row["batch"]), int(row["context"])
+        predicted = costs.sum_of_parts(parts_of(layers[int(row["architecture"])], shapes), *point)
+        error = predicted / float(row["measured_s"]) - 1
+        row |= {"predicted_s": f"{predicted:.6g}", "error": f"{error:.4f}"}
+        errors.setdefault(row["phase"], []).append(abs(error))
+    with open(out, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for phase, found in errors.items():
+        mean, largest = 100 * sum(found) / len(found), 100 * max(found)
+        print(f"{phase}: {len(found)} points, mean {mean:.2f} % largest {largest:.2f} %")
 
 
 def decode_seconds(stack: Stack, batch: int, context: int, fp8: bool) -> float:

@@ -211,11 +211,11 @@ if triton is not None:
                 from_parent = parent_desc.load([row, h])
                 from_child = child_desc.load([row, h])
                 head = weight_desc.load([word, h])
-                lp = tl.dot(from_parent, head.T, lp)
+                lp = tl.dot(from_parent, head.T, lp, input_precision="ieee")
                 if SHARED:
-                    lc = tl.dot(from_child, head.T, lc)
+                    lc = tl.dot(from_child, head.T, lc, input_precision="ieee")
                 else:
-                    lc = tl.dot(from_child, child_weight_desc.load([word, h]).T, lc)
+                    lc = tl.dot(from_child, child_weight_desc.load([word, h]).T, lc, input_precision="ieee")
             words = word + tl.arange(0, BLOCK_V)
             inside = (words < V)[None, :]
             lp = tl.where(inside, lp, FLOOR)

@@ -78,6 +78,9 @@ def append_costs(path: Path, row: CostRow) -> None:
             writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
 
 
+Key = tuple[str, str, str, int]  # kind, shape, phase, batch
+
+
 class CostTable:
     """Median seconds by (kind, shape, phase, batch, context), linear in context between measured points.
 
@@ -90,10 +93,10 @@ class CostTable:
         self.path = path
         self.device = ""
         self.dtype = ""
-        self._points: dict[tuple[str, str, str, int], list[tuple[int, float]]] = {}
+        self._points: dict[Key, list[tuple[int, float]]] = {}
         self._workspace: dict[tuple[str, str, str], dict[int, int]] = {}  # kind, shape, phase -> rows: bytes
         self._rows: dict[tuple[str, str], bool] = {}
-        self.extrapolated: set[str] = set()
+        self.extrapolated: dict[Key, tuple[int, int, str]] = {}  # asked for at least, at most; what was measured
         try:
             with open(path, newline="", encoding="utf-8") as handle:
                 for number, row in enumerate(csv.DictReader(handle), 2):
@@ -151,14 +154,12 @@ class CostTable:
                 known = self._known(kind, shape, phase, 1)
                 # the runtime takes no more tokens together than were measured
                 whole, rest = divmod(batch * context, known[-1][0])
-                what = f"{phase} of {kind} '{shape}', {rest} tokens"
-                return whole * known[-1][1] + (self._at(known, rest, what) if rest else 0.0)
+                return whole * known[-1][1] + (self._at(known, rest, (kind, shape, phase, batch)) if rest else 0.0)
             return self._known(kind, shape, phase, batch)[0][1]
-        what = f"{phase} of {kind} '{shape}', batch {batch}, context {context}"
-        points = self._points.get((kind, shape, phase, batch))
-        if points is None and phase == "prefill":
-            return self._prefill(kind, shape, batch, context, what)
-        return self._at(self._known(kind, shape, phase, batch), context, what)
+        key = (kind, shape, phase, batch)
+        if key not in self._points and phase == "prefill":
+            return self._prefill(kind, shape, batch, context)
+        return self._at(self._known(*key), context, key)
 
     def workspace(self, kind: str, shape: str, batch: int, input_len: int) -> int:
         """Bytes that one sub-block works with, beside its weights and its cache, at the peak of a prefill or a decode step; 0
@@ -188,7 +189,7 @@ class CostTable:
             )
         return points
 
-    def _prefill(self, kind: str, shape: str, batch: int, context: int, what: str) -> float:
+    def _prefill(self, kind: str, shape: str, batch: int, context: int) -> float:
         """Attention over more prompts than were measured together: in proportion to the largest batch measured."""
         measured = sorted(k[3] for k, points in self._points.items() if k[:3] == (kind, shape, "prefill"))
         fitting = [b for b in measured if self._points[kind, shape, "prefill", b][-1][0] >= context] or measured[:1]
@@ -196,23 +197,27 @@ class CostTable:
             self._known(kind, shape, "prefill", batch)
         below = [b for b in fitting if b <= batch]
         nearest_batch = max(below) if below else fitting[0]
-        return self._at(self._points[kind, shape, "prefill", nearest_batch], context, what) * batch / nearest_batch
+        points = self._points[kind, shape, "prefill", nearest_batch]
+        return self._at(points, context, (kind, shape, "prefill", batch)) * batch / nearest_batch
 
-    def _at(self, points: list[tuple[int, float]], context: int, what: str) -> float:
+    def _at(self, points: list[tuple[int, float]], context: int, key: Key) -> float:
         """Linear between measured points; marked as extrapolated outside."""
         at = bisect_left(points, (context, -1.0))
         if at < len(points) and points[at][0] == context:
             return points[at][1]
         if self.strict and (at == 0 or at == len(points)):
+            kind, shape, phase, batch = key
             raise UserError(
-                f"cost table {self.path} covers contexts {points[0][0]}-{points[-1][0]} in {what}: "
-                "profile again with --contexts that span it"
+                f"cost table {self.path} covers contexts {points[0][0]}-{points[-1][0]} in {phase} of {kind} '{shape}', "
+                f"batch {batch}, context {context}: profile again with --contexts that span it"
             )
+        if at in (0, len(points)):
+            least, most, _ = self.extrapolated.get(key, (context, context, ""))
+            measured = f"{points[0][0]}" if len(points) == 1 else f"{points[0][0]} to {points[-1][0]}"
+            self.extrapolated[key] = min(least, context), max(most, context), measured
         if at == 0:
-            self.extrapolated.add(what)
             return points[0][1]
         if at == len(points):
-            self.extrapolated.add(what)
             if len(points) == 1:
                 return points[0][1] * context / points[0][0]
             at -= 1

@@ -52,6 +52,7 @@ class EngineModel:
         self.device = f"{device or gpu}, {engine}"
         self.dtype = dtype
         self.batches = list(BATCHES)
+        self.extrapolated: dict[tuple[str, str, str, int], tuple[int, int, str]] = {}  # a fitted model has no points
 
     @property
     def hash(self) -> str:

@@ -172,6 +172,16 @@ class CostModel:
             + sum(f["num_parameters"] for f in facts),
         )
 
+    def extrapolated(self, layers: list[Choice], batch: int) -> list[str]:
+        """Which times of this architecture lie beyond the measured points, one line each."""
+        parts = {part for index, layer in enumerate(layers) for part in self.parts(layer, index)} | {*self._fixed_parts}
+        found = []
+        for (kind, shape, phase, at), (low, high, measured) in sorted(self.table.extrapolated.items()):
+            if (kind, shape) in parts and at == batch:
+                asked = f"{low}" if low == high else f"{low} to {high}"
+                found.append(f"{phase} of {kind} '{shape}', batch {batch}, tokens {asked} (measured: {measured})")
+        return found
+
     def best_parent(self, memory: int | None) -> Prediction:
         """The parent at its own best batch that fits `memory` (at the smallest batch when none does)."""
         parent = [dict.fromkeys(KINDS, PARENT)] * self.library.num_layers

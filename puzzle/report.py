@@ -54,6 +54,14 @@ def print_solution(solved: dict[str, Any], library: Library) -> None:
             ],
         )
     )
+    limit = solved["goal"]["memory_bytes"]
+    if isinstance(limit, float) and parent["memory_bytes"] > limit:
+        console.print(
+            f"the parent itself needs {bytes_text(parent['memory_bytes'])}: its figures are what it would do with that much "
+            "memory, at its smallest batch"
+        )
+    for line in (x for one in (solved, *solved["also"]) for x in one["extrapolated"]):
+        console.print(f"extrapolated: {line}", markup=False)
     for one in solved["also"]:
         work, mine, own = one["workload"], one["predicted"], one["parent_predicted"]
         console.print(

@@ -117,7 +117,8 @@ def describe(selection: Selection, batch: int, solution: Solution) -> dict[str, 
     library, costs, parent = selection.library, selection.costs, selection.parent
     layers = choices_of(solution)
     child = _predicted(selection, costs, solution, batch)
-    same = costs.predict([dict.fromkeys(KINDS, PARENT)] * library.num_layers, batch)
+    whole = [dict.fromkeys(KINDS, PARENT)] * library.num_layers
+    same = costs.predict(whole, batch)
     goal = selection.goal
     return {
         "puzzle": __version__,
@@ -154,6 +155,7 @@ def describe(selection: Selection, batch: int, solution: Solution) -> dict[str, 
             "speedup_at_same_batch": child.tokens_per_second / same.tokens_per_second,
         },
         "parent_predicted": asdict(parent),
+        "extrapolated": sorted({*costs.extrapolated(layers, batch), *costs.extrapolated(whole, parent.batch)}),
         "also": [_also(selection, one, solution, batch) for one in selection.others],
         **_fused(selection, solution, batch),
     }
@@ -191,6 +193,7 @@ def _also(selection: Selection, one: Served, solution: Solution, batch: int) -> 
         "goal": {name: _text(getattr(one.goal, name)) for name in LIMITS if getattr(one.goal, name)},
         "predicted": asdict(child) | {"speedup": child.tokens_per_second / one.parent.tokens_per_second},
         "parent_predicted": asdict(one.parent),
+        "extrapolated": one.costs.extrapolated(choices_of(solution), one.at(batch)),
     }
 
 

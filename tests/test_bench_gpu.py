@@ -64,6 +64,23 @@ def test_every_shipped_parent_can_be_solved_for(puzzle, tmp_path, name):
     assert found["predicted"]["speedup"] >= 2
     assert found["predicted"]["memory_bytes"] <= 80e9
     assert found["predicted"]["workspace_bytes"] > 0
+    assert found["extrapolated"] == []
+
+
+def test_what_lies_beyond_the_measured_points_is_said(puzzle, tmp_path):
+    library = synthetic("reference", tmp_path / "lib")
+    arguments = (library, "--throughput", "2x", "--gpu", "h100", "--input-len", 40, "--output-len", 20)
+    found = json.loads(puzzle("solve", *arguments, "--json").stdout)
+    batch = found["predicted"]["batch"]
+    said = f"decode of attention 'h256 q8 kv4 d32', batch {batch}, tokens 40 to 58 (measured: 128 to 1024)"
+    assert said in found["extrapolated"]
+    assert f"extrapolated: {said}" in puzzle("solve", *arguments).output.replace("\n", "")
+
+
+def test_a_parent_that_does_not_fit_is_said_to_be_so(puzzle, tmp_path):
+    library = synthetic("llama-3.3-70b", tmp_path / "lib")
+    done = puzzle("solve", library, "--throughput", "3x", "--gpu", "h100", "--input-len", 256, "--output-len", 128)
+    assert "the parent itself needs 131" in done.output
 
 
 def test_a_library_that_no_table_covers(puzzle, library, tmp_path):
