@@ -1,17 +1,21 @@
 """What fusing attention-free layers costs in quality, on the reference parent, before any healing.
 
 Protocol: from a scored and profiled library of the parent, the child with the least sum of scores that reaches --throughput
-and has two stretches of four neighbouring layers without attention (every pair of stretches is tried). Five children
-of it are written to --out, and KL(parent‖child) and loss of each measured on the same held-out sequences:
+and has two stretches of four neighbouring layers without attention (every pair of stretches is tried; where none with attention
+on both of its sides reaches the goal, stretches may be longer). --throughput is of the parent at its best batch, and the child
+serves that batch too unless --batch says otherwise. Five children of it are written to --out, and KL(parent‖child) and loss of
+each measured on the same held-out sequences:
     unfused    the child as solved
     own        both stretches fused without their last FFN, each FFN through its own norm
     last       the same through the norm of the run's last layer (arXiv 2503.18908)
     removed    as many layers as `own`: of each run one FFN stays, whichever leaves the least KL on these sequences
     with-last  fused with the last FFN of each stretch, own norms: two layers fewer than `own`
-dependency: the largest dependency of one FFN of a run on an earlier one, over all runs. Heal each with `puzzle heal`.
+dependency: the largest dependency of one FFN of a run on an earlier one, over all runs. `benchmarks/bench_heal.py --child …
+--child …` heals them.
 
     puzzle run examples/quickstart.yaml --data /usr/lib/python3.11 --out runs/quickstart
     python benchmarks/bench_fusion.py --library runs/quickstart/library --data /usr/lib/python3.11 --out runs/fusion
+    python benchmarks/bench_fusion.py --library LIBRARY --gpu h100 --data corpus.jsonl --out fusion     # priced for an H100
 """
 
 from __future__ import annotations
@@ -56,7 +60,12 @@ COLUMNS = (
 @click.option("--csv", "table", type=click.Path(path_type=Path), default=Path("benchmarks/results/fusion.csv"))
 @click.option("--parent", default=None)
 @click.option("--throughput", default="2x", show_default=True)
-@click.option("--batch", type=int, default=64, show_default=True)
+@click.option("--gpu", default="cpu", show_default=True, help="Whose costs count; text is read where this runs.")
+@click.option("--shapes", "--costs-name", default=None, help="The cost table's name, where several would do.")
+@click.option("--engine", default="puzzle", show_default=True)
+@click.option("--input-len", type=int, default=128, show_default=True)
+@click.option("--output-len", type=int, default=128, show_default=True)
+@click.option("--batch", type=int, default=None, help="Default: the parent's best.")
 @click.option("--sequences", type=int, default=64, show_default=True)
 @click.option("--seq-len", type=int, default=512, show_default=True)
 def main(
@@ -66,14 +75,19 @@ def main(
     table: Path,
     parent: str | None,
     throughput: str,
-    batch: int,
+    gpu: str,
+    shapes: str | None,
+    engine: str,
+    input_len: int,
+    output_len: int,
+    batch: int | None,
     sequences: int,
     seq_len: int,
 ) -> None:
     library = Library.open(root)
-    selection = select(
-        library, open_costs(library, "cpu", None), Workload(input_len=128, output_len=128), goal_of(throughput)
-    )
+    work = Workload(input_len=input_len, output_len=output_len)
+    selection = select(library, open_costs(library, gpu, shapes, engine), work, goal_of(throughput))
+    batch = batch or selection.parent.batch
     solution = two_stretches(selection, batch)
     solved = describe(selection, batch, solution)
     write_json(out / "solution" / "architecture.json", solved)
@@ -142,11 +156,12 @@ def main(
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     with open(table, "w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow([*COLUMNS.split(","), "predicted_speedup", "device", "torch", "date"])
+        writer.writerow([*COLUMNS.split(","), "predicted_speedup", "batch", "costs", "device", "torch", "date"])
         speedup = f"{solved['predicted']['speedup']:.3f}"
         for row in rows:
             promise = speedup if row[0] == "unfused" else ""
-            writer.writerow((*row, promise, where, torch.__version__, time.strftime("%Y-%m-%d")))
+            priced = (promise, batch, selection.costs.table.device)
+            writer.writerow((*row, *priced, where, torch.__version__, time.strftime("%Y-%m-%d")))
 
 
 def _between(unfused: CausalModel, child: CausalModel, tokens: torch.Tensor) -> float:
@@ -161,18 +176,20 @@ def two_stretches(selection: Selection, batch: int) -> Solution:
     names = [v.name for v in problem.layers[0].variants]
     free = tuple(name for name in names if name.startswith("none|") and not name.endswith("|none"))
     attending = tuple(name for name in names if not name.startswith("none|"))
-    best: Solution | None = None
-    for first in range(count - 2 * LENGTH):
-        for second in range(first + LENGTH + 1, count - LENGTH + 1):
-            inside = {*range(first, first + LENGTH), *range(second, second + LENGTH)}
-            around = {first - 1, first + LENGTH, second - 1, second + LENGTH} & set(range(count))
-            pins = {layer_label(i): free for i in inside} | {layer_label(i): attending for i in around}
-            found = solve(replace(problem, pins=pins))
-            if found.choice and (best is None or found.objective < best.objective):
-                best = found
-    if best is None:
-        raise SystemExit(f"no child with two stretches of {LENGTH} layers without attention reaches the goal")
-    return best
+    for apart in (True, False):
+        best: Solution | None = None
+        for first in range(count - 2 * LENGTH):
+            for second in range(first + LENGTH + 1, count - LENGTH + 1):
+                inside = {*range(first, first + LENGTH), *range(second, second + LENGTH)}
+                around = {first - 1, first + LENGTH, second - 1, second + LENGTH} & set(range(count))
+                pins = {layer_label(i): free for i in inside}
+                pins |= {layer_label(i): attending for i in around if apart}
+                found = solve(replace(problem, pins=pins))
+                if found.choice and (best is None or found.objective < best.objective):
+                    best = found
+        if best is not None:
+            return best
+    raise SystemExit(f"no child with two stretches of {LENGTH} layers without attention reaches the goal")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ FFN widths of the attention-free layers: the parent's (x1) and half of it (x0.5)
     llama-3.1-8b        32 layers, 12 of them without attention
     llama-3.1-405b-tp8  one GPU's share of eight: hidden 16384, FFN 6656, 16 heads, 1 KV head; 24 layers, 12 without attention
 One GPU: no all-reduce. Under `torchrun --nproc-per-node N … --tp N`: one NCCL all-reduce inside the graph after every
-attention and every FFN, as tensor parallelism has it; the 8B shape is divided by N, the 405B shares stay shares of eight.
-The head's shard is not gathered. Rank 0 writes the slowest rank's percentiles.
+attention and every FFN, as tensor parallelism has it, so that n layers fused into one save n - 1 of them; the 8B shape is
+divided by N, the 405B shares stay shares of eight, whose sums then go over N GPUs. The head's shard is not gathered. Rank 0
+writes the slowest rank's percentiles, row by row, so that a run cut off leaves what it had. `--append` adds to the CSV; rows of
+the same point measured before are replaced.
 
     PYTHONPATH=. python benchmarks/bench_fusion_latency.py
-    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/bench_fusion_latency.py --tp 2
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/bench_fusion_latency.py --tp 2 --append
     PYTHONPATH=. python benchmarks/bench_fusion_latency.py --device cpu --shapes reference --batches 1 --steps 5 --csv /tmp/x.csv
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/bench_fusion_latency.py --tp 2 --device cpu --shapes reference \
+        --batches 1,4 --steps 5 --csv /tmp/x.csv                                          # two processes of a CPU, gloo
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from __future__ import annotations
 import csv
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,6 +39,7 @@ import torch.distributed as dist
 
 from puzzle.blocklib.fast import Batch, Fast, Stream
 from puzzle.blocklib.layer import LayerSpec
+from puzzle.errors import UserError
 from puzzle.fast_model import FastRunner, Stack, random_module
 from puzzle.shapes import Shapes, named_shapes
 
@@ -40,8 +47,11 @@ LAYERS = {"llama-3.1-8b": (32, 12), "llama-3.1-405b-tp8": (24, 12)}  # all, with
 GROUPS = {"parent": 0, "unfused": 1, "twos": 2, "fours": 4, "one": -1}
 COLUMNS = (
     "shapes,ffn_of_attention_free,fusion,num_layers,batch,context,tp,all_reduces_per_token,weight_bytes,"
-    "p20_s,p50_s,p80_s,speedup_over_unfused,device,versions,date"
+    "p20_s,p50_s,p80_s,speedup_over_unfused,speedup_over_parent,device,versions,date"
 )
+POINT = ("shapes", "ffn_of_attention_free", "fusion", "num_layers", "batch", "context", "tp", "device")
+NCCL = ("NCCL_ALGO", "NCCL_NVLS_ENABLE", "NCCL_PROTO")  # what changes the time of an all-reduce
+TIMEOUT = timedelta(seconds=120)  # of a collective: a rank that failed keeps the others no longer
 
 
 class Reduced:
@@ -144,6 +154,68 @@ def measure(stack: Stack, batch: int, context: int, steps: int, tp: int) -> list
         return percentiles(captured(runner.decode_once, runner.device), steps, runner.device)
 
 
+def join(tp: int, device: str) -> torch.device:
+    """This rank's device, the ranks connected. Raises RuntimeError, saying what to do, where they cannot be."""
+    rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != tp:
+        raise RuntimeError(f"--tp {tp} with {world} processes: start it under torchrun --nproc-per-node {tp}")
+    if device == "cuda":
+        if not torch.cuda.is_available() or torch.cuda.device_count() <= rank:
+            raise RuntimeError(
+                f"{torch.cuda.device_count()} CUDA devices here, {tp} wanted: use fewer, or --device cpu"
+            )
+        where = torch.device("cuda", rank)
+        torch.cuda.set_device(where)
+    else:
+        where = torch.device(device)
+    if tp > 1 and device == "cuda":
+        if not dist.is_nccl_available():
+            raise RuntimeError("this torch has no NCCL: without it there is no all-reduce between GPUs")
+        dist.init_process_group("nccl", device_id=where, timeout=TIMEOUT)
+    elif tp > 1:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    return where
+
+
+def versions_of(device: torch.device, tp: int) -> str:
+    found = f"torch {torch.__version__}"
+    if device.type == "cuda":
+        import triton
+
+        found += f"; triton {triton.__version__}; nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        found += "".join(f"; {k}={os.environ[k]}" for k in NCCL if tp > 1 and k in os.environ)
+    return found
+
+
+class Table:
+    """The CSV: rows of earlier runs that were measured again are replaced; only the first rank writes."""
+
+    def __init__(self, path: Path, append: bool, writes: bool):
+        self.path, self.writes = path, writes
+        self.rows: list[dict[str, str]] = []
+        if append and path.is_file():
+            with open(path, newline="", encoding="utf-8") as handle:
+                self.rows = list(csv.DictReader(handle))
+            if any(not set(row) <= set(COLUMNS.split(",")) for row in self.rows):
+                raise RuntimeError(f"{path} has other columns: leave --append out, or name another --csv")
+
+    def add(self, row: dict[str, str]) -> None:
+        self.rows = [old for old in self.rows if any(old[k] != row[k] for k in POINT)] + [row]
+        if not self.writes:
+            return
+        for one in self.rows:
+            for base, fraction in (("unfused", one["ffn_of_attention_free"]), ("parent", "x1")):
+                wanted = one | {"fusion": base, "ffn_of_attention_free": fraction}
+                found = [r for r in self.rows if all(r[k] == wanted[k] for k in POINT if k != "num_layers")]
+                one[f"speedup_over_{base}"] = f"{float(found[0]['p50_s']) / float(one['p50_s']):.4f}" if found else ""
+        print(*row.values(), flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, COLUMNS.split(","), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
 @click.command()
 @click.option("--shapes", "names", default="llama-3.1-8b,llama-3.1-405b-tp8", show_default=True)
 @click.option("--batches", default="1,16,64", show_default=True)
@@ -152,7 +224,7 @@ def measure(stack: Stack, batch: int, context: int, steps: int, tp: int) -> list
 @click.option("--steps", type=int, default=100, show_default=True)
 @click.option("--tp", type=int, default=1, show_default=True, help="Ranks, under torchrun.")
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--csv", "table", type=click.Path(path_type=Path), default=Path("benchmarks/results/fusion_latency.csv"))
+@click.option("--csv", "path", type=click.Path(path_type=Path), default=Path("benchmarks/results/fusion_latency.csv"))
 @click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
 def main(
     names: str,
@@ -162,85 +234,71 @@ def main(
     steps: int,
     tp: int,
     device: str,
-    table: Path,
+    path: Path,
     append: bool,
 ) -> None:
-    where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if device == "cuda":
-        torch.cuda.set_device(where)
-    if tp > 1:
-        if device == "cuda":
-            dist.init_process_group("nccl", device_id=where)
-        else:
-            dist.init_process_group("gloo")
-        if dist.get_world_size() != tp:
-            raise SystemExit(f"--tp {tp} under {dist.get_world_size()} ranks: torchrun --nproc-per-node {tp}")
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    versions = f"torch {torch.__version__}"
-    if device == "cuda":
-        import triton
-
-        versions += f"; triton {triton.__version__}; nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    rows: list[tuple] = []
-    for name in names.split(","):
-        whole = named_shapes(name)
-        count, free = LAYERS.get(name, (whole.num_layers, whole.num_layers // 2 // 4 * 4))
-        shapes = share(whole, name, tp)
-        for fraction in map(float, fractions.split(",")):
-            unfused: dict[int, float] = {}
-            for fusion in ("unfused", "parent", "twos", "fours", "one"):
-                if fusion == "parent" and fraction != 1:
-                    continue
-                layers = widths(shapes.spec, count, free, fusion, fraction)
-                stack = build(shapes, layers, where, dtype)
-                size, num_parts = stack.num_bytes, len(stack.modules)
-                for batch in map(int, batches.split(",")):
-                    low, middle, high = measure(stack, batch, context, steps, tp)
-                    unfused.setdefault(batch, middle)
-                    row = (
-                        name,
-                        f"x{fraction:g}",
-                        fusion,
-                        len(layers),
-                        batch,
-                        context,
-                        tp,
-                        num_parts if tp > 1 else 0,
-                        size,
-                        f"{low:.6g}",
-                        f"{middle:.6g}",
-                        f"{high:.6g}",
-                        f"{unfused[batch] / middle:.4f}",
-                        torch.cuda.get_device_name(where) if device == "cuda" else "cpu",
-                        versions,
-                        time.strftime("%Y-%m-%d"),
-                    )
-                    rows.append(row)
-                    if first:
-                        print(*row[:13], flush=True)
-                        write(table, rows, append)
-                del stack
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
+    try:
+        where = join(tp, device)
+        table = Table(path, append, writes=not dist.is_initialized() or dist.get_rank() == 0)
+        for name in names.split(","):
+            for fraction in map(float, fractions.split(",")):
+                latencies(name, fraction, [int(b) for b in batches.split(",")], context, steps, tp, where, table)
+    except (RuntimeError, ValueError, UserError) as error:  # out of memory, NCCL, a shape that cannot be divided
+        said = " ".join(str(error).split())[:400]
+        print(f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
+        os._exit(1)  # the other ranks are ended by torchrun; a broken communicator would wait for them
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-_KEPT: dict[Path, str] = {}
-
-
-def write(table: Path, rows: list[tuple], append: bool) -> None:
-    """All rows so far, after those that the file had before this run with --append."""
-    header = COLUMNS + "\n"
-    if table not in _KEPT:
-        old = table.read_text(encoding="utf-8") if append and table.is_file() else header
-        _KEPT[table] = old if old.startswith(header) else header
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with open(table, "w", newline="", encoding="utf-8") as handle:
-        handle.write(_KEPT[table])
-        csv.writer(handle, lineterminator="\n").writerows(rows)
+def latencies(
+    name: str,
+    fraction: float,
+    batches: list[int],
+    context: int,
+    steps: int,
+    tp: int,
+    device: torch.device,
+    table: Table,
+) -> None:
+    """All ways of fusing one shape's attention-free layers of one width, at all batches."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    whole = named_shapes(name)
+    count, free = LAYERS.get(name, (whole.num_layers, whole.num_layers // 2 // 4 * 4))
+    shapes = share(whole, name, tp)
+    for fusion in ("parent", "unfused", "twos", "fours", "one"):
+        if fusion == "parent" and fraction != 1:
+            continue
+        begin = time.perf_counter()
+        layers = widths(shapes.spec, count, free, fusion, fraction)
+        stack = build(shapes, layers, device, dtype)
+        for batch in batches:
+            low, middle, high = measure(stack, batch, context, steps, tp)
+            table.add(
+                {
+                    "shapes": name,
+                    "ffn_of_attention_free": f"x{fraction:g}",
+                    "fusion": fusion,
+                    "num_layers": str(len(layers)),
+                    "batch": str(batch),
+                    "context": str(context),
+                    "tp": str(tp),
+                    "all_reduces_per_token": str(len(stack.modules) if tp > 1 else 0),
+                    "weight_bytes": str(stack.num_bytes),
+                    "p20_s": f"{low:.6g}",
+                    "p50_s": f"{middle:.6g}",
+                    "p80_s": f"{high:.6g}",
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                    "versions": versions_of(device, tp),
+                    "date": time.strftime("%Y-%m-%d"),
+                }
+            )
+        del stack
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if table.writes:
+            print(f"  {fusion}: {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

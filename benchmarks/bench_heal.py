@@ -1,12 +1,18 @@
-"""Heal a child of the reference parent with several losses and follow KL and loss on held-out text.
+"""Heal children of the reference parent and follow KL and loss on held-out text: losses, learning rates, children.
 
 Protocol: the corpus is gathered as examples/train_parent.py does (permissively licensed Python source of the running
 environment), visited in the order of the texts' hashes; 2 % of the files are held out by their hash, the same ones as for
-the parent. Every ablation starts from the same child, sees the same rows in the same order and differs in the weights of the
-losses alone. KL(parent‖child) at temperature 1 and next-token loss are measured on the same held-out sequences before,
-during and after. `run_seconds` are of the steps alone, without evaluations. The share of the loss gap that is closed: (before - now) / (before - parent).
+the parent. Every --child is healed with every loss of --ablations at every --lr: all runs of one child start from the same
+weights, all runs see the same rows in the same order, and differ in child, loss or rate alone. KL(parent‖child) at
+temperature 1 and next-token loss are measured on the same held-out sequences before, during and after. `run_seconds` are of
+the steps alone, without evaluations. The share of the loss gap that is closed: (before - now) / (before - parent). A run's
+rows are written when it ends; typed again, the command leaves out runs whose rows are there.
 
-    python benchmarks/bench_heal.py --child runs/quickstart/child --tokens 50e6          # one GPU
+    python benchmarks/bench_heal.py --child CHILD --ablations KL+cosine --lr 5e-4,1e-3,2e-3 --tokens 4e6 \\
+        --out benchmarks/results/heal_lr.csv --plot docs/heal_lr.png                      # which learning rate
+    python benchmarks/bench_heal.py --child CHILD --lr-from benchmarks/results/heal_lr.csv --tokens 50e6    # one GPU
+    python benchmarks/bench_heal.py --child fusion/unfused --child fusion/own --ablations KL+cosine --tokens 25e6 \\
+        --out benchmarks/results/fusion_heal.csv --plot docs/fusion_heal.png
     python benchmarks/bench_heal.py --child CHILD --tokens 20e3 --seq-len 128 --batch-size 4 --max-files 40 \\
         --validation-sequences 4 --out /tmp/heal.csv --plot /tmp/heal.png                 # rehearsal on a CPU
     python benchmarks/bench_heal.py --plot-only --out benchmarks/results/heal.csv --plot docs/heal.png
@@ -15,11 +21,15 @@ during and after. `run_seconds` are of the steps alone, without evaluations. The
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import importlib.util
+import itertools
 import json
+import math
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +37,14 @@ import click
 import torch
 
 from puzzle import __version__
-from puzzle.hardware import cpu_name
+from puzzle.errors import UserError
 from puzzle.heal.log import read_log
 from puzzle.heal.parallel import start_ranks
 from puzzle.heal.prepare import open_models
+from puzzle.heal.rows import Mixture
 from puzzle.heal.run import heal, read_data
-from puzzle.heal.settings import HealOptions
+from puzzle.heal.settings import HealOptions, Stage
+from puzzle.heal.tokens import HealData
 
 ROOT = Path(__file__).parents[1]
 ABLATIONS = {  # weights of KL, cosine, LM
@@ -65,7 +77,39 @@ def write_corpus(path: Path, max_files: int | None) -> int:
     return len(texts)
 
 
-def rows_of(name: str, options: HealOptions, record: dict[str, Any], log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What tells the rows of one healing from those of another."""
+
+    child: str
+    ablation: str
+    lr: float
+    stage: Stage
+
+    def owns(self, row: dict[str, Any]) -> bool:
+        """Whether a row of the CSV is of this run, whatever its number of tokens."""
+        same = row["child"] == self.child and row["ablation"] == self.ablation and float(row["lr"]) == self.lr
+        return same and int(row["seq_len"]) == self.stage.seq_len and int(row["batch_size"]) == self.stage.batch_size
+
+    def done_in(self, rows: list[dict[str, Any]]) -> bool:
+        return any(self.owns(row) and int(row["tokens"]) == self.stage.num_tokens for row in rows)
+
+
+def tokenised(cache: Path | None, options: HealOptions, stage: Stage) -> HealData:
+    """The streams of `options`' data, enough for `stage`; kept in `cache`, where a later call of this script finds them."""
+    asked = (str(options.data), stage.seq_len, options.validation_sequences)
+    if cache is not None and cache.is_file():
+        kept = torch.load(cache, weights_only=False)
+        if kept["asked"] == asked and kept["data"].mixture.stages[0].num_tokens >= stage.num_tokens:
+            return kept["data"]
+    data = read_data(options, [stage], open_models(options, [stage], start_ranks(options.device)))
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"asked": asked, "data": data}, cache)
+    return data
+
+
+def rows_of(run: Run, record: dict[str, Any], log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A CSV row per evaluation."""
     before, parent_loss = record["before"]["loss"], record["before"]["teacher_loss"]
     rows = []
@@ -75,7 +119,7 @@ def rows_of(name: str, options: HealOptions, record: dict[str, Any], log: list[d
         found = line["held_out"]
         rows.append(
             {
-                "ablation": name,
+                "ablation": run.ablation,
                 "tokens": line["tokens"],
                 "kl": f"{found['kl']:.5f}",
                 "loss": f"{found['loss']:.5f}",
@@ -85,12 +129,12 @@ def rows_of(name: str, options: HealOptions, record: dict[str, Any], log: list[d
                 "run_tokens_per_second": f"{record['num_tokens'] / record['seconds']:.0f}",
                 "run_seconds": record["seconds"],
                 "skipped_steps": record["skipped_steps"],
-                "lr": options.lr,
-                "seq_len": options.seq_len,
-                "batch_size": options.batch_size,
+                "lr": run.lr,
+                "seq_len": run.stage.seq_len,
+                "batch_size": run.stage.batch_size,
                 "held_out_tokens": record["held_out_tokens"],
-                "child": Path(options.child).name,
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+                "child": run.child,
+                "device": record["device"],
                 "dtype": record["run"]["dtype"],
                 "torch": torch.__version__,
                 "puzzle": __version__,
@@ -98,6 +142,27 @@ def rows_of(name: str, options: HealOptions, record: dict[str, Any], log: list[d
             }
         )
     return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with open(path, newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def best_rate(path: Path) -> float:
+    """The learning rate whose last KL in the CSV of an earlier call is the lowest."""
+    rows = read_rows(path)
+    if not rows:
+        raise click.UsageError(f"--lr-from {path}: no such CSV, or no rows in it")
+    last = max(int(row["tokens"]) for row in rows)
+    ended = [row for row in rows if int(row["tokens"]) == last and math.isfinite(float(row["kl"]))]
+    if not ended:
+        raise click.UsageError(f"--lr-from {path}: no rate in it healed anything")
+    best = min(ended, key=lambda row: float(row["kl"]))
+    print(f"learning rate {best['lr']}: KL {best['kl']} after {last / 1e6:g} M tokens", flush=True)
+    return float(best["lr"])
 
 
 def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
@@ -108,8 +173,16 @@ def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+VARYING = ("child", "ablation", "lr")
+
+
+def label_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """What this run differs in from the others of the CSV."""
+    return " ".join(str(row[k]) for k in VARYING if len({str(r[k]) for r in rows}) > 1) or str(row["ablation"])
+
+
 def plot(out: Path, target: Path) -> None:
-    """KL and loss over tokens, a line per ablation."""
+    """KL and loss over tokens, a line per run."""
     try:
         import matplotlib
     except ImportError:
@@ -118,11 +191,10 @@ def plot(out: Path, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(out, newline="") as handle:
-        rows = list(csv.DictReader(handle))
+    rows = read_rows(out)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name in dict.fromkeys(row["ablation"] for row in rows):
-        mine = [row for row in rows if row["ablation"] == name]
+    for name in dict.fromkeys(label_of(row, rows) for row in rows):
+        mine = [row for row in rows if label_of(row, rows) == name]
         tokens = [float(row["tokens"]) / 1e6 for row in mine]
         left.plot(tokens, [float(row["kl"]) for row in mine], label=name)
         right.plot(tokens, [float(row["loss"]) for row in mine], label=name)
@@ -134,83 +206,100 @@ def plot(out: Path, target: Path) -> None:
         axis.set_xlabel("tokens, M")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"Healing {rows[0]['child']} on {rows[0]['device']}, learning rate {rows[0]['lr']}")
+    common = {k: rows[0][k] for k in VARYING if len({str(r[k]) for r in rows}) == 1}
+    said = [f"Healing {common['child']}" if "child" in common else "Healing", f"on {rows[0]['device']}"]
+    said += [common["ablation"]] if "ablation" in common else []
+    said += [f"learning rate {common['lr']}"] if "lr" in common else []
+    figure.suptitle(", ".join(said))
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
     print(f"wrote {target}")
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A line per ablation and milestone."""
+    """A line per milestone of one run."""
     last = max(int(row["tokens"]) for row in rows)
     for share in SHOWN:
         row = min(rows, key=lambda r: abs(int(r["tokens"]) - share * last))
         print(
-            f"{row['ablation']:<13} {int(row['tokens']) / 1e6:8.3f} M tokens  KL {row['kl']}  loss {row['loss']}  "
-            f"gap closed {float(row['gap_closed']):6.1%}  ({row['run_tokens_per_second']} tokens/s)",
+            f"{row['child']} {row['ablation']:<13} lr {row['lr']:g} {int(row['tokens']) / 1e6:8.3f} M tokens  "
+            f"KL {row['kl']}  loss {row['loss']}  gap closed {float(row['gap_closed']):6.1%}  "
+            f"({row['run_tokens_per_second']} tokens/s)",
             flush=True,
         )
 
 
 @click.command()
-@click.option("--child", type=click.Path(path_type=Path), default=None, help="A child of the parent, in format hf.")
+@click.option("--child", "children", type=click.Path(path_type=Path), multiple=True, help="In format hf; any number.")
 @click.option("--parent", default=str(ROOT / "examples" / "parent"), show_default=True)
 @click.option("--tokens", type=float, default=50e6, show_default=True)
 @click.option("--ablations", default=",".join(ABLATIONS), show_default=True)
-@click.option("--lr", type=float, default=1e-3, show_default=True)
+@click.option("--lr", "rates", default="1e-3", show_default=True, help="One or several.")
+@click.option("--lr-from", type=click.Path(path_type=Path), default=None, help="A CSV of this script: its best rate.")
 @click.option("--seq-len", type=int, default=1024, show_default=True)
 @click.option("--batch-size", type=int, default=32, show_default=True)
 @click.option("--validation-sequences", type=int, default=128, show_default=True)
+@click.option("--evaluations", type=int, default=NUM_EVALUATIONS, show_default=True, help="During a run.")
 @click.option("--train-embeddings", is_flag=True)
 @click.option("--cuda-graph/--no-cuda-graph", default=True, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--corpus", type=click.Path(path_type=Path), default=None, help="Keep the gathered text here (.jsonl).")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=None, help="Keep the tokens of the corpus here (.pt)."
+)
 @click.option("--max-files", type=int, default=None, help="Only the first files of the corpus, for a rehearsal.")
 @click.option("--healed", type=click.Path(path_type=Path), default=None, help="Keep the healed children in here.")
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results/heal.csv", show_default=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path), default=ROOT / "docs/heal.png", show_default=True)
 @click.option("--plot-only", is_flag=True, help="Draw what --out holds.")
+@click.option("--force", is_flag=True, help="Run again what --out holds.")
 def main(
-    child: Path | None,
+    children: tuple[Path, ...],
     parent: str,
     tokens: float,
     ablations: str,
-    lr: float,
+    rates: str,
+    lr_from: Path | None,
     seq_len: int,
     batch_size: int,
     validation_sequences: int,
+    evaluations: int,
     train_embeddings: bool,
     cuda_graph: bool,
+    device: str,
+    corpus: Path | None,
+    cache: Path | None,
     max_files: int | None,
     healed: Path | None,
     out: Path,
     picture: Path,
     plot_only: bool,
+    force: bool,
 ) -> None:
     if plot_only:
         plot(out, picture)
         return
-    if child is None:
+    if not children:
         raise click.UsageError("--child is needed")
     chosen = ablations.split(",")
     for name in chosen:
         if name not in ABLATIONS:
             raise click.UsageError(f"--ablations {name}: known are {', '.join(ABLATIONS)}")
-    num_steps = -(-int(tokens) // (seq_len * batch_size))
-    rows: list[dict[str, Any]] = []
-    if out.is_file():  # other ablations measured before stay
-        with open(out, newline="") as handle:
-            rows = [row for row in csv.DictReader(handle) if row["ablation"] not in chosen]
+    lrs = [float(lr) for lr in rates.split(",")] if lr_from is None else [best_rate(lr_from)]
+    rows = read_rows(out)  # what was measured before stays
+    started = time.time()
     with tempfile.TemporaryDirectory() as work:
-        started = time.time()
-        corpus = Path(work) / "corpus.jsonl"
-        count = write_corpus(corpus, max_files)
-        print(f"{count} files after {time.time() - started:.0f} s", flush=True)
-        data = None
-        for name in chosen:
+        corpus = corpus or Path(work) / "corpus.jsonl"
+        if not corpus.is_file():
+            count = write_corpus(corpus, max_files)
+            print(f"{count} files after {time.time() - started:.0f} s", flush=True)
+        streams: HealData | None = None
+        for child, name, lr in itertools.product(children, chosen, lrs):
             kl, cosine, lm = ABLATIONS[name]
             options = HealOptions(
                 child=str(child),
                 teacher=parent,
-                out=(healed or Path(work)) / name.replace("+", "-"),
+                out=(healed or Path(work)) / f"{child.name}-{name.replace('+', '-')}-{lr:g}",
                 data=[str(corpus)],
                 kl_weight=kl,
                 cosine_weight=cosine,
@@ -221,20 +310,35 @@ def main(
                 lr=lr,
                 train_embeddings=train_embeddings,
                 cuda_graph=cuda_graph,
+                device=device,
                 save_every=0,
-                eval_every=max(1, num_steps // NUM_EVALUATIONS),
                 validation_sequences=validation_sequences,
                 force=True,
             )
-            if data is None:
-                stages = options.plan_stages()
-                data = read_data(options, stages, open_models(options, stages, start_ranks("auto")))
+            [stage] = options.plan_stages()
+            run = Run(child.name, name, lr, stage)
+            if run.done_in(rows) and not force:
+                print(f"{run.child} {name} lr {lr:g}: its rows are in {out}", flush=True)
+                continue
+            options = replace(options, eval_every=max(1, stage.num_steps // evaluations))
+            if streams is None:
+                streams = tokenised(cache, options, stage)
                 print(f"data ready after {time.time() - started:.0f} s", flush=True)
-            record = heal(options, data)
-            found = rows_of(name, options, record, read_log(options.out / "heal.jsonl"))
-            rows += found
+            mixture = Mixture(streams.mixture.streams, [stage], seed=options.seed)
+            data = HealData(mixture=mixture, validation=streams.validation, num_documents=streams.num_documents)
+            try:
+                record = heal(options, data)
+            except UserError as error:  # such as a rate at which training diverges
+                print(f"{run.child} {name} lr {lr:g}: {error}", flush=True)
+                continue
+            found = rows_of(run, record, read_log(options.out / "heal.jsonl"))
+            rows = [row for row in rows if not run.owns(row)] + found
             write_rows(out, rows)
             show(found)
+            gc.collect()  # AdamW refers to itself: a run's weights and graph would stay beside the next one's
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"{run.child} {name} lr {lr:g} done after {time.time() - started:.0f} s", flush=True)
     plot(out, picture)
 
 

@@ -129,7 +129,7 @@ class Run:
         self._shown = dict.fromkeys(METRICS, math.nan)
 
     def train(self, trainer: Trainer) -> None:
-        """From the newest checkpoint, or the start, to the end. Raises UserError when too many steps are skipped."""
+        """From the newest checkpoint, or the start, to the end. Raises UserError when training diverges."""
         start = self.work.newest()
         if start:
             self.work.load(trainer, start)
@@ -218,6 +218,13 @@ class Run:
             self.stages[0].batch_size * self.stages[0].seq_len // self.ranks.world // self.options.accumulate
         )
         found = trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
+        if not math.isfinite(found["loss"]):
+            raise UserError(
+                f"held-out loss is {found['loss']:g} after step {step}: training diverged; lower --lr "
+                f"{self.options.lr:g} (log: {self.work.log})"
+                if step
+                else f"held-out loss of {self.options.child} is {found['loss']:g} before any training: its weights are broken"
+            )
         self.log.write([{"step": step, "tokens": self._tokens, "held_out": found}])
         kl = f"KL {found['kl']:.4f}, " if "kl" in found else ""
         console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}", markup=False)

@@ -182,6 +182,14 @@ def test_divergence_ends_in_one_line(puzzle, child, parent, small, tmp_path, mon
     one_line_error(done, "5 steps in a row up to step 5", "lower --lr 0.01")
 
 
+def test_a_run_that_ends_without_a_finite_loss_is_no_child(puzzle, child, parent, small, tmp_path):
+    """Too few steps to be stopped by skipped ones: the last evaluation says it, and nothing is written."""
+    short = (*small, "--tokens", 512, "--lr", 1e30)
+    done = puzzle("heal", child, "--teacher", parent, *short, "--out", tmp_path / "out")
+    one_line_error(done, "held-out loss is nan after step 2", "lower --lr 1e+30")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(
     puzzle, child, parent, small, tmp_path, monkeypatch
 ):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from puzzle.heal import loss
-from puzzle.heal.loss import Learner, Teacher, Weights, head_losses
+from puzzle.heal.loss import Learner, Teacher, Weights, cosine_distance, head_losses
 from puzzle.heal.rows import IGNORE
 from puzzle.model import load_model
 
@@ -121,3 +121,24 @@ def test_text_alone_needs_no_teacher(models, batch):
     wanted = F.cross_entropy(child(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(found[0], wanted)
     assert not math.isnan(found[0].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cosine_distance_is_that_of_torch(dtype):
+    """Value and gradient, from the rounded inputs; a state of zeros has distance 1 and a finite gradient."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = (3 * torch.randn(3, 7, 60, generator=generator)).to(dtype)
+    child = (teacher + torch.randn(3, 7, 60, generator=generator)).to(dtype).requires_grad_(True)
+    weight = torch.rand(3, 7, generator=generator)
+    found, wanted = cosine_distance(child, teacher), 1 - F.cosine_similarity(child.float(), teacher.float(), dim=-1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), child)
+    (same,) = torch.autograd.grad((wanted * weight).sum(), child)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, same, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+    nothing = torch.zeros(1, 60, dtype=dtype, requires_grad=True)
+    cosine_distance(nothing, teacher[0, :1]).sum().backward()
+    assert cosine_distance(nothing, teacher[0, :1]).item() == 1
+    assert nothing.grad is not None
+    assert nothing.grad.isfinite().all()
