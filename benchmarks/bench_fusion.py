@@ -43,7 +43,8 @@ from puzzle.goal import goal_of
 from puzzle.library import Library
 from puzzle.metrics import compare
 from puzzle.model import CausalModel, load_model
-from puzzle.solve import Selection, describe, layer_label, open_costs, select
+from puzzle.selection import Selection, layer_label, select
+from puzzle.solve import describe, open_costs
 from puzzle.solver.solution import Solution
 from puzzle.solver.solve import solve
 

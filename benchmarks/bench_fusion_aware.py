@@ -53,7 +53,8 @@ from puzzle.library import KINDS, PARENT, Library
 from puzzle.metrics import compare
 from puzzle.model import CausalModel, load_model
 from puzzle.predict import Choice, Prediction
-from puzzle.solve import Selection, describe, open_costs, select, selection_of, solve_library
+from puzzle.selection import Selection, select, selection_of
+from puzzle.solve import describe, open_costs, solve_library
 from puzzle.solver.solve import solve
 
 COLUMNS = (

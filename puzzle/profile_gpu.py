@@ -43,7 +43,7 @@ class GpuGrid:
         (b, t) for b in (1, 4, 16, 64, 256) for t in (128, 512, 2048, 8192, 32768) if b * t <= 32768
     )
     wide: tuple[int, ...] = (2, 4, 8, 16)
-    attention: str = "kv4,kv2,kv1,window-1024,linear"
+    attention: str = "kv4,kv2,kv1,window-128,window-1024,linear"
     seconds: float = 0.025
     min_samples: int = 5
 

@@ -19,7 +19,6 @@ from puzzle.goal import Goal, Target
 from puzzle.library import KINDS, PARENT, Library
 from puzzle.predict import Choice, CostModel, Prediction
 from puzzle.selection import Selection, layer_label, select
-from puzzle.selection import selection_of as selection_of
 from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import prices

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from puzzle.blocklib.layer import KINDS, LayerSpec
-from puzzle.blocklib.modules import Attention, Linear, NoOp, SwiGLU
+from puzzle.blocklib.modules import NoOp
 from puzzle.console import progress
-from puzzle.export.child import Child, Gqa, SwiGlu
-from puzzle.export.child import Linear as LinearShape
+from puzzle.export.child import Child
 from puzzle.fuse.matrix import Matrix, Rows
 from puzzle.metrics import Divergence
-from puzzle.model import Block, CausalModel
+from puzzle.model import Block, CausalModel, module_from_hf
 
 
 class Walker:
@@ -34,6 +33,7 @@ class Walker:
         ends = CausalModel(spec, embedding, [], child.read_final_norm().to(device, dtype), head)
         self.ends = ends.requires_grad_(False).eval()
         self.rope = self.ends.rope(sequences.shape[1])
+        self.entries = child.per_layer_config()
 
     def blocks(self) -> Iterator[Block]:
         """The layers in order, one in memory at a time."""
@@ -44,15 +44,8 @@ class Walker:
         layer = self.child.layers[index]
         parts = []
         for kind in KINDS:
-            shape = layer.shape(kind)
             with torch.device("meta"):
-                module: nn.Module = NoOp()
-                if isinstance(shape, Gqa):
-                    module = Attention(self.spec, shape.num_key_value_heads, shape.window)
-                elif isinstance(shape, SwiGlu):
-                    module = SwiGLU(self.spec, shape.width)
-                elif isinstance(shape, LinearShape):
-                    module = Linear(self.spec)
+                module = module_from_hf(kind, self.entries.get(str(index), {}), self.spec)
             weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(kind).items()}
             module.load_state_dict(weights, assign=True)
             parts.append(module.requires_grad_(False).eval())

@@ -24,11 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from puzzle.blocklib.modules import Rope
 from puzzle.heal.rows import IGNORE
-from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_reference
+from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
 from puzzle.model import CausalModel
 
 SMALLEST = 1e-8  # of a norm, as torch's cosine similarity has it
-CHUNK_ELEMENTS = 2**24  # logits that the plain way holds at once, a side: 64 MiB in float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,8 +170,7 @@ def head_losses(
 
     teacher [R, H'], child [R, H]: normed hidden states; head [V', H'] of the teacher, child_head [V, H] (None: the
     same one, which then learns nothing). Words that only one of them knows are left out; a narrower model is filled up
-    with zeros. On a GPU without a learning head this is `linear_kl`; else its plain twin, in chunks of rows that are
-    computed again in the backward pass.
+    with zeros. A head that learns takes the plain way, in chunks of rows that are computed again in the backward pass.
     """
     with torch.autocast(child.device.type, enabled=False):
         own = head if child_head is None else child_head
@@ -185,32 +183,16 @@ def head_losses(
             vocab, width = min(len(head), len(own)), max(head.shape[1], own.shape[1])
             head, child_head = (widened(w.to(dtype)[:vocab], width) for w in (head, child_head))
             teacher, child = widened(teacher, width), widened(child, width)
-        if child.is_cuda and not learns:
-            # Two heads: float32 logits, for rounding would hide a small KL (one head: linear_kl takes the difference).
-            rows = max(2048, CHUNK_ELEMENTS // len(head))
-            chunks = Chunks(tokens=rows, logits=None if child_head is None else torch.float32)
+        # Two heads: float32 logits, for rounding would hide a small KL (one head: linear_kl takes the difference).
+        chunks = Chunks(logits=None if child_head is None else torch.float32)
+        if learns:
+            found = linear_kl_by_rows(teacher, child, head, child_head, labels, chunks)
+        else:
             found = linear_kl(teacher, child, head, child_head, labels, config=chunks, backward=chunks)
-            assert found.lm_loss is not None
-            return found.kl, found.lm_loss
-        rows = max(1, CHUNK_ELEMENTS // len(head))
-        parts = [
-            _plain(*part, head, child_head)
-            if len(child) <= rows
-            else checkpoint(_plain, *part, head, child_head, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(teacher.split(rows), child.split(rows), labels.split(rows), strict=True)
-        ]
-        kl, loss = (torch.cat(column) for column in zip(*parts, strict=True))
-        return kl, loss
+        assert found.lm_loss is not None
+        return found.kl, found.lm_loss
 
 
 def widened(x: Tensor, width: int) -> Tensor:
     """Zeros to the right of x up to `width` columns; x itself when it has them."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-
-
-def _plain(
-    teacher: Tensor, child: Tensor, labels: Tensor, head: Tensor, child_head: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    found = linear_kl_reference(teacher, child, head, child_head, labels)
-    assert found.lm_loss is not None
-    return found.kl, found.lm_loss

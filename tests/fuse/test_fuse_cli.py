@@ -12,15 +12,7 @@ SOLVE = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16)
 TEXT = ("--sequences", 2, "--seq-len", 32)
 
 
-def one_line_error(done, *wanted: str) -> None:
-    assert done.exit_code == 2, (done.output, done.exception)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    for text in wanted:
-        assert text in errors[0], errors[0]
-
-
-def test_runs_chosen_on_text_and_evaluated(puzzle, fusible, parent, corpus, tmp_path):
+def test_runs_chosen_on_text_and_evaluated(puzzle, one_line_error, fusible, parent, corpus, tmp_path):
     """A child of 11 layers becomes one of 8, is measured beside its parent of 4, and can be fused no further."""
     out, picture = tmp_path / "fused", tmp_path / "map.png"
     options = ("--data", corpus, *TEXT, "--max-dependency", 2, "--parallel-blocks", "--heat-map", picture, "--json")
@@ -67,12 +59,12 @@ def test_runs_chosen_on_text_and_evaluated(puzzle, fusible, parent, corpus, tmp_
         ("solved", ["records no runs", "--fusion"]),
     ],
 )
-def test_bad_runs(puzzle, fusible, tmp_path, runs, wanted):
+def test_bad_runs(puzzle, one_line_error, fusible, tmp_path, runs, wanted):
     one_line_error(puzzle("fuse", fusible, "--runs", runs, "--out", tmp_path / "x"), *wanted)
     assert not (tmp_path / "x").exists()
 
 
-def test_other_bad_input(puzzle, fusible, parent, corpus, tmp_path, monkeypatch):
+def test_other_bad_input(puzzle, one_line_error, fusible, parent, corpus, tmp_path, monkeypatch):
     text, out = ("--data", corpus, *TEXT), ("--out", tmp_path / "x")
     for arguments, wanted in (
         (
@@ -103,7 +95,7 @@ def test_other_bad_input(puzzle, fusible, parent, corpus, tmp_path, monkeypatch)
     one_line_error(puzzle("fuse", fusible, *text, *out, "--heat-map", tmp_path / "m.png"), "matplotlib", "[report]")
 
 
-def test_rows_of_two_need_no_keep_last(puzzle, parent, tmp_path):
+def test_rows_of_two_need_no_keep_last(puzzle, one_line_error, parent, tmp_path):
     from importlib.util import module_from_spec, spec_from_file_location
     from pathlib import Path
 
@@ -115,7 +107,7 @@ def test_rows_of_two_need_no_keep_last(puzzle, parent, tmp_path):
     one_line_error(puzzle("fuse", source, "--out", tmp_path / "x"), "two FFNs each", "--no-keep-last")
 
 
-def test_from_solve_to_a_fused_child(puzzle, costly, parent, corpus, tmp_path):
+def test_from_solve_to_a_fused_child(puzzle, one_line_error, costly, parent, corpus, tmp_path):
     """dependency of the parent -> solve --fusion -> export -> fuse without further options -> as promised."""
     copy = costly
     dependency = tmp_path / "dependency.json"

@@ -16,7 +16,8 @@ from puzzle.fuse.price import Fusion, WideFfn
 from puzzle.goal import goal_of
 from puzzle.library import Library
 from puzzle.predict import CostModel
-from puzzle.solve import open_costs, select, solve_library
+from puzzle.selection import select
+from puzzle.solve import open_costs, solve_library
 
 WORK = Workload(input_len=16, output_len=16)
 

@@ -35,14 +35,6 @@ def wait_for_step(work: Path, least: int, process) -> None:
     raise AssertionError(f"no step {least} in {work}: exit code {process.exitcode}")
 
 
-def one_line_error(done, *wanted: str) -> None:
-    assert done.exit_code == 2, (done.output, done.exception)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    for text in wanted:
-        assert text in errors[0], errors[0]
-
-
 @pytest.fixture(scope="module")
 def healed(puzzle, parent, child, small, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("healed") / "out"
@@ -80,7 +72,7 @@ def test_the_log_says_what_evaluate_measures(puzzle, healed, parent, corpus):
     assert found["child"]["kl"] == pytest.approx(record["after"]["kl"], rel=0.05)
 
 
-def test_healed_again_is_left_alone(puzzle, healed, parent, child, small):
+def test_healed_again_is_left_alone(puzzle, one_line_error, healed, parent, child, small):
     stamp = (healed / "model.safetensors").stat().st_mtime_ns
     assert puzzle("heal", child, "--teacher", parent, *small, "--out", healed).exit_code == 0
     assert (healed / "model.safetensors").stat().st_mtime_ns == stamp
@@ -174,7 +166,7 @@ def test_a_step_that_is_not_finite_is_left_out(child, parent, tmp_path):
     assert trainer.step(batch, 0)[-2:].tolist() == [2, 0]
 
 
-def test_divergence_ends_in_one_line(puzzle, child, parent, small, tmp_path, monkeypatch):
+def test_divergence_ends_in_one_line(puzzle, one_line_error, child, parent, small, tmp_path, monkeypatch):
     from puzzle.heal import loss
 
     monkeypatch.setattr(loss, "cosine_distance", lambda child, teacher: (child * float("nan")).sum(-1))
@@ -182,7 +174,7 @@ def test_divergence_ends_in_one_line(puzzle, child, parent, small, tmp_path, mon
     one_line_error(done, "5 steps in a row up to step 5", "lower --lr 0.01")
 
 
-def test_a_run_that_ends_without_a_finite_loss_is_no_child(puzzle, child, parent, small, tmp_path):
+def test_a_run_that_ends_without_a_finite_loss_is_no_child(puzzle, one_line_error, child, parent, small, tmp_path):
     """Too few steps to be stopped by skipped ones: the last evaluation says it, and nothing is written."""
     short = (*small, "--tokens", 512, "--lr", 1e30)
     done = puzzle("heal", child, "--teacher", parent, *short, "--out", tmp_path / "out")
@@ -191,7 +183,7 @@ def test_a_run_that_ends_without_a_finite_loss_is_no_child(puzzle, child, parent
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(
-    puzzle, child, parent, small, tmp_path, monkeypatch
+    puzzle, one_line_error, child, parent, small, tmp_path, monkeypatch
 ):
     from puzzle.heal import checkpoint
 
@@ -222,7 +214,7 @@ def test_without_a_teacher_it_learns_from_the_text(puzzle, child, small, tmp_pat
     assert not torch.equal(old.embedding.weight, new.embedding.weight)
 
 
-def test_a_teacher_of_another_size(puzzle, make_parent, child, corpus, small, tmp_path):
+def test_a_teacher_of_another_size(puzzle, one_line_error, make_parent, child, corpus, small, tmp_path):
     """Same tokenizer, other hidden size and vocabulary padding: KL works, hidden states cannot be compared."""
     teacher = make_parent(
         tmp_path / "teacher", corpus, hidden_size=48, num_hidden_layers=2, vocab_size=400, tie_word_embeddings=False
@@ -235,7 +227,7 @@ def test_a_teacher_of_another_size(puzzle, make_parent, child, corpus, small, tm
     assert record["after"]["kl"] < record["before"]["kl"]
 
 
-def test_layers_match_by_their_origins(puzzle, make_child, parent, small, tmp_path):
+def test_layers_match_by_their_origins(puzzle, one_line_error, make_child, parent, small, tmp_path):
     """A child of three layers says in layer_origins which parent layers they stand for."""
     from puzzle.families.family import open_model
     from puzzle.heal.prepare import matching_layers
@@ -294,7 +286,7 @@ def test_stages():
         (("--data-blend", "blend.yaml"), ["--data-blend blend.yaml and --data together"]),
     ],
 )
-def test_bad_options_get_one_line(puzzle, child, parent, small, tmp_path, extra, wanted):
+def test_bad_options_get_one_line(puzzle, one_line_error, child, parent, small, tmp_path, extra, wanted):
     if extra[0] in ("--wandb", "--tensorboard") and importlib.util.find_spec(extra[0][2:]):
         pytest.skip(f"{extra[0][2:]} is installed")
     done = puzzle("heal", child, "--teacher", parent, *small, *extra, "--out", tmp_path / "out")
@@ -302,7 +294,7 @@ def test_bad_options_get_one_line(puzzle, child, parent, small, tmp_path, extra,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_teacher_is_needed_and_must_fit(puzzle, child, parent, small, tmp_path, corpus, make_parent):
+def test_a_teacher_is_needed_and_must_fit(puzzle, one_line_error, child, parent, small, tmp_path, corpus, make_parent):
     one_line_error(puzzle("heal", child, *small, "--out", tmp_path / "out"), "no --teacher", "--lm-weight 1")
     one_line_error(puzzle("heal", child, "--teacher", parent, "--seq-len", 32, "--out", tmp_path / "out"), "no data")
     few = tmp_path / "few"
@@ -314,7 +306,9 @@ def test_a_teacher_is_needed_and_must_fit(puzzle, child, parent, small, tmp_path
     )
 
 
-def test_an_unfinished_run_with_other_options_is_kept(puzzle, child, parent, small, tmp_path, monkeypatch):
+def test_an_unfinished_run_with_other_options_is_kept(
+    puzzle, one_line_error, child, parent, small, tmp_path, monkeypatch
+):
     from puzzle.heal import run
 
     def stop(*arguments):
