@@ -32,7 +32,8 @@ import torch
 from puzzle.build import compute_dtype, pick_device
 from puzzle.costs import Workload
 from puzzle.data import load_tokens
-from puzzle.export.child import Child, child_of_checkpoint
+from puzzle.export.child import Child
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.export.write import export, open_source
 from puzzle.families.family import open_model
 from puzzle.files import write_json

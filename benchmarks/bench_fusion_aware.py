@@ -41,7 +41,7 @@ from puzzle.build import compute_dtype, pick_device
 from puzzle.costs import Workload
 from puzzle.data import load_tokens
 from puzzle.errors import UserError
-from puzzle.export.child import child_of_library
+from puzzle.export.sources import child_of_library
 from puzzle.families.family import HfModel
 from puzzle.fast_model import FastRunner, decode_step_seconds, prefill_seconds, stack_of
 from puzzle.fuse.measure import Walker

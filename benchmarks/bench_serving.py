@@ -307,7 +307,7 @@ class Bench:
 
     def fit(self, folder: Path, rounds: int) -> None:
         """Measure vLLM on the parent and on uniform children, and fit its constants to that."""
-        from puzzle.export.child import child_of_library
+        from puzzle.export.sources import child_of_library
         from puzzle.families.family import open_model
 
         folder.mkdir(parents=True, exist_ok=True)

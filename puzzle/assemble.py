@@ -13,7 +13,7 @@ from puzzle.blocklib.layer import KINDS
 from puzzle.blocklib.store import BlockStore
 from puzzle.blocklib.variant import PARENT
 from puzzle.errors import UserError
-from puzzle.export.child import child_of_library
+from puzzle.export.sources import child_of_library
 from puzzle.families.family import HfModel, open_model
 from puzzle.files import read_json
 from puzzle.library import Library

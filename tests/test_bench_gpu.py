@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from puzzle.blocklib.variant import parse_variant, search_space
+from puzzle.costs import PACKAGED, CostTable
 from puzzle.profile_gpu import GpuGrid, profile_shapes
+from puzzle.shapes import SHAPES
 
 SYNTHETIC = Path(__file__).parents[1] / "benchmarks" / "synthetic_library.py"
 GRID = GpuGrid(
@@ -65,6 +68,16 @@ def test_every_shipped_parent_can_be_solved_for(puzzle, tmp_path, name):
     assert found["predicted"]["memory_bytes"] <= 80e9
     assert found["predicted"]["workspace_bytes"] > 0
     assert found["extrapolated"] == []
+
+
+def test_shipped_tables_hold_what_a_library_has_by_default():
+    tables = [t for t in (PACKAGED / "h100-sxm-80gb").glob("*.csv") if not t.stem.endswith("-fp8")]
+    assert {t.stem for t in tables} == set(SHAPES)
+    for path in tables:
+        shapes, table = SHAPES[path.stem], CostTable(path)
+        for kind, names in search_space(shapes.spec, None, None).items():
+            found = {parse_variant(kind, name, shapes.spec).shape(shapes.spec) for name in names} - {"none"}
+            assert found <= set(table.shapes(kind)), path.stem
 
 
 def test_what_lies_beyond_the_measured_points_is_said(puzzle, tmp_path):

@@ -12,11 +12,12 @@ from puzzle.card import CardFacts, child_card
 from puzzle.console import console
 from puzzle.errors import UserError, nearest
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
-from puzzle.export.child import Child, child_of_checkpoint, child_of_library, with_dtype
+from puzzle.export.child import Child, with_dtype
 from puzzle.export.engines import ENGINES, pick_format
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
+from puzzle.export.sources import child_of_checkpoint, child_of_library
 from puzzle.files import read_json
 from puzzle.library import Library
 

@@ -15,8 +15,9 @@ from puzzle.build import compute_dtype, pick_device
 from puzzle.card import plain_card
 from puzzle.data import load_tokens
 from puzzle.errors import UserError
-from puzzle.export.child import Child, child_of_checkpoint
+from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.families.family import HfModel, open_model
 from puzzle.files import read_json
 from puzzle.fuse.matrix import Dependency

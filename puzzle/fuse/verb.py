@@ -9,7 +9,8 @@ from typing import Any
 
 from puzzle.console import console
 from puzzle.errors import UserError
-from puzzle.export.child import Child, child_of_checkpoint
+from puzzle.export.child import Child
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.families.family import HfModel, open_model
 from puzzle.files import check_writable, claim_output, write_json
 from puzzle.fuse.matrix import Dependency, check_matplotlib, draw_heat_map, read_dependency

@@ -13,8 +13,9 @@ from torch import Tensor
 from puzzle.blocklib.layer import KINDS, Kind
 from puzzle.card import plain_card
 from puzzle.export.checkpoint import MODELING_FILE
-from puzzle.export.child import Child, child_of_checkpoint
+from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.families.family import HfModel
 from puzzle.files import SCHEMA, read_json
 from puzzle.heal.checkpoint import WorkDir

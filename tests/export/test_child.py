@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from puzzle.errors import UserError
 from puzzle.export.checkpoint import write_checkpoint
-from puzzle.export.child import ABSENT, LINEAR, Gqa, SwiGlu, child_of_checkpoint, licence_of, with_dtype
+from puzzle.export.child import ABSENT, LINEAR, Gqa, SwiGlu, with_dtype
+from puzzle.export.sources import child_of_checkpoint, licence_of
 from puzzle.export.stream import StreamingCheckpoint
 from puzzle.export.write import export, open_source
 from puzzle.library import Library

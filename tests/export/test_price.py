@@ -25,6 +25,9 @@ class TinyLibrary:
         ("ffn", "none"): ("none", 0, 0),
     }
 
+    def variants(self, kind):
+        return [name for k, name in self.VARIANTS if k == kind]
+
     def variant(self, kind, name):
         shape, num_parameters, elements = self.VARIANTS[kind, name]
         return {"shape": shape, "num_parameters": num_parameters, "kv_elements_per_token": elements, "window": None}

@@ -8,7 +8,7 @@ import torch
 from puzzle.assemble import assemble
 from puzzle.data import load_tokens
 from puzzle.errors import UserError
-from puzzle.export.child import child_of_checkpoint
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.families.family import open_model
 from puzzle.library import Library
 from puzzle.metrics import compare

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from puzzle.export.child import ABSENT, LINEAR, Absent, Gqa, SwiGlu, child_of_checkpoint, no_tensors, sub_block_shapes
+from puzzle.export.child import ABSENT, LINEAR, Absent, Gqa, SwiGlu, no_tensors, sub_block_shapes
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.export.write import Source, export
 
 BLOCK = (Gqa(num_key_value_heads=2), SwiGlu(width=96))

@@ -21,7 +21,7 @@ IDS = torch.randint(2, 384, (5, 21), generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture(scope="module")
 def walker(fusible):
-    from puzzle.export.child import child_of_checkpoint
+    from puzzle.export.sources import child_of_checkpoint
 
     opened = open_model(fusible)
     return Walker(child_of_checkpoint(opened), opened.spec, IDS, torch.device("cpu"), torch.float32)

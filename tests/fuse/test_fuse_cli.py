@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from puzzle.export.child import child_of_checkpoint
+from puzzle.export.sources import child_of_checkpoint
 
 SOLVE = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16)
 TEXT = ("--sequences", 2, "--seq-len", 32)

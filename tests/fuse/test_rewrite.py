@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from puzzle.errors import UserError
-from puzzle.export.child import child_of_checkpoint
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.rewrite import fuse_layers, remove_layers
 from puzzle.fuse.stage import fuse_child
 from puzzle.model import load_model

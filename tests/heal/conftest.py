@@ -16,8 +16,9 @@ LAUNCH = Path(__file__).with_name("launch.py")
 def write_child(parent: Path, out: Path, *, drop: int | None = None) -> Path:
     """No attention in layer 1, half the FFN in layer 2, nothing in layer 3; drop: leave this layer out altogether."""
     from puzzle.export.checkpoint import write_checkpoint
-    from puzzle.export.child import ABSENT, SwiGlu, child_of_checkpoint, no_tensors
+    from puzzle.export.child import ABSENT, SwiGlu, no_tensors
     from puzzle.export.hf import hf_config
+    from puzzle.export.sources import child_of_checkpoint
 
     child = child_of_checkpoint(parent)
     layers = list(child.layers)
