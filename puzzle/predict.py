@@ -80,9 +80,11 @@ class CostModel:
             prompt = self.work.input_len
             shapes = [(k, self.library.variant(k, v)["shape"]) for k in KINDS for v in self.library.variants(k)]
             found = max(self.table.workspace(*part, batch, prompt) for part in shapes + self._fixed_parts)
-            rows = prompt * min(batch, max(1, PREFILL_ROWS // prompt))
-            stream = 2 * rows * self.library.facts["model"]["spec"]["hidden_size"] * FIXED_BYTES[self.table.dtype]
-            self._workspace[batch] = found + stream if found else 0
+            if found:
+                rows = prompt * min(batch, max(1, PREFILL_ROWS // prompt))
+                hidden = self.library.facts["model"]["spec"]["hidden_size"]
+                found += 2 * rows * hidden * FIXED_BYTES[self.table.dtype]
+            self._workspace[batch] = found
         return self._workspace[batch]
 
     def variant_bytes(self, kind: str, name: str, batch: int) -> int:
