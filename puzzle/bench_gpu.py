@@ -5,6 +5,7 @@ An architecture runs with random weights at its parent's shapes: time does not d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from puzzle.blocklib.variant import parse_variant
 from puzzle.costs import Workload
 from puzzle.errors import UserError
 from puzzle.fast_model import Stack, random_stack, serve, stack_of
@@ -81,7 +83,7 @@ def bench(
     else:
         assert named is not None
         assert solved is not None
-        stack = random_stack(_fitting(named, solved), solved["layers"], device, dtype)
+        stack = random_stack(named, fused_layers(_fitting(named, solved), solved), device, dtype)
     found["child"] = run(stack, batch, predicted)
     if with_parent:
         if named is None or solved is None:
@@ -95,6 +97,19 @@ def bench(
         ours, other = (found[k]["measured"]["tokens_per_second"] for k in ("child", "parent"))
         found["speedup"] = {"measured": ours / other, "predicted": predicted["speedup"] if predicted else None}
     return found
+
+
+def fused_layers(shapes: Shapes, solved: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The variants of each layer that runs: with `solve --fusion` a run of layers is one FFN of all their channels."""
+    layers, found, begin = solved["layers"], [], 0
+    for first, last in solved.get("fuse", []):
+        widths = (
+            parse_variant("ffn", layers[i]["ffn"], shapes.spec).shape(shapes.spec) for i in range(first, last + 1)
+        )
+        width = sum(int(re.findall(r" f(\d+)", shape)[0]) for shape in widths)
+        found += [*layers[begin:first], {"attention": "none", "ffn": f"f{width}"}]
+        begin = last + 1
+    return [*found, *layers[begin:]]
 
 
 def _architecture(target: Path) -> dict[str, Any] | None:

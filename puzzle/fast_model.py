@@ -60,10 +60,11 @@ def stack_of(model: CausalModel) -> Stack:
 
 
 def random_module(kind: str, name: str, spec: LayerSpec, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """A variant's module with random weights of the usual size; "x4" is an FFN of four times the parent's width."""
+    """A variant's module with random weights of the usual size; "x4" is an FFN of four times the parent's width, "f512" one of
+    512 channels."""
     with torch.device("meta"):
-        if wide := re.fullmatch(r"x(\d+)", name):
-            module: nn.Module = SwiGLU(spec, int(wide[1]) * spec.intermediate_size)
+        if wide := re.fullmatch(r"([xf])(\d+)", name):
+            module: nn.Module = SwiGLU(spec, int(wide[2]) * (spec.intermediate_size if wide[1] == "x" else 1))
         else:
             module = parse_variant(kind, name, spec).empty(spec)  # type: ignore[arg-type]
     module = module.to(dtype).to_empty(device=device).requires_grad_(False)

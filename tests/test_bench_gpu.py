@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from puzzle.bench_gpu import fused_layers
 from puzzle.blocklib.variant import parse_variant, search_space
 from puzzle.costs import PACKAGED, CostTable
+from puzzle.fast_model import random_stack
 from puzzle.profile_gpu import GpuGrid, profile_shapes
 from puzzle.shapes import SHAPES
 
@@ -68,6 +71,19 @@ def test_every_shipped_parent_can_be_solved_for(puzzle, tmp_path, name):
     assert found["predicted"]["memory_bytes"] <= 80e9
     assert found["predicted"]["workspace_bytes"] > 0
     assert found["extrapolated"] == []
+
+
+def test_a_fused_architecture_runs_fused(puzzle, tmp_path):
+    """What `solve --fusion` prices as one wide FFN is measured as one, and holds as many parameters as it says."""
+    library = synthetic("reference", tmp_path / "lib")
+    arguments = ("--throughput", "3x", "--fusion", "--gpu", "h100", "--input-len", 128, "--output-len", 64, "--json")
+    solved = json.loads(puzzle("solve", library, *arguments).stdout)
+    assert solved["fuse"]
+    shapes = SHAPES["reference"]
+    layers = fused_layers(shapes, solved)
+    assert len(layers) == shapes.num_layers - sum(last - first for first, last in solved["fuse"])
+    stack = random_stack(shapes, layers, "cpu", torch.float32)
+    assert stack.num_bytes == 4 * solved["predicted"]["num_parameters"]
 
 
 def test_shipped_tables_hold_what_a_library_has_by_default():

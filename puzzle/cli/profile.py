@@ -100,7 +100,7 @@ def _on_gpu(
 ) -> None:
     from puzzle.errors import UserError
     from puzzle.library import Library
-    from puzzle.profile_gpu import GpuGrid, count_points, profile_shapes
+    from puzzle.profile_gpu import SECONDS_PER_POINT, count_points, profile_shapes
     from puzzle.shapes import named_shapes, shapes_of_facts
 
     if (library is None) == (shapes is None):
@@ -110,7 +110,7 @@ def _on_gpu(
     space = None if opened is None else {kind: opened.variants(kind) for kind in ("attention", "ffn")}
     if dry_run:
         points = count_points(known, space)
-        facts = {"points": points, "predicted_seconds": round(points * GpuGrid().seconds * 8)}
+        facts = {"points": points, "predicted_seconds": round(points * SECONDS_PER_POINT)}
         options.print_json(facts) if as_json else click.echo(
             f"{points} points, about {facts['predicted_seconds']} s (predicted)", err=True
         )
