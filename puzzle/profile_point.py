@@ -125,7 +125,8 @@ class Stage:
         if is_attention and self.pool is None and self.on_gpu:
             self._release()
             kept = torch.float8_e4m3fn if self.fp8 else self.dtype
-            self.pool = CachePool(max(0, torch.cuda.mem_get_info()[0] - POOL_ROOM), kept, self.device)
+            free = torch.cuda.mem_get_info()[0]
+            self.pool = CachePool(free - min(POOL_ROOM, free // 3), kept, self.device)
 
     def _release(self) -> None:
         if self.on_gpu:
@@ -134,9 +135,9 @@ class Stage:
     def time(self, phase: str, batch: int, context: int) -> Point | None:
         """None when the point does not fit in memory."""
         assert self.target is not None
-        if self.target.kind in ("embedding", "head"):
-            return self._fixed(batch)
         try:
+            if self.target.kind in ("embedding", "head"):
+                return self._fixed(batch)
             return self._time(phase, batch, context)
         except torch.cuda.OutOfMemoryError:
             self._release()
