@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from puzzle import profile_gpu, profile_point
+from puzzle.blocklib.fast import CachePool
 from puzzle.costs import CostTable
 from puzzle.errors import UserError
 from puzzle.kernels.timer import Timing
@@ -25,6 +26,7 @@ KILLED = """
 import os, signal
 from pathlib import Path
 from puzzle import profile_gpu, profile_point
+from puzzle.blocklib.fast import CachePool
 from puzzle.profile_gpu import GpuGrid, profile_shapes
 real, left = profile_gpu.append_costs, [11]
 def append(*arguments):
@@ -80,6 +82,34 @@ def test_what_does_not_fit_is_recorded_and_skipped(tmp_path, monkeypatch):
     near = table.seconds("attention", attention, "decode", 4, 32)
     assert table.seconds("attention", attention, "decode", 4, 64) == pytest.approx(2 * near)
     assert len(table.extrapolated) == 1
+
+
+def test_weights_that_do_not_fit_are_recorded_too(tmp_path, monkeypatch):
+    real = profile_point.Stage._load
+
+    def short_of_memory(self, target):
+        if target.shape == "h256 f1408":
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        real(self, target)
+
+    monkeypatch.setattr(profile_point.Stage, "_load", short_of_memory)
+    path, _ = profile_shapes("reference", gpu="cpu", out=tmp_path, device="cpu", grid=GRID)
+    without = {r["shape"] for r in rows(path) if r["num_samples"] == "0"}
+    assert without == {"h256 f1408"}  # twice the parent's width
+    assert "h256 f1408" not in CostTable(path).shapes("ffn")
+
+
+def test_caches_from_a_pool():
+    """Caches of one point do not share memory, hold noise, and the next point takes the same memory again."""
+    pool = CachePool(4 * 1000, torch.float32, torch.device("cpu"))
+    first, second = pool.take((10, 30)), pool.take((700,))
+    assert pool.num_bytes == 4000
+    assert first.std() > 0.5
+    assert first.data_ptr() + first.nbytes == second.data_ptr()
+    with pytest.raises(ValueError, match="does not fit"):
+        pool.take((1,))
+    pool.used = 0
+    assert pool.take((10, 30)).data_ptr() == first.data_ptr()
 
 
 def test_a_noisy_point_is_timed_again(monkeypatch):
