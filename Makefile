@@ -17,7 +17,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/puzzle run examples/quickstart.yaml --data "$(STDLIB)" --out runs/quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 test-serving: $(VENV)/installed
 	$(BIN)/python benchmarks/serving_environments.py

@@ -80,9 +80,8 @@ class Stage:
         self.weight_bytes = 0  # of one copy
         self.pool: CachePool | None = None
         hidden = shapes.spec.hidden_size
-        weights = [
-            torch.randn(2**26 // hidden, hidden, device=device).to(dtype) for _ in range(8 if self.on_gpu else 1)
-        ]
+        rows, count = (2**26 // hidden, 8) if self.on_gpu else (4 * hidden, 1)
+        weights = [torch.randn(rows, hidden, device=device).to(dtype) for _ in range(count)]
         x = torch.randn(16, hidden, device=device).to(dtype)
         self._reference = Graph(lambda: [F.linear(x, w) for w in weights], device)
 

@@ -6,7 +6,11 @@ import json
 import os
 import shutil
 import sysconfig
+import tempfile
 from pathlib import Path
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # workers would overwrite each other's copies of modeling files
+    os.environ["HF_MODULES_CACHE"] = os.path.join(tempfile.gettempdir(), f"puzzle-tests-{os.getuid()}-{worker}")
 
 import pytest
 import torch
