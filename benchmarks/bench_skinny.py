@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from puzzle.kernels.skinny import Config, skinny_linear
-from puzzle.kernels.swiglu import choose_linear, rows_to_fp8, silu_mul
+from puzzle.kernels.swiglu import choose_linear, fp8_product, rows_to_fp8, silu_mul
 from puzzle.kernels.timer import environment, num_copies, read_bandwidth, time_calls
 
 HIDDEN = 4096
@@ -66,9 +66,7 @@ def cublas(made: list, gated: bool) -> list:
     if made[0][2] is not None:
 
         def product(x, w, scale):
-            value, row_scale = rows_to_fp8(x)
-            scales = {"scale_a": row_scale[:, None], "scale_b": scale[None, :]}
-            out = torch._scaled_mm(value, w.t(), **scales, out_dtype=x.dtype, use_fast_accum=True)
+            out = fp8_product(*rows_to_fp8(x), w, scale, x.dtype)
             return silu_mul(out) if gated else out
 
         return [lambda x=x, w=w, s=s: product(x, w, s) for x, w, s in made]

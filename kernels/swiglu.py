@@ -204,11 +204,11 @@ def linear(x: Tensor, w: Tensor, scale: Tensor | None = None, *, gated: bool = F
     config = choose_linear(len(x), len(w), w.shape[1], w.dtype)
     if config is not None:
         return skinny_linear(x, w, config, scale=scale, gated=gated)
-    out = F.linear(x, w) if scale is None else _fp8_product(*rows_to_fp8(x), w, scale, x.dtype)
+    out = F.linear(x, w) if scale is None else fp8_product(*rows_to_fp8(x), w, scale, x.dtype)
     return silu_mul(out) if gated else out
 
 
-def _fp8_product(x: Tensor, x_scale: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def fp8_product(x: Tensor, x_scale: Tensor, w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x [M, K], w [N, K] in float8_e4m3fn with a scale per row each -> [M, N]"""
     scales = {"scale_a": x_scale[:, None], "scale_b": scale[None, :]}
     return torch._scaled_mm(x, w.t(), **scales, out_dtype=dtype, use_fast_accum=True)
@@ -221,6 +221,6 @@ def swiglu(x: Tensor, weights: Weights) -> Tensor:
         raise ValueError(f"x {tuple(x.shape)} wants [M, {hidden}]")
     if weights.down_scale is not None and len(x) > MAX_ROWS and _on_kernels(x):
         narrow, row_scale = silu_mul_to_fp8(linear(x, weights.gate_up, weights.gate_up_scale))
-        return _fp8_product(narrow, row_scale, weights.down, weights.down_scale, x.dtype)
+        return fp8_product(narrow, row_scale, weights.down, weights.down_scale, x.dtype)
     inner = linear(x, weights.gate_up, weights.gate_up_scale, gated=True)
     return linear(inner, weights.down, weights.down_scale)
