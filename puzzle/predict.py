@@ -72,19 +72,21 @@ class CostModel:
             )
         return self._seconds[key]
 
+    def stream(self, batch: int) -> int:
+        """Bytes of the two tensors that come into a sub-block, of the prompts that go through together."""
+        rows = self.work.input_len * min(batch, max(1, PREFILL_ROWS // self.work.input_len))
+        hidden = self.library.facts["model"]["spec"]["hidden_size"]
+        return 2 * rows * hidden * FIXED_BYTES[self.table.dtype]
+
     def workspace(self, batch: int) -> int:
-        """Bytes beside weights and caches: the stream that comes into a sub-block (two tensors of the prompts that go through
-        together), and what the sub-block of this library that needs most works with, so that no choice needs more. Sub-blocks
-        run one after another in the same memory. 0 where workspaces were not measured."""
+        """Bytes beside weights and caches: the stream that comes into a sub-block, and what the sub-block of this library that
+        needs most works with, so that no choice needs more. Sub-blocks run one after another in the same memory. 0 where
+        workspaces were not measured."""
         if batch not in self._workspace:
             prompt = self.work.input_len
             shapes = [(k, self.library.variant(k, v)["shape"]) for k in KINDS for v in self.library.variants(k)]
             found = max(self.table.workspace(*part, batch, prompt) for part in shapes + self._fixed_parts)
-            if found:
-                rows = prompt * min(batch, max(1, PREFILL_ROWS // prompt))
-                hidden = self.library.facts["model"]["spec"]["hidden_size"]
-                found += 2 * rows * hidden * FIXED_BYTES[self.table.dtype]
-            self._workspace[batch] = found
+            self._workspace[batch] = found + self.stream(batch) if found else 0
         return self._workspace[batch]
 
     def variant_bytes(self, kind: str, name: str, batch: int) -> int:
@@ -167,7 +169,7 @@ class CostModel:
             memory_bytes=int(fixed["memory_bytes"] + change.get("memory_bytes", 0))
             + sum(self.variant_bytes(kind, layer[kind], batch) for layer in layers for kind in KINDS)
             + sum(self.extra_bytes(layer, index, batch * length) for index, layer in enumerate(layers)),
-            workspace_bytes=self.workspace(batch),
+            workspace_bytes=self.workspace(batch) + int(change.get("workspace_bytes", 0)),
             kv_bytes_per_token=self.bytes_per_element * sum(f["kv_elements_per_token"] for f in facts)
             + sum(self.extra_bytes(x, i, 1) - self.extra_bytes(x, i, 0) for i, x in enumerate(layers)),
             num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0))

@@ -84,6 +84,15 @@ def test_a_fused_architecture_runs_fused(puzzle, tmp_path):
     assert len(layers) == shapes.num_layers - sum(last - first for first, last in solved["fuse"])
     stack = random_stack(shapes, layers, "cpu", torch.float32)
     assert stack.num_bytes == 4 * solved["predicted"]["num_parameters"]
+    # in bf16: weights, caches, and the workspace of the widest FFN, which is wider than any of the library's
+    predicted, work = solved["predicted"], solved["workload"]
+    tokens = predicted["batch"] * (work["input_len"] + work["output_len"])
+    held = 2 * predicted["num_parameters"] + predicted["kv_bytes_per_token"] * tokens
+    width = max(int(layer["ffn"][1:]) for layer in layers if layer["ffn"].startswith("f"))
+    needs = 16384 * 2 * (3 * width)  # gate, up and their product
+    assert width > 2 * shapes.spec.intermediate_size
+    assert predicted["workspace_bytes"] >= needs
+    assert predicted["memory_bytes"] >= held + needs
 
 
 def test_shipped_tables_hold_what_a_library_has_by_default():

@@ -18,6 +18,7 @@ ends a run here, although `puzzle fuse` can reach over it.
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,6 +114,17 @@ class WideFfn:
         (left, low), (right, high) = points[at - 1], points[at]
         share = (width - left) / (right - left)
         return low[0] + (high[0] - low[0]) * share, low[1] + (high[1] - low[1]) * share
+
+    def workspace(self, width: int, batch: int) -> int:
+        """Bytes that an FFN of this width works with beyond what `CostModel.workspace` has for every sub-block of the library: what
+        it holds grows with its channels."""
+        costs = self.costs
+        own = costs.table.workspace("ffn", self.shape(self.parent_width), batch, costs.work.input_len)
+        return (
+            max(0, math.ceil(own * width / self.parent_width) + costs.stream(batch) - costs.workspace(batch))
+            if own
+            else 0
+        )
 
     def change(self, widths: Sequence[int], batch: int) -> dict[str, float]:
         """What fusing FFNs of these widths adds to each resource (time, mostly below zero)."""
@@ -215,15 +227,20 @@ class Fusion:
         return [ffn_width(self.library, layers[index]["ffn"]) or 0 for index in range(run[0], run[1] + 1)]
 
     def change(self, runs: Sequence[Run], layers: Choices, costs: CostModel, batch: int) -> dict[str, float]:
-        """What all runs add to each resource, each run with the time of its whole width."""
-        wide = self.wide(costs)
-        return _sum(wide.change(self.widths(run, layers), batch) for run in runs)
+        """What all runs add to each resource, each run with the time of its whole width; to bytes also the workspace of the
+        widest, which no term between neighbours has."""
+        wide, every = self.wide(costs), [self.widths(run, layers) for run in runs]
+        found = _sum(wide.change(widths, batch) for widths in every)
+        extra = wide.workspace(max(map(sum, every)), batch) if every else 0
+        more = dict.fromkeys(("memory_bytes", "cached_bytes"), extra)
+        return {name: value + more.get(name, 0) for name, value in found.items()} | {"workspace_bytes": extra}
 
     def pairwise_error(self, runs: Sequence[Run], layers: Choices, costs: CostModel, batch: int) -> dict[str, float]:
         """`change` minus what the terms between neighbours add up to: above zero where the solver saw too much saved."""
         wide, every = self.wide(costs), [self.widths(run, layers) for run in runs]
         found = _sum(wide.change(two, batch) for widths in every for two in pairwise(widths))
-        return {name: value - found[name] for name, value in self.change(runs, layers, costs, batch).items()}
+        whole = self.change(runs, layers, costs, batch)
+        return {name: whole[name] - value for name, value in found.items()}
 
     def summary(
         self, runs: Sequence[Run], layers: Choices, costs: CostModel, batch: int, missed: list[str]
