@@ -18,16 +18,16 @@ from pathlib import Path
 import click
 import torch
 
-from puzzle.assemble import assemble, open_parent
-from puzzle.build import compute_dtype, pick_device
-from puzzle.costs import Workload
-from puzzle.data import load_tokens
-from puzzle.goal import goal_of
-from puzzle.library import Library
-from puzzle.metrics import compare
-from puzzle.model import load_model
-from puzzle.selection import select
-from puzzle.solve import choices_of, open_costs
+from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.workload import Workload
+from puzzle.choose.goal import goal_of
+from puzzle.choose.problem import select
+from puzzle.choose.solve import choices_of, open_costs
+from puzzle.data.tokens import load_tokens
+from puzzle.library.assemble import assemble, open_parent
+from puzzle.library.manifest import Library
+from puzzle.runtime.divergence import compare
+from puzzle.runtime.model import load_model
 from puzzle.solver.baselines import greedy, random_feasible, uniform
 from puzzle.solver.solution import Solution
 from puzzle.solver.solve import solve

@@ -19,10 +19,10 @@ from pathlib import Path
 import click
 import torch
 
-from puzzle.build import BuildOptions, build_library
-from puzzle.library import Library
-from puzzle.report import library_summary
-from puzzle.score import score_library
+from puzzle.cli.report import library_summary
+from puzzle.library.build import BuildOptions, build_library
+from puzzle.library.manifest import Library
+from puzzle.library.score import score_library
 
 
 @click.command()

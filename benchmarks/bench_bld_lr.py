@@ -17,9 +17,9 @@ from pathlib import Path
 import click
 import torch
 
-from puzzle.blocklib.store import BlockStore
-from puzzle.build import BuildOptions, build_library
-from puzzle.library import KINDS, PARENT, Library
+from puzzle.library.build import BuildOptions, build_library
+from puzzle.library.manifest import KINDS, PARENT, Library
+from puzzle.library.store import BlockStore
 
 
 @click.command()

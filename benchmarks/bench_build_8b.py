@@ -3,7 +3,7 @@
 Protocol: a parent of random weights with Llama-3.1-8B's layer shapes (hidden 4096, 32 heads, 8 KV heads, FFN 14336,
 vocabulary 128256) and --num-layers layers is written; the default search space of --layers is trained on --tokens
 tokens of text under --memory-limit. Speed is that of the training steps, first ones and graph capture included.
-MFU counts the FLOPs of `puzzle.plan.training_flops` against --peak-flops (dense bf16 by the datasheet).
+MFU counts the FLOPs of `puzzle.library.plan.training_flops` against --peak-flops (dense bf16 by the datasheet).
 
     python benchmarks/bench_build_8b.py --data /usr/lib/python3.12 --tokenizer examples/parent --out build_8b.csv
 """
@@ -21,11 +21,11 @@ import click
 import torch
 from safetensors.torch import save_file
 
+from puzzle.base.units import parse_bytes
 from puzzle.blocklib.layer import attention_shapes, ffn_shapes
-from puzzle.build import Builder, BuildOptions
-from puzzle.families.family import hf_name, open_model
-from puzzle.hardware import parse_bytes
-from puzzle.rehearse import predict_seconds
+from puzzle.library.build import Builder, BuildOptions
+from puzzle.library.estimate import predict_seconds
+from puzzle.parents.family import hf_name, open_model
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

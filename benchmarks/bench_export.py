@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puzzle.base.machine import cpu_name
 from puzzle.export.checkpoint import write_checkpoint
-from puzzle.families.family import hf_name
-from puzzle.hardware import cpu_name
+from puzzle.parents.family import hf_name
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 3 * 10**9  # bytes

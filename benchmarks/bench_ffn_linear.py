@@ -21,11 +21,11 @@ from torch import Tensor
 from puzzle.blocklib.distill import calibrate
 from puzzle.blocklib.initialize import ffn_as_linear
 from puzzle.blocklib.modules import Linear
-from puzzle.data import load_tokens
-from puzzle.families.family import open_model
+from puzzle.data.tokens import load_tokens
 from puzzle.kernels.block_loss import block_loss
-from puzzle.metrics import Divergence
-from puzzle.model import load_model
+from puzzle.parents.family import open_model
+from puzzle.runtime.divergence import Divergence
+from puzzle.runtime.model import load_model
 
 
 @click.command()

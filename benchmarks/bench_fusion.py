@@ -29,23 +29,23 @@ from pathlib import Path
 import click
 import torch
 
-from puzzle.build import compute_dtype, pick_device
-from puzzle.costs import Workload
-from puzzle.data import load_tokens
+from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.files import write_json
+from puzzle.base.workload import Workload
+from puzzle.choose.goal import goal_of
+from puzzle.choose.problem import Selection, layer_label, select
+from puzzle.choose.solve import describe, open_costs
+from puzzle.data.tokens import load_tokens
 from puzzle.export.child import Child
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.export.write import export, open_source
-from puzzle.families.family import open_model
-from puzzle.files import write_json
 from puzzle.fuse.rewrite import remove_layers, widths_of
 from puzzle.fuse.runs import Rule, choose_runs, members, worst
 from puzzle.fuse.stage import Held, dependency_of, fuse_child, write_fused
-from puzzle.goal import goal_of
-from puzzle.library import Library
-from puzzle.metrics import compare
-from puzzle.model import CausalModel, load_model
-from puzzle.selection import Selection, layer_label, select
-from puzzle.solve import describe, open_costs
+from puzzle.library.manifest import Library
+from puzzle.parents.family import open_model
+from puzzle.runtime.divergence import compare
+from puzzle.runtime.model import CausalModel, load_model
 from puzzle.solver.solution import Solution
 from puzzle.solver.solve import solve
 

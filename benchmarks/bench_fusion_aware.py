@@ -36,25 +36,25 @@ import click
 import torch
 from torch import Tensor
 
-from puzzle.assemble import open_parent
-from puzzle.build import compute_dtype, pick_device
-from puzzle.costs import Workload
-from puzzle.data import load_tokens
-from puzzle.errors import UserError
+from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.errors import UserError
+from puzzle.base.workload import Workload
+from puzzle.choose.cost_model import Choice, Prediction
+from puzzle.choose.fusion import Fusion
+from puzzle.choose.goal import Goal, Target
+from puzzle.choose.problem import Selection, select, selection_of
+from puzzle.choose.solve import describe, open_costs, solve_library
+from puzzle.data.tokens import load_tokens
 from puzzle.export.sources import child_of_library
-from puzzle.families.family import HfModel
-from puzzle.fast_model import FastRunner, decode_step_seconds, prefill_seconds, stack_of
 from puzzle.fuse.measure import Walker
-from puzzle.fuse.price import Fusion
 from puzzle.fuse.rewrite import fuse_layers, widths_of
 from puzzle.fuse.runs import Rule, Run, choose_runs
-from puzzle.goal import Goal, Target
-from puzzle.library import KINDS, PARENT, Library
-from puzzle.metrics import compare
-from puzzle.model import CausalModel, load_model
-from puzzle.predict import Choice, Prediction
-from puzzle.selection import Selection, select, selection_of
-from puzzle.solve import describe, open_costs, solve_library
+from puzzle.library.assemble import open_parent
+from puzzle.library.manifest import KINDS, PARENT, Library
+from puzzle.parents.family import HfModel
+from puzzle.runtime.divergence import compare
+from puzzle.runtime.fast import FastRunner, decode_step_seconds, prefill_seconds, stack_of
+from puzzle.runtime.model import CausalModel, load_model
 from puzzle.solver.solve import solve
 
 COLUMNS = (

@@ -17,15 +17,15 @@ from pathlib import Path
 import click
 import torch
 
-from puzzle.assemble import open_parent
-from puzzle.build import compute_dtype
-from puzzle.families.family import open_model
+from puzzle.base.device import compute_dtype
+from puzzle.choose.fusion import Fusion
 from puzzle.fuse.measure import measure_dependency
-from puzzle.fuse.price import Fusion
 from puzzle.fuse.stage import Held, open_walker
-from puzzle.library import Library
-from puzzle.metrics import Divergence
-from puzzle.model import load_model
+from puzzle.library.assemble import open_parent
+from puzzle.library.manifest import Library
+from puzzle.parents.family import open_model
+from puzzle.runtime.divergence import Divergence
+from puzzle.runtime.model import load_model
 
 
 @click.command()

@@ -37,11 +37,11 @@ import click
 import torch
 import torch.distributed as dist
 
+from puzzle.base.errors import UserError
 from puzzle.blocklib.fast import Batch, Fast, Stream
 from puzzle.blocklib.layer import LayerSpec
-from puzzle.errors import UserError
-from puzzle.fast_model import FastRunner, Stack, random_module
-from puzzle.shapes import Shapes, named_shapes
+from puzzle.parents.known import Shapes, named_shapes
+from puzzle.runtime.fast import FastRunner, Stack, random_module
 
 LAYERS = {"llama-3.1-8b": (32, 12), "llama-3.1-405b-tp8": (24, 12)}  # all, without attention; others: all, half
 GROUPS = {"parent": 0, "unfused": 1, "twos": 2, "fours": 4, "one": -1}

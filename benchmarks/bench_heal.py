@@ -37,14 +37,14 @@ import click
 import torch
 
 from puzzle import __version__
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
+from puzzle.data.blended import HealData
+from puzzle.data.rows import Mixture, Stage
 from puzzle.heal.log import read_log
 from puzzle.heal.parallel import start_ranks
 from puzzle.heal.prepare import open_models
-from puzzle.heal.rows import Mixture
 from puzzle.heal.run import heal, read_data
-from puzzle.heal.settings import HealOptions, Stage
-from puzzle.heal.tokens import HealData
+from puzzle.heal.settings import HealOptions
 
 ROOT = Path(__file__).parents[1]
 ABLATIONS = {  # weights of KL, cosine, LM

@@ -28,9 +28,9 @@ import click
 import torch
 
 from puzzle import __version__
-from puzzle.build import pick_device
-from puzzle.files import read_json
-from puzzle.goal import parse_count
+from puzzle.base.device import pick_device
+from puzzle.base.files import read_json
+from puzzle.base.units import parse_count
 from puzzle.heal.log import read_log
 
 ROOT = Path(__file__).parents[1]

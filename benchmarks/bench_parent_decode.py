@@ -16,10 +16,10 @@ import click
 import torch
 from kernel_report import BANDWIDTH
 
-from puzzle.fast_model import FastRunner, decode_step_seconds, random_stack
+from puzzle.base.device import check_gpu
 from puzzle.kernels.timer import environment, read_bandwidth
-from puzzle.profile_gpu import check_gpu
-from puzzle.shapes import named_shapes
+from puzzle.parents.known import named_shapes
+from puzzle.runtime.fast import FastRunner, decode_step_seconds, random_stack
 
 COLUMNS = (
     "shapes", "dtype", "batch", "context", "weight_bytes", "cache_bytes", "seconds", "over_measured_limit", "over_datasheet_limit",

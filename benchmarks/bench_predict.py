@@ -23,9 +23,9 @@ import click
 import torch
 
 from puzzle.blocklib.variant import parse_variant
-from puzzle.costs import PACKAGED, CostTable, find_costs
-from puzzle.fast_model import FastRunner, Stack, decode_step_seconds, prefill_seconds, random_stack
-from puzzle.shapes import Shapes, named_shapes
+from puzzle.parents.known import Shapes, named_shapes
+from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
+from puzzle.runtime.fast import FastRunner, Stack, decode_step_seconds, prefill_seconds, random_stack
 
 ATTENTION = ("parent", "kv4", "kv2", "kv1", "window-1024", "linear", "none")
 FFN = ("parent", "0.75", "0.5", "0.25", "0.1", "linear", "none", "x2", "x4")

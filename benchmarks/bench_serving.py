@@ -48,18 +48,18 @@ import torch
 from serving_environments import python_of
 from tokenizers import Tokenizer
 
-from puzzle.bench import Runner
-from puzzle.bench import measure as measure_runtime
-from puzzle.costs import Workload
-from puzzle.engine import read_fit
-from puzzle.engine_fit import fit_engine
+from puzzle.base.files import write_json
+from puzzle.base.machine import cpu_name
+from puzzle.base.workload import Workload
+from puzzle.choose.cost_model import CostModel
+from puzzle.choose.solve import open_costs
 from puzzle.export.write import Source, export, open_source
-from puzzle.files import write_json
-from puzzle.hardware import cpu_name
-from puzzle.library import KINDS, Library
-from puzzle.model import CausalModel, load_model
-from puzzle.predict import CostModel
-from puzzle.solve import open_costs
+from puzzle.library.manifest import KINDS, Library
+from puzzle.measure.plain import measure as measure_runtime
+from puzzle.profile.engine import read_fit
+from puzzle.profile.engine_fit import fit_engine
+from puzzle.runtime.model import CausalModel, load_model
+from puzzle.runtime.plain import Runner
 
 HERE = Path(__file__).resolve().parent
 WORK = Workload(input_len=128, output_len=128)
@@ -308,7 +308,7 @@ class Bench:
     def fit(self, folder: Path, rounds: int) -> None:
         """Measure vLLM on the parent and on uniform children, and fit its constants to that."""
         from puzzle.export.sources import child_of_library
-        from puzzle.families.family import open_model
+        from puzzle.parents.family import open_model
 
         folder.mkdir(parents=True, exist_ok=True)
         opened = open_model(self.sources["parent"].child.tokenizer)  # type: ignore[arg-type]

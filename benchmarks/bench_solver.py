@@ -29,7 +29,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from puzzle.hardware import cpu_name
+from puzzle.base.machine import cpu_name
 from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
 from puzzle.solver.diverse import diverse
 from puzzle.solver.pareto import frontier

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from serving_environments import python_of
 from tiny_children import CHILDREN, tiny_child, write_tiny_child
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
+from puzzle.base.machine import cpu_name
 from puzzle.export.write import Source, export
-from puzzle.hardware import cpu_name
-from puzzle.serve_check import EngineFailed, serve_check
+from puzzle.serving.check import EngineFailed, serve_check
 
 RESULTS = Path(__file__).resolve().parent / "results" / "serving_matrix.csv"
 CELLS = (

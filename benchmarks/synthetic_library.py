@@ -15,10 +15,10 @@ from pathlib import Path
 import click
 
 from puzzle import __version__
+from puzzle.base.files import content_hash, write_json
 from puzzle.blocklib.variant import search_space
-from puzzle.describe import describe_variant
-from puzzle.files import content_hash, write_json
-from puzzle.shapes import named_shapes
+from puzzle.library.describe import describe_variant
+from puzzle.parents.known import named_shapes
 
 ATTENTION = "kv4,kv2,kv1,window-1024,linear,none"
 LOSS = {"parent": 0.0, "kv4": 0.003, "kv2": 0.008, "kv1": 0.016, "window-1024": 0.012, "linear": 0.05, "none": 0.07}

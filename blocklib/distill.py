@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from puzzle.base.units import layer_name
 from puzzle.blocklib.layer import Calibration, Kind, LayerSpec, ParentLayer
 from puzzle.blocklib.modules import Rope, SwiGLU
-from puzzle.blocklib.store import layer_name
 from puzzle.blocklib.variant import Variant
 from puzzle.kernels.block_loss import block_loss
 

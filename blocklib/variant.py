@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from puzzle.base.errors import UserError, nearest
 from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, ParentLayer
-from puzzle.errors import UserError, nearest
 
 PARENT = "parent"  # the name under which the parent's own sub-block is always a choice
 

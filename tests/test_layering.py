@@ -1,15 +1,39 @@
-"""Imports go downward only, and nothing breaks transformers by being importable."""
+"""Imports go down one ordered list of rooms, no files import each other in a circle, and `solve` needs no torch."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOOR_0 = {"config", "hardware", "errors", "console", "files", "goal"}
-STAGES_ABOVE = {"pipeline", "plan", "report", "recipe"}
+ROOMS = (  # from the top; a file imports from its own room and from those below it
+    "cli", "run", "choose", "heal", "fuse", "serving", "profile", "export", "library", "measure", "runtime", "parents",
+    "data", "blocklib", "kernels", "solver", "base",
+)  # fmt: skip
+SHIPPED = {"modeling_puzzle.py", "modeling_decilm.py", "configuration_decilm.py", "worker.py"}  # run without puzzle
+SOLVER_USES = {"numpy", "ortools", "pulp"}
+MAX_LINES = 500
+
+
+def room_of(path: Path) -> str:
+    """'choose' of puzzle/choose/goal.py, 'solver' of solver/problem.py."""
+    parts = path.relative_to(ROOT).parts
+    return parts[1] if parts[0] == "puzzle" else parts[0]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "puzzle" else ("puzzle", *parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+FILES = sorted(p for folder in ("puzzle", "blocklib", "solver", "kernels") for p in (ROOT / folder).rglob("*.py"))
+INSIDE = [p for p in FILES if p.parent != ROOT / "puzzle"]
+MODULES = {module_of(p): p for p in FILES}
 
 
 def imports(path: Path) -> set[str]:
@@ -23,59 +47,68 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def modules(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+def targets(path: Path) -> set[str]:
+    """Modules of ours that a file imports."""
+    found = set()
+    for name in imports(path):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name and name != "puzzle":
+            found.add(name)
+    return found
 
 
-def puzzle_room(name: str) -> str | None:
-    """'puzzle.blocklib.layer.Kind' -> 'blocklib'; None for other packages."""
-    parts = name.split(".")
-    return parts[1] if parts[0] == "puzzle" and len(parts) > 1 else None
+def test_every_room_is_on_the_list():
+    """`puzzle/` itself holds the package's face alone."""
+    assert {room_of(p) for p in INSIDE} == set(ROOMS)
+    assert {p.name for p in (ROOT / "puzzle").glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
-@pytest.mark.parametrize("path", modules("solver"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", INSIDE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path):
+    own = ROOMS.index(room_of(path))
+    for name in sorted(targets(path)):
+        room = room_of(MODULES[name])
+        assert ROOMS.index(room) >= own, f"{path.relative_to(ROOT)} imports {name}, which is on a higher floor"
+
+
+def test_no_circle_of_files():
+    graph = {name: targets(path) - {name} for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "solver"], ids=lambda p: p.name)
 def test_solver_is_pure_numbers(path):
-    allowed = {"numpy", "ortools", "pulp"}
     for name in imports(path):
         top = name.split(".")[0]
-        assert top != "torch"
-        assert puzzle_room(name) in (None, "solver"), f"{path} imports {name}"
-        assert top in allowed | {"puzzle"} or top in __import__("sys").stdlib_module_names, f"{path} imports {name}"
+        assert top in SOLVER_USES | {"puzzle"} | sys.stdlib_module_names, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", modules("blocklib"), ids=lambda p: p.name)
-def test_blocklib_sees_no_whole_model(path):
-    for name in imports(path):
-        assert puzzle_room(name) in {None, "blocklib", "kernels"} | FLOOR_0, f"{path} imports {name}"
+@pytest.mark.parametrize("path", [p for p in FILES if p.name in SHIPPED], ids=lambda p: p.name)
+def test_what_is_shipped_needs_no_puzzle(path):
+    assert not targets(path)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "puzzle").glob("*.py")), ids=lambda p: p.name)
-def test_stages_do_not_import_what_calls_them(path):
-    for name in imports(path):
-        room = puzzle_room(name)
-        assert room != "cli", f"{path} imports {name}"
-        if path.stem in FLOOR_0:
-            assert room in FLOOR_0 | {None}, f"{path} is on the ground floor and imports {name}"
-        elif path.stem not in STAGES_ABOVE | {"build"}:  # build and rehearse use the plan they follow
-            assert room not in STAGES_ABOVE - {"plan"}, f"{path} imports {name}"
-
-
-@pytest.mark.parametrize("name", ["library", "costs", "solve", "goal", "files"])
-def test_solving_needs_no_torch(name):
-    seen, todo = set(), {f"puzzle.{name}"}
-    while todo:
-        module = todo.pop()
-        seen.add(module)
-        path = ROOT / Path(*module.split(".")).with_suffix(".py")
-        if module.startswith("puzzle.solver"):
-            path = ROOT / Path(*module.split(".")[1:]).with_suffix(".py")
-        if not path.is_file():
-            continue
-        for found in imports(path):
-            assert found.split(".")[0] not in ("torch", "transformers", "safetensors"), f"{module} imports {found}"
-            if puzzle_room(found):
-                parts = found.split(".")
-                todo |= {m for m in (found, ".".join(parts[:-1])) if m not in seen and m != "puzzle"}
+def test_solving_needs_no_torch(tmp_path, own_library):
+    """`puzzle solve`, for a goal, for an engine and with fusion, where torch cannot be imported."""
+    lines = ["import sys", "sys.modules['torch'] = sys.modules['transformers'] = None", "from puzzle.cli import main"]
+    for options in ([], ["--fusion"], ["--engine", "vllm"]):
+        goal = ["--throughput", "1.1x", "--gpu", "cpu", "--input-len", "16", "--output-len", "8", *options]
+        words = ["solve", str(own_library), *goal, "--out", str(tmp_path / "x")]
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join([*lines, f"main({words!r})"])], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_no_importable_kernels_package():
@@ -85,7 +118,6 @@ def test_no_importable_kernels_package():
 
 
 def test_no_file_holds_two_ideas():
-    for folder in ("puzzle", "blocklib", "solver"):
-        for path in modules(folder):
-            count = len(path.read_text(encoding="utf-8").splitlines())
-            assert count <= 500, f"{path} has {count} lines: split it"
+    for path in FILES:
+        count = len(path.read_text(encoding="utf-8").splitlines())
+        assert count <= MAX_LINES, f"{path} has {count} lines: split it"

@@ -27,7 +27,11 @@ def test_every_folder_with_code_is_packaged():
 
 
 def test_every_data_file_is_packaged():
-    patterns = SETUPTOOLS["package-data"]["puzzle"]
-    taken = {path for pattern in patterns for path in (ROOT / "puzzle").glob(pattern)}
+    taken = {
+        path
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
     others = {p for p in (ROOT / "puzzle").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert others <= taken

@@ -118,7 +118,9 @@ def same_architectures(before: Path, after: Path) -> tuple[bool, str]:
     files = [f"solutions/{name}/{goal}/architecture.json" for name in LIBRARIES for goal in GOALS]
     different = [file for file in files if chosen(before / file) != chosen(after / file)]
     kinds = len({json.dumps(chosen(before / file)) for file in files})
-    return not different, f"{len(GOALS)} goals on {len(LIBRARIES)} libraries, {kinds} different answers" + told(different)
+    return not different, f"{len(GOALS)} goals on {len(LIBRARIES)} libraries, {kinds} different answers" + told(
+        different
+    )
 
 
 def same_exports(before: Path, after: Path, format: str) -> tuple[bool, str]:

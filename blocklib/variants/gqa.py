@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from puzzle.base.errors import UserError
 from puzzle.blocklib.initialize import merge_kv_heads
 from puzzle.blocklib.layer import LayerSpec, ParentLayer, attention_shapes
 from puzzle.blocklib.modules import Attention
 from puzzle.blocklib.variant import Footprint, register
-from puzzle.errors import UserError
 
 
 @register("attention")

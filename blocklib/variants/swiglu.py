@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from puzzle.base.errors import UserError
 from puzzle.blocklib.initialize import channel_order
 from puzzle.blocklib.layer import LayerSpec, ParentLayer, ffn_shapes
 from puzzle.blocklib.modules import SwiGLU
 from puzzle.blocklib.variant import Footprint, register
-from puzzle.errors import UserError
 
 
 @register("ffn")

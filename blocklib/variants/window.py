@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from puzzle.base.errors import UserError
 from puzzle.blocklib.layer import LayerSpec, ParentLayer
 from puzzle.blocklib.modules import Attention
 from puzzle.blocklib.variant import Footprint, register
 from puzzle.blocklib.variants.gqa import Gqa, attention_shape
-from puzzle.errors import UserError
 
 
 @register("attention")

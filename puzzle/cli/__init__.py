@@ -27,7 +27,7 @@ class _Cli(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from puzzle.errors import UserError
+        from puzzle.base.errors import UserError
 
         try:
             return super().invoke(ctx)

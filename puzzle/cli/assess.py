@@ -37,8 +37,8 @@ def score_command(
       puzzle score lib --data /usr/lib/python3.11 --sequences 256 --joint
     """
     options.positive("--sequences", sequences)
-    from puzzle.report import library_summary, print_library
-    from puzzle.score import score_library
+    from puzzle.cli.report import library_summary, print_library
+    from puzzle.library.score import score_library
 
     score_library(
         library, list(data), parent=parent, num_sequences=sequences, joint=joint, text_field=text_field, device=device
@@ -86,9 +86,9 @@ def evaluate_command(
     """
     for option, value in (("--sequences", sequences), ("--seq-len", seq_len), ("--repeats", repeats)):
         options.positive(option, value)
-    from puzzle.costs import Workload
-    from puzzle.evaluate import evaluate
-    from puzzle.report import print_evaluation
+    from puzzle.base.workload import Workload
+    from puzzle.cli.report import print_evaluation
+    from puzzle.measure.evaluate import evaluate
 
     pair = None
     if batch is not None:

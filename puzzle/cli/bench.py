@@ -42,7 +42,7 @@ def bench_command(
       puzzle bench lib/solution --gpu h100 --shapes llama-3.1-8b --with-parent
       puzzle bench child --gpu h100 --input-len 2048 --output-len 256 --batch 32
     """
-    from puzzle.errors import UserError
+    from puzzle.base.errors import UserError
 
     if (input_len is None) != (output_len is None):
         raise UserError("--input-len and --output-len go together: pass both or none")
@@ -54,8 +54,8 @@ def bench_command(
     ):
         if value is not None:
             options.positive(option, value)
-    from puzzle.bench_gpu import bench
-    from puzzle.costs import Workload
+    from puzzle.base.workload import Workload
+    from puzzle.measure.bench import bench
 
     work = None if input_len is None or output_len is None else Workload(input_len=input_len, output_len=output_len)
     found = bench(
@@ -67,7 +67,7 @@ def bench_command(
 def _print(found: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from puzzle.console import console
+    from puzzle.base.console import console
 
     table = Table(title=f"{found['device']}, {found['dtype']}, {found['workload']}", title_justify="left")
     for name in ("", "predicted", "measured", "measured / predicted"):

@@ -86,13 +86,13 @@ def build_library_command(
         options.positive(option, value)
     if group_size is not None:
         options.positive("--group-size", group_size)
-    from puzzle.hardware import parse_bytes
+    from puzzle.base.units import parse_bytes
 
     num_tokens = options.count("--tokens", tokens, least=0)
     limit = parse_bytes(memory_limit) if memory_limit else None
 
-    from puzzle.build import Builder, BuildOptions, build_library
-    from puzzle.families.family import open_model
+    from puzzle.library.build import Builder, BuildOptions, build_library
+    from puzzle.parents.family import open_model
 
     wanted = BuildOptions(
         data=list(data),
@@ -113,8 +113,8 @@ def build_library_command(
         device=device,
     )
     if dry_run:
-        from puzzle.plan import describe
-        from puzzle.rehearse import predict_seconds
+        from puzzle.library.estimate import predict_seconds
+        from puzzle.library.plan import describe
 
         builder = Builder(open_model(source), wanted)
         plan = builder.plan()
@@ -122,13 +122,13 @@ def build_library_command(
         if as_json:
             options.print_json(facts)
         else:
-            from puzzle.report import print_plan
+            from puzzle.cli.report import print_plan
 
             print_plan(facts)
         return
     build_library(source, wanted)
     if score:
-        from puzzle.score import score_library
+        from puzzle.library.score import score_library
 
         score_library(
             out,
@@ -140,7 +140,7 @@ def build_library_command(
             text_field=text_field,
             device=device,
         )
-    from puzzle.report import library_summary, print_library
+    from puzzle.cli.report import library_summary, print_library
 
     summary = library_summary(out)
     options.print_json(summary) if as_json else print_library(summary)

@@ -54,9 +54,9 @@ def export_command(
     import json
     from dataclasses import asdict
 
-    from puzzle.errors import UserError
+    from puzzle.base.errors import UserError
+    from puzzle.base.units import parse_bytes
     from puzzle.export.write import export, open_source
-    from puzzle.hardware import parse_bytes
 
     try:
         evaluation = None if measured is None else json.loads(measured.read_text(encoding="utf-8"))

@@ -86,8 +86,8 @@ def fuse_command(child: Path, as_json: bool, **wanted: Any) -> None:
       puzzle fuse child --data /usr/lib/python3.11 --heat-map map.png --parallel-blocks --dry-run
       puzzle fuse parent --data /usr/lib/python3.11 --dependency-only --out dependency.json
     """
+    from puzzle.cli.report import print_fusion
     from puzzle.fuse.verb import Wanted, fuse_verb
-    from puzzle.report import print_fusion
 
     for option in ("sequences", "seq_len"):
         options.positive(f"--{option.replace('_', '-')}", wanted[option])

@@ -110,7 +110,7 @@ def _rank() -> int:
 
 
 def _print_plan(facts: dict) -> None:
-    from puzzle.console import bytes_text, seconds_text
+    from puzzle.base.units import bytes_text, seconds_text
 
     found = facts["predicted"]
     stages = ", ".join(f"{s['num_steps']} steps of {s['batch_size']} x {s['seq_len']} tokens" for s in facts["stages"])

@@ -29,14 +29,14 @@ output_len = click.option(
 
 def count(option: str, text: str, least: int = 1) -> int:
     """'1e6', '20M' -> a count, for options that take large numbers."""
-    from puzzle.goal import parse_count
+    from puzzle.base.units import parse_count
 
     return parse_count(option, text, least)
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
     """'1,4,16' -> (1, 4, 16). Raises UserError unless all are positive integers."""
-    from puzzle.errors import UserError
+    from puzzle.base.errors import UserError
 
     try:
         found = tuple(int(part) for part in text.split(","))
@@ -49,7 +49,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 
 def positive(option: str, value: float) -> None:
     """Raise UserError unless value > 0."""
-    from puzzle.errors import UserError
+    from puzzle.base.errors import UserError
 
     if not 0 < value < float("inf"):
         raise UserError(f"{option} {value:g}: must be above 0")

@@ -57,7 +57,7 @@ def profile_command(
       puzzle profile --shapes llama-3.1-8b --gpu h100 --out costs
       puzzle profile --engine vllm --gpu h100 --fit measured.csv
     """
-    from puzzle.errors import UserError
+    from puzzle.base.errors import UserError
 
     if engine is not None or fit_path is not None:
         if engine is None or fit_path is None:
@@ -74,7 +74,7 @@ def profile_command(
     found = [
         options.numbers(o, t) for o, t in (("--batches", batches), ("--prefill", prefill), ("--contexts", contexts))
     ]
-    from puzzle.library import Library
+    from puzzle.library.manifest import Library
 
     opened = Library.open(library)
     if dry_run:
@@ -88,7 +88,7 @@ def profile_command(
                 f"{points} points, {rounds} rounds: at least {points * rounds * seconds:.0f} s (predicted)", err=True
             )
         return
-    from puzzle.profile import Grid, profile_library
+    from puzzle.profile.cpu import Grid, profile_library
 
     grid = Grid(batches=found[0], prefill=found[1], decode=found[2], seconds=seconds, rounds=rounds)
     path = profile_library(library, gpu=gpu, grid=grid, parent=parent)
@@ -98,10 +98,10 @@ def profile_command(
 def _on_gpu(
     library: Path | None, shapes: str | None, gpu: str, fp8: bool, out: Path | None, dry_run: bool, as_json: bool
 ) -> None:
-    from puzzle.errors import UserError
-    from puzzle.library import Library
-    from puzzle.profile_gpu import SECONDS_PER_POINT, count_points, profile_shapes
-    from puzzle.shapes import named_shapes, shapes_of_facts
+    from puzzle.base.errors import UserError
+    from puzzle.library.manifest import Library
+    from puzzle.parents.known import named_shapes, shapes_of_facts
+    from puzzle.profile.gpu import SECONDS_PER_POINT, count_points, profile_shapes
 
     if (library is None) == (shapes is None):
         raise UserError(f"--gpu {gpu} wants a LIBRARY, or --shapes with a name: one of the two")
@@ -125,9 +125,9 @@ def _on_gpu(
 
 
 def _fit(engine: str, gpu: str, path: Path, out: Path | None, as_json: bool) -> None:
-    from puzzle.engine_fit import fit_engine
-    from puzzle.files import check_writable
-    from puzzle.report import print_fit
+    from puzzle.base.files import check_writable
+    from puzzle.cli.report import print_fit
+    from puzzle.profile.engine_fit import fit_engine
 
     check_writable((out or path).absolute().parent)
     value = fit_engine(engine, path, out, gpu=gpu)

@@ -27,28 +27,29 @@ def run_command(
     Example:
       puzzle run examples/quickstart.yaml --data /usr/lib/python3.11 --out runs/quickstart
     """
-    from puzzle.recipe import read_recipe
+    from puzzle.run.recipe import read_recipe
 
     wanted = read_recipe(recipe)
     if data:
         wanted.data = list(data)
     if throughput is not None:
         wanted.goal.throughput = throughput
-    from puzzle.pipeline import Run, run_recipe
+    from puzzle.run.pipeline import Run, run_recipe
 
     if dry_run:
-        from puzzle.build import Builder
-        from puzzle.families.family import open_model
-        from puzzle.plan import describe
-        from puzzle.rehearse import predict_seconds
-        from puzzle.report import print_plan
+        from puzzle.cli.report import print_plan
+        from puzzle.library.build import Builder
+        from puzzle.library.estimate import predict_seconds
+        from puzzle.library.plan import describe
+        from puzzle.parents.family import open_model
 
         builder = Builder(open_model(wanted.parent), Run(wanted, out).build_options())
         plan = builder.plan()
         facts = describe(plan, predict_seconds(builder, plan), builder.variants, str(builder.device))
         options.print_json(facts) if as_json else print_plan(facts)
         return
-    result = run_recipe(wanted, out)
-    from puzzle.report import print_result
+    from puzzle.cli.report import print_result, print_solution
+
+    result = run_recipe(wanted, out, print_solution)
 
     options.print_json({"schema": 1, **result}) if as_json else print_result(result)

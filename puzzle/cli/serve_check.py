@@ -31,7 +31,7 @@ def serve_check_command(
     """
     for option, value in (("--tokens", tokens), ("--threads", threads)):
         options.positive(option, value)
-    from puzzle.serve_check import EngineFailed, serve_check
+    from puzzle.serving.check import EngineFailed, serve_check
 
     try:
         check = serve_check(export, engine, python=python, reference=reference, num_tokens=tokens, threads=threads)

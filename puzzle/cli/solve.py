@@ -10,7 +10,7 @@ import click
 from puzzle.cli import options
 
 if TYPE_CHECKING:
-    from puzzle.goal import Goal
+    from puzzle.choose.goal import Goal
 
 RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 
@@ -102,7 +102,7 @@ def solve_command(
     """
     if time_limit is not None:
         options.positive("--time-limit", time_limit)
-    from puzzle.errors import UserError
+    from puzzle.base.errors import UserError
 
     if problem is not None:
         _solve_file(problem, out or Path("solution.json"), backend, time_limit, as_json)
@@ -111,14 +111,14 @@ def solve_command(
         raise UserError("nothing to solve: name a LIBRARY (see `puzzle build-library`), or pass --problem problem.json")
     if gpu is None:
         raise UserError("--gpu is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
-    from puzzle.also import parse_also
-    from puzzle.costs import Workload
-    from puzzle.files import check_writable, write_json
-    from puzzle.fuse.price import Fusion
-    from puzzle.goal import Goal, goal_of
-    from puzzle.library import Library
-    from puzzle.selection import select
-    from puzzle.solve import open_costs, solve_library
+    from puzzle.base.files import check_writable, write_json
+    from puzzle.base.workload import Workload
+    from puzzle.choose.fusion import Fusion
+    from puzzle.choose.goal import Goal, goal_of
+    from puzzle.choose.problem import select
+    from puzzle.choose.solve import open_costs, solve_library
+    from puzzle.choose.workloads import parse_also
+    from puzzle.library.manifest import Library
 
     others = [parse_also(text) for text in also]
     if same_batch and (pareto is not None or diverse is not None):
@@ -139,18 +139,18 @@ def solve_command(
     if fusion and (pareto is not None or diverse is not None or baseline is not None):
         raise UserError("--fusion solves for one optimum: leave out --pareto, --diverse and --baseline")
     fusing = Fusion.open(opened, fusion_dependency) if fusion else None
-    from puzzle.report import print_diverse, print_frontier, print_prices, print_runs, print_solution
+    from puzzle.cli.report import print_diverse, print_frontier, print_prices, print_runs, print_solution
 
     if pareto is not None:
-        from puzzle.frontier import library_frontier
-        from puzzle.selection import selection_of
+        from puzzle.choose.frontier import library_frontier
+        from puzzle.choose.problem import selection_of
 
         rows = library_frontier(selection_of(opened, costs, work, goal, others), pareto, points, target, backend)
         options.print_json({"schema": 1, "axis": pareto, "points": rows}) if as_json else print_frontier(rows, pareto)
         click.echo(f"wrote {target / 'frontier.csv'}", err=True)
         return
     if diverse is not None:
-        from puzzle.solve import solve_diverse
+        from puzzle.choose.solve import solve_diverse
 
         found = solve_diverse(select(opened, costs, work, goal, others), diverse, min_distance, backend, time_limit)
         for number, solved in enumerate(found, 1):
@@ -185,8 +185,8 @@ def _on_card(goal: Goal, gpu: str) -> Goal:
     """The goal, within the card's memory where no limit was given."""
     from dataclasses import replace
 
-    from puzzle.goal import Target
-    from puzzle.hardware import GPUS
+    from puzzle.base.machine import GPUS
+    from puzzle.choose.goal import Target
 
     card = GPUS.get(gpu.split("-")[0])
     if goal.memory is not None or card is None:
@@ -196,10 +196,10 @@ def _on_card(goal: Goal, gpu: str) -> Goal:
 
 
 def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:
-    from puzzle.errors import UserError
-    from puzzle.files import check_writable
-    from puzzle.report import print_solutions
-    from puzzle.solve_file import solve_file
+    from puzzle.base.errors import UserError
+    from puzzle.base.files import check_writable
+    from puzzle.choose.problem_file import solve_file
+    from puzzle.cli.report import print_solutions
 
     check_writable(out.parent)
     value = solve_file(problem, out, backend=backend, time_limit=time_limit)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.errors import UserError, writing
-from puzzle.files import claim_output, file_hash, read_json, write_json
+from puzzle.base.errors import UserError, writing
+from puzzle.base.files import claim_output, file_hash, read_json, write_json
 
 MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
 TOKENIZER_FILES = (

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puzzle.base.errors import UserError
 from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, attention_shapes, ffn_shapes
-from puzzle.errors import UserError
-from puzzle.families.family import hf_name
+from puzzle.parents.family import hf_name
 
 Tensors = dict[str, Tensor]
 Read = Callable[[], Tensors]

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from puzzle.errors import UserError, nearest
+from puzzle.base.errors import UserError, nearest
 
 FORMATS = ("hf", "nemotron-nas", "gguf")
-WIDTH_STEP = 256  # DeciLM readers round an FFN's width up to a multiple of this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,11 +18,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from puzzle.base.errors import UserError, nearest, writing
+from puzzle.base.files import check_writable, replacing
 from puzzle.blocklib.layer import KINDS
-from puzzle.errors import UserError, nearest, writing
 from puzzle.export.child import Absent, Child, Gqa, Linear, SwiGlu
 from puzzle.export.gguf_tokenizer import tokenizer_metadata
-from puzzle.files import check_writable, replacing
 
 DTYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7), "bf16": ("BF16", 32)}  # ggml type, file type
 TENSOR_NAMES = {

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -66,19 +66,3 @@ def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
         "per_layer_config": child.per_layer_config(),
         **({} if origins is None else {"layer_origins": origins}),
     }
-
-
-def export_child(
-    root: Path,
-    architecture: Path,
-    out: Path,
-    *,
-    parent: str | None = None,
-    force: bool = False,
-    max_shard_bytes: int = 4 * 2**30,
-) -> Path:
-    """Write the child of `architecture` to `out`, tensor by tensor. Returns `out`; raises UserError for bad input."""
-    from puzzle.export.write import export, open_source
-
-    export(open_source(root, architecture, parent), out, force=force, max_shard_bytes=max_shard_bytes)
-    return out

@@ -30,8 +30,9 @@ from puzzle.export.child import (
     no_tensors,
     sub_block_shapes,
 )
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, WIDTH_STEP, Engine
+from puzzle.export.engines import ANY_DECILM_READER, ENGINES, Engine
 from puzzle.export.refuse import refuse
+from puzzle.parents.nemotron_nas import WIDTH_STEP
 
 GATE = 64.0  # silu(64) = 64 in every dtype up to float64, so that a gate of bias 64 multiplies by 64 exactly
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export.child import Child, ChildLayer, Gqa, Linear, SwiGlu
-from puzzle.export.engines import WIDTH_STEP
+from puzzle.parents.nemotron_nas import WIDTH_STEP
 
 CODE = tuple(
     Path(__file__).with_name(name) for name in ("configuration_decilm.py", "modeling_decilm.py", "modeling_puzzle.py")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export.child import Child, Gqa, Linear, SwiGlu
 from puzzle.export.engines import ANY_DECILM_READER, ENGINES, Engine
 

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from puzzle.base.errors import UserError
 from puzzle.blocklib.layer import KINDS, Kind, LayerSpec
-from puzzle.blocklib.store import BlockStore
-from puzzle.errors import UserError
 from puzzle.export.child import (
     ABSENT,
     LINEAR,
@@ -27,8 +26,9 @@ from puzzle.export.child import (
     sub_block_shapes,
 )
 from puzzle.export.stream import StreamingCheckpoint
-from puzzle.families.family import HfModel, hf_name, open_model
-from puzzle.library import PARENT, Library
+from puzzle.library.manifest import PARENT, Library
+from puzzle.library.store import BlockStore
+from puzzle.parents.family import HfModel, hf_name, open_model
 
 Choice = dict[str, str]
 

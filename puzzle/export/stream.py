@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from puzzle.errors import UserError
-from puzzle.families.checkpoint import Checkpoint
+from puzzle.base.errors import UserError
+from puzzle.parents.checkpoint import Checkpoint
 
 CHUNK = 2**24  # elements looked at together: `isfinite` needs several copies of what it looks at
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from puzzle.card import CardFacts, child_card
-from puzzle.console import console
-from puzzle.errors import UserError, nearest
+from puzzle.base.console import console
+from puzzle.base.errors import UserError, nearest
+from puzzle.base.files import read_json
+from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
 from puzzle.export.engines import ENGINES, pick_format
@@ -18,8 +19,7 @@ from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
-from puzzle.files import read_json
-from puzzle.library import Library
+from puzzle.library.manifest import Library
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "q8_0": "q8_0"}
@@ -48,7 +48,7 @@ class Exported:
 
 def open_source(source: Path, architecture: Path | None = None, parent: str | None = None) -> Source:
     """A library with an architecture, or a checkpoint without one. Raises UserError for anything else."""
-    from puzzle.assemble import open_parent, read_architecture
+    from puzzle.library.assemble import open_parent, read_architecture
 
     if (source / "library.json").is_file() or architecture is not None:
         library = Library.open(source)
@@ -219,3 +219,17 @@ def _push(client: Any, repository: str, out: Path) -> None:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def export_child(
+    root: Path,
+    architecture: Path,
+    out: Path,
+    *,
+    parent: str | None = None,
+    force: bool = False,
+    max_shard_bytes: int = 4 * 2**30,
+) -> Path:
+    """Write the child of `architecture` to `out`, tensor by tensor. Returns `out`; raises UserError for bad input."""
+    export(open_source(root, architecture, parent), out, force=force, max_shard_bytes=max_shard_bytes)
+    return out

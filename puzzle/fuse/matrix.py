@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle.errors import UserError, writing
-from puzzle.files import read_json, replacing
+from puzzle.base.errors import UserError, writing
+from puzzle.base.files import read_json, replacing
 
 Rows = list[list[float | None]]
 MADE_BY = "puzzle fuse MODEL --data TEXT --dependency-only --out FILE.json"

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puzzle.base.console import progress
 from puzzle.blocklib.layer import KINDS, LayerSpec
 from puzzle.blocklib.modules import NoOp
-from puzzle.console import progress
 from puzzle.export.child import Child
 from puzzle.fuse.matrix import Matrix, Rows
-from puzzle.metrics import Divergence
-from puzzle.model import Block, CausalModel, module_from_hf
+from puzzle.runtime.divergence import Divergence
+from puzzle.runtime.model import Block, CausalModel, module_from_hf
 
 
 class Walker:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 
 Run = tuple[int, int]
 Widths = Sequence[int | None]

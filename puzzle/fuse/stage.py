@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from puzzle.build import compute_dtype, pick_device
-from puzzle.card import plain_card
-from puzzle.data import load_tokens
-from puzzle.errors import UserError
+from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.errors import UserError
+from puzzle.base.files import read_json
+from puzzle.data.tokens import load_tokens
+from puzzle.export.card import plain_card
 from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
-from puzzle.families.family import HfModel, open_model
-from puzzle.files import read_json
 from puzzle.fuse.matrix import Dependency
 from puzzle.fuse.measure import Walker, measure_dependency
 from puzzle.fuse.rewrite import Norm, fuse_layers, reasons, widths_of
 from puzzle.fuse.runs import Rule, Run, check_runs, choose_runs, members, stretches, width_of, worst
+from puzzle.parents.family import HfModel, open_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle.console import console
-from puzzle.errors import UserError
+from puzzle.base.console import console
+from puzzle.base.errors import UserError
+from puzzle.base.files import check_writable, claim_output, write_json
+from puzzle.base.units import parse_bytes, parse_count
 from puzzle.export.child import Child
 from puzzle.export.sources import child_of_checkpoint
-from puzzle.families.family import HfModel, open_model
-from puzzle.files import check_writable, claim_output, write_json
 from puzzle.fuse.matrix import Dependency, check_matplotlib, draw_heat_map, read_dependency
 from puzzle.fuse.measure import Walker, measure_dependency, parallel_report
 from puzzle.fuse.rewrite import Norm
 from puzzle.fuse.runs import Rule, Run, parse_runs
 from puzzle.fuse.stage import Held, describe, fuse_child, open_walker, pick_runs, recorded_runs
-from puzzle.goal import parse_count
-from puzzle.hardware import parse_bytes
+from puzzle.parents.family import HfModel, open_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,8 +25,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from puzzle.errors import UserError, writing
-from puzzle.files import read_json, write_json
+from puzzle.base.errors import UserError, writing
+from puzzle.base.files import read_json, write_json
 from puzzle.heal.parallel import Ranks
 from puzzle.heal.train import Trainer
 

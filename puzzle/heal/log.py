@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from puzzle.errors import UserError, writing
+from puzzle.base.errors import UserError, writing
 
 
 class Log:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from puzzle.blocklib.modules import Rope
-from puzzle.heal.rows import IGNORE
+from puzzle.data.rows import IGNORE
 from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
-from puzzle.model import CausalModel
+from puzzle.runtime.model import CausalModel
 
 SMALLEST = 1e-8  # of a norm, as torch's cosine similarity has it
 

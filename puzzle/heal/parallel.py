@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from puzzle.build import pick_device
-from puzzle.console import console
-from puzzle.errors import UserError
+from puzzle.base.console import console
+from puzzle.base.device import pick_device
+from puzzle.base.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from puzzle.build import compute_dtype, pick_device
-from puzzle.data import load_tokenizer, tokenizer_hash
-from puzzle.errors import UserError
-from puzzle.families.family import HfModel, open_model
+from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.errors import UserError
+from puzzle.data.rows import Stage
+from puzzle.data.tokens import load_tokenizer, tokenizer_hash
 from puzzle.heal.loss import Learner, Teacher, Weights
 from puzzle.heal.parallel import Ranks, shard
-from puzzle.heal.settings import HealOptions, Stage
+from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer
-from puzzle.model import CausalModel, load_model
+from puzzle.parents.family import HfModel, open_model
+from puzzle.runtime.model import CausalModel, load_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from puzzle import __version__
-from puzzle.console import Bar, console, progress, seconds_text
-from puzzle.errors import UserError
-from puzzle.files import claim_output, read_json
-from puzzle.hardware import cpu_name
-from puzzle.heal.blend import Source, read_blend
+from puzzle.base.console import Bar, console, progress
+from puzzle.base.errors import UserError
+from puzzle.base.files import claim_output, read_json
+from puzzle.base.machine import cpu_name
+from puzzle.base.units import seconds_text
+from puzzle.data.blend import Source, read_blend
+from puzzle.data.blended import HealData, load_data
+from puzzle.data.rows import Stage
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
 from puzzle.heal.parallel import Ranks, start_ranks, stop_ranks
 from puzzle.heal.prepare import Models, build_trainer, open_models
-from puzzle.heal.settings import HealOptions, Stage
-from puzzle.heal.tokens import HealData, load_data
+from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import METRICS, Trainer
 from puzzle.heal.write import write_healed
 

@@ -8,25 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from puzzle.base.errors import UserError
+from puzzle.base.units import parse_count
 from puzzle.blocklib.distill import Recipe
-from puzzle.errors import UserError
-from puzzle.goal import parse_count
+from puzzle.data.rows import Stage
 
 DTYPES = ("auto", "bf16", "fp32")
 VALIDATION_SEQUENCES = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
-    """num_steps steps of batch_size sequences of seq_len tokens."""
-
-    seq_len: int
-    batch_size: int
-    num_steps: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.seq_len * self.batch_size * self.num_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,13 +12,13 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from puzzle.base.console import console
+from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.modules import Rope
-from puzzle.console import console
+from puzzle.data.rows import IGNORE
 from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
 from puzzle.heal.parallel import Ranks, like_sharded, local
-from puzzle.heal.rows import IGNORE
-from puzzle.replay import Replayed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 METRICS = ("loss", "kl", "cosine", "lm", "grad_norm", "skipped", "skipped_in_a_row")

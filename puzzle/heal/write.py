@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
+from puzzle.base.files import SCHEMA, read_json
 from puzzle.blocklib.layer import KINDS, Kind
-from puzzle.card import plain_card
+from puzzle.export.card import plain_card
 from puzzle.export.checkpoint import MODELING_FILE
 from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
-from puzzle.families.family import HfModel
-from puzzle.files import SCHEMA, read_json
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.parallel import whole
 from puzzle.heal.train import Trainer
-from puzzle.model import CausalModel
+from puzzle.parents.family import HfModel
+from puzzle.runtime.model import CausalModel
 
 
 def with_trained(original: Child, model: CausalModel, train_embeddings: bool) -> Child:

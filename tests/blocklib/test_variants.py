@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puzzle.base.errors import UserError
 from puzzle.blocklib.distill import calibrate
 from puzzle.blocklib.initialize import attention_as_linear, channel_order, merge_kv_heads
 from puzzle.blocklib.layer import KINDS, LayerSpec, ParentLayer, attention_shapes, ffn_shapes, rope_tables
 from puzzle.blocklib.variant import PARENT, parse_variant, registry, search_space
-from puzzle.errors import UserError
 from puzzle.kernels.block_loss import block_loss
-from puzzle.model import module_from_hf, parent_module
+from puzzle.runtime.model import module_from_hf, parent_module
 
 
 def make_layer(**changes) -> ParentLayer:

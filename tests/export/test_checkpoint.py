@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export import checkpoint
 from puzzle.export.checkpoint import write_checkpoint
 from puzzle.export.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM

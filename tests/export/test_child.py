@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export.checkpoint import write_checkpoint
 from puzzle.export.child import ABSENT, LINEAR, Gqa, SwiGlu, with_dtype
 from puzzle.export.sources import child_of_checkpoint, licence_of
 from puzzle.export.stream import StreamingCheckpoint
 from puzzle.export.write import export, open_source
-from puzzle.library import Library
-from puzzle.model import load_model
+from puzzle.library.manifest import Library
+from puzzle.runtime.model import load_model
 
 LAYERS = [
     {"attention": "kv1", "ffn": "0.5"},

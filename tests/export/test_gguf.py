@@ -13,12 +13,12 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export.child import ABSENT, LINEAR, Gqa, with_dtype
 from puzzle.export.gguf import export_gguf, permute
 from puzzle.export.gguf_tokenizer import tokenizer_metadata
 from puzzle.export.lower import lower
-from puzzle.serve_reference import find_export, load_reference, read_gguf
+from puzzle.serving.reference import find_export, load_reference, read_gguf
 
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

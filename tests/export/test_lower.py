@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export.child import ABSENT, LINEAR, Absent, Gqa, Linear, SwiGlu
 from puzzle.export.engines import ANY_DECILM_READER, ENGINES, pick_format
 from puzzle.export.lower import equal_kv_heads, linear_ffn_as_swiglu, lower, pad_widths

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export.write import export, open_source
-from puzzle.model import load_model
+from puzzle.runtime.model import load_model
 
 TOLERANCE = 1e-3  # max |Δlogit| / std
 NUM_TOKENS = 64

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export.child import ABSENT, LINEAR, Gqa, SwiGlu
 from puzzle.export.lower import lower
 from puzzle.export.nemotron_nas import decilm_config, decilm_tensors, ffn_mult

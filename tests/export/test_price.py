@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 
-from puzzle.costs import Workload
-from puzzle.engine import Constants, EngineModel, open_engine, sizes_of_part
+from puzzle.base.workload import Workload
+from puzzle.choose.cost_model import CostModel
 from puzzle.export.child import ABSENT, LINEAR, Gqa, SwiGlu
 from puzzle.export.lower import lower
-from puzzle.predict import CostModel
+from puzzle.profile.engine import Constants, EngineModel, open_engine, sizes_of_part
 
 
 class TinyLibrary:

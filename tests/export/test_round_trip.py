@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from puzzle.assemble import assemble
-from puzzle.data import load_tokens
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
+from puzzle.data.tokens import load_tokens
 from puzzle.export.sources import child_of_checkpoint
-from puzzle.families.family import open_model
-from puzzle.library import Library
-from puzzle.metrics import compare
-from puzzle.model import load_model
+from puzzle.library.assemble import assemble
+from puzzle.library.manifest import Library
+from puzzle.parents.family import open_model
+from puzzle.runtime.divergence import compare
+from puzzle.runtime.model import load_model
 
 LAYERS = [
     {"attention": "kv1", "ffn": "0.5"},

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from puzzle.errors import UserError
-from puzzle.families.family import open_model
+from puzzle.base.errors import UserError
 from puzzle.fuse.matrix import Dependency, Matrix, draw_heat_map, read_dependency
 from puzzle.fuse.measure import Walker, measure_dependency, parallel_divergence, parallel_report
-from puzzle.metrics import Divergence
-from puzzle.model import load_model
+from puzzle.parents.family import open_model
+from puzzle.runtime.divergence import Divergence
+from puzzle.runtime.model import load_model
 
 IDS = torch.randint(2, 384, (5, 21), generator=torch.Generator().manual_seed(3))
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.costs import CostTable, Workload
-from puzzle.engine import Constants, EngineModel
-from puzzle.errors import UserError
-from puzzle.fuse.price import Fusion, WideFfn
-from puzzle.goal import goal_of
-from puzzle.library import Library
-from puzzle.predict import CostModel
-from puzzle.selection import select
-from puzzle.solve import open_costs, solve_library
+from puzzle.base.errors import UserError
+from puzzle.base.workload import Workload
+from puzzle.choose.cost_model import CostModel
+from puzzle.choose.fusion import Fusion, WideFfn
+from puzzle.choose.goal import goal_of
+from puzzle.choose.problem import select
+from puzzle.choose.solve import open_costs, solve_library
+from puzzle.library.manifest import Library
+from puzzle.profile.cost_table import CostTable
+from puzzle.profile.engine import Constants, EngineModel
 
 WORK = Workload(input_len=16, output_len=16)
 
@@ -96,7 +97,7 @@ def test_fusion_never_makes_the_optimum_worse(small):
 
 
 def test_with_all_layers_alike_and_further_workloads(small):
-    from puzzle.also import parse_also
+    from puzzle.choose.workloads import parse_also
 
     table = open_costs(small, "cpu", None)
     goal = replace(goal_of("1.8x"), alike="0-3")

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.rewrite import fuse_layers, remove_layers
 from puzzle.fuse.stage import fuse_child
-from puzzle.model import load_model
+from puzzle.runtime.model import load_model
 
 
 def sibling(name: str):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle.errors import UserError
+from puzzle.base.errors import UserError
 from puzzle.fuse.runs import Rule, check_runs, choose_runs, members, parse_runs, stretches, width_of, worst
 
 WIDTHS = st.lists(st.one_of(st.none(), st.integers(0, 40)), max_size=14)

@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle.errors import UserError
-from puzzle.heal.blend import Source, read_blend
-from puzzle.heal.rows import IGNORE, Mixture, Stream
-from puzzle.heal.settings import Stage
-from puzzle.heal.tokens import load_data, render_chat, within
+from puzzle.base.errors import UserError
+from puzzle.data.blend import Source, read_blend
+from puzzle.data.blended import load_data, render_chat, within
+from puzzle.data.rows import IGNORE, Mixture, Stage, Stream
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>\n{% endfor %}"
@@ -197,7 +196,7 @@ def test_only_assistant_turns_count(parent):
 def test_chats_are_read_with_their_mask(folder, parent, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
-    from puzzle.heal import tokens
+    from puzzle.data import blended as tokens
 
     folder("")
     tokenizer = AutoTokenizer.from_pretrained(parent)

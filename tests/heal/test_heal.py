@@ -15,7 +15,7 @@ import torch
 
 from puzzle.heal.log import read_log
 from puzzle.heal.settings import HealOptions, parse_stages
-from puzzle.model import load_model
+from puzzle.runtime.model import load_model
 
 
 def losses(path: Path) -> list[tuple]:
@@ -229,8 +229,8 @@ def test_a_teacher_of_another_size(puzzle, one_line_error, make_parent, child, c
 
 def test_layers_match_by_their_origins(puzzle, one_line_error, make_child, parent, small, tmp_path):
     """A child of three layers says in layer_origins which parent layers they stand for."""
-    from puzzle.families.family import open_model
     from puzzle.heal.prepare import matching_layers
+    from puzzle.parents.family import open_model
 
     child = make_child(parent, tmp_path / "child", drop=1)
     assert matching_layers(open_model(child), open_model(parent)) == [(0, 0), (1, 2), (2, 3)]

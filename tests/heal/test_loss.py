@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from puzzle.data.rows import IGNORE
 from puzzle.heal import loss
 from puzzle.heal.loss import Learner, Teacher, Weights, cosine_distance, head_losses
-from puzzle.heal.rows import IGNORE
-from puzzle.model import load_model
+from puzzle.runtime.model import load_model
 
 WEIGHTS = Weights(kl=0.7, cosine=1.3, lm=0.4, temperature=1.5)
 PAIRS = [(0, 0), (1, 1), (2, 2), (3, 3)]

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from puzzle import metrics
 from puzzle.blocklib.layer import LayerSpec
 from puzzle.kernels import linear_kl as module
 from puzzle.kernels.linear_kl import Chunks, linear_kl
-from puzzle.metrics import Divergence
-from puzzle.model import CausalModel
+from puzzle.runtime import divergence as metrics
+from puzzle.runtime.divergence import Divergence
+from puzzle.runtime.model import CausalModel
 
 SEQUENCES, TOKENS, HIDDEN, VOCAB = 3, 63, 40, 501
 SPEC = LayerSpec(

@@ -1,0 +1,56 @@
+"""Which device computes, in which dtype, within how much memory."""
+
+from __future__ import annotations
+
+import torch
+
+from puzzle.base.errors import UserError
+from puzzle.base.machine import available_memory
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto', 'cpu' or 'cuda'. Raises UserError when a GPU is asked for and there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA GPU is visible here; use --device cpu or run where there is one")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device: use auto, cpu or cuda") from None
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def device_memory(device: torch.device, limit: int | None) -> int:
+    """Bytes that a plan may fill: 90 % of what is free now, or of `limit` where that is less."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return int(0.9 * min(free, limit or free))
+
+
+def this_gpu(gpu: str) -> str:
+    """The name of the CUDA device that is to be `gpu`. Raises UserError when there is none that the kernels can use, with the driver's reason."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"--gpu {gpu}: no CUDA device can be used here ({reason}): profile on the machine whose costs you want, or use "
+            "--gpu cpu"
+        ) from error
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise UserError(f"{torch.cuda.get_device_name()} is sm_{major}{minor}: the kernels need sm_80 or newer")
+    return torch.cuda.get_device_name()
+
+
+def check_gpu(gpu: str) -> None:
+    """Raises UserError unless `gpu` ("h100", "h100-sxm-80gb") names this machine's device."""
+    here = this_gpu(gpu)
+    if gpu.split("-")[0] not in here.lower():
+        raise UserError(f"--gpu {gpu}: this machine has {here}; a cost is measured where it will be paid")

@@ -1,0 +1,88 @@
+"""Small files written whole or not at all, and the hashes that name content."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from puzzle.base.errors import UserError, writing
+
+SCHEMA = 1
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well it replaces `path`, otherwise it is removed.
+
+    The temporary name is always the same, so that what a killed process left behind is overwritten.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` with `"schema"` first, atomically."""
+    write_text(path, json.dumps({"schema": SCHEMA, **value}, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """Read what `write_json` wrote. Raises UserError when missing, broken, or of another schema.
+
+    made_by: the command that makes the file, for the hint.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: make it with `{made_by}`") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): make it again with `{made_by}`") from error
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"{path} has schema {found!r}, this version reads {SCHEMA}: make it again with `{made_by}`")
+    return value
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`. [64 hex digits]"""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes. [64 hex digits]"""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def claim_output(out: Path, force: bool) -> None:
+    """Check that `out` is new or empty (or --force was given) and that it can be written. Raises UserError."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a directory")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise UserError(f"--out {out} is not empty: choose another directory, or pass --force to replace it")
+    check_writable(out)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise UserError unless files can be made in `directory` (which may yet have to be created)."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {directory} (permission denied): choose another --out or change its permissions")

@@ -1,0 +1,97 @@
+"""Amounts as people write and read them: bytes, seconds, counts, layers."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from puzzle.base.errors import UserError
+
+
+def bytes_text(count: float) -> str:
+    """1536 -> '1.5 KiB' (binary units)"""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def seconds_text(seconds: float) -> str:
+    """95 -> '1 min 35 s'"""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def parse_bytes(text: str) -> int:
+    """'80GB' -> 80·10⁹, '1.5GiB' -> 1.5·2³⁰, '1000' -> 1000. Raises UserError for anything else or below 1."""
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "tb": 10**12,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+        "tib": 2**40,
+    }
+    cleaned = text.strip().lower()
+    number = cleaned.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = cleaned[len(number) :].strip()
+    try:
+        value = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise UserError(f"'{text}' is no amount of memory: write for example 80GB or 24GiB") from None
+    if not 1 <= value < float("inf"):
+        raise UserError(f"'{text}' is no amount of memory: it must be at least 1 byte")
+    return int(value)
+
+
+def parse_seconds(option: str, text: str) -> float:
+    """'1.5', '1.5s', '800ms' -> seconds. Raises UserError unless positive."""
+    found = re.fullmatch(r"\s*([-+0-9.eE]+)\s*(ms|s)?\s*", text)
+    try:
+        value = float(found[1]) / (1000 if found[2] == "ms" else 1) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"{option} {text}: write seconds such as 1.5 or 800ms; it must be above 0")
+    return value
+
+
+def parse_count(option: str, text: str, least: int = 1) -> int:
+    """'7e9', '7B', '12M' -> a count. Raises UserError below `least`."""
+    found = re.fullmatch(r"\s*([-+0-9.eE]+?)\s*([kKmMbBtT])?\s*", text)
+    scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+    try:
+        value = float(found[1]) * (scale[found[2].lower()] if found[2] else 1) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= least):
+        raise UserError(f"{option} {text}: write a count such as 6.5B, 12M or 1000000")
+    return int(value)
+
+
+def parse_layers(option: str, text: str, num_layers: int) -> list[int]:
+    """'0-3,7' -> [0, 1, 2, 3, 7]. Raises UserError outside the model or for anything else."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        try:
+            begin, end = int(first), int(last or first)
+        except ValueError:
+            raise UserError(f"{option} {text}: '{part}' is no layer or range; write for example 0-3,7") from None
+        if not 0 <= begin <= end < num_layers:
+            raise UserError(f"{option} {text}: '{part}' is outside the parent's layers 0-{num_layers - 1}")
+        chosen.update(range(begin, end + 1))
+    return sorted(chosen)
+
+
+def layer_name(index: int) -> str:
+    """7 -> "L07" """
+    return f"L{index:02d}"

@@ -1,0 +1,23 @@
+"""What is asked of a model: a batch of requests. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puzzle.base.errors import UserError
+
+PREFILL_ROWS = 16384  # prompt tokens that go through the runtime on a GPU together: more gain nothing but memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """A batch of requests that start together: input_len prompt tokens each, then output_len tokens each."""
+
+    input_len: int
+    output_len: int
+
+    def __post_init__(self) -> None:
+        for name in ("input_len", "output_len"):
+            if getattr(self, name) < 1:
+                option = "--" + name.replace("_", "-")
+                raise UserError(f"{option} {getattr(self, name)}: a workload has at least 1 token")

@@ -1,0 +1,156 @@
+"""The Pareto frontier of a library: the least sum of scores at each of many throughputs (or memories, or latencies).
+
+OUT/frontier.csv grows a row a point, so that an interrupted run goes on; OUT/frontier.png when matplotlib is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from puzzle.base.console import progress
+from puzzle.base.errors import UserError
+from puzzle.base.files import content_hash, read_json, write_json
+from puzzle.choose.goal import Target
+from puzzle.choose.problem import Selection, pair_name
+from puzzle.choose.solve import choices_of
+from puzzle.solver.pareto import Point, frontier
+from puzzle.solver.problem import Problem
+
+AXES = {"throughput": "tokens/s", "latency": "seconds", "memory": "bytes"}
+FIELDS = ("value", "batch", "score", "tokens_per_second", "latency_seconds", "memory_bytes", "layers")
+
+
+def library_frontier(selection: Selection, axis: str, count: int, out: Path, backend: str = "ortools") -> list[dict]:
+    """`count` points on `axis` between the parent and the most extreme child. Returns the rows of frontier.csv.
+
+    Values that no child reaches give no row. Raises UserError for an unknown axis or less than two points.
+    """
+    if axis not in AXES:
+        raise UserError(f"--pareto {axis}: use {', '.join(AXES)}")
+    if count < 2:
+        raise UserError(f"--points {count}: a frontier has at least 2 points")
+    costs = selection.costs
+    values = _values(selection, axis, count)
+    path = out / "frontier.csv"
+    key = content_hash([axis, values, costs.table.hash, selection.library.facts["parent"], _plain(selection.goal)])
+    rows = _resume(out, key)
+    loose = _with(selection, axis, None).problems()
+
+    def problems_at(value: float) -> Mapping[str, Problem]:
+        here = _with(selection, axis, Target(value=value, relative=False))
+        return {str(b): replace(loose[str(b)], constraints=here.constraints(b)) for b in costs.batches}
+
+    out.mkdir(parents=True, exist_ok=True)
+    with progress("frontier", len(values)) as bar, open(path, "a" if rows else "w", newline="") as handle:
+        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
+        if not rows:
+            writer.writeheader()
+        write_json(out / "frontier.json", {"key": key})
+        had = {row["value"] for row in rows}
+
+        def keep(point: Point) -> None:
+            layers = choices_of(point.solution)
+            child = costs.predict(layers, int(point.label))
+            row: dict[str, Any] = {
+                "value": point.value,
+                "batch": int(point.label),
+                "score": point.solution.objective,
+                "tokens_per_second": child.tokens_per_second,
+                "latency_seconds": child.latency_seconds,
+                "memory_bytes": child.memory_bytes,
+                "layers": [pair_name(choice) for choice in layers],
+            }
+            writer.writerow(row | {"layers": json.dumps(row["layers"])})
+            handle.flush()
+            rows.append(row)
+
+        for value in values:
+            if value not in had:
+                frontier([value], problems_at, backend=backend, on_point=keep)
+            bar.advance()
+    rows.sort(key=lambda row: row["value"])
+    draw(rows, axis, out / "frontier.png")
+    return rows
+
+
+def _with(selection: Selection, axis: str, target: Target | None) -> Selection:
+    change: dict[str, Any] = {axis: target}
+    return replace(selection, goal=replace(selection.goal, **change))
+
+
+def _values(selection: Selection, axis: str, count: int) -> list[float]:
+    costs, own = selection.costs, selection.parent
+    cheapest = [costs.predict(_cheapest(selection), b) for b in costs.batches]
+    first, last = {
+        "throughput": (own.tokens_per_second, max(p.tokens_per_second for p in cheapest)),
+        "latency": (own.latency_seconds, min(p.latency_seconds for p in cheapest)),
+        "memory": (own.memory_bytes, min(p.memory_bytes for p in cheapest)),
+    }[axis]
+    return [float(f"{first + (last - first) * n / (count - 1):.9g}") for n in range(count)]
+
+
+def _cheapest(selection: Selection) -> list[dict[str, str]]:
+    """Every layer's pair of least memory and time: the far end of every axis."""
+    problem = selection.problem(selection.costs.batches[0])
+    picked = [
+        min(la.variants, key=lambda v: (v.resources["seconds"], v.resources["memory_bytes"])) for la in problem.layers
+    ]
+    return [dict(zip(("attention", "ffn"), v.name.split("|"), strict=True)) for v in picked]
+
+
+def _plain(goal) -> dict[str, Any]:
+    return {k: str(v) for k, v in asdict(goal).items()}
+
+
+def _resume(out: Path, key: str) -> list[dict]:
+    path, mark = out / "frontier.csv", out / "frontier.json"
+    if not path.is_file() or not mark.is_file() or read_json(mark, "puzzle solve --pareto").get("key") != key:
+        return []
+    with open(path, newline="") as handle:
+        return [
+            {
+                **{k: float(row[k]) for k in ("value", "score", "tokens_per_second", "latency_seconds")},
+                **{k: int(row[k]) for k in ("batch", "memory_bytes")},
+                "layers": json.loads(row["layers"]),
+            }
+            for row in csv.DictReader(handle)
+            if (row["layers"] or "").endswith("]")  # a killed run may have left half a line
+        ]
+
+
+def draw(rows: list[dict], axis: str, path: Path) -> None:
+    """A PNG of the frontier; nothing when matplotlib is not installed (extra `report`)."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    axes.plot([r["value"] for r in rows], [r["score"] for r in rows], marker="o", markersize=3)
+    axes.set_xlabel(f"{axis} limit, {AXES[axis]} (predicted)")
+    axes.set_ylabel("sum of scores, nats/token")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def terminal_plot(rows: list[dict], axis: str, width: int = 64, height: int = 14) -> list[str]:
+    """The frontier as text: score upwards, the limit to the right."""
+    xs, ys = [r["value"] for r in rows], [r["score"] for r in rows]
+    left, right, top = min(xs), max(xs), max(ys) or 1.0
+    grid = [[" "] * width for _ in range(height)]
+    for x, y in zip(xs, ys, strict=True):
+        column = round((x - left) / (right - left) * (width - 1)) if right > left else 0
+        grid[height - 1 - round(y / top * (height - 1))][column] = "●"
+    lines = [f"{top * (height - 1 - n) / (height - 1):8.3g} │{''.join(line)}" for n, line in enumerate(grid)]
+    lines.append(" " * 9 + "└" + "─" * width)
+    lines.append(" " * 10 + f"{left:<{width // 2}.4g}{right:>{width // 2}.4g}")
+    return [*lines, " " * 10 + f"{axis} limit, {AXES[axis]}, against the sum of scores in nats/token"]

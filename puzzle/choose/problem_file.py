@@ -1,0 +1,33 @@
+"""`puzzle solve --problem problem.json`: the solver for libraries that are not ours. Needs no torch and no cost table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from puzzle.base.errors import UserError
+from puzzle.base.files import write_json
+from puzzle.solver.diverse import diverse
+from puzzle.solver.explain import explain_infeasible
+from puzzle.solver.jsonio import read_problem, write_solutions
+from puzzle.solver.problem import ProblemError
+from puzzle.solver.solve import solve
+
+
+def solve_file(
+    problem_path: Path, out: Path, *, backend: str = "ortools", time_limit: float | None = None
+) -> dict[str, Any]:
+    """Solve the problem of a file and write solution.json's value to `out`, a conflict included. Raises UserError."""
+    try:
+        problem, wanted = read_problem(problem_path)
+        if wanted is None:
+            solutions = [solve(problem, backend, time_limit)]
+        else:
+            solutions = diverse(problem, wanted.count, wanted.min_distance, backend=backend, time_limit=time_limit)
+            solutions = solutions or [solve(problem, backend, time_limit)]
+        conflict = explain_infeasible(problem) if solutions[0].status == "infeasible" else None
+    except ProblemError as error:
+        raise UserError(str(error)) from error
+    value = write_solutions(solutions, conflict)
+    write_json(out, value)
+    return value

@@ -1,0 +1,85 @@
+"""Further workloads that the same child must serve: `--also 1024/64@8:ttft=300ms,throughput=1.5x`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from puzzle.base.errors import UserError
+from puzzle.base.workload import Workload
+from puzzle.choose.cost_model import CostModel, Prediction
+from puzzle.choose.goal import Goal, Target, goal_of
+from puzzle.library.manifest import Library
+from puzzle.profile.cost_table import CostTable
+from puzzle.profile.engine import EngineModel
+
+LIMITS = ("throughput", "latency", "ttft", "tpot")
+TIMED = ("seconds", "prefill_seconds", "decode_seconds", "memory_bytes")  # resources that differ between workloads
+EXAMPLE = "INPUT/OUTPUT[@BATCH]:LIMIT=GOAL,... such as 1024/64@8:ttft=300ms,throughput=1.5x"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Also:
+    """One more workload with limits of its own. batch: sequences at once; None is the batch of the main workload."""
+
+    work: Workload
+    batch: int | None
+    goal: Goal
+
+    @property
+    def name(self) -> str:
+        return f"{self.work.input_len}/{self.work.output_len}" + (f"@{self.batch}" if self.batch else "")
+
+
+def parse_also(text: str) -> Also:
+    """Raises UserError unless the text is as in EXAMPLE, with every limit one of LIMITS and given once."""
+    found = re.fullmatch(r"\s*(\d+)/(\d+)(?:@(\d+))?:(.+)", text)
+    if not found:
+        raise UserError(f"--also {text}: write {EXAMPLE}")
+    limits: dict[str, str] = {}
+    for part in found[4].split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or name not in LIMITS or name in limits:
+            raise UserError(f"--also {text}: '{part.strip()}' is no new limit; use {', '.join(LIMITS)}, each once")
+        limits[name] = value
+    try:
+        work = Workload(input_len=int(found[1]), output_len=int(found[2]))
+        goal = goal_of(
+            limits.get("throughput"), limits.get("latency"), ttft=limits.get("ttft"), tpot=limits.get("tpot")
+        )
+    except UserError as error:
+        raise UserError(f"--also {text}: {error}") from error
+    batch = int(found[3]) if found[3] else None
+    if batch == 0:
+        raise UserError(f"--also {text}: a batch of 0 sequences; use 1 or more")
+    return Also(work=work, batch=batch, goal=goal)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """A workload with its costs, its limits and the parent's own figures in it. suffix: of its resources and labels, ""
+    for the main workload. batch: fixed, or None for the batch that is being tried."""
+
+    suffix: str
+    batch: int | None
+    goal: Goal
+    costs: CostModel
+    parent: Prediction
+
+    def at(self, batch: int) -> int:
+        return self.batch or batch
+
+    def timed(self, resources: Mapping[str, float]) -> dict[str, float]:
+        return {name + self.suffix: resources[name] for name in TIMED}
+
+
+def served(also: Also, library: Library, table: CostTable | EngineModel, memory: int | None) -> Served:
+    """memory: the main workload's limit in bytes, which holds here too. Raises UserError for a batch not measured."""
+    costs = CostModel(library, table, also.work)
+    if also.batch is not None and also.batch not in costs.batches:
+        measured = ", ".join(map(str, costs.batches))
+        raise UserError(f"--also {also.name}: batch {also.batch} is not in the costs; use one of {measured}")
+    limit = None if memory is None else Target(value=memory, relative=False)
+    goal = replace(also.goal, memory=limit)
+    return Served(suffix=f"@{also.name}", batch=also.batch, goal=goal, costs=costs, parent=costs.best_parent(memory))

@@ -1,0 +1,280 @@
+"""What people read on the terminal: the architecture and its table, evaluations, results. Predicted is never mixed
+with measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from puzzle.base.console import console
+from puzzle.base.files import read_json
+from puzzle.base.units import bytes_text, seconds_text
+from puzzle.choose.frontier import terminal_plot
+from puzzle.export.picture import picture
+from puzzle.library.manifest import KINDS, PARENT, Library
+
+
+def _table(title: str, rows: list[tuple[str, Any, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("parent", justify="right")
+    table.add_column("child", justify="right")
+    for name, parent, child in rows:
+        table.add_row(name, str(parent), str(child))
+    return table
+
+
+def print_solution(solved: dict[str, Any], library: Library) -> None:
+    """The picture, the solver's certificate and the predicted figures of parent and child."""
+    parent, child = solved["parent_predicted"], solved["predicted"]
+    for line in picture(solved["layers"], library):
+        console.print(line, markup=False)
+    if solved["library"].get("synthetic_scores"):
+        console.print("the scores are synthetic: speed and size are what counts here, not quality")
+    slack = ", ".join(f"{name} {value:.4g}" for name, value in solved["slack"].items())
+    console.print(
+        f"{solved['status']}: sum of scores {solved['objective']:.5g} nats/token, bound {solved['bound']:.5g}, "
+        f"gap {solved['gap']:.1e}, slack: {slack} ({solved['solver']}, {solved['seconds']:.2f} s)"
+    )
+    console.print(
+        _table(
+            f"predicted on {solved['costs']['device']} ({solved['costs']['dtype']})",
+            [
+                ("batch", parent["batch"], child["batch"]),
+                ("tokens/s", f"{parent['tokens_per_second']:.5g}", f"{child['tokens_per_second']:.5g}"),
+                ("speed-up, each at its best batch", "1x", f"{child['speedup']:.3g}x"),
+                ("speed-up at the child's batch", "1x", f"{child['speedup_at_same_batch']:.3g}x"),
+                ("time to first token", f"{parent['ttft_seconds']:.4g} s", f"{child['ttft_seconds']:.4g} s"),
+                ("time per output token", f"{parent['tpot_seconds']:.4g} s", f"{child['tpot_seconds']:.4g} s"),
+                ("memory", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
+                ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
+                ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
+            ],
+        )
+    )
+    limit = solved["goal"]["memory_bytes"]
+    if isinstance(limit, float) and parent["memory_bytes"] > limit:
+        console.print(
+            f"the parent itself needs {bytes_text(parent['memory_bytes'])}: its figures are what it would do with that much "
+            "memory, at its smallest batch"
+        )
+    for line in (x for one in (solved, *solved["also"]) for x in one["extrapolated"]):
+        console.print(f"extrapolated: {line}", markup=False)
+    for one in solved["also"]:
+        work, mine, own = one["workload"], one["predicted"], one["parent_predicted"]
+        console.print(
+            f"also {work['input_len']}/{work['output_len']} at batch {mine['batch']}, predicted: "
+            f"{mine['tokens_per_second']:.5g} tokens/s ({mine['speedup']:.3g}x), first token {mine['ttft_seconds']:.4g} s, "
+            f"then {mine['tpot_seconds']:.4g} s each; parent {own['tokens_per_second']:.5g} at batch {own['batch']}, "
+            f"{own['ttft_seconds']:.4g} s, {own['tpot_seconds']:.4g} s",
+            markup=False,
+        )
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    parent, child = result["parent"], result["child"]
+    rows = [
+        ("held-out loss, nats/token", f"{parent['loss']:.4f}", f"{child['loss']:.4f}"),
+        ("KL(parent‖child), nats/token", "0", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}"),
+        ("top-1 agreement", "1", f"{child['top1_agreement']:.4f}"),
+        ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
+        ("weights", bytes_text(parent["weight_bytes"]), bytes_text(child["weight_bytes"])),
+        ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
+    ]
+    if "speedup" in result:
+        rows += [
+            ("batch", parent["batch"], child["batch"]),
+            ("tokens/s", f"{parent['tokens_per_second']:.5g}", f"{child['tokens_per_second']:.5g}"),
+            ("speed-up", "1x", f"{result['speedup']:.3g}x"),
+            ("prefill", f"{parent['prefill_seconds']:.4g} s", f"{child['prefill_seconds']:.4g} s"),
+            ("decode", f"{parent['decode_seconds']:.4g} s", f"{child['decode_seconds']:.4g} s"),
+            ("memory", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
+        ]
+    console.print(_table(f"measured on {result['device']} ({result['dtype']}), {result['num_tokens']:,} tokens", rows))
+
+
+def print_prices(solved: dict[str, Any]) -> None:
+    """What 1 % more of each limit buys; nothing without --explain."""
+    for price in solved.get("prices", ()):
+        change = price["objective"] - solved["objective"]
+        share = f" ({100 * change / solved['objective']:+.2f} %)" if solved["objective"] else ""
+        moved = "1 % less throughput" if price["limit"] == "throughput" else f"{price['limit']} {price['moved']:.6g}"
+        console.print(f"{moved}: sum of scores {change:+.4g}{share}")
+
+
+def print_frontier(rows: list[dict[str, Any]], axis: str) -> None:
+    if not rows:
+        console.print("no point of the frontier can be met")
+        return
+    for line in terminal_plot(rows, axis):
+        console.print(line, markup=False, highlight=False)
+
+
+def print_diverse(found: list[dict[str, Any]], library: Library) -> None:
+    for number, solved in enumerate(found, 1):
+        console.print(
+            f"{number}: sum of scores {solved['objective']:.5g}, {solved['predicted']['speedup']:.3g}x (predicted)"
+        )
+        for line in picture(solved["layers"], library)[:2]:
+            console.print(line, markup=False)
+
+
+def print_solutions(value: dict[str, Any]) -> None:
+    """What `puzzle solve --problem` found."""
+    for number, solution in enumerate(value["solutions"], 1):
+        objective = "none" if solution["objective"] is None else f"{solution['objective']:.9g}"
+        gap = "" if solution["gap"] is None else f", gap {solution['gap']:.1e}"
+        console.print(f"{number}: {solution['status']}, objective {objective}{gap} ({solution['seconds']:.2f} s)")
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Promise against delivery."""
+    table = Table(title="promised and delivered", title_justify="left")
+    for name in ("", "predicted", "measured"):
+        table.add_column(name, justify="right" if name else "left")
+    predicted, measured = result["predicted"], result["measured"]
+    table.add_row("speed-up", f"{predicted['speedup']:.3g}x", f"{measured['speedup']:.3g}x")
+    table.add_row("tokens/s", f"{predicted['tokens_per_second']:.5g}", f"{measured['tokens_per_second']:.5g}")
+    parent = result["parent"]
+    table.add_row(
+        "the parent's tokens/s", f"{parent['predicted_tokens_per_second']:.5g}", f"{parent['tokens_per_second']:.5g}"
+    )
+    table.add_row("weights and KV cache", bytes_text(predicted["memory_bytes"]), bytes_text(measured["memory_bytes"]))
+    table.add_row("KV bytes per token", str(predicted["kv_bytes_per_token"]), str(measured["kv_bytes_per_token"]))
+    table.add_row(
+        "KL to the parent, nats/token",
+        f"{result['child']['sum_of_scores']:.4f} (sum of scores)",
+        f"{result['child']['kl']:.4f}",
+    )
+    table.add_row("held-out loss", f"parent {parent['loss']:.4f}", f"{result['child']['loss']:.4f}")
+    console.print(table)
+
+
+def print_plan(facts: dict[str, Any]) -> None:
+    """The --dry-run report; every figure is predicted."""
+    groups, predicted = facts["groups"], facts["predicted"]
+    console.print(f"device            {facts['device']}")
+    for kind, names in facts["variants"].items():
+        console.print(f"{kind:<17} {', '.join(names)}")
+    console.print(
+        f"layers            {sum(map(len, groups))} in {len(groups)} group(s) of up to {max(map(len, groups))}"
+    )
+    console.print(f"trained           {facts['trained_parameters_per_layer']:,} parameters per layer")
+    console.print(f"device memory     {bytes_text(predicted['peak_memory_bytes'])} at the peak (predicted)")
+    console.print(f"host memory       {bytes_text(predicted['host_memory_bytes'])} besides (predicted)")
+    console.print(f"disk              {bytes_text(predicted['disk_bytes'])}: library and one snapshot (predicted)")
+    console.print(
+        f"compute           {predicted['flops']:.2e} FLOPs over {predicted['num_tokens']:,} tokens (predicted)"
+    )
+    console.print(f"training time     {seconds_text(predicted['seconds'])} (predicted from timed steps of one layer)")
+
+
+def library_summary(root: Path) -> dict[str, Any]:
+    """Per variant, medians over layers of what training and scoring measured."""
+    library = Library.open(root)
+    rows = []
+    for kind in KINDS:
+        for name in library.variants(kind):
+            if name == PARENT:
+                continue
+            records = [
+                read_json(root / "blocks" / f"L{layer:02d}" / kind / f"{name}.json", "puzzle build-library")
+                for layer in library.layers
+            ]
+            row: dict[str, Any] = {"kind": kind, "variant": name}
+            for key in ("validation_loss_before", "validation_loss_after"):
+                row[key] = median(r[key] for r in records)
+            if all((root / "scores" / f"L{layer:02d}.json").is_file() for layer in library.layers):
+                row["kl"] = median(library.scores(layer)[f"{kind}/{name}"]["kl"] for layer in library.layers)
+            rows.append(row)
+    return {"library": str(root), "num_layers": library.num_layers, "layers": library.layers, "variants": rows}
+
+
+def print_library(summary: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{summary['library']}: medians over {len(summary['layers'])} layers, measured on held-out text",
+        title_justify="left",
+    )
+    for name in ("sub-block", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"):
+        table.add_column(name, justify="left" if name in ("sub-block", "variant") else "right")
+    for row in summary["variants"]:
+        kl = f"{row['kl']:.5f}" if "kl" in row else "not scored"
+        table.add_row(
+            row["kind"],
+            row["variant"],
+            f"{row['validation_loss_before']:.4f}",
+            f"{row['validation_loss_after']:.4f}",
+            kl,
+        )
+    console.print(table)
+
+
+def print_runs(solved: dict[str, Any]) -> None:
+    """Which layers `puzzle fuse` will fuse, and how they were priced; nothing without --fusion."""
+    if "fusion" not in solved:
+        return
+    priced = solved["fusion"]
+    runs = ", ".join(f"{first}-{last}" for first, last in solved["fuse"]) or "none: nothing is gained by it here"
+    after = " (after `puzzle export`, by `puzzle fuse CHILD --out FUSED`)" if solved["fuse"] else ""
+    console.print(f"to be fused: layers {runs}{after}", markup=False)
+    ways = {
+        "cost table": "interpolated between the widths of the cost table",
+        "affine fit": "an affine fit over the widths of the cost table, which has none beyond the parent's",
+        "engine model": "the engine model's",
+    }
+    console.print(
+        f"time of wide FFNs: {ways[priced['wide_ffn']]}; fusion saves {priced['saved_seconds']:.4g} s of the workload "
+        f"(predicted); the solver's sum over pairs of neighbours says {priced['pairwise_error_seconds']:+.2g} s more"
+    )
+    if priced["missed"]:
+        console.print(
+            f"fused, the child misses {', '.join(priced['missed'])} by that difference: ask for a little more"
+        )
+    if priced["dependency"] is None:
+        console.print("fusion is charged no score: pass --fusion-dependency for the parent's dependency between FFNs")
+    else:
+        console.print(
+            f"charged for dependency ({priced['dependency']}): {priced['charge']:.4g} nats/token over neighbours, "
+            f"{priced['charge_all']:.4g} over all pairs of the runs"
+        )
+
+
+def print_fusion(found: dict[str, Any]) -> None:
+    """What `puzzle fuse` fused or measured."""
+    if not found["dependency_only"]:
+        table = Table(title=f"fused, each FFN through {'its own norm' if found['norm'] == 'own' else 'the last norm'}")
+        for name in ("layers", "channels", "largest dependency (measured)"):
+            table.add_column(name, justify="right")
+        for run in found["runs"]:
+            near = "not measured" if run["dependency"] is None else f"{run['dependency']:.3g}"
+            widths = " + ".join(map(str, run["widths"]))
+            table.add_row(f"{run['first']}-{run['last']}", f"{widths} = {run['width']}", near)
+        console.print(table)
+        layers = found["num_layers"]
+        console.print(f"{layers['before']} layers became {layers['after']}")
+    for key, title in (("pairs", "in parallel alone"), ("together", "in parallel together")):
+        for row in found.get("parallel", {}).get(key, ()):
+            pairs = row["pairs"] if key == "together" else [row["layers"]]
+            names = ", ".join(f"{first}|{second}" for first, second in pairs)
+            console.print(f"blocks {names} {title}: KL {row['kl']:.5f} ± {row['kl_stderr']:.5f} (measured)")
+
+
+def print_fit(value: dict[str, Any]) -> None:
+    """Constants of an engine, and how far its predictions are from what was measured."""
+    for name, constant in value["constants"].items():
+        unit = "of the datasheet" if constant > 1e-2 else "s"
+        console.print(f"{name:<10} {constant:.4g} {unit}", markup=False)
+    table = Table(title=f"errors of {value['engine']} on {value['device']}", title_justify="left")
+    for name in ("", "mean", "largest", "mean, left out", "largest, left out"):
+        table.add_column(name, justify="right" if name else "left")
+    for what, found in value["errors"].items():
+        if isinstance(found, dict):
+            out = value["leave_one_out"].get(what, found)
+            cells = [f"{100 * e:.2f} %" for e in (found["mean"], found["largest"], out["mean"], out["largest"])]
+            table.add_row(f"{what.replace('_', ' ')} ({found['num']})", *cells)
+    console.print(table)
+    left = value["leave_one_out"]
+    console.print(f"pairs of architectures ranked right when left out: {left['pairs_ranked_right']} of {left['pairs']}")

@@ -1,0 +1,177 @@
+"""Rows of tokens out of several sources in fixed proportions, every document as often as every other of its source.
+
+A source is an endless stream: all its documents, then all of them again in a new seeded order, and so on. A stage draws
+rows of T tokens; row i comes from the source that is furthest behind its share of the first i rows (largest deficit), so
+the realised proportions differ from the weights by about a row, at any moment. Within an epoch the rows of a source are
+visited in a seeded order. Nothing here depends on how many processes train or on when a run was stopped.
+
+Letters: B sequences a step, T tokens of a row, N tokens of a source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puzzle.base.errors import UserError
+
+IGNORE = -100  # the label of a token that does not count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """num_steps steps of batch_size sequences of seq_len tokens."""
+
+    seq_len: int
+    batch_size: int
+    num_steps: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.seq_len * self.batch_size * self.num_steps
+
+
+class Stream:
+    """The documents of one source as an endless stream of tokens."""
+
+    def __init__(
+        self,
+        name: str,
+        documents: list[np.ndarray],
+        *,
+        counted: list[np.ndarray] | None = None,
+        weight: float = 1.0,
+        max_epochs: float | None = None,
+        seed: int = 0,
+    ):
+        """documents: token ids [length] each; counted: of the same lengths, True where the loss counts (None: always)."""
+        self.name, self.weight, self.max_epochs = name, weight, max_epochs
+        self.lengths = np.array([len(d) for d in documents], dtype=np.int64)
+        self.num_tokens = int(self.lengths.sum())
+        self._begins = np.cumsum(self.lengths) - self.lengths
+        self._flat = np.concatenate(documents).astype(np.int32, copy=False)
+        self._counted = None if counted is None else np.concatenate(counted)
+        digest = hashlib.sha256(self._flat.data)
+        if self._counted is not None:
+            digest.update(self._counted.data)
+        self.hash = digest.hexdigest()
+        self._seed = [seed, int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)]
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of one epoch in their order, and where each ends in the epoch's tokens. [num_documents] each"""
+        if epoch not in self._orders:
+            if len(self._orders) > 3:
+                self._orders.clear()
+            picked = np.random.default_rng([*self._seed, epoch]).permutation(len(self.lengths))
+            self._orders[epoch] = picked, np.cumsum(self.lengths[picked])
+        return self._orders[epoch]
+
+    def pieces(self, start: int, length: int) -> list[tuple[int, slice]]:
+        """(document, part of it) of the tokens start … start + length of the stream."""
+        found = []
+        while length > 0:
+            epoch, within = divmod(start, self.num_tokens)
+            picked, ends = self.order(epoch)
+            place = int(np.searchsorted(ends, within, side="right"))
+            document = int(picked[place])
+            offset = within - int(ends[place] - self.lengths[document])
+            count = min(length, int(ends[place]) - within)
+            found.append((document, slice(offset, offset + count)))
+            start, length = start + count, length - count
+        return found
+
+    def take(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids int32 [length] from `start` on, and which of them count."""
+        at = [
+            slice(int(self._begins[d]) + part.start, int(self._begins[d]) + part.stop)
+            for d, part in self.pieces(start, length)
+        ]
+        ids = np.concatenate([self._flat[s] for s in at])
+        return ids, None if self._counted is None else np.concatenate([self._counted[s] for s in at])
+
+
+def deficit_schedule(shares: np.ndarray, num_rows: int) -> np.ndarray:
+    """The source of each row [num_rows] int16: always the one whose share so far is least served; ties: the first."""
+    picked = np.zeros(num_rows, dtype=np.int16)
+    if len(shares) == 1:
+        return picked
+    owed = np.zeros(len(shares))
+    for row in range(num_rows):
+        owed += shares
+        best = int(owed.argmax())
+        owed[best] -= 1
+        picked[row] = best
+    return picked
+
+
+class Mixture:
+    """All rows that a run trains on, by stage and step."""
+
+    def __init__(self, streams: list[Stream], stages: list[Stage], *, seed: int = 0, allow_repeats: bool = False):
+        """Raises UserError when a source would pass its max_epochs, unless repeats are allowed."""
+        self.streams, self.stages = streams, stages
+        self.shares = np.array([s.weight for s in streams]) / sum(s.weight for s in streams)
+        self.drawn = np.zeros(len(streams), dtype=np.int64)  # tokens, over all stages
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []  # of each stage: the row's source, its first token
+        for number, stage in enumerate(stages):
+            sources = deficit_schedule(self.shares, stage.num_steps * stage.batch_size)
+            starts = np.zeros(len(sources), dtype=np.int64)
+            for index, stream in enumerate(streams):
+                mine = np.flatnonzero(sources == index)
+                first = self.drawn[index] + stage.seq_len * np.arange(len(mine), dtype=np.int64)
+                keys = np.random.default_rng([seed, number, index]).random(len(mine))
+                starts[mine] = first[np.lexsort((keys, first // stream.num_tokens))]
+                self.drawn[index] += stage.seq_len * len(mine)
+            self._rows.append((sources, starts))
+        if not allow_repeats:
+            self._refuse_repeats()
+        facts = [(s.name, s.weight, s.max_epochs, s.hash) for s in streams]
+        text = json.dumps([facts, [asdict(stage) for stage in stages], seed])
+        self.hash = hashlib.sha256(text.encode()).hexdigest()
+
+    def _refuse_repeats(self) -> None:
+        for stream, drawn in zip(self.streams, self.drawn, strict=True):
+            epochs = drawn / stream.num_tokens
+            if stream.max_epochs is not None and epochs > stream.max_epochs:
+                raise UserError(
+                    f"source '{stream.name}' would be read {epochs:.2f} times, its max_epochs is {stream.max_epochs:g}: "
+                    f"it has {stream.num_tokens:,} tokens; lower its weight or --tokens, or pass --allow-repeats"
+                )
+
+    def rows(self, stage: int, step: int) -> list[tuple[int, int]]:
+        """(source, first token) of the step's rows."""
+        size = self.stages[stage].batch_size
+        sources, starts = (values[step * size : (step + 1) * size] for values in self._rows[stage])
+        return [(int(s), int(t)) for s, t in zip(sources, starts, strict=True)]
+
+    def batch(self, stage: int, step: int, part: slice = slice(None)) -> Tensor:
+        """Ids and labels [2, B, T] int64 of the step's rows, or of `part` of them. The label of a token is the next one."""
+        length = self.stages[stage].seq_len
+        rows = self.rows(stage, step)[part]
+        found = np.empty((2, len(rows), length), dtype=np.int64)
+        for index, (source, start) in enumerate(rows):
+            ids, counted = self.streams[source].take(start, length + 1)
+            found[0, index] = ids[:-1]
+            found[1, index] = ids[1:] if counted is None else np.where(counted[1:], ids[1:], IGNORE)
+        return torch.from_numpy(found)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Per source: what share of the tokens it gives, and how often each of its documents is read."""
+        return [
+            {
+                "source": stream.name,
+                "share": round(float(share), 6),
+                "tokens": int(drawn),
+                "available_tokens": stream.num_tokens,
+                "epochs": round(float(drawn / stream.num_tokens), 4),
+                "max_epochs": stream.max_epochs,
+            }
+            for stream, share, drawn in zip(self.streams, self.shares, self.drawn, strict=True)
+        ]

