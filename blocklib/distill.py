@@ -1,8 +1,7 @@
 """Block-local distillation (BLD): train variants of one sub-block on the parent's own activations.
 
-Decoupled, as in Puzzle (arXiv 2411.19146, section 3): an attention variant sees the parent's hidden state and is
-held against the parent's attention, an FFN variant likewise, so variants never see each other and no gradient
-crosses a block. Letters: B batch, T tokens, H hidden_size.
+Decoupled, as in Puzzle (arXiv 2411.19146, section 3): a variant sees the parent's hidden state and is held against the
+parent's own sub-block, so variants never see each other and no gradient crosses a block. Letters: B batch, T tokens, H hidden_size.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from puzzle.base.units import layer_name
-from puzzle.blocklib.layer import Calibration, Kind, LayerSpec, ParentLayer
-from puzzle.blocklib.modules import Rope, SwiGLU
-from puzzle.blocklib.variant import Variant
+from puzzle.blocklib.plain.part import Ropes, blank
+from puzzle.blocklib.sub_block import ParentBlock, Variant
 from puzzle.kernels.block_loss import block_loss
 
 
@@ -59,15 +57,26 @@ class VariantTrainer:
     """One variant of one sub-block: its module, its optimiser, its losses."""
 
     def __init__(
-        self, layer: ParentLayer, kind: Kind, variant: Variant, recipe: Recipe, device: torch.device, lr: Tensor
+        self,
+        layer: int,
+        slot: str,
+        variant: Variant,
+        block: ParentBlock,
+        recipe: Recipe,
+        device: torch.device,
+        lr: Tensor,
     ):
-        """lr: the learning rate of the coming step, a scalar tensor on `device` that all trainers share."""
-        self.kind, self.variant, self.recipe = kind, variant, recipe
-        self.key = f"{layer_name(layer.index)}/{kind}/{variant.name}"
+        """block: the parent's, which the variant starts from. lr: the learning rate of the coming step, a scalar tensor on
+        `device` that all trainers share."""
+        self.slot, self.variant, self.recipe = slot, variant, recipe
+        self.key = f"{layer_name(layer)}/{slot}/{variant.name}"
         seed = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big") >> 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of (layer, variant) alone, for variants that draw random weights
-            self.module = variant.build(layer).to(device=device, dtype=torch.float32).train()
+            weights = variant.initialise(block)
+        self.module = blank(variant.sub_block, device).float()
+        self.module.load_state_dict(weights)
+        self.module.train()
         parameters = list(self.module.parameters())
         self.optimizer = None
         if parameters:
@@ -84,7 +93,7 @@ class VariantTrainer:
         self.loss_after = math.nan
         self._validation: list[Tensor] = []
 
-    def step(self, x: Tensor, target: Tensor, rope: Rope) -> None:
+    def step(self, x: Tensor, target: Tensor, ropes: Ropes) -> None:
         """One optimiser step on x [B, T, H] -> target [B, T, H]. A step with a non-finite gradient is left out.
 
         Never waits for the device, so that a CUDA graph can hold it.
@@ -92,7 +101,7 @@ class VariantTrainer:
         if self.optimizer is None:
             return
         with autocast(x.device):
-            out = self.module(x, rope)
+            out = self.module(x, ropes)
         block_loss(out, target).backward()
         parameters = list(self.module.parameters())
         keep = torch.isfinite(nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm))
@@ -103,10 +112,10 @@ class VariantTrainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def validate(self, x: Tensor, target: Tensor, rope: Rope) -> None:
+    def validate(self, x: Tensor, target: Tensor, ropes: Ropes) -> None:
         """Add one validation batch; `validated()` gives the mean and starts over."""
         with autocast(x.device):
-            out = self.module(x, rope)
+            out = self.module(x, ropes)
         self._validation.append(block_loss(out, target))
 
     def validated(self) -> float:
@@ -141,26 +150,3 @@ class VariantTrainer:
                 slot: tensors[f"{self.key}|{name}|{slot}"].to(parameter.device).clone()
                 for slot in ("step", "exp_avg", "exp_avg_sq")
             }
-
-
-def calibrate(ffn: SwiGLU, inputs: list[Tensor], spec: LayerSpec) -> Calibration:
-    """Statistics of the parent's FFN over the residual streams that enter it. inputs: [B, T, H] each"""
-    device = inputs[0].device
-    hidden = spec.hidden_size
-    found = Calibration(
-        num_tokens=0,
-        channel_sum=torch.zeros(spec.intermediate_size, dtype=torch.float64, device=device),
-        gram=torch.zeros(hidden, hidden, dtype=torch.float64, device=device),
-        cross=torch.zeros(hidden, hidden, dtype=torch.float64, device=device),
-    )
-    with torch.no_grad():
-        for x in inputs:
-            normed = ffn.norm(x)
-            inner = ffn.inner(normed)
-            out = ffn.down_proj(inner).flatten(0, 1).double()
-            flat = normed.flatten(0, 1).double()
-            found.num_tokens += len(flat)
-            found.channel_sum += inner.flatten(0, 1).double().abs().sum(dim=0)
-            found.gram += flat.T @ flat
-            found.cross += out.T @ flat
-    return found

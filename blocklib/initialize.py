@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzle.blocklib.layer import Calibration, LayerSpec
+from puzzle.blocklib.sub_block import Statistics
 
 RIDGE = 1e-4  # of the mean diagonal of the Gram matrix: keeps the solve stable when tokens are few
 
@@ -24,31 +24,30 @@ def merge_kv_heads(weight: Tensor, num_heads: int, num_merged: int) -> Tensor:
     return grouped.mean(dim=1).reshape(num_merged * dim, *weight.shape[1:])
 
 
-def attention_as_linear(weights: dict[str, Tensor], spec: LayerSpec) -> Tensor:
+def attention_as_linear(weights: dict[str, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
     """O · V with each KV head repeated for its query heads: attention where every token sees only itself. [H, H]"""
-    groups = spec.num_attention_heads // spec.num_key_value_heads
-    value = weights["v_proj.weight"].float().view(spec.num_key_value_heads, spec.head_dim, spec.hidden_size)
-    value = value.repeat_interleave(groups, dim=0).reshape(-1, spec.hidden_size)
-    return weights["o_proj.weight"].float() @ value
+    value = weights["v_proj.weight"].float()
+    value = value.view(num_kv_heads, -1, value.shape[1]).repeat_interleave(num_heads // num_kv_heads, dim=0)
+    return weights["o_proj.weight"].float() @ value.reshape(-1, value.shape[-1])
 
 
-def channel_order(weights: dict[str, Tensor], calibration: Calibration) -> Tensor:
+def channel_order(weights: dict[str, Tensor], statistics: Statistics) -> Tensor:
     """FFN channels by falling contribution mean|x_i| · ‖W_down[:, i]‖₂ over the calibration tokens. [F]"""
     norms = weights["down_proj.weight"].double().norm(dim=0)
-    contribution = calibration.channel_sum.to(norms) / calibration.num_tokens * norms
+    contribution = statistics.channel_sum.to(norms) / statistics.num_tokens * norms
     return contribution.argsort(descending=True, stable=True)
 
 
-def ffn_as_linear(calibration: Calibration) -> Tensor:
+def ffn_as_linear(statistics: Statistics) -> Tensor:
     """The H × H matrix with the least squared error against the FFN on the calibration tokens.
 
     Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64. The product down · up, the other choice, drops the gate: it assumes
     silu(gate) = 1 for every channel and token, while the gate is mostly near 0 (docs/log.md has both errors).
     """
-    gram = calibration.gram.double()
+    gram = statistics.gram.double()
     size = gram.shape[0]
     ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30)
     solved = torch.linalg.solve(
-        gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device), calibration.cross.double().T
+        gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device), statistics.cross.double().T
     )
     return solved.T.float()

@@ -13,11 +13,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no CUDA GPU is visible here; use --device cpu or run where there is one")
+        raise UserError(f"`device` {name}: no CUDA GPU is visible here; use `device` cpu or run where there is one")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is no device: use auto, cpu or cuda") from None
+        raise UserError(f"`device` {name} is no device: use auto, cpu or cuda") from None
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -40,8 +40,8 @@ def this_gpu(gpu: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"--gpu {gpu}: no CUDA device can be used here ({reason}): profile on the machine whose costs you want, or use "
-            "--gpu cpu"
+            f"`gpu` {gpu}: no CUDA device can be used here ({reason}): profile on the machine whose costs you want, or use "
+            "`gpu` cpu"
         ) from error
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
@@ -53,4 +53,4 @@ def check_gpu(gpu: str) -> None:
     """Raises UserError unless `gpu` ("h100", "h100-sxm-80gb") names this machine's device."""
     here = this_gpu(gpu)
     if gpu.split("-")[0] not in here.lower():
-        raise UserError(f"--gpu {gpu}: this machine has {here}; a cost is measured where it will be paid")
+        raise UserError(f"`gpu` {gpu}: this machine has {here}; a cost is measured where it will be paid")

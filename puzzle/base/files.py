@@ -12,7 +12,7 @@ from typing import Any
 
 from puzzle.base.errors import UserError, writing
 
-SCHEMA = 1
+SCHEMA = 1  # of files whose content has not changed since the first version
 
 
 @contextlib.contextmanager
@@ -37,25 +37,33 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any], schema: int = SCHEMA) -> None:
     """Write `value` with `"schema"` first, atomically."""
-    write_text(path, json.dumps({"schema": SCHEMA, **value}, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps({"schema": schema, **value}, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, made_by: str) -> dict[str, Any]:
+def read_json(path: Path, made_by: str, schema: int = SCHEMA) -> dict[str, Any]:
     """Read what `write_json` wrote. Raises UserError when missing, broken, or of another schema.
 
     made_by: the command that makes the file, for the hint.
     """
+    value = read_any(path, made_by)
+    if value.get("schema") != schema:
+        found = value.get("schema")
+        raise UserError(f"{path} has schema {found!r}, this version reads {schema}: make it again with `{made_by}`")
+    return value
+
+
+def read_any(path: Path, made_by: str) -> dict[str, Any]:
+    """The same, of any schema."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: make it with `{made_by}`") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): make it again with `{made_by}`") from error
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        raise UserError(f"{path} has schema {found!r}, this version reads {SCHEMA}: make it again with `{made_by}`")
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not an object: make it again with `{made_by}`")
     return value
 
 
@@ -73,9 +81,9 @@ def file_hash(path: Path) -> str:
 def claim_output(out: Path, force: bool) -> None:
     """Check that `out` is new or empty (or --force was given) and that it can be written. Raises UserError."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a directory")
+        raise UserError(f"`out` {out} is a file: give a directory")
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise UserError(f"--out {out} is not empty: choose another directory, or pass --force to replace it")
+        raise UserError(f"`out` {out} is not empty: choose another directory, or pass `force` to replace it")
     check_writable(out)
 
 
@@ -85,4 +93,4 @@ def check_writable(directory: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {directory} (permission denied): choose another --out or change its permissions")
+        raise UserError(f"cannot write {directory} (permission denied): choose another `out` or change its permissions")

@@ -60,7 +60,7 @@ def parse_seconds(option: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise UserError(f"{option} {text}: write seconds such as 1.5 or 800ms; it must be above 0")
+        raise UserError(f"`{option}` {text}: write seconds such as 1.5 or 800ms; it must be above 0")
     return value
 
 
@@ -73,7 +73,7 @@ def parse_count(option: str, text: str, least: int = 1) -> int:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= least):
-        raise UserError(f"{option} {text}: write a count such as 6.5B, 12M or 1000000")
+        raise UserError(f"`{option}` {text}: write a count such as 6.5B, 12M or 1000000")
     return int(value)
 
 
@@ -85,9 +85,9 @@ def parse_layers(option: str, text: str, num_layers: int) -> list[int]:
         try:
             begin, end = int(first), int(last or first)
         except ValueError:
-            raise UserError(f"{option} {text}: '{part}' is no layer or range; write for example 0-3,7") from None
+            raise UserError(f"`{option}` {text}: '{part}' is no layer or range; write for example 0-3,7") from None
         if not 0 <= begin <= end < num_layers:
-            raise UserError(f"{option} {text}: '{part}' is outside the parent's layers 0-{num_layers - 1}")
+            raise UserError(f"`{option}` {text}: '{part}' is outside the parent's layers 0-{num_layers - 1}")
         chosen.update(range(begin, end + 1))
     return sorted(chosen)
 

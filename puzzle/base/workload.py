@@ -19,5 +19,4 @@ class Workload:
     def __post_init__(self) -> None:
         for name in ("input_len", "output_len"):
             if getattr(self, name) < 1:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"{option} {getattr(self, name)}: a workload has at least 1 token")
+                raise UserError(f"`{name}` {getattr(self, name)}: a workload has at least 1 token")

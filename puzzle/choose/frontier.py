@@ -8,16 +8,16 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from puzzle.base.console import progress
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
-from puzzle.choose.goal import Target
-from puzzle.choose.problem import Selection, pair_name
-from puzzle.choose.solve import choices_of
+from puzzle.choose.goal import BY_OPTION, Target
+from puzzle.choose.problem import Selection
+from puzzle.parents.structure import Layer
 from puzzle.solver.pareto import Point, frontier
 from puzzle.solver.problem import Problem
 
@@ -25,19 +25,19 @@ AXES = {"throughput": "tokens/s", "latency": "seconds", "memory": "bytes"}
 FIELDS = ("value", "batch", "score", "tokens_per_second", "latency_seconds", "memory_bytes", "layers")
 
 
-def library_frontier(selection: Selection, axis: str, count: int, out: Path, backend: str = "ortools") -> list[dict]:
+def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> list[dict]:
     """`count` points on `axis` between the parent and the most extreme child. Returns the rows of frontier.csv.
 
     Values that no child reaches give no row. Raises UserError for an unknown axis or less than two points.
     """
     if axis not in AXES:
-        raise UserError(f"--pareto {axis}: use {', '.join(AXES)}")
+        raise UserError(f"`pareto` {axis}: use {', '.join(AXES)}")
     if count < 2:
-        raise UserError(f"--points {count}: a frontier has at least 2 points")
+        raise UserError(f"`points` {count}: a frontier has at least 2 points")
     costs = selection.costs
     values = _values(selection, axis, count)
     path = out / "frontier.csv"
-    key = content_hash([axis, values, costs.table.hash, selection.library.facts["parent"], _plain(selection.goal)])
+    key = content_hash([axis, values, costs.table.hash, selection.library.facts["parent"], selection.goal.plain()])
     rows = _resume(out, key)
     loose = _with(selection, axis, None).problems()
 
@@ -54,8 +54,8 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path, bac
         had = {row["value"] for row in rows}
 
         def keep(point: Point) -> None:
-            layers = choices_of(point.solution)
-            child = costs.predict(layers, int(point.label))
+            cells = selection.chosen(point.solution)
+            child = costs.predict([cell.sub_blocks for cell in cells], int(point.label))
             row: dict[str, Any] = {
                 "value": point.value,
                 "batch": int(point.label),
@@ -63,7 +63,7 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path, bac
                 "tokens_per_second": child.tokens_per_second,
                 "latency_seconds": child.latency_seconds,
                 "memory_bytes": child.memory_bytes,
-                "layers": [pair_name(choice) for choice in layers],
+                "layers": [dict(cell.variants) for cell in cells],
             }
             writer.writerow(row | {"layers": json.dumps(row["layers"])})
             handle.flush()
@@ -71,7 +71,7 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path, bac
 
         for value in values:
             if value not in had:
-                frontier([value], problems_at, backend=backend, on_point=keep)
+                frontier([value], problems_at, backend=selection.request.backend, on_point=keep)
             bar.advance()
     rows.sort(key=lambda row: row["value"])
     draw(rows, axis, out / "frontier.png")
@@ -79,32 +79,27 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path, bac
 
 
 def _with(selection: Selection, axis: str, target: Target | None) -> Selection:
-    change: dict[str, Any] = {axis: target}
-    return replace(selection, goal=replace(selection.goal, **change))
+    """The selection with another limit on the axis, or none."""
+    limits = {option: limit for option, limit in selection.goal.limits.items() if option != axis}
+    if target is not None:
+        limits[axis] = target
+    return selection.with_goal(replace(selection.goal, limits=limits))
 
 
 def _values(selection: Selection, axis: str, count: int) -> list[float]:
-    costs, own = selection.costs, selection.parent
-    cheapest = [costs.predict(_cheapest(selection), b) for b in costs.batches]
-    first, last = {
-        "throughput": (own.tokens_per_second, max(p.tokens_per_second for p in cheapest)),
-        "latency": (own.latency_seconds, min(p.latency_seconds for p in cheapest)),
-        "memory": (own.memory_bytes, min(p.memory_bytes for p in cheapest)),
-    }[axis]
+    costs, limit = selection.costs, BY_OPTION[axis]
+    cheapest = [limit.own(costs.predict(_cheapest(selection), b)) for b in costs.batches]
+    first, last = limit.own(selection.parent), (max if limit.larger else min)(cheapest)
     return [float(f"{first + (last - first) * n / (count - 1):.9g}") for n in range(count)]
 
 
-def _cheapest(selection: Selection) -> list[dict[str, str]]:
-    """Every layer's pair of least memory and time: the far end of every axis."""
+def _cheapest(selection: Selection) -> list[Layer]:
+    """Every layer's cell of least time and memory: the far end of every axis."""
     problem = selection.problem(selection.costs.batches[0])
     picked = [
         min(la.variants, key=lambda v: (v.resources["seconds"], v.resources["memory_bytes"])) for la in problem.layers
     ]
-    return [dict(zip(("attention", "ffn"), v.name.split("|"), strict=True)) for v in picked]
-
-
-def _plain(goal) -> dict[str, Any]:
-    return {k: str(v) for k, v in asdict(goal).items()}
+    return [cells[v.name].sub_blocks for cells, v in zip(selection.cells, picked, strict=True)]
 
 
 def _resume(out: Path, key: str) -> list[dict]:

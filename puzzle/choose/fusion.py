@@ -1,6 +1,6 @@
 """`puzzle solve --fusion`: what it saves, and what it costs, that neighbouring FFNs become one. Needs no torch.
 
-Every variant pair without attention and with a SwiGLU of width w gets a twin, its name with a "+": the same layer, fused
+Every cell that is a gated FFN of width w alone gets a twin: the same layer, fused
 with the next one. Where the next layer also takes such a pair, of width v, a term between the two cells adds
     seconds   T(w + v) - T(w) - T(v)                            per phase, batch and workload
     bytes     one norm less
@@ -19,34 +19,29 @@ ends a run here, although `puzzle fuse` can reach over it.
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError
+from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.sub_block import parse_key
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
 from puzzle.fuse.matrix import MADE_BY, Rows, read_dependency
 from puzzle.fuse.runs import Run
-from puzzle.library.manifest import PARENT, Library
+from puzzle.library.manifest import Library, score_name
+from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import EngineModel
-from puzzle.solver.problem import Layer, Pair, Variant
-from puzzle.solver.solution import Solution
+from puzzle.profile.parts import priced_as
+from puzzle.solver.problem import Pair
 
-PLUS = "+"
-_SHAPE = re.compile(r"h(\d+) f(\d+)(\+bias)?")
 CHANGED = ("seconds", "prefill_seconds", "decode_seconds", "memory_bytes", "num_parameters", "cached_bytes")
 Seconds = tuple[float, float]  # prefill, all decode steps
-Choices = Sequence[Mapping[str, str]]  # {"attention": name, "ffn": name} per layer
-
-
-def ffn_width(library: Library, name: str) -> int | None:
-    """Channels of an FFN variant; None for one that is no SwiGLU."""
-    found = _SHAPE.fullmatch(library.variant("ffn", name)["shape"])
-    return int(found[2]) if found else None
 
 
 class WideFfn:
@@ -54,40 +49,44 @@ class WideFfn:
 
     def __init__(self, costs: CostModel):
         self.costs = costs
-        own = _SHAPE.fullmatch(costs.library.variant("ffn", PARENT)["shape"])
-        if own is None:
-            raise UserError(
-                f"--fusion: the parent's FFN '{costs.library.variant('ffn', PARENT)['shape']}' is no SwiGLU"
-            )
-        self.hidden_size, self.parent_width, self.suffix = int(own[1]), int(own[2]), own[3] or ""
+        own = {layer.get("ffn") for layer in costs.library.structure.layers}
+        gated = [ffn for ffn in own if isinstance(ffn, SwiGLU)]
+        if len(gated) != 1 or len(own) != 1:
+            kinds = ", ".join(sorted("nothing" if ffn is None else ffn.key() for ffn in own))
+            raise UserError(f"`fusion`: the parent's FFNs ({kinds}) are not one gated FFN for all layers")
+        self.own = gated[0]
+        if self.own.norm != "before":
+            raise UserError("`fusion`: an FFN with a norm after it cannot be added to its neighbour's: leave it out")
         self._known: dict[int, list[tuple[int, Seconds]]] = {}
 
     @property
     def engine(self) -> bool:
         return isinstance(self.costs.table, EngineModel)
 
-    def shape(self, width: int) -> str:
-        return f"h{self.hidden_size} f{width}{self.suffix}"
+    def of(self, width: int) -> SwiGLU:
+        """The parent's FFN with this many channels."""
+        return replace(self.own, intermediate_size=width)
 
     def known(self, batch: int) -> list[tuple[int, Seconds]]:
         """Measured points (width, seconds), by width. Raises UserError for fewer than two."""
         if batch not in self._known:
             points = []
-            for text in self.costs.table.shapes("ffn"):  # type: ignore[union-attr]
-                found = _SHAPE.fullmatch(text)
-                if found and int(found[1]) == self.hidden_size and (found[3] or "") == self.suffix:
-                    points.append((int(found[2]), self.costs.part_seconds("ffn", text, batch)))
+            assert isinstance(self.costs.table, CostTable)
+            for key in self.costs.table.parts():
+                found = parse_key(key) if key.startswith(f"{SwiGLU.kind} ") else None
+                if isinstance(found, SwiGLU) and priced_as(self.of(found.intermediate_size)) == key:
+                    points.append((found.intermediate_size, self.costs.part_seconds(found, batch)))
             if len(points) < 2:
                 raise UserError(
-                    f"--fusion: the cost table knows {len(points)} FFN width at batch {batch}, so that a wide one cannot be "
-                    "priced: build and profile narrower FFNs too, such as --ffn 0.5,0.25"
+                    f"`fusion`: the cost table knows {len(points)} FFN width at batch {batch}, so that a wide one cannot be "
+                    "priced: build and profile narrower FFNs too, such as `ffn` 0.5,0.25"
                 )
             self._known[batch] = sorted(points)
         return self._known[batch]
 
     def is_fitted(self, batch: int) -> bool:
         """Whether T is the affine fit, for want of a width beyond the parent's."""
-        return not self.engine and self.known(batch)[-1][0] <= self.parent_width
+        return not self.engine and self.known(batch)[-1][0] <= self.own.intermediate_size
 
     def fit(self, batch: int) -> tuple[Seconds, Seconds]:
         """(a, b) of T(w) = a + b·w, for both phases, by least squares."""
@@ -105,7 +104,7 @@ class WideFfn:
     def seconds(self, width: int, batch: int) -> Seconds:
         """(prefill, all decode steps) of an FFN of this width."""
         if self.engine:
-            return self.costs.part_seconds("ffn", self.shape(width), batch)
+            return self.costs.part_seconds(self.of(width), batch)
         points = self.known(batch)
         if self.is_fitted(batch):
             start, slope = self.fit(batch)
@@ -118,19 +117,17 @@ class WideFfn:
     def workspace(self, width: int, batch: int) -> int:
         """Bytes that an FFN of this width works with beyond what `CostModel.workspace` has for every sub-block of the library: what
         it holds grows with its channels."""
-        costs = self.costs
-        own = costs.table.workspace("ffn", self.shape(self.parent_width), batch, costs.work.input_len)
-        return (
-            max(0, math.ceil(own * width / self.parent_width) + costs.stream(batch) - costs.workspace(batch))
-            if own
-            else 0
-        )
+        costs, full = self.costs, self.own.intermediate_size
+        own = costs.table.workspace(self.own, batch, costs.work.input_len)
+        if not own:
+            return 0
+        return max(0, math.ceil(own * width / full) + costs.stream(batch) - costs.workspace(batch))
 
     def change(self, widths: Sequence[int], batch: int) -> dict[str, float]:
         """What fusing FFNs of these widths adds to each resource (time, mostly below zero)."""
         whole, parts = self.seconds(sum(widths), batch), [self.seconds(width, batch) for width in widths]
         prefill, decode = (whole[phase] - sum(part[phase] for part in parts) for phase in (0, 1))
-        dropped = self.hidden_size * (len(widths) - 1)  # the scales of all norms but one
+        dropped = self.own.hidden_size * (len(widths) - 1)  # the scales of all norms but one
         size = -dropped * self.costs.bytes_per_element
         return {
             "seconds": prefill + decode,
@@ -166,44 +163,38 @@ class Fusion:
             self._wide[costs] = WideFfn(costs)
         return self._wide[costs]
 
-    def width(self, name: str) -> int | None:
-        """Channels of a pair "attention|ffn" that can be fused; None for others."""
-        attention, ffn = name.removesuffix(PLUS).split("|")
-        return ffn_width(self.library, ffn) if self.library.variant("attention", attention)["shape"] == "none" else None
-
     def charge(self, i: int, j: int) -> float:
         """Nats per token for running FFN j beside FFN i: e_ij times the score of leaving FFN j out (of the costliest
         FFN variant, in a library that has no "none")."""
         error = None if self.errors is None else self.errors[i][j]
         if error is None:
             return 0.0
-        scores = {name: found["kl"] for name, found in self.library.scores(j).items() if name.startswith("ffn/")}
-        return error * scores.get("ffn/none", max(scores.values(), default=0.0))
+        scores, spaces = self.library.scores(j), self.library.spaces[j]
+        found = {name: scores.get(score_name({"ffn": name})) for name in spaces["ffn"]}
+        kl = {spaces["ffn"][name]: score["kl"] for name, score in found.items() if score is not None}
+        return error * kl.get(NO_OP, max(kl.values(), default=0.0))
 
-    def twins(self, layer: Layer) -> Layer:
-        """The layer with a twin of every variant that can be fused."""
-        able = [v for v in layer.variants if self.width(v.name)]
-        twins = (Variant(name=v.name + PLUS, score=v.score, resources=v.resources) for v in able)
-        return Layer(name=layer.name, variants=(*layer.variants, *twins))
-
-    def pairs(self, layers: Sequence[Layer], priced: Mapping[str, tuple[CostModel, int]]) -> tuple[Pair, ...]:
-        """Terms between neighbours. priced: per suffix of a workload's resources, its costs and batch; "" is the main one."""
+    def pairs(
+        self, layers: Sequence[tuple[str, Sequence[Cell]]], priced: Mapping[str, tuple[CostModel, int]]
+    ) -> tuple[Pair, ...]:
+        """Terms between neighbours. layers: label and cells of each. priced: per suffix of a workload's resources, its costs and
+        batch; "" is the main one."""
         found: list[Pair] = []
         changes: dict[tuple[int, int], dict[str, float]] = {}
-        for index in range(len(layers) - 1):
+        for index, ((label, cells), (next_label, next_cells)) in enumerate(pairwise(layers)):
             charge: float | None = None
-            for one in layers[index].variants:
-                if not one.name.endswith(PLUS):
-                    continue
-                for two in layers[index + 1].variants:
-                    own, other = self.width(one.name), self.width(two.name)
-                    if not own or not other:
+            for one in cells:
+                own = one.lone_ffn if one.fused else None
+                for two in next_cells if own is not None else ():
+                    other = two.lone_ffn
+                    if own is None or other is None:
                         continue
-                    if (own, other) not in changes:
-                        changes[own, other] = self._change((own, other), priced)
+                    widths = (own.intermediate_size, other.intermediate_size)
+                    if widths not in changes:
+                        changes[widths] = self._change(widths, priced)
                     charge = self.charge(index, index + 1) if charge is None else charge
-                    a, b = (layers[index].name, one.name), (layers[index + 1].name, two.name)
-                    found.append(Pair(a=a, b=b, score=charge, resources=changes[own, other]))
+                    a, b = (label, one.name), (next_label, two.name)
+                    found.append(Pair(a=a, b=b, score=charge, resources=changes[widths]))
         return tuple(found)
 
     def _change(self, widths: Sequence[int], priced: Mapping[str, tuple[CostModel, int]]) -> dict[str, float]:
@@ -213,37 +204,41 @@ class Fusion:
             found |= {name + suffix: value for name, value in change.items()}
         return found
 
-    def runs(self, solution: Solution) -> list[Run]:
-        """The runs of a solution: a twin is fused with the next layer where that one can be."""
-        names = [solution.choice[layer] for layer in sorted(solution.choice)]
+    @staticmethod
+    def runs(cells: Sequence[Cell]) -> list[Run]:
+        """The runs of an answer, a cell a layer: a twin is fused with the next layer where that one can be."""
         found: list[Run] = []
-        for index in range(len(names) - 1):
-            if names[index].endswith(PLUS) and self.width(names[index + 1]):
+        for index, (one, two) in enumerate(pairwise(cells)):
+            if one.fused and two.lone_ffn is not None:
                 first = found.pop()[0] if found and found[-1][1] == index else index
                 found.append((first, index + 1))
         return found
 
-    def widths(self, run: Run, layers: Choices) -> list[int]:
-        return [ffn_width(self.library, layers[index]["ffn"]) or 0 for index in range(run[0], run[1] + 1)]
+    @staticmethod
+    def widths(run: Run, cells: Sequence[Cell]) -> list[int]:
+        ffns = [cell.lone_ffn for cell in cells[run[0] : run[1] + 1]]
+        return [ffn.intermediate_size for ffn in ffns if ffn is not None]
 
-    def change(self, runs: Sequence[Run], layers: Choices, costs: CostModel, batch: int) -> dict[str, float]:
+    def change(self, runs: Sequence[Run], cells: Sequence[Cell], costs: CostModel, batch: int) -> dict[str, float]:
         """What all runs add to each resource, each run with the time of its whole width; to bytes also the workspace of the
         widest, which no term between neighbours has."""
-        wide, every = self.wide(costs), [self.widths(run, layers) for run in runs]
+        wide, every = self.wide(costs), [self.widths(run, cells) for run in runs]
         found = _sum(wide.change(widths, batch) for widths in every)
         extra = wide.workspace(max(map(sum, every)), batch) if every else 0
         more = dict.fromkeys(("memory_bytes", "cached_bytes"), extra)
         return {name: value + more.get(name, 0) for name, value in found.items()} | {"workspace_bytes": extra}
 
-    def pairwise_error(self, runs: Sequence[Run], layers: Choices, costs: CostModel, batch: int) -> dict[str, float]:
+    def pairwise_error(
+        self, runs: Sequence[Run], cells: Sequence[Cell], costs: CostModel, batch: int
+    ) -> dict[str, float]:
         """`change` minus what the terms between neighbours add up to: above zero where the solver saw too much saved."""
-        wide, every = self.wide(costs), [self.widths(run, layers) for run in runs]
+        wide, every = self.wide(costs), [self.widths(run, cells) for run in runs]
         found = _sum(wide.change(two, batch) for widths in every for two in pairwise(widths))
-        whole = self.change(runs, layers, costs, batch)
+        whole = self.change(runs, cells, costs, batch)
         return {name: whole[name] - value for name, value in found.items()}
 
     def summary(
-        self, runs: Sequence[Run], layers: Choices, costs: CostModel, batch: int, missed: list[str]
+        self, runs: Sequence[Run], cells: Sequence[Cell], costs: CostModel, batch: int, missed: list[str]
     ) -> dict[str, Any]:
         """How the runs were priced, for architecture.json.
 
@@ -257,8 +252,8 @@ class Fusion:
         return {
             "wide_ffn": "engine model" if wide.engine else "affine fit" if wide.is_fitted(batch) else "cost table",
             "dependency": self.source,
-            "saved_seconds": 0.0 - self.change(runs, layers, costs, batch)["seconds"],
-            "pairwise_error_seconds": round(self.pairwise_error(runs, layers, costs, batch)["seconds"], 12) + 0.0,
+            "saved_seconds": 0.0 - self.change(runs, cells, costs, batch)["seconds"],
+            "pairwise_error_seconds": round(self.pairwise_error(runs, cells, costs, batch)["seconds"], 12) + 0.0,
             "charge": sum(self.charge(i, j) for i, j in neighbours),
             "charge_all": sum(self.charge(i, j) for i, j in every),
             "missed": missed,

@@ -1,14 +1,20 @@
-"""What the user asks of a child, parsed and checked. Needs no torch."""
+"""What the user asks of a child, parsed and checked. Needs no torch.
+
+A limit on a resource is one row of `LIMITS`: its option, how its text is read, the solver's resource that it bounds, and the words
+for what can be reached. Command line, recipe, problem, architecture.json and messages all read this table.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from puzzle.base.errors import UserError
 from puzzle.base.units import parse_bytes, parse_count, parse_seconds
+from puzzle.base.workload import Workload
+from puzzle.measure.architecture import Prediction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,52 +30,144 @@ class Target:
     def __str__(self) -> str:
         return f"{self.value:g}{'x' if self.relative else ''}"
 
+    def plain(self) -> str | float:
+        """For JSON: a relative target as text ("2x"), an absolute one as its number."""
+        return str(self) if self.relative else self.value
 
-def parse_target(option: str, text: str, absolute: Callable[[str], float], example: str) -> Target:
-    """'2x' and '60%' are relative to the parent, anything else goes to `absolute`. Raises UserError unless above 0."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """option: its name, everywhere. read: an absolute amount's text; example, help, metavar: how it is written. own: the parent's
+    figure, which relative targets multiply. resource: of the selection problem; bound: (target, batch, workload) -> the most that
+    the resource may be, and reached: the figure that an amount of the resource means. words: what to say of the best figure that
+    can be reached, with {value} and, where a multiple says more, {times}; larger: whether more is better. of_workload: whether
+    each workload has its own."""
+
+    option: str
+    read: Callable[[str, str], float]
+    example: str
+    help: str
+    resource: str
+    own: Callable[[Prediction], float]
+    words: str
+    unit: str
+    bound: Callable[[float, int, Workload], float] = lambda value, batch, work: value
+    reached: Callable[[float, int, Workload], float] = lambda amount, batch, work: amount
+    larger: bool = False
+    of_workload: bool = True
+
+
+def _steps(work: Workload) -> int:
+    """Decode steps of a request."""
+    return max(1, work.output_len - 1)
+
+
+def read_rate(option: str, text: str) -> float:
+    """'500' or '500tok/s'. Raises UserError unless positive."""
+    found = re.fullmatch(r"\s*([-+0-9.eE]+)\s*(tok/s|tokens/s)?\s*", text)
+    try:
+        value = float(found[1]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        example = "a multiple of the parent such as 2x, or tokens per second such as 500"
+        raise UserError(f"`{option}` {text}: write {example}; it must be above 0")
+    return value
+
+
+_SECONDS = "seconds such as 1.5, 800ms or 50%"
+LIMITS = (
+    Limit(
+        option="throughput",
+        read=read_rate,
+        example="a multiple of the parent such as 2x, or tokens per second such as 500",
+        help="2x (of the parent at its best batch) or tokens/s.",
+        resource="seconds",
+        own=lambda p: p.tokens_per_second,
+        bound=lambda value, batch, work: batch * work.output_len / value,
+        reached=lambda amount, batch, work: batch * work.output_len / amount,
+        words="the fastest child reaches {times:.3g}x ({value:.4g} tok/s; the parent {own:.4g})",
+        unit="{target}",
+        larger=True,
+    ),
+    Limit(
+        option="latency",
+        read=parse_seconds,
+        example=_SECONDS,
+        help="Prompt to last token of a batch: 1.5, 800ms or 50%.",
+        resource="seconds",
+        own=lambda p: p.latency_seconds,
+        words="the fastest child takes {value:.4g} s",
+        unit="{absolute:g} s",
+    ),
+    Limit(
+        option="ttft",
+        read=parse_seconds,
+        example=_SECONDS,
+        help="Time to the first token: 0.2, 200ms or 50%.",
+        resource="prefill_seconds",
+        own=lambda p: p.ttft_seconds,
+        words="the least time to the first token is {value:.4g} s",
+        unit="{absolute:g} s",
+    ),
+    Limit(
+        option="tpot",
+        read=parse_seconds,
+        example=_SECONDS,
+        help="Time per later token: 20ms or 50%.",
+        resource="decode_seconds",
+        own=lambda p: p.tpot_seconds,
+        bound=lambda value, batch, work: value * _steps(work),
+        reached=lambda amount, batch, work: amount / _steps(work),
+        words="the least time per later token is {value:.4g} s",
+        unit="{absolute:g} s",
+    ),
+    Limit(
+        option="memory",
+        read=lambda option, text: float(parse_bytes(text)),
+        example="bytes such as 80GB or 60%",
+        help="Weights, KV cache at full context, workspace: 80GB or 60%.",
+        resource="memory_bytes",
+        own=lambda p: p.memory_bytes,
+        words="the smallest child takes {value:.0f} bytes",
+        unit="{absolute:.0f} bytes",
+    ),
+    Limit(
+        option="params",
+        read=lambda option, text: float(parse_count(option, text)),
+        example="a count such as 6.5B or 60%",
+        help="Parameters: 6.5B or 60%.",
+        resource="num_parameters",
+        own=lambda p: p.num_parameters,
+        words="the smallest child has {value:.0f} parameters",
+        unit="{absolute:.0f}",
+        of_workload=False,
+    ),
+)
+BY_OPTION = {limit.option: limit for limit in LIMITS}
+
+
+def parse_target(limit: Limit, text: str) -> Target:
+    """'2x' and '60%' are relative to the parent, anything else an absolute amount. Raises UserError unless above 0."""
     found = re.fullmatch(r"\s*([-+0-9.eE]+|nan|inf)\s*(x|%)\s*", text)
     if not found:
-        return Target(value=absolute(text), relative=False)
+        return Target(value=limit.read(limit.option, text), relative=False)
     try:
         value = float(found[1]) / (100 if found[2] == "%" else 1)
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise UserError(f"{option} {text}: write {example}; it must be above 0")
+        raise UserError(f"`{limit.option}` {text}: write {limit.example}; it must be above 0")
     return Target(value=value, relative=True)
-
-
-def parse_throughput(text: str) -> Target:
-    """'2x' (of the parent's best), '500' or '500tok/s'. Raises UserError unless it is a positive number."""
-    example = "a multiple of the parent such as 2x, or tokens per second such as 500"
-
-    def absolute(text: str) -> float:
-        found = re.fullmatch(r"\s*([-+0-9.eE]+)\s*(tok/s|tokens/s)?\s*", text)
-        try:
-            value = float(found[1]) if found else math.nan
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"--throughput {text}: write {example}; it must be above 0")
-        return value
-
-    return parse_target("--throughput", text, absolute, example)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
-    """Limits on the child. throughput in tokens/s of a whole batch; latency, ttft, tpot in seconds (prompt to last token,
-    to first token, per later token); memory in bytes of weights, KV cache and measured workspace; max_parameters a count.
-    cached_tokens: tokens whose cache fits `memory` beside the rest. keep_attention: layers that keep softmax attention. pinned: layers
-    ("0-1,15") that keep the parent's block. alike: layers that choose the same. stages: contiguous, of equal time within
-    stage_tolerance. Raises UserError when the fields contradict each other."""
+    """limits: by option. cached_tokens: tokens whose cache fits the memory limit beside the rest. keep_attention: layers that keep
+    softmax attention. pinned: layers ("0-1,15") that keep the parent's sub-blocks. alike: layers that choose the same. stages:
+    contiguous, of equal time within stage_tolerance."""
 
-    throughput: Target | None = None
-    latency: Target | None = None
-    ttft: Target | None = None
-    tpot: Target | None = None
-    memory: Target | None = None
-    max_parameters: Target | None = None
+    limits: Mapping[str, Target] = field(default_factory=dict)
     cached_tokens: int | None = None
     keep_attention: int | None = None
     pinned: str | None = None
@@ -78,62 +176,58 @@ class Goal:
     stage_tolerance: float = 0.05
 
     def check(self) -> None:
-        limits = [f.name for f in fields(self) if f.name not in ("pinned", "alike", "stages", "stage_tolerance")]
-        if all(getattr(self, name) is None for name in limits):
-            raise UserError("no goal: pass at least one of --throughput, --latency, --memory, --params")
-        if self.cached_tokens is not None and self.memory is None:
-            raise UserError("--cached-tokens needs --memory: say what the weights and the cache must fit in, e.g. 80GB")
+        """Raise UserError when the fields contradict each other, or ask for nothing."""
+        if not self.limits and self.cached_tokens is None and self.keep_attention is None:
+            raise UserError("no goal: pass at least one of `throughput`, `latency`, `memory`, `params`")
+        if self.cached_tokens is not None and "memory" not in self.limits:
+            raise UserError("`cached_tokens` needs `memory`: say what the weights and the cache must fit in, e.g. 80GB")
         if not 0 <= self.stage_tolerance < math.inf:
-            raise UserError(f"--stage-tolerance {self.stage_tolerance:g}: must be 0 or more, such as 5%")
+            raise UserError(f"`stage_tolerance` {self.stage_tolerance:g}: must be 0 or more, such as 5%")
+
+    def plain(self) -> dict[str, str | float | int | None]:
+        """All of it for JSON, by option; None where nothing was asked."""
+        asked = {option: self.limits[option].plain() if option in self.limits else None for option in BY_OPTION}
+        rest = ("cached_tokens", "keep_attention", "pinned", "alike", "stages")
+        return asked | {name: getattr(self, name) for name in rest}
 
 
-def goal_of(
-    throughput: str | None = None,
-    latency: str | None = None,
-    memory: str | None = None,
-    params: str | None = None,
-    *,
-    ttft: str | None = None,
-    tpot: str | None = None,
-    cached_tokens: str | None = None,
-    keep_attention: int | None = None,
-    pinned: str | None = None,
-    alike: str | None = None,
-    stages: int | None = None,
-    stage_tolerance: str | None = None,
-) -> Goal:
-    """A Goal from what the user typed. Raises UserError."""
+@dataclass(kw_only=True, slots=True)
+class GoalOptions:
+    """A goal as it is typed, on the command line or in a recipe; a field for every row of `LIMITS`."""
 
-    def seconds(option: str, text: str | None) -> Target | None:
-        if text is None:
-            return None
-        return parse_target(option, text, lambda t: parse_seconds(option, t), "seconds such as 1.5, 800ms or 50%")
+    throughput: str | None = None
+    latency: str | None = None
+    ttft: str | None = None
+    tpot: str | None = None
+    memory: str | None = None
+    params: str | None = None
+    cached_tokens: str | None = None
+    keep_attention: int | None = None
+    pinned: str | None = None
+    alike: str | None = None
+    stages: int | None = None
+    stage_tolerance: str = "5%"
 
-    goal = Goal(
-        throughput=parse_throughput(throughput) if throughput is not None else None,
-        latency=seconds("--latency", latency),
-        ttft=seconds("--ttft", ttft),
-        tpot=seconds("--tpot", tpot),
-        memory=parse_target("--memory", memory, parse_bytes, "bytes such as 80GB or 60%")
-        if memory is not None
-        else None,
-        max_parameters=parse_target(
-            "--params", params, lambda t: parse_count("--params", t), "a count such as 6.5B or 60%"
+    def goal(self, *, may_be_empty: bool = False) -> Goal:
+        """Raises UserError for what cannot be read, or a goal that is none."""
+        typed = {option: getattr(self, option) for option in BY_OPTION}
+        count = self.cached_tokens
+        goal = Goal(
+            limits={o: parse_target(BY_OPTION[o], text) for o, text in typed.items() if text is not None},
+            cached_tokens=None if count is None else parse_count("cached_tokens", count),
+            keep_attention=self.keep_attention,
+            pinned=self.pinned,
+            alike=self.alike,
+            stages=self.stages,
+            stage_tolerance=parse_share("stage_tolerance", self.stage_tolerance),
         )
-        if params is not None
-        else None,
-        cached_tokens=parse_count("--cached-tokens", cached_tokens) if cached_tokens is not None else None,
-        keep_attention=keep_attention,
-        pinned=pinned,
-        alike=alike,
-        stages=stages,
-        stage_tolerance=parse_tolerance(stage_tolerance) if stage_tolerance is not None else 0.05,
-    )
-    goal.check()
-    return goal
+        asks = (goal.limits, goal.cached_tokens, goal.keep_attention, goal.pinned, goal.alike, goal.stages)
+        if not may_be_empty or any(asks):
+            goal.check()
+        return goal
 
 
-def parse_tolerance(text: str) -> float:
+def parse_share(option: str, text: str) -> float:
     """'5%' or '0.05'. Raises UserError unless a number from 0 up."""
     found = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(%)?\s*", text)
     try:
@@ -141,5 +235,5 @@ def parse_tolerance(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise UserError(f"--stage-tolerance {text}: write a share such as 5% or 0.05")
+        raise UserError(f"`{option}` {text}: write a share such as 5% or 0.05")
     return value

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from puzzle.choose.goal import Target
-from puzzle.choose.workloads import Served
+from puzzle.choose.goal import LIMITS, Limit, Target
+from puzzle.choose.workloads import Demand
 from puzzle.solver.explain import nearest, smallest_conflict
 from puzzle.solver.problem import Problem
 
@@ -21,14 +21,14 @@ class Words:
     value: Callable[[int, float], float] = lambda _, resource: resource
 
 
-def why_infeasible(problems: Mapping[str, Problem], served: Sequence[Served]) -> str:
-    """One line. problems: by batch size, each without a solution. served: the workloads, the main one first."""
+def why_infeasible(problems: Mapping[str, Problem], demands: Sequence[Demand]) -> str:
+    """One line. problems: by batch size, each without a solution. demands: the workloads, the main one first."""
     limits = smallest_conflict(list(problems.values()))
     assert limits is not None, "the problems were found infeasible"
     words: dict[str, Words] = {}
-    for one in served:
-        words |= _words(one)
-    words |= _structure(served[0])
+    for one in demands:
+        words |= {limit.option + one.suffix: _words(limit, target, one) for limit, target in _asked(one)}
+    words |= _structure(demands[0])
     reach = {int(b): nearest(problem, limits) for b, problem in problems.items()}
     typed = " and ".join(words[label].typed for label in limits)
     found = [text for label in limits if (text := _reach(label, words[label], reach)) is not None]
@@ -47,59 +47,36 @@ def _reach(label: str, words: Words, reach: dict[int, dict[str, tuple[str, float
     return words.text((max if words.larger else min)(values)) if values else None
 
 
-def _words(one: Served) -> dict[str, Words]:
-    """The limits of one workload."""
-    goal, parent, output_len, end = one.goal, one.parent, one.costs.work.output_len, one.suffix
-    own, steps = parent.tokens_per_second, max(1, output_len - 1)
-
-    def seconds(limit: Target | None, own: float) -> str:
-        return f"{limit.absolute(own):g} s" if limit else ""
-
-    def throughput(batch: int, total: float) -> float:
-        return one.at(batch) * output_len / total
-
-    found = {
-        "throughput": Words(
-            f"throughput {goal.throughput}",
-            lambda v: f"the fastest child reaches {v / own:.3g}x ({v:.4g} tok/s; the parent {own:.4g})",
-            larger=True,
-            value=throughput,
-        ),
-        "latency": Words(
-            f"latency {seconds(goal.latency, parent.latency_seconds)}", lambda v: f"the fastest child takes {v:.4g} s"
-        ),
-        "ttft": Words(
-            f"ttft {seconds(goal.ttft, parent.ttft_seconds)}",
-            lambda v: f"the least time to the first token is {v:.4g} s",
-        ),
-        "tpot": Words(
-            f"tpot {seconds(goal.tpot, parent.tpot_seconds)}",
-            lambda v: f"the least time per later token is {v / steps:.4g} s",
-        ),
-        "memory": Words(
-            f"memory {goal.memory.absolute(parent.memory_bytes) if goal.memory else 0:.0f} bytes",
-            lambda v: f"the smallest child takes {v:.0f} bytes",
-        ),
-    }
-    head = f"--also {end[1:]}:" if end else "--"
-    return {label + end: replace(words, typed=head + words.typed) for label, words in found.items()}
+def _asked(one: Demand) -> list[tuple[Limit, Target]]:
+    return [(limit, one.goal.limits[limit.option]) for limit in LIMITS if limit.option in one.goal.limits]
 
 
-def _structure(main: Served) -> dict[str, Words]:
-    """The limits that no workload changes."""
-    goal, parent = main.goal, main.parent
-    most = goal.max_parameters.absolute(parent.num_parameters) if goal.max_parameters else 0
+def _words(limit: Limit, target: Target, one: Demand) -> Words:
+    """Of a row of `LIMITS`, in one workload."""
+    own, work = limit.own(one.parent), one.costs.work
+    head = f"`also` {one.suffix[1:]}:{limit.option}" if one.suffix else f"`{limit.option}`"
+    typed = f"{head} {limit.unit.format(target=target, absolute=target.absolute(own))}"
+    return Words(
+        typed,
+        lambda value: limit.words.format(value=value, times=value / own, own=own),
+        limit.larger,
+        lambda batch, amount: limit.reached(amount, one.at(batch), work),
+    )
+
+
+def _structure(main: Demand) -> dict[str, Words]:
+    """What is asked of the architecture itself."""
+    goal = main.goal
     return {
-        "params": Words(f"--params {most:.0f}", lambda v: f"the smallest child has {v:.0f} parameters"),
-        "cached-tokens": Words(
-            f"--cached-tokens {goal.cached_tokens}", lambda v: f"that many tokens need {v:.0f} bytes"
+        "cached_tokens": Words(
+            f"`cached_tokens` {goal.cached_tokens}", lambda v: f"that many tokens need {v:.0f} bytes"
         ),
-        "keep-attention": Words(
-            f"--keep-attention {goal.keep_attention}",
+        "keep_attention": Words(
+            f"`keep_attention` {goal.keep_attention}",
             lambda v: f"at most {v:.0f} layers can keep attention",
             larger=True,
         ),
-        "stages": Words(f"--stages {goal.stages}", lambda v: f"stages can be balanced within {100 * v:.1f} %"),
-        "pins": Words(f"--pin {goal.pinned}", lambda v: ""),
-        "equal": Words(f"--alike {goal.alike}", lambda v: ""),
+        "stages": Words(f"`stages` {goal.stages}", lambda v: f"stages can be balanced within {100 * v:.1f} %"),
+        "pins": Words(f"`pinned` {goal.pinned}", lambda v: ""),
+        "equal": Words(f"`alike` {goal.alike}", lambda v: ""),
     }

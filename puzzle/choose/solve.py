@@ -1,26 +1,26 @@
-"""Choose one variant pair per layer: the library's scores and a cost table in, architecture.json out. Needs no torch.
+"""Choose one variant per layer and slot: the library's scores and a cost table in, an `Architecture` out. Needs no torch.
 
-`puzzle/selection.py` poses the problem at every batch size; the answer is the batch size that allows the smallest sum of scores.
+`problem.py` poses the question at every batch size; the answer is the batch size that allows the smallest sum of scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
 from puzzle import __version__
 from puzzle.base.errors import UserError
-from puzzle.base.workload import Workload
-from puzzle.choose.cost_model import Choice, CostModel, Prediction
-from puzzle.choose.fusion import PLUS, Fusion
-from puzzle.choose.goal import Goal, Target
+from puzzle.blocklib.none import NoOp
+from puzzle.choose.cells import Cell
+from puzzle.choose.cost_model import CostModel
 from puzzle.choose.infeasible import why_infeasible
-from puzzle.choose.problem import Selection, layer_label, select
-from puzzle.choose.workloads import LIMITS, Also, Served
-from puzzle.library.manifest import KINDS, PARENT, Library
+from puzzle.choose.problem import Request, Selection, select
+from puzzle.choose.workloads import Demand
+from puzzle.library.manifest import Library
+from puzzle.measure.architecture import Also, Architecture, Prediction
 from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
 from puzzle.profile.engine import EngineModel, open_engine
+from puzzle.profile.parts import Head, Part, ends_of
 from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import prices
@@ -28,187 +28,159 @@ from puzzle.solver.problem import Problem, ProblemError
 from puzzle.solver.solution import Solution
 from puzzle.solver.sweep import sweep
 
-NO_OP_ONLY = [f"{attention}|{ffn}" for attention in (PARENT, "none") for ffn in (PARENT, "none")]
-BASELINES: dict[str, Callable[[Problem], Solution]] = {
-    "greedy": greedy,
-    "uniform": uniform,
-    "random": lambda problem: min(random_feasible(problem, 20), key=lambda s: s.objective, default=uniform(problem)),
-    "no-op": lambda problem: only(problem, NO_OP_ONLY, "no-op only"),
-    "most-parameters": lambda problem: most(problem, "num_parameters"),
+Rule = Callable[[Selection, Problem], Solution]
+
+
+def _no_op_only(selection: Selection, problem: Problem) -> Solution:
+    """Sub-blocks stay or go, nothing between."""
+    allowed = {
+        name
+        for cells in selection.cells
+        for name, cell in cells.items()
+        if all(cell.variants[s] == "parent" or isinstance(b, NoOp) for s, b in cell.sub_blocks.items())
+    }
+    return only(problem, sorted(allowed), "no-op only")
+
+
+BASELINES: dict[str, Rule] = {
+    "greedy": lambda _, problem: greedy(problem),
+    "uniform": lambda _, problem: uniform(problem),
+    "random": lambda _, problem: min(random_feasible(problem, 20), key=lambda s: s.objective, default=uniform(problem)),
+    "no-op": _no_op_only,
+    "most-parameters": lambda _, problem: most(problem, "num_parameters"),
 }
 
 
-def choices_of(solution: Solution) -> list[Choice]:
-    """The solution's pairs, layer by layer."""
-    split = [solution.choice[layer_label(index)].split("|") for index in range(len(solution.choice))]
-    return [{"attention": attention, "ffn": ffn.removesuffix(PLUS)} for attention, ffn in split]
-
-
-def solve_library(
-    library: Library,
-    table: CostTable | EngineModel,
-    work: Workload,
-    goal: Goal,
-    *,
-    backend: str = "ortools",
-    time_limit: float | None = None,
-    baseline: str | None = None,
-    explain: bool = False,
-    also: Sequence[Also] = (),
-    fusion: Fusion | None = None,
-    same_batch: bool = False,
-) -> dict[str, Any]:
-    """The architecture as architecture.json has it. Raises UserError when the goal cannot be met, with what can be.
-
-    baseline: one of BASELINES, in place of the optimum. explain: add "prices", what looser limits would buy.
-    """
-    selection = select(library, table, work, goal, also, fusion, same_batch)
+def solve_library(library: Library, table: CostTable | EngineModel, request: Request) -> Architecture:
+    """Raises UserError when the goal cannot be met, with what can be."""
+    selection = select(library, table, request)
     problems = selection.problems()
-    best, solutions = choose(problems, backend, time_limit, baseline)
+    best, solutions = choose(selection, problems)
     if best is None:
-        if baseline is not None:
+        if request.baseline is not None:
             raise UserError(
-                f"--baseline {baseline} finds no child that meets the goal: leave it out, or relax the goal"
+                f"`baseline` {request.baseline} finds no child that meets the goal: leave it out, or relax the goal"
             )
         if any(s.status == "time_limit" for s in solutions.values()):
-            raise UserError(f"no child was found in --time-limit {time_limit:g} s: allow more")
-        raise UserError(why_infeasible(problems, selection.served))
-    solved = describe(selection, int(best), solutions[best])
-    solved["objective_per_batch"] = {b: s.objective for b, s in solutions.items() if s.choice}
-    if explain:
-        solved["prices"] = [asdict(price) for price in prices(problems[best], solutions[best])]
-    return solved
+            raise UserError(f"no child was found in `time_limit` {request.time_limit:g} s: allow more")
+        raise UserError(why_infeasible(problems, selection.demands))
+    found = architecture(selection, int(best), solutions[best])
+    bought = [asdict(price) for price in prices(problems[best], solutions[best])] if request.explain else None
+    return replace(
+        found,
+        objective_per_batch={b: s.objective for b, s in solutions.items() if s.choice},
+        prices=None if bought is None else tuple(bought),
+    )
 
 
 def solve_diverse(
-    selection: Selection, count: int, min_distance: int, backend: str = "ortools", time_limit: float | None = None
-) -> list[dict[str, Any]]:
-    """Up to `count` architectures at the best batch size, each at least `min_distance` layers from all earlier ones.
-
-    time_limit: seconds for each. Raises UserError when there is none, or for a distance that there cannot be.
-    """
+    library: Library, table: CostTable | EngineModel, request: Request, count: int, min_distance: int
+) -> list[Architecture]:
+    """Up to `count` architectures at the best batch size, each at least `min_distance` layers from all earlier ones; the request's
+    time limit is for each. Raises UserError when there is none, or for a distance that there cannot be."""
+    selection = select(library, table, request)
     problems = selection.problems()
-    best, _ = choose(problems, backend, time_limit, None)
+    best, _ = choose(selection, problems)
     if best is None:
-        raise UserError(why_infeasible(problems, selection.served))
+        raise UserError(why_infeasible(problems, selection.demands))
+    limits = {"backend": request.backend, "time_limit": request.time_limit}
     try:
-        found = diverse(problems[best], count, min_distance, backend=backend, time_limit=time_limit)
+        found = diverse(problems[best], count, min_distance, **limits)  # type: ignore[arg-type]
     except ProblemError as error:
         raise UserError(str(error)) from error
-    return [describe(selection, int(best), solution) for solution in found]
+    return [architecture(selection, int(best), solution) for solution in found]
 
 
-def choose(
-    problems: Mapping[str, Problem], backend: str, time_limit: float | None, baseline: str | None
-) -> tuple[str | None, dict[str, Solution]]:
+def choose(selection: Selection, problems: Mapping[str, Problem]) -> tuple[str | None, dict[str, Solution]]:
     """(best batch or None, solution per batch), by the solver or by a simple rule."""
+    request = selection.request
     try:
-        if baseline is None:
-            return sweep(problems, backend=backend, time_limit=time_limit)
-        solutions = {label: BASELINES[baseline](problem) for label, problem in problems.items()}
+        if request.baseline is None:
+            return sweep(problems, backend=request.backend, time_limit=request.time_limit)
+        rule = BASELINES[request.baseline]
+        solutions = {label: rule(selection, problem) for label, problem in problems.items()}
     except ProblemError as error:
         raise UserError(str(error)) from error
     feasible = [label for label, solution in solutions.items() if solution.choice]
     return (min(feasible, key=lambda label: solutions[label].objective) if feasible else None), solutions
 
 
-def describe(selection: Selection, batch: int, solution: Solution) -> dict[str, Any]:
-    """What architecture.json says of one solution at one batch size."""
+def architecture(selection: Selection, batch: int, solution: Solution) -> Architecture:
+    """One solution at one batch size, with what is promised for it."""
     library, costs, parent = selection.library, selection.costs, selection.parent
-    layers = choices_of(solution)
-    child = _predicted(selection, costs, solution, batch)
-    whole = [dict.fromkeys(KINDS, PARENT)] * library.num_layers
+    cells, whole = selection.chosen(solution), library.structure.layers
+    child = predicted(selection, costs, cells, batch)
     same = costs.predict(whole, batch)
-    goal = selection.goal
-    return {
-        "puzzle": __version__,
-        "library": {
-            "parent_fingerprint": library.facts["parent"]["fingerprint"],
-            **({"synthetic_scores": True} if library.facts.get("synthetic_scores") else {}),
-        },
-        "goal": {
-            "throughput": _text(goal.throughput),
-            "latency_seconds": _text(goal.latency),
-            "ttft_seconds": _text(goal.ttft),
-            "tpot_seconds": _text(goal.tpot),
-            "memory_bytes": _text(goal.memory),
-            "num_parameters": _text(goal.max_parameters),
-            "cached_tokens": goal.cached_tokens,
-            "keep_attention": goal.keep_attention,
-            "pinned": goal.pinned,
-            "alike": goal.alike,
-            "stages": goal.stages,
-        },
-        "workload": asdict(costs.work),
-        "costs": {"device": costs.table.device, "dtype": costs.table.dtype, "sha256": costs.table.hash},
-        "status": solution.status,
-        "objective": solution.objective,
-        "bound": solution.bound,
-        "gap": solution.gap,
-        "slack": solution.slack,
-        "seconds": solution.seconds,
-        "solver": solution.solver,
-        "layers": layers,
-        "predicted": {
-            **asdict(child),
-            "speedup": child.tokens_per_second / parent.tokens_per_second,
-            "speedup_at_same_batch": child.tokens_per_second / same.tokens_per_second,
-        },
-        "parent_predicted": asdict(parent),
-        "extrapolated": sorted({*costs.extrapolated(layers, batch), *costs.extrapolated(whole, parent.batch)}),
-        "also": [_also(selection, one, solution, batch) for one in selection.others],
-        **_fused(selection, solution, batch),
-    }
+    layers = [cell.sub_blocks for cell in cells]
+    found = Architecture(
+        puzzle=__version__,
+        parent_fingerprint=library.fingerprint,
+        synthetic_scores=bool(library.facts.get("synthetic_scores")),
+        parent=library.structure,
+        layers=tuple(cell.choices(costs.table.precision) for cell in cells),
+        goal=selection.goal.plain(),
+        workload=costs.work,
+        costs={"device": costs.table.device, "precision": costs.table.precision, "sha256": costs.table.hash},
+        status=solution.status,
+        objective=solution.objective,
+        bound=solution.bound,
+        gap=solution.gap,
+        slack=solution.slack,
+        seconds=solution.seconds,
+        solver=solution.solver,
+        predicted=child,
+        parent_predicted=parent,
+        speedup=child.tokens_per_second / parent.tokens_per_second,
+        speedup_at_same_batch=child.tokens_per_second / same.tokens_per_second,
+        extrapolated=tuple(sorted({*costs.extrapolated(layers, batch), *costs.extrapolated(whole, parent.batch)})),
+        also=tuple(_also(selection, one, cells, batch) for one in selection.others),
+    )
+    return found if selection.fusion is None else _fused(selection, found, solution, cells, batch)
 
 
-def _predicted(selection: Selection, costs: CostModel, solution: Solution, batch: int) -> Prediction:
+def predicted(selection: Selection, costs: CostModel, cells: Sequence[Cell], batch: int) -> Prediction:
     """Of the child as it will run: fused, where it was solved so."""
-    layers, fusion = choices_of(solution), selection.fusion
-    change = None if fusion is None else fusion.change(fusion.runs(solution), layers, costs, batch)
-    return costs.predict(layers, batch, change)
+    fusion = selection.fusion
+    change = None if fusion is None else fusion.change(fusion.runs(cells), cells, costs, batch)
+    return costs.predict([cell.sub_blocks for cell in cells], batch, change)
 
 
-def _fused(selection: Selection, solution: Solution, batch: int) -> dict[str, Any]:
-    """What architecture.json says of fusion; nothing where it was not asked for."""
-    if selection.fusion is None:
-        return {}
-    fusion, layers = selection.fusion, choices_of(solution)
-    runs, problem = fusion.runs(solution), selection.problem(batch)
+def _fused(
+    selection: Selection, found: Architecture, solution: Solution, cells: Sequence[Cell], batch: int
+) -> Architecture:
+    """With the runs that are to be fused, and which limits their whole widths miss."""
+    fusion = selection.fusion
+    assert fusion is not None
+    runs, problem = fusion.runs(cells), selection.problem(batch)
     totals, missed = problem.totals(solution.choice), []
-    for one in selection.served:
-        for name, error in fusion.pairwise_error(runs, layers, one.costs, one.at(batch)).items():
+    for one in selection.demands:
+        for name, error in fusion.pairwise_error(runs, cells, one.costs, one.at(batch)).items():
             for limit in problem.constraints:
                 if limit.resource == name + one.suffix and limit.max is not None:
                     over = float(totals[limit.resource]) + error > limit.max * (1 + 1e-9)
                     missed += [limit.label] if over else []
-    summary = fusion.summary(runs, layers, selection.costs, batch, missed)
-    return {"fuse": [list(run) for run in runs], "fusion": summary}
+    summary = fusion.summary(runs, cells, selection.costs, batch, missed)
+    return replace(found, fuse=tuple(runs), fusion=summary)
 
 
-def _also(selection: Selection, one: Served, solution: Solution, batch: int) -> dict[str, Any]:
+def _also(selection: Selection, one: Demand, cells: Sequence[Cell], batch: int) -> Also:
     """The predictions in a further workload."""
-    child = _predicted(selection, one.costs, solution, one.at(batch))
-    return {
-        "workload": asdict(one.costs.work),
-        "goal": {name: _text(getattr(one.goal, name)) for name in LIMITS if getattr(one.goal, name)},
-        "predicted": asdict(child) | {"speedup": child.tokens_per_second / one.parent.tokens_per_second},
-        "parent_predicted": asdict(one.parent),
-        "extrapolated": one.costs.extrapolated(choices_of(solution), one.at(batch)),
-    }
-
-
-def _text(target: Target | None) -> str | float | None:
-    """A relative target as text ("2x"), an absolute one as its number."""
-    if target is None:
-        return None
-    return str(target) if target.relative else target.value
+    child = predicted(selection, one.costs, cells, one.at(batch))
+    asked = {option: target.plain() for option, target in one.goal.limits.items() if option != "memory"}
+    return Also(
+        workload=one.costs.work,
+        goal=asked,
+        predicted=child,
+        parent_predicted=one.parent,
+        speedup=child.tokens_per_second / one.parent.tokens_per_second,
+        extrapolated=tuple(one.costs.extrapolated([cell.sub_blocks for cell in cells], one.at(batch))),
+    )
 
 
 def open_costs(library: Library, gpu: str, name: str | None, engine: str = "puzzle") -> CostTable | EngineModel:
     """Measured costs of our own runtime, or the fitted model of a serving engine."""
+    structure = library.structure
     if engine != "puzzle":
-        return open_engine(engine, gpu)
-    shapes = {(kind, library.variant(kind, v)["shape"]) for kind in KINDS for v in library.variants(kind)}
-    needs = [(kind, shape) for kind, shape in sorted(shapes) if shape != "none"]
-    needs.append(("head", library.facts["model"]["head_shape"]))
-    return find_costs(gpu, name, [library.root / "costs", PACKAGED], needs)
+        return open_engine(engine, gpu, (structure, structure.usual))
+    head: list[Part] = [end for end in ends_of(structure) if isinstance(end, Head)]
+    return find_costs(gpu, name, [library.root / "costs", PACKAGED], [*library.sub_blocks(), *head])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -32,8 +33,20 @@ class _Cli(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {self.in_flags(str(error), ctx.invoked_subcommand)}", err=True)
             sys.exit(2)
+
+    def in_flags(self, message: str, verb: str | None) -> str:
+        """The message with fields, which stages write as `seq_len`, as the flags of this verb, or else of any that has them."""
+        verbs = [] if verb is None or verb not in self.commands else [self.commands[verb]]
+        flags: dict[str, str] = {}
+        for command in (*verbs, *self.commands.values()):
+            for option in command.params:
+                for flag in (*option.opts, *option.secondary_opts):
+                    if flag.startswith("--"):
+                        for name in (flag[2:].replace("-", "_"), option.name if flag in option.opts else None):
+                            flags.setdefault(name or "", flag)
+        return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: flags.get(found[1], found[0]), message)
 
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -36,13 +36,12 @@ def score_command(
     Example:
       puzzle score lib --data /usr/lib/python3.11 --sequences 256 --joint
     """
-    options.positive("--sequences", sequences)
+    options.positive("sequences", sequences)
     from puzzle.cli.report import library_summary, print_library
-    from puzzle.library.score import score_library
+    from puzzle.library.score import ScoreOptions, score_library
 
-    score_library(
-        library, list(data), parent=parent, num_sequences=sequences, joint=joint, text_field=text_field, device=device
-    )
+    chosen = ScoreOptions(sequences=sequences, joint=joint, text_field=text_field, device=device)
+    score_library(library, list(data), chosen, parent=parent)
     summary = library_summary(library)
     options.print_json(summary) if as_json else print_library(summary)
 
@@ -84,27 +83,19 @@ def evaluate_command(
     Example:
       puzzle evaluate examples/parent child --data /usr/lib/python3.11 --json
     """
-    for option, value in (("--sequences", sequences), ("--seq-len", seq_len), ("--repeats", repeats)):
+    for option, value in (("sequences", sequences), ("seq_len", seq_len), ("repeats", repeats)):
         options.positive(option, value)
     from puzzle.base.workload import Workload
     from puzzle.cli.report import print_evaluation
-    from puzzle.measure.evaluate import evaluate
+    from puzzle.measure.evaluate import EvaluateOptions, evaluate
 
     pair = None
     if batch is not None:
-        found = options.numbers("--batch", batch)
+        found = options.numbers("batch", batch)
         pair = (found[0], found[-1])
     work = None if no_speed else Workload(input_len=input_len, output_len=output_len)
-    result = evaluate(
-        parent,
-        child,
-        list(data),
-        num_sequences=sequences,
-        seq_len=seq_len,
-        work=work,
-        batches=pair,
-        text_field=text_field,
-        device=device,
-        repeats=repeats,
+    chosen = EvaluateOptions(
+        sequences=sequences, seq_len=seq_len, repeats=repeats, text_field=text_field, device=device
     )
-    options.print_json(result) if as_json else print_evaluation(result)
+    result = evaluate(parent, child, list(data), chosen, work=work, batches=pair)
+    options.print_json(result.to_json()) if as_json else print_evaluation(result)

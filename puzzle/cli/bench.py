@@ -13,9 +13,6 @@ from puzzle.cli import options
 @click.command("bench")
 @click.argument("target", type=options.DIRECTORY, metavar="CHILD|ARCHITECTURE")
 @click.option("--gpu", required=True, help="This machine's: h100, or cpu.")
-@click.option(
-    "--shapes", default=None, metavar="NAME", help="The parent's shapes, for an architecture without weights."
-)
 @click.option("--input-len", type=int, default=None, help="Prompt tokens. Default: the architecture's workload.")
 @click.option("--output-len", type=int, default=None, help="Generated tokens. Default: the architecture's workload.")
 @click.option("--batch", type=int, default=None, help="Default: what was predicted to be best.")
@@ -26,7 +23,6 @@ from puzzle.cli import options
 def bench_command(
     target: Path,
     gpu: str,
-    shapes: str | None,
     input_len: int | None,
     output_len: int | None,
     batch: int | None,
@@ -39,18 +35,18 @@ def bench_command(
 
     \b
     Examples:
-      puzzle bench lib/solution --gpu h100 --shapes llama-3.1-8b --with-parent
+      puzzle bench lib/solution --gpu h100 --with-parent
       puzzle bench child --gpu h100 --input-len 2048 --output-len 256 --batch 32
     """
     from puzzle.base.errors import UserError
 
     if (input_len is None) != (output_len is None):
-        raise UserError("--input-len and --output-len go together: pass both or none")
+        raise UserError("`input_len` and `output_len` go together: pass both or none")
     for option, value in (
-        ("--input-len", input_len),
-        ("--output-len", output_len),
-        ("--batch", batch),
-        ("--repeats", repeats),
+        ("input_len", input_len),
+        ("output_len", output_len),
+        ("batch", batch),
+        ("repeats", repeats),
     ):
         if value is not None:
             options.positive(option, value)
@@ -58,8 +54,9 @@ def bench_command(
     from puzzle.measure.bench import bench
 
     work = None if input_len is None or output_len is None else Workload(input_len=input_len, output_len=output_len)
+    precision = "fp8" if fp8 else None
     found = bench(
-        target, gpu=gpu, shapes=shapes, work=work, batch=batch, fp8=fp8, with_parent=with_parent, repeats=repeats
+        target, gpu=gpu, work=work, batch=batch, precision=precision, with_parent=with_parent, repeats=repeats
     )
     options.print_json(found) if as_json else _print(found)
 
@@ -69,7 +66,7 @@ def _print(found: dict[str, Any]) -> None:
 
     from puzzle.base.console import console
 
-    table = Table(title=f"{found['device']}, {found['dtype']}, {found['workload']}", title_justify="left")
+    table = Table(title=f"{found['device']}, {found['precision']}, {found['workload']}", title_justify="left")
     for name in ("", "predicted", "measured", "measured / predicted"):
         table.add_column(name, justify="left" if not name else "right")
     for who in ("child", "parent"):

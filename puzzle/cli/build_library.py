@@ -76,23 +76,23 @@ def build_library_command(
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
     """
     for option, value in (
-        ("--seq-len", seq_len),
-        ("--batch-size", batch_size),
-        ("--lr", lr),
-        ("--calibration-sequences", calibration_sequences),
-        ("--score-sequences", score_sequences),
-        ("--validation-sequences", validation_sequences),
+        ("seq_len", seq_len),
+        ("batch_size", batch_size),
+        ("lr", lr),
+        ("calibration_sequences", calibration_sequences),
+        ("score_sequences", score_sequences),
+        ("validation_sequences", validation_sequences),
     ):
         options.positive(option, value)
     if group_size is not None:
-        options.positive("--group-size", group_size)
+        options.positive("group_size", group_size)
     from puzzle.base.units import parse_bytes
 
-    num_tokens = options.count("--tokens", tokens, least=0)
+    num_tokens = options.count("tokens", tokens, least=0)
     limit = parse_bytes(memory_limit) if memory_limit else None
 
     from puzzle.library.build import Builder, BuildOptions, build_library
-    from puzzle.parents.family import open_model
+    from puzzle.parents.opened import open_model
 
     wanted = BuildOptions(
         data=list(data),
@@ -118,7 +118,7 @@ def build_library_command(
 
         builder = Builder(open_model(source), wanted)
         plan = builder.plan()
-        facts = describe(plan, predict_seconds(builder, plan), builder.variants, str(builder.device))
+        facts = describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
         if as_json:
             options.print_json(facts)
         else:
@@ -128,18 +128,12 @@ def build_library_command(
         return
     build_library(source, wanted)
     if score:
-        from puzzle.library.score import score_library
+        from puzzle.library.score import ScoreOptions, score_library
 
-        score_library(
-            out,
-            list(data),
-            parent=source,
-            num_sequences=score_sequences,
-            seq_len=seq_len,
-            joint=joint,
-            text_field=text_field,
-            device=device,
+        chosen = ScoreOptions(
+            sequences=score_sequences, seq_len=seq_len, joint=joint, text_field=text_field, device=device
         )
+        score_library(out, list(data), chosen, parent=source)
     from puzzle.cli.report import library_summary, print_library
 
     summary = library_summary(out)

@@ -62,7 +62,7 @@ def export_command(
         evaluation = None if measured is None else json.loads(measured.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--measured {measured} cannot be read ({error}): save what `puzzle evaluate --json` prints"
+            f"`measured` {measured} cannot be read ({error}): save what `puzzle evaluate --json` prints"
         ) from error
     done = export(
         open_source(source, architecture, parent),

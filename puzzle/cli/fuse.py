@@ -90,7 +90,7 @@ def fuse_command(child: Path, as_json: bool, **wanted: Any) -> None:
     from puzzle.fuse.verb import Wanted, fuse_verb
 
     for option in ("sequences", "seq_len"):
-        options.positive(f"--{option.replace('_', '-')}", wanted[option])
+        options.positive(option, wanted[option])
     done = fuse_verb(child, Wanted(**wanted))
     options.print_json({"schema": 1, **done}) if as_json else print_fusion(done)
     for path in done["written"]:

@@ -82,7 +82,7 @@ def heal_command(
         - {path: notes.jsonl, weight: 0.1, text_field: body}
         - {path: chats.jsonl, weight: 0.2, messages: messages, loss: assistant}
     """
-    num_tokens = options.count("--tokens", tokens)
+    num_tokens = options.count("tokens", tokens)
     from puzzle.heal.settings import HealOptions
 
     wanted = HealOptions(child=child, out=out, data=list(data), blend=data_blend, tokens=num_tokens, **chosen)

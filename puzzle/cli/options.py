@@ -43,7 +43,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or min(found) < 1:
-        raise UserError(f"{option} {text}: write positive integers separated by commas, such as 1,4,16")
+        raise UserError(f"`{option}` {text}: write positive integers separated by commas, such as 1,4,16")
     return found
 
 
@@ -52,7 +52,7 @@ def positive(option: str, value: float) -> None:
     from puzzle.base.errors import UserError
 
     if not 0 < value < float("inf"):
-        raise UserError(f"{option} {value:g}: must be above 0")
+        raise UserError(f"`{option}` {value:g}: must be above 0")
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from puzzle.base.console import console
-from puzzle.base.files import read_json
 from puzzle.base.units import bytes_text, seconds_text
+from puzzle.blocklib.variant import PARENT
 from puzzle.choose.frontier import terminal_plot
 from puzzle.export.picture import picture
-from puzzle.library.manifest import KINDS, PARENT, Library
+from puzzle.library.manifest import Library, score_name, scores_path
+from puzzle.library.store import BlockStore
+from puzzle.measure.architecture import Architecture
+from puzzle.measure.evaluate import Evaluation
 
 
 def _table(title: str, rows: list[tuple[str, Any, Any]]) -> Table:
@@ -27,80 +30,82 @@ def _table(title: str, rows: list[tuple[str, Any, Any]]) -> Table:
     return table
 
 
-def print_solution(solved: dict[str, Any], library: Library) -> None:
+def print_solution(solved: Architecture) -> None:
     """The picture, the solver's certificate and the predicted figures of parent and child."""
-    parent, child = solved["parent_predicted"], solved["predicted"]
-    for line in picture(solved["layers"], library):
+    parent, child = solved.parent_predicted, solved.predicted
+    for line in picture(solved.sub_blocks, solved.parent.layers):
         console.print(line, markup=False)
-    if solved["library"].get("synthetic_scores"):
+    if solved.synthetic_scores:
         console.print("the scores are synthetic: speed and size are what counts here, not quality")
-    slack = ", ".join(f"{name} {value:.4g}" for name, value in solved["slack"].items())
+    slack = ", ".join(f"{name} {value:.4g}" for name, value in solved.slack.items())
     console.print(
-        f"{solved['status']}: sum of scores {solved['objective']:.5g} nats/token, bound {solved['bound']:.5g}, "
-        f"gap {solved['gap']:.1e}, slack: {slack} ({solved['solver']}, {solved['seconds']:.2f} s)"
+        f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, bound {solved.bound:.5g}, "
+        f"gap {solved.gap:.1e}, slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
     )
     console.print(
         _table(
-            f"predicted on {solved['costs']['device']} ({solved['costs']['dtype']})",
+            f"predicted on {solved.costs['device']} ({solved.costs['precision']})",
             [
-                ("batch", parent["batch"], child["batch"]),
-                ("tokens/s", f"{parent['tokens_per_second']:.5g}", f"{child['tokens_per_second']:.5g}"),
-                ("speed-up, each at its best batch", "1x", f"{child['speedup']:.3g}x"),
-                ("speed-up at the child's batch", "1x", f"{child['speedup_at_same_batch']:.3g}x"),
-                ("time to first token", f"{parent['ttft_seconds']:.4g} s", f"{child['ttft_seconds']:.4g} s"),
-                ("time per output token", f"{parent['tpot_seconds']:.4g} s", f"{child['tpot_seconds']:.4g} s"),
-                ("memory", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
-                ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
-                ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
+                ("batch", parent.batch, child.batch),
+                ("tokens/s", f"{parent.tokens_per_second:.5g}", f"{child.tokens_per_second:.5g}"),
+                ("speed-up, each at its best batch", "1x", f"{solved.speedup:.3g}x"),
+                ("speed-up at the child's batch", "1x", f"{solved.speedup_at_same_batch:.3g}x"),
+                ("time to first token", f"{parent.ttft_seconds:.4g} s", f"{child.ttft_seconds:.4g} s"),
+                ("time per output token", f"{parent.tpot_seconds:.4g} s", f"{child.tpot_seconds:.4g} s"),
+                ("memory", bytes_text(parent.memory_bytes), bytes_text(child.memory_bytes)),
+                ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
+                ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
             ],
         )
     )
-    limit = solved["goal"]["memory_bytes"]
-    if isinstance(limit, float) and parent["memory_bytes"] > limit:
+    limit = solved.goal["memory"]
+    if isinstance(limit, float) and parent.memory_bytes > limit:
         console.print(
-            f"the parent itself needs {bytes_text(parent['memory_bytes'])}: its figures are what it would do with that much "
+            f"the parent itself needs {bytes_text(parent.memory_bytes)}: its figures are what it would do with that much "
             "memory, at its smallest batch"
         )
-    for line in (x for one in (solved, *solved["also"]) for x in one["extrapolated"]):
+    beyond = [*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)]
+    for line in beyond:
         console.print(f"extrapolated: {line}", markup=False)
-    for one in solved["also"]:
-        work, mine, own = one["workload"], one["predicted"], one["parent_predicted"]
+    for also in solved.also:
+        work, mine, own = also.workload, also.predicted, also.parent_predicted
         console.print(
-            f"also {work['input_len']}/{work['output_len']} at batch {mine['batch']}, predicted: "
-            f"{mine['tokens_per_second']:.5g} tokens/s ({mine['speedup']:.3g}x), first token {mine['ttft_seconds']:.4g} s, "
-            f"then {mine['tpot_seconds']:.4g} s each; parent {own['tokens_per_second']:.5g} at batch {own['batch']}, "
-            f"{own['ttft_seconds']:.4g} s, {own['tpot_seconds']:.4g} s",
+            f"also {work.input_len}/{work.output_len} at batch {mine.batch}, predicted: "
+            f"{mine.tokens_per_second:.5g} tokens/s ({also.speedup:.3g}x), first token {mine.ttft_seconds:.4g} s, "
+            f"then {mine.tpot_seconds:.4g} s each; parent {own.tokens_per_second:.5g} at batch {own.batch}, "
+            f"{own.ttft_seconds:.4g} s, {own.tpot_seconds:.4g} s",
             markup=False,
         )
 
 
-def print_evaluation(result: dict[str, Any]) -> None:
-    parent, child = result["parent"], result["child"]
+def print_evaluation(result: Evaluation) -> None:
+    parent, child = result.parent, result.child
     rows = [
-        ("held-out loss, nats/token", f"{parent['loss']:.4f}", f"{child['loss']:.4f}"),
-        ("KL(parent‖child), nats/token", "0", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}"),
-        ("top-1 agreement", "1", f"{child['top1_agreement']:.4f}"),
-        ("parameters", f"{parent['num_parameters']:,}", f"{child['num_parameters']:,}"),
-        ("weights", bytes_text(parent["weight_bytes"]), bytes_text(child["weight_bytes"])),
-        ("KV bytes per token", parent["kv_bytes_per_token"], child["kv_bytes_per_token"]),
+        ("held-out loss, nats/token", f"{parent.loss:.4f}", f"{child.loss:.4f}"),
+        ("KL(parent‖child), nats/token", "0", f"{child.kl:.4f} ± {child.kl_stderr:.4f}"),
+        ("top-1 agreement", "1", f"{child.top1_agreement:.4f}"),
+        ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
+        ("weights", bytes_text(parent.weight_bytes), bytes_text(child.weight_bytes)),
+        ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
     ]
-    if "speedup" in result:
+    if parent.speed is not None and child.speed is not None:
+        slow, fast = parent.speed, child.speed
         rows += [
-            ("batch", parent["batch"], child["batch"]),
-            ("tokens/s", f"{parent['tokens_per_second']:.5g}", f"{child['tokens_per_second']:.5g}"),
-            ("speed-up", "1x", f"{result['speedup']:.3g}x"),
-            ("prefill", f"{parent['prefill_seconds']:.4g} s", f"{child['prefill_seconds']:.4g} s"),
-            ("decode", f"{parent['decode_seconds']:.4g} s", f"{child['decode_seconds']:.4g} s"),
-            ("memory", bytes_text(parent["memory_bytes"]), bytes_text(child["memory_bytes"])),
+            ("batch", slow.batch, fast.batch),
+            ("tokens/s", f"{slow.tokens_per_second:.5g}", f"{fast.tokens_per_second:.5g}"),
+            ("speed-up", "1x", f"{result.speedup:.3g}x"),
+            ("time to first token", f"{slow.ttft_seconds:.4g} s", f"{fast.ttft_seconds:.4g} s"),
+            ("time per output token", f"{slow.tpot_seconds:.4g} s", f"{fast.tpot_seconds:.4g} s"),
+            ("memory", bytes_text(slow.memory_bytes), bytes_text(fast.memory_bytes)),
         ]
-    console.print(_table(f"measured on {result['device']} ({result['dtype']}), {result['num_tokens']:,} tokens", rows))
+    console.print(_table(f"measured on {result.device} ({result.precision}), {result.num_tokens:,} tokens", rows))
 
 
-def print_prices(solved: dict[str, Any]) -> None:
+def print_prices(solved: Architecture) -> None:
     """What 1 % more of each limit buys; nothing without --explain."""
-    for price in solved.get("prices", ()):
-        change = price["objective"] - solved["objective"]
-        share = f" ({100 * change / solved['objective']:+.2f} %)" if solved["objective"] else ""
+    for price in solved.prices or ():
+        change = price["objective"] - solved.objective
+        share = f" ({100 * change / solved.objective:+.2f} %)" if solved.objective else ""
         moved = "1 % less throughput" if price["limit"] == "throughput" else f"{price['limit']} {price['moved']:.6g}"
         console.print(f"{moved}: sum of scores {change:+.4g}{share}")
 
@@ -113,12 +118,10 @@ def print_frontier(rows: list[dict[str, Any]], axis: str) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def print_diverse(found: list[dict[str, Any]], library: Library) -> None:
+def print_diverse(found: list[Architecture]) -> None:
     for number, solved in enumerate(found, 1):
-        console.print(
-            f"{number}: sum of scores {solved['objective']:.5g}, {solved['predicted']['speedup']:.3g}x (predicted)"
-        )
-        for line in picture(solved["layers"], library)[:2]:
+        console.print(f"{number}: sum of scores {solved.objective:.5g}, {solved.speedup:.3g}x (predicted)")
+        for line in picture(solved.sub_blocks, solved.parent.layers)[:-1]:
             console.print(line, markup=False)
 
 
@@ -157,12 +160,12 @@ def print_plan(facts: dict[str, Any]) -> None:
     """The --dry-run report; every figure is predicted."""
     groups, predicted = facts["groups"], facts["predicted"]
     console.print(f"device            {facts['device']}")
-    for kind, names in facts["variants"].items():
-        console.print(f"{kind:<17} {', '.join(names)}")
+    for slot, names in facts["variants"].items():
+        console.print(f"{slot:<17} {', '.join(names)}")
     console.print(
         f"layers            {sum(map(len, groups))} in {len(groups)} group(s) of up to {max(map(len, groups))}"
     )
-    console.print(f"trained           {facts['trained_parameters_per_layer']:,} parameters per layer")
+    console.print(f"trained           {facts['num_trained_parameters']:,} parameters")
     console.print(f"device memory     {bytes_text(predicted['peak_memory_bytes'])} at the peak (predicted)")
     console.print(f"host memory       {bytes_text(predicted['host_memory_bytes'])} besides (predicted)")
     console.print(f"disk              {bytes_text(predicted['disk_bytes'])}: library and one snapshot (predicted)")
@@ -175,21 +178,24 @@ def print_plan(facts: dict[str, Any]) -> None:
 def library_summary(root: Path) -> dict[str, Any]:
     """Per variant, medians over layers of what training and scoring measured."""
     library = Library.open(root)
-    rows = []
-    for kind in KINDS:
-        for name in library.variants(kind):
-            if name == PARENT:
-                continue
-            records = [
-                read_json(root / "blocks" / f"L{layer:02d}" / kind / f"{name}.json", "puzzle build-library")
-                for layer in library.layers
-            ]
-            row: dict[str, Any] = {"kind": kind, "variant": name}
-            for key in ("validation_loss_before", "validation_loss_after"):
-                row[key] = median(r[key] for r in records)
-            if all((root / "scores" / f"L{layer:02d}.json").is_file() for layer in library.layers):
-                row["kl"] = median(library.scores(layer)[f"{kind}/{name}"]["kl"] for layer in library.layers)
-            rows.append(row)
+    store, rows = BlockStore(root), []
+    offered = dict.fromkeys(
+        (slot, name)
+        for layer in library.layers
+        for slot, space in library.spaces[layer].items()
+        for name in space
+        if name != PARENT
+    )
+    scored = all(scores_path(root, layer).is_file() for layer in library.layers)
+    for slot, name in offered:
+        having = [layer for layer in library.layers if name in library.spaces[layer].get(slot, ())]
+        records = [store.record(layer, slot, name) for layer in having]
+        row: dict[str, Any] = {"slot": slot, "variant": name}
+        for key in ("validation_loss_before", "validation_loss_after"):
+            row[key] = median(r[key] for r in records)
+        if scored:
+            row["kl"] = median(library.scores(layer)[score_name({slot: name})]["kl"] for layer in having)
+        rows.append(row)
     return {"library": str(root), "num_layers": library.num_layers, "layers": library.layers, "variants": rows}
 
 
@@ -198,12 +204,12 @@ def print_library(summary: dict[str, Any]) -> None:
         title=f"{summary['library']}: medians over {len(summary['layers'])} layers, measured on held-out text",
         title_justify="left",
     )
-    for name in ("sub-block", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"):
-        table.add_column(name, justify="left" if name in ("sub-block", "variant") else "right")
+    for name in ("slot", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"):
+        table.add_column(name, justify="left" if name in ("slot", "variant") else "right")
     for row in summary["variants"]:
         kl = f"{row['kl']:.5f}" if "kl" in row else "not scored"
         table.add_row(
-            row["kind"],
+            row["slot"],
             row["variant"],
             f"{row['validation_loss_before']:.4f}",
             f"{row['validation_loss_after']:.4f}",
@@ -212,13 +218,13 @@ def print_library(summary: dict[str, Any]) -> None:
     console.print(table)
 
 
-def print_runs(solved: dict[str, Any]) -> None:
+def print_runs(solved: Architecture) -> None:
     """Which layers `puzzle fuse` will fuse, and how they were priced; nothing without --fusion."""
-    if "fusion" not in solved:
+    if solved.fusion is None or solved.fuse is None:
         return
-    priced = solved["fusion"]
-    runs = ", ".join(f"{first}-{last}" for first, last in solved["fuse"]) or "none: nothing is gained by it here"
-    after = " (after `puzzle export`, by `puzzle fuse CHILD --out FUSED`)" if solved["fuse"] else ""
+    priced = solved.fusion
+    runs = ", ".join(f"{first}-{last}" for first, last in solved.fuse) or "none: nothing is gained by it here"
+    after = " (after `puzzle export`, by `puzzle fuse CHILD --out FUSED`)" if solved.fuse else ""
     console.print(f"to be fused: layers {runs}{after}", markup=False)
     ways = {
         "cost table": "interpolated between the widths of the cost table",

@@ -41,11 +41,11 @@ def run_command(
         from puzzle.library.build import Builder
         from puzzle.library.estimate import predict_seconds
         from puzzle.library.plan import describe
-        from puzzle.parents.family import open_model
+        from puzzle.parents.opened import open_model
 
         builder = Builder(open_model(wanted.parent), Run(wanted, out).build_options())
         plan = builder.plan()
-        facts = describe(plan, predict_seconds(builder, plan), builder.variants, str(builder.device))
+        facts = describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
         options.print_json(facts) if as_json else print_plan(facts)
         return
     from puzzle.cli.report import print_result, print_solution

@@ -29,7 +29,7 @@ def serve_check_command(
     Example:
       puzzle serve-check child --engine vllm --python .engines/vllm/bin/python
     """
-    for option, value in (("--tokens", tokens), ("--threads", threads)):
+    for option, value in (("tokens", tokens), ("threads", threads)):
         options.positive(option, value)
     from puzzle.serving.check import EngineFailed, serve_check
 

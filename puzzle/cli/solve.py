@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target
 from puzzle.cli import options
-
-if TYPE_CHECKING:
-    from puzzle.choose.goal import Goal
 
 RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 
 
+def limits(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for every row of `LIMITS`, in its order."""
+    for limit in reversed(LIMITS):
+        command = click.option(f"--{limit.option}", default=None, metavar="GOAL", help=limit.help)(command)
+    return command
+
+
 @click.command("solve")
 @click.argument("library", type=options.DIRECTORY, required=False)
-@click.option("--throughput", default=None, metavar="GOAL", help="2x (of the parent at its best batch) or tokens/s.")
-@click.option("--latency", default=None, metavar="GOAL", help="Prompt to last token of a batch: 1.5, 800ms or 50%.")
-@click.option("--ttft", default=None, metavar="GOAL", help="Time to the first token: 0.2, 200ms or 50%.")
-@click.option("--tpot", default=None, metavar="GOAL", help="Time per later token: 20ms or 50%.")
-@click.option(
-    "--memory", default=None, metavar="GOAL", help="Weights, KV cache at full context, workspace: 80GB or 60%."
-)
-@click.option("--params", default=None, metavar="GOAL", help="Parameters: 6.5B or 60%.")
+@limits
 @click.option("--cached-tokens", default=None, metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
 @click.option("--keep-attention", type=int, default=None, metavar="N", help="At least N layers keep softmax attention.")
 @click.option("--pin", "pinned", default=None, metavar="RANGES", help="Layers that keep the parent's block: 0-1,15.")
@@ -101,81 +100,73 @@ def solve_command(
       puzzle solve --problem problem.json --out solution.json
     """
     if time_limit is not None:
-        options.positive("--time-limit", time_limit)
+        options.positive("time_limit", time_limit)
     from puzzle.base.errors import UserError
 
     if problem is not None:
         _solve_file(problem, out or Path("solution.json"), backend, time_limit, as_json)
         return
     if library is None:
-        raise UserError("nothing to solve: name a LIBRARY (see `puzzle build-library`), or pass --problem problem.json")
+        raise UserError("nothing to solve: name a LIBRARY (see `puzzle build-library`), or pass `problem` problem.json")
     if gpu is None:
-        raise UserError("--gpu is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
-    from puzzle.base.files import check_writable, write_json
+        raise UserError("`gpu` is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
+    from puzzle.base.files import check_writable
     from puzzle.base.workload import Workload
     from puzzle.choose.fusion import Fusion
-    from puzzle.choose.goal import Goal, goal_of
-    from puzzle.choose.problem import select
+    from puzzle.choose.problem import Request, select
     from puzzle.choose.solve import open_costs, solve_library
     from puzzle.choose.workloads import parse_also
     from puzzle.library.manifest import Library
+    from puzzle.measure.architecture import write_architecture
 
-    others = [parse_also(text) for text in also]
     if same_batch and (pareto is not None or diverse is not None):
-        raise UserError("--same-batch solves for one optimum: leave out --pareto and --diverse")
-    if (pareto or others) and not any(value for name, value in wanted.items() if name != "stage_tolerance"):
-        goal = Goal()
-    else:
-        goal = goal_of(**wanted)
-        goal.check()
-    goal = _on_card(goal, gpu)
-    work = Workload(input_len=input_len, output_len=output_len)
+        raise UserError("`same_batch` solves for one optimum: leave out `pareto` and `diverse`")
+    if fusion_dependency is not None and not fusion:
+        raise UserError("`fusion_dependency` is the price of `fusion`: pass that too, or leave both out")
+    if fusion and (pareto is not None or diverse is not None or baseline is not None):
+        raise UserError("`fusion` solves for one optimum: leave out `pareto`, `diverse` and `baseline`")
+    others = tuple(parse_also(text) for text in also)
+    goal = GoalOptions(**wanted).goal(may_be_empty=bool(pareto or others))
     opened = Library.open(library)
     target = out or library / "solution"
     check_writable(target)
     costs = open_costs(opened, gpu, shapes, engine)
-    if fusion_dependency is not None and not fusion:
-        raise UserError("--fusion-dependency is the price of --fusion: pass that too, or leave both out")
-    if fusion and (pareto is not None or diverse is not None or baseline is not None):
-        raise UserError("--fusion solves for one optimum: leave out --pareto, --diverse and --baseline")
-    fusing = Fusion.open(opened, fusion_dependency) if fusion else None
+    request = Request(
+        work=Workload(input_len=input_len, output_len=output_len),
+        goal=_on_card(goal, gpu),
+        also=others,
+        backend=backend,
+        time_limit=time_limit,
+        baseline=baseline,
+        explain=explain,
+        fusion=Fusion.open(opened, fusion_dependency) if fusion else None,
+        same_batch=same_batch,
+    )
     from puzzle.cli.report import print_diverse, print_frontier, print_prices, print_runs, print_solution
 
     if pareto is not None:
         from puzzle.choose.frontier import library_frontier
-        from puzzle.choose.problem import selection_of
 
-        rows = library_frontier(selection_of(opened, costs, work, goal, others), pareto, points, target, backend)
+        rows = library_frontier(select(opened, costs, request), pareto, points, target)
         options.print_json({"schema": 1, "axis": pareto, "points": rows}) if as_json else print_frontier(rows, pareto)
         click.echo(f"wrote {target / 'frontier.csv'}", err=True)
         return
     if diverse is not None:
         from puzzle.choose.solve import solve_diverse
 
-        found = solve_diverse(select(opened, costs, work, goal, others), diverse, min_distance, backend, time_limit)
-        for number, solved in enumerate(found, 1):
-            write_json(target / f"architecture-{number:02d}.json", solved)
-        options.print_json({"schema": 1, "solutions": found}) if as_json else print_diverse(found, opened)
-        click.echo(f"wrote {len(found)} architectures into {target}", err=True)
+        several = solve_diverse(opened, costs, request, diverse, min_distance)
+        for number, one in enumerate(several, 1):
+            write_architecture(target / f"architecture-{number:02d}.json", one)
+        found = {"schema": 1, "solutions": [one.to_json() for one in several]}
+        options.print_json(found) if as_json else print_diverse(several)
+        click.echo(f"wrote {len(several)} architectures into {target}", err=True)
         return
-    solved = solve_library(
-        opened,
-        costs,
-        work,
-        goal,
-        backend=backend,
-        time_limit=time_limit,
-        baseline=baseline,
-        explain=explain,
-        also=others,
-        fusion=fusing,
-        same_batch=same_batch,
-    )
-    write_json(target / "architecture.json", solved)
+    solved = solve_library(opened, costs, request)
+    write_architecture(target / "architecture.json", solved)
     if as_json:
-        options.print_json(solved)
+        options.print_json(solved.to_json())
     else:
-        print_solution(solved, opened)
+        print_solution(solved)
         print_runs(solved)
         print_prices(solved)
         click.echo(f"wrote {target / 'architecture.json'}", err=True)
@@ -186,13 +177,12 @@ def _on_card(goal: Goal, gpu: str) -> Goal:
     from dataclasses import replace
 
     from puzzle.base.machine import GPUS
-    from puzzle.choose.goal import Target
 
     card = GPUS.get(gpu.split("-")[0])
-    if goal.memory is not None or card is None:
+    if "memory" in goal.limits or card is None:
         return goal
     click.echo(f"within the {card.name}'s {card.memory_bytes / 1e9:g} GB; pass --memory for another limit", err=True)
-    return replace(goal, memory=Target(value=float(card.memory_bytes), relative=False))
+    return replace(goal, limits={**goal.limits, "memory": Target(value=float(card.memory_bytes), relative=False)})
 
 
 def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:

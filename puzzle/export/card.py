@@ -9,8 +9,9 @@ from typing import Any
 
 from puzzle import __version__
 from puzzle.base.units import bytes_text
-from puzzle.export.child import Child, ChildLayer, Gqa, Linear, SwiGlu
-from puzzle.export.picture import SHADES
+from puzzle.export.child import Child
+from puzzle.export.picture import picture
+from puzzle.measure.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +31,12 @@ class CardFacts:
     licence: str | None
     lowerings: tuple[str, ...]
     also: tuple[str, ...]
-    solved: dict[str, Any] | None
+    solved: Architecture | None
     facts: dict[str, Any] | None
     measured: dict[str, Any] | None
 
 
-def plain_card(child: Child, solved: dict[str, Any] | None) -> str:
+def plain_card(child: Child, solved: Architecture | None) -> str:
     """The card of a child in its own format and dtype, nothing rewritten. solved: predictions that hold for it."""
     return child_card(
         CardFacts(
@@ -57,7 +58,12 @@ def plain_card(child: Child, solved: dict[str, Any] | None) -> str:
 
 def child_card(card: CardFacts) -> str:
     """Markdown with the Hub's front matter."""
-    parts = [_front(card), f"# A child of {card.child.parent_name}", _origin(card), _picture(card.original)]
+    parts = [
+        _front(card),
+        f"# A child of {card.child.parent_name}",
+        _origin(card),
+        _picture(card.original, card.solved),
+    ]
     parts += [_predicted(card.solved)] if card.solved else []
     parts += [_measured(card.measured)] if card.measured else []
     parts += [_recipe(card.facts)] if card.facts else []
@@ -87,11 +93,9 @@ def _front(card: CardFacts) -> str:
 def _origin(card: CardFacts) -> str:
     goal = ""
     if card.solved:
-        wanted = {k: v for k, v in card.solved["goal"].items() if v is not None}
-        work = card.solved["workload"]
-        goal = (
-            f" for the goal `{json.dumps(wanted)}` at {work['input_len']} input and {work['output_len']} output tokens"
-        )
+        wanted = {k: v for k, v in card.solved.goal.items() if v is not None}
+        work = card.solved.workload
+        goal = f" for the goal `{json.dumps(wanted)}` at {work.input_len} input and {work.output_len} output tokens"
     licence = (
         f"The parent's licence, {card.licence}, holds for the child too."
         if card.licence
@@ -103,66 +107,40 @@ def _origin(card: CardFacts) -> str:
     )
 
 
-def _picture(child: Child) -> str:
+def _picture(child: Child, solved: Architecture | None) -> str:
     """The architecture, a column per layer, and the same counted."""
-    attention = " ".join(_attention_symbol(child, layer) for layer in child.layers)
-    ffn = " ".join(_ffn_symbol(child, layer) for layer in child.layers)
-    legend = "█ parent   1 2 4 KV heads   w window   ▁…▇ narrower   + wider   / linear   · none"
-    counts = Counter(_words(child, layer) for layer in child.layers)
-    rows = "\n".join(f"| {number} | {attention} | {ffn} |" for (attention, ffn), number in counts.most_common())
-    return (
-        f"## Architecture\n\n```\nattention  {attention}\nffn        {ffn}\n           {legend}\n```\n\n"
-        f"| layers | attention | FFN |\n|---|---|---|\n{rows}"
-    )
-
-
-def _attention_symbol(child: Child, layer: ChildLayer) -> str:
-    shape = layer.attention
-    if not isinstance(shape, Gqa):
-        return "/" if isinstance(shape, Linear) else "·"
-    if shape.window != child.window:
-        return "w"
-    return "█" if shape.num_key_value_heads == child.num_key_value_heads else str(shape.num_key_value_heads)
-
-
-def _ffn_symbol(child: Child, layer: ChildLayer) -> str:
-    shape = layer.ffn
-    if not isinstance(shape, SwiGlu):
-        return "/" if isinstance(shape, Linear) else "·"
-    if shape.width >= child.intermediate_size:
-        return "█" if shape.width == child.intermediate_size else "+"
-    return SHADES[min(len(SHADES) - 2, int(len(SHADES) * shape.width / child.intermediate_size))]
-
-
-def _words(child: Child, layer: ChildLayer) -> tuple[str, str]:
-    attention, ffn = layer.attention, layer.ffn
-    if isinstance(attention, Gqa):
-        window = f", window {attention.window}" if attention.window else ""
-        words = f"{attention.num_key_value_heads} of {child.num_key_value_heads} KV heads{window}"
-    else:
-        words = "linear" if isinstance(attention, Linear) else "none"
-    width = f"width {ffn.width}" if isinstance(ffn, SwiGlu) else "linear" if isinstance(ffn, Linear) else "none"
-    return words, width
-
-
-def _predicted(solved: dict[str, Any]) -> str:
-    child, parent = solved["predicted"], solved["parent_predicted"]
-    rows = [
-        ("tokens/s", f"{child['tokens_per_second']:.5g}", f"{parent['tokens_per_second']:.5g}"),
-        ("batch", child["batch"], parent["batch"]),
-        ("time to first token, s", f"{child['ttft_seconds']:.4g}", f"{parent['ttft_seconds']:.4g}"),
-        ("time per output token, s", f"{child['tpot_seconds']:.4g}", f"{parent['tpot_seconds']:.4g}"),
-        ("memory", bytes_text(child["memory_bytes"]), bytes_text(parent["memory_bytes"])),
-        ("KV bytes per token", child["kv_bytes_per_token"], parent["kv_bytes_per_token"]),
-        ("parameters", f"{child['num_parameters']:,}", f"{parent['num_parameters']:,}"),
+    layers = [layer.slots for layer in child.layers]
+    theirs = [child.base] * len(layers) if solved is None else solved.parent.layers
+    parents = [theirs[layer.stands_for] if solved else child.base for layer in child.layers]
+    slots = list(dict.fromkeys(slot for layer in layers for slot in layer))
+    words = [
+        tuple(layer[slot].words(parent[slot]) if slot in layer else "" for slot in slots)
+        for layer, parent in zip(layers, parents, strict=True)
     ]
-    head = f"predicted on {solved['costs']['device']}, {solved['costs']['dtype']}"
-    runs = ", ".join(f"{first}-{last}" for first, last in solved.get("fuse", ()))
+    rows = "\n".join(f"| {number} | {' | '.join(found)} |" for found, number in Counter(words).most_common())
+    drawn = "\n".join(picture(layers, parents))
+    head = f"| layers | {' | '.join(slots)} |\n|{'---|' * (len(slots) + 1)}"
+    return f"## Architecture\n\n```\n{drawn}\n```\n\n{head}\n{rows}"
+
+
+def _predicted(solved: Architecture) -> str:
+    child, parent = solved.predicted, solved.parent_predicted
+    rows = [
+        ("tokens/s", f"{child.tokens_per_second:.5g}", f"{parent.tokens_per_second:.5g}"),
+        ("batch", child.batch, parent.batch),
+        ("time to first token, s", f"{child.ttft_seconds:.4g}", f"{parent.ttft_seconds:.4g}"),
+        ("time per output token, s", f"{child.tpot_seconds:.4g}", f"{parent.tpot_seconds:.4g}"),
+        ("memory", bytes_text(child.memory_bytes), bytes_text(parent.memory_bytes)),
+        ("KV bytes per token", child.kv_bytes_per_token, parent.kv_bytes_per_token),
+        ("parameters", f"{child.num_parameters:,}", f"{parent.num_parameters:,}"),
+    ]
+    head = f"predicted on {solved.costs['device']}, {solved.costs['precision']}"
+    runs = ", ".join(f"{first}-{last}" for first, last in solved.fuse or ())
     fused = f"These figures are for layers {runs} fused, which `puzzle fuse` does.\n\n" if runs else ""
     return (
         f"## Predicted\n\n{_table(head, rows)}\n\n{fused}"
-        f"The sum of the replaced blocks' own KL divergences, measured one at a time, is {solved['objective']:.4f} nats "
-        f"per token (solver: {solved['status']}, gap {solved['gap']:.1e}, {solved['solver']}). The whole child's KL is "
+        f"The sum of the replaced blocks' own KL divergences, measured one at a time, is {solved.objective:.4f} nats "
+        f"per token (solver: {solved.status}, gap {solved.gap:.1e}, {solved.solver}). The whole child's KL is "
         "what `puzzle evaluate` measures."
     )
 

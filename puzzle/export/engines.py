@@ -123,5 +123,5 @@ def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None
         return format, "llama.cpp" if format == "gguf" else None
     if format not in ENGINES[engine].formats:
         readable = " or ".join(ENGINES[engine].formats)
-        raise UserError(f"--engine {engine} does not read --format {format}: pass --format {readable}")
+        raise UserError(f"`engine` {engine} does not read `format` {format}: pass `format` {readable}")
     return format, engine

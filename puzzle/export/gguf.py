@@ -20,9 +20,13 @@ from torch import Tensor
 
 from puzzle.base.errors import UserError, nearest, writing
 from puzzle.base.files import check_writable, replacing
-from puzzle.blocklib.layer import KINDS
-from puzzle.export.child import Absent, Child, Gqa, Linear, SwiGlu
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.child import Child
 from puzzle.export.gguf_tokenizer import tokenizer_metadata
+from puzzle.export.refuse import refuse_unlike_llama
 
 DTYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7), "bf16": ("BF16", 32)}  # ggml type, file type
 TENSOR_NAMES = {
@@ -63,15 +67,16 @@ def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
     try:
         import gguf
     except ImportError:
-        raise UserError("--format gguf needs the package gguf: pip install 'puzzle-nas[gguf]'") from None
+        raise UserError("`format` gguf needs the package gguf: pip install 'puzzle-nas[gguf]'") from None
     if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} with --format gguf: {nearest(dtype, list(DTYPES))}")
+        raise UserError(f"`dtype` {dtype} with `format` gguf: {nearest(dtype, list(DTYPES))}")
     _claim_file(out, force)
     refuse_what_llama_cpp_gets_wrong(child)
     metadata = _metadata(child, dtype)
-    inv_freq, attention_factor = rope_frequencies(child)
-    theta = float(child.rope_parameters["rope_theta"])
-    plain = 1.0 / theta ** (torch.arange(0, child.head_dim, 2, dtype=torch.float32) / child.head_dim)
+    rope, head_dim = child.around.ropes["default"], child.attention.head_dim
+    inv_freq, attention_factor = rope.frequencies()
+    theta = float(rope.parameters["rope_theta"])
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     factors = None if torch.equal(plain, inv_freq) else plain / inv_freq
     metadata["deci.rope.freq_base"] = theta
     if attention_factor != 1:
@@ -114,51 +119,27 @@ def permute(weight: Tensor, num_heads: int, *, inverse: bool = False) -> Tensor:
     return weight.reshape(*split, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def rope_frequencies(child: Child) -> tuple[Tensor, float]:
-    """inv_freq [D/2] float32 and the factor on cos and sin, by transformers' rules for the child's rope_parameters."""
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    kind, dim = child.rope_parameters.get("rope_type", "default"), child.head_dim
-    if kind == "default":
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        return 1.0 / float(child.rope_parameters["rope_theta"]) ** exponents, 1.0
-    config = LlamaConfig(
-        hidden_size=child.hidden_size,
-        num_attention_heads=child.num_attention_heads,
-        head_dim=dim,
-        max_position_embeddings=child.max_position_embeddings,
-        rope_parameters=dict(child.rope_parameters),
-    )
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
-    return inv_freq.float(), float(factor)
-
-
 def refuse_what_llama_cpp_gets_wrong(child: Child) -> None:
     """Raise UserError, naming layer and sub-block, for what architecture `deci` cannot say or computes wrongly."""
-    if child.qk_norm:
-        raise UserError(
-            f"{child.name} has per-head norms on q and k (Qwen3), which llama.cpp's deci architecture does not have: "
-            "use --format hf"
-        )
+    refuse_unlike_llama(child, "llama.cpp's deci architecture")
     last = len(child.layers) - 1
     for index, layer in enumerate(child.layers):
         where = f"layer {layer.origin} of {child.name}"
         attention, ffn = layer.attention, layer.ffn
-        if isinstance(attention, Gqa) and attention.window and attention.window < child.max_position_embeddings:
+        if isinstance(attention, Gqa) and attention.window and attention.window < child.max_length:
             raise UserError(
                 f"{where}: attention over a window of {attention.window} tokens, but llama.cpp's deci architecture has "
                 "no windows; choose kv"
-                f"{attention.num_key_value_heads} there, or use --format hf"
+                f"{attention.num_key_value_heads} there, or use `format` hf"
             )
         if isinstance(ffn, Linear):
             raise UserError(f"{where}: llama.cpp has no linear FFN; lower it for llama.cpp, or choose another FFN")
-        if isinstance(ffn, Absent) and (not isinstance(attention, Absent) or index == last):
+        if isinstance(ffn, NoOp) and (not isinstance(attention, NoOp) or index == last):
             raise UserError(
                 f"{where}: without an FFN llama.cpp loses this layer's attention or does not load the file; lower it "
                 "for llama.cpp (a zero FFN of width 256), or choose another FFN"
             )
-        if index == 0 and isinstance(attention, Absent):
+        if index == 0 and isinstance(attention, NoOp):
             raise UserError(
                 f"{where}: llama.cpp does not load a file whose first layer has no attention; lower it for llama.cpp "
                 "(a zero linear attention), or choose another attention"
@@ -166,7 +147,8 @@ def refuse_what_llama_cpp_gets_wrong(child: Child) -> None:
 
 
 def _metadata(child: Child, dtype: str) -> dict[str, Any]:
-    heads = [0 if isinstance(layer.attention, Absent) else child.num_attention_heads for layer in child.layers]
+    attends = child.attention
+    heads = [0 if isinstance(layer.attention, NoOp) else attends.num_attention_heads for layer in child.layers]
     kv_heads = [x.attention.num_key_value_heads if isinstance(x.attention, Gqa) else 0 for x in child.layers]
     special = {"bos": child.bos_token_id, "eos": child.eos_token_id, "pad": child.pad_token_id}
     return {
@@ -179,16 +161,16 @@ def _metadata(child: Child, dtype: str) -> dict[str, Any]:
             {"general.base_model.count": 1, "general.base_model.0.name": child.parent_name} if child.parent_name else {}
         ),
         "deci.vocab_size": child.vocab_size,
-        "deci.context_length": child.max_position_embeddings,
+        "deci.context_length": child.max_length,
         "deci.embedding_length": child.hidden_size,
         "deci.block_count": len(child.layers),
         "deci.attention.head_count": heads,
         "deci.attention.head_count_kv": kv_heads,
-        "deci.attention.key_length": child.head_dim,
-        "deci.attention.value_length": child.head_dim,
-        "deci.attention.layer_norm_rms_epsilon": child.rms_norm_eps,
-        "deci.rope.dimension_count": child.head_dim,
-        "deci.feed_forward_length": [x.ffn.width if isinstance(x.ffn, SwiGlu) else 0 for x in child.layers],
+        "deci.attention.key_length": attends.head_dim,
+        "deci.attention.value_length": attends.head_dim,
+        "deci.attention.layer_norm_rms_epsilon": child.around.norm_eps,
+        "deci.rope.dimension_count": attends.head_dim,
+        "deci.feed_forward_length": [x.ffn.intermediate_size if isinstance(x.ffn, SwiGLU) else 0 for x in child.layers],
         **tokenizer_metadata(child.tokenizer, child.vocab_size, special),
     }
 
@@ -217,10 +199,10 @@ def _entries(child: Child, matrix_type: str, factors: Tensor | None) -> Iterator
     yield entry("token_embd.weight", (child.vocab_size, child.hidden_size))
     if factors is not None:
         yield entry("rope_freqs.weight", tuple(factors.shape))
-    for index in range(len(child.layers)):
-        for kind in KINDS:
-            for name, shape in child.sub_block_shapes(index, kind).items():
-                yield entry(f"blk.{index}.{TENSOR_NAMES[kind, name]}", shape)
+    for index, layer in enumerate(child.layers):
+        for slot, sub_block in layer.slots.items():
+            for name, shape in sub_block.tensors().items():
+                yield entry(f"blk.{index}.{TENSOR_NAMES[slot, name]}", shape)
     yield entry("output_norm.weight", (child.hidden_size,))
     if not child.tied:
         yield entry("output.weight", (child.vocab_size, child.hidden_size))
@@ -232,13 +214,13 @@ def _tensors(child: Child, factors: Tensor | None) -> Iterator[tuple[str, Tensor
     if factors is not None:
         yield "rope_freqs.weight", factors
     for index, layer in enumerate(child.layers):
-        for kind in KINDS:
-            block = layer.read(kind)
-            for name in child.sub_block_shapes(index, kind):
+        for slot, sub_block in layer.slots.items():
+            block = layer.read(slot)
+            for name in sub_block.tensors():
                 tensor = block.pop(name)
                 if name.startswith(("q_proj.", "k_proj.")):
-                    tensor = permute(tensor, tensor.shape[0] // child.head_dim)
-                yield f"blk.{index}.{TENSOR_NAMES[kind, name]}", tensor
+                    tensor = permute(tensor, tensor.shape[0] // child.attention.head_dim)
+                yield f"blk.{index}.{TENSOR_NAMES[slot, name]}", tensor
     yield "output_norm.weight", child.read_final_norm()
     if not child.tied:
         yield "output.weight", child.read_head()
@@ -257,7 +239,7 @@ def _write(handle: IO[bytes], tensor: Tensor, entry: _Entry) -> None:
         elif entry.type == "F16":
             half = part.half()
             if not torch.isfinite(half).all():
-                raise UserError(f"{entry.name} has values beyond 65504, the largest float16: use --dtype bf16 or f32")
+                raise UserError(f"{entry.name} has values beyond 65504, the largest float16: use `dtype` bf16 or f32")
             data = half.numpy()
         else:
             data = part.float().numpy()
@@ -271,9 +253,9 @@ def _pad(handle: IO[bytes]) -> None:
 def _claim_file(out: Path, force: bool) -> None:
     """Check that `out` is a .gguf file name that may be written. Raises UserError."""
     if out.suffix != ".gguf":
-        raise UserError(f"--out {out}: --format gguf writes one file; give a name that ends in .gguf")
+        raise UserError(f"`out` {out}: `format` gguf writes one file; give a name that ends in .gguf")
     if out.is_dir():
-        raise UserError(f"--out {out} is a directory: give a file name that ends in .gguf")
+        raise UserError(f"`out` {out} is a directory: give a file name that ends in .gguf")
     if out.exists() and not force:
-        raise UserError(f"--out {out} exists: choose another name, or pass --force to replace it")
+        raise UserError(f"`out` {out} exists: choose another name, or pass `force` to replace it")
     check_writable(out.parent)

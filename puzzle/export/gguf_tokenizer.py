@@ -77,8 +77,8 @@ def pre_tokenizer(tokenizer: dict[str, Any], path: Path) -> str:
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         kind = "SentencePiece-like BPE (byte_fallback)" if model.get("type") == "BPE" else model.get("type")
         raise UserError(
-            f"{path} is a {kind} tokenizer: --format gguf writes byte-level BPE only; "
-            "use --format nemotron-nas or hf for this child"
+            f"{path} is a {kind} tokenizer: `format` gguf writes byte-level BPE only; "
+            "use `format` nemotron-nas or hf for this child"
         )
     steps = tokenizer.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
@@ -99,7 +99,7 @@ def pre_tokenizer(tokenizer: dict[str, Any], path: Path) -> str:
     if name is None:
         raise UserError(
             f"{path} splits text by a rule that llama.cpp has no name for ({' then '.join(splits) or 'none'}): it would "
-            "give other tokens; use --format nemotron-nas or hf for this child"
+            "give other tokens; use `format` nemotron-nas or hf for this child"
         )
     return name
 

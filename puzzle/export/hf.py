@@ -9,22 +9,7 @@ import torch
 
 from puzzle.export.checkpoint import write_checkpoint
 from puzzle.export.child import Child
-
-_KEPT = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "hidden_act",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "initializer_range",
-)
+from puzzle.parents.child import config_of, hidden_act
 
 
 def write_hf(child: Child, out: Path, card: str, **options: Any) -> None:
@@ -42,8 +27,7 @@ def write_hf(child: Child, out: Path, card: str, **options: Any) -> None:
 
 def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the child: the parent's values, our classes, and what single layers change."""
-    kept = {key: child.parent_config[key] for key in _KEPT if key in child.parent_config}
-    origins = child.layer_origins
+    around, origins = child.around, child.layer_origins
     return {
         "architectures": ["PuzzleForCausalLM"],
         "model_type": "puzzle",
@@ -51,18 +35,16 @@ def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
             "AutoConfig": "modeling_puzzle.PuzzleConfig",
             "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
         },
-        **kept,
-        "num_hidden_layers": len(child.layers),
-        "num_key_value_heads": child.num_key_value_heads,
-        "head_dim": child.head_dim,
-        "rope_parameters": child.rope_parameters,
-        "attention_bias": child.o_bias,
-        "qkv_bias": child.qkv_bias and not child.o_bias,
-        "mlp_bias": child.mlp_bias,
-        "qk_norm": child.qk_norm,
-        "sliding_window": child.window,
+        **child.kept,
+        "vocab_size": around.vocab_size,
+        "hidden_size": around.hidden_size,
+        "intermediate_size": child.ffn.intermediate_size,
+        "hidden_act": hidden_act(child.ffn),
+        "rms_norm_eps": around.norm_eps,
+        "max_position_embeddings": around.max_length,
+        "tie_word_embeddings": around.tied,
         "dtype": str(dtype).removeprefix("torch."),
         "parent_name": child.parent_name,
-        "per_layer_config": child.per_layer_config(),
+        **config_of(child.structure, child.base),
         **({} if origins is None else {"layer_origins": origins}),
     }

@@ -1,7 +1,8 @@
-"""Exact rewrites of a child for an engine that cannot take a shape, and refusals where there is none.
+"""Exact rewrites of a child for an engine that cannot take a sub-block.
 
-Each lowering is a function child -> child that computes the same logits; `lower` applies those that an engine needs,
-in this order, and says which layers they touched and what they cost. Letters as in `puzzle.export.child`.
+Each lowering is a function child -> child that computes the same logits; `lower` applies those that an engine needs, in this
+order, and says which layers they touched and what they cost. `lowered` tells the same of sizes alone, so that `solve` prices what
+the export will hold: no tensor is read, and torch is imported only when one is. Letters: E hidden_size, H query heads, K KV heads.
 """
 
 from __future__ import annotations
@@ -9,30 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from puzzle.export.child import (
-    ABSENT,
-    LINEAR,
-    Absent,
-    Attention,
-    Child,
-    ChildLayer,
-    Ffn,
-    Gqa,
-    Linear,
-    Read,
-    SwiGlu,
-    Tensors,
-    no_tensors,
-    sub_block_shapes,
-)
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP, NoOp
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.child import Child, ChildLayer, Read, Tensors, no_tensors
 from puzzle.export.engines import ANY_DECILM_READER, ENGINES, Engine
 from puzzle.export.refuse import refuse
 from puzzle.parents.nemotron_nas import WIDTH_STEP
+from puzzle.parents.structure import Layer, Structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GATE = 64.0  # silu(64) = 64 in every dtype up to float64, so that a gate of bias 64 multiplies by 64 exactly
 
@@ -116,10 +108,40 @@ def _plan(engine: Engine, format: str) -> list[tuple[str, str, Callable[[Child],
     return plan
 
 
-def _with_layers(child: Child, change: Callable[[ChildLayer], ChildLayer], **facts: Any) -> Rewritten:
+def lowered(layer: Layer, structure: Structure, base: Layer, engine: str, *, first: bool) -> list[SubBlock]:
+    """Every sub-block that a layer becomes in an engine's export.
+
+    structure, base: of the parent. first: layer 0, which some engines want to attend; an empty layer 0 counts as if the next one
+    took its place without attention, which is the dearer case. Beside the layer stands one of the parent's, which keeps its
+    attention: what an engine wants of all layers together (as many KV heads) is priced as if some layer stayed whole.
+    """
+    other = ChildLayer(slots=base, reads=dict.fromkeys(base, no_tensors), origin=1)
+    own = ChildLayer(slots=layer, reads=dict.fromkeys(layer, no_tensors), origin=0)
+    child = _sizes_alone(structure, base, (own, other) if first else (other, own))
+    target = ENGINES[engine]
+    for name, _, rewrite in _plan(target, target.formats[0]):
+        if not (first and name == "drop-empty-layers"):
+            child, _ = rewrite(child)
+    return [b for one in child.layers if one.origin == 0 for b in one.slots.values() if not isinstance(b, NoOp)]
+
+
+def _sizes_alone(structure: Structure, base: Layer, layers: tuple[ChildLayer, ...]) -> Child:
+    """A child that has no tensors."""
+
+    def none(*_: Any) -> Any:
+        raise AssertionError("sizes alone were asked for")
+
+    return Child(
+        name="child", layers=layers, around=structure.with_layers([]), base=base, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None, dtype=None, tokenizer=None, generation_config=None, parent_name="", licence=None,  # type: ignore[arg-type]
+        read_embedding=none, read_final_norm=none, read_head=none,
+    )  # fmt: skip
+
+
+def _each(child: Child, change: Callable[[ChildLayer], ChildLayer]) -> Rewritten:
     layers = tuple(change(layer) for layer in child.layers)
     touched = [layer.origin for layer, old in zip(layers, child.layers, strict=True) if layer is not old]
-    return replace(child, layers=layers, **facts), touched
+    return replace(child, layers=layers), touched
 
 
 def drop_empty_layers(child: Child) -> Rewritten:
@@ -136,11 +158,9 @@ def linear_attention_as_ffn(child: Child) -> Rewritten:
     for layer in child.layers:
         if isinstance(layer.attention, Linear):
             touched.append(layer.origin)
-            as_ffn = replace(
-                layer, attention=ABSENT, read_attention=no_tensors, ffn=LINEAR, read_ffn=layer.read_attention
-            )
-            layers.append(as_ffn)
-            layer = replace(layer, attention=ABSENT, read_attention=no_tensors)
+            rest = layer.put("attention", NO_OP)
+            layers.append(rest.put("ffn", layer.attention, layer.reads["attention"]))
+            layer = rest
             if layer.is_empty:
                 continue
         layers.append(layer)
@@ -158,6 +178,8 @@ def linear_ffn_as_swiglu(child: Child) -> Rewritten:
 
     def from_matrix(read: Read) -> Read:
         def tensors() -> Tensors:
+            import torch
+
             found = read()
             matrix = found["linear.weight"]
             return {
@@ -172,64 +194,70 @@ def linear_ffn_as_swiglu(child: Child) -> Rewritten:
 
         return tensors
 
-    biased = replace(child, mlp_bias=True)
     layers, touched = [], []
     for layer in child.layers:
-        if isinstance(layer.ffn, Linear):
+        ffn = layer.ffn
+        if isinstance(ffn, Linear):
             touched.append(layer.origin)
-            layer = replace(layer, ffn=SwiGlu(width=size), read_ffn=from_matrix(layer.read_ffn))
-        elif isinstance(layer.ffn, SwiGlu) and not child.mlp_bias:
-            layer = replace(layer, read_ffn=_filled(biased, layer.ffn, layer.read_ffn))
+            gated = SwiGLU(**ffn.norm_fields(), intermediate_size=size, bias=True)
+            layer = layer.put("ffn", gated, from_matrix(layer.reads["ffn"]))
+        elif isinstance(ffn, SwiGLU) and not ffn.bias:
+            biased = replace(ffn, bias=True)
+            layer = layer.put("ffn", biased, _filled(child, biased, layer.reads["ffn"]))
         layers.append(layer)
-    return replace(biased, layers=tuple(layers)), touched
+    base = {**child.base, "ffn": replace(child.ffn, bias=True)}
+    return replace(child, layers=tuple(layers), base=base), touched
 
 
 def zero_linear_attention(child: Child) -> Rewritten:
     """A first layer without attention gets a zero matrix for it."""
-    return _first_attention(child, LINEAR)
+    return _first_attention(child, Linear(**child.attention.norm_fields()))
 
 
 def zero_attention(child: Child) -> Rewritten:
     """A first layer without attention gets one whose output projection, like everything in it, is zero."""
-    return _first_attention(child, Gqa(num_key_value_heads=1))
+    return _first_attention(child, _smallest(child))
+
+
+def _smallest(child: Child) -> Gqa:
+    return replace(child.attention, num_key_value_heads=1, window=None)
 
 
 def some_attention(child: Child) -> Rewritten:
     """A child without softmax attention gets a zero one in a layer that has none, or in a new last layer."""
     if any(isinstance(layer.attention, Gqa) for layer in child.layers):
         return child, []
-    shape = Gqa(num_key_value_heads=1)
+    shape = _smallest(child)
     zeros = _filled(child, shape, no_tensors)
     for number, layer in enumerate(child.layers):
-        if isinstance(layer.attention, Absent):
-            given = replace(layer, attention=shape, read_attention=zeros)
+        if isinstance(layer.attention, NoOp):
+            given = layer.put("attention", shape, zeros)
             return replace(child, layers=(*child.layers[:number], given, *child.layers[number + 1 :])), [layer.origin]
-    last = child.layers[-1]
-    given = replace(last, attention=shape, read_attention=zeros, ffn=ABSENT, read_ffn=no_tensors)
-    return replace(child, layers=(*child.layers, given)), [last.origin]
+    given = child.layers[-1].put("attention", shape, zeros).put("ffn", NO_OP)
+    return replace(child, layers=(*child.layers, given)), [given.origin]
 
 
 def zero_ffn(child: Child) -> Rewritten:
     """Layers without FFN get a zero one."""
-    shape = SwiGlu(width=WIDTH_STEP)
+    shape = replace(child.ffn, intermediate_size=WIDTH_STEP)
     zeros = _filled(child, shape, no_tensors)
-    return _with_layers(
-        child, lambda layer: replace(layer, ffn=shape, read_ffn=zeros) if isinstance(layer.ffn, Absent) else layer
-    )
+    return _each(child, lambda layer: layer.put("ffn", shape, zeros) if isinstance(layer.ffn, NoOp) else layer)
 
 
 def zero_output_bias(child: Child) -> Rewritten:
     """Where q, k and v have biases but o has none: zero biases on o."""
-    if child.o_bias or not child.qkv_bias:
-        return child, []
-    biased = replace(child, o_bias=True)
 
     def change(layer: ChildLayer) -> ChildLayer:
-        if not isinstance(layer.attention, Gqa):
+        shape = layer.attention
+        if not isinstance(shape, Gqa) or shape.o_bias or not shape.qkv_bias:
             return layer
-        return replace(layer, read_attention=_filled(biased, layer.attention, layer.read_attention))
+        biased = replace(shape, o_bias=True)
+        return layer.put("attention", biased, _filled(child, biased, layer.reads["attention"]))
 
-    return _with_layers(child, change, o_bias=True)
+    changed, touched = _each(child, change)
+    if not touched:
+        return child, []
+    return replace(changed, base={**child.base, "attention": replace(child.attention, o_bias=True)}), touched
 
 
 def equal_kv_heads(child: Child) -> Rewritten:
@@ -237,12 +265,12 @@ def equal_kv_heads(child: Child) -> Rewritten:
     counts = [layer.attention.num_key_value_heads for layer in child.layers if isinstance(layer.attention, Gqa)]
     most = math.lcm(*counts) if counts else 1
 
-    def repeated(read: Read, times: int) -> Read:
+    def repeated(read: Read, times: int, head_dim: int) -> Read:
         def tensors() -> Tensors:
             found = read()
             for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
                 if name in found:
-                    heads = found[name].unflatten(0, (-1, child.head_dim))
+                    heads = found[name].unflatten(0, (-1, head_dim))
                     found[name] = heads.repeat_interleave(times, dim=0).flatten(0, 1)
             return found
 
@@ -253,40 +281,40 @@ def equal_kv_heads(child: Child) -> Rewritten:
         if not isinstance(shape, Gqa) or shape.num_key_value_heads == most:
             return layer
         times = most // shape.num_key_value_heads
-        return replace(
-            layer,
-            attention=replace(shape, num_key_value_heads=most),
-            read_attention=repeated(layer.read_attention, times),
-        )
+        read = repeated(layer.reads["attention"], times, shape.head_dim)
+        return layer.put("attention", replace(shape, num_key_value_heads=most), read)
 
-    return _with_layers(child, change)
+    return _each(child, change)
 
 
 def pad_widths(child: Child, step: int = WIDTH_STEP) -> Rewritten:
     """FFN widths rounded up to a multiple of `step` with channels of zero weights, which contribute nothing."""
 
     def change(layer: ChildLayer) -> ChildLayer:
-        if not isinstance(layer.ffn, SwiGlu) or layer.ffn.width % step == 0:
+        ffn = layer.ffn
+        if not isinstance(ffn, SwiGLU) or ffn.intermediate_size % step == 0:
             return layer
-        shape = SwiGlu(width=-(-layer.ffn.width // step) * step)
-        return replace(layer, ffn=shape, read_ffn=_filled(child, shape, layer.read_ffn))
+        shape = replace(ffn, intermediate_size=-(-ffn.intermediate_size // step) * step)
+        return layer.put("ffn", shape, _filled(child, shape, layer.reads["ffn"]))
 
-    return _with_layers(child, change)
+    return _each(child, change)
 
 
-def _first_attention(child: Child, shape: Attention) -> Rewritten:
+def _first_attention(child: Child, shape: SubBlock) -> Rewritten:
     first = child.layers[0]
-    if not isinstance(first.attention, Absent):
+    if not isinstance(first.attention, NoOp):
         return child, []
-    given = replace(first, attention=shape, read_attention=_filled(child, shape, no_tensors))
+    given = first.put("attention", shape, _filled(child, shape, no_tensors))
     return replace(child, layers=(given, *child.layers[1:])), [first.origin]
 
 
-def _filled(child: Child, shape: Attention | Ffn, read: Read) -> Read:
-    """Reads a sub-block of `shape`: what `read` has, with zeros (ones for norms) around it and for what it lacks."""
-    wanted = sub_block_shapes(child, shape)
+def _filled(child: Child, sub_block: SubBlock, read: Read) -> Read:
+    """Reads a sub-block: what `read` has, with zeros (ones for norms) around it and for what it lacks."""
+    wanted = sub_block.tensors()
 
     def fill(name: str, dims: tuple[int, ...], found: Tensor | None) -> Tensor:
+        import torch
+
         if found is not None and found.shape == dims:
             return found
         whole = torch.full(dims, 1.0 if "norm" in name else 0.0, dtype=child.dtype if found is None else found.dtype)

@@ -12,8 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from puzzle.base.errors import UserError
-from puzzle.export.child import Child, ChildLayer, Gqa, Linear, SwiGlu
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.child import Child, ChildLayer
+from puzzle.export.refuse import refuse_unlike_llama
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 
 CODE = tuple(
@@ -24,9 +28,9 @@ _LINEAR_MLP = "mlp.linear_mlp.weight"
 
 def decilm_config(child: Child, engine: str | None) -> dict[str, Any]:
     """config.json. Raises UserError for what the format has no words for."""
-    if child.qk_norm:
-        raise UserError("nemotron-nas has no per-head norms of q and k (Qwen3): use --format hf")
-    rope = dict(child.rope_parameters)
+    refuse_unlike_llama(child, "a reader of nemotron-nas")
+    attends, around = child.attention, child.around
+    rope = dict(around.ropes["default"].parameters)
     theta = rope.pop("rope_theta")
     dtype = str(child.dtype).removeprefix("torch.")
     config: dict[str, Any] = {
@@ -40,29 +44,29 @@ def decilm_config(child: Child, engine: str | None) -> dict[str, Any]:
         "hidden_size": child.hidden_size,
         "intermediate_size": None,
         "num_hidden_layers": len(child.layers),
-        "num_attention_heads": child.num_attention_heads,
+        "num_attention_heads": attends.num_attention_heads,
         "num_key_value_heads": None,
-        "head_dim": child.head_dim,
+        "head_dim": attends.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": child.rms_norm_eps,
-        "max_position_embeddings": child.max_position_embeddings,
+        "rms_norm_eps": around.norm_eps,
+        "max_position_embeddings": child.max_length,
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
-        "attention_bias": child.o_bias,
-        "mlp_bias": child.mlp_bias,
+        "attention_bias": attends.o_bias,
+        "mlp_bias": child.ffn.bias,
         "tie_word_embeddings": child.tied,
         "bos_token_id": child.bos_token_id,
         "eos_token_id": child.eos_token_id,
         "pad_token_id": child.pad_token_id,
-        "initializer_range": child.parent_config.get("initializer_range", 0.02),
+        "initializer_range": child.kept.get("initializer_range", 0.02),
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,  # transformers 4's name, which TensorRT-LLM reads
         "parent_name": child.parent_name,
         "block_configs": [_block_config(child, layer, exact_widths=engine == "vllm") for layer in child.layers],
     }
-    if child.qkv_bias != child.o_bias:
-        config["qkv_bias"] = child.qkv_bias
+    if attends.qkv_bias != attends.o_bias:
+        config["qkv_bias"] = attends.qkv_bias
     if any(_window(child, layer) for layer in child.layers):
         (size,) = {window for layer in child.layers if (window := _window(child, layer))}
         config["sliding_window"] = size
@@ -84,29 +88,29 @@ def _window(child: Child, layer: ChildLayer) -> int | None:
 
 def _block_config(child: Child, layer: ChildLayer, exact_widths: bool) -> dict[str, Any]:
     """One entry of `block_configs`: exactly the keys that mlx-lm and TensorRT-LLM know, unless a width needs its own."""
-    heads = child.num_attention_heads
+    heads = child.attention.num_attention_heads
     attention, ffn = layer.attention, layer.ffn
     linear_attention, linear_ffn = isinstance(attention, Linear), isinstance(ffn, Linear)
     ffn_entry: dict[str, Any] = {
         "ffn_mult": None,
-        "no_op": not isinstance(ffn, SwiGlu) and not linear_ffn,
+        "no_op": isinstance(ffn, NoOp),
         "replace_with_linear": linear_ffn,
         "sparsify": None,
     }
-    if isinstance(ffn, SwiGlu):
-        if ffn.width % WIDTH_STEP == 0:
-            ffn_entry["ffn_mult"] = ffn_mult(ffn.width, child.hidden_size)
+    if isinstance(ffn, SwiGLU):
+        if ffn.intermediate_size % WIDTH_STEP == 0:
+            ffn_entry["ffn_mult"] = ffn_mult(ffn.intermediate_size, child.hidden_size)
         elif exact_widths:
             del ffn_entry["ffn_mult"]
-            ffn_entry["intermediate_size"] = ffn.width
+            ffn_entry["intermediate_size"] = ffn.intermediate_size
         else:
             raise ValueError(
-                f"layer {layer.origin}: FFN width {ffn.width} was not padded to a multiple of {WIDTH_STEP}"
+                f"layer {layer.origin}: FFN width {ffn.intermediate_size} was not padded to a multiple of {WIDTH_STEP}"
             )
     return {
         "attention": {
             "n_heads_in_group": heads // attention.num_key_value_heads if isinstance(attention, Gqa) else None,
-            "no_op": not isinstance(attention, Gqa) and not linear_attention,
+            "no_op": isinstance(attention, NoOp),
             "replace_with_linear": linear_attention,
             "sparsify": None,
             "window_length": None,
@@ -134,7 +138,7 @@ def decilm_tensors(child: Child, engine: str | None) -> Iterator[tuple[str, Tens
         if engine == "mlx" and name.endswith(_LINEAR_MLP):
             stem = name.removesuffix("linear_mlp.weight") + "linear"
             yield f"{stem}.weight", tensor
-            if child.mlp_bias:
+            if child.ffn.bias:
                 yield f"{stem}.bias", tensor.new_zeros(child.hidden_size)
         else:
             yield name, tensor

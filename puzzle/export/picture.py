@@ -1,25 +1,23 @@
-"""An architecture in two lines of text, a column per layer."""
+"""An architecture as text: a line per slot, a column per layer, a character per sub-block."""
 
 from __future__ import annotations
 
-from puzzle.library.manifest import PARENT, Library
+from collections.abc import Sequence
 
-SHADES = "▁▂▃▄▅▆▇█"
+from puzzle.parents.structure import Layer
+
+LEGEND = "█ parent   1 2 4 KV heads   w window   ▁…▇ narrower   + wider   / linear   · none"
 
 
-def picture(layers: list[dict[str, str]], library: Library) -> list[str]:
-    """The architecture in two lines, a column per layer: KV heads or kind of attention, and the FFN's relative size."""
-    symbols = {PARENT: "█", "none": "·", "linear": "/"}
-    attention = [
-        symbols.get(c["attention"], c["attention"][2:] if c["attention"].startswith("kv") else "w") for c in layers
-    ]
-    full = library.variant("ffn", PARENT)["num_parameters"]
-    ffn = []
-    for choice in layers:
-        share = library.variant("ffn", choice["ffn"])["num_parameters"] / full
-        ffn.append(symbols.get(choice["ffn"]) or SHADES[min(7, int(share * 8))])
-    return [
-        "attention  " + " ".join(attention),
-        "ffn        " + " ".join(ffn),
-        "           █ parent   1 2 4 KV heads   w window   ▁…▇ narrower   / linear   · none",
-    ]
+def picture(layers: Sequence[Layer], parents: Sequence[Layer]) -> list[str]:
+    """layers: of the child; parents: for each of them, the layer of the parent that it is held against."""
+    slots = list(dict.fromkeys(slot for layer in layers for slot in layer))
+    width = max(map(len, slots), default=0) + 2
+    lines = []
+    for slot in slots:
+        pairs = zip(layers, parents, strict=True)
+        symbols = [
+            layer[slot].symbol(parent[slot]) if slot in layer and slot in parent else " " for layer, parent in pairs
+        ]
+        lines.append(f"{slot:<{width}}" + " ".join(symbols))
+    return [*lines, " " * width + LEGEND]

@@ -5,44 +5,113 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from puzzle.base.errors import UserError
-from puzzle.export.child import Child, Gqa, Linear, SwiGlu
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.sub_block import Normed, SubBlock
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.child import Child
 from puzzle.export.engines import ANY_DECILM_READER, ENGINES, Engine
 
 
 def refuse(child: Child, engine: Engine, format: str) -> None:
     """Raise UserError, naming layer, sub-block, engine and the nearest choice that works, or return."""
     reader = "a reader of nemotron-nas" if engine is ANY_DECILM_READER else engine.name
+    refuse_unlike_llama(child, f"{reader} in {format}")
     _attention(child, engine, reader, format)
     _windows(child, engine, reader)
     _ffn(child, engine, reader)
+
+
+def refuse_unlike_llama(child: Child, reader: str) -> None:
+    """Raise UserError for what formats of Llama-like decoders (nemotron-nas, gguf's deci) have no words for.
+
+    Every kind and field that is not known to be sayable is refused.
+    """
+    rest = "write `format` hf, which transformers reads"
+    for layer in child.layers:
+        for slot, sub_block in layer.slots.items():
+            where = f"layer {layer.origin} {slot}: {reader}"
+            if slot not in ("attention", "ffn"):
+                raise UserError(f"{where} has no slot of that name: {rest}")
+            if (what := _unlike_llama(sub_block)) is not None:
+                raise UserError(f"{where} has no {what}: {rest}")
+    around, attends = child.around, child.attention
+    for rope in around.ropes.values():
+        if rope.kind not in SAYABLE_ROPES:
+            raise UserError(f"{reader} has no RoPE of type '{rope.kind}': {rest}")
+        if rope.rotary_dim != rope.head_dim:
+            raise UserError(
+                f"{reader} turns whole heads, and this child {rope.rotary_dim} of {rope.head_dim} dimensions: {rest}"
+            )
+    for what, found, plain in (
+        ("scaled embeddings", around.embedding_scale, 1.0),
+        ("scaled logits", around.logits_divisor, 1.0),
+        ("norms whose scale is 1 + weight", around.norm_offset, False),
+    ):
+        if found != plain:
+            raise UserError(f"{reader} has no {what} ({found}): {rest}")
+    shared = ("num_attention_heads", "head_dim", "qkv_bias", "o_bias")
+    for layer in child.layers:
+        for name in shared if isinstance(layer.attention, Gqa) else ():
+            own, usual = getattr(layer.attention, name), getattr(attends, name)
+            if own != usual:
+                raise UserError(
+                    f"layer {layer.origin} attention: {reader} has one {name} for all layers, and this one's is {own} beside "
+                    f"{usual}: {rest}"
+                )
+
+
+SAYABLE_ROPES = ("default", "linear", "yarn", "llama3")
+
+
+def _unlike_llama(sub_block: SubBlock) -> str | None:
+    """What of a sub-block Llama's words do not say; None where they say all of it."""
+    if isinstance(sub_block, NoOp):
+        return None
+    if not isinstance(sub_block, Gqa | SwiGLU | Linear):
+        return f"sub-blocks of kind '{sub_block.kind}'"
+    assert isinstance(sub_block, Normed)
+    if sub_block.norm != "before":
+        return {"after": "norms after sub-blocks", "both": "norms before and after sub-blocks"}[sub_block.norm]
+    if sub_block.norm_offset:
+        return "norms whose scale is 1 + weight"
+    if sub_block.residual_scale != 1:
+        return f"factor {sub_block.residual_scale} on what a sub-block adds"
+    if isinstance(sub_block, SwiGLU) and sub_block.activation != "silu":
+        return f"activation '{sub_block.activation}' of FFNs"
+    if isinstance(sub_block, Gqa):
+        if sub_block.qk_norm is not None:
+            return "per-head norms of q and k (Qwen3)" if sub_block.qk_norm == "head" else "norms of q and k (OLMo-2)"
+        if sub_block.rope != "default":
+            return "attention without positions" if sub_block.rope is None else "RoPE that differs between layers"
+        if sub_block.scale is not None:
+            return f"scale of its own for the scores ({sub_block.scale:g})"
+    return None
 
 
 def _others(engine: Engine, able: Callable[[Engine], bool]) -> str:
     """ "--engine a, b or c" that can, and hf, which always can."""
     names = [other.name for other in ENGINES.values() if other is not engine and able(other)]
     listed = " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-    return f"--engine {listed}, or --format hf" if listed else "--format hf"
+    return f"`engine` {listed}, or `format` hf" if listed else "`format` hf"
 
 
 def _attention(child: Child, engine: Engine, reader: str, format: str) -> None:
     first = next((layer.origin for layer in child.layers if isinstance(layer.attention, Gqa)), None)
     if first is None:
         return
-    if child.qk_norm:
-        raise UserError(
-            f"layer {first} attention: {reader} has no per-head norms of q and k (Qwen3) in {format}: "
-            "write --format hf, which transformers reads"
-        )
-    natural = child.hidden_size / child.num_attention_heads
-    if child.head_dim != natural and (
+    attends = child.attention
+    natural = child.hidden_size / attends.num_attention_heads
+    if attends.head_dim != natural and (
         not engine.any_head_dim or (engine.name, format) == ("llama.cpp", "nemotron-nas")
     ):
-        other = "--format gguf" if engine.name == "llama.cpp" else _others(engine, lambda other: other.any_head_dim)
+        other = "`format` gguf" if engine.name == "llama.cpp" else _others(engine, lambda other: other.any_head_dim)
         raise UserError(
             f"layer {first} attention: {reader} takes head_dim = hidden_size / num_attention_heads = {natural:g} alone, "
-            f"in {format}, and this child's is {child.head_dim}: use {other}"
+            f"in {format}, and this child's is {attends.head_dim}: use {other}"
         )
-    if engine.attention_bias == "none" and (child.qkv_bias or child.o_bias):
+    if engine.attention_bias == "none" and (attends.qkv_bias or attends.o_bias):
         raise UserError(
             f"layer {first} attention: {reader} reads no biases of q, k, v and o in {format}: "
             f"use {_others(engine, lambda other: other.attention_bias != 'none')}"
@@ -65,7 +134,7 @@ def _windows(child: Child, engine: Engine, reader: str) -> None:
         if size is not None and window != size:
             raise UserError(
                 f"{where} takes windows of one size, and this one's is {window} after one of {size}: the nearest "
-                f"choice is window-{size} (solve with one window), or use --format hf"
+                f"choice is window-{size} (solve with one window), or use `format` hf"
             )
         size = window
 
@@ -85,5 +154,5 @@ def _ffn(child: Child, engine: Engine, reader: str) -> None:
                 f"layer {layer.origin} ffn: {reader} takes no linear FFN, nor the biases that stand in for it: the "
                 f"nearest choice is a narrow SwiGLU or 'none', or use {others}"
             )
-        if isinstance(layer.ffn, SwiGlu) and child.mlp_bias and not engine.ffn_bias:
+        if isinstance(layer.ffn, SwiGLU) and layer.ffn.bias and not engine.ffn_bias:
             raise UserError(f"layer {layer.origin} ffn: {reader} reads no biases of FFNs: use {others}")

@@ -10,7 +10,7 @@ import torch
 
 from puzzle.base.console import console
 from puzzle.base.errors import UserError, nearest
-from puzzle.base.files import read_json
+from puzzle.base.files import SCHEMA, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
@@ -19,7 +19,9 @@ from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
+from puzzle.library.assemble import architecture_of, open_parent
 from puzzle.library.manifest import Library
+from puzzle.measure.architecture import Architecture, architecture_beside
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "q8_0": "q8_0"}
@@ -30,7 +32,7 @@ class Source:
     """What is exported. solved: its architecture.json; recipe: library.json's facts, None for a child on disk."""
 
     child: Child
-    solved: dict[str, Any] | None
+    solved: Architecture | None
     facts: dict[str, Any] | None
     measured: dict[str, Any] | None
 
@@ -48,24 +50,22 @@ class Exported:
 
 def open_source(source: Path, architecture: Path | None = None, parent: str | None = None) -> Source:
     """A library with an architecture, or a checkpoint without one. Raises UserError for anything else."""
-    from puzzle.library.assemble import open_parent, read_architecture
-
     if (source / "library.json").is_file() or architecture is not None:
         library = Library.open(source)
         if architecture is None:
             raise UserError(
                 f"{source} is a library: say which child of it, as in `puzzle export {source} {source}/solution --out CHILD`"
             )
-        solved = read_architecture(architecture, library)
+        solved = architecture_of(architecture, library)
         opened = open_parent(library, parent)
-        child = child_of_library(library, solved["layers"], opened)
+        child = child_of_library(library, solved.variants, opened)
         return Source(child=child, solved=solved, facts=library.facts, measured=None)
     if parent is not None:
-        raise UserError(f"--parent belongs to a library, and {source} is none: leave it out")
+        raise UserError(f"`parent` belongs to a library, and {source} is none: leave it out")
     child = child_of_checkpoint(source)
     return Source(
         child=child,
-        solved=_optional(source / "architecture.json"),
+        solved=architecture_beside(source),
         facts=None,
         measured=_optional(source / "evaluation.json"),
     )
@@ -99,7 +99,7 @@ def export(
     child = source.child
     if dtype is not None and dtype not in (_GGUF_DTYPES if format == "gguf" else DTYPES):
         known = list(_GGUF_DTYPES if format == "gguf" else DTYPES)
-        raise UserError(f"--dtype {dtype} with --format {format}: {nearest(dtype, known)}")
+        raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
     if dtype in DTYPES:
         child = with_dtype(child, DTYPES[dtype])
     elif format != "hf":
@@ -123,8 +123,9 @@ def export(
             measured=measured or source.measured,
         )
     )
-    records = {"architecture.json": source.solved, "evaluation.json": measured or source.measured}
-    extra = {name: {**record, "schema": 1} for name, record in records.items() if record is not None}
+    told = None if source.solved is None else source.solved.to_json()
+    records = {"architecture.json": told, "evaluation.json": measured or source.measured}
+    extra = {name: {"schema": SCHEMA, **record} for name, record in records.items() if record is not None}
     if format == "gguf":
         _write_gguf(child, out, written, card, force)
     else:
@@ -174,7 +175,7 @@ def _write_gguf(child: Child, out: Path, dtype: str, card: str, force: bool) -> 
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        raise UserError("--format gguf needs the package gguf: pip install gguf") from error
+        raise UserError("`format` gguf needs the package gguf: pip install gguf") from error
     if out.suffix == ".gguf":
         export_gguf(child, out, dtype=_GGUF_DTYPES[dtype], force=force)
         return
@@ -189,14 +190,14 @@ def open_hub(repository: str) -> Any:
     from huggingface_hub import HfApi
 
     if repository.count("/") != 1 or not all(repository.split("/")):
-        raise UserError(f"--push-to-hub {repository}: write it as NAME/MODEL, such as me/child")
+        raise UserError(f"`push_to_hub` {repository}: write it as NAME/MODEL, such as me/child")
     client = HfApi()
     try:
         client.whoami()
     except Exception as error:  # the client raises many kinds; all mean that nothing can be pushed
         reason = _first_line(error)
         raise UserError(
-            f"--push-to-hub {repository}: the hub does not know who you are ({reason}): run `hf auth login` or set "
+            f"`push_to_hub` {repository}: the hub does not know who you are ({reason}): run `hf auth login` or set "
             "HF_TOKEN, with a network; or leave the option out"
         ) from error
     return client
@@ -211,7 +212,7 @@ def _push(client: Any, repository: str, out: Path) -> None:
             client.upload_file(repo_id=repository, path_or_fileobj=str(out), path_in_repo=out.name)
     except Exception as error:
         raise UserError(
-            f"--push-to-hub {repository} failed ({_first_line(error)}); {out} is complete: push it with "
+            f"`push_to_hub` {repository} failed ({_first_line(error)}); {out} is complete: push it with "
             f"`hf upload {repository} {out}`"
         ) from error
 

@@ -97,7 +97,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise UserError(
-            "--heat-map needs the package matplotlib: pip install 'puzzle-nas[report]', or leave it out"
+            "`heat_map` needs the package matplotlib: pip install 'puzzle-nas[report]', or leave it out"
         ) from None
 
 

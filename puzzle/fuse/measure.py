@@ -14,26 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.base.console import progress
-from puzzle.blocklib.layer import KINDS, LayerSpec
-from puzzle.blocklib.modules import NoOp
-from puzzle.export.child import Child
+from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.plain.part import Part, loaded
+from puzzle.export.child import Child, ChildLayer
 from puzzle.fuse.matrix import Matrix, Rows
 from puzzle.runtime.divergence import Divergence
-from puzzle.runtime.model import Block, CausalModel, module_from_hf
+from puzzle.runtime.model import Block, CausalModel
 
 
 class Walker:
     """A child on one device, layer by layer, and the held-out ids [B, T] it runs on."""
 
-    def __init__(self, child: Child, spec: LayerSpec, sequences: Tensor, device: torch.device, dtype: torch.dtype):
-        self.child, self.spec, self.device, self.dtype = child, spec, device, dtype
+    def __init__(self, child: Child, sequences: Tensor, device: torch.device, dtype: torch.dtype):
+        self.child, self.device, self.dtype = child, device, dtype
         self.ids = [ids.long().to(device) for ids in sequences.split(4)]
         embedding = child.read_embedding().to(device, dtype)
         head = None if child.tied else child.read_head().to(device, dtype)
-        ends = CausalModel(spec, embedding, [], child.read_final_norm().to(device, dtype), head)
+        ends = CausalModel(child.structure, embedding, [], child.read_final_norm().to(device, dtype), head)
         self.ends = ends.requires_grad_(False).eval()
-        self.rope = self.ends.rope(sequences.shape[1])
-        self.entries = child.per_layer_config()
+        self.ropes = self.ends.ropes(sequences.shape[1])
 
     def blocks(self) -> Iterator[Block]:
         """The layers in order, one in memory at a time."""
@@ -42,23 +41,24 @@ class Walker:
 
     def block(self, index: int) -> Block:
         layer = self.child.layers[index]
-        parts = []
-        for kind in KINDS:
-            with torch.device("meta"):
-                module = module_from_hf(kind, self.entries.get(str(index), {}), self.spec)
-            weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(kind).items()}
-            module.load_state_dict(weights, assign=True)
-            parts.append(module.requires_grad_(False).eval())
-        return Block(parts[0], parts[1])
+        return Block({slot: self._part(layer, slot) for slot in layer.slots})
+
+    def _part(self, layer: ChildLayer, slot: str) -> Part:
+        weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(slot).items()}
+        return loaded(layer.slots[slot], weights)
 
     def embedded(self) -> list[Tensor]:
         """The stream before the first layer, batch by batch [B, T, E], in host memory."""
-        return [self.ends.embedding(ids).cpu() for ids in self.ids]
+        return [self.ends.embed(ids).cpu() for ids in self.ids]
 
     def added(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention and FFN add to x [B, T, E]."""
-        attention = block.attention(x, self.rope)
-        return attention, block.ffn(x + attention, self.rope)
+        """What the sub-blocks before the last add to x [B, T, E], and what the last one, the FFN, adds to that."""
+        *before, last = list(block.parts().values())
+        total = torch.zeros_like(x)
+        for part in before:
+            added = part(x, self.ropes)
+            x, total = x + added, total + added
+        return total, last(x, self.ropes)
 
 
 class _Sums:
@@ -124,9 +124,9 @@ def measure_dependency(walker: Walker, ffns: bool = False) -> tuple[Matrix, Matr
                 new.append(kept)
                 new_ffn.append((x + attention).cpu())
                 streams[batch] = (x + attention + ffn).cpu()
-            if not (isinstance(block.attention, NoOp) and isinstance(block.ffn, NoOp)):
+            if not walker.child.layers[j].is_empty:
                 without[j] = new
-            if ffns and not isinstance(block.ffn, NoOp):
+            if ffns and not isinstance(walker.child.layers[j].ffn, NoOp):
                 without_ffn[j] = new_ffn
             bar.advance()
     return layers.matrix(), alone.matrix() if ffns else None

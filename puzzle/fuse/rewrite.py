@@ -20,7 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from puzzle.export.child import ABSENT, Absent, Child, ChildLayer, Linear, Read, SwiGlu, Tensors, no_tensors
+from puzzle.base.errors import UserError
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP, NoOp
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.child import Child, ChildLayer, Read, Tensors, no_tensors
 from puzzle.fuse.runs import Run, check_runs, members, width_of
 
 Norm = Literal["own", "last"]
@@ -32,20 +36,39 @@ def widths_of(child: Child) -> list[int | None]:
 
 
 def _width(layer: ChildLayer) -> int | None:
-    if not isinstance(layer.attention, Absent) or isinstance(layer.ffn, Linear):
+    if _reason(layer):
         return None
-    return layer.ffn.width if isinstance(layer.ffn, SwiGlu) else 0
+    return layer.ffn.intermediate_size if isinstance(layer.ffn, SwiGLU) else 0
 
 
 def reasons(child: Child) -> list[str]:
     """Per layer, what stands in the way of fusing it; "" where nothing does."""
-    found = []
-    for layer in child.layers:
-        if not isinstance(layer.attention, Absent):
-            found.append(f"has {'linear ' if isinstance(layer.attention, Linear) else ''}attention")
-        else:
-            found.append("has a linear FFN, which no wide SwiGLU can hold" if isinstance(layer.ffn, Linear) else "")
-    return found
+    return [_reason(layer) for layer in child.layers]
+
+
+def _reason(layer: ChildLayer) -> str:
+    others = [sub_block for slot, sub_block in layer.slots.items() if slot != "ffn" and not isinstance(sub_block, NoOp)]
+    if others:
+        return f"has {'linear ' if isinstance(others[0], Linear) else ''}attention"
+    ffn = layer.ffn
+    if isinstance(ffn, NoOp):
+        return ""
+    if isinstance(ffn, Linear):
+        return "has a linear FFN, which no wide SwiGLU can hold"
+    if not isinstance(ffn, SwiGLU):
+        return f"has an FFN of kind '{ffn.kind}', which no wide SwiGLU can hold"
+    return "" if ffn.norm == "before" else "has a norm after its FFN, which keeps FFNs from adding up"
+
+
+def _wide(layers: Sequence[ChildLayer], width: int) -> SwiGLU:
+    """One FFN of all their channels. Raises UserError where they differ in more than their width."""
+    kinds = {replace(layer.ffn, intermediate_size=width) for layer in layers if isinstance(layer.ffn, SwiGLU)}
+    if len(kinds) > 1:
+        told = " and ".join(f"'{kind.key()}'" for kind in kinds)
+        raise UserError(
+            f"layers {layers[0].origin}-{layers[-1].origin} have FFNs of different kinds, {told}: fuse fewer"
+        )
+    return kinds.pop()
 
 
 def fuse_layers(child: Child, runs: Sequence[Run], norm: Norm = "own") -> Child:
@@ -66,16 +89,12 @@ def fuse_layers(child: Child, runs: Sequence[Run], norm: Norm = "own") -> Child:
         run = starts[at]
         parts = [child.layers[index] for index in members(run, widths)]
         last = child.layers[run[1]]
-        layers.append(
-            replace(
-                last,
-                attention=ABSENT,
-                read_attention=no_tensors,
-                ffn=SwiGlu(width=width_of(run, widths)),
-                read_ffn=_stacked([part.read_ffn for part in parts], [_width(part) or 0 for part in parts], norm),
-                parent_layer=last.stands_for,
-            )
-        )
+        wide = _wide(parts, width_of(run, widths))
+        reads = [part.reads["ffn"] for part in parts]
+        empty = dict.fromkeys(last.slots, NO_OP)
+        merged = replace(last, slots=empty, reads=dict.fromkeys(empty, no_tensors), parent_layer=last.stands_for)
+        read = _stacked(reads, [_width(part) or 0 for part in parts], norm, wide.norm_offset)
+        layers.append(merged.put("ffn", wide, read))
         at = run[1] + 1
     numbered = tuple(replace(layer, origin=index, parent_layer=layer.stands_for) for index, layer in enumerate(layers))
     return replace(child, layers=numbered)
@@ -88,14 +107,14 @@ def remove_layers(child: Child, layers: Sequence[int]) -> Child:
     return replace(child, layers=numbered)
 
 
-def _stacked(reads: list[Read], widths: list[int], norm: Norm) -> Read:
+def _stacked(reads: list[Read], widths: list[int], norm: Norm, offset: bool) -> Read:
     """Reads FFNs one by one into the tensors of the wide one, in the widest of their dtypes."""
 
     def tensors() -> Tensors:
         wide: Tensors = {}
         begin = 0
         for read, width in zip(reads, widths, strict=True):
-            part = folded(read()) if norm == "own" else read()
+            part = folded(read(), offset) if norm == "own" else read()
             if not wide:
                 wide = _empty(part, sum(widths))
             for name, value in part.items():
@@ -134,16 +153,16 @@ def _place(name: str, wide: Tensor, value: Tensor, at: slice) -> None:
         wide[at] = value
 
 
-def folded(tensors: Tensors) -> Tensors:
+def folded(tensors: Tensors, offset: bool = False) -> Tensors:
     """An FFN's tensors with the scale of its norm inside gate and up [F, E], and a norm of ones [E].
 
-    The product is taken in float32 (in float64 for float64 weights) and rounded once.
+    The product is taken in float32 (in float64 for float64 weights) and rounded once. offset: the scale is 1 + weight.
     """
     scale = tensors["norm.weight"]
     found = dict(tensors)
     for name in ("gate_proj.weight", "up_proj.weight"):
         weight = tensors[name]
         precise = torch.promote_types(torch.promote_types(weight.dtype, scale.dtype), torch.float32)
-        found[name] = (weight.to(precise) * scale.to(precise)).to(weight.dtype)
-    found["norm.weight"] = torch.ones_like(scale)
+        found[name] = (weight.to(precise) * (scale.to(precise) + offset)).to(weight.dtype)
+    found["norm.weight"] = torch.zeros_like(scale) if offset else torch.ones_like(scale)
     return found

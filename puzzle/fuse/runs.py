@@ -70,10 +70,10 @@ class Rule:
     def __post_init__(self) -> None:
         if not self.max_dependency > 0:
             raise UserError(
-                f"--max-dependency {self.max_dependency:g}: a cosine distance above 0, such as 0.1 (2 allows any)"
+                f"`max_dependency` {self.max_dependency:g}: a cosine distance above 0, such as 0.1 (2 allows any)"
             )
         if self.max_width is not None and self.max_width < 1:
-            raise UserError(f"--max-width {self.max_width}: channels of the fused FFN, 1 or more")
+            raise UserError(f"`max_width` {self.max_width}: channels of the fused FFN, 1 or more")
 
 
 def choose_runs(widths: Widths, rule: Rule, dependency: Matrix | None = None) -> list[Run]:
@@ -115,12 +115,12 @@ def parse_runs(text: str, num_layers: int) -> list[Run]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part)
         if not match:
-            raise UserError(f"--runs {text}: '{part.strip()}' is no run; write first-last, such as {EXAMPLE}")
+            raise UserError(f"`runs` {text}: '{part.strip()}' is no run; write first-last, such as {EXAMPLE}")
         first, last = int(match[1]), int(match[2])
         if last <= first:
-            raise UserError(f"--runs {text}: '{part.strip()}' holds no two layers; write first-last, such as {EXAMPLE}")
+            raise UserError(f"`runs` {text}: '{part.strip()}' holds no two layers; write first-last, such as {EXAMPLE}")
         if last >= num_layers:
-            raise UserError(f"--runs {text}: '{part.strip()}' is outside the child's layers 0-{num_layers - 1}")
+            raise UserError(f"`runs` {text}: '{part.strip()}' is outside the child's layers 0-{num_layers - 1}")
         found.append((first, last))
     return found
 
@@ -133,17 +133,17 @@ def check_runs(runs: Sequence[Run], widths: Widths, what: Sequence[str]) -> list
     ordered = sorted(runs)
     for (first, last), (begin, end) in pairwise(ordered):
         if begin <= last:
-            raise UserError(f"--runs: {first}-{last} and {begin}-{end} overlap: a layer belongs to one run at most")
+            raise UserError(f"`runs`: {first}-{last} and {begin}-{end} overlap: a layer belongs to one run at most")
     able = ", ".join(f"{first}-{last}" for first, last in stretches(widths)) or "none"
     for first, last in ordered:
         for layer in range(first, last + 1):
             if widths[layer] is None:
                 raise UserError(
-                    f"--runs {first}-{last}: layer {layer} {what[layer]}; rows of layers that can be fused: {able}"
+                    f"`runs` {first}-{last}: layer {layer} {what[layer]}; rows of layers that can be fused: {able}"
                 )
         if len(members((first, last), widths)) < 2:
             raise UserError(
-                f"--runs {first}-{last}: fewer than two of its layers have an FFN, so there is nothing to fuse; rows of "
+                f"`runs` {first}-{last}: fewer than two of its layers have an FFN, so there is nothing to fuse; rows of "
                 f"layers that can be fused: {able}"
             )
     return ordered

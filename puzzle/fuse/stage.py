@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
-from puzzle.base.files import read_json
 from puzzle.data.tokens import load_tokens
 from puzzle.export.card import plain_card
 from puzzle.export.child import Child
@@ -23,7 +22,8 @@ from puzzle.fuse.matrix import Dependency
 from puzzle.fuse.measure import Walker, measure_dependency
 from puzzle.fuse.rewrite import Norm, fuse_layers, reasons, widths_of
 from puzzle.fuse.runs import Rule, Run, check_runs, choose_runs, members, stretches, width_of, worst
-from puzzle.parents.family import HfModel, open_model
+from puzzle.measure.architecture import Architecture, architecture_beside, read_architecture
+from puzzle.parents.opened import HfModel, open_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +43,12 @@ def open_walker(opened: HfModel, held: Held) -> tuple[Walker, dict[str, Any]]:
     tokens = load_tokens(
         list(held.data),
         opened.directory,
-        seq_len=min(held.seq_len, opened.max_length),
+        seq_len=min(held.seq_len, opened.structure.max_length),
         num_train=1,
         num_validation=held.num_sequences,
         text_field=held.text_field,
     )
-    walker = Walker(child_of_checkpoint(opened), opened.spec, tokens.validation, device, compute_dtype(device))
+    walker = Walker(child_of_checkpoint(opened), tokens.validation, device, compute_dtype(device))
     facts = {
         "model": Path(opened.source).absolute().name,
         "num_tokens": tokens.validation.numel(),
@@ -72,15 +72,13 @@ def recorded_runs(source: Path) -> list[Run] | None:
 
     None where there is no such file, or it was solved without --fusion. Raises UserError for runs that are none.
     """
-    path = source / "architecture.json" if source.is_dir() else source
-    if not path.is_file():
+    if source.is_dir():
+        found = architecture_beside(source)
+        return None if found is None or found.fuse is None else list(found.fuse)
+    if not source.is_file():
         return None
-    found = read_json(path, "puzzle solve").get("fuse")
-    if found is None:
-        return None
-    if not all(isinstance(run, list) and len(run) == 2 and all(isinstance(n, int) for n in run) for run in found):
-        raise UserError(f'{path} has "fuse": {found}: write [[first, last], ...], or solve again with --fusion')
-    return [(first, last) for first, last in found]
+    runs = read_architecture(source).fuse
+    return None if runs is None else list(runs)
 
 
 def pick_runs(child: Child, rule: Rule, dependency: Dependency | None) -> list[Run]:
@@ -101,19 +99,19 @@ def pick_runs(child: Child, rule: Rule, dependency: Dependency | None) -> list[R
     if choose_runs(widths, Rule(keep_last=rule.keep_last)) and not choose_runs(
         widths, Rule(keep_last=rule.keep_last, max_width=rule.max_width)
     ):
-        raise UserError(f"--max-width {rule.max_width} leaves nothing to fuse in layers {able}: allow more channels")
+        raise UserError(f"`max_width` {rule.max_width} leaves nothing to fuse in layers {able}: allow more channels")
     if rule.keep_last and not choose_runs(widths, Rule()):
         raise UserError(
             f"nothing to fuse: the rows of layers without attention of {child.name} ({able}) have two FFNs each, and "
-            "their last one is kept: pass --no-keep-last"
+            "their last one is kept: pass `no_keep_last`"
         )
     assert matrix is not None
     rows = [members(stretch, widths)[: -1 if rule.keep_last else None] for stretch in stretches(widths)]
     pairs = [(i, j) for inside in rows for i, j in pairwise(inside)]
     least = min((value for i, j in pairs if (value := matrix[i][j]) is not None), default=0.0)
     raise UserError(
-        f"--max-dependency {rule.max_dependency:g} leaves nothing to fuse in layers {able}: the least dependency there is "
-        f"{least:.3g}; allow more, or name --runs by hand"
+        f"`max_dependency` {rule.max_dependency:g} leaves nothing to fuse in layers {able}: the least dependency there is "
+        f"{least:.3g}; allow more, or name `runs` by hand"
     )
 
 
@@ -163,12 +161,11 @@ def fuse_child(
         extra["dependency.json"] = {"schema": 1, **dependency.to_json()}
     if report is not None:
         extra["parallel.json"] = {"schema": 1, **report}
-    path = source / "architecture.json"
-    solved = read_json(path, "puzzle solve") if path.is_file() else None
-    done = [list(run) for run in sorted(runs)]
-    promised = solved is not None and solved.pop("fuse", None) == done
+    solved, done = architecture_beside(source), tuple(sorted(runs))
+    promised = solved is not None and solved.fuse == done
     if solved is not None:
-        extra["architecture.json"] = solved | {"fused": [*solved.get("fused", []), *done]}
+        solved = replace(solved, fuse=None, fused=(*solved.fused, *done))
+        extra["architecture.json"] = solved.to_json()
     write_fused(
         fuse_layers(child, runs, norm),
         out,
@@ -186,7 +183,7 @@ def write_fused(
     out: Path,
     *,
     section: str,
-    solved: dict[str, Any] | None = None,
+    solved: Architecture | None = None,
     extra: dict[str, dict[str, Any]] | None = None,
     force: bool = False,
     max_shard_bytes: int = 4 * 2**30,

@@ -18,7 +18,7 @@ from puzzle.fuse.measure import Walker, measure_dependency, parallel_report
 from puzzle.fuse.rewrite import Norm
 from puzzle.fuse.runs import Rule, Run, parse_runs
 from puzzle.fuse.stage import Held, describe, fuse_child, open_walker, pick_runs, recorded_runs
-from puzzle.parents.family import HfModel, open_model
+from puzzle.parents.opened import HfModel, open_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +56,13 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
         check_matplotlib()
         check_writable(wanted.heat_map.parent)
     if wanted.data and wanted.dependency_file is not None:
-        raise UserError("--data and --dependency both say where the dependency comes from: leave one out")
+        raise UserError("`data` and `dependency` both say where the dependency comes from: leave one out")
     if wanted.parallel_blocks and not wanted.data:
-        raise UserError("--parallel-blocks is measured on text: pass --data")
+        raise UserError("`parallel_blocks` is measured on text: pass `data`")
     if wanted.dependency_only:
         return _dependency_only(source, opened, wanted)
     if wanted.out is None and not wanted.dry_run:
-        raise UserError("--out is missing: say where the fused child goes, or pass --dry-run")
+        raise UserError("`out` is missing: say where the fused child goes, or pass `dry_run`")
     if wanted.out is not None and not wanted.dry_run:
         claim_output(wanted.out, wanted.force)
     max_shard = parse_bytes(wanted.max_shard)
@@ -72,7 +72,7 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
         describe(child, runs, wanted.norm, None)  # says what is wrong before anything is measured
     elif not wanted.data and wanted.dependency_file is None:
         pick_runs(child, Rule(keep_last=rule.keep_last, max_width=rule.max_width), None)
-        raise UserError("nothing says which layers to fuse: pass --data with held-out text, or --runs 3-5 by hand")
+        raise UserError("nothing says which layers to fuse: pass `data` with held-out text, or `runs` 3-5 by hand")
     dependency, report = _measured(opened, wanted)
     if wanted.heat_map is not None:
         _draw(wanted.heat_map, dependency, child.name)
@@ -99,10 +99,10 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
 
 def _dependency_only(source: Path, opened: HfModel, wanted: Wanted) -> dict[str, Any]:
     if not wanted.data:
-        raise UserError("--dependency-only is measured on text: pass --data")
+        raise UserError("`dependency_only` is measured on text: pass `data`")
     out = wanted.out
     if out is None or out.suffix != ".json":
-        raise UserError(f"--out {out or 'is missing'}: with --dependency-only it is a file, such as dependency.json")
+        raise UserError(f"`out` {out or 'is missing'}: with `dependency_only` it is a file, such as dependency.json")
     check_writable(out.parent)
     dependency, report = _measured(opened, wanted)
     assert dependency is not None, "there is text"
@@ -121,13 +121,13 @@ def _rule(child: Child, wanted: Wanted) -> Rule:
         times = re.fullmatch(r"\s*([0-9.]+)\s*x\s*", wanted.max_width)
         try:
             width = (
-                int(float(times[1]) * child.intermediate_size)
+                int(float(times[1]) * child.ffn.intermediate_size)
                 if times
-                else parse_count("--max-width", wanted.max_width)
+                else parse_count("max_width", wanted.max_width)
             )
         except ValueError:
             raise UserError(
-                f"--max-width {wanted.max_width}: write channels such as 28672, or 4x the parent's"
+                f"`max_width` {wanted.max_width}: write channels such as 28672, or 4x the parent's"
             ) from None
     return Rule(max_dependency=wanted.max_dependency, keep_last=wanted.keep_last, max_width=width)
 
@@ -147,7 +147,7 @@ def _given(source: Path, child: Child, wanted: Wanted) -> list[Run] | None:
         return found
     if text == "solved":
         raise UserError(
-            f"--runs solved: {source} records no runs; solve with --fusion and export again, or leave it out"
+            f"`runs` solved: {source} records no runs; solve with `fusion` and export again, or leave it out"
         )
     return None
 
@@ -155,7 +155,7 @@ def _given(source: Path, child: Child, wanted: Wanted) -> list[Run] | None:
 def _measured(opened: HfModel, wanted: Wanted) -> tuple[Dependency | None, dict[str, Any] | None]:
     """The dependency, from text or from a file, and the report on blocks in parallel."""
     if wanted.dependency_file is not None:
-        return read_dependency(wanted.dependency_file, opened.num_layers), None
+        return read_dependency(wanted.dependency_file, opened.structure.num_layers), None
     if not wanted.data:
         return None, None
     held = Held(
@@ -177,5 +177,5 @@ def _parallel(walker: Walker, wanted: Wanted) -> dict[str, Any] | None:
 def _draw(path: Path, dependency: Dependency | None, name: str) -> None:
     matrix = None if dependency is None else dependency.layers or dependency.ffns
     if matrix is None:
-        raise UserError("--heat-map draws the dependency, which was not measured: pass --data, or --dependency")
+        raise UserError("`heat_map` draws the dependency, which was not measured: pass `data`, or `dependency`")
     draw_heat_map(path, matrix, f"dependency between the layers of {name}")

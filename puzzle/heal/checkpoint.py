@@ -56,7 +56,7 @@ class WorkDir:
                 if not force:
                     raise UserError(
                         f"{self.path} holds an unfinished run with another {', '.join(changed)}: give the same options "
-                        "to continue it, remove it, or pass --force to begin anew"
+                        "to continue it, remove it, or pass `force` to begin anew"
                     )
                 self.ranks.wait()
                 if self.ranks.is_first:

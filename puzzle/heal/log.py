@@ -59,7 +59,7 @@ def trackers(tensorboard: Path | None, wandb: str | None, facts: dict[str, Any])
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+            raise UserError("`tensorboard` needs the package tensorboard: pip install tensorboard") from None
         writer = SummaryWriter(str(tensorboard))
 
         def to_tensorboard(line: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def trackers(tensorboard: Path | None, wandb: str | None, facts: dict[str, Any])
         try:
             import wandb as client
         except ImportError:
-            raise UserError("--wandb needs the package wandb: pip install wandb") from None
+            raise UserError("`wandb` needs the package wandb: pip install wandb") from None
         run = client.init(project=wandb, config=facts)
         found.append(lambda line: run.log(_scalars(line), step=line["step"]))
     return found

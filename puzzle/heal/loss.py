@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from puzzle.blocklib.modules import Rope
+from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.rows import IGNORE
 from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
 from puzzle.runtime.model import CausalModel
@@ -60,15 +60,15 @@ class Teacher(nn.Module):
         super().__init__()
         self.model, self.layers = model.requires_grad_(False), frozenset(layers)
 
-    def forward(self, ids: Tensor, rope: Rope, keep: bool = True) -> Shown:
+    def forward(self, ids: Tensor, ropes: Ropes, keep: bool = True) -> Shown:
         """keep: whether hidden states are wanted, not the last one alone. ids [B, T]"""
-        x = self.model.embedding(ids)
+        x = self.model.embed(ids)
         hidden = []
         for index, block in enumerate(self.model.blocks):
-            x = block(x, rope)
+            x = block(x, ropes)
             if keep and index in self.layers:
                 hidden.append(x)
-        return Shown(hidden=hidden, normed=self.model.norm(x).flatten(0, 1))
+        return Shown(hidden=hidden, normed=self.model.final(x).flatten(0, 1))
 
 
 class Learner(nn.Module):
@@ -99,22 +99,22 @@ class Learner(nn.Module):
                 )
 
     def forward(
-        self, ids: Tensor, labels: Tensor, rope: Rope, shown: Shown | None, scale: Tensor, weights: Weights
+        self, ids: Tensor, labels: Tensor, ropes: Ropes, shown: Shown | None, scale: Tensor, weights: Weights
     ) -> Tensor:
         """Loss, KL, cosine distance and LM loss [4]: sums over the tokens that count, times `scale`. ids, labels [B, T]"""
         counts = labels.flatten() != IGNORE
-        x = self.child.embedding(ids).to(self.dtype)
+        x = self.child.embed(ids).to(self.dtype)
         distance = scale.new_zeros(())
         seen = 0
         for index, block in enumerate(self.child.blocks):
-            x = block(x, rope)
+            x = block(x, ropes)
             if weights.cosine and shown is not None and seen < len(self.layers) and self.layers[seen] == index:
                 distance = distance + (cosine_distance(x, shown.hidden[seen]).flatten() * counts).sum()
                 seen += 1
         distance = distance * scale / max(1, len(self.layers))
         kl = lm = scale.new_zeros(())
         if weights.kl or weights.lm:
-            kl, lm = self._head(self.child.norm(x).flatten(0, 1), shown, labels.flatten(), counts, scale, weights)
+            kl, lm = self._head(self.child.final(x).flatten(0, 1), shown, labels.flatten(), counts, scale, weights)
         total = weights.kl * weights.temperature**2 * kl + weights.cosine * distance + weights.lm * lm
         return torch.stack((total, *(part.detach() for part in (kl, distance, lm))))
 

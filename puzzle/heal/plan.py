@@ -94,9 +94,10 @@ def _memory(trainer: Trainer, stages: list[Stage], options: HealOptions) -> floa
     child, size = trainer.learner.child, trainer.dtype.itemsize
     trained = sum(p.numel() for p in trainer.parts)
     teacher = 0 if trainer.teacher is None else sum(p.numel() for p in trainer.teacher.parameters())
-    spec = child.spec
+    hidden = child.structure.hidden_size
+    sides = [side for *_, part in child.parts() for p in part.parameters() if p.ndim > 1 for side in p.shape]
     rows = max(s.batch_size * s.seq_len for s in stages) // options.accumulate // trainer.ranks.world
-    saved = 2 * spec.hidden_size if options.recompute else 8 * spec.hidden_size + 4 * spec.intermediate_size
-    per_token = len(child.blocks) * (saved + spec.hidden_size) * size
+    saved = 2 * hidden if options.recompute else 8 * hidden + 4 * max(sides, default=0)
+    per_token = len(child.blocks) * (saved + hidden) * size
     logits = 6 * min(rows * len(child.head_weight), 2**24) * 4
     return MASTER_BYTES * trained + teacher * size + rows * per_token + logits

@@ -15,7 +15,7 @@ from puzzle.heal.loss import Learner, Teacher, Weights
 from puzzle.heal.parallel import Ranks, shard
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer
-from puzzle.parents.family import HfModel, open_model
+from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.model import CausalModel, load_model
 
 
@@ -34,16 +34,16 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
     child = open_model(options.child)
     teacher = open_model(options.teacher) if options.teacher is not None and options.needs_teacher else None
     for stage in stages:
-        if stage.seq_len > child.max_length:
+        if stage.seq_len > child.structure.max_length:
             raise UserError(
-                f"sequences of {stage.seq_len} tokens: {options.child} is made for at most {child.max_length}; use a "
-                "smaller --seq-len, or raise max_position_embeddings (and scale RoPE) in its config.json"
+                f"sequences of {stage.seq_len} tokens: {options.child} is made for at most {child.structure.max_length}; use a "
+                "smaller `seq_len`, or raise max_position_embeddings (and scale RoPE) in its config.json"
             )
         parts = options.accumulate * ranks.world
         if stage.batch_size % parts:
             raise UserError(
                 f"{stage.batch_size} sequences of {stage.seq_len} tokens a step cannot be split into {parts} parts "
-                f"(--accumulate {options.accumulate}, {ranks.world} processes): choose another --batch-size"
+                f"(`accumulate` {options.accumulate}, {ranks.world} processes): choose another `batch_size`"
             )
     if teacher is not None:
         _same_tokenizer(options, child, teacher)
@@ -64,8 +64,8 @@ def _same_tokenizer(options: HealOptions, child: HfModel, teacher: HfModel) -> N
         return
     if load_tokenizer(child.directory).get_vocab() != load_tokenizer(teacher.directory).get_vocab():
         raise UserError(
-            f"--teacher {options.teacher} has another tokenizer than {options.child}: logits of different words cannot be "
-            "compared; let it write completions and learn from those with --lm-weight 1 --kl-weight 0 --cosine-weight 0"
+            f"`teacher` {options.teacher} has another tokenizer than {options.child}: logits of different words cannot be "
+            "compared; let it write completions and learn from those with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"
         )
 
 
@@ -74,24 +74,28 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
 
     layer_origins: for each child layer the last parent layer that it stands for. Raises UserError when neither works.
     """
-    if child.spec.hidden_size != teacher.spec.hidden_size:
+    if child.structure.hidden_size != teacher.structure.hidden_size:
         raise UserError(
-            f"{teacher.source} has hidden size {teacher.spec.hidden_size}, {child.source} {child.spec.hidden_size}: "
-            "hidden states cannot be compared; pass --cosine-weight 0"
+            f"{teacher.source} has hidden size {teacher.structure.hidden_size}, {child.source} {child.structure.hidden_size}: "
+            "hidden states cannot be compared; pass `cosine_weight` 0"
         )
     origins = child.config.get("layer_origins")
-    if origins is None and child.num_layers == teacher.num_layers:
-        return [(index, index) for index in range(child.num_layers)]
+    if origins is None and child.structure.num_layers == teacher.structure.num_layers:
+        return [(index, index) for index in range(child.structure.num_layers)]
     if origins is None:
         raise UserError(
-            f"{child.source} has {child.num_layers} layers, {teacher.source} {teacher.num_layers}, and no layer_origins in "
-            "its config.json says which match: pass --cosine-weight 0"
+            f"{child.source} has {child.structure.num_layers} layers, {teacher.source} {teacher.structure.num_layers}, and no layer_origins in "
+            "its config.json says which match: pass `cosine_weight` 0"
         )
-    fits = isinstance(origins, list) and len(origins) == child.num_layers and all(isinstance(o, int) for o in origins)
-    if not fits or not all(0 <= o < teacher.num_layers for o in origins) or sorted(set(origins)) != origins:
+    fits = (
+        isinstance(origins, list)
+        and len(origins) == child.structure.num_layers
+        and all(isinstance(o, int) for o in origins)
+    )
+    if not fits or not all(0 <= o < teacher.structure.num_layers for o in origins) or sorted(set(origins)) != origins:
         raise UserError(
             f"{child.source}: layer_origins {origins} must rise, one layer of {teacher.source} (0 to "
-            f"{teacher.num_layers - 1}) for each of the {child.num_layers} layers; or pass --cosine-weight 0"
+            f"{teacher.structure.num_layers - 1}) for each of the {child.structure.num_layers} layers; or pass `cosine_weight` 0"
         )
     return list(enumerate(origins))
 
@@ -102,7 +106,7 @@ def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ran
     teacher_device = pick_device(options.teacher_device) if options.teacher_device else device
     if teacher_device != device and ranks.world > 1:
         raise UserError(
-            f"--teacher-device {options.teacher_device} with {ranks.world} processes: there the teacher is split over the "
+            f"`teacher_device` {options.teacher_device} with {ranks.world} processes: there the teacher is split over the "
             "same devices as the child; leave it out"
         )
     child = load_model(models.child, device=device, dtype=torch.float32)

@@ -39,7 +39,7 @@ def sources_of(options: HealOptions) -> list[Source]:
     if options.blend is not None:
         return read_blend(options.blend)
     if not options.data:
-        raise UserError("no data: pass --data with a directory, a glob or a file, or --data-blend with a YAML file")
+        raise UserError("no data: pass `data` with a directory, a glob or a file, or `data_blend` with a YAML file")
     return [Source(name="--data", paths=tuple(options.data), text_field=options.text_field)]
 
 
@@ -211,7 +211,7 @@ class Run:
         if max(found[-1] for found in values) >= self.options.max_skipped:
             raise UserError(
                 f"{self.options.max_skipped} steps in a row up to step {lines[-1]['step']} had a non-finite gradient: "
-                f"training diverged; lower --lr {self.options.lr:g}, or use --dtype fp32 (log: {self.work.log})"
+                f"training diverged; lower `lr` {self.options.lr:g}, or use `dtype` fp32 (log: {self.work.log})"
             )
 
     def _evaluate(self, trainer: Trainer, step: int) -> None:
@@ -222,7 +222,7 @@ class Run:
         found = trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
         if not math.isfinite(found["loss"]):
             raise UserError(
-                f"held-out loss is {found['loss']:g} after step {step}: training diverged; lower --lr "
+                f"held-out loss is {found['loss']:g} after step {step}: training diverged; lower `lr` "
                 f"{self.options.lr:g} (log: {self.work.log})"
                 if step
                 else f"held-out loss of {self.options.child} is {found['loss']:g} before any training: its weights are broken"

@@ -62,40 +62,40 @@ class HealOptions:
     def check(self) -> None:
         """Raise UserError for values out of range or options that contradict each other."""
         for option, value in (
-            ("--lr", self.lr),
-            ("--temperature", self.temperature),
-            ("--clip-norm", self.clip_norm),
-            ("--batch-size", self.batch_size),
-            ("--accumulate", self.accumulate),
-            ("--validation-sequences", self.validation_sequences),
+            ("`lr`", self.lr),
+            ("`temperature`", self.temperature),
+            ("`clip_norm`", self.clip_norm),
+            ("`batch_size`", self.batch_size),
+            ("`accumulate`", self.accumulate),
+            ("`validation_sequences`", self.validation_sequences),
         ):
             if not 0 < value < math.inf:
                 raise UserError(f"{option} {value:g}: must be above 0")
         if self.seq_len < 2:
-            raise UserError(f"--seq-len {self.seq_len}: must be at least 2, a token and the next one")
+            raise UserError(f"`seq_len` {self.seq_len}: must be at least 2, a token and the next one")
         for option, value in (
-            ("--kl-weight", self.kl_weight),
-            ("--cosine-weight", self.cosine_weight),
-            ("--lm-weight", self.lm_weight),
-            ("--weight-decay", self.weight_decay),
-            ("--save-every", self.save_every),
-            ("--eval-every", self.eval_every),
+            ("`kl_weight`", self.kl_weight),
+            ("`cosine_weight`", self.cosine_weight),
+            ("`lm_weight`", self.lm_weight),
+            ("`weight_decay`", self.weight_decay),
+            ("`save_every`", self.save_every),
+            ("`eval_every`", self.eval_every),
         ):
             if not 0 <= value < math.inf:
                 raise UserError(f"{option} {value:g}: must not be negative")
         if not 0 <= self.warm_up <= 1:
-            raise UserError(f"--warm-up {self.warm_up:g}: the share of all steps, between 0 and 1")
+            raise UserError(f"`warm_up` {self.warm_up:g}: the share of all steps, between 0 and 1")
         if self.kl_weight == self.cosine_weight == self.lm_weight == 0:
-            raise UserError("--kl-weight 0 --cosine-weight 0 --lm-weight 0: nothing to learn from; set one above 0")
+            raise UserError("`kl_weight` 0 `cosine_weight` 0 `lm_weight` 0: nothing to learn from; set one above 0")
         if self.needs_teacher and self.teacher is None:
             raise UserError(
-                "no --teacher: give the parent, or learn from the text alone with --kl-weight 0 --cosine-weight 0 "
-                "--lm-weight 1"
+                "no `teacher`: give the parent, or learn from the text alone with `kl_weight` 0 `cosine_weight` 0 "
+                "`lm_weight` 1"
             )
         if self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype}: use {', '.join(DTYPES)}")
+            raise UserError(f"`dtype` {self.dtype}: use {', '.join(DTYPES)}")
         if self.blend is not None and self.data:
-            raise UserError(f"--data-blend {self.blend} and --data together: list the data as a source of the blend")
+            raise UserError(f"`data_blend` {self.blend} and `data` together: list the data as a source of the blend")
 
     @property
     def needs_teacher(self) -> bool:
@@ -151,6 +151,6 @@ def parse_stages(text: str) -> list[tuple[int, int]]:
         match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*:\s*(\S+)\s*", part)
         seq_len = int(match[1]) * (1024 if match[2] else 1) if match else 0
         if match is None or seq_len < 2:
-            raise UserError(f"--stages {text}: '{part}' is no stage; write LENGTH:TOKENS, such as 8k:100M,64k:20M")
-        found.append((seq_len, parse_count("--stages", match[3])))
+            raise UserError(f"`stages` {text}: '{part}' is no stage; write LENGTH:TOKENS, such as 8k:100M,64k:20M")
+        found.append((seq_len, parse_count("stages", match[3])))
     return found

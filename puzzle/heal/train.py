@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from puzzle.base.console import console
 from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
-from puzzle.blocklib.modules import Rope
+from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.rows import IGNORE
 from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
 from puzzle.heal.parallel import Ranks, like_sharded, local
@@ -63,8 +63,8 @@ class Trainer:
         self._skipped = torch.zeros(2, device=self.device)  # in all, and in a row
         self._graphed = cuda_graph and self.device.type == "cuda" and ranks.world == 1 and teacher_device == self.device
         self._step = Replayed(self._whole_step)
-        self._child_rope: Rope | None = None
-        self._teacher_rope: Rope | None = None
+        self._child_ropes: Ropes | None = None
+        self._teacher_ropes: Ropes | None = None
 
     def begin_stage(self, seq_len: int) -> None:
         """Sequences have this length from now on."""
@@ -73,8 +73,8 @@ class Trainer:
 
     def _set_ropes(self, seq_len: int) -> None:
         """The tables are made here: a CUDA graph cannot copy them from the host. A teacher may have other frequencies."""
-        self._child_rope = self.learner.child.rope(seq_len)
-        self._teacher_rope = None if self.teacher is None else self.teacher.model.rope(seq_len)
+        self._child_ropes = self.learner.child.ropes(seq_len)
+        self._teacher_ropes = None if self.teacher is None else self.teacher.model.ropes(seq_len)
 
     def step(self, batch: Tensor, step: int) -> Tensor:
         """Train on ids and labels [2, B, T] of this rank. Returns METRICS of the whole step, on the device."""
@@ -99,7 +99,7 @@ class Trainer:
         for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
             with self._autocast():
                 shown = self._show(ids, self.weights)
-                found = self.learner(ids, labels, self._child_rope, shown, 1 / count, self.weights)
+                found = self.learner(ids, labels, self._child_ropes, shown, 1 / count, self.weights)
             (found[0] * self.ranks.world).backward()  # FSDP takes the mean over ranks
             total += found.detach()
         gradients = [self._gradient(model, part) for model, part in zip(self.model, self.parts, strict=True)]
@@ -128,7 +128,7 @@ class Trainer:
     def _show(self, ids: Tensor, weights: Weights) -> Shown | None:
         if self.teacher is None:
             return None
-        return self.teacher(ids.to(self.teacher_device), self._teacher_rope, weights.cosine > 0).to(self.device)
+        return self.teacher(ids.to(self.teacher_device), self._teacher_ropes, weights.cosine > 0).to(self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
@@ -139,7 +139,7 @@ class Trainer:
     def evaluate(self, rows: Tensor, batch_size: int) -> dict[str, float]:
         """Means over the held-out ids and labels [2, S, T] that count, in nats per token: the child's LM loss and, with a
         teacher, KL at temperature 1, cosine distance and the teacher's own LM loss. batch_size: rows of a rank at once."""
-        child_rope, teacher_rope = self._child_rope, self._teacher_rope
+        child_ropes, teacher_ropes = self._child_ropes, self._teacher_ropes
         self._set_ropes(rows.shape[2])
         with_teacher = self.teacher is not None
         with_states = with_teacher and bool(self.learner.layers)
@@ -153,14 +153,14 @@ class Trainer:
                 ids, labels = rows[0, :1].to(self.device), torch.full_like(rows[1, :1], IGNORE, device=self.device)
             with self._autocast():
                 shown = self._show(ids, weights)
-                found = self.learner(ids, labels, self._child_rope, shown, one, weights)
+                found = self.learner(ids, labels, self._child_ropes, shown, one, weights)
                 own = one.new_zeros(())
                 if shown is not None and self.teacher is not None:
                     head = self.teacher.model.head_weight.to(self.device)
                     loss = head_losses(shown.normed, shown.normed, head, None, labels.flatten(), 1.0)[1]
                     own = (loss * (labels.flatten() != IGNORE)).sum()
             sums += torch.cat((found, own[None], (labels != IGNORE).sum()[None])).double()
-        self._child_rope, self._teacher_rope = child_rope, teacher_rope
+        self._child_ropes, self._teacher_ropes = child_ropes, teacher_ropes
         _, kl, cosine, loss, own, count = self.ranks.sum(sums).tolist()
         result = {"loss": loss / count}
         if with_teacher:

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from puzzle.base.files import SCHEMA, read_json
-from puzzle.blocklib.layer import KINDS, Kind
+from puzzle.base.files import SCHEMA
 from puzzle.export.card import plain_card
 from puzzle.export.checkpoint import MODELING_FILE
 from puzzle.export.child import Child
@@ -20,7 +19,8 @@ from puzzle.export.sources import child_of_checkpoint
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.parallel import whole
 from puzzle.heal.train import Trainer
-from puzzle.parents.family import HfModel
+from puzzle.measure.architecture import architecture_beside
+from puzzle.parents.opened import HfModel
 from puzzle.runtime.model import CausalModel
 
 
@@ -33,11 +33,11 @@ def with_trained(original: Child, model: CausalModel, train_embeddings: bool) ->
     def ready(tensor: Tensor) -> Tensor:
         return whole(tensor.detach()).to("cpu", original.dtype)
 
-    def read(index: int, kind: Kind) -> dict[str, Tensor]:
-        return {name: ready(t) for name, t in getattr(model.blocks[index], kind).state_dict().items()}
+    def read(index: int, slot: str) -> dict[str, Tensor]:
+        return {name: ready(t) for name, t in getattr(model.blocks[index], slot).state_dict().items()}
 
     layers = tuple(
-        replace(layer, **{f"read_{kind}": partial(read, index, kind) for kind in KINDS})  # type: ignore[arg-type]
+        replace(layer, reads={slot: partial(read, index, slot) for slot in layer.slots})
         for index, layer in enumerate(original.layers)
     )
     child = replace(original, layers=layers, read_final_norm=lambda: ready(model.norm.weight))
@@ -60,11 +60,11 @@ def write_healed(
         for _ in child.tensors():  # takes part in putting the shards together
             pass
         return
-    solved = source.directory / "architecture.json"
+    solved = architecture_beside(source.directory)
     extra = {"heal.json": {"schema": SCHEMA, **record}}
-    if solved.is_file():
-        extra["architecture.json"] = read_json(solved, "puzzle export")
-    card = plain_card(child, extra.get("architecture.json"))
+    if solved is not None:
+        extra["architecture.json"] = solved.to_json()
+    card = plain_card(child, solved)
     write_hf(
         child,
         out,

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.base.files import read_json
-from puzzle.blocklib.layer import KINDS
+from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.variant import PARENT
-from puzzle.library.manifest import Library
+from puzzle.library.manifest import Library, Replacement
 from puzzle.library.score import load_variant
 from puzzle.library.store import BlockStore
-from puzzle.parents.family import HfModel, open_model
+from puzzle.measure.architecture import Architecture, read_architecture
+from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.model import Block, CausalModel, load_model
 
-Choice = dict[str, str]
 
-
-def read_architecture(path: Path, library: Library) -> dict[str, Any]:
-    """architecture.json, checked against the library. `path` may be the file or the directory it is in.
+def architecture_of(path: Path, library: Library) -> Architecture:
+    """The architecture at `path` (a file or the directory it is in), checked against the library.
 
     Raises UserError when it belongs to another parent, or names a variant that the library lacks.
     """
-    path = path / "architecture.json" if path.is_dir() else path
-    found = read_json(path, f"puzzle solve {library.root}")
-    if found["library"]["parent_fingerprint"] != library.facts["parent"]["fingerprint"]:
+    found = read_architecture(path)
+    if found.parent_fingerprint != library.fingerprint:
         raise UserError(f"{path} was solved for another parent than that of library {library.root}: solve again")
-    if len(found["layers"]) != library.num_layers:
-        raise UserError(f"{path} has {len(found['layers'])} layers, the parent {library.num_layers}: solve again")
-    for index, choice in enumerate(found["layers"]):
-        for kind in KINDS:
-            if choice.get(kind) not in library.variants(kind):
+    if len(found.layers) != library.num_layers:
+        raise UserError(f"{path} has {len(found.layers)} layers, the parent {library.num_layers}: solve again")
+    for index, (layer, space) in enumerate(zip(found.layers, library.spaces, strict=True)):
+        if layer.keys() != space.keys():
+            raise UserError(f"{path} layer {index} has other slots than the library's: solve again")
+        for slot, choice in layer.items():
+            if space[slot].get(choice.variant) != choice.sub_block:
                 raise UserError(
-                    f"{path} layer {index} asks for {kind} '{choice.get(kind)}', which library {library.root} "
+                    f"{path} layer {index} asks for {slot} '{choice.variant}', which library {library.root} "
                     "lacks: build it, or solve again"
                 )
     return found
@@ -51,30 +50,27 @@ def open_parent(library: Library, parent: str | None) -> HfModel:
 
 def assemble(
     library: Library,
-    layers: list[Choice],
+    layers: Sequence[Replacement],
     parent: HfModel,
     *,
     model: CausalModel | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> CausalModel:
-    """The child in memory. model: the parent already loaded on that device, whose weights the child then shares."""
+    """The child in memory. layers: {slot: variant} each; a slot that is not named keeps the parent's. model: the parent already
+    loaded on that device, whose weights the child then shares."""
     model = model or load_model(parent, device=device, dtype=dtype)
-    store = BlockStore(library.root)
-    blocks = []
-    for index, choice in enumerate(layers):
-        parts = {}
-        for kind in KINDS:
-            own = getattr(model.blocks[index], kind)
-            name = choice[kind]
-            parts[kind] = (
-                own
-                if name == PARENT
-                else load_variant(
-                    store, parent, index, kind, name, model.embedding.weight.device, model.embedding.weight.dtype
-                )
-            )
-        blocks.append(Block(parts["attention"], parts["ffn"]))
+    store, like = BlockStore(library.root), model.embedding.weight
+    blocks, chosen = [], []
+    for index, replacement in enumerate(layers):
+        parts: dict[str, Part] = model.blocks[index].parts()  # type: ignore[operator]
+        for slot, name in replacement.items():
+            if name != PARENT:
+                sub_block = library.spaces[index][slot][name]
+                parts[slot] = load_variant(store, index, slot, name, sub_block, like.device, like.dtype)
+        blocks.append(Block(parts))
+        chosen.append({slot: part.sub_block for slot, part in parts.items()})
     head = None if model.head is None else model.head.data
-    child = CausalModel(model.spec, model.embedding.weight.data, blocks, model.norm.weight.data, head)
+    structure = model.structure.with_layers(chosen)
+    child = CausalModel(structure, like.data, blocks, model.norm.weight.data, head)
     return child.requires_grad_(False).eval()

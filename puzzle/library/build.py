@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from puzzle.base.console import Bar, console, progress
 from puzzle.base.device import compute_dtype, device_memory, pick_device
@@ -25,30 +25,29 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, content_hash
 from puzzle.base.replay import Replayed
 from puzzle.base.units import layer_name, parse_layers
-from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast, calibrate
-from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, ParentLayer, rope_tables
-from puzzle.blocklib.modules import Rope
-from puzzle.blocklib.variant import PARENT, parse_variant, search_space
+from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast
+from puzzle.blocklib.plain.part import Part, Ropes, loaded
+from puzzle.blocklib.variant import PARENT, search_spaces, variant_of
 from puzzle.data.tokens import TokenData, load_tokens
 from puzzle.library.describe import write_library
 from puzzle.library.plan import BuildPlan, plan_build
 from puzzle.library.snapshot import load_snapshot, save_snapshot
 from puzzle.library.store import BlockStore
 from puzzle.library.streams import ResidualStreams, Split
-from puzzle.parents.family import HfModel, open_model
-from puzzle.runtime.model import parent_module
+from puzzle.parents.opened import HfModel, open_model
+from puzzle.runtime.model import embed
 
 SNAPSHOT_SECONDS = 60.0
 
-Layers = list[tuple[int, nn.Module, nn.Module]]  # (index, the parent's attention, its FFN)
+Layers = list[tuple[int, dict[str, Part]]]  # (index, the parent's sub-blocks by slot)
 Trainers = dict[int, list[VariantTrainer]]  # by layer index
-BlockKey = tuple[int, Kind, str]  # (layer, kind, variant)
+BlockKey = tuple[int, str, str]  # (layer, slot, variant)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
-    initialised. attention, ffn: names or None (default)."""
+    initialised. attention, ffn: what to offer in the slots of that name; None: what each place takes by default."""
 
     data: list[str]
     out: Path
@@ -84,20 +83,21 @@ class Builder:
 
     def __init__(self, parent: HfModel, options: BuildOptions):
         self.parent, self.options = parent, options
-        self.spec: LayerSpec = parent.spec
+        self.structure = parent.structure
         self.recipe = options.recipe()
         self.device = pick_device(options.device)
         self.dtype = compute_dtype(self.device)
-        every = range(parent.num_layers)
-        self.layers = list(every) if options.layers is None else parse_layers("--layers", options.layers, len(every))
-        self.variants = search_space(parent.spec, options.attention, options.ffn)
+        count = self.structure.num_layers
+        chosen = range(count) if options.layers is None else parse_layers("layers", options.layers, count)
+        layers = {index: self.structure.layers[index] for index in chosen}
+        self.spaces = search_spaces(layers, {"attention": options.attention, "ffn": options.ffn})
         self.store = BlockStore(options.out)
         self.stored_dtype = parent.final_norm().dtype
         self.train_seconds = 0.0  # wall time of the training steps so far
-        if options.seq_len > parent.max_length:
+        if options.seq_len > self.structure.max_length:
             raise UserError(
-                f"--seq-len {options.seq_len} is longer than the parent's context of {parent.max_length}: "
-                f"use at most {parent.max_length}"
+                f"`seq_len` {options.seq_len} is longer than the parent's context of {self.structure.max_length}: "
+                f"use at most {self.structure.max_length}"
             )
         if self.device.type == "cuda" and options.memory_limit:
             total = torch.cuda.mem_get_info(self.device)[1]
@@ -105,14 +105,12 @@ class Builder:
 
     def plan(self) -> BuildPlan:
         return plan_build(
-            self.spec,
-            self.variants,
+            self.structure,
+            self.spaces,
             self.recipe,
-            layers=self.layers,
             memory_bytes=device_memory(self.device, self.options.memory_limit),
             compute_bytes=self.dtype.itemsize,
             stored_bytes=self.stored_dtype.itemsize,
-            embedding_bytes=self.parent.vocab_size * self.spec.hidden_size * self.dtype.itemsize,
             on_host=self.device.type == "cpu",
             group_size=self.options.group_size,
         )
@@ -132,7 +130,7 @@ class Builder:
     def run(self, data: TokenData) -> None:
         """Train what is missing. Finished blocks of the same content key are kept as they are."""
         out = self.options.out
-        write_library(out, self.parent, data, self.recipe, self.options.seed, self.layers, self.variants)
+        write_library(out, self.parent, data, self.recipe, self.options.seed, self.spaces)
         self._keys = self._content_keys(data)
         groups = self._with_gaps(self.plan().groups)
         missing = {g: [k for k in self._keys if k[0] in g and not self._has(k)] for g in groups}
@@ -142,7 +140,7 @@ class Builder:
             return
         last = max(index for index, group in enumerate(groups) if missing[group])
         self._data = data
-        self._embedding = nn.Embedding.from_pretrained(self.parent.embedding().to(self.device, self.dtype))
+        self._embedding = self.parent.embedding().to(self.device, self.dtype)
         self._streams = ResidualStreams(self._embed)
         with progress("distil", self.num_batches * (last + 1)) as bar:
             for index, group in enumerate(groups[: last + 1]):
@@ -156,19 +154,20 @@ class Builder:
     # -- one group -------------------------------------------------------------------------------------------
 
     def _run_group(self, group: tuple[int, ...], missing: list[BlockKey], bar: Bar, keep_streams: bool) -> None:
-        rope = rope_tables(self.spec, self.recipe.seq_len, self.device)
+        length = self.recipe.seq_len
+        ropes = {name: rope.tables(length, self.device) for name, rope in self.structure.ropes.items()}
         self._lr = torch.zeros((), device=self.device)
-        layers, trainers = self._prepare_group(group, missing, rope)
+        layers, trainers = self._prepare_group(group, missing, ropes)
         every = [trainer for of_layer in trainers.values() for trainer in of_layer]
         snapshot = self.options.out / ".work" / f"{layer_name(group[0])}-{layer_name(group[-1])}.safetensors"
         build_key = content_hash(list(self._keys.values()))
         done = load_snapshot(snapshot, every, build_key)
         if done == 0:
-            self._validate(layers, trainers, rope)
+            self._validate(layers, trainers, ropes)
             for trainer in every:
                 trainer.loss_before = trainer.validated()
-        forward = Replayed(lambda x: self._through(layers, {}, rope, x))
-        training = Replayed(lambda x: self._through(layers, trainers, rope, x))
+        forward = Replayed(lambda x: self._through(layers, {}, ropes, x))
+        training = Replayed(lambda x: self._through(layers, trainers, ropes, x))
         begin = saved_at = time.monotonic()
         for step in range(self.num_batches):
             train = done <= step < self.recipe.num_steps and bool(missing)
@@ -184,70 +183,69 @@ class Builder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.train_seconds += time.monotonic() - begin
-        self._validate(layers, trainers, rope, keep_streams)
+        self._validate(layers, trainers, ropes, keep_streams)
         for trainer in every:
             trainer.loss_after = trainer.validated()
         self._write_blocks(trainers)
         snapshot.unlink(missing_ok=True)
 
-    def _prepare_group(self, group: tuple[int, ...], missing: list[BlockKey], rope: Rope) -> tuple[Layers, Trainers]:
+    def _prepare_group(self, group: tuple[int, ...], missing: list[BlockKey], ropes: Ropes) -> tuple[Layers, Trainers]:
         """The parent's modules of the group's layers, and a trainer for every missing block."""
         layers: Layers = []
         trainers: Trainers = {}
         streams = [self._streams.get("train", step) for step in range(self.num_calibration if missing else 0)]
         for index in group:
-            layer = self._to_device(self.parent.layer(index))
-            attention, ffn = (parent_module(kind, self.spec, layer.weights(kind)) for kind in KINDS)
-            layers.append((index, attention, ffn))
-            if not missing:
-                continue
-            with torch.no_grad(), autocast(self.device):
-                streams = [x + attention(x, rope) for x in streams]
-                layer.calibration = calibrate(ffn, streams, self.spec)
-                streams = [x + ffn(x, rope) for x in streams]
-            trainers[index] = [
-                VariantTrainer(layer, kind, parse_variant(kind, name, self.spec), self.recipe, self.device, self._lr)
-                for at, kind, name in missing
-                if at == index
-            ]
+            parts: dict[str, Part] = {}
+            layers.append((index, parts))
+            trainers[index] = []
+            for slot in self.structure.layers[index]:
+                block = self.parent.block(index, slot)
+                block.weights = {n: t.to(self.device, self.dtype) for n, t in block.weights.items()}
+                part = parts[slot] = loaded(block.sub_block, block.weights)
+                if not missing:
+                    continue
+                with torch.no_grad(), autocast(self.device):
+                    block.statistics = part.calibrate(streams)
+                    streams = [x + part(x, ropes) for x in streams]
+                for at, where, name in missing:
+                    if (at, where) == (index, slot):
+                        variant = variant_of(block.sub_block, name, slot)
+                        of = (index, slot, variant, block, self.recipe, self.device, self._lr)
+                        trainers[index].append(VariantTrainer(*of))
         return layers, trainers
 
-    def _through(self, layers: Layers, trainers: Trainers, rope: Rope, x: Tensor) -> Tensor:
+    def _through(self, layers: Layers, trainers: Trainers, ropes: Ropes, x: Tensor) -> Tensor:
         """The parent's layers on x; every trainer takes a step from the activation that passes it."""
-        for index, attention, ffn in layers:
-            x = self.train_layer(x, attention, ffn, trainers.get(index, []), rope)
+        for index, parts in layers:
+            x = self.train_layer(x, parts, trainers.get(index, []), ropes)
         return x
 
-    def train_layer(
-        self, x: Tensor, attention: nn.Module, ffn: nn.Module, trainers: list[VariantTrainer], rope: Rope
-    ) -> Tensor:
+    def train_layer(self, x: Tensor, parts: dict[str, Part], trainers: list[VariantTrainer], ropes: Ropes) -> Tensor:
         """One layer of the parent on x, and a step of each of its trainers. [B, T, H] -> [B, T, H]"""
-        for kind, x_in, target in self._sub_blocks(x, attention, ffn, rope):
+        for slot, x_in, target in self._sub_blocks(x, parts, ropes):
             for trainer in trainers:
-                if trainer.kind == kind:
-                    trainer.step(x_in, target, rope)
+                if trainer.slot == slot:
+                    trainer.step(x_in, target, ropes)
             x = x_in + target
         return x
 
-    def _sub_blocks(
-        self, x: Tensor, attention: nn.Module, ffn: nn.Module, rope: Rope
-    ) -> Iterator[tuple[Kind, Tensor, Tensor]]:
-        """(kind, what enters, what the parent adds) of both sub-blocks of a layer."""
-        for kind, module in (("attention", attention), ("ffn", ffn)):
+    def _sub_blocks(self, x: Tensor, parts: dict[str, Part], ropes: Ropes) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(slot, what enters, what the parent adds) of every sub-block of a layer."""
+        for slot, part in parts.items():
             with torch.no_grad(), autocast(self.device):
-                target = module(x, rope).to(x.dtype)
-            yield kind, x, target  # type: ignore[misc]
+                target = part(x, ropes).to(x.dtype)
+            yield slot, x, target
             x = x + target
 
-    def _validate(self, layers: Layers, trainers: Trainers, rope: Rope, keep_streams: bool = False) -> None:
+    def _validate(self, layers: Layers, trainers: Trainers, ropes: Ropes, keep_streams: bool = False) -> None:
         """Show every trainer the held-out sequences; leave their residual streams for the next group if asked."""
         for batch in range(-(-len(self._data.validation) // self.recipe.batch_size)):
             x = self._streams.get("validation", batch)
-            for index, attention, ffn in layers:
-                for kind, x_in, target in self._sub_blocks(x, attention, ffn, rope):
+            for index, parts in layers:
+                for slot, x_in, target in self._sub_blocks(x, parts, ropes):
                     for trainer in trainers.get(index, ()):
-                        if trainer.kind == kind:
-                            trainer.validate(x_in, target, rope)
+                        if trainer.slot == slot:
+                            trainer.validate(x_in, target, ropes)
                     x = x_in + target
             if keep_streams:
                 self._streams.keep("validation", batch, x)
@@ -270,17 +268,17 @@ class Builder:
             ids = self._data.train_batch(step, size)
         else:
             ids = self._data.validation[step * size : (step + 1) * size].long()
-        return self._embedding(ids.to(self.device))
+        return embed(ids.to(self.device), self._embedding, self.structure.embedding_scale)
 
     def _content_keys(self, data: TokenData) -> dict[BlockKey, str]:
         """Of every block to train: what its bytes depend on."""
         fingerprint = self.parent.checkpoint.fingerprint()
         common = [fingerprint, asdict(self.recipe), data.hash, self.device.type]
         return {
-            (layer, kind, name): content_hash([layer, kind, name, *common])
-            for layer in self.layers
-            for kind in KINDS
-            for name in self.variants[kind]
+            (layer, slot, name): content_hash([layer, slot, name, *common])
+            for layer, slots in self.spaces.items()
+            for slot, space in slots.items()
+            for name in space
             if name != PARENT
         }
 
@@ -296,28 +294,21 @@ class Builder:
             upcoming = group[-1] + 1
         return filled
 
-    def _to_device(self, layer: ParentLayer) -> ParentLayer:
-        for kind in KINDS:
-            weights = layer.weights(kind)
-            for name in weights:
-                weights[name] = weights[name].to(self.device, self.dtype)
-        return layer
-
     def _write_blocks(self, trainers: Trainers) -> None:
         tokens = self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len
         for index, of_layer in trainers.items():
             for trainer in of_layer:
-                name, shape = trainer.variant.name, trainer.variant.shape(self.spec)
+                name, sub_block = trainer.variant.name, trainer.variant.sub_block
                 tensors = {n: t.to(self.stored_dtype) for n, t in trainer.best().items()}
                 record = {
                     "status": ("trained" if trainer.improved else "kept as initialised") if tensors else "empty",
-                    "key": self._keys[index, trainer.kind, name],
+                    "key": self._keys[index, trainer.slot, name],
                     "num_tokens": tokens if tensors else 0,
                     "validation_loss_before": trainer.loss_before,
                     "validation_loss_after": trainer.loss_after,
                 }
-                spec = {"layer": index, "kind": trainer.kind, "variant": name, "shape": shape}
-                self.store.write(index, trainer.kind, name, tensors, spec, record)
+                spec = {"layer": index, "slot": trainer.slot, "variant": name, "sub_block": sub_block.key()}
+                self.store.write(index, trainer.slot, name, tensors, spec, record)
 
 
 def build_library(source: str, options: BuildOptions) -> Path:

@@ -1,68 +1,44 @@
-"""library.json, written: the facts of a parent and of the variants that a library offers."""
+"""library.json, written: the parent's structure and what the library offers in each layer and slot."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from puzzle import __version__
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, read_json, write_json
+from puzzle.base.files import content_hash, read_any, write_json
 from puzzle.blocklib.distill import Recipe
-from puzzle.blocklib.layer import KINDS, Kind, LayerSpec
-from puzzle.blocklib.variant import parse_variant
+from puzzle.blocklib.variant import PARENT
 from puzzle.data.tokens import TokenData
-from puzzle.parents.family import HfModel
-
-
-def describe_variant(kind: Kind, name: str, spec: LayerSpec) -> dict:
-    """What library.json says of a variant: all that `solve` needs of it."""
-    variant = parse_variant(kind, name, spec)
-    return {**asdict(variant.footprint(spec)), "shape": variant.shape(spec), "hf": variant.to_hf(spec)}
-
-
-def model_facts(parent: HfModel) -> dict:
-    """Whole-model numbers that `solve` needs; tied embeddings count once."""
-    embedding = parent.vocab_size * parent.spec.hidden_size
-    spec = asdict(parent.spec)
-    del spec["inv_freq"]
-    return {
-        "num_layers": parent.num_layers,
-        "vocab_size": parent.vocab_size,
-        "max_length": parent.max_length,
-        "tied": parent.tied,
-        "num_fixed_parameters": embedding * (1 if parent.tied else 2) + parent.spec.hidden_size,
-        "head_shape": f"h{parent.spec.hidden_size} v{parent.vocab_size}",
-        "spec": spec,
-    }
+from puzzle.library.manifest import SCHEMA, Space
+from puzzle.parents.opened import HfModel
 
 
 def write_library(
-    root: Path,
-    parent: HfModel,
-    data: TokenData,
-    recipe: Recipe,
-    seed: int,
-    layers: list[int],
-    space: dict[Kind, list[str]],
+    root: Path, parent: HfModel, data: TokenData, recipe: Recipe, seed: int, spaces: Mapping[int, Mapping[str, Space]]
 ) -> None:
-    """library.json: new, or the same parent with the search space widened. Raises UserError for another parent."""
+    """New, or the same parent with the search space widened. spaces: per layer and slot. Raises UserError for another parent."""
     fingerprint = parent.checkpoint.fingerprint()
     path, source = root / "library.json", parent.source
     local = Path(source).exists()
-    variants = {kind: {name: describe_variant(kind, name, parent.spec) for name in space[kind]} for kind in KINDS}
-    chosen = set(layers)
+    layers: dict[str, dict[str, dict[str, str]]] = {}
     if path.is_file():
-        old = read_json(path, "puzzle build-library")
+        old = read_any(path, "puzzle build-library")
         theirs = old["parent"]["fingerprint"]
         if theirs != fingerprint:
             raise UserError(
                 f"library {root} was built from another parent (fingerprint {theirs[:12]}) than {source} "
-                f"({fingerprint[:12]}): use another --out"
+                f"({fingerprint[:12]}): use another `out`"
             )
-        variants = {kind: old["variants"][kind] | variants[kind] for kind in KINDS}
-        chosen |= set(old["layers"])
+        layers = old["layers"] if old.get("schema") == SCHEMA else {}
+    for index, slots in spaces.items():
+        there = layers.setdefault(str(index), {})
+        for slot, space in slots.items():
+            keys = {name: sub_block.key() for name, sub_block in space.items() if name != PARENT}
+            there[slot] = there.get(slot, {}) | keys
     facts = {
         "puzzle": __version__,
         "parent": {
@@ -72,7 +48,7 @@ def write_library(
             "fingerprint": fingerprint,
             "config_hash": content_hash(parent.config),
         },
-        "model": model_facts(parent),
+        "structure": parent.structure.to_json(),
         "data": {
             "hash": data.hash,
             "num_documents": data.num_documents,
@@ -81,7 +57,6 @@ def write_library(
         },
         "recipe": asdict(recipe),
         "seed": seed,
-        "layers": sorted(chosen),
-        "variants": variants,
+        "layers": {index: layers[index] for index in sorted(layers, key=int)},
     }
-    write_json(path, facts)
+    write_json(path, facts, SCHEMA)

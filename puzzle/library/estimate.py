@@ -8,38 +8,35 @@ import torch
 
 from puzzle.base.device import compute_dtype
 from puzzle.base.replay import WARM_UP, Replayed
-from puzzle.blocklib.distill import VariantTrainer, calibrate
-from puzzle.blocklib.layer import KINDS, ParentLayer, attention_shapes, ffn_shapes, rope_tables
-from puzzle.blocklib.variant import PARENT, parse_variant
+from puzzle.blocklib.distill import VariantTrainer
+from puzzle.blocklib.plain.part import loaded
+from puzzle.blocklib.sub_block import ParentBlock
+from puzzle.blocklib.variant import PARENT, variant_of
 from puzzle.library.build import Builder
-from puzzle.library.plan import BuildPlan
-from puzzle.runtime.model import parent_module
+from puzzle.library.plan import BuildPlan, training_flops
 
 NUM_STEPS = 3
 
 
 def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
-    """Seconds of all training steps: the mean of NUM_STEPS steps of one layer, after warm-up,
-    times layers and steps. Weights and activations are random of the right shape: nothing is read or written."""
-    spec, recipe, device = builder.spec, builder.recipe, builder.device
-    dtype = compute_dtype(device)
-    shapes = {"attention": attention_shapes(spec), "ffn": ffn_shapes(spec)}
-    weights = {
-        kind: {n: torch.randn(s, device=device, dtype=dtype) * 0.02 for n, s in shapes[kind].items()} for kind in KINDS
-    }
-    layer = ParentLayer(index=0, spec=spec, attention=weights["attention"], ffn=weights["ffn"])
-    attention, ffn = (parent_module(kind, spec, weights[kind]) for kind in KINDS)
-    x = torch.randn(recipe.batch_size, recipe.seq_len, spec.hidden_size, device=device, dtype=dtype)
-    rope = rope_tables(spec, recipe.seq_len, device)
-    layer.calibration = calibrate(ffn, [x[:1]], spec)  # type: ignore[arg-type]
+    """Seconds of all training steps: the mean of NUM_STEPS steps of one layer, after warm-up, times layers and steps; layers of
+    other kinds count by their FLOPs. Weights and activations are random of the right shape: nothing is read or written."""
+    structure, recipe, device = builder.structure, builder.recipe, builder.device
+    dtype, first = compute_dtype(device), min(builder.spaces)
+    x = torch.randn(recipe.batch_size, recipe.seq_len, structure.hidden_size, device=device, dtype=dtype)
+    ropes = {name: rope.tables(recipe.seq_len, device) for name, rope in structure.ropes.items()}
     lr = torch.full((), recipe.lr, device=device)
-    trainers = [
-        VariantTrainer(layer, kind, parse_variant(kind, name, spec), recipe, device, lr)
-        for kind in KINDS
-        for name in builder.variants[kind]
-        if name != PARENT
-    ]
-    step = Replayed(lambda x: builder.train_layer(x, attention, ffn, trainers, rope))
+    parts, trainers = {}, []
+    for slot, sub_block in structure.layers[first].items():
+        weights = {n: torch.randn(s, device=device, dtype=dtype) * 0.02 for n, s in sub_block.tensors().items()}
+        block = ParentBlock(sub_block=sub_block, weights=weights)
+        part = parts[slot] = loaded(sub_block, weights)
+        block.statistics = part.calibrate([x[:1]])
+        for name in builder.spaces[first][slot]:
+            if name != PARENT:
+                variant = variant_of(sub_block, name, slot)
+                trainers.append(VariantTrainer(first, slot, variant, block, recipe, device, lr))
+    step = Replayed(lambda x: builder.train_layer(x, parts, trainers, ropes))
     for _ in range(WARM_UP + 1):
         step(x)
     _wait(device)
@@ -48,7 +45,8 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
         step(x)
     _wait(device)
     seconds = (time.perf_counter() - begin) / NUM_STEPS
-    return seconds * len(builder.layers) * recipe.num_steps
+    flops = {i: training_flops(structure.layers[i], space, recipe.seq_len) for i, space in builder.spaces.items()}
+    return seconds * sum(flops.values()) / flops[first] * recipe.num_steps
 
 
 def _wait(device: torch.device) -> None:

@@ -1,59 +1,106 @@
 """library.json: what a block library holds, readable without torch.
 
-{"parent": {...}, "model": {...}, "data": {...}, "recipe": {...}, "layers": [0, 1, ...],
- "variants": {"attention": {"kv2": {"num_parameters", "kv_elements_per_token", "window", "shape", "hf"}}, "ffn": {...}}}
+{"schema": 2, "parent": {"source", "name", "fingerprint", …}, "structure": {… "layers": [{"attention": key, "ffn": key}, …]},
+ "data": {…}, "recipe": {…}, "seed": 0, "stored_dtype": "bfloat16",
+ "layers": {"0": {"attention": {"kv2": key, "none": "none"}, "ffn": {"0.5": key, …}}, …}}
+
+A key is a sub-block's text form (`puzzle.blocklib.sub_block`). Layers that are not named keep the parent's sub-blocks.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError
-from puzzle.base.files import read_json
+from puzzle.base.files import read_any, read_json
+from puzzle.base.units import layer_name
+from puzzle.blocklib.sub_block import SubBlock, parse_key
+from puzzle.blocklib.variant import PARENT
+from puzzle.parents.structure import Structure
 
-PARENT = "parent"
-KINDS = ("attention", "ffn")
+SCHEMA = 2  # of library.json
+Space = dict[str, SubBlock]  # what may stand in one place, by variant, the parent's own first
+Replacement = Mapping[str, str]  # {slot: variant}: what stands in for the parent in one layer
+
+
+def scores_path(root: Path, layer: int) -> Path:
+    return root / "scores" / f"{layer_name(layer)}.json"
+
+
+def score_name(replacement: Replacement) -> str:
+    """What scores/LNN.json calls it: "attention/kv2", or "attention/kv2+ffn/0.5" for both together."""
+    return "+".join(f"{slot}/{variant}" for slot, variant in replacement.items())
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One library directory, its library.json already read."""
+    """One library directory, its library.json already read. structure: the parent's. spaces: per layer and slot."""
 
     root: Path
     facts: dict[str, Any]
+    structure: Structure
+    spaces: tuple[dict[str, Space], ...]
 
     @classmethod
     def open(cls, root: Path) -> Library:
-        """Raises UserError when `root` is no library."""
+        """Raises UserError when `root` is no library, or holds a sub-block that is not understood."""
         if not root.is_dir():
             raise UserError(f"library {root} does not exist: make it with `puzzle build-library PARENT --out {root}`")
-        return cls(root, read_json(root / "library.json", "puzzle build-library"))
+        path = root / "library.json"
+        facts = read_any(path, "puzzle build-library")
+        if facts.get("schema") != SCHEMA:
+            raise UserError(
+                f"{path} has schema {facts.get('schema')!r}, this version reads {SCHEMA}: run the `puzzle build-library` that made it again; it keeps all "
+                "blocks and scores and writes this file anew"
+            )
+        try:
+            structure = Structure.from_json(facts["structure"])
+            spaces = tuple(
+                {
+                    slot: {PARENT: own} | {n: parse_key(k) for n, k in _chosen(facts, index).get(slot, {}).items()}
+                    for slot, own in layer.items()
+                }
+                for index, layer in enumerate(structure.layers)
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{path} is broken ({error}): run `puzzle build-library` again, it keeps all blocks"
+            ) from error
+        return cls(root, facts, structure, spaces)
 
     @property
     def num_layers(self) -> int:
-        return self.facts["model"]["num_layers"]
+        return self.structure.num_layers
 
     @property
     def layers(self) -> list[int]:
-        """The layers that have alternatives; the others keep the parent's block."""
-        return self.facts["layers"]
+        """The layers that have alternatives; the others keep the parent's sub-blocks."""
+        return sorted(map(int, self.facts["layers"]))
 
-    def variants(self, kind: str) -> list[str]:
-        return list(self.facts["variants"][kind])
+    @property
+    def name(self) -> str:
+        """Of the parent."""
+        return self.facts["parent"]["name"]
 
-    def variant(self, kind: str, name: str) -> dict[str, Any]:
-        return self.facts["variants"][kind][name]
+    @property
+    def fingerprint(self) -> str:
+        """Of the parent's checkpoint."""
+        return self.facts["parent"]["fingerprint"]
+
+    def sub_blocks(self) -> list[SubBlock]:
+        """All that a child of this library can be made of, each once, the parent's first."""
+        return list(dict.fromkeys(b for space in self.spaces for names in space.values() for b in names.values()))
 
     def scores(self, layer: int) -> dict[str, dict[str, float]]:
-        """{"attention/kv2": {"kl", "kl_stderr", "lm_loss", "top1_agreement", "num_tokens"}} of one layer.
+        """{`score_name`: {"kl", "kl_stderr", "lm_loss", "top1_agreement", "num_tokens"}} of one layer.
 
         Raises UserError when the layer has not been scored.
         """
-        path = self.root / "scores" / f"L{layer:02d}.json"
-        return read_json(path, f"puzzle score {self.root}")["scores"]
+        return read_json(scores_path(self.root, layer), f"puzzle score {self.root}")["scores"]
 
     def parent_source(self, override: str | None = None) -> str:
         """Where the parent is: as given by --parent, or as recorded (a hub id, or a path relative to the library)."""
@@ -63,15 +110,19 @@ class Library:
         if recorded["relative"]:
             path = Path(os.path.normpath(self.root.absolute() / recorded["source"]))
             if not path.is_dir():
-                raise UserError(f"the library's parent is not at {path} any more: pass --parent with its directory")
+                raise UserError(f"the library's parent is not at {path} any more: pass `parent` with its directory")
             return str(path)
         return recorded["source"]
 
     def check_parent(self, fingerprint: str, source: str) -> None:
         """Raise UserError unless `fingerprint` is that of the parent the library was built from."""
-        mine = self.facts["parent"]["fingerprint"]
+        mine = self.fingerprint
         if fingerprint != mine:
             raise UserError(
                 f"library {self.root} was built from another parent (fingerprint {mine[:12]}) than {source} "
-                f"({fingerprint[:12]}): pass the right --parent, or build a new library with another --out"
+                f"({fingerprint[:12]}): pass the right `parent`, or build a new library with another `out`"
             )
+
+
+def _chosen(facts: Mapping[str, Any], layer: int) -> Mapping[str, Mapping[str, str]]:
+    return facts["layers"].get(str(layer), {})

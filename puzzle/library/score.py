@@ -7,129 +7,148 @@ The parent's residual stream is carried forward one layer at a time, so a varian
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from puzzle.base.console import progress
+from puzzle.base.console import Bar, progress
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
-from puzzle.blocklib.layer import KINDS, Kind
-from puzzle.blocklib.modules import NoOp
-from puzzle.blocklib.variant import PARENT, parse_variant
+from puzzle.blocklib.plain.part import Part, loaded
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.variant import PARENT
 from puzzle.data.tokens import load_tokens
-from puzzle.library.manifest import Library
+from puzzle.library.manifest import Library, Replacement, score_name, scores_path
 from puzzle.library.store import BlockStore
-from puzzle.parents.family import HfModel, open_model
+from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import CausalModel, load_model
 
 
 def load_variant(
-    store: BlockStore, parent: HfModel, layer: int, kind: Kind, name: str, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
+    store: BlockStore, layer: int, slot: str, name: str, sub_block: SubBlock, device: torch.device, dtype: torch.dtype
+) -> Part:
     """A trained sub-block from the library, ready to run."""
-    with torch.device("meta"):
-        module = parse_variant(kind, name, parent.spec).empty(parent.spec)
-    tensors = store.read(layer, kind, name)
-    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-    if {n: tuple(t.shape) for n, t in tensors.items()} != wanted:
+    tensors = store.read(layer, slot, name)
+    if {n: tuple(t.shape) for n, t in tensors.items()} != sub_block.tensors():
         raise UserError(
-            f"{store.path(layer, kind, name)} holds tensors of another shape than {kind} variant {name}: "
+            f"{store.path(layer, slot, name)} holds tensors of another shape than {slot} variant {name}: "
             "delete it and run `puzzle build-library` again"
         )
-    module.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
-    return module.requires_grad_(False).eval()
+    return loaded(sub_block, {n: t.to(device, dtype) for n, t in tensors.items()})
 
 
 class Scorer:
     """Scores the blocks of one library against its parent on held-out sequences [S, T]."""
 
     def __init__(self, library: Library, parent: HfModel, sequences: Tensor, device: torch.device, batch_size: int):
-        self.library, self.parent, self.device = library, parent, device
+        self.library, self.device = library, device
         self.store = BlockStore(library.root)
         self.dtype = compute_dtype(device)
         self.model: CausalModel = load_model(parent, device=device, dtype=self.dtype)
         self.batches = [ids.long().to(device) for ids in sequences.split(batch_size)]
-        self.rope = self.model.rope(sequences.shape[1])
+        self.ropes = self.model.ropes(sequences.shape[1])
 
     @torch.no_grad()
     def run(self, data_hash: str, joint: bool) -> None:
         """Fill scores/LNN.json for every layer; layers already scored on the same data and blocks are kept."""
-        streams = [self.model.embedding(ids) for ids in self.batches]
+        streams = [self.model.embed(ids) for ids in self.batches]
         finals = [self.model.hidden(ids) for ids in self.batches]
         todo = {layer: self._wanted(layer, joint) for layer in self.library.layers}
         with progress("score", sum(len(w) for w in todo.values())) as bar:
             for layer, block in enumerate(self.model.blocks):
                 if layer in todo:
                     self._score_layer(layer, todo[layer], streams, finals, data_hash, bar)
-                streams = [block(x, self.rope) for x in streams]
+                streams = [block(x, self.ropes) for x in streams]
 
-    def _wanted(self, layer: int, joint: bool) -> list[str]:
-        """ "kind/variant" names, and "attention/a+ffn/f" for joint blocks."""
-        names = {k: [f"{k}/{v}" for v in self.library.variants(k) if v != PARENT] for k in KINDS}
-        pairs = [f"{a}+{f}" for a in names["attention"] for f in names["ffn"]] if joint else []
-        return [*names["attention"], *names["ffn"], *pairs]
+    def _wanted(self, layer: int, joint: bool) -> list[Replacement]:
+        """Every variant alone and, for joint scores, one of every slot together."""
+        spaces = self.library.spaces[layer]
+        names = {slot: [name for name in space if name != PARENT] for slot, space in spaces.items()}
+        alone: list[Replacement] = [{slot: name} for slot, found in names.items() for name in found]
+        together = [dict(zip(names, choice, strict=True)) for choice in product(*names.values())]
+        return [*alone, *together] if joint and len(names) > 1 else alone
 
-    def _score_layer(self, layer: int, wanted: list[str], streams, finals, data_hash: str, bar) -> None:
-        path = self.store.scores_path(layer)
-        keys = {
-            k: [self.store.record(layer, k, v)["sha256"] for v in self.library.variants(k) if v != PARENT]
-            for k in KINDS
+    def _score_layer(
+        self,
+        layer: int,
+        wanted: list[Replacement],
+        streams: list[Tensor],
+        finals: list[Tensor],
+        data_hash: str,
+        bar: Bar,
+    ) -> None:
+        path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
+        hashes = {
+            slot: [self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT]
+            for slot, space in spaces.items()
         }
-        key = content_hash([self.library.facts["parent"]["fingerprint"], data_hash, keys, str(self.device.type)])
+        key = content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
         found: dict[str, dict[str, float]] = {}
         if path.is_file():
             old = read_json(path, "puzzle score")
             found = old["scores"] if old.get("key") == key else {}
-        modules: dict[str, nn.Module] = {}
-        for name in wanted:
+        parts: dict[tuple[str, str], Part] = {}
+        for replacement in wanted:
+            name = score_name(replacement)
             if name not in found:
                 bar.note(f"layer {layer} {name}")
-                found[name] = self._score(layer, name, modules, streams, finals)
+                found[name] = self._score(layer, replacement, parts, streams, finals)
             bar.advance()
         write_json(path, {"key": key, "scores": found})
 
-    def _score(self, layer: int, name: str, modules: dict[str, nn.Module], streams, finals) -> dict[str, float]:
-        block = self.model.blocks[layer]
-        parts: dict[str, nn.Module] = {kind: getattr(block, kind) for kind in KINDS}
-        for piece in name.split("+"):
-            kind, _, variant = piece.partition("/")
-            if piece not in modules:
-                modules[piece] = load_variant(self.store, self.parent, layer, kind, variant, self.device, self.dtype)  # type: ignore[arg-type]
-            parts[kind] = modules[piece]
+    def _score(
+        self,
+        layer: int,
+        replacement: Replacement,
+        loaded_parts: dict[tuple[str, str], Part],
+        streams: list[Tensor],
+        finals: list[Tensor],
+    ) -> dict[str, float]:
+        parts: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
+        for slot, name in replacement.items():
+            if (slot, name) not in loaded_parts:
+                sub_block = self.library.spaces[layer][slot][name]
+                of = (self.store, layer, slot, name, sub_block, self.device, self.dtype)
+                loaded_parts[slot, name] = load_variant(*of)
+            parts[slot] = loaded_parts[slot, name]
         meter = Divergence()
         for ids, x, final in zip(self.batches, streams, finals, strict=True):
-            for kind in KINDS:
-                if not isinstance(parts[kind], NoOp):
-                    x = x + parts[kind](x, self.rope)
+            for part in parts.values():
+                x = part.add(x, self.ropes)
             for later in self.model.blocks[layer + 1 :]:
-                x = later(x, self.rope)
+                x = later(x, self.ropes)
             meter.add(self.model, final, self.model, x, ids)
         result = meter.result()
         if not math.isfinite(result["kl"]):
             raise UserError(
-                f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
-                f"{self.store.path(layer, 'attention', 'x').parent.parent} and build with a smaller --lr"
+                f"layer {layer} {score_name(replacement)} makes the model's output NaN: its training diverged; delete "
+                f"{self.store.layer(layer)} and build with a smaller `lr`"
             )
         return result
 
 
+@dataclass(kw_only=True, slots=True)
+class ScoreOptions:
+    """sequences: held-out ones, of seq_len tokens (None: as in training); joint: also every combination of a layer's slots."""
+
+    sequences: int = 64
+    seq_len: int | None = None
+    batch_size: int = 8
+    joint: bool = False
+    text_field: str = "text"
+    device: str = "auto"
+
+
 def score_library(
-    root: Path,
-    data: list[str],
-    *,
-    parent: str | None = None,
-    num_sequences: int = 64,
-    seq_len: int | None = None,
-    batch_size: int = 8,
-    joint: bool = False,
-    text_field: str = "text",
-    device: str = "auto",
+    root: Path, data: list[str], options: ScoreOptions | None = None, *, parent: str | None = None
 ) -> Path:
     """Score every block of the library on held-out documents. Returns the directory of the scores."""
+    options = options or ScoreOptions()
     library = Library.open(root)
     source = library.parent_source(parent)
     opened = open_model(source)
@@ -137,12 +156,12 @@ def score_library(
     tokens = load_tokens(
         data,
         opened.directory,
-        seq_len=seq_len or library.facts["data"]["seq_len"],
+        seq_len=options.seq_len or library.facts["data"]["seq_len"],
         num_train=1,
-        num_validation=num_sequences,
-        text_field=text_field,
+        num_validation=options.sequences,
+        text_field=options.text_field,
         seed=library.facts["seed"],
     )
-    scorer = Scorer(library, opened, tokens.validation, pick_device(device), batch_size)
-    scorer.run(tokens.hash, joint)
+    scorer = Scorer(library, opened, tokens.validation, pick_device(options.device), options.batch_size)
+    scorer.run(tokens.hash, options.joint)
     return root / "scores"

@@ -1,7 +1,7 @@
 """The library on disk: one safetensors file and one JSON record per trained variant, verified when read.
 
-LIB/library.json
-LIB/blocks/L07/attention/kv2.safetensors   trained tensors; the spec stands in the header's metadata
+LIB/library.json                           (puzzle.library.manifest)
+LIB/blocks/L07/attention/kv2.safetensors   trained tensors; the sub-block's key stands in the header's metadata
 LIB/blocks/L07/attention/kv2.json          status, tokens, losses, hash
 LIB/scores/L07.json                        {"attention/kv2": {...}}
 """
@@ -19,7 +19,6 @@ from torch import Tensor
 from puzzle.base.errors import UserError
 from puzzle.base.files import file_hash, read_json, replacing, write_json
 from puzzle.base.units import layer_name
-from puzzle.blocklib.layer import Kind
 
 
 class BlockStore:
@@ -28,16 +27,20 @@ class BlockStore:
     def __init__(self, root: Path):
         self.root = root
 
-    def path(self, layer: int, kind: Kind, variant: str) -> Path:
-        """Of the tensors; the record has the same name with .json."""
-        return self.root / "blocks" / layer_name(layer) / kind / f"{variant}.safetensors"
+    def layer(self, layer: int) -> Path:
+        """The directory of one layer's blocks."""
+        return self.root / "blocks" / layer_name(layer)
 
-    def has(self, layer: int, kind: Kind, variant: str, key: str) -> bool:
+    def path(self, layer: int, slot: str, variant: str) -> Path:
+        """Of the tensors; the record has the same name with .json."""
+        return self.layer(layer) / slot / f"{variant}.safetensors"
+
+    def has(self, layer: int, slot: str, variant: str, key: str) -> bool:
         """True when this very block (same content key) is complete and whole on disk.
 
         A file that does not match its record is treated as missing: it will be trained again.
         """
-        path = self.path(layer, kind, variant)
+        path = self.path(layer, slot, variant)
         record = path.with_suffix(".json")
         if not record.is_file() or not path.is_file():
             return False
@@ -48,31 +51,31 @@ class BlockStore:
         return found.get("key") == key and found.get("sha256") == file_hash(path)
 
     def write(
-        self, layer: int, kind: Kind, variant: str, tensors: dict[str, Tensor], spec: dict[str, Any], record: dict
+        self, layer: int, slot: str, variant: str, tensors: dict[str, Tensor], spec: dict[str, Any], record: dict
     ) -> None:
         """The tensors first, the record last: a block exists when its record does.
 
         record: must hold "key", the content key; its "sha256" is added here.
         """
-        path = self.path(layer, kind, variant)
+        path = self.path(layer, slot, variant)
         # One key only: safetensors writes several in random order, and equal blocks must be equal files.
         metadata = {"puzzle": json.dumps({**spec, "key": record["key"]}, sort_keys=True)}
         with replacing(path) as temporary:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
         write_json(path.with_suffix(".json"), {**record, "sha256": file_hash(path)})
 
-    def read(self, layer: int, kind: Kind, variant: str) -> dict[str, Tensor]:
+    def read(self, layer: int, slot: str, variant: str) -> dict[str, Tensor]:
         """The block's tensors. Raises UserError when missing, cut short, or not what was written."""
-        path = self.path(layer, kind, variant)
-        record = self.record(layer, kind, variant)
+        path = self.path(layer, slot, variant)
+        record = self.record(layer, slot, variant)
         if not path.is_file():
             raise UserError(
-                f"{path} is missing: run `puzzle build-library` again with the same --out, it fills the gap"
+                f"{path} is missing: run `puzzle build-library` again with the same `out`, it fills the gap"
             )
         if file_hash(path) != record["sha256"]:
             raise UserError(
                 f"{path} was truncated or changed after it was trained (its sha256 is not the recorded "
-                "one): delete it and run `puzzle build-library` again with the same --out"
+                "one): delete it and run `puzzle build-library` again with the same `out`"
             )
         try:
             with safe_open(path, framework="pt") as handle:
@@ -80,8 +83,5 @@ class BlockStore:
         except SafetensorError as error:
             raise UserError(f"{path} is not a safetensors file ({error}): delete it and build again") from error
 
-    def record(self, layer: int, kind: Kind, variant: str) -> dict[str, Any]:
-        return read_json(self.path(layer, kind, variant).with_suffix(".json"), "puzzle build-library")
-
-    def scores_path(self, layer: int) -> Path:
-        return self.root / "scores" / f"{layer_name(layer)}.json"
+    def record(self, layer: int, slot: str, variant: str) -> dict[str, Any]:
+        return read_json(self.path(layer, slot, variant).with_suffix(".json"), "puzzle build-library")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,111 +11,182 @@ import torch
 from puzzle.base.console import console
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
-from puzzle.base.files import read_json
 from puzzle.base.machine import cpu_name
 from puzzle.base.workload import Workload
-from puzzle.blocklib.modules import Attention
 from puzzle.data.tokens import load_tokens
-from puzzle.measure.plain import Measured, measure
-from puzzle.parents.family import HfModel, open_model
+from puzzle.measure.architecture import architecture_beside
+from puzzle.measure.serve import Served, serve
+from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.divergence import compare
-from puzzle.runtime.model import CausalModel, load_model
+from puzzle.runtime.interface import Runtime
+from puzzle.runtime.model import load_model
+from puzzle.runtime.open import DTYPES, open_runtime, usual_precision
 
 MAX_DRIFT = 0.05  # of the parent's speed since the profile; beyond it the speed is measured again
 MAX_ATTEMPTS = 3
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateOptions:
+    """sequences: held-out ones, of seq_len tokens. repeats: of the speed measurement; 0 measures no speed."""
+
+    sequences: int = 64
+    seq_len: int = 1024
+    repeats: int = 3
+    text_field: str = "text"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """One model. kl, kl_stderr, top1_agreement: of its parent; None for the parent itself. speed: None where not measured."""
+
+    loss: float
+    num_parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1_agreement: float | None = None
+    speed: Served | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        value = {name: item for name, item in asdict(self).items() if item is not None and name != "speed"}
+        return value | (asdict(self.speed) if self.speed is not None else {})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Every number is measured. device: "cpu", or a GPU's name. speedup, workload: None where speed was not measured."""
+
+    device: str
+    precision: str
+    num_tokens: int
+    parent: Evaluated
+    child: Evaluated
+    speedup: float | None = None
+    workload: Workload | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        value: dict[str, Any] = {
+            "device": self.device,
+            "precision": self.precision,
+            "num_tokens": self.num_tokens,
+            "parent": self.parent.to_json(),
+            "child": self.child.to_json(),
+        }
+        if self.workload is not None:
+            value |= {"speedup": self.speedup, "workload": asdict(self.workload)}
+        return value
 
 
 def evaluate(
     parent_source: str,
     child_source: str,
     data: list[str],
+    options: EvaluateOptions | None = None,
     *,
-    num_sequences: int = 64,
-    seq_len: int = 1024,
     work: Workload | None = None,
     batches: tuple[int, int] | None = None,
-    text_field: str = "text",
-    device: str = "auto",
-    repeats: int = 3,
-) -> dict[str, Any]:
-    """{"parent": {...}, "child": {...}, "speedup", "num_tokens", "device"}; every number is measured.
-
-    work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
+) -> Evaluation:
+    """work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
     child's architecture.json names. Raises UserError for models that do not belong together.
     """
-    on = pick_device(device)
+    options = options or EvaluateOptions()
+    on = pick_device(options.device)
     dtype = compute_dtype(on)
     parent_model, child_model = open_model(parent_source), open_model(child_source)
-    if parent_model.vocab_size != child_model.vocab_size:
+    theirs, ours = parent_model.structure.vocab_size, child_model.structure.vocab_size
+    if theirs != ours:
         raise UserError(
-            f"{parent_source} has {parent_model.vocab_size} tokens, {child_source} {child_model.vocab_size}: "
-            "a child shares its parent's tokenizer"
+            f"{parent_source} has {theirs} tokens, {child_source} {ours}: a child shares its parent's tokenizer"
         )
-    seq_len = min(seq_len, parent_model.max_length)
     tokens = load_tokens(
-        data, parent_model.directory, seq_len=seq_len, num_train=1, num_validation=num_sequences, text_field=text_field
+        data,
+        parent_model.directory,
+        seq_len=min(options.seq_len, parent_model.structure.max_length),
+        num_train=1,
+        num_validation=options.sequences,
+        text_field=options.text_field,
     )
     parent = load_model(parent_model, device=on, dtype=dtype)
     child = load_model(child_model, device=on, dtype=dtype)
     console.print(f"measuring divergence on {tokens.validation.numel():,} held-out tokens")
     itself = compare(parent, parent, tokens.validation)
     against = compare(parent, child, tokens.validation)
-    result: dict[str, Any] = {
-        "device": str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
-        "dtype": str(dtype).removeprefix("torch."),
-        "num_tokens": against["num_tokens"],
-        "parent": {"loss": itself["lm_loss"], **_sizes(parent_model, parent)},
-        "child": {
-            "loss": against["lm_loss"],
-            "kl": against["kl"],
-            "kl_stderr": against["kl_stderr"],
-            "top1_agreement": against["top1_agreement"],
-            **_sizes(child_model, child),
-        },
-    }
+    sizes = [_sizes(opened, dtype) for opened in (parent_model, child_model)]
+    del parent, child  # the runtimes want their memory
+    speeds: dict[str, Served | None] = {"parent": None, "child": None}
     if work is not None:
-        solved = _solved(child_model.directory)
-        at = batches or ((solved["parent_predicted"]["batch"], solved["predicted"]["batch"]) if solved else (1, 1))
-        console.print(f"measuring speed: {work.input_len} tokens in, {work.output_len} out, batch {at[0]} and {at[1]}")
-        here = cpu_name() if on.type == "cpu" else torch.cuda.get_device_name(on)
-        expected = None
-        if solved and batches is None and solved["workload"] == asdict(work) and solved["costs"]["device"] == here:
-            expected = solved["parent_predicted"]["tokens_per_second"]
-        speed = _steady({"parent": (parent, at[0]), "child": (child, at[1])}, work, repeats, expected)
-        for name, found in speed.items():
-            result[name] |= {**asdict(found), "memory_bytes": found.memory_bytes}
-        result["speedup"] = speed["child"].tokens_per_second / speed["parent"].tokens_per_second
-        result["workload"] = asdict(work)
-    return result
+        speeds |= _speeds(parent_model, child_model, work, batches, on, options.repeats)
+    fast, slow = speeds["child"], speeds["parent"]
+    return Evaluation(
+        device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
+        precision=usual_precision(on),
+        num_tokens=int(against["num_tokens"]),
+        parent=Evaluated(loss=itself["lm_loss"], speed=slow, **sizes[0]),
+        child=Evaluated(
+            loss=against["lm_loss"],
+            kl=against["kl"],
+            kl_stderr=against["kl_stderr"],
+            top1_agreement=against["top1_agreement"],
+            speed=fast,
+            **sizes[1],
+        ),
+        speedup=fast.tokens_per_second / slow.tokens_per_second if fast and slow else None,
+        workload=work,
+    )
 
 
-def _sizes(opened: HfModel, model: CausalModel) -> dict[str, int]:
-    weights = [t for _, t in model.named_weights()]
-    attending = [block.attention for block in model.blocks if isinstance(block.attention, Attention)]
-    per_token = sum(2 * attention.num_kv_heads * attention.head_dim for attention in attending)
+def _sizes(opened: HfModel, dtype: torch.dtype) -> dict[str, int]:
+    structure = opened.structure
+    per_token = sum(sub_block.state().per_token for _, _, sub_block in structure)
     return {
-        "num_parameters": sum(t.numel() for t in weights),
-        "weight_bytes": sum(t.numel() * t.element_size() for t in weights),
-        "kv_bytes_per_token": per_token * weights[0].element_size(),
+        "num_parameters": structure.num_parameters,
+        "weight_bytes": structure.num_parameters * dtype.itemsize,
+        "kv_bytes_per_token": per_token * dtype.itemsize,
     }
 
 
-def _solved(child: Path) -> dict[str, Any] | None:
-    path = child / "architecture.json"
-    return read_json(path, "puzzle export") if path.is_file() else None
+def _speeds(
+    parent: HfModel,
+    child: HfModel,
+    work: Workload,
+    batches: tuple[int, int] | None,
+    device: torch.device,
+    repeats: int,
+) -> dict[str, Served]:
+    """Of both, each at its batch."""
+    solved = architecture_beside(child.directory)
+    at = batches or ((solved.parent_predicted.batch, solved.predicted.batch) if solved else (1, 1))
+    console.print(f"measuring speed: {work.input_len} tokens in, {work.output_len} out, batch {at[0]} and {at[1]}")
+    here = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    expected = None
+    if solved and batches is None and solved.workload == work and solved.costs["device"] == here:
+        expected = solved.parent_predicted.tokens_per_second
+    precision, length = usual_precision(device), work.input_len + work.output_len
+
+    def maker(opened: HfModel, batch: int) -> Callable[[], Runtime]:
+        def make() -> Runtime:
+            model = load_model(opened, device=device, dtype=DTYPES[precision])
+            return open_runtime(model, batch, length, precision, consume=True)
+
+        return make
+
+    return _steady({"parent": maker(parent, at[0]), "child": maker(child, at[1])}, work, repeats, expected)
 
 
 def _steady(
-    models: dict[str, tuple[CausalModel, int]], work: Workload, repeats: int, expected: float | None
-) -> dict[str, Measured]:
+    runtimes: dict[str, Callable[[], Runtime]], work: Workload, repeats: int, expected: float | None
+) -> dict[str, Served]:
     """Speeds, measured while the machine runs as fast as when it was profiled.
 
     expected: the parent's tokens/s according to the profile; None measures once. The parent alone decides whether to
     measure again: the attempt with the least drift of the parent counts, whatever the child did.
     """
-    attempts: list[dict[str, Measured]] = []
+    attempts: list[dict[str, Served]] = []
     while True:
-        attempts.append(measure(models, work, repeats))
+        attempts.append(serve(runtimes, work, repeats))
         if expected is None:
             return attempts[0]
         drifts = [abs(found["parent"].tokens_per_second / expected - 1) for found in attempts]

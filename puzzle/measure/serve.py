@@ -1,69 +1,102 @@
-"""Times of whole models on the fast runtime."""
+"""The one yardstick: a whole batch of requests, from prompts to last tokens, on the runtime that was priced."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
 from puzzle.base.workload import Workload
-from puzzle.kernels.timer import Graph
-from puzzle.runtime.fast import FastRunner, Stack
+from puzzle.runtime.interface import Runtime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """A whole batch, measured: prompt to first token, time per later token, generated tokens over the wall time.
-
-    memory_bytes: at the peak; on a CPU weights and caches only. workspace_bytes: of these, beside weights and caches.
-    """
+    """A batch, measured; medians over repeats. tokens_per_second: generated tokens over prefill and decode together; ttft: prompts
+    to first tokens; tpot: per later token. memory_bytes: at the peak; on a CPU weights and states only. workspace_bytes: of these,
+    beside weights and states."""
 
     batch: int
     tokens_per_second: float
     ttft_seconds: float
     tpot_seconds: float
+    decode_seconds: float
     memory_bytes: int
     workspace_bytes: int
 
+    @property
+    def prefill_seconds(self) -> float:
+        return self.ttft_seconds
 
-def serve(stack: Stack, batch: int, work: Workload, repeats: int = 3, fp8: bool = False) -> Served:
-    """Generate for one batch of random prompts, `repeats` times after a warm-up; medians. Uses the stack up."""
-    weight_bytes = stack.num_bytes
-    runner = FastRunner(stack, batch, work.input_len + work.output_len, fp8, consume=True)
-    held = 0
-    if runner.device.type == "cuda":
-        held = torch.cuda.memory_allocated(runner.device)
-        torch.cuda.reset_peak_memory_stats(runner.device)
-    prompts = torch.randint(0, len(stack.embedding), (batch, work.input_len), device=runner.device)
-    runner.batch.at(work.input_len)
-    with torch.inference_mode():
-        first = Graph(lambda: runner.prefill(prompts), runner.device, warm_ups=1)
-        step = Graph(runner._decode_and_advance, runner.device)
-    times = []
-    for _ in range(repeats):
-        _wait(runner.device)
+
+class _Serving:
+    """One runtime with its prompts, ready to be timed again and again."""
+
+    def __init__(self, runtime: Runtime, work: Workload):
+        self.runtime, self.work, self.held = runtime, work, 0
+        on_gpu = runtime.device.type == "cuda"
+        if on_gpu:
+            self.held = torch.cuda.memory_allocated(runtime.device)
+            torch.cuda.reset_peak_memory_stats(runtime.device)
+        generator = torch.Generator().manual_seed(0)
+        size = (len(runtime.ids), work.input_len)
+        self.prompts = torch.randint(0, runtime.vocab_size, size, generator=generator).to(runtime.device)
+        runtime.at(work.input_len)
+        self.first = runtime.replayed(lambda: runtime.prefill(self.prompts), warm_ups=1)
+        self.step = runtime.replayed(runtime.step)
+
+    def once(self) -> tuple[float, float]:
+        """Seconds of the prefill and of all decode steps."""
+        self._wait()
         begin = time.perf_counter()
-        first.replay()
-        _wait(runner.device)
+        self.first()
+        self._wait()
         middle = time.perf_counter()
-        for _ in range(work.output_len - 1):
-            step.replay()
-        _wait(runner.device)
-        times.append((middle - begin, time.perf_counter() - middle))
-    prefill, decode = (median(t[i] for t in times) for i in (0, 1))
-    workspace = torch.cuda.max_memory_allocated(runner.device) - held if held else 0
-    return Served(
-        batch=batch,
-        tokens_per_second=batch * work.output_len / (prefill + decode),
-        ttft_seconds=prefill,
-        tpot_seconds=decode / max(1, work.output_len - 1),
-        memory_bytes=held + workspace if held else weight_bytes + runner.kv_bytes,
-        workspace_bytes=workspace,
-    )
+        for _ in range(self.work.output_len - 1):
+            self.step()
+        self._wait()
+        return middle - begin, time.perf_counter() - middle
+
+    def result(self, times: list[tuple[float, float]]) -> Served:
+        runtime, work, batch = self.runtime, self.work, len(self.runtime.ids)
+        prefill, decode = (median(t[i] for t in times) for i in (0, 1))
+        workspace = torch.cuda.max_memory_allocated(runtime.device) - self.held if self.held else 0
+        return Served(
+            batch=batch,
+            tokens_per_second=batch * work.output_len / median(a + b for a, b in times),
+            ttft_seconds=prefill,
+            tpot_seconds=decode / max(1, work.output_len - 1),
+            decode_seconds=decode,
+            memory_bytes=self.held + workspace if self.held else runtime.weight_bytes + runtime.state_bytes,
+            workspace_bytes=workspace,
+        )
+
+    def _wait(self) -> None:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.runtime.device)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def serve(runtimes: Mapping[str, Callable[[], Runtime]], work: Workload, repeats: int = 3) -> dict[str, Served]:
+    """Time every runtime on one workload. On a CPU they take turns, after one that warms up, so that a slow minute falls on all
+    alike; on a GPU one is made when the one before has gone, so that each has the card's memory to itself."""
+    makers = dict(runtimes)
+    found: dict[str, Served] = {}
+    while makers:
+        names = list(makers)
+        together = {names[0]: _Serving(makers.pop(names[0])(), work)}
+        if next(iter(together.values())).runtime.device.type != "cuda":
+            together |= {name: _Serving(makers.pop(name)(), work) for name in names[1:]}
+            for serving in together.values():
+                serving.once()
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in together}
+        for _ in range(repeats):
+            for name, serving in together.items():
+                times[name].append(serving.once())
+        found |= {name: serving.result(times[name]) for name, serving in together.items()}
+        del together, serving
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from puzzle.base.errors import UserError
 
 SAMPLE_BYTES = 4096
+CHUNK = 2**24  # elements looked at together: `isfinite` needs several copies of what it looks at
 
 
 class Checkpoint:
@@ -42,7 +43,6 @@ class Checkpoint:
         missing = sorted({f.name for f in self._files.values() if not f.is_file()})
         if missing:
             raise UserError(f"{directory} lacks {missing[0]}, which its index names: download the checkpoint again")
-        self._open: dict[Path, Any] = {}
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.directory / name
@@ -65,21 +65,39 @@ class Checkpoint:
             found |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         return {name: shape for name, shape in found.items() if name in self._files}
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor on the CPU. Raises UserError when it is missing, unreadable, or holds NaN or infinity."""
-        if name not in self._files:
-            raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
-        path = self._files[name]
+    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor on the CPU, or its rows from begin to end. Raises UserError when it is missing, unreadable, or holds NaN or
+        infinity.
+
+        The file is opened anew: one kept open stays mapped, each page that was read counts as resident until it is closed, and
+        a pass over a 16 GB checkpoint would end with 16 GB resident.
+        """
+        path = self._path(name)
         try:
-            if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt")
-            value = self._open[path].get_tensor(name)
+            with safe_open(path, framework="pt") as handle:
+                value = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows[0] : rows[1]]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise UserError(f"weight {name} in {path} has {bad} NaN or infinite values: the checkpoint is damaged")
+        if value.is_floating_point():
+            bad = sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHUNK))
+            if bad:
+                raise UserError(f"weight {name} in {path} has {bad} NaN or infinite values: the checkpoint is damaged")
         return value
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor, without reading it. Raises UserError when it is missing."""
+        path = self._path(name)
+        try:
+            with safe_open(path, framework="pt") as handle:
+                part = handle.get_slice(name)
+                return part[:1].dtype if part.get_shape() else handle.get_tensor(name).dtype
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error
+
+    def _path(self, name: str) -> Path:
+        if name not in self._files:
+            raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
+        return self._files[name]
 
     def fingerprint(self) -> str:
         """sha256 of the config and, for every tensor, its name, dtype, shape and first and last 4 KiB.

@@ -9,19 +9,25 @@ from __future__ import annotations
 from typing import Any
 
 from puzzle.base.errors import UserError
+from puzzle.parents.child import child, usual
+from puzzle.parents.family import Config, family
+from puzzle.parents.structure import Structure
 
 WIDTH_STEP = 256  # readers round ffn_mult's width up to a multiple of it
 
 
-def as_child(config: dict[str, Any], where: object) -> dict[str, Any]:
-    """config.json of a nemotron-nas checkpoint as one of model_type "puzzle". where: the directory, for messages.
+@family("nemotron-nas", base=lambda c: usual(as_child(c)))
+def nemotron_nas(c: Config) -> Structure:
+    return child(as_child(c))
+
+
+def as_child(config: Config) -> dict[str, Any]:
+    """config.json of a nemotron-nas checkpoint as one of model_type "puzzle".
 
     Raises UserError for what our children have no words for, and for entries that are missing.
     """
     if config.get("linear_mlp", "linear_mlp") != "linear_mlp":
-        raise UserError(
-            f"{where} was written for mlx, which has its own names for linear FFNs: give the --format hf export"
-        )
+        raise UserError("it was written for mlx, which has its own names for linear FFNs: give the `format` hf export")
     try:
         heads, hidden, blocks = int(config["num_attention_heads"]), int(config["hidden_size"]), config["block_configs"]
         kinds = config.get("layer_types") or ["full_attention"] * len(blocks)
@@ -29,8 +35,9 @@ def as_child(config: dict[str, Any], where: object) -> dict[str, Any]:
         for entry, kind in zip(layers, kinds, strict=True):
             if kind == "sliding_attention" and "num_key_value_heads" in entry:
                 entry["sliding_window"] = int(config["sliding_window"])
+        rope = rope_of(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}/config.json has a broken block_configs ({error!r}): export it again") from error
+        raise UserError(f"its config.json has a broken block_configs ({error!r}): export it again") from error
     shared = {key: value for key, value in config.items() if key not in ("block_configs", "layer_types", "auto_map")}
     return {
         **shared,
@@ -38,8 +45,17 @@ def as_child(config: dict[str, Any], where: object) -> dict[str, Any]:
         "num_key_value_heads": max((entry.get("num_key_value_heads", 1) for entry in layers), default=1),
         "intermediate_size": max((entry.get("intermediate_size", 1) for entry in layers), default=1),
         "sliding_window": None,
+        "rope_parameters": rope,
         "per_layer_config": {str(index): entry for index, entry in enumerate(layers)},
     }
+
+
+def rope_of(config: Config) -> dict[str, Any]:
+    """rope_theta and rope_scaling as transformers' `rope_parameters`."""
+    rope = dict(config.get("rope_scaling") or {})
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    rope.setdefault("rope_theta", config["rope_theta"])
+    return rope
 
 
 def _layer(block: dict[str, Any], heads: int, hidden: int) -> dict[str, Any]:

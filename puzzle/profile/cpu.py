@@ -1,163 +1,133 @@
-"""Measure what every variant of a library costs on this machine: `puzzle profile LIB --gpu cpu`."""
+"""Times single points on a CPU: each part as it runs inside a model, right after a part that would run before it.
+
+Copies of a sub-block (and of its state) rotate, as a model's layers do, so that a weight is not found in a cache that a real
+model would have flushed. Every sample is one call on the next copy. Random weights cost what trained ones do.
+"""
 
 from __future__ import annotations
 
+import copy
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
-from typing import cast
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from puzzle.base.console import progress
-from puzzle.base.errors import UserError
-from puzzle.base.files import check_writable
 from puzzle.base.machine import cpu_name
-from puzzle.blocklib.layer import KINDS
-from puzzle.blocklib.variant import parse_variant
-from puzzle.library.manifest import Library
-from puzzle.parents.family import open_model
-from puzzle.profile.cost_table import CostRow, write_costs
-from puzzle.profile.sub_block import Timing, bind, rotating_copies, time_calls, time_sub_block
-from puzzle.runtime.model import Block, CausalModel, load_model
-from puzzle.runtime.plain import Runner
+from puzzle.blocklib.plain.part import Part as Module
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.kernels.timer import Timing, percentiles
+from puzzle.kernels.timer import time_calls as time_plainly
+from puzzle.parents.structure import Structure
+from puzzle.profile.grid import At, Grid, Target
+from puzzle.profile.parts import Embedding, Whole
+from puzzle.runtime.model import random_model, random_part
+from puzzle.runtime.plain import PlainRuntime
+
+Call = tuple[Callable[[], object], Callable[[], object]]
+
+COLD_BYTES = 96 * 2**20  # weights rotate through at least this much: three times a large last-level cache
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
-    """What to measure: batches, prompt lengths for prefill, and cached tokens for decode."""
+class CpuTimer:
+    """Keeps the copies of the part in hand."""
 
-    batches: tuple[int, ...] = (1, 4, 16, 64)
-    prefill: tuple[int, ...] = (64, 128, 256)
-    decode: tuple[int, ...] = (64, 128, 256, 512)
-    seconds: float = 0.2  # spent on one point in each round
-    rounds: int = 2  # the grid is walked this many times, so that a slow minute does not sit on one variant
-    min_samples: int = 4
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that caches are made for: the longest context and one more."""
-        return max(*self.prefill, *self.decode) + 1
-
-
-def profile_library(root: Path, *, gpu: str, grid: Grid, name: str | None = None, parent: str | None = None) -> Path:
-    """Time every variant's prefill and decode and write LIB/costs/<gpu>/<name>.csv. Returns its path.
-
-    Raises UserError when `gpu` is not this machine: a cost is measured where it will be paid.
-    """
-    library = Library.open(root)
-    if gpu != "cpu":
-        raise UserError(f"--gpu {gpu}: this version profiles the CPU it runs on (--gpu cpu)")
-    source = library.parent_source(parent)
-    opened = open_model(source)
-    library.check_parent(opened.checkpoint.fingerprint(), source)
-    out = root / "costs" / gpu / f"{name or library.facts['parent']['name']}.csv"
-    check_writable(out.parent)
-    if grid.capacity - 1 > opened.max_length:
-        raise UserError(f"--contexts up to {grid.capacity - 1} exceed the parent's context of {opened.max_length}")
-    spec = opened.spec
-    shapes: dict[tuple[str, str], object] = {}
-    for kind in KINDS:
-        for variant_name in library.variants(kind):
-            variant = parse_variant(kind, variant_name, spec)
-            if variant.shape(spec) != "none":
-                shapes.setdefault((kind, variant.shape(spec)), variant)
-    head = library.facts["model"]["head_shape"]
-    points = [
-        (kind, shape, phase, batch, context)
-        for kind, shape in [("model", "parent"), ("embedding", head), ("head", head), *shapes]
-        for batch in grid.batches
-        for phase, contexts in (("prefill", grid.prefill), ("decode", grid.decode))
-        for context in contexts
-    ]
-    samples: dict[tuple, list[Timing]] = {point: [] for point in points}
-    stage = _Stage(load_model(opened), grid)
-    with progress("profile", len(points) * grid.rounds) as bar, torch.inference_mode():
-        for _ in range(grid.rounds):
-            for point in points:
-                kind, shape, phase, batch, context = point
-                bar.note(f"{kind} {shape}")
-                samples[point].append(stage.time(kind, shape, shapes.get((kind, shape)), phase, batch, context))
-                bar.advance()
-    versions = f"torch {torch.__version__}"
-    rows = [
-        CostRow(
-            kind=point[0],
-            shape=point[1],
-            phase=point[2],
-            batch=point[3],
-            context=point[4],
-            dtype="float32",
-            p20_s=median(t.p20 for t in found),
-            p50_s=median(t.p50 for t in found),
-            p80_s=median(t.p80 for t in found),
-            num_samples=sum(t.num_samples for t in found),
-            device=cpu_name(),
-            versions=versions,
-            date=time.strftime("%Y-%m-%d"),
-        )
-        for point, found in samples.items()
-    ]
-    write_costs(out, rows)
-    return out
-
-
-class _Stage:
-    """Times any point of the grid; keeps the copies of the shape in hand. Random weights cost what trained ones do."""
-
-    def __init__(self, model: CausalModel, grid: Grid):
-        self.model, self.grid, self.spec = model, grid, model.spec
-        blocks = cast("list[Block]", list(model.blocks))
-        self.like = model.embedding.weight
-        self.partners = {
-            "attention": [block.ffn for block in blocks],
-            "ffn": [block.attention for block in blocks],
+    def __init__(self, structure: Structure, grid: Grid):
+        self.structure, self.grid = structure, grid
+        self.model = random_model(structure, "cpu", torch.float32)
+        self.ropes = self.model.ropes(grid.capacity)
+        self.modules = [(slot, part) for _, slot, part in self.model.parts()]
+        self.facts = {
+            "device": cpu_name(),
+            "versions": f"torch {torch.__version__}",
+            "precision": "float32",
+            "date": time.strftime("%Y-%m-%d"),
         }
-        self._copies: tuple[str, list] = ("", [])
+        weight = torch.randn(1024, 1024)
+        self._reference = [lambda: F.linear(weight, weight)]
 
-    def time(self, kind: str, shape: str, variant, phase: str, batch: int, context: int) -> Timing:
-        if kind == "model":
-            return self._whole(phase, batch, context)
-        if kind not in KINDS:
-            return self._fixed(kind, phase, batch, context)
-        if self._copies[0] != kind + shape:
-            module = variant.empty(self.spec).requires_grad_(False)
-            self._copies = (kind + shape, rotating_copies(module, len(self.model.blocks)))
-        return time_sub_block(
-            self._copies[1],
-            self.partners[kind],
-            self.spec,
-            phase=phase,
-            batch=batch,
-            context=context,
-            capacity=self.grid.capacity,
-            like=self.like,
-            seconds=self.grid.seconds,
-            min_samples=self.grid.min_samples,
-        )
+    def load(self, target: Target) -> bool:
+        self.target, self.copies = target, []
+        if isinstance(target.part, SubBlock):
+            self.copies = rotating_copies(random_part(target.part, "cpu", torch.float32), self.structure.num_layers)
+        return True
 
-    def _fixed(self, kind: str, phase: str, batch: int, context: int) -> Timing:
+    def time(self, at: At) -> tuple[Timing, int]:
+        part, seconds, least = self.target.part, self.grid.seconds, self.grid.min_samples
+        if isinstance(part, Whole):
+            return time_calls([(lambda: None, self._whole(at))], 2 * seconds, least), 0
+        if not isinstance(part, SubBlock):
+            return time_calls([(self._bind(self.modules[-1][1], at), self._end(at))], seconds, least), 0
+        needed = len(self.copies)
+        if at.phase == "prefill" and at.batch * at.context * self.structure.hidden_size > 2**22:
+            needed = min(needed, 2)  # the activations alone flush every cache
+        others = [module for slot, module in self.modules if slot != self.target.slot] or [m for _, m in self.modules]
+        calls = [(self._bind(others[i % len(others)], at), self._bind(self.copies[i], at)) for i in range(needed)]
+        return time_calls(calls, seconds, least), 0
+
+    def reference(self) -> float:
+        return time_plainly(self._reference, device="cpu", seconds=0.02, min_samples=5).p50
+
+    def _bind(self, module: Module, at: At) -> Callable[[], object]:
+        """One prefill or decode step on data of its own. Its cache has room for the grid's longest context: reading part of a large
+        cache is slower than reading a small one whole (docs/lessons.md)."""
+        like = self.model.embedding.weight
+        state = module.new_state(at.batch, self.grid.capacity, like)
+        begin, end = (0, at.context) if at.phase == "prefill" else (at.context, at.context + 1)
+        ropes = {name: (cos[begin:end], sin[begin:end]) for name, (cos, sin) in self.ropes.items()}
+        x = torch.randn(at.batch, end - begin, self.structure.hidden_size)
+        if at.phase == "prefill":
+            return lambda: module.prefill(x, ropes, state)
+        if state is not None:
+            state.randomize()
+        return lambda: module.decode(x, ropes, state, at.context)
+
+    def _end(self, at: At) -> Callable[[], object]:
         """The embedding, or final norm, head and argmax of one position (a prompt needs only its last)."""
-        before = bind(self.partners["attention"][-1], self.spec, phase, batch, context, self.grid.capacity, self.like)
-        if kind == "embedding":
-            num_tokens = context if phase == "prefill" else 1
-            ids = torch.randint(0, self.model.embedding.num_embeddings, (batch, num_tokens))
-            timed = lambda: F.embedding(ids, self.model.embedding.weight)  # noqa: E731
-        else:
-            x = torch.randn(batch, 1, self.spec.hidden_size)
-            timed = lambda: self.model.logits(x).argmax(-1)  # noqa: E731
-        return time_calls([(before, timed)], self.grid.seconds, self.grid.min_samples)
+        if isinstance(self.target.part, Embedding):
+            num_tokens = at.context if at.phase == "prefill" else 1
+            ids = torch.randint(0, self.structure.vocab_size, (at.batch, num_tokens))
+            return lambda: self.model.embed(ids)
+        x = torch.randn(at.batch, 1, self.structure.hidden_size)
+        return lambda: self.model.logits(x).argmax(-1)
 
-    def _whole(self, phase: str, batch: int, context: int) -> Timing:
+    def _whole(self, at: At) -> Callable[[], object]:
         """The whole parent: what the sum of its parts is held against."""
-        runner = Runner(self.model, batch, self.grid.capacity)
-        if phase == "prefill":
-            ids = torch.randint(0, self.model.embedding.num_embeddings, (batch, context))
-            timed = lambda: runner.prefill(ids)  # noqa: E731
-        else:
-            runner.randomize()
-            ids = torch.randint(0, self.model.embedding.num_embeddings, (batch, 1))
-            timed = lambda: runner.step(ids, context)  # noqa: E731
-        return time_calls([(lambda: None, timed)], 2 * self.grid.seconds, self.grid.min_samples)
+        runtime = PlainRuntime(self.model, at.batch, self.grid.capacity)
+        if at.phase == "prefill":
+            prompts = torch.randint(0, self.structure.vocab_size, (at.batch, at.context))
+            return lambda: runtime.prefill(prompts)
+        runtime.randomize()
+        runtime.ids = torch.randint(0, self.structure.vocab_size, (at.batch,))
+
+        def step() -> None:
+            runtime.at(at.context)
+            runtime.step()
+
+        return step
+
+
+def rotating_copies(module: Module, max_copies: int) -> list[Module]:
+    """`module` and as many copies as make COLD_BYTES of weights, at most `max_copies`."""
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    count = max(1, min(max_copies, -(-COLD_BYTES // size))) if size else 1
+    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+
+
+def time_calls(calls: Sequence[Call], seconds: float, min_samples: int) -> Timing:
+    """Walk round the list for `seconds` and at least `min_samples`; each call is one sample, the first round warms up.
+
+    calls: (before, timed): `before` runs untimed, to leave the processor as a model's previous sub-block leaves it.
+    """
+    for before, call in calls[: max(2, min(len(calls), min_samples))]:
+        before()
+        call()
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while len(samples) < min_samples or (time.perf_counter() - begin < seconds and len(samples) < 100 * min_samples):
+        before, call = calls[len(samples) % len(calls)]
+        before()
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return percentiles(samples)

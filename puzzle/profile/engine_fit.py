@@ -20,7 +20,7 @@ import numpy as np
 from puzzle.base.errors import UserError
 from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
-from puzzle.profile.engine import Constants, EngineModel, read_architectures
+from puzzle.profile.engine import Constants, EngineModel, parts_of, read_architectures
 
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
 MAX_STEPS = 200
@@ -46,9 +46,9 @@ def read_measurements(path: Path, known: Sequence[str]) -> list[Measurement]:
             for number, row in enumerate(csv.DictReader(handle), 2):
                 found += _row(path, number, row, known)
     except OSError as error:
-        raise UserError(f"--fit {path} cannot be read ({error.strerror}): give a CSV of measurements") from error
+        raise UserError(f"`fit` {path} cannot be read ({error.strerror}): give a CSV of measurements") from error
     if len(found) < 8:
-        raise UserError(f"--fit {path} has {len(found)} measurements: eight constants need at least 8")
+        raise UserError(f"`fit` {path} has {len(found)} measurements: eight constants need at least 8")
     return found
 
 
@@ -59,11 +59,11 @@ def _row(path: Path, number: int, row: dict[str, str], known: Sequence[str]) -> 
         values = [row["decode_step_ms"] or "", row["output_tokens_per_s"] or ""]
         numbers = [float(text) * scale if text else None for text, scale in zip(values, (1e-3, 1.0), strict=True)]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--fit {path} line {number} is broken ({error}): see puzzle/engine_fit.py") from error
+        raise UserError(f"`fit` {path} line {number} is broken ({error}): see puzzle/engine_fit.py") from error
     if name not in known:
-        raise UserError(f"--fit {path} line {number}: architecture '{name}' is not in architectures.json beside it")
+        raise UserError(f"`fit` {path} line {number}: architecture '{name}' is not in architectures.json beside it")
     if batch < 1 or any(v is not None and not 0 < v < math.inf for v in numbers):
-        raise UserError(f"--fit {path} line {number}: counts and times must be above 0")
+        raise UserError(f"`fit` {path} line {number}: counts and times must be above 0")
     return [
         Measurement(architecture=name, what=what, batch=batch, work=work, value=value)
         for what, value in zip(WHAT, numbers, strict=True)
@@ -73,19 +73,14 @@ def _row(path: Path, number: int, row: dict[str, str], known: Sequence[str]) -> 
 
 def predicted(model: EngineModel, parts: dict[str, Any], one: Measurement) -> float:
     """What the model says of a measurement of the architecture `parts`."""
-    layers = [(kind, shape, count) for kind in ("attention", "ffn") for shape, count in parts[kind].items()]
-    layers.append(("head", parts["head"], 1))
+    counted = parts_of(parts)
     work, batch = one.work, one.batch
     if one.what == "decode_step":
         context = work.input_len + work.output_len // 2
-        return sum(n * model.seconds(kind, shape, "decode", batch, context) for kind, shape, n in layers)
+        return sum(n * model.seconds(part, "decode", batch, context) for part, n in counted)
     total = sum(
-        n
-        * (
-            model.seconds(kind, shape, "prefill", batch, work.input_len)
-            + model.decode_seconds(kind, shape, batch, work)
-        )
-        for kind, shape, n in layers
+        n * (model.seconds(part, "prefill", batch, work.input_len) + model.decode_seconds(part, batch, work))
+        for part, n in counted
     )
     return batch * work.output_len / total
 
@@ -97,7 +92,9 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
 
     def model(x: np.ndarray) -> EngineModel:
         constants = Constants(**dict(zip(names, np.exp(x).tolist(), strict=True)))
-        return EngineModel(engine, described["gpu"], constants, device=described["device"], dtype=described["dtype"])
+        return EngineModel(
+            engine, described["gpu"], constants, device=described["device"], precision=described["precision"]
+        )
 
     def residuals(x: np.ndarray) -> np.ndarray:
         now = model(x)
@@ -166,7 +163,7 @@ def fit_engine(engine: str, path: Path, out: Path | None = None, *, gpu: str) ->
     """
     described = read_architectures(path.with_name("architectures.json"))
     if described["gpu"] != gpu:
-        raise UserError(f"--fit {path} was measured on {described['gpu']}, not on {gpu}: pass --gpu {described['gpu']}")
+        raise UserError(f"`fit` {path} was measured on {described['gpu']}, not on {gpu}: pass `gpu` {described['gpu']}")
     measured = read_measurements(path, list(described["architectures"]))
     model = fit(engine, described, measured)
     rows = leave_one_out(engine, described, measured)
@@ -177,7 +174,7 @@ def fit_engine(engine: str, path: Path, out: Path | None = None, *, gpu: str) ->
     ]
     value = {
         "engine": engine,
-        **{key: described[key] for key in ("gpu", "device", "versions", "dtype", "date")},
+        **{key: described[key] for key in ("gpu", "device", "versions", "precision", "date")},
         "constants": asdict(model.constants),
         "errors": summary(fitted),
         "leave_one_out": summary(rows),

@@ -1,243 +1,250 @@
-"""Measure what variants of known shapes cost on this GPU: `puzzle profile --gpu h200 --shapes llama-3.1-8b`.
+"""Times single points on a GPU: a chain of copies of one sub-block, as a CUDA graph on cold weights and caches.
 
-Every point is a chain of copies of one sub-block as a CUDA graph (blocklib/fast_profile.py). What depends on a number of
-rows alone is measured by rows: FFNs, linear maps and heads carry context 0 in decode, and in prefill batch 1 with the number
-of prompt tokens as context. Attention is measured by batch and context. Finished points stay in NAME.partial.csv, so that a
-killed run goes on where it was; a point that does not fit in memory is recorded with no samples.
+Copies follow each other as a model's layers do: the stream of one is the input of the next, and by the time a copy's turn
+comes again its weights have left the cache (the L2 of an H100 holds 50 MB). What depends on a number of rows alone is loaded once
+per part; what keeps a state is put together anew for every point, with caches cut from one pool that is filled once. A first pass
+through one sub-block compiles its kernels and shows how much memory it works with.
 """
 
 from __future__ import annotations
 
-import csv
-import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from puzzle.base.console import progress
-from puzzle.base.device import check_gpu
-from puzzle.base.errors import writing
-from puzzle.base.files import check_writable, write_json
-from puzzle.blocklib.variant import parse_variant, search_space
-from puzzle.kernels.timer import Timing
-from puzzle.parents.known import Shapes, named_shapes
-from puzzle.profile.cost_table import CostRow, append_costs, write_costs
-from puzzle.profile.point import MAX_WEIGHT_BYTES, Point, Stage, Target
-from puzzle.runtime.fast import random_module
+from puzzle.base.machine import cpu_name
+from puzzle.blocklib.fast.batch import PAGE, Batch, CachePool, Fast, Stream, make_fast, new_batch
+from puzzle.blocklib.fast.gqa import cache_elements
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.plain.part import Part as Module
+from puzzle.blocklib.sub_block import MissingFace, SubBlock
+from puzzle.kernels.rmsnorm import rms_norm
+from puzzle.kernels.swiglu import linear
+from puzzle.kernels.timer import Graph, Timing, num_copies, rounds_for, time_replays
+from puzzle.parents.structure import Structure
+from puzzle.profile.grid import At, Grid, Target
+from puzzle.profile.parts import Embedding
+from puzzle.runtime.fast import rope_tables
+from puzzle.runtime.model import random_part
 
-SECONDS_PER_POINT = 0.1  # with compiling: 4,329 points took 443 s on an H100
-Key = tuple[str, str, str, int, int]  # kind, shape, phase, batch, context
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuGrid:
-    """What to measure. rows: of FFNs in prefill; prompts: (batch, length) of attention in prefill; wide: FFN widths as
-    multiples of the parent's, what fusion makes. seconds: spent on a point."""
-
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-    contexts: tuple[int, ...] = (128, 512, 2048, 4096, 8192, 32768, 131072)
-    rows: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-    prompts: tuple[tuple[int, int], ...] = tuple(
-        (b, t) for b in (1, 4, 16, 64, 256) for t in (128, 512, 2048, 8192, 32768) if b * t <= 32768
-    )
-    wide: tuple[int, ...] = (2, 4, 8, 16)
-    attention: str = "kv4,kv2,kv1,window-128,window-1024,linear"
-    seconds: float = 0.025
-    min_samples: int = 5
+MAX_WEIGHT_BYTES = 24 * 2**30  # of one chain
+MAX_COPIES = 24
+SETTLE_SECONDS = 0.15  # of work with many rows before it is timed: sustained products lower the clocks
+SETTLE_ROWS = 1024  # with 256 a chain of products alone is throttled as no model is: 15 ms promised for 13
+LONG_SECONDS, LONG_SAMPLES = 4e-3, 3  # no cache matters to a sub-block that takes that long: one copy, a few samples
+MAX_SPREAD, RETRIES = 0.06, 3  # a point is timed again while its p80 lies this far above its p20
+POOL_ROOM = 20 * 2**30  # left beside the pool, for weights and what prefill works with
+BYTES_PER_SECOND, FLOPS_PER_SECOND, SECONDS_PER_SUB_BLOCK = 3e12, 7e14, 6e-6  # to guess how long a graph will take
 
 
-def profile_shapes(
-    name: str,
-    *,
-    gpu: str,
-    out: Path,
-    grid: GpuGrid | None = None,
-    device: str = "cuda",
-    fp8: bool = False,
-    shapes: Shapes | None = None,
-    space: Mapping[str, Sequence[str]] | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Measure a parent's variants; write out/NAME.csv and NAME.json (conditions and drift). Returns its path and the latter.
+class GpuTimer:
+    """Holds the copies of the part in hand and times any of its points. device: a CPU too, to rehearse."""
 
-    shapes, space: the parent and its variants by kind; by default the shapes that `name` stands for, and all of the grid's.
-    fp8: weights of sub-blocks and cached keys and values in float8_e4m3fn; the files are called NAME-fp8.
-    Raises UserError when `gpu` is not this machine's.
-    """
-    grid, shapes = grid or GpuGrid(), shapes or named_shapes(name)
-    where = torch.device(device)
-    if where.type == "cuda":
-        check_gpu(gpu)
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    stem = f"{name}-fp8" if fp8 else name
-    path, partial = out / f"{stem}.csv", out / f"{stem}.partial.csv"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
-    stage = Stage(shapes, where, dtype, fp8, grid.seconds, grid.min_samples)
-    done = _read_done(partial, stage.facts)
-    begin, drift, measured = time.perf_counter(), [], 0
-    targets = list(_targets(shapes, space or variants_of(shapes, grid), grid, where, dtype))
-    conditions = [_conditions(where)]
-    with progress("profile", sum(len(t.points) for t in targets)) as bar, torch.inference_mode():
-        for target in targets:
-            left = [p for p in target.points if (target.kind, target.shape, *p) not in done]
-            bar.advance(len(target.points) - len(left))
-            if not left:
-                continue
-            bar.note(f"{target.kind} {target.shape}")
-            fits = stage.load(target)
-            for phase, batch, context in left:
-                point = stage.time(phase, batch, context) if fits else None
-                append_costs(partial, _row(stage.facts, target, phase, batch, context, point))
-                measured += 1
-                bar.advance(1)
-            drift.append(stage.reference())
-    seconds = time.perf_counter() - begin
-    rows = _read_rows(partial)
-    write_costs(path, sorted(rows, key=lambda r: (r.kind, r.shape, r.phase, r.batch, r.context)))
-    partial.unlink()
-    conditions.append(_conditions(where))
-    facts = {
-        **stage.facts,
-        "shapes": name,
-        "points": len(rows),
-        "measured_now": measured,
-        "seconds": round(seconds, 1),
-        "points_per_minute": round(60 * measured / seconds, 1),
-        "reference_seconds": drift,
-        "conditions": [c for c in conditions if c],
-    }
-    write_json(path.with_suffix(".json"), facts)
-    return path, facts
+    def __init__(self, structure: Structure, grid: Grid, device: torch.device, fp8: bool):
+        self.structure, self.grid, self.device, self.fp8 = structure, grid, device, fp8
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        versions = f"torch {torch.__version__}"
+        if device.type == "cuda":
+            import triton
+
+            versions += f", triton {triton.__version__}"
+        self.facts = {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+            "versions": versions,
+            "precision": "fp8" if fp8 else "bf16" if device.type == "cuda" else "float32",
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        self.on_gpu = device.type == "cuda"
+        self.target: Target | None = None
+        self.modules: list[Module] = []  # of what keeps a state
+        self.weights: list[Tensor] = []  # of an embedding or a head
+        self.parts: list[Fast] = []  # of what goes by rows
+        self.weight_bytes = 0  # of one copy
+        self.pool: CachePool | None = None
+        hidden = structure.hidden_size
+        rows, count = (2**26 // hidden, 8) if self.on_gpu else (4 * hidden, 1)
+        weights = [torch.randn(rows, hidden, device=device).to(self.dtype) for _ in range(count)]
+        x = torch.randn(16, hidden, device=device).to(self.dtype)
+        self._reference = Graph(lambda: [F.linear(x, w) for w in weights], device)
+
+    def reference(self) -> float:
+        """Seconds of a fixed piece of work: drift shows here."""
+        return time_replays(self._reference.replay, 1, self.device, 0.02, 20).p50
+
+    def load(self, target: Target) -> bool:
+        try:
+            self._load(target)
+        except torch.cuda.OutOfMemoryError:
+            self.modules, self.parts, self.weights, self.pool = [], [], [], None
+            self._release()
+            return False
+        return True
+
+    def _load(self, target: Target) -> None:
+        self.target, self.modules, self.parts, self.weights = target, [], [], []
+        part = target.part
+        keeps_state = isinstance(part, SubBlock) and not part.by_rows
+        if not keeps_state:
+            self.pool = None
+        self._release()
+        if not isinstance(part, SubBlock):
+            size = self.structure.vocab_size * self.structure.hidden_size * self.dtype.itemsize
+            self.weight_bytes = size
+            self.weights = [self._end() for _ in range(self._copies(size, size))]
+            return
+        first = self._module(part)
+        size = sum(t.numel() * t.element_size() for t in first.parameters())
+        self.weight_bytes = size // (2 if self.fp8 else 1)
+        count = self._copies(self.weight_bytes, size)
+        if not keeps_state:
+            state = self._batch(part, 1, PAGE)
+            for index in range(count):
+                self.parts += fast_copies([first if index == 0 else self._module(part)], state)
+            return
+        self.modules = [first, *(self._module(part) for _ in range(count - 1))]
+        del first
+        if self.pool is None and self.on_gpu:
+            self._release()
+            kept = torch.float8_e4m3fn if self.fp8 else self.dtype
+            free = torch.cuda.mem_get_info()[0]
+            self.pool = CachePool(free - min(POOL_ROOM, free // 3), kept, self.device)
+
+    def _copies(self, cold_bytes: int, held_bytes: int) -> int:
+        """That make the L2 cold, as far as memory goes."""
+        count = num_copies(cold_bytes, self.device, MAX_COPIES)
+        while count > 1 and count * held_bytes > MAX_WEIGHT_BYTES:
+            count -= 1
+        return count
+
+    def _module(self, sub_block: SubBlock) -> Module:
+        return random_part(sub_block, self.device, self.dtype)
+
+    def _end(self) -> Tensor:
+        return torch.randn(self.structure.vocab_size, self.structure.hidden_size, device=self.device).to(self.dtype)
+
+    def _batch(self, sub_block: SubBlock, size: int, length: int) -> Batch:
+        tables = rope_tables(self.structure, [sub_block], length, self.device)
+        return new_batch(size, length, tables, self.device, self.fp8)
+
+    def _release(self) -> None:
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def time(self, at: At) -> tuple[Timing, int] | None:
+        assert self.target is not None
+        try:
+            if isinstance(self.target.part, SubBlock):
+                return self._time(self.target.part, at)
+            return self._fixed(at.batch)
+        except torch.cuda.OutOfMemoryError:
+            self._release()
+            return None
+
+    def _time(self, sub_block: SubBlock, at: At) -> tuple[Timing, int] | None:
+        phase, batch, context = at
+        num_rows = batch * context if phase == "prefill" else batch
+        cache_bytes = 0
+        if sub_block.by_rows:
+            parts, state = self.parts, self._batch(sub_block, 1, PAGE)
+        else:
+            if not isinstance(sub_block, Gqa):
+                raise MissingFace(sub_block.kind, "profile on a GPU of what it keeps between tokens")
+            length = context + 1 if phase == "decode" else context
+            cache_bytes = cache_elements(sub_block, batch, length) * (1 if self.fp8 else self.dtype.itemsize)
+            count = min(len(self.modules), num_copies(self.weight_bytes + cache_bytes, self.device, MAX_COPIES))
+            if self.pool is not None:
+                if cache_bytes > self.pool.num_bytes:
+                    return None
+                count = min(count, self.pool.num_bytes // cache_bytes)
+                self.pool.used = 0
+            state = self._batch(sub_block, batch, length)
+            state.pool = self.pool
+            state.at(context if phase == "decode" else 0)
+            parts = fast_copies(self.modules[:count], state)
+        delta = torch.randn(num_rows, self.structure.hidden_size, device=self.device).to(self.dtype)
+        residual = torch.randn_like(delta)
+        elements = self.weight_bytes // (1 if self.fp8 else self.dtype.itemsize)
+        read = cache_bytes if phase == "decode" else 0
+        least = max((self.weight_bytes + read) / BYTES_PER_SECOND, 2 * elements * num_rows / FLOPS_PER_SECOND)
+        if least > LONG_SECONDS:
+            parts = parts[:1]
+        run = chain(parts, state, phase, delta, residual)
+        guess = len(parts) * (least + SECONDS_PER_SUB_BLOCK)
+        settle = SETTLE_SECONDS if num_rows >= SETTLE_ROWS else 0.0
+        workspace = self._workspace(chain(parts[:1], state, phase, delta, residual))
+        return self._measured(run, len(parts), guess, settle, workspace)
+
+    def _fixed(self, batch: int) -> tuple[Timing, int]:
+        """The embedding's rows, or final norm, head and argmax."""
+        assert self.target is not None
+        only_rows, hidden = isinstance(self.target.part, Embedding), self.structure.hidden_size
+        ids = torch.randint(0, self.structure.vocab_size, (batch,), device=self.device)
+        x = torch.randn(batch, hidden, device=self.device).to(self.dtype)
+        scale = torch.ones(hidden, device=self.device, dtype=self.dtype)
+
+        def run() -> None:
+            for weight in self.weights:
+                if only_rows:
+                    F.embedding(ids, weight)
+                else:
+                    stream: Stream = rms_norm(x, x, scale, self.structure.norm_eps)
+                    ids.copy_(linear(stream[0], weight).argmax(-1))
+
+        read = 0 if only_rows else self.weight_bytes
+        guess = len(self.weights) * (read / BYTES_PER_SECOND + SECONDS_PER_SUB_BLOCK)
+        return self._measured(run, len(self.weights), guess, 0.0, self._workspace(run))
+
+    def _measured(
+        self, run: Callable[[], object], length: int, guess: float, settle: float, workspace: int
+    ) -> tuple[Timing, int]:
+        """Of one of the `length` links of `run`. guess: seconds of one run, roughly; settle: seconds of work before."""
+        if workspace > 2**30:  # the graph has memory of its own
+            self._release()
+        graph = Graph(run, self.device, warm_ups=0, rounds=rounds_for(guess) if self.on_gpu else 1)
+        best: Timing | None = None
+        min_samples = self.grid.min_samples if guess < LONG_SECONDS else min(self.grid.min_samples, LONG_SAMPLES)
+        for _ in range(RETRIES):
+            found = time_replays(
+                graph.replay, length * graph.rounds, self.device, self.grid.seconds, min_samples, settle
+            )
+            settle = 0.0
+            if best is None or found.p80 - found.p20 < best.p80 - best.p20:
+                best = found
+            if best.p80 - best.p20 <= MAX_SPREAD * best.p50:
+                break
+        assert best is not None
+        return best, workspace
+
+    def _workspace(self, run: Callable[[], object]) -> int:
+        """Runs once, which also compiles kernels."""
+        if not self.on_gpu:
+            run()
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
 
 
-def variants_of(shapes: Shapes, grid: GpuGrid) -> Mapping[str, Sequence[str]]:
-    """The grid's attention variants that these shapes allow, and the default FFNs."""
-    heads = shapes.spec.num_key_value_heads
-    names = [
-        name
-        for name in grid.attention.split(",")
-        if not name.startswith("kv") or (heads % int(name[2:]) == 0 and int(name[2:]) < heads)
-    ]
-    return search_space(shapes.spec, ",".join(names), None)  # type: ignore[return-value]
+def fast_copies(modules: Sequence[Module], batch: Batch) -> list[Fast]:
+    """The modules ready to run in `batch`; states that come from no pool hold noise."""
+    found = [part for module in modules if (part := make_fast(module, batch)) is not None]
+    if batch.pool is None:
+        for part in found:
+            part.randomize()
+    return found
 
 
-def count_points(shapes: Shapes, space: Mapping[str, Sequence[str]] | None = None) -> int:
-    """How many points `profile_shapes` measures."""
-    grid = GpuGrid()
-    found = _targets(shapes, space or variants_of(shapes, grid), grid, torch.device("meta"), torch.bfloat16)
-    return sum(len(target.points) for target in found)
+def chain(parts: Sequence[Fast], batch: Batch, phase: str, delta: Tensor, residual: Tensor) -> Callable[[], Stream]:
+    """One pass through all parts."""
 
+    def run() -> Stream:
+        stream: Stream = (delta, residual)
+        for part in parts:
+            stream = part.prefill(stream, batch) if phase == "prefill" else part.decode(stream, batch)
+        return stream
 
-def _targets(
-    shapes: Shapes, space: Mapping[str, Sequence[str]], grid: GpuGrid, device: torch.device, dtype: torch.dtype
-) -> Iterator[Target]:
-    spec = shapes.spec
-    seen = set()
-    for kind in ("attention", "ffn"):
-        for variant_name in space[kind]:
-            variant = parse_variant(kind, variant_name, spec)  # type: ignore[arg-type]
-            shape = variant.shape(spec)
-            if shape == "none" or (kind, shape) in seen:
-                continue
-            seen.add((kind, shape))
-            by_rows = kind == "ffn" or "linear" in shape
-
-            def make(kind: str = kind, name: str = variant_name) -> Any:
-                return random_module(kind, name, spec, device, dtype)
-
-            yield _with_points(Target(kind, shape, by_rows, make), grid, shapes)
-    for times in grid.wide:
-        width = times * spec.intermediate_size
-        if 3 * spec.hidden_size * width * dtype.itemsize <= MAX_WEIGHT_BYTES // 2:
-
-            def make_wide(times: int = times) -> Any:
-                return random_module("ffn", f"x{times}", spec, device, dtype)
-
-            yield _with_points(Target("ffn", f"h{spec.hidden_size} f{width}", True, make_wide), grid, shapes)
-    head_shape = f"h{spec.hidden_size} v{shapes.vocab_size}"
-
-    def make_head() -> Any:
-        return torch.randn(shapes.vocab_size, spec.hidden_size, device=device).to(dtype)
-
-    for kind in ("embedding", "head"):
-        target = Target(kind, head_shape, True, make_head)
-        target.points = [("decode", b, 0) for b in grid.batches]
-        yield target
-
-
-def _with_points(target: Target, grid: GpuGrid, shapes: Shapes) -> Target:
-    longest = shapes.max_length
-    if target.by_rows:
-        target.points = [("decode", b, 0) for b in grid.batches] + [("prefill", 1, n) for n in grid.rows]
-    else:
-        contexts = sorted({min(c, longest) for c in grid.contexts})
-        target.points = [("decode", b, c) for c in contexts for b in grid.batches]
-        target.points += [("prefill", b, t) for b, t in grid.prompts if t <= longest]
-    return target
-
-
-def _row(
-    facts: Mapping[str, str], target: Target, phase: str, batch: int, context: int, point: Point | None
-) -> CostRow:
-    """point None: it did not fit in memory, which a row without samples says."""
-    found = point or Point(timing=Timing(p20=0.0, p50=0.0, p80=0.0, num_samples=0), workspace=0)
-    return CostRow(
-        kind=target.kind,
-        shape=target.shape,
-        phase=phase,
-        batch=batch,
-        context=context,
-        dtype=facts["dtype"],
-        p20_s=found.timing.p20,
-        p50_s=found.timing.p50,
-        p80_s=found.timing.p80,
-        num_samples=found.timing.num_samples,
-        workspace_bytes=found.workspace,
-        device=facts["device"],
-        versions=facts["versions"],
-        date=facts["date"],
-    )
-
-
-def _conditions(device: torch.device) -> str:
-    """Clocks, temperature and power as nvidia-smi reports them."""
-    if device.type != "cuda":
-        return ""
-    query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw"
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
-
-
-def _read_rows(path: Path) -> list[CostRow]:
-    """Rows of a table, a last half-written line left out."""
-    rows = []
-    with open(path, newline="", encoding="utf-8") as handle:
-        for raw in csv.DictReader(handle):
-            try:
-                values: dict[str, Any] = dict(raw)
-                values |= {k: int(raw[k]) for k in ("batch", "context", "num_samples", "workspace_bytes")}
-                values |= {k: float(raw[k]) for k in ("p20_s", "p50_s", "p80_s")}
-                if raw["date"]:
-                    rows.append(CostRow(**values))
-            except (KeyError, TypeError, ValueError):
-                continue
-    return rows
-
-
-def _read_done(partial: Path, facts: dict[str, str]) -> set[Key]:
-    """Points that an interrupted run on the same device finished."""
-    if not partial.is_file():
-        return set()
-    rows = [r for r in _read_rows(partial) if r.device == facts["device"] and r.dtype == facts["dtype"]]
-    write_costs(partial, rows)
-    return {(r.kind, r.shape, r.phase, r.batch, r.context) for r in rows}
+    return run

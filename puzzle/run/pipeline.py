@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +17,30 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, content_hash, read_json, write_json
 from puzzle.base.machine import cpu_name
 from puzzle.base.units import seconds_text
-from puzzle.base.workload import Workload
-from puzzle.choose.goal import goal_of
+from puzzle.choose.problem import Request
 from puzzle.choose.solve import open_costs, solve_library
 from puzzle.export.write import export_child
 from puzzle.library.build import BuildOptions, build_library
 from puzzle.library.manifest import Library
 from puzzle.library.score import score_library
-from puzzle.measure.evaluate import evaluate
-from puzzle.profile.cpu import Grid, profile_library
+from puzzle.measure.architecture import Architecture, write_architecture
+from puzzle.measure.evaluate import Evaluation, evaluate
+from puzzle.profile.profile import profile, subject_of
 from puzzle.run.recipe import Recipe
 
-Show = Callable[[dict[str, Any], Library], None]
+Show = Callable[[Architecture], None]
 
 
 class Run:
     """One run directory. Every stage skips what is complete, so running again continues where it was."""
 
-    def __init__(self, recipe: Recipe, out: Path, show: Show = lambda solved, library: None):
+    def __init__(self, recipe: Recipe, out: Path, show: Show = lambda solved: None):
         """show: what is done with the solution as soon as it is known."""
         self.recipe, self.out, self.show = recipe, out, show
-        self.goal = goal_of(recipe.goal.throughput, recipe.goal.latency, recipe.goal.memory, recipe.goal.params)
-        self.work = Workload(input_len=recipe.workload.input_len, output_len=recipe.workload.output_len)
+        self.goal, self.work = recipe.goal.goal(), recipe.workload
         self.seconds: dict[str, float] = {}
         if not recipe.data:
-            raise UserError("no data: add 'data:' to the recipe or pass --data")
+            raise UserError("no data: add 'data:' to the recipe or pass `data`")
         check_writable(out)
 
     @contextmanager
@@ -57,88 +56,92 @@ class Run:
         with self._stage("build-library"):
             build_library(recipe.parent, self.build_options())
         with self._stage("score"):
-            score_library(
-                library,
-                recipe.data,
-                num_sequences=recipe.score.sequences,
-                joint=recipe.score.joint,
-                text_field=recipe.text_field,
-                device=recipe.device,
-            )
+            scoring = replace(recipe.score, text_field=recipe.text_field, device=recipe.device)
+            score_library(library, recipe.data, scoring)
         with self._stage("profile"):
             self._profile(library)
         with self._stage("solve"):
             opened = Library.open(library)
-            solved = solve_library(opened, open_costs(opened, recipe.profile.gpu, None), self.work, self.goal)
-            write_json(self.out / "solution" / "architecture.json", solved)
-            self.show(solved, opened)
+            costs = open_costs(opened, recipe.profile.gpu, None)
+            solved = solve_library(opened, costs, Request(work=self.work, goal=self.goal))
+            write_architecture(self.out / "solution" / "architecture.json", solved)
+            self.show(solved)
         with self._stage("export"):
             export_child(library, self.out / "solution", self.out / "child", force=True)
         with self._stage("evaluate"):
-            measured = evaluate(
-                Library.open(library).parent_source(),
-                str(self.out / "child"),
-                recipe.data,
-                num_sequences=recipe.evaluate.sequences,
-                seq_len=recipe.build.seq_len,
-                work=self.work,
-                text_field=recipe.text_field,
-                device="cpu" if recipe.profile.gpu == "cpu" else recipe.device,
-                repeats=recipe.evaluate.repeats,
-            )
+            device = "cpu" if recipe.profile.gpu == "cpu" else recipe.device
+            parent = Library.open(library).parent_source()
+            options = replace(recipe.evaluate, text_field=recipe.text_field, device=device)
+            measured = evaluate(parent, str(self.out / "child"), recipe.data, options, work=self.work)
         result = self._result(solved, measured)
         write_json(self.out / "result.json", result)
         return result
 
     def build_options(self) -> BuildOptions:
-        section = asdict(self.recipe.build)
-        section["tokens"] = int(section["tokens"])
-        return BuildOptions(
-            data=self.recipe.data,
+        recipe = self.recipe
+        return replace(
+            recipe.build,
+            data=recipe.data,
             out=self.out / "library",
-            text_field=self.recipe.text_field,
-            device=self.recipe.device,
-            **section,
+            text_field=recipe.text_field,
+            device=recipe.device,
         )
 
     def _profile(self, library: Path) -> None:
         """Profile the workload's own lengths, unless this machine has done so for this very library."""
-        section, work = self.recipe.profile, self.work
-        grid = Grid(
-            batches=tuple(section.batches),
-            prefill=(work.input_len,),
-            decode=tuple(sorted({work.input_len, work.input_len + max(0, work.output_len - 2)})),
-        )
+        options, work = self.recipe.profile, self.work
+        steps = tuple(sorted({work.input_len, work.input_len + max(0, work.output_len - 2)}))
+        grid = replace(options, prefill=options.prefill or (work.input_len,), contexts=options.contexts or steps).grid()
         opened = Library.open(library)
-        key = content_hash([asdict(grid), opened.facts["variants"], opened.facts["parent"], section.gpu, cpu_name()])
-        mark = library / "costs" / section.gpu / "profile.json"
+        facts = opened.facts
+        key = content_hash(
+            [asdict(grid), facts["layers"], facts["structure"], facts["parent"], options.gpu, cpu_name()]
+        )
+        mark = library / "costs" / options.gpu / "profile.json"
         if mark.is_file() and read_json(mark, "puzzle profile").get("key") == key:
             console.print("already profiled on this machine")
             return
-        profile_library(library, gpu=section.gpu, grid=grid)
+        profile(subject_of(opened), gpu=options.gpu, out=library / "costs" / options.gpu, grid=grid)
         write_json(mark, {"key": key})
 
-    def _result(self, solved: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-        names = ("tokens_per_second", "memory_bytes", "kv_bytes_per_token")
-        parent, child = measured["parent"], measured["child"]
+    def _result(self, solved: Architecture, measured: Evaluation) -> dict[str, Any]:
+        parent, child = measured.parent, measured.child
+        slow, fast = parent.speed, child.speed
+        assert slow is not None, "speed was asked for"
+        assert fast is not None
         return {
-            "requested": {**solved["goal"], **solved["workload"]},
-            "predicted": {"speedup": solved["predicted"]["speedup"], **{n: solved["predicted"][n] for n in names}},
-            "measured": {"speedup": measured["speedup"], **{n: child[n] for n in names}},
+            "requested": {**solved.goal, **asdict(solved.workload)},
+            "predicted": {
+                "speedup": solved.speedup,
+                "tokens_per_second": solved.predicted.tokens_per_second,
+                "memory_bytes": solved.predicted.memory_bytes,
+                "kv_bytes_per_token": solved.predicted.kv_bytes_per_token,
+            },
+            "measured": {
+                "speedup": measured.speedup,
+                "tokens_per_second": fast.tokens_per_second,
+                "memory_bytes": fast.memory_bytes,
+                "kv_bytes_per_token": child.kv_bytes_per_token,
+            },
             "parent": {
-                "loss": parent["loss"],
-                "predicted_tokens_per_second": solved["parent_predicted"]["tokens_per_second"],
-                **{n: parent[n] for n in (*names, "num_parameters", "batch")},
+                "loss": parent.loss,
+                "predicted_tokens_per_second": solved.parent_predicted.tokens_per_second,
+                "tokens_per_second": slow.tokens_per_second,
+                "memory_bytes": slow.memory_bytes,
+                "kv_bytes_per_token": parent.kv_bytes_per_token,
+                "num_parameters": parent.num_parameters,
+                "batch": slow.batch,
             },
             "child": {
-                "loss": child["loss"],
-                "kl": child["kl"],
-                "kl_stderr": child["kl_stderr"],
-                "sum_of_scores": solved["objective"],
-                "top1_agreement": child["top1_agreement"],
-                **{n: child[n] for n in ("num_parameters", "batch")},
+                "loss": child.loss,
+                "kl": child.kl,
+                "kl_stderr": child.kl_stderr,
+                "sum_of_scores": solved.objective,
+                "top1_agreement": child.top1_agreement,
+                "num_parameters": child.num_parameters,
+                "batch": fast.batch,
             },
-            "device": cpu_name() if measured["device"] == "cpu" else measured["device"],
+            "device": cpu_name() if measured.device == "cpu" else measured.device,
             "seconds": self.seconds,
         }
 

@@ -1,60 +1,23 @@
-"""Recipe files for `puzzle run`: one YAML with a section per stage; unknown keys are refused."""
+"""Recipe files for `puzzle run`: one YAML whose sections are the stages' own option classes; unknown keys are refused."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import types
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from puzzle.base.errors import UserError, nearest
+from puzzle.base.workload import Workload
+from puzzle.choose.goal import GoalOptions
+from puzzle.library.build import BuildOptions
+from puzzle.library.score import ScoreOptions
+from puzzle.measure.evaluate import EvaluateOptions
+from puzzle.profile.profile import ProfileOptions
 
-
-@dataclass(kw_only=True, slots=True)
-class BuildSection:
-    attention: str | None = None
-    ffn: str | None = None
-    layers: str | None = None
-    tokens: float = 1e6
-    seq_len: int = 1024
-    batch_size: int = 8
-    lr: float = 3e-3
-    seed: int = 0
-    calibration_sequences: int = 64
-    validation_sequences: int = 16
-
-
-@dataclass(kw_only=True, slots=True)
-class ScoreSection:
-    sequences: int = 64
-    joint: bool = False
-
-
-@dataclass(kw_only=True, slots=True)
-class ProfileSection:
-    gpu: str = "cpu"
-    batches: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
-
-
-@dataclass(kw_only=True, slots=True)
-class GoalSection:
-    throughput: str | None = None
-    latency: str | None = None
-    memory: str | None = None
-    params: str | None = None
-
-
-@dataclass(kw_only=True, slots=True)
-class WorkloadSection:
-    input_len: int = 128
-    output_len: int = 128
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluateSection:
-    sequences: int = 64
-    repeats: int = 3
+SHARED = ("data", "out", "text_field", "device")  # one value for all stages, outside the sections
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,22 +28,15 @@ class Recipe:
     data: list[str] = field(default_factory=list)
     text_field: str = "text"
     device: str = "auto"
-    build: BuildSection = field(default_factory=BuildSection)
-    score: ScoreSection = field(default_factory=ScoreSection)
-    profile: ProfileSection = field(default_factory=ProfileSection)
-    goal: GoalSection = field(default_factory=GoalSection)
-    workload: WorkloadSection = field(default_factory=WorkloadSection)
-    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    build: BuildOptions = field(default_factory=lambda: BuildOptions(data=[], out=Path()))
+    score: ScoreOptions = field(default_factory=ScoreOptions)
+    profile: ProfileOptions = field(default_factory=ProfileOptions)
+    goal: GoalOptions = field(default_factory=GoalOptions)
+    workload: Workload = field(default_factory=lambda: Workload(input_len=128, output_len=128))
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
 
-_SECTIONS = {
-    "build": BuildSection,
-    "score": ScoreSection,
-    "profile": ProfileSection,
-    "goal": GoalSection,
-    "workload": WorkloadSection,
-    "evaluate": EvaluateSection,
-}
+SECTIONS = ("build", "score", "profile", "goal", "workload", "evaluate")
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -93,18 +49,20 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"recipe {path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(raw, dict) or "parent" not in raw:
         raise UserError(f"recipe {path} names no parent: add a line such as 'parent: path/to/model'")
-    values: dict[str, Any] = {}
-    for key, value in _known(raw, Recipe, path, "").items():
-        if key in _SECTIONS:
-            section = value or {}
-            if not isinstance(section, dict):
-                raise UserError(f"recipe {path}: '{key}' is {section!r}, it must be a section of keys and values")
-            values[key] = _SECTIONS[key](
-                **_typed(_known(section, _SECTIONS[key], path, f"{key}."), _SECTIONS[key], path, key)
-            )
-        else:
-            values[key] = value
+    _refuse_unknown(raw, [f.name for f in fields(Recipe)], path, "")
+    values = {name: value for name, value in raw.items() if name not in SECTIONS}
     recipe = Recipe(**values)
+    for name in SECTIONS:
+        section = raw.get(name) or {}
+        if not isinstance(section, dict):
+            raise UserError(f"recipe {path}: '{name}' is {section!r}, it must be a section of keys and values")
+        usual = getattr(recipe, name)
+        _refuse_unknown(section, [f.name for f in fields(usual) if f.name not in SHARED], path, f"{name}.")
+        types_of = get_type_hints(type(usual))
+        typed = {key: _typed(value, types_of[key], path, f"{name}.{key}") for key, value in section.items()}
+        setattr(recipe, name, replace(usual, **typed))
+    if "seq_len" not in (raw.get("evaluate") or {}):
+        recipe.evaluate = replace(recipe.evaluate, seq_len=recipe.build.seq_len)
     here = path.parent
     recipe.data = [recipe.data] if isinstance(recipe.data, str) else list(recipe.data or [])
     recipe.data = [str(here / d) if (here / d).exists() else d for d in recipe.data]
@@ -113,30 +71,32 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _known(section: dict, cls: type, path: Path, prefix: str) -> dict[str, Any]:
-    known = [f.name for f in fields(cls)]
+def _refuse_unknown(section: dict[str, Any], known: list[str], path: Path, prefix: str) -> None:
     for key in section:
         if key not in known:
             raise UserError(f"recipe {path}: unknown key '{prefix}{key}'; {nearest(str(key), known)}")
-    return section
 
 
-def _typed(values: dict[str, Any], cls: type, path: Path, section: str) -> dict[str, Any]:
-    """YAML reads 1e6 as text and 2 as a number where we want the other: convert by the field's declared type."""
-    found = dict(values)
-    for f in fields(cls):
-        if f.name not in found or found[f.name] is None:
-            continue
-        value = found[f.name]
-        try:
-            if f.type == "int":
-                found[f.name] = int(float(value))
-            elif f.type == "float":
-                found[f.name] = float(value)
-            elif "str" in str(f.type):
-                found[f.name] = str(value)
-            elif str(f.type).startswith("list"):
-                found[f.name] = [int(v) for v in (value if isinstance(value, list) else [value])]
-        except (TypeError, ValueError):
-            raise UserError(f"recipe {path}: {section}.{f.name} is {value!r}, it must be a number") from None
-    return found
+def _typed(value: Any, wanted: Any, path: Path, key: str) -> Any:
+    """YAML reads 1e6 as text and 2 as a number where we want the other: convert to the field's declared type."""
+    if get_origin(wanted) in (Union, types.UnionType):
+        if value is None:
+            return None
+        wanted = next(one for one in get_args(wanted) if one is not type(None))
+    try:
+        if wanted is int:
+            return int(float(value))
+        if wanted is float:
+            return float(value)
+        if wanted is bool:
+            if not isinstance(value, bool):
+                raise TypeError
+            return value
+        if wanted is str:
+            return str(value)
+        if get_origin(wanted) is tuple:
+            return tuple(int(one) for one in (value if isinstance(value, list) else [value]))
+    except (TypeError, ValueError):
+        kind = {bool: "true or false"}.get(wanted, "a number")
+        raise UserError(f"recipe {path}: {key} is {value!r}, it must be {kind}") from None
+    raise UserError(f"recipe {path}: {key} cannot be given in a recipe")

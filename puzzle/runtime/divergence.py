@@ -33,8 +33,8 @@ class Divergence:
         head, own = model.head_weight, child.head_weight
         shared = own is head or (own.shape == head.shape and torch.equal(own, head))
         found = linear_kl(
-            model.norm(parent_hidden).flatten(0, 1),
-            child.norm(child_hidden).flatten(0, 1),
+            model.final(parent_hidden).flatten(0, 1),
+            child.final(child_hidden).flatten(0, 1),
             head,
             None if shared else own,
             labels.flatten(),

@@ -1,137 +1,103 @@
-"""A static-batch runtime on our kernels: paged caches, and a decode step as one CUDA graph.
+"""The runtime on our kernels: paged caches, and a step as one CUDA graph.
 
-Any stack of sub-blocks runs: a child from a checkpoint, or an architecture with random weights, whose time is the same.
-Letters: B batch, T prompt tokens, H hidden_size, V vocab_size.
+Letters: B batch, T prompt tokens, D head_dim, R rotary dimensions of a head.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from puzzle.base.workload import PREFILL_ROWS
-from puzzle.blocklib.fast import Batch, Fast, FastAttention, Stream, make_fast, new_batch
-from puzzle.blocklib.layer import KINDS, LayerSpec
-from puzzle.blocklib.modules import SwiGLU
-from puzzle.blocklib.variant import parse_variant
+from puzzle.blocklib.fast.batch import PAGE, Fast, RopeTable, Stream, Tables, make_fast, new_batch, num_pages
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.sub_block import SubBlock
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.swiglu import linear
-from puzzle.kernels.timer import Graph, time_replays
-from puzzle.parents.known import Shapes
-from puzzle.runtime.model import CausalModel
+from puzzle.kernels.timer import Graph
+from puzzle.parents.structure import Structure
+from puzzle.runtime.interface import Runtime, check_lengths
+from puzzle.runtime.model import CausalModel, embed
 
 
-@dataclass(kw_only=True, slots=True)
-class Stack:
-    """Weights of a whole model: embedding and head [V, H], final norm [H], sub-blocks in order."""
-
-    spec: LayerSpec
-    embedding: Tensor
-    head: Tensor
-    final_norm: Tensor
-    modules: list[nn.Module]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all weights; a tied head counts once."""
-        own = {id(self.embedding): self.embedding, id(self.head): self.head, id(self.final_norm): self.final_norm}
-        tensors = [*own.values(), *(p for m in self.modules for p in m.parameters())]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def stack_of(model: CausalModel) -> Stack:
-    """The stack of a model in memory, sharing its weights."""
-    modules = [getattr(block, kind) for block in model.blocks for kind in KINDS]
-    return Stack(
-        spec=model.spec,
-        embedding=model.embedding.weight.data,
-        head=model.head_weight.data,
-        final_norm=model.norm.weight.data,
-        modules=modules,
-    )
+def rope_tables(structure: Structure, sub_blocks: list[SubBlock], length: int, device: torch.device | str) -> Tables:
+    """The tables that these sub-blocks ask for, of whole pages of positions; over whole heads, as the kernels want them."""
+    positions = num_pages(length) * PAGE
+    found: dict[str | None, RopeTable] = {}
+    for sub_block in sub_blocks:
+        if not isinstance(sub_block, Gqa) or sub_block.rope in found:
+            continue
+        dim = sub_block.head_dim
+        if sub_block.rope is None:
+            cos, sin = torch.ones(positions, dim, device=device), torch.zeros(positions, dim, device=device)
+            found[None] = RopeTable(cos=cos, sin=sin, rotary_dim=dim)
+            continue
+        rope = structure.ropes[sub_block.rope]
+        cos, sin = rope.tables_of(positions, length, device)
+        if rope.rotary_dim < dim:
+            stay = (dim - rope.rotary_dim) // 2
+            ones, zeros = cos.new_ones(positions, stay), sin.new_zeros(positions, stay)
+            half = rope.rotary_dim // 2
+            cos = torch.cat((cos[:, :half], ones, cos[:, half:], ones), dim=1)
+            sin = torch.cat((sin[:, :half], zeros, sin[:, half:], zeros), dim=1)
+        found[sub_block.rope] = RopeTable(cos=cos, sin=sin, rotary_dim=rope.rotary_dim)
+    return found
 
 
-def random_module(kind: str, name: str, spec: LayerSpec, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """A variant's module with random weights of the usual size; "x4" is an FFN of four times the parent's width, "f512" one of
-    512 channels."""
-    with torch.device("meta"):
-        if wide := re.fullmatch(r"([xf])(\d+)", name):
-            module: nn.Module = SwiGLU(spec, int(wide[2]) * (spec.intermediate_size if wide[1] == "x" else 1))
-        else:
-            module = parse_variant(kind, name, spec).empty(spec)  # type: ignore[arg-type]
-    module = module.to(dtype).to_empty(device=device).requires_grad_(False)
-    for parameter in module.parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
-    return module
+class FastRuntime(Runtime):
+    """The sub-blocks of `model` on our kernels, for up to `max_length` tokens of each of `batch` sequences.
 
+    fp8: weights of sub-blocks and caches in float8_e4m3fn. consume: take the sub-blocks out of the model, so that no weight
+    is held twice; the model is used up then.
+    """
 
-def random_stack(
-    shapes: Shapes, layers: Sequence[dict[str, str]], device: torch.device | str, dtype: torch.dtype
-) -> Stack:
-    """layers: {"attention": variant, "ffn": variant} each."""
-    hidden = shapes.spec.hidden_size
-    embedding = torch.empty(shapes.vocab_size, hidden, device=device, dtype=dtype).normal_()
-    head = embedding
-    if not shapes.tied:
-        head = torch.empty_like(embedding).normal_(std=1 / math.sqrt(hidden))
-    return Stack(
-        spec=shapes.spec,
-        embedding=embedding,
-        head=head,
-        final_norm=torch.ones(hidden, device=device, dtype=dtype),
-        modules=[random_module(kind, layer[kind], shapes.spec, device, dtype) for layer in layers for kind in KINDS],
-    )
-
-
-class FastRunner:
-    """Greedy generation of a batch of equally long prompts."""
-
-    def __init__(self, stack: Stack, batch: int, max_length: int, fp8: bool = False, consume: bool = False):
-        """consume: take the sub-blocks out of the stack, so that no weight is held twice."""
-        self.stack, self.device = stack, stack.embedding.device
-        self.batch: Batch = new_batch(stack.spec, batch, max_length, self.device, fp8)
-        waiting = stack.modules if consume else list(stack.modules)
+    def __init__(self, model: CausalModel, batch: int, max_length: int, *, fp8: bool = False, consume: bool = False):
+        self.structure, self.max_length = model.structure, max_length
+        self.embedding, self.head = model.embedding.weight.data, model.head_weight.data
+        self.final_norm, self.device = model.norm.weight.data, model.embedding.weight.device
+        if self.structure.norm_offset:
+            self.final_norm = (1 + self.final_norm.float()).to(self.final_norm.dtype)
+        self.vocab_size, self.weight_bytes = len(self.embedding), model.weight_bytes
+        waiting = [part for _, _, part in model.parts()]
+        tables = rope_tables(self.structure, [part.sub_block for part in waiting], max_length, self.device)
+        self.batch = new_batch(batch, max_length, tables, self.device, fp8)
+        if consume:
+            model.blocks = torch.nn.ModuleList()
         made = [make_fast(waiting.pop(0), self.batch) for _ in range(len(waiting))]
         self.parts: list[Fast] = [part for part in made if part is not None]
         self.ids = torch.zeros(batch, dtype=torch.long, device=self.device)
-        self._step: Graph | None = None
 
     @property
-    def kv_bytes(self) -> int:
-        return sum(part.num_bytes for part in self.parts if isinstance(part, FastAttention))
+    def state_bytes(self) -> int:
+        return sum(part.state_bytes for part in self.parts)
 
     def randomize(self) -> None:
-        """Fill the caches with noise, to time a decode step without a prompt."""
         for part in self.parts:
-            if isinstance(part, FastAttention):
-                part.randomize()
+            part.randomize()
+
+    def at(self, position: int) -> None:
+        self.batch.at(position)
+
+    def _embedded(self, ids: Tensor) -> Stream:
+        return embed(ids, self.embedding, self.structure.embedding_scale), None
 
     def _next(self, stream: Stream) -> Tensor:
-        """Final norm, head and argmax of the rows in hand. -> [B]"""
-        normed, _ = rms_norm(*stream, self.stack.final_norm, self.stack.spec.rms_norm_eps)
-        return linear(normed, self.stack.head).argmax(-1)
+        """Final norm, head and argmax of the rows in hand; no divisor of the logits changes which is the largest. -> [B]"""
+        normed, _ = rms_norm(*stream, self.final_norm, self.structure.norm_eps)
+        return linear(normed, self.head).argmax(-1)
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor) -> Tensor:
-        """prompts [B, T] -> the first generated token of each sequence [B], which is also the next step's input.
-
-        Sequences go through together as long as they are PREFILL_ROWS tokens at most: more gain nothing but memory.
-        """
+        """Sequences go through together as long as they are PREFILL_ROWS tokens at most: more gain nothing but memory."""
         num_tokens = prompts.shape[1]
+        check_lengths(self.structure, num_tokens, self.max_length)
         together = max(1, PREFILL_ROWS // num_tokens)
         for begin in range(0, len(prompts), together):
             rows = slice(begin, min(begin + together, len(prompts)))
             batch = self.batch.part(rows)
-            stream: Stream = F.embedding(prompts[rows].flatten(), self.stack.embedding), None
+            stream = self._embedded(prompts[rows].flatten())
             for part in self.parts:
                 stream = part.prefill(stream, batch)
             delta, residual = (None if x is None else x.view(batch.size, num_tokens, -1)[:, -1].clone() for x in stream)
@@ -141,40 +107,24 @@ class FastRunner:
         self.batch.at(num_tokens)
         return self.ids.clone()
 
-    def decode_once(self) -> None:
-        """The token in hand of each sequence -> the next one; position by position if `advance` follows."""
-        stream: Stream = F.embedding(self.ids, self.stack.embedding), None
+    @torch.inference_mode()
+    def step_in_place(self) -> None:
+        """A step whose token stays where it is: the same work again and again, to be timed."""
+        stream = self._embedded(self.ids)
         for part in self.parts:
             stream = part.decode(stream, self.batch)
         self.ids.copy_(self._next(stream))
 
-    def _decode_and_advance(self) -> None:
-        self.decode_once()
+    def step(self) -> None:
+        self.step_in_place()
         self.batch.advance()
 
-    @torch.inference_mode()
-    def generate(self, prompts: Tensor, num_tokens: int) -> Tensor:
-        """Greedy continuation. prompts [B, T] -> [B, num_tokens]"""
-        if self._step is None:
-            self._step = Graph(self._decode_and_advance, self.device)
-        out = [self.prefill(prompts)]
-        for _ in range(num_tokens - 1):
-            self._step.replay()
-            out.append(self.ids.clone())
-        return torch.stack(out, dim=1)
-
-
-def decode_step_seconds(runner: FastRunner, context: int, seconds: float = 0.1) -> float:
-    """Median time of one decode step after `context` cached tokens, replayed as a graph."""
-    runner.batch.at(context)
-    with torch.inference_mode():
-        graph = Graph(runner.decode_once, runner.device)
-        return time_replays(graph.replay, 1, runner.device, seconds, 10).p50
-
-
-def prefill_seconds(runner: FastRunner, length: int, seconds: float = 0.1) -> float:
-    """Median time of one prefill of `length` tokens a sequence, replayed as a graph."""
-    prompts = torch.randint(0, len(runner.stack.embedding), (runner.batch.size, length), device=runner.device)
-    with torch.inference_mode():
-        graph = Graph(lambda: runner.prefill(prompts), runner.device)
-        return time_replays(graph.replay, 1, runner.device, seconds, 5).p50
+    def replayed(self, call: Callable[[], object], warm_ups: int = 2) -> Callable[[], object]:
+        """As a CUDA graph. The token in hand moves on by what is called before the capture."""
+        position, ids = self.batch.positions.clone(), self.ids.clone()
+        with torch.inference_mode():
+            graph = Graph(call, self.device, warm_ups=warm_ups)
+            self.batch.positions.copy_(position)
+            self.batch.lengths.copy_(position + 1)
+            self.ids.copy_(ids)
+        return graph.replay

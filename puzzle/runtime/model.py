@@ -1,51 +1,57 @@
-"""A whole causal model in memory: embedding, sub-blocks of any variant, final norm, LM head.
+"""A whole causal model in memory: embedding, layers of any sub-blocks, final norm, LM head.
 
-One class serves the parent, the child and every "one block replaced" model in between.
-Letters: B batch, T tokens, H hidden_size, V vocab_size.
+One class serves the parent, the child, every "one block replaced" model in between, and a model with random weights, whose
+times are the same. Letters: B batch, T tokens, H hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, rope_tables
-from puzzle.blocklib.modules import Attention, Linear, NoOp, RMSNorm, Rope, SwiGLU
-from puzzle.blocklib.variant import parent_variant
-from puzzle.parents.family import HfModel, hf_name, open_model
-
-OWNERS: dict[Kind, str] = {"attention": "attention", "ffn": "mlp"}  # of a sub-block's fields in `per_layer_config`
+from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, blank, loaded
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
+from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.structure import Structure
 
 
 class Block(nn.Module):
-    """x + attention(x), then + ffn of that. [B, T, H] -> [B, T, H]"""
+    """The sub-blocks of one layer by slot, in the order of the residual stream. [B, T, H] -> [B, T, H]"""
 
-    def __init__(self, attention: nn.Module, ffn: nn.Module):
+    def __init__(self, parts: Mapping[str, Part]):
         super().__init__()
-        self.attention, self.ffn = attention, ffn
+        self.slots = tuple(parts)
+        for slot, part in parts.items():
+            self.add_module(slot, part)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        for part in (self.attention, self.ffn):
-            if not isinstance(part, NoOp):
-                x = x + part(x, rope)
+    def parts(self) -> dict[str, Part]:
+        """By slot."""
+        return {slot: getattr(self, slot) for slot in self.slots}
+
+    def forward(self, x: Tensor, ropes: Ropes) -> Tensor:
+        for slot in self.slots:
+            x = getattr(self, slot).add(x, ropes)
         return x
 
 
 class CausalModel(nn.Module):
-    """Embedding, blocks, final norm, head; tied heads share the embedding's tensor."""
+    """structure: what stands around the layers, and their RoPEs; the layers themselves are `blocks`. Tied heads share the
+    embedding's tensor."""
 
     def __init__(
-        self, spec: LayerSpec, embedding: Tensor, blocks: list[Block], final_norm: Tensor, head: Tensor | None
+        self, structure: Structure, embedding: Tensor, blocks: list[Block], final_norm: Tensor, head: Tensor | None
     ):
         super().__init__()
-        self.spec = spec
+        self.structure = structure
         self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.norm = RMSNorm(structure.hidden_size, structure.norm_eps, structure.norm_offset)
         self.norm.weight.data = final_norm
         self.head = nn.Parameter(head) if head is not None else None
 
@@ -54,59 +60,60 @@ class CausalModel(nn.Module):
         """[V, H]"""
         return self.embedding.weight if self.head is None else self.head
 
-    def rope(self, length: int) -> Rope:
-        return rope_tables(self.spec, length, self.embedding.weight.device)
+    def parts(self) -> Iterator[tuple[int, str, Part]]:
+        """(layer, slot, module), from the embedding to the head."""
+        for index, block in enumerate(self.blocks):
+            for slot, part in block.parts().items():  # type: ignore[operator]
+                yield index, slot, part
+
+    def ropes(self, length: int) -> Ropes:
+        """Tables of sequences of `length` tokens, on the model's device."""
+        device = self.embedding.weight.device
+        return {name: rope.tables(length, device) for name, rope in self.structure.ropes.items()}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The stream before the first layer. ids [B, T] -> [B, T, H]"""
+        return embed(ids, self.embedding.weight, self.structure.embedding_scale)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Residual stream after the last block, before the final norm. ids [B, T] -> [B, T, H]"""
-        rope = self.rope(ids.shape[1])
-        x = self.embedding(ids)
+        ropes = self.ropes(ids.shape[1])
+        x = self.embed(ids)
         for block in self.blocks:
-            x = block(x, rope)
+            x = block(x, ropes)
         return x
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """What the head multiplies: the logits are `head_weight` times it. [..., H] -> [..., H]"""
+        normed = self.norm(hidden)
+        return normed if self.structure.logits_divisor == 1 else normed / self.structure.logits_divisor
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V]"""
-        return F.linear(self.norm(hidden), self.head_weight)
+        return F.linear(self.final(hidden), self.head_weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits(self.hidden(ids))
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor) of every weight, layer by layer; a tied head is left out."""
-        yield "model.embed_tokens.weight", self.embedding.weight
-        for index, block in enumerate(self.blocks):
-            for kind in KINDS:
-                for name, tensor in getattr(block, kind).state_dict().items():
-                    yield hf_name(index, kind, name), tensor
-        yield "model.norm.weight", self.norm.weight
+        yield EMBEDDING, self.embedding.weight
+        for index, slot, part in self.parts():
+            for name, tensor in part.state_dict().items():
+                yield hf_name(index, slot, part.sub_block, name), tensor
+        yield FINAL_NORM, self.norm.weight
         if self.head is not None:
-            yield "lm_head.weight", self.head
+            yield HEAD, self.head
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for _, t in self.named_weights())
 
 
-def module_from_hf(kind: Kind, entry: dict, spec: LayerSpec) -> nn.Module:
-    """An empty module of the shape that one layer's `per_layer_config` entry asks for."""
-    owner = OWNERS[kind]
-    if owner in entry.get("skip", []):
-        return NoOp()
-    if owner in entry.get("linear", []):
-        return Linear(spec)
-    if kind == "attention":
-        kv = entry.get("num_key_value_heads", spec.num_key_value_heads)
-        return Attention(spec, kv, entry.get("sliding_window", spec.window))
-    return SwiGLU(spec, entry.get("intermediate_size", spec.intermediate_size))
-
-
-def block_from_hf(index: int, entry: dict, spec: LayerSpec, tensor: Callable[[str], Tensor]) -> Block:
-    """Layer `index` in the shape of its `per_layer_config` entry. tensor: its weights by Hugging Face name, as they will run."""
-    parts = []
-    for kind in KINDS:
-        with torch.device("meta"):
-            module = module_from_hf(kind, entry, spec)
-        weights = {name: tensor(hf_name(index, kind, name)) for name in module.state_dict()}
-        module.load_state_dict(weights, assign=True)
-        parts.append(module)
-    return Block(parts[0], parts[1])
+def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """Rows of an embedding, times its scale, which is rounded to the weights' dtype first, as Gemma does. [..., H]"""
+    x = F.embedding(ids, weight)
+    return x if scale == 1 else x * torch.tensor(scale).to(weight.dtype).item()
 
 
 def load_model(
@@ -114,24 +121,40 @@ def load_model(
 ) -> CausalModel:
     """A parent or an exported child, whole, on `device`. Raises UserError as `open_model` does."""
     opened = source if isinstance(source, HfModel) else open_model(source)
-    entries = {int(i): e for i, e in (opened.config.get("per_layer_config") or {}).items()}
+
+    def part(layer: int, slot: str, sub_block: SubBlock) -> Part:
+        return loaded(sub_block, {n: t.to(device, dtype) for n, t in opened.weights(layer, slot).items()})
+
     blocks = [
-        block_from_hf(i, entries.get(i, {}), opened.spec, lambda name: opened.checkpoint.tensor(name).to(device, dtype))
-        for i in range(opened.num_layers)
+        Block({slot: part(index, slot, sub_block) for slot, sub_block in layer.items()})
+        for index, layer in enumerate(opened.structure.layers)
     ]
     model = CausalModel(
-        opened.spec,
+        opened.structure,
         opened.embedding().to(device, dtype),
         blocks,
         opened.final_norm().to(device, dtype),
-        None if opened.tied else opened.lm_head().to(device, dtype),
+        None if opened.structure.tied else opened.lm_head().to(device, dtype),
     )
     return model.requires_grad_(False).eval()
 
 
-def parent_module(kind: Kind, spec: LayerSpec, weights: dict[str, Tensor]) -> nn.Module:
-    """The parent's own sub-block, sharing `weights`."""
-    with torch.device("meta"):
-        module = parent_variant(kind, spec).empty(spec)
-    module.load_state_dict(weights, assign=True)
-    return module.requires_grad_(False).eval()
+def random_part(sub_block: SubBlock, device: torch.device | str, dtype: torch.dtype) -> Part:
+    """With random weights of the usual size; norms are one."""
+    part = blank(sub_block).to(dtype).to_empty(device=device).requires_grad_(False)
+    for parameter in part.parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
+    return part
+
+
+def random_model(structure: Structure, device: torch.device | str, dtype: torch.dtype) -> CausalModel:
+    """A model of this structure with random weights: it takes the time and the memory of any other."""
+    hidden = structure.hidden_size
+    embedding = torch.empty(structure.vocab_size, hidden, device=device, dtype=dtype).normal_()
+    head = None if structure.tied else torch.empty_like(embedding).normal_(std=1 / math.sqrt(hidden))
+    blocks = [Block({s: random_part(b, device, dtype) for s, b in layer.items()}) for layer in structure.layers]
+    model = CausalModel(structure, embedding, blocks, torch.ones(hidden, device=device, dtype=dtype), head)
+    return model.requires_grad_(False).eval()

@@ -1,65 +1,58 @@
-"""A small static-batch runtime: whole parents and children, prefill and decode, on the functions that were profiled.
-
-Letters: B batch, T prompt tokens, H hidden_size, V vocab_size.
-"""
+"""The runtime in plain PyTorch, on any device. Letters: B batch, T prompt tokens, H hidden_size."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.blocklib.layer import KINDS
-from puzzle.blocklib.runtime import KVCache, decode, new_cache, prefill
+from puzzle.blocklib.plain.part import Ropes
+from puzzle.runtime.interface import Runtime, check_lengths
 from puzzle.runtime.model import CausalModel
 
 
-class Runner:
-    """Greedy generation of a batch of equally long prompts with a static KV cache."""
+class PlainRuntime(Runtime):
+    """The modules of `model` with a state each, for up to `max_length` tokens of each of `batch` sequences."""
 
     def __init__(self, model: CausalModel, batch: int, max_length: int):
-        self.model = model
+        self.model, self.max_length = model, max_length
         like = model.embedding.weight
-        self.rope = model.rope(max_length)
-        self.caches: list[dict[str, KVCache | None]] = [
-            {kind: new_cache(getattr(block, kind), batch, max_length, like) for kind in KINDS} for block in model.blocks
-        ]
+        self.device, self.vocab_size, self.weight_bytes = like.device, len(like), model.weight_bytes
+        self.tables = model.ropes(max_length)
+        self.parts = [part for _, _, part in model.parts()]
+        self.states = [part.new_state(batch, max_length, like) for part in self.parts]
+        self.ids = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.position = 0
 
     @property
-    def kv_bytes(self) -> int:
-        return sum(c.num_bytes for caches in self.caches for c in caches.values() if c is not None)
+    def state_bytes(self) -> int:
+        return sum(state.num_bytes for state in self.states if state is not None)
 
     def randomize(self) -> None:
-        """Fill the caches with noise, to time a decode step without a prompt."""
-        for caches in self.caches:
-            for cache in caches.values():
-                if cache is not None:
-                    cache.keys.normal_()
-                    cache.values.normal_()
+        for state in self.states:
+            if state is not None:
+                state.randomize()
 
-    def prefill(self, ids: Tensor) -> Tensor:
-        """ids [B, T] -> the first generated token of each sequence [B, 1]"""
-        cos, sin = self.rope
-        rope = cos[: ids.shape[1]], sin[: ids.shape[1]]
-        x = F.embedding(ids, self.model.embedding.weight)
-        for block, caches in zip(self.model.blocks, self.caches, strict=True):
-            for kind in KINDS:
-                x = prefill(getattr(block, kind), x, rope, caches[kind])
-        return self.model.logits(x[:, -1:]).argmax(-1)
+    def at(self, position: int) -> None:
+        self.position = position
 
-    def step(self, ids: Tensor, position: int) -> Tensor:
-        """The token at `position` of each sequence [B, 1] -> the next one [B, 1]"""
-        cos, sin = self.rope
-        rope = cos[position : position + 1], sin[position : position + 1]
-        x = F.embedding(ids, self.model.embedding.weight)
-        for block, caches in zip(self.model.blocks, self.caches, strict=True):
-            for kind in KINDS:
-                x = decode(getattr(block, kind), x, rope, caches[kind], position)
-        return self.model.logits(x).argmax(-1)
+    def _ropes(self, begin: int, end: int) -> Ropes:
+        return {name: (cos[begin:end], sin[begin:end]) for name, (cos, sin) in self.tables.items()}
 
-    def generate(self, ids: Tensor, num_tokens: int) -> Tensor:
-        """Greedy continuation. ids [B, T] -> [B, num_tokens]"""
-        out = [self.prefill(ids)]
-        for position in range(ids.shape[1], ids.shape[1] + num_tokens - 1):
-            out.append(self.step(out[-1], position))
-        return torch.cat(out, dim=1)
+    @torch.inference_mode()
+    def prefill(self, prompts: Tensor) -> Tensor:
+        num_tokens = prompts.shape[1]
+        check_lengths(self.model.structure, num_tokens, self.max_length)
+        ropes, x = self._ropes(0, num_tokens), self.model.embed(prompts)
+        for part, state in zip(self.parts, self.states, strict=True):
+            x = part.prefill(x, ropes, state)
+        self.ids.copy_(self.model.logits(x[:, -1]).argmax(-1))
+        self.position = num_tokens
+        return self.ids.clone()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        ropes, x = self._ropes(self.position, self.position + 1), self.model.embed(self.ids[:, None])
+        for part, state in zip(self.parts, self.states, strict=True):
+            x = part.decode(x, ropes, state, self.position)
+        self.ids.copy_(self.model.logits(x[:, 0]).argmax(-1))
+        self.position += 1

@@ -113,7 +113,7 @@ def serve_check(
     Raises UserError for an unknown engine or format, or an engine that is not installed; EngineFailed when it fails.
     """
     if engine not in ENGINES:
-        raise UserError(f"--engine {engine}: {nearest(engine, list(ENGINES))}")
+        raise UserError(f"`engine` {engine}: {nearest(engine, list(ENGINES))}")
     export = find_export(path)
     if export.format not in READS[engine]:
         wanted = READS[engine][0] + ("" if engine == "hf" else f" --engine {engine}")
@@ -199,11 +199,11 @@ def run_engine(job: dict[str, Any], python: Path) -> dict[str, Any]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         except OSError as error:
-            raise UserError(f"--python {python}: {error.strerror}; give the engine's Python interpreter") from error
+            raise UserError(f"`python` {python}: {error.strerror}; give the engine's Python interpreter") from error
         if done.returncode == 3:
             raise UserError(
                 f"{ENGINES[engine]} is not installed in {python} ({done.stderr.strip()}): {INSTALL[engine]}, or give "
-                f"--python of the environment that has it (`make test-serving` sets up .engines/{engine}/bin/python)"
+                f"`python` of the environment that has it (`make test-serving` sets up .engines/{engine}/bin/python)"
             )
         if done.returncode:
             raise EngineFailed(f"{ENGINES[engine]} failed on {job['path']}: {last_words(done.stderr, done.returncode)}")

@@ -1,4 +1,4 @@
-"""What an exported file should compute: any of our export formats, read back into the plain forward of puzzle/model.py.
+"""What an exported file should compute: any of our export formats, read back into the plain forward of puzzle/runtime/model.py.
 
 The shape of every sub-block is taken from the tensors that are there, not from the configuration that engines read: a
 configuration that says something else shows as a difference.
@@ -7,7 +7,7 @@ configuration that says something else shows as a difference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,21 @@ import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.layer import KINDS, Kind, LayerSpec
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.plain.part import loaded
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.checkpoint import Checkpoint
-from puzzle.parents.family import _rope, hf_name, open_model
-from puzzle.runtime.model import OWNERS, CausalModel, block_from_hf, load_model
+from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
+from puzzle.parents.nemotron_nas import rope_of
+from puzzle.parents.opened import open_model
+from puzzle.parents.rope import Rope
+from puzzle.parents.structure import Structure
+from puzzle.runtime.model import Block, CausalModel, load_model
 
 FORMATS = {"puzzle": "hf", "nemotron-nas": "nemotron-nas"}
-SIZES: dict[Kind, tuple[str, str]] = {  # the matrix whose rows tell a sub-block's size, and the size's name
-    "attention": ("k_proj.weight", "num_key_value_heads"),
-    "ffn": ("up_proj.weight", "intermediate_size"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,28 +74,38 @@ def load_reference(export: Export) -> CausalModel:
     return loaders.get(export.format, load_model)(export.path)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What tensors do not tell."""
+
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+    norm_eps: float
+    max_length: int
+    num_layers: int
+    rope: Rope
+
+
 def _load_nemotron_nas(path: Path) -> CausalModel:
     checkpoint = Checkpoint(path)
     config = checkpoint.config
-    inv_freq, scaling = _rope(path)
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    spec = LayerSpec(
+    head_dim, length = int(config.get("head_dim") or hidden // heads), int(config["max_position_embeddings"])
+    sizes = Sizes(
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        intermediate_size=1,
-        rms_norm_eps=float(config["rms_norm_eps"]),
-        inv_freq=inv_freq,
-        rope_scaling=scaling,
+        head_dim=head_dim,
+        norm_eps=float(config["rms_norm_eps"]),
+        max_length=length,
+        num_layers=int(config["num_hidden_layers"]),
+        rope=Rope(head_dim=head_dim, max_length=length, parameters=rope_of(config)),
     )
     # mlx-lm has its own name for the matrix of a linear FFN.
     names = {name.replace(".mlp.linear.", ".mlp.linear_mlp."): name for name in checkpoint.names}
     kinds = config.get("layer_types") or []
     windows = {i: int(config["sliding_window"]) for i, kind in enumerate(kinds) if kind == "sliding_attention"}
-    return _model(
-        spec, int(config["num_hidden_layers"]), set(names), lambda name: checkpoint.tensor(names[name]), windows
-    )
+    return _model(sizes, set(names), lambda name: checkpoint.tensor(names[name]), windows)
 
 
 def _find_gguf(path: Path) -> Export:
@@ -138,31 +153,32 @@ def _load_gguf(path: Path) -> CausalModel:
 
     values, tensors = read_gguf(path)
     dim, theta = int(values["deci.attention.key_length"]), float(values["deci.rope.freq_base"])
-    num_layers = int(values["deci.block_count"])
-    inv_freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if "rope_freqs.weight" in tensors:
-        inv_freq = inv_freq / torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
-    spec = LayerSpec(
+    length = int(values["deci.context_length"])
+    sizes = Sizes(
         hidden_size=int(values["deci.embedding_length"]),
         num_attention_heads=max(values["deci.attention.head_count"]),
-        num_key_value_heads=1,
         head_dim=dim,
-        intermediate_size=1,
-        rms_norm_eps=float(values["deci.attention.layer_norm_rms_epsilon"]),
-        inv_freq=tuple(inv_freq.tolist()),
-        rope_scaling=float(values.get("deci.rope.scaling.attn_factor", 1.0)),
+        norm_eps=float(values["deci.attention.layer_norm_rms_epsilon"]),
+        max_length=length,
+        num_layers=int(values["deci.block_count"]),
+        rope=StoredRope(
+            head_dim=dim,
+            max_length=length,
+            parameters={"rope_theta": theta},
+            factors=tensors["rope_freqs.weight"].data.tolist() if "rope_freqs.weight" in tensors else None,
+            scaling=float(values.get("deci.rope.scaling.attn_factor", 1.0)),
+        ),
     )
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    names["output.weight"] = "lm_head.weight"
+    names = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
     for index, (heads, kv_heads) in enumerate(
         zip(values["deci.attention.head_count"], values["deci.attention.head_count_kv"], strict=True)
     ):
-        for (kind, name), gguf_name in TENSOR_NAMES.items():
-            if name == "linear.weight" and not (kind == "attention" and heads and not kv_heads):
+        for (slot, name), gguf_name in TENSOR_NAMES.items():
+            if name == "linear.weight" and not (slot == "attention" and heads and not kv_heads):
                 continue
             if name == "o_proj.weight" and heads and not kv_heads:
                 continue
-            names[f"blk.{index}.{gguf_name}"] = hf_name(index, kind, name)
+            names[f"blk.{index}.{gguf_name}"] = _name(index, slot, name)
     found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
 
     def tensor(name: str) -> Tensor:
@@ -172,51 +188,87 @@ def _load_gguf(path: Path) -> CausalModel:
             value = permute(value, value.shape[0] // dim, inverse=True)
         return value
 
-    return _model(spec, num_layers, set(found), tensor)
+    return _model(sizes, set(found), tensor)
 
 
 def _model(
-    spec: LayerSpec,
-    num_layers: int,
-    names: set[str],
-    tensor: Callable[[str], Tensor],
-    windows: dict[int, int] | None = None,
+    sizes: Sizes, names: set[str], tensor: Callable[[str], Tensor], windows: dict[int, int] | None = None
 ) -> CausalModel:
     """A model from Hugging Face names, a way to get each tensor, and the layers whose attention has a window."""
-    blocks = []
-    for index in range(num_layers):
-        entry, own = _layer(spec, index, names, tensor, (windows or {}).get(index))
-        blocks.append(block_from_hf(index, entry, own, lambda name: tensor(name).float()))
-    head = tensor("lm_head.weight").float() if "lm_head.weight" in names else None
-    embedding, norm = tensor("model.embed_tokens.weight").float(), tensor("model.norm.weight").float()
-    return CausalModel(spec, embedding, blocks, norm, head).requires_grad_(False).eval()
-
-
-def _layer(
-    spec: LayerSpec, index: int, names: set[str], tensor: Callable[[str], Tensor], window: int | None
-) -> tuple[dict[str, Any], LayerSpec]:
-    """(`per_layer_config` entry, spec with the layer's biases) of the shape that its tensors have."""
-
-    def has(kind: Kind, name: str) -> bool:
-        return hf_name(index, kind, name) in names
-
-    entry: dict[str, Any] = {"sliding_window": window, "linear": [], "skip": []}
-    for kind in KINDS:
-        matrix, size = SIZES[kind]
-        if has(kind, "linear.weight"):
-            entry["linear"].append(OWNERS[kind])
-        elif has(kind, matrix):
-            rows = tensor(hf_name(index, kind, matrix)).shape[0]
-            entry[size] = rows // spec.head_dim if kind == "attention" else rows
-        else:
-            entry["skip"].append(OWNERS[kind])
-    biased = replace(
-        spec,
-        qkv_bias=has("attention", "q_proj.bias"),
-        o_bias=has("attention", "o_proj.bias"),
-        mlp_bias=has("ffn", "up_proj.bias"),
+    layers, blocks = [], []
+    for index in range(sizes.num_layers):
+        layer: dict[str, SubBlock] = {
+            "attention": _attention(sizes, index, names, tensor, (windows or {}).get(index)),
+            "ffn": _ffn(sizes, index, names, tensor),
+        }
+        layers.append(layer)
+        parts = {}
+        for slot, sub_block in layer.items():
+            weights = {n: tensor(hf_name(index, slot, sub_block, n)).float() for n in sub_block.tensors()}
+            parts[slot] = loaded(sub_block, weights)
+        blocks.append(Block(parts))
+    head = tensor(HEAD).float() if HEAD in names else None
+    embedding, norm = tensor(EMBEDDING).float(), tensor(FINAL_NORM).float()
+    structure = Structure(
+        hidden_size=sizes.hidden_size,
+        vocab_size=len(embedding),
+        max_length=sizes.max_length,
+        tied=head is None,
+        norm_eps=sizes.norm_eps,
+        ropes={"default": sizes.rope},
+        layers=tuple(layers),
     )
-    return entry, biased
+    return CausalModel(structure, embedding, blocks, norm, head).requires_grad_(False).eval()
+
+
+def _name(index: int, slot: str, name: str) -> str:
+    """The Hugging Face name of a tensor of a sub-block with a norm before it, whatever its kind."""
+    return hf_name(index, slot, NO_OP, name)
+
+
+def _attention(
+    sizes: Sizes, index: int, names: set[str], tensor: Callable[[str], Tensor], window: int | None
+) -> SubBlock:
+    """What the layer's tensors say."""
+    if _name(index, "attention", "linear.weight") in names:
+        return Linear(hidden_size=sizes.hidden_size, norm_eps=sizes.norm_eps)
+    if (keys := _name(index, "attention", "k_proj.weight")) not in names:
+        return NO_OP
+    return Gqa(
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=tensor(keys).shape[0] // sizes.head_dim,
+        head_dim=sizes.head_dim,
+        window=window,
+        qkv_bias=_name(index, "attention", "q_proj.bias") in names,
+        o_bias=_name(index, "attention", "o_proj.bias") in names,
+        norm_eps=sizes.norm_eps,
+    )
+
+
+def _ffn(sizes: Sizes, index: int, names: set[str], tensor: Callable[[str], Tensor]) -> SubBlock:
+    if _name(index, "ffn", "linear.weight") in names:
+        return Linear(hidden_size=sizes.hidden_size, norm_eps=sizes.norm_eps)
+    if (up := _name(index, "ffn", "up_proj.weight")) not in names:
+        return NO_OP
+    return SwiGLU(
+        hidden_size=sizes.hidden_size,
+        intermediate_size=tensor(up).shape[0],
+        bias=_name(index, "ffn", "up_proj.bias") in names,
+        norm_eps=sizes.norm_eps,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredRope(Rope):
+    """As a file has it: default frequencies, divided by stored factors [R/2], and a factor on cos and sin."""
+
+    factors: list[float] | None
+    scaling: float
+
+    def frequencies(self, length: int = 1) -> tuple[Tensor, float]:
+        inv_freq, _ = Rope.frequencies(self, length)
+        return inv_freq if self.factors is None else inv_freq / torch.tensor(self.factors), self.scaling
 
 
 def tokenize(export: Export, text: str) -> list[int]:

@@ -1,0 +1,17 @@
+"""One matrix after the norm, on our kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from puzzle.blocklib.fast.batch import Batch, Fast, Product
+from puzzle.blocklib.plain.linear import LinearMap
+
+
+class FastLinear(Fast):
+    def __init__(self, part: LinearMap, batch: Batch):
+        super().__init__(part, batch)
+        self.product = Product(part.linear.weight.data, None, batch.fp8)
+
+    def inner(self, entered: Tensor) -> Tensor:
+        return self.product(entered)

@@ -1,0 +1,18 @@
+"""Nothing, as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from puzzle.blocklib.plain.part import Part, Ropes
+
+
+class Nothing(Part):
+    """Contributes zeros; `add` gives the stream back as it is."""
+
+    def forward(self, x: Tensor, ropes: Ropes) -> Tensor:
+        return torch.zeros_like(x)
+
+    def add(self, x: Tensor, ropes: Ropes) -> Tensor:
+        return x

@@ -1,0 +1,349 @@
+"""A sub-block as a value: its sizes, and all that can be said of it (its faces). Needs no torch.
+
+    gqa h4096 q32 kv8 d128 window1024         softmax attention: hidden size, query heads, KV heads, head_dim, window
+    swiglu h4096 f14336                       gated FFN of 14336 channels
+    linear h4096                              one matrix
+    none                                      nothing, not even a norm
+
+A line like these is a sub-block's key, the one text form: cost tables, library.json, architecture.json. Each kind is a
+file of its own in this folder, or a module under the entry-point group `puzzle.blocks`; its module in plain PyTorch has the
+same name in `plain/`, the one on our kernels in `fast/`. A face that a kind lacks raises `MissingFace`; nothing guesses.
+
+Letters: H hidden_size, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+from puzzle.base.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OURS = ("gqa", "swiglu", "linear", "none")  # in the order in which they offer replacements
+DEFAULT_EPS = 1e-6
+
+
+class MissingFace(UserError):
+    """A kind of sub-block was asked for something that it cannot do."""
+
+    def __init__(self, kind: str, face: str):
+        super().__init__(f"sub-blocks of kind '{kind}' have no {face}: use another kind, or add it in blocklib/")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """What one sequence keeps between tokens, in elements: some per token, of the last `reach` tokens (None: of all), and some
+    whatever its length."""
+
+    per_token: int = 0
+    reach: int | None = None
+    per_sequence: int = 0
+
+    def elements(self, num_tokens: int) -> int:
+        """Of one sequence of `num_tokens`."""
+        return self.per_token * self.kept(num_tokens) + self.per_sequence
+
+    def kept(self, num_tokens: int) -> int:
+        """Tokens of `num_tokens` that are kept."""
+        return num_tokens if self.reach is None else min(num_tokens, self.reach)
+
+    def __bool__(self) -> bool:
+        return self.per_token > 0 or self.per_sequence > 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Statistics:
+    """Of a parent's FFN over calibration tokens, summed in float64.
+
+    channel_sum [F]: Σ|x_i| of the intermediate activation; gram [H, H]: Σ n nᵀ of what enters its matrices (normed, where
+    there is a norm before); cross [H, H]: Σ y nᵀ with y what its last matrix gives.
+    """
+
+    num_tokens: int
+    channel_sum: Tensor
+    gram: Tensor
+    cross: Tensor
+
+
+@dataclass(kw_only=True, slots=True)
+class ParentBlock:
+    """One sub-block of a parent: weights by their name inside it ("norm.weight", "q_proj.weight", ...)."""
+
+    sub_block: SubBlock
+    weights: dict[str, Tensor]
+    statistics: Statistics | None = None
+
+    def calibrated(self, what: str) -> Statistics:
+        """The statistics, which `what` needs."""
+        if self.statistics is None:
+            raise ValueError(f"{what} needs calibration statistics")
+        return self.statistics
+
+
+Initialise = Callable[[ParentBlock], "dict[str, Tensor]"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """What may stand in for a parent's sub-block: its short name ("kv2", "0.5"), what it is, and how it starts.
+
+    initialise: from the parent's block to the tensors that `sub_block.tensors()` lists, in float32.
+    """
+
+    name: str
+    sub_block: SubBlock
+    initialise: Initialise
+
+
+def size(key: str, *, config: str | None = None, default: Any = MISSING) -> Any:
+    """A field of a sub-block. key: its name in the text form; config: its name in `per_layer_config`, if layers of one model may
+    differ in it."""
+    metadata = {"key": key, "config": config}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubBlock:
+    """The base of all kinds. kind: the first word of its key. plain, on_kernels: "module:class" of its module in plain PyTorch (a
+    `plain.part.Part`) and on our kernels (a `fast.batch.Fast`), imported when they are wanted; None: it has none."""
+
+    kind: ClassVar[str]
+    plain: ClassVar[str | None] = None
+    on_kernels: ClassVar[str | None] = None
+
+    # -- faces that every kind has ---------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor, in the order in which its module holds them."""
+        raise MissingFace(self.kind, "tensors")
+
+    def state(self) -> State:
+        """What a sequence keeps between tokens. A kind that keeps nothing says so."""
+        raise MissingFace(self.kind, "state")
+
+    def symbol(self, parent: SubBlock) -> str:
+        """One character that shows this sub-block in place of `parent`."""
+        raise MissingFace(self.kind, "symbol")
+
+    def words(self, parent: SubBlock) -> str:
+        """What people read of it where `parent` stood."""
+        return self.key()
+
+    def module(self) -> Any:
+        """In plain PyTorch, on the device where modules are made now, with weights yet to be loaded (`plain.part.Part`)."""
+        return _imported(self.plain, self.kind, "plain module")(self)
+
+    def fast(self, part: Any, batch: Any) -> Any:
+        """The plain module `part` on our kernels, in this batch (`fast.batch.Fast`), its state made; None: nothing to run."""
+        return _imported(self.on_kernels, self.kind, "path on our kernels")(part, batch)
+
+    @classmethod
+    def stand_ins(cls, parent: SubBlock) -> list[str]:
+        """Names of what this kind offers by default in place of `parent`; [] where it has nothing to offer."""
+        return []
+
+    @classmethod
+    def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
+        """The variant that `name` means in place of `parent`; None when the name is another kind's.
+
+        Raises UserError when the name is ours but its value is impossible.
+        """
+        return None
+
+    def linear_map(self, block: ParentBlock) -> Tensor:
+        """The H × H matrix that a linear sub-block starts from in place of this one. float32"""
+        raise MissingFace(self.kind, "linear map to start from")
+
+    def mixing_flops(self, context: float) -> float:
+        """Beside its matrix products: FLOPs per token over `context` tokens of state."""
+        return 0.0
+
+    # -- what follows from them ------------------------------------------------------------------------------
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors, norms included."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
+    @property
+    def num_matrix_parameters(self) -> int:
+        """Elements of its matrices: what a token is multiplied by."""
+        return sum(math.prod(shape) for shape in self.tensors().values() if len(shape) > 1)
+
+    def active_parameters(self) -> int:
+        """Parameters that one token uses."""
+        return self.num_parameters
+
+    def flops(self, rows: int, context: float) -> float:
+        """Of a forward pass of `rows` tokens over `context` tokens of state each."""
+        return rows * (2 * self.num_matrix_parameters + self.mixing_flops(context))
+
+    @property
+    def by_rows(self) -> bool:
+        """True where the time depends on the number of tokens alone, however they are spread over sequences."""
+        return not self.state()
+
+    def timed(self) -> Self:
+        """The sub-block as a clock sees it: what changes no time has its default value."""
+        return self
+
+    def replacements(self) -> list[Variant]:
+        """What may stand in for it by default."""
+        names = [(kind, name) for kind in kinds().values() for name in kind.stand_ins(self)]
+        return [variant for kind, name in names if (variant := kind.stand_in(self, name)) is not None]
+
+    # -- the text form ---------------------------------------------------------------------------------------
+
+    def key(self) -> str:
+        """The text that `parse_key` reads back as an equal sub-block."""
+        norms = {f.name for f in fields(Normed)}
+        found = sorted(
+            fields(self), key=lambda f: (f.default is not MISSING, f.default is not MISSING and f.name in norms)
+        )
+        told = [(f, getattr(self, f.name)) for f in found]
+        words = [_word(f.metadata["key"], v) for f, v in told if f.default is MISSING or v != f.default]
+        return " ".join([self.kind, *words])
+
+    # -- one entry of a child's `per_layer_config` -----------------------------------------------------------
+
+    def to_config(self, base: SubBlock) -> dict[str, Any]:
+        """What config.json says of this sub-block beside `base`, the one that the config's global values describe.
+
+        Raises MissingFace for a difference that `per_layer_config` has no word for.
+        """
+        if type(base) is not type(self):
+            raise MissingFace(self.kind, f"entry in per_layer_config where other layers have '{base.kind}'")
+        entry = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != getattr(base, f.name):
+                if f.metadata["config"] is None:
+                    raise MissingFace(self.kind, f"{f.name} of its own in per_layer_config")
+                entry[f.metadata["config"]] = value
+        return entry
+
+    @classmethod
+    def config_words(cls) -> dict[str, str]:
+        """{word in `per_layer_config`: field} of this kind."""
+        return {f.metadata["config"]: f.name for f in fields(cls) if f.metadata["config"] is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normed(SubBlock):
+    """A sub-block with RMS norms, which it owns: x + residual_scale · post_norm(inner(norm(x))).
+
+    norm: "before" (`norm.weight`, as Llama), "after" (`post_norm.weight`, as OLMo-2) or "both" (Gemma-3).
+    norm_offset: the scale of a norm is 1 + its weight (Gemma).
+    """
+
+    hidden_size: int = size("h")
+    norm: str = size("norm", default="before")
+    norm_eps: float = size("eps", default=DEFAULT_EPS)
+    norm_offset: bool = size("norm_offset", default=False)
+    residual_scale: float = size("residual", default=1.0)
+
+    @property
+    def norm_before(self) -> bool:
+        return self.norm in ("before", "both")
+
+    @property
+    def norm_after(self) -> bool:
+        return self.norm in ("after", "both")
+
+    def inner_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Those between the norms."""
+        raise MissingFace(self.kind, "tensors")
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        before = {"norm.weight": (self.hidden_size,)} if self.norm_before else {}
+        after = {"post_norm.weight": (self.hidden_size,)} if self.norm_after else {}
+        return before | self.inner_tensors() | after
+
+    def timed(self) -> Self:
+        return replace(self, norm_eps=DEFAULT_EPS, norm_offset=False)
+
+    def norm_fields(self) -> dict[str, Any]:
+        """The fields of this class, for another sub-block that takes this one's place."""
+        return {f.name: getattr(self, f.name) for f in fields(Normed)}
+
+
+def _imported(path: str | None, kind: str, face: str) -> Any:
+    if path is None:
+        raise MissingFace(kind, face)
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# -- registry ------------------------------------------------------------------------------------------------
+
+Kind = TypeVar("Kind", bound=type[SubBlock])
+_KINDS: dict[str, type[SubBlock]] = {}
+
+
+def register(cls: Kind) -> Kind:
+    """Class decorator: a kind of sub-block."""
+    known = _KINDS.setdefault(cls.kind, cls)
+    if known.__qualname__ != cls.__qualname__ or known.__module__ != cls.__module__:
+        raise ValueError(f"two kinds of sub-block are called '{cls.kind}': {known} and {cls}")
+    return cls
+
+
+@cache
+def kinds() -> dict[str, type[SubBlock]]:
+    """All kinds by name: ours first, then those of installed entry points `puzzle.blocks`."""
+    from importlib.metadata import entry_points  # takes 15 ms, which --help should not
+
+    for name in OURS:
+        importlib.import_module(f"puzzle.blocklib.{name}")
+    for entry in entry_points(group="puzzle.blocks"):
+        entry.load()
+    return _KINDS
+
+
+def parse_key(text: str) -> SubBlock:
+    """The sub-block that `key` wrote. Raises UserError for an unknown kind, or a word that the kind does not know."""
+    kind, *words = text.split() or [""]
+    if kind not in kinds():
+        raise UserError(f"sub-block '{text}': kind '{kind}' is unknown ({nearest(kind, list(kinds()))})")
+    cls = kinds()[kind]
+    known: dict[str, Field] = {f.metadata["key"]: f for f in fields(cls)}
+    values: dict[str, Any] = {}
+    for word in words:
+        name, value = _read_word(word)
+        if name not in known:
+            raise UserError(f"sub-block '{text}': '{word}' is no word of kind '{kind}' ({nearest(name, list(known))})")
+        values[known[name].name] = value
+    if missing := [k for k, f in known.items() if f.default is MISSING and f.name not in values]:
+        raise UserError(f"sub-block '{text}' lacks {', '.join(missing)}: '{kind}' is not whole without")
+    return cls(**values)
+
+
+def _word(name: str, value: Any) -> str:
+    """kv8, qkv_bias, rope=local, eps=1e-05, window=none"""
+    if value is True:
+        return name
+    if value is None or value is False:
+        return f"{name}={'none' if value is None else 'no'}"
+    return f"{name}{value}" if isinstance(value, int) else f"{name}={value}"
+
+
+def _read_word(word: str) -> tuple[str, Any]:
+    if found := re.fullmatch(r"([a-z_]+)=(.+)", word):
+        text = found[2]
+        if text in ("none", "no"):
+            return found[1], None if text == "none" else False
+        try:
+            return found[1], float(text)
+        except ValueError:
+            return found[1], text
+    if found := re.fullmatch(r"([a-z_]+?)(\d+)", word):
+        return found[1], int(found[2])
+    return word, True

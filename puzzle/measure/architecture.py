@@ -1,0 +1,213 @@
+"""architecture.json: the choice per layer and slot, and what was promised for it. Needs no torch.
+
+{"schema": 2, "layers": [{"attention": {"variant": "kv2", "sub_block": "gqa h4096 …", "precision": "bf16"}, "ffn": {…}}, …],
+ "parent": the parent's structure, "predicted": {…}, "parent_predicted": {…}, "speedup": 2.01, …}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from puzzle.base.errors import UserError
+from puzzle.base.files import read_any, read_json, write_json
+from puzzle.base.workload import Workload
+from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.sub_block import SubBlock, parse_key
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.blocklib.variant import PARENT
+from puzzle.parents.structure import Layer, Structure
+
+MADE_BY = "puzzle solve"
+SCHEMA = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What stands in one layer and slot: its name in the library, what it is, and the precision of its weights."""
+
+    variant: str
+    sub_block: SubBlock
+    precision: str
+
+    def to_json(self) -> dict[str, str]:
+        return {"variant": self.variant, "sub_block": self.sub_block.key(), "precision": self.precision}
+
+
+Chosen = Mapping[str, Choice]  # one layer: its choices by slot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What the cost model says of one architecture at one batch size. memory: weights, KV cache at full context, and workspace,
+    what the largest sub-block of the library works with. latency: prompt to last token; ttft: to the first; tpot: per later one.
+    """
+
+    batch: int
+    tokens_per_second: float
+    latency_seconds: float
+    ttft_seconds: float
+    tpot_seconds: float
+    memory_bytes: int
+    workspace_bytes: int
+    kv_bytes_per_token: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Also:
+    """What was promised for a further workload."""
+
+    workload: Workload
+    goal: Mapping[str, Any]
+    predicted: Prediction
+    parent_predicted: Prediction
+    speedup: float
+    extrapolated: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """goal: limits as they were asked for, by the names of `puzzle.choose.goal.LIMITS`. costs: {"device", "precision", "sha256"} of
+    the prices. status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
+    speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
+    that were priced as one, and fusion how; None without --fusion. fused: runs that `puzzle fuse` has made one since. objective_per_batch: {batch: sum of scores}. prices: what looser
+    limits would buy, where it was asked for."""
+
+    parent_fingerprint: str
+    parent: Structure
+    layers: tuple[Chosen, ...]
+    goal: Mapping[str, Any]
+    workload: Workload
+    costs: Mapping[str, str]
+    status: str
+    objective: float
+    bound: float
+    gap: float
+    slack: Mapping[str, float]
+    seconds: float
+    solver: str
+    predicted: Prediction
+    parent_predicted: Prediction
+    speedup: float
+    speedup_at_same_batch: float
+    extrapolated: tuple[str, ...] = ()
+    also: tuple[Also, ...] = ()
+    fuse: tuple[tuple[int, int], ...] | None = None
+    fused: tuple[tuple[int, int], ...] = ()
+    fusion: Mapping[str, Any] | None = None
+    objective_per_batch: Mapping[str, float] | None = None
+    prices: tuple[Mapping[str, Any], ...] | None = None
+    synthetic_scores: bool = False
+    puzzle: str = ""
+
+    @property
+    def sub_blocks(self) -> list[Layer]:
+        """Of every layer, unfused."""
+        return [{slot: choice.sub_block for slot, choice in layer.items()} for layer in self.layers]
+
+    @property
+    def variants(self) -> list[dict[str, str]]:
+        """The names of all choices, per layer and slot."""
+        return [{slot: choice.variant for slot, choice in layer.items()} for layer in self.layers]
+
+    def structure(self) -> Structure:
+        """Of the child as it was priced: a run of layers that is to be fused is one layer with the channels of all."""
+        layers, begin, found = self.sub_blocks, 0, []
+        for first, last in self.fused or self.fuse or ():
+            widths = []
+            for layer in layers[first : last + 1]:
+                ffn = layer["ffn"]
+                assert isinstance(ffn, SwiGLU), "runs that are fused have gated FFNs alone"
+                widths.append(ffn.intermediate_size)
+            fields_of = {f.name: getattr(ffn, f.name) for f in fields(ffn)}
+            wide = SwiGLU(**fields_of | {"intermediate_size": sum(widths)})
+            found += [*layers[begin:first], {"attention": NO_OP, "ffn": wide}]
+            begin = last + 1
+        return self.parent.with_layers([*found, *layers[begin:]])
+
+    def to_json(self) -> dict[str, Any]:
+        """What `read_architecture` reads back as an equal architecture."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return (
+            {"schema": SCHEMA}
+            | plain
+            | {
+                "parent": self.parent.to_json(),
+                "layers": [{slot: choice.to_json() for slot, choice in layer.items()} for layer in self.layers],
+                "workload": asdict(self.workload),
+                "predicted": asdict(self.predicted),
+                "parent_predicted": asdict(self.parent_predicted),
+                "extrapolated": list(self.extrapolated),
+                "also": [asdict(one) | {"extrapolated": list(one.extrapolated)} for one in self.also],
+                "fuse": None if self.fuse is None else [list(run) for run in self.fuse],
+                "fused": [list(run) for run in self.fused],
+                "prices": None if self.prices is None else list(self.prices),
+            }
+        )
+
+
+def architecture_path(path: Path) -> Path:
+    """`path` may be the file or the directory it is in."""
+    return path / "architecture.json" if path.is_dir() else path
+
+
+def write_architecture(path: Path, architecture: Architecture) -> None:
+    write_json(path, architecture.to_json(), SCHEMA)
+
+
+def read_architecture(path: Path) -> Architecture:
+    """architecture.json, or the one in a directory. Raises UserError when it is missing, broken or not understood."""
+    path = architecture_path(path)
+    value = read_json(path, MADE_BY, SCHEMA)
+    value.pop("schema")
+    try:
+        return Architecture(**value | _typed(value))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is no architecture ({error}): solve again") from error
+
+
+def architecture_beside(directory: Path) -> Architecture | None:
+    """What the checkpoint in `directory` was solved for; None without it, or where an earlier version wrote it in its own words."""
+    path = directory / "architecture.json"
+    if not path.is_file() or read_any(path, MADE_BY).get("schema") != SCHEMA:
+        return None
+    return read_architecture(path)
+
+
+def _typed(value: Mapping[str, Any]) -> dict[str, Any]:
+    def choice(raw: Mapping[str, str]) -> Choice:
+        return Choice(variant=raw["variant"], sub_block=parse_key(raw["sub_block"]), precision=raw["precision"])
+
+    def also(raw: Mapping[str, Any]) -> Also:
+        return Also(
+            workload=Workload(**raw["workload"]),
+            goal=raw["goal"],
+            predicted=Prediction(**raw["predicted"]),
+            parent_predicted=Prediction(**raw["parent_predicted"]),
+            speedup=raw["speedup"],
+            extrapolated=tuple(raw["extrapolated"]),
+        )
+
+    return {
+        "parent": Structure.from_json(value["parent"]),
+        "layers": tuple({slot: choice(raw) for slot, raw in layer.items()} for layer in value["layers"]),
+        "workload": Workload(**value["workload"]),
+        "predicted": Prediction(**value["predicted"]),
+        "parent_predicted": Prediction(**value["parent_predicted"]),
+        "extrapolated": tuple(value["extrapolated"]),
+        "also": tuple(also(one) for one in value["also"]),
+        "fuse": None if value["fuse"] is None else tuple((first, last) for first, last in value["fuse"]),
+        "fused": tuple((first, last) for first, last in value["fused"]),
+        "prices": None if value["prices"] is None else tuple(value["prices"]),
+    }
+
+
+def whole_parent(structure: Structure, precision: str) -> list[dict[str, Choice]]:
+    """The architecture that changes nothing."""
+    return [
+        {slot: Choice(variant=PARENT, sub_block=b, precision=precision) for slot, b in layer.items()}
+        for layer in structure.layers
+    ]

@@ -1,0 +1,158 @@
+"""Our own children (model_type "puzzle"): config.json to structure and back.
+
+    {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": null, …,
+     "per_layer_config": {"3": {"num_key_value_heads": 2}, "4": {"skip": ["attention"]}, "6": {"linear": ["attention", "mlp"]}}}
+
+The global values describe what most layers have (`usual`), `per_layer_config` what single layers change. A word that is not
+understood is refused: it would mean a layer that this version cannot know. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from puzzle.base.errors import UserError, nearest
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP, NoOp
+from puzzle.blocklib.sub_block import Normed, SubBlock
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.parents.family import ACTIVATIONS, Config, attention, decoder, family, ffn
+from puzzle.parents.structure import Layer, Structure
+
+OWNERS = {"attention": "attention", "ffn": "mlp"}  # slot: its name in the lists of `per_layer_config`
+LISTS = {"skip": NoOp, "linear": Linear}  # lists of `per_layer_config`, and the kind of what they name
+PLACEMENTS = ("before", "after", "both")
+
+
+def usual(c: Config) -> dict[str, SubBlock]:
+    """What a layer without an entry has."""
+    placement = c.get("norm_placement", "before")
+    if placement not in PLACEMENTS:
+        raise UserError(f"norm_placement '{placement}' in config.json: {nearest(str(placement), list(PLACEMENTS))}")
+    shared = {
+        "norm": placement,
+        "norm_offset": bool(c.get("norm_offset", False)),
+        "residual_scale": float(c.get("residual_multiplier", 1.0)),
+    }
+    norms = {True: "head", "head": "head", "all": "all", False: None, None: None}
+    if c.get("qk_norm") not in norms:
+        raise UserError(f'qk_norm {c["qk_norm"]!r} in config.json is not understood: true, "all" and false are')
+    scale = c.get("attention_multiplier")
+    attends = attention(
+        c,
+        window=c.get("sliding_window"),
+        qkv_bias=bool(c.get("attention_bias") or c.get("qkv_bias")),
+        qk_norm=norms[c.get("qk_norm")],
+        scale=None if scale is None else float(scale),
+        rope=c.get("rope", "default"),
+        **shared,
+    )
+    return {"attention": attends, "ffn": ffn(c, **shared)}
+
+
+@family("puzzle", base=usual)
+def child(c: Config) -> Structure:
+    """Raises UserError for a word in `per_layer_config` that is not understood."""
+    base = usual(c)
+    entries = {int(index): entry for index, entry in (c.get("per_layer_config") or {}).items()}
+    if unknown := sorted(set(entries) - set(range(c["num_hidden_layers"]))):
+        raise UserError(f"per_layer_config has an entry for layer {unknown[0]} of {c['num_hidden_layers']} layers")
+    layers = [layer_of(entries.get(index, {}), base, index) for index in range(c["num_hidden_layers"])]
+    return decoder(
+        c,
+        layers,
+        norm_offset=bool(c.get("norm_offset", False)),
+        embedding_scale=float(c.get("embedding_multiplier", 1.0)),
+        logits_divisor=float(c.get("logits_scaling", 1.0)),
+    )
+
+
+def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, SubBlock]:
+    """One entry of `per_layer_config`. Raises UserError for a word or a value that is not understood."""
+    named = {kind: list(entry.get(kind) or []) for kind in LISTS}
+    owners = [owner for names in named.values() for owner in names]
+    if unknown := sorted({*owners} - {*OWNERS.values()}):
+        raise UserError(
+            f"per_layer_config[{index}] names '{unknown[0]}', which is none of {', '.join(OWNERS.values())}"
+        )
+    if len(owners) != len(set(owners)):
+        raise UserError(f"per_layer_config[{index}] skips and makes linear the same sub-block: {named}")
+    known = {word for sub_block in base.values() for word in sub_block.config_words()} | set(LISTS)
+    if unknown := sorted(set(entry) - known):
+        raise UserError(
+            f"per_layer_config[{index}] has '{unknown[0]}', which is not understood ({nearest(unknown[0], sorted(known))})"
+        )
+    found: dict[str, SubBlock] = {}
+    for slot, sub_block in base.items():
+        words = sub_block.config_words()
+        changed = replace(sub_block, **{words[word]: value for word, value in entry.items() if word in words})
+        if OWNERS[slot] in named["skip"]:
+            changed = NO_OP
+        elif OWNERS[slot] in named["linear"]:
+            assert isinstance(sub_block, Normed)
+            changed = Linear(**sub_block.norm_fields())
+        found[slot] = changed
+    return found
+
+
+def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
+    """The entry of `per_layer_config` that `layer_of` reads back; {} for a layer like `base`.
+
+    Raises UserError for a kind or a difference that the config has no words for.
+    """
+    entry: dict[str, Any] = {}
+    for slot, sub_block in layer.items():
+        lists = [word for word, kind in LISTS.items() if isinstance(sub_block, kind)]
+        if lists:
+            entry[lists[0]] = [*entry.get(lists[0], []), OWNERS[slot]]
+        else:
+            entry |= sub_block.to_config(base[slot])
+    return entry
+
+
+def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
+    """All fields of config.json that `child` reads. base: what its global values describe, usually `structure.usual` of the parent.
+
+    Values that every earlier version had are always there, later ones only where they say something.
+    """
+    attends, gated = base["attention"], base["ffn"]
+    if not isinstance(attends, Gqa) or not isinstance(gated, SwiGLU):
+        raise UserError(
+            f"config.json of a child has words for gqa and swiglu alone, not {attends.kind} and {gated.kind}"
+        )
+    entries = {str(index): entry for index, layer in enumerate(structure.layers) if (entry := entry_of(layer, base))}
+    plain = structure.ropes.get("default")
+    names = {None: False, "head": True}
+    config: dict[str, Any] = {
+        "num_hidden_layers": structure.num_layers,
+        "num_attention_heads": attends.num_attention_heads,
+        "num_key_value_heads": attends.num_key_value_heads,
+        "head_dim": attends.head_dim,
+        "rope_parameters": {n: dict(r.parameters) for n, r in structure.ropes.items()}
+        if plain is None
+        else dict(plain.parameters),
+        "attention_bias": attends.o_bias,
+        "qkv_bias": attends.qkv_bias and not attends.o_bias,
+        "mlp_bias": gated.bias,
+        "qk_norm": names.get(attends.qk_norm, attends.qk_norm),
+        "sliding_window": attends.window,
+    }
+    told = {
+        "norm_placement": (attends.norm, "before"),
+        "norm_offset": (attends.norm_offset, False),
+        "residual_multiplier": (attends.residual_scale, 1.0),
+        "attention_multiplier": (attends.scale, None),
+        "embedding_multiplier": (structure.embedding_scale, 1.0),
+        "logits_scaling": (structure.logits_divisor, 1.0),
+        "rope": (attends.rope, "default"),
+    }
+    config |= {name: value for name, (value, default) in told.items() if value != default}
+    return config | {"per_layer_config": entries}
+
+
+def hidden_act(gated: SwiGLU) -> str:
+    """transformers' name of its activation."""
+    return next(name for name, ours in ACTIVATIONS.items() if ours == gated.activation)

@@ -1,0 +1,47 @@
+"""What checkpoints call a sub-block's tensors. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puzzle.base.errors import UserError
+from puzzle.blocklib.sub_block import Normed, SubBlock
+
+MODULES = {"attention": "self_attn", "ffn": "mlp"}  # of a slot
+MATRICES = {"attention": "linear_attn", "ffn": "linear_mlp"}  # of a linear sub-block in it
+NORMS = {  # (placement of the sub-block's norms, slot): names of the norm before and of the one after
+    ("before", "attention"): ("input_layernorm", ""),
+    ("before", "ffn"): ("post_attention_layernorm", ""),
+    ("after", "attention"): ("", "post_attention_layernorm"),
+    ("after", "ffn"): ("", "post_feedforward_layernorm"),
+    ("both", "attention"): ("input_layernorm", "post_attention_layernorm"),
+    ("both", "ffn"): ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A tensor in a checkpoint: the stored one of that name, or some of its rows."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+
+def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:
+    """As in Llama, OLMo-2 and Gemma-3: (3, "ffn", SwiGLU(...), "norm.weight") -> "model.layers.3.post_attention_layernorm.weight".
+
+    Raises UserError for a slot that these families do not have.
+    """
+    if slot not in MODULES:
+        raise UserError(f"layer {layer} {slot}: checkpoints of this family have attention and ffn alone")
+    owner, _, rest = name.partition(".")
+    placement = sub_block.norm if isinstance(sub_block, Normed) else "before"
+    before, after = NORMS[placement, slot]
+    path = {"norm": before, "post_norm": after, "linear": f"{MODULES[slot]}.{MATRICES[slot]}"}.get(owner)
+    return f"model.layers.{layer}.{MODULES[slot]}.{name}" if path is None else f"model.layers.{layer}.{path}.{rest}"
+
+
+def plain(layer: int, slot: str, sub_block: SubBlock, name: str) -> Where:
+    """Every tensor stored on its own, under `hf_name`."""
+    return Where(hf_name(layer, slot, sub_block, name))

@@ -1,0 +1,161 @@
+"""A checkpoint opened for reading: a parent of any family, or a child that `puzzle export` wrote."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from puzzle.base.errors import UserError, nearest
+from puzzle.blocklib.sub_block import ParentBlock, SubBlock
+from puzzle.parents.checkpoint import Checkpoint
+from puzzle.parents.family import FAMILIES, NEEDED, Family
+from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD
+from puzzle.parents.structure import Layer, Structure
+
+MODULES = ("llama", "qwen", "phi3", "gemma3", "olmo2", "granite", "smollm3", "child", "nemotron_nas")
+OWN_CONFIGS = ("puzzle", "nemotron-nas")  # whose config classes come with the checkpoint, which stays unread
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfModel:
+    """source: the directory or hub id as the user gave it. config: config.json as it stands."""
+
+    source: str
+    checkpoint: Checkpoint
+    family: Family
+    structure: Structure
+    base: Layer  # what a layer has where nothing is said of it
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.checkpoint.config
+
+    def block(self, layer: int, slot: str) -> ParentBlock:
+        """One sub-block with its weights, in the checkpoint's dtype, on the CPU."""
+        sub_block = self.structure.layers[layer][slot]
+        return ParentBlock(sub_block=sub_block, weights=self.weights(layer, slot))
+
+    def weights(self, layer: int, slot: str) -> dict[str, Tensor]:
+        """{name inside the sub-block: tensor} of one sub-block."""
+        sub_block = self.structure.layers[layer][slot]
+        return {name: self._tensor(layer, slot, sub_block, name) for name in sub_block.tensors()}
+
+    def _tensor(self, layer: int, slot: str, sub_block: SubBlock, name: str) -> Tensor:
+        where = self.family.where(layer, slot, sub_block, name)
+        return self.checkpoint.tensor(where.name, where.rows)
+
+    def embedding(self) -> Tensor:
+        """[vocab_size, H]"""
+        return self.checkpoint.tensor(EMBEDDING)
+
+    def final_norm(self) -> Tensor:
+        """[H]"""
+        return self.checkpoint.tensor(FINAL_NORM)
+
+    def lm_head(self) -> Tensor:
+        """[vocab_size, H]; the embedding when tied"""
+        return self.checkpoint.tensor(EMBEDDING if self.structure.tied else HEAD)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the structure asks for, as the checkpoint holds them."""
+        vocab, hidden = self.structure.vocab_size, self.structure.hidden_size
+        wanted: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, hidden), FINAL_NORM: (hidden,)}
+        if not self.structure.tied:
+            wanted[HEAD] = (vocab, hidden)
+        for layer, slot, sub_block in self.structure:
+            for name, shape in sub_block.tensors().items():
+                where = self.family.where(layer, slot, sub_block, name)
+                rows = shape[0] if where.rows is None else max(where.rows[1], wanted.get(where.name, (0,))[0])
+                wanted[where.name] = (rows, *shape[1:])
+        return wanted
+
+    def check(self) -> None:
+        """Raise UserError when a weight is missing, of the wrong shape, NaN or infinite. Reads every weight once."""
+        found, wanted = self.checkpoint.shapes(), self.shapes()
+        for name, shape in wanted.items():
+            if name not in found:
+                raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
+            if found[name] != shape:
+                raise UserError(
+                    f"weight {name} in {self.directory} has shape {list(found[name])}, config.json asks for "
+                    f"{list(shape)}: the config does not belong to these weights"
+                )
+        for name in wanted:
+            self.checkpoint.tensor(name)
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All families by model_type."""
+    for name in MODULES:
+        importlib.import_module(f"puzzle.parents.{name}")
+    return FAMILIES
+
+
+def open_model(source: str | Path) -> HfModel:
+    """Open a local Hugging Face directory or, when there is none of that name, a hub id ("org/name").
+
+    Raises UserError for a missing directory or config, an unsupported architecture, or config values that are missing or not
+    understood.
+    """
+    directory = Path(source)
+    if not directory.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
+        directory = _download(str(source))
+    checkpoint = Checkpoint(directory)
+    model_type = str(checkpoint.config.get("model_type"))
+    if model_type not in families():
+        hint = nearest(model_type, sorted(families()))
+        raise UserError(
+            f"{directory} is a '{model_type}' model, which is not supported; {hint} (supported: {', '.join(families())})"
+        )
+    known = families()[model_type]
+    config = _with_defaults(checkpoint, model_type)
+    try:
+        structure = known.structure(config)
+        base = structure.usual if known.base is None else known.base(config)
+    except KeyError as error:
+        raise UserError(f"{directory}/config.json lacks {error}: download the checkpoint again") from error
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+    return HfModel(source=str(source), checkpoint=checkpoint, family=known, structure=structure, base=base)
+
+
+def _with_defaults(checkpoint: Checkpoint, model_type: str) -> dict[str, Any]:
+    """config.json with what transformers' own class for it adds and rewrites: defaults, today's names for yesterday's fields."""
+    raw = checkpoint.config
+    if missing := [name for name in NEEDED if name not in raw]:
+        raise UserError(f"{checkpoint.directory}/config.json lacks '{missing[0]}': download the checkpoint again")
+    if model_type in OWN_CONFIGS:
+        return raw
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(dict(raw))
+    except Exception as error:  # its checks raise many kinds; all mean that transformers cannot open it either
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"transformers cannot read {checkpoint.directory}/config.json ({reason}): mend it") from error
+    return config.to_dict()
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        )
+    except Exception as error:  # the hub client raises many kinds; all mean that there is no such model to read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"'{hub_id}' is neither a local directory nor a model that the hub gives ({reason}): "
+            "check the spelling, or download it and pass the directory"
+        ) from error

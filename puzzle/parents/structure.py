@@ -1,0 +1,91 @@
+"""What a model is made of, as a value: the sub-blocks of every layer and slot, and what stands around them. Needs no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from puzzle.blocklib.sub_block import SubBlock, parse_key
+from puzzle.parents.rope import Rope
+
+Layer = Mapping[str, SubBlock]  # by slot, in the order of the residual stream: {"attention": Gqa, "ffn": SwiGLU}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """A whole model. Layers need not be alike. ropes: by the name that sub-blocks have for them. norm_eps, norm_offset: of the
+    final norm. embedding_scale multiplies what the embedding gives, logits_divisor divides the logits."""
+
+    hidden_size: int
+    vocab_size: int
+    max_length: int
+    tied: bool
+    layers: tuple[Layer, ...]
+    ropes: Mapping[str, Rope]
+    norm_eps: float
+    norm_offset: bool = False
+    embedding_scale: float = 1.0
+    logits_divisor: float = 1.0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of all slots, in the order of their first layer."""
+        return tuple(dict.fromkeys(slot for layer in self.layers for slot in layer))
+
+    @property
+    def num_fixed_parameters(self) -> int:
+        """Of what no choice changes: embedding, head, final norm. Tied ones count once."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2) + self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_fixed_parameters + sum(sub_block.num_parameters for _, _, sub_block in self)
+
+    @property
+    def usual(self) -> dict[str, SubBlock]:
+        """In every slot, what most layers have there."""
+        return {
+            slot: Counter(layer[slot] for layer in self.layers if slot in layer).most_common(1)[0][0]
+            for slot in self.slots
+        }
+
+    def __iter__(self) -> Iterator[tuple[int, str, SubBlock]]:
+        """(layer, slot, sub-block), from the embedding to the head."""
+        for index, layer in enumerate(self.layers):
+            for slot, sub_block in layer.items():
+                yield index, slot, sub_block
+
+    def with_layers(self, layers: Sequence[Layer]) -> Structure:
+        return replace(self, layers=tuple(layers))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "max_length": self.max_length,
+            "tied": self.tied,
+            "norm_eps": self.norm_eps,
+            "norm_offset": self.norm_offset,
+            "embedding_scale": self.embedding_scale,
+            "logits_divisor": self.logits_divisor,
+            "ropes": {name: rope.to_json() for name, rope in self.ropes.items()},
+            "layers": [{slot: sub_block.key() for slot, sub_block in layer.items()} for layer in self.layers],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Structure:
+        """Raises UserError for a sub-block that is not understood."""
+        known: dict[str, SubBlock] = {}
+
+        def read(key: str) -> SubBlock:
+            return known.setdefault(key, parse_key(key)) if key not in known else known[key]
+
+        plain = {name: item for name, item in value.items() if name not in ("layers", "ropes")}
+        layers = tuple({slot: read(key) for slot, key in layer.items()} for layer in value["layers"])
+        return cls(**plain, ropes={name: Rope(**rope) for name, rope in value["ropes"].items()}, layers=layers)

@@ -1,0 +1,55 @@
+"""What has a price: a sub-block, or what stands around the layers. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, TypeAlias
+
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.parents.structure import Structure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ends:
+    """The embedding or the LM head of a model; `key` is its text form in a cost table."""
+
+    name: ClassVar[str]
+    hidden_size: int
+    vocab_size: int
+
+    def key(self) -> str:
+        return f"{self.name} h{self.hidden_size} v{self.vocab_size}"
+
+
+class Embedding(Ends):
+    name: ClassVar[str] = "embedding"
+
+
+class Head(Ends):
+    """Final norm, head and argmax of one position."""
+
+    name: ClassVar[str] = "head"
+
+
+class Whole:
+    """The whole parent, which the sum of its parts is held against on a CPU."""
+
+    def key(self) -> str:
+        return "model parent"
+
+
+WHOLE = Whole()
+Part: TypeAlias = SubBlock | Ends | Whole
+
+
+def ends_of(structure: Structure) -> list[Part]:
+    """Embedding and head."""
+    size = {"hidden_size": structure.hidden_size, "vocab_size": structure.vocab_size}
+    return [Embedding(**size), Head(**size)]
+
+
+@cache
+def priced_as(part: Part) -> str:
+    """The key under which a cost table has it."""
+    return part.timed().key() if isinstance(part, SubBlock) else part.key()
