@@ -20,11 +20,11 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 test-serving: $(VENV)/installed
-	$(BIN)/python benchmarks/serving_environments.py
-	$(BIN)/python benchmarks/serving_matrix.py
+	$(BIN)/python benchmarks/lib/serving_environments.py
+	$(BIN)/python benchmarks/serving/serving_matrix.py
 
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest -q tests/kernels tests/heal tests/test_fast_model.py
+	$(BIN)/python -m pytest -q tests/kernels tests/heal tests/runtime/test_fast.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -4,7 +4,7 @@
 the writers (`hf`, `nemotron_nas`, `gguf`) put it on disk. Nothing is read before a `read_…` callable is called, so that
 a child larger than the memory streams through, one sub-block at a time.
 
-Twelve tiny children with every kind of layer, for tests and for the matrix of engines: `benchmarks/tiny_children.py`.
+Twelve tiny children with every kind of layer, for tests and for the matrix of engines: `benchmarks/lib/tiny_children.py`.
 Letters: E hidden_size, H num_attention_heads, K num_key_value_heads, D head_dim, F width, V vocab_size.
 """
 
