@@ -43,7 +43,7 @@ def ffn_as_linear(calibration: Calibration) -> Tensor:
     """The H × H matrix with the least squared error against the FFN on the calibration tokens.
 
     Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64. The product down · up, the other choice, drops the gate: it assumes
-    silu(gate) = 1 for every channel and token, while the gate is mostly near 0 (docs/log.md has both errors).
+    silu(gate) = 1 for every channel and token, while the gate is mostly near 0 (docs/results.md has both errors).
     """
     gram = calibration.gram.double()
     size = gram.shape[0]

@@ -4,6 +4,13 @@ Scores follow what libraries of real parents look like: convex in FFN width, att
 and last layers dear; noise of 20 %, seeded. library.json says "synthetic_scores": true and every answer repeats it.
 
     python benchmarks/lib/synthetic_library.py llama-3.1-8b lib
+
+What `puzzle bench` measured of two architectures that were solved so on a CPU (2026-11-26):
+
+    puzzle solve lib --throughput 5x --gpu h100 --input-len 512 --output-len 256 && \\
+        puzzle bench lib/solution --gpu h100 --shapes llama-3.1-8b --with-parent --json > benchmarks/results/bench_throughput_5x.json
+    puzzle solve lib --throughput 1.5x --latency 3s --gpu h100 --input-len 512 --output-len 256 && \\
+        puzzle bench lib/solution --gpu h100 --shapes llama-3.1-8b --json > benchmarks/results/bench_latency.json
 """
 
 from __future__ import annotations

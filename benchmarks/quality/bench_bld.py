@@ -5,7 +5,10 @@ Protocol: the default search space of every layer of --parent is initialised (a 
 normalised MSE of the sub-block's output on held-out text, and KL(parent‖child) when it alone replaces its parent
 block. The trained library stays in --library.
 
-    python benchmarks/quality/bench_bld.py --data /usr/lib/python3/dist-packages --library runs/bld --out benchmarks/results/bld.csv
+    python benchmarks/quality/bench_bld.py --data /usr/lib/python3/dist-packages --library runs/bld --tokens 24e6 --lr 2e-3 \\
+        --out benchmarks/results/bld.csv
+    python benchmarks/quality/bench_bld.py --data /usr/lib/python3/dist-packages --library runs/bld-ffn --ffn 0.25,0.1 \\
+        --attention parent --tokens 60e6 --out benchmarks/results/bld_ffn.csv
 """
 
 from __future__ import annotations

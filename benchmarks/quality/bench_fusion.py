@@ -14,7 +14,8 @@ dependency: the largest dependency of one FFN of a run on an earlier one, over a
 --child …` heals them.
 
     puzzle run examples/quickstart.yaml --data /usr/lib/python3.11 --out runs/quickstart
-    python benchmarks/quality/bench_fusion.py --library runs/quickstart/library --data /usr/lib/python3.11 --out runs/fusion
+    python benchmarks/quality/bench_fusion.py --library runs/quickstart/library --data /usr/lib/python3.11 --out runs/fusion \\
+        --csv benchmarks/results/fusion.csv
     python benchmarks/quality/bench_fusion.py --library LIBRARY --gpu h100 --data corpus.jsonl --out fusion     # priced for an H100
 """
 

@@ -16,9 +16,9 @@ over predicted and measured over measured. Rows are written goal by goal; typed 
 are there (--force begins anew).
 
     puzzle fuse examples/parent --data TEXT --dependency-only --out dependency.json
-    python benchmarks/quality/bench_fusion_aware.py --library runs/quickstart/library --dependency dependency.json --data TEXT \
-        --gpu h100 --engine vllm --goals 1.1x,1.2x,1.3x
-    python benchmarks/quality/bench_fusion_aware.py --library LIBRARY --dependency dependency.json --data TEXT --gpu h100 --measure \
+    python benchmarks/quality/bench_fusion_aware.py --library runs/quickstart/library --dependency dependency.json --data TEXT \\
+        --gpu h100 --engine vllm --goals 1.05x,1.1x,1.15x,1.2x,1.3x --csv benchmarks/results/fusion_aware.csv
+    python benchmarks/quality/bench_fusion_aware.py --library LIBRARY --dependency dependency.json --data TEXT --gpu h100 --measure \\
         --batches 16,512 --goals 1.5x,2x,3x --csv benchmarks/results/fusion_aware_measured.csv
 """
 

@@ -4,7 +4,8 @@ Protocol: in the intact parent, FFN i + 1 is given the input that it would have 
 everything else stays. KL(parent‖that) is measured on held-out sequences, and held against the charge: the relative error of
 FFN i + 1 without FFN i (same sequences) times the score of leaving FFN i + 1 out, from the library.
 
-    python benchmarks/quality/bench_fusion_charge.py --library runs/quickstart/library --data /usr/lib/python3.11
+    python benchmarks/quality/bench_fusion_charge.py --library runs/quickstart/library --data /usr/lib/python3.11 \\
+        --csv benchmarks/results/fusion_charge.csv
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ between the continued run and the nearer of both: on a CPU both are 0, to the la
 their own, and `resumed` should be no more than noise is. `differs_from_step` says where the curves leave each other first.
 
     python benchmarks/quality/bench_heal_resume.py --child CHILD --data corpus.jsonl --tokens 3M --work /tmp/resume
-    python benchmarks/quality/bench_heal_resume.py --child CHILD --data corpus.jsonl --tokens 12k --seq-len 128 --batch-size 8 \
+    python benchmarks/quality/bench_heal_resume.py --child CHILD --data corpus.jsonl --tokens 12k --seq-len 128 --batch-size 8 \\
         --save-every 4 --device cpu --work /tmp/resume --out /tmp/heal_resume.csv         # rehearsal on a CPU
 """
 

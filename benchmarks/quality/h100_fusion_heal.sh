@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fusion and healing on one GPU, from an empty directory: the CSVs and pictures of both chapters of docs/log.md.
+# Fusion and healing on one GPU, from an empty directory: the CSVs and pictures of both in docs/results.md.
 #
 #   benchmarks/quality/h100_fusion_heal.sh WORK STAGE...      stages, each needing those before it:
 #     library   text, tokens, a block library of the reference parent, its scores
@@ -16,6 +16,15 @@
 #
 #   LIBRARY_ARGS="--attention kv2,kv1,linear,none" ...      # the shipped costs hold these: leave `profile` out
 #   GPU=cpu DEVICE=cpu MAX_FILES=300 ... benchmarks/quality/h100_fusion_heal.sh /tmp/work library profile
+#
+# The committed figures, stage by stage:
+#
+#   benchmarks/quality/h100_fusion_heal.sh WORK library fuse             # benchmarks/results/fusion_h100.csv
+#   benchmarks/quality/h100_fusion_heal.sh WORK rate                     # benchmarks/results/heal_lr.csv
+#   benchmarks/quality/h100_fusion_heal.sh WORK ablation                 # benchmarks/results/heal.csv
+#   HEAL_TOKENS=15e6 benchmarks/quality/h100_fusion_heal.sh WORK heal    # benchmarks/results/fusion_heal.csv
+#   benchmarks/quality/h100_fusion_heal.sh WORK aware                    # benchmarks/results/fusion_aware_measured.csv
+#   benchmarks/quality/h100_fusion_heal.sh WORK resume                   # benchmarks/results/heal_resume.csv
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,6 +1,6 @@
 """Peak memory of exporting a child of Llama-3.1-8B's shapes, and what a kill in the middle leaves.
 
-    python benchmarks/serving/bench_export.py [--layers 32] [--directory DIR] [--out FILE.csv]
+    python benchmarks/serving/bench_export.py [--layers 32] [--directory DIR] --out benchmarks/results/export.csv
 
 Protocol: a random-weight child on disk as `--format hf` writes it, bfloat16: hidden 4096, 32 layers, vocabulary 128256, every
 kind of layer in it (kv1-kv8, FFNs of 14336, 8192, 3584 and 2000 channels, linear and no attention, linear and no FFN).

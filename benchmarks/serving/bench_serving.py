@@ -2,6 +2,8 @@
 
     python benchmarks/serving/bench_serving.py LIBRARY SOLUTION [--parent DIR] [--engines puzzle vllm llama.cpp llama.cpp-batch]
         [--requests 64] [--rounds 5] [--threads 1] [--fit DIRECTORY] [--out FILE.csv]
+    python benchmarks/serving/bench_serving.py library solution --parent examples/parent --rounds 3 --fit fit \\
+        --out benchmarks/results/serving.csv
 
 Protocol: both are exported for the engine in float32. `requests` prompts of 128 tokens of Python, 128 greedy tokens each.
 vllm: `vllm serve` of each model, both up at the same time on ports of their own, asked over HTTP (OpenAI completions,

@@ -1,6 +1,6 @@
 """Twelve tiny heterogeneous children in four real engines: the same logits and the same greedy text, or refused.
 
-    python benchmarks/serving/serving_matrix.py [--engines hf vllm llama.cpp mlx] [--children NAME ...] [--out FILE.csv]
+    python benchmarks/serving/serving_matrix.py [--engines hf vllm llama.cpp mlx] [--children NAME ...] --out benchmarks/results/serving_matrix.csv
 
 Protocol: each child of benchmarks/lib/tiny_children.py is lowered for the engine, exported in the engine's format in
 float32 and loaded by the engine in its own environment (benchmarks/lib/serving_environments.py), in a process of its own.

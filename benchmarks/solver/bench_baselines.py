@@ -6,7 +6,8 @@ feasible children use the MIP's. Every child is assembled and its KL(parent‖ch
 sequences. Reported beside it: the sum of replace-one-block scores, which is what all of them minimise or ignore.
 
     puzzle profile runs/bld --gpu cpu --batches 1,16,64
-    python benchmarks/solver/bench_baselines.py --library runs/bld --data /usr/lib/python3.11 --out benchmarks/results/baselines.csv
+    python benchmarks/solver/bench_baselines.py --library runs/bld --data /usr/lib/python3.11 --sequences 32 \\
+        --out benchmarks/results/baselines.csv
 """
 
 from __future__ import annotations

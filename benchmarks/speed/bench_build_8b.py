@@ -5,7 +5,8 @@ vocabulary 128256) and --num-layers layers is written; the default search space 
 tokens of text under --memory-limit. Speed is that of the training steps, first ones and graph capture included.
 MFU counts the FLOPs of `puzzle.library.plan.training_flops` against --peak-flops (dense bf16 by the datasheet).
 
-    python benchmarks/speed/bench_build_8b.py --data /usr/lib/python3.12 --tokenizer examples/parent --out build_8b.csv
+    python benchmarks/speed/bench_build_8b.py --data /usr/lib/python3.12 --tokenizer examples/parent --num-layers 6 \\
+        --layers 0-5 --tokens 2.5e5 --memory-limit 40GB --out benchmarks/results/build_8b.csv
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ divided by N, the 405B shares stay shares of eight, whose sums then go over N GP
 writes the slowest rank's percentiles, row by row, so that a run cut off leaves what it had. `--append` adds to the CSV; rows of
 the same point measured before are replaced.
 
-    PYTHONPATH=. python benchmarks/speed/bench_fusion_latency.py
-    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/speed/bench_fusion_latency.py --tp 2 --append
+    PYTHONPATH=. python benchmarks/speed/bench_fusion_latency.py --csv benchmarks/results/fusion_latency.csv
+    NCCL_NVLS_ENABLE=0 PYTHONPATH=. torchrun --nproc-per-node N benchmarks/speed/bench_fusion_latency.py --tp N \\
+        --fractions 1 --append --csv benchmarks/results/fusion_latency.csv                        # N = 2, 4
     PYTHONPATH=. python benchmarks/speed/bench_fusion_latency.py --device cpu --shapes reference --batches 1 --steps 5 --csv /tmp/x.csv
-    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/speed/bench_fusion_latency.py --tp 2 --device cpu --shapes reference \
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/speed/bench_fusion_latency.py --tp 2 --device cpu --shapes reference \\
         --batches 1,4 --steps 5 --csv /tmp/x.csv                                          # two processes of a CPU, gloo
 """
 

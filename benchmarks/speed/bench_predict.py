@@ -8,6 +8,8 @@ of sub-blocks and KV cache in fp8, against the table of the same name. --measure
 needs no GPU.
 
     python benchmarks/speed/bench_predict.py --gpu h100 --shapes llama-3.1-8b --out benchmarks/results/predict.csv
+    python benchmarks/speed/bench_predict.py --gpu h100 --shapes llama-3.1-8b --fp8 --count 8 \\
+        --out benchmarks/results/predict_fp8.csv
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def bind(
     """One prefill of `context` tokens, or one decode step after `context` cached tokens, on data of its own.
 
     capacity: tokens that the cache is made for, above context; reading part of a large cache is slower than reading a
-    small one whole (docs/log.md). like: a tensor of the dtype and device to run in.
+    small one whole (docs/lessons.md). like: a tensor of the dtype and device to run in.
     """
     cos, sin = rope_tables(spec, context + 1, like.device)
     cache = new_cache(module, batch, capacity, like)
