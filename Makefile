@@ -1,11 +1,12 @@
 # `make quickstart` runs the main job; `make test` the whole suite; `make check` format, lint and types;
-# `make test-serving` installs vLLM, llama.cpp and mlx-lm into .engines/ (half an hour) and runs twelve tiny children in each.
+# `make test-serving` installs vLLM, llama.cpp and mlx-lm into .engines/ (half an hour) and runs twelve tiny children in each;
+# `make results` writes docs/results.md from benchmarks/results/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
 
-.PHONY: quickstart test test-gpu test-serving check format clean
+.PHONY: quickstart test test-gpu test-serving results check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puzzle needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
@@ -20,11 +21,14 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 test-serving: $(VENV)/installed
-	$(BIN)/python benchmarks/serving_environments.py
-	$(BIN)/python benchmarks/serving_matrix.py
+	$(BIN)/python benchmarks/lib/serving_environments.py
+	$(BIN)/python benchmarks/serving/serving_matrix.py
 
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest -q tests/kernels tests/heal tests/test_fast_model.py
+	$(BIN)/python -m pytest -q tests/kernels tests/heal tests/runtime/test_fast.py
+
+results: $(VENV)/installed
+	$(BIN)/python benchmarks/lib/results_page.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -42,7 +42,7 @@ def ffn_as_linear(statistics: Statistics) -> Tensor:
     """The H × H matrix with the least squared error against the FFN on the calibration tokens.
 
     Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64. The product down · up, the other choice, drops the gate: it assumes
-    silu(gate) = 1 for every channel and token, while the gate is mostly near 0 (docs/log.md has both errors).
+    silu(gate) = 1 for every channel and token, while the gate is mostly near 0 (docs/results.md has both errors).
     """
     gram = statistics.gram.double()
     size = gram.shape[0]

@@ -2,7 +2,7 @@
 
 Few rows (decode): two products that stream their weights once, the activation in the first one's epilogue. Many rows
 (prefill): cuBLAS multiplies and one pass applies the activation. Which way wins is a table, measured by
-benchmarks/bench_skinny.py and bench_swiglu.py. fp8 weights carry a scale per row; with many rows x becomes fp8 too, by row.
+benchmarks/kernels/bench_skinny.py and bench_swiglu.py. fp8 weights carry a scale per row; with many rows x becomes fp8 too, by row.
 Letters: M rows, H hidden_size, F intermediate_size.
 """
 
@@ -170,7 +170,7 @@ def silu_mul_to_fp8(gate_up: Tensor, config: dict[str, int] = SILU_TO_FP8) -> tu
 def choose_linear(rows: int, num: int, columns: int, dtype: torch.dtype) -> Config | None:
     """A good tile of `skinny_linear` for w [num, columns]; None for more rows than it takes, where cuBLAS wins.
 
-    What won in `benchmarks/bench_skinny.py --sweep` on an H100 SXM, torch 2.11, triton 3.6, 2026-11-24: bf16 weights of
+    What won in `benchmarks/kernels/bench_skinny.py --sweep` on an H100 SXM, torch 2.11, triton 3.6, 2026-11-24: bf16 weights of
     235/134/59/34/17/8 MB at 16 rows take 81/46/22/13/7.9/5.5 us, cuBLAS with a separate activation 89/51/25/18/12/9.8.
     """
     if rows > MAX_ROWS:

@@ -1,10 +1,56 @@
 """Find every choice whose bound is below a threshold: partial choices grow layer by layer, hopeless ones are dropped.
 
-A label is a partial choice with its score, its use of every limit, and the cell it ends in. It is dropped when, at any of
-several price vectors, its cost so far and the least cost to go reach the threshold, or when some limit cannot be met any
-more. With the bounds of `relax` few labels survive: tens where there are 54 to the power of 126 choices.
-A label is also dropped when another one that ends in the same cell scores no more and uses no more of any limit
-(label setting as for shortest paths with resource limits: Irnich and Desaulniers 2005).
+    labels = {the empty choice}                                 # score 0, rows 0
+    for layer i in order:
+        for every label and every cell v of layer i:
+            grow: score += score[i, v], rows += rows[:, i, v], and what the neighbours' arc and pairs that end here add
+            drop it unless  score + λ·rows + to_go[i, v] - λ·b < threshold      for every vector λ of prices
+            drop it unless  rows[k] + rest[i, k] <= b[k]                        for every row k
+        thin: drop a label if another one with the same future has a score and rows[k], every k, that are no larger
+        more than `keep` are left: give up, or with `beam` go on with those of the least bound
+    return the labels by rising score, each traced back to its cells
+
+Bound. For prices λ >= 0 a choice x within the limits scores s(x) >= s(x) + λ·(C x - b), the cost that `relax` makes a
+path of: score + λ·rows is what the label's own part of the path costs, to_go the least that the later layers can (a
+pair of layers apart is held open as in `relax`, min(0, w) / 2 at either end, until its second end says whether w
+counts). Lagrangian costs to go in label setting: Dumitrescu and Boland 2003. rest[i, k] is the least that the layers
+after i add to row k.
+
+Dominance (label setting as for shortest paths with resource limits: Irnich and Desaulniers 2005). Labels have the same
+future when they end in the same cell, or anywhere in the same layer where no arcs join neighbours: whatever completes
+the one completes the other, at the same addition to score and rows. Every limit is a row `rows <= b`, a least amount
+with its sign turned, so the dominating label's completion holds where the other's does, and scores no more. With pairs
+of layers apart futures differ, and nothing is thinned. Compared are labels up to WINDOW places apart, sorted by end and
+first row: what this misses costs time alone.
+
+Exact. Let x meet every row and score below the threshold. Both tests bound from below what any completion of a prefix
+comes to, and x completes its own prefixes, so none of them is dropped but for a dominating one, whose completion is no
+worse: without `thin` every such x is found, with it one that scores no more than any of them. `complete` says that
+`keep` cut nothing off. Sums here are floating point, and the row test and `solve`'s threshold have slack, so that too
+much is kept: `solve` verifies in exact arithmetic, and searches again without `thin` where the best found breaks a
+limit by rounding, or one that is no row (stages).
+
+Cost. A layer with N labels, V cells, K rows and M price vectors takes O(N V K M) time and O(N V (K + M)) memory,
+thinning n survivors O(n (log n + WINDOW K)) a pass. N is at most `keep`, and the number of choices below the threshold
+in the worst case; with the bounds of `relax` tens are left where there are 54 to the power of 126 choices.
+
+Two layers of 2 seconds within 3, either of which may be halved, for a score of 1 or of 2:
+
+    >>> from puzzle.solver import Constraint, Layer, Problem, Variant
+    >>> from puzzle.solver.arrays import compile_problem
+    >>> from puzzle.solver.relax import best_prices, bound_at
+    >>> full = Variant(name="full", score=0.0, resources={"seconds": 2.0})
+    >>> layers = tuple(
+    ...     Layer(name=name, variants=(full, Variant(name="half", score=score, resources={"seconds": 1.0})))
+    ...     for name, score in (("L0", 1.0), ("L1", 2.0))
+    ... )
+    >>> arrays = compile_problem(Problem(layers=layers, constraints=(Constraint(resource="seconds", max=3.0),)))
+    >>> bounds = [bound_at(arrays, prices)[0] for prices in best_prices(arrays)]
+    >>> found = search(arrays, bounds, 2.5 * arrays.factor, arrays.allowed)       # all that score less than 2.5
+    >>> [arrays.true_score(score) for score in found.score.tolist()]
+    [1.0, 2.0]
+    >>> [arrays.choice(picked) for picked in found.picked]
+    [{'L0': 'half', 'L1': 'full'}, {'L0': 'full', 'L1': 'half'}]
 """
 
 from __future__ import annotations
@@ -55,7 +101,7 @@ def search(
     constant = np.array([b.constant for b in bounds])[:, None]
     to_go = _to_go(arrays, bounds, cells, order)  # [M, L, V], by layer
     rest = _least_rows(arrays, cells, order)  # [L, K], by position: the least that later layers use
-    far, closing = _Far(arrays, bounds, order), np.array(arrays.b)[:, None] + FEASIBLE * (1 + np.abs(arrays.b)[:, None])
+    far, room = _Far(arrays, bounds, order), arrays.b + FEASIBLE * (1 + np.abs(arrays.b))
 
     score, rows, node = np.zeros(1), np.zeros((num_rows, 1)), np.zeros(1, dtype=int)
     trail: list[tuple[np.ndarray, np.ndarray]] = []
@@ -73,8 +119,8 @@ def search(
         cost = grown[None] + np.tensordot(prices, used, 1) + (to_go[:, i, options] + constant)[:, None, :] + far.opened
         worst = cost.max(axis=0)
         fits = worst < threshold
-        for use, room in zip(used, closing[:, 0] - rest[position], strict=True):
-            fits &= use <= room
+        for use, most in zip(used, room - rest[position], strict=True):
+            fits &= use <= most
         parent, picked = np.nonzero(fits)
         if thin and len(parent) > CROWD:
             ends = picked if arrays.arc_score is not None else np.zeros_like(picked)

@@ -1,12 +1,59 @@
 """The selection problem: one variant per layer, least total score, everything within limits. The data, and exact sums.
 
-Data: layers i with variants j, score s_ij and resources r_ijk; pairs p = ((i, j), (i', j')) whose score and resources are
-added when both ends are chosen; fixed amounts f_k of what no choice changes. Variables: the choice x(i).
-Limits: lo_k <= f_k + Σ_i r_{i,x(i),k} + Σ_{active p} r_pk <= hi_k; counts of layers that take one of some variants; pins;
-groups of layers that choose alike; contiguous pipeline stages of balanced load. Objective: the summed score, minimised.
+Data: the fields of `Problem`, whose names stand below. A cell is a (layer, variant). score[cell] and resources[cell][r]
+are those of the layer's variant; pair.score and pair.resources[r] are added when both of its cells are chosen, fixed[r]
+always.
+
+Variables
+    x[cell] in {0, 1}       the layer takes the variant; `choice` {layer: variant} names the cells where x is 1
+    y[pair] in {0, 1}       both pair.a and pair.b are chosen
+    end[0..stages.count]    whole numbers: stage n holds the layers from end[n - 1] up to, without, end[n]
+
+Formulation
+    min   Σ_cell score[cell] x[cell] + Σ_pair pair.score y[pair]
+    s.t.  Σ_variant x[layer, variant] = 1                                  every layer
+          y[pair] = x[pair.a] x[pair.b]                                    every pair of `pairs`
+          c.min <= total[c.resource] <= c.max                              every c of `constraints`, where
+              total[r] = fixed[r] + Σ_cell resources[cell][r] x[cell] + Σ_pair pair.resources[r] y[pair]
+          count.min <= Σ_{cell in count.cells} x[cell] <= count.max        every count of `counts`
+          x[layer, variant] = 0                                            layers of `pins`, variants not in pins[layer]
+          x[layer, variant] = x[other, variant]                            layers of one group of `equal`, every variant
+          0 = end[0] < end[1] < ... < end[stages.count] = number of layers
+          (1 - stages.tolerance) mean <= load[n] <= (1 + stages.tolerance) mean   every stage n, where
+              load[n] = Σ_{cells of stage n} resources[cell][stages.resource] x[cell], mean = Σ_n load[n] / stages.count
+What names `end` and `load` holds where `stages` is given. A side of a limit that is None is left out; a resource that a
+pair or `fixed` does not name is 0 there. `solver/linear.py` writes products and stages as linear rows; `Problem.totals`
+and `Problem.violated` are the formulation, executed.
 
 Numbers are read as written: 0.1 is one tenth, not the binary fraction nearest to it. Sums are exact, so ten times 0.1
 meets a limit of 1.
+
+Four layers and a head of 1 second that take 17 seconds, to be brought to 13: dropping L1 costs least, unless the pair, the
+count, the pin, the group or the stages have a say.
+
+    >>> from puzzle.solver import Constraint, Count, Layer, Pair, Problem, Stages, Variant, solve
+    >>> def layer(name, half, none):
+    ...     scored = (("full", 0.0, 4), ("half", half, 2), ("none", none, 0))
+    ...     return Layer(
+    ...         name=name, variants=tuple(Variant(name=n, score=s, resources={"seconds": r}) for n, s, r in scored)
+    ...     )
+    >>> layers = layer("L0", 5.0, 9.0), layer("L1", 2.0, 3.0), layer("L2", 2.0, 3.5), layer("L3", 4.0, 8.0)
+    >>> def least(**more):
+    ...     limit = Constraint(resource="seconds", max=13)
+    ...     found = solve(Problem(layers=layers, constraints=(limit,), fixed={"seconds": 1}, **more))
+    ...     return found.objective, " ".join(found.choice.values())
+    >>> least()
+    (3.0, 'full none full full')
+    >>> least(pairs=(Pair(a=("L1", "half"), b=("L2", "half"), score=-2.0),))
+    (2.0, 'full half half full')
+    >>> least(counts=(Count(name="halves", cells=frozenset((la.name, "half") for la in layers), min=1),))
+    (4.0, 'full half half full')
+    >>> least(pins={"L1": ("full", "half")})
+    (3.5, 'full full none full')
+    >>> least(equal=(("L1", "L2"),))
+    (4.0, 'full half half full')
+    >>> least(stages=Stages(resource="seconds", count=2, tolerance=0.0))
+    (4.0, 'full half half full')
 """
 
 from __future__ import annotations

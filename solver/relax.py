@@ -1,11 +1,34 @@
 """The Lagrangian bound: limits become prices, and the cheapest path through the layers at given prices is a bound.
 
-    L(λ) = min_x [ s(x) + λ·(C x - b) ],  λ >= 0,    s(x*) >= max_λ L(λ)
+    L(λ) = min_x [ s(x) + λ·(C x - b) ],  λ >= 0,    s(x*) >= max_λ L(λ)           (Geoffrion 1974)
 
-For fixed prices the minimum is a shortest path through the layers (only neighbours add anything), and the cheapest path
-through each single cell is a bound for every choice that uses it. Pairs of layers apart add min(0, w) / 2 at either end,
-which is never more than what they add when both ends are chosen (w) or one (0). The best prices come from Kelley's
-cutting planes (Kelley 1960), whose small linear program GLOP solves. All values are in the scaled units of `Arrays`.
+x runs over all choices, `C x <= b` are the rows of `Arrays`, x* is the optimum. For fixed prices the minimum is a
+shortest path through the layers (only neighbours add anything), and the cheapest path through each single cell is a
+bound for every choice that uses it: a cell whose bound reaches the score of a known choice is in no better one. Pairs
+of layers apart add min(0, w) / 2 at either end, which is never more than what they add when both ends are chosen (w) or
+one (0).
+
+The best prices come from Kelley's cutting planes (Kelley 1960), whose small linear program GLOP solves:
+
+    max θ   s.t.   θ <= L(λ_t) + (λ - λ_t)·(C x_t - b)   for every λ_t tried,   0 <= λ <= limit
+
+where x_t is the cheapest path at λ_t, which makes C x_t - b a supergradient of the concave L there (pairs of layers
+apart: of the bound with their halves). The next λ_t is its solution; the end is where θ is no more than the best
+L(λ_t). All values are in the scaled units of `Arrays`.
+
+Two layers of 2 seconds within 2.5, either of which may be halved, for a score of 1 or of 2. Both must be, which scores
+3; the bound is that of the linear program, which halves the second by half:
+
+    >>> from puzzle.solver import Constraint, Layer, Problem, Variant
+    >>> from puzzle.solver.arrays import compile_problem
+    >>> full = Variant(name="full", score=0.0, resources={"seconds": 2.0})
+    >>> layers = tuple(
+    ...     Layer(name=name, variants=(full, Variant(name="half", score=score, resources={"seconds": 1.0})))
+    ...     for name, score in (("L0", 1.0), ("L1", 2.0))
+    ... )
+    >>> arrays = compile_problem(Problem(layers=layers, constraints=(Constraint(resource="seconds", max=2.5),)))
+    >>> round(arrays.true_score(bound_at(arrays, best_prices(arrays)[0])[0].value), 6)
+    2.0
 """
 
 from __future__ import annotations

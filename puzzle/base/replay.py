@@ -1,6 +1,6 @@
 """Replay one training step as a CUDA graph: thousands of small launches become one.
 
-Measured on an H200 for the reference parent (16 layers, 144 variants in training, 16,384 tokens a step): docs/log.md.
+Measured on an H200 for the reference parent (16 layers, 144 variants in training, 16,384 tokens a step): docs/lessons.md.
 """
 
 from __future__ import annotations

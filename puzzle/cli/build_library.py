@@ -22,7 +22,7 @@ from puzzle.cli import options
 @click.option("--seq-len", type=int, default=1024, show_default=True)
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences a step.")
 @click.option(
-    "--lr", type=float, default=3e-3, show_default=True, help="Peak learning rate (docs/log.md has the sweep)."
+    "--lr", type=float, default=3e-3, show_default=True, help="Peak learning rate (docs/lessons.md has the sweep)."
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Orders the data; blocks' seeds depend on them alone."

@@ -4,7 +4,7 @@
 for an engine, and the writers (`hf`, `nemotron_nas`, `gguf`) put it on disk. Nothing is read before a read is called, so that
 a child larger than the memory streams through, one sub-block at a time. Needs no torch: `solve` prices with the same rewrites.
 
-Twelve tiny children with every kind of layer, for tests and for the matrix of engines: `benchmarks/tiny_children.py`.
+Twelve tiny children with every kind of layer, for tests and for the matrix of engines: `benchmarks/lib/tiny_children.py`.
 Letters: H hidden_size, V vocab_size.
 """
 

@@ -92,7 +92,7 @@ class CostTable:
                 if reader.fieldnames is not None and "shape" in reader.fieldnames:
                     raise UserError(
                         f"cost table {path} is of an earlier version: profile again, or convert it with "
-                        "`python benchmarks/convert_costs.py`"
+                        "`python benchmarks/lib/convert_costs.py`"
                     )
                 for number, row in enumerate(reader, 2):
                     self._add(row, number)

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,28 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TINY = Path(__file__).parents[2] / "benchmarks" / "tiny_children.py"
-
-
-def load_tiny():
-    """benchmarks/tiny_children.py as a module: the twelve children that the matrix of engines uses too."""
-    if "tiny_children" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("tiny_children", TINY)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["tiny_children"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["tiny_children"]
+import tiny_children
 
 
 def pytest_generate_tests(metafunc):
     """A test that asks for `name` runs once for each of the twelve."""
     if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", list(load_tiny().CHILDREN))
+        metafunc.parametrize("name", list(tiny_children.CHILDREN))
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    return load_tiny()
+    """benchmarks/lib/tiny_children.py: the twelve children that the matrix of engines uses too."""
+    return tiny_children
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The column of the matrix of engines that needs no other environment: the twelve in transformers, in both its formats.
 
-`make test-serving` runs the same children in vLLM, llama.cpp and mlx-lm (benchmarks/serving_matrix.py).
+`make test-serving` runs the same children in vLLM, llama.cpp and mlx-lm (benchmarks/serving/serving_matrix.py).
 """
 
 import pytest

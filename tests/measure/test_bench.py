@@ -17,7 +17,7 @@ from puzzle.profile.cost_table import PACKAGED, CostTable
 from puzzle.profile.gpu import GpuGrid, profile_shapes
 from puzzle.runtime.fast import random_stack
 
-SYNTHETIC = Path(__file__).parents[2] / "benchmarks" / "synthetic_library.py"
+SYNTHETIC = Path(__file__).parents[2] / "benchmarks" / "lib" / "synthetic_library.py"
 GRID = GpuGrid(
     batches=(1, 2), contexts=(16, 64), rows=(32, 64), prompts=((1, 32), (2, 32)), wide=(), attention="kv2,kv1,window-1024,linear",
     seconds=1e-4, min_samples=1,

@@ -1,10 +1,8 @@
 """`puzzle serve-check`: 0 for an equal export, 1 for another one, 2 for an engine that is not there."""
 
-import importlib.util
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +11,13 @@ from safetensors.torch import load_file, save_file
 from puzzle.base.errors import UserError
 from puzzle.serving.check import READS, TEXT, EngineFailed, compare, last_words, serve_check
 from puzzle.serving.reference import find_export, load_reference
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tiny_children import write_tiny_child
 
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
     """The tiny child "linear-ffn" as `--format hf` writes it."""
-    name = "tiny_children_for_serve_check"
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / "tiny_children.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module.write_tiny_child("linear-ffn", tmp_path_factory.mktemp("tiny") / "linear-ffn")
+    return write_tiny_child("linear-ffn", tmp_path_factory.mktemp("tiny") / "linear-ffn")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,381 @@
+"""The rows of each CSV (or the value of each JSON) in benchmarks/results as the table of docs/results.md that shows them.
+
+Every function takes the rows as text, {column: value} each, and gives Markdown. Figures are the file's own, rounded, or what
+is computed from them here: medians, means, extremes, ratios.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from statistics import mean, median
+from typing import Any
+
+Row = dict[str, str]
+NONE = "–"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def groups(rows: list[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
+    """Rows with the same values in `columns`, in order of their first one."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[c] for c in columns), []).append(row)
+    return found
+
+
+def number(value: str | float, digits: int, times: str = "1") -> str:
+    """`times` the value with `digits` decimals, halves away from zero: 2.125 as the file has it is 2.13."""
+    unit = Decimal(1).scaleb(-digits)
+    return f"{(Decimal(str(value)) * Decimal(times)).quantize(unit, ROUND_HALF_UP):,}"
+
+
+def percent(value: str | float, digits: int = 1) -> str:
+    return f"{number(value, digits, '100')} %"
+
+
+def short_time(seconds: str | float) -> str:
+    value = float(seconds)
+    return f"{value * 1e6:.4g} µs" if value < 1e-3 else f"{value * 1e3:.4g} ms"
+
+
+def milliseconds(seconds: str, digits: int) -> str:
+    return number(seconds, digits, "1000")
+
+
+# ---- kernels
+
+
+def ways(*point: str) -> Callable[[list[Row]], str]:
+    """A row per point, a column per way to compute it: time, and the share of the datasheet's ceiling."""
+
+    def build(rows: list[Row]) -> str:
+        names = list(dict.fromkeys(row["way"] for row in rows))
+        lines = []
+        for values, found in groups(rows, *point).items():
+            cells = {r["way"]: f"{short_time(r['seconds'])}, {percent(r['share_of_datasheet'])}" for r in found}
+            lines.append([*(v or NONE for v in values), *(cells.get(name, NONE) for name in names)])
+        head = "Time, and share of the datasheet's bandwidth or FLOP/s.\n\n"
+        return head + table([*(p.replace("_", " ") for p in point), *names], lines)
+
+    return build
+
+
+def skinny(rows: list[Row]) -> str:
+    counts = list(dict.fromkeys(row["rows"] for row in rows))
+    lines = []
+    for (kind, height, width, dtype, size), found in groups(
+        rows, "kind", "weight_rows", "columns", "dtype", "megabytes"
+    ).items():
+        shares = {(r["rows"], r["way"]): percent(r["share_of_datasheet"]) for r in found}
+        cells = [f"{shares[c, 'skinny']} / {shares.get((c, 'cublas'), NONE)}" for c in counts]
+        lines.append([kind, f"{height} × {width}", dtype, size, *cells])
+    head = "Share of the datasheet's bandwidth, ours / cuBLAS.\n\n"
+    return head + table(["product", "weight", "dtype", "MB", *(f"{c} row{'s' * (c != '1')}" for c in counts)], lines)
+
+
+def linear_kl(rows: list[Row]) -> str:
+    return table(
+        ["way", "pass", "time", "extra memory, GB", "share of datasheet"],
+        (
+            [r["way"], r["pass"], short_time(r["seconds"]), r["extra_gigabytes"], percent(r["share_of_datasheet"])]
+            for r in rows
+        ),
+    )
+
+
+# ---- speed
+
+
+def parent_decode(rows: list[Row]) -> str:
+    return table(
+        ["shapes", "dtype", "batch", "context", "a step", "over the limit measured", "over the datasheet's"],
+        (
+            [r["shapes"], r["dtype"], r["batch"], r["context"], short_time(r["seconds"]), r["over_measured_limit"],
+             r["over_datasheet_limit"]]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
+def predict(rows: list[Row]) -> str:
+    def line(name: str, batch: str, context: str, found: list[Row]) -> list[str]:
+        errors = [abs(float(r["error"])) for r in found]
+        return [name, batch, context, str(len(found)), percent(mean(errors), 2), percent(max(errors), 2)]
+
+    lines = [line(phase, "all", "all", found) for (phase,), found in groups(rows, "phase").items()]
+    points = groups(
+        sorted(rows, key=lambda r: (r["phase"], int(r["batch"]), int(r["context"]))), "phase", "batch", "context"
+    )
+    lines += [line(phase, batch, context, found) for (phase, batch, context), found in points.items()]
+    head = f"{len(groups(rows, 'architecture'))} architectures; the error is that of the predicted time.\n\n"
+    return head + table(["phase", "batch", "tokens", "points", "mean error", "largest"], lines)
+
+
+def bench(value: dict[str, Any]) -> str:
+    lines = []
+    for model in ("parent", "child"):
+        if model not in value:
+            continue
+        predicted, measured = value[model]["predicted"], value[model]["measured"]
+        lines.append([
+            model, measured["batch"], number(predicted["tokens_per_second"], 0), number(measured["tokens_per_second"], 0),
+            number(measured["tokens_per_second"] / predicted["tokens_per_second"], 3),
+            *(f"{short_time(p)}, {short_time(m)}" for p, m in (
+                (predicted[key], measured[key]) for key in ("ttft_seconds", "tpot_seconds")
+            )),
+            f"{number(predicted['memory_bytes'], 1, '1e-9')}, {number(measured['memory_bytes'], 1, '1e-9')} GB",
+        ])  # fmt: skip
+    work = value["workload"]
+    head = f"{work['input_len']} tokens in, {work['output_len']} out, {value['dtype']}. Pairs are predicted, measured."
+    if "speedup" in value:
+        speedup = value["speedup"]
+        head += f" Over the parent: {number(speedup['predicted'], 2)}x predicted, {number(speedup['measured'], 2)}x measured."
+    columns = ["model", "batch", "predicted tokens/s", "measured", "measured / predicted", "TTFT", "TPOT", "memory"]
+    return head + "\n\n" + table(columns, lines)
+
+
+def build_8b(rows: list[Row]) -> str:
+    def shown(value: str) -> str:
+        return f"{float(value):,.0f}" if float(value) >= 1000 else value
+
+    facts = f"Layers {rows[0]['layers']} in {rows[0]['groups']} groups, {int(rows[0]['tokens']):,} tokens.\n\n"
+    lines = ([r["quantity"].replace("_", " "), shown(r["predicted"]), shown(r["measured"])] for r in rows)
+    return facts + table(["", "predicted", "measured"], lines)
+
+
+def profile(rows: list[Row]) -> str:
+    return table(
+        ["shapes", "dtype", "points", "seconds", "points a minute"],
+        ([r["shapes"], r["dtype"], r["points"], r["seconds"], r["points_per_minute"]] for r in rows),
+    )
+
+
+def fusion_latency(rows: list[Row]) -> str:
+    fused, lines = ("twos", "fours", "one"), []
+    known = [list(dict.fromkeys(row[column] for row in rows)) for column in ("shapes", "ffn_of_attention_free")]
+    points = sorted(
+        groups(rows, "shapes", "tp", "ffn_of_attention_free"),
+        key=lambda point: (known[0].index(point[0]), int(point[1]), known[1].index(point[2])),
+    )
+    for shapes, gpus, width in points:
+        own = [r for r in rows if (r["shapes"], r["tp"]) == (shapes, gpus) and r["ffn_of_attention_free"] == width]
+        parent = [r for r in rows if (r["shapes"], r["tp"], r["fusion"]) == (shapes, gpus, "parent")]
+        of = {way: [r for r in own if r["fusion"] == way] for way in ("unfused", *fused)} | {"parent": parent}
+        reduces = ", ".join(of[way][0]["all_reduces_per_token"] for way in ("parent", "unfused", *fused))
+        cells = [" / ".join(r["speedup_over_unfused"] for r in of[way]) for way in fused]
+        over = " / ".join(number(r["speedup_over_parent"], 2) for r in of["one"])
+        steps = " / ".join(milliseconds(r["p50_s"], 2) for r in of["unfused"])
+        lines.append([shapes, gpus, width, NONE if gpus == "1" else reduces, steps, *cells, over])
+    batches = " / ".join(dict.fromkeys(row["batch"] for row in rows))
+    head = (
+        f"At batch {batches}, {rows[0]['context']} cached tokens; FFN: width in the attention-free layers. Speed-ups of the median "
+        "step: in twos, in fours and all in one over unfused; all in one over the parent, which has attention everywhere.\n\n"
+    )
+    columns = ["shapes", "GPUs", "FFN", "all-reduces: parent, unfused, twos, fours, one", "unfused, ms"]
+    return head + table([*columns, *fused, "one over the parent"], lines)
+
+
+# ---- quality
+
+
+def bld(rows: list[Row]) -> str:
+    first = rows[0]
+    head = f"{int(first['tokens']):,} tokens at {first['lr']}, built in {first['build_seconds']} s.\n\n"
+    columns = ["sub-block", "variant", "nMSE at init", "trained", "KL at init", "trained", "KL lowered by", "in layers"]
+    return head + table(
+        columns,
+        (
+            [r["kind"], r["variant"], number(r["nmse_init"], 3), number(r["nmse_trained"], 3), number(r["kl_init"], 4),
+             number(r["kl_trained"], 4), percent(r["kl_lowered_by"], 0), f"{r['layers_lowered']} of {r['num_layers']}"]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
+def ffn_linear(rows: list[Row]) -> str:
+    layers = [layer for (layer,) in groups(rows, "layer") if layer != "median"]
+    return f"Medians over {len(layers)} layers.\n\n" + table(
+        ["initialisation", "nMSE", "KL"],
+        ([r["initialisation"], number(r["nmse"], 3), number(r["kl"], 3)] for r in rows if r["layer"] == "median"),
+    )
+
+
+def fusion(rows: list[Row]) -> str:
+    return f"{int(rows[0]['num_tokens']):,} tokens.\n\n" + table(
+        ["child", "runs", "layers", "dependency", "KL", "±", "KL to unfused", "loss", "same top token"],
+        (
+            [r["child"], r["runs"] or NONE, r["num_layers"], r["dependency"] or NONE, number(r["kl"], 3),
+             number(r["kl_stderr"], 3), number(r["kl_to_unfused"], 3), number(r["lm_loss"], 3), percent(r["top1_agreement"])]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
+def fusion_aware(rows: list[Row]) -> str:
+    return table(
+        ["goal", "way", "solved for", "predicted speed-up", "runs", "layers", "KL", "±", "loss"],
+        (
+            [r["goal"], r["way"], r["solved_for"], f"{r['predicted_speedup']}x", r["runs"] or NONE,
+             r["num_layers"], number(r["kl"], 3), number(r["kl_stderr"], 3), number(r["lm_loss"], 3)]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
+def fusion_aware_measured(rows: list[Row]) -> str:
+    return table(
+        ["batch", "goal", "way", "runs", "layers", "predicted", "measured", "over aware's", "measured speed-up", "KL"],
+        (
+            [r["batch"], r["goal"], r["way"], r["runs"] or NONE, r["num_layers"], f"{milliseconds(r['predicted_s'], 1)} ms",
+             f"{milliseconds(r['measured_s'], 1)} ms", r["measured_over_aware"], f"{number(r['measured_speedup'], 2)}x",
+             number(r["kl"], 3)]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
+def fusion_charge(rows: list[Row]) -> str:
+    ratios = [float(r["charge"]) / float(r["kl"]) for r in rows]
+    head = f"Charge over KL: {min(ratios):.2f} to {max(ratios):.2f}, {median(ratios):.2f} in the median.\n\n"
+    return head + table(
+        ["FFN", "beside", "dependency", "charge", "KL", "±"],
+        ([r["ffn"], r["beside"], r["dependency"], r["charge"], r["kl"], r["kl_stderr"]] for r in rows),
+    )
+
+
+SHOWN = (0.0, 0.2, 0.5, 1.0)  # of the tokens
+
+
+def heal(name: str) -> Callable[[list[Row]], str]:
+    """KL and loss along every run; runs differ in column `name`."""
+
+    def build(rows: list[Row]) -> str:
+        lines = []
+        runs = groups(rows, name)
+        for (value,), found in runs.items():
+            last = int(found[-1]["tokens"])
+            at = [min(found, key=lambda r, share=share: abs(int(r["tokens"]) - share * last)) for share in SHOWN]  # type: ignore[misc]
+            lines.append([
+                value, *(number(r["kl"], 3) for r in at), *(number(r["loss"], 3) for r in at),
+                percent(found[-1]["gap_closed"]), f"{int(found[-1]['run_tokens_per_second']):,}",
+            ])  # fmt: skip
+        first = rows[0]
+        marks = [f"{share:.0%}".replace("%", " %") for share in SHOWN]
+        head = (
+            f"{int(rows[-1]['tokens']):,} tokens, {first['batch_size']} × {first['seq_len']} a step; the parent's loss is "
+            f"{number(first['parent_loss'], 3)}. KL and loss after {', '.join(marks[:-1])} and {marks[-1]} of the tokens.\n\n"
+        )
+        columns = [name, *(f"KL, {m}" for m in marks), *(f"loss, {m}" for m in marks), "gap closed", "tokens/s"]
+        return head + table(columns, lines)
+
+    return build
+
+
+def heal_resume(rows: list[Row]) -> str:
+    def gap(one: str, other: str) -> float:
+        return max(abs(float(r[one]) - float(r[other])) for r in rows)
+
+    lines = [
+        ["two undisturbed runs", f"{gap('loss_1', 'loss_2'):.1e}"],
+        ["killed and continued against the one", f"{gap('loss_resumed', 'loss_1'):.1e}"],
+        ["against the other", f"{gap('loss_resumed', 'loss_2'):.1e}"],
+    ]
+    head = f"{len(rows)} steps, killed after step {rows[0]['killed_after_step']}.\n\n"
+    return head + table(["largest difference of a step's loss", "nats"], lines)
+
+
+# ---- serving
+
+
+def serving(rows: list[Row]) -> str:
+    def found(row: Row, model: str) -> Row:
+        return next(r for r in rows if (r["engine"], r["how"], r["model"]) == (row["engine"], row["how"], model))
+
+    lines = []
+    for row in (r for r in rows if r["model"] == "child"):
+        parent = found(row, "parent")
+        lines.append([
+            row["version"], row["how"], parent["tokens_per_s_median"], row["tokens_per_s_median"], f"{row['speedup']}x",
+            f"{row['predicted_speedup']}x", f"{row['fit_speedup']}x" if row["fit_speedup"] else NONE,
+            f"{parent['same_greedy_text']}, {row['same_greedy_text']}", row["rounds"],
+        ])  # fmt: skip
+    columns = ["engine", "how", "parent, tokens/s", "child", "measured", "predicted", "by the engine's fit"]
+    return table([*columns, "same texts: parent, child", "rounds"], lines)
+
+
+def serving_matrix(rows: list[Row]) -> str:
+    engines = list(groups(rows, "engine", "format"))
+    lines = []
+    for (child,), found in groups(rows, "child").items():
+        cells: dict[tuple[str, ...], str] = {
+            (r["engine"], r["format"]): r["max_delta_over_std"] or r["verdict"] for r in found
+        }
+        lines.append([child, *(cells[engine] for engine in engines)])
+    verdicts = Counter(row["verdict"] for row in rows)
+    texts = Counter(row["same_greedy_tokens"] for row in rows if row["same_greedy_tokens"])
+    head = (
+        f"{len(rows)} cells: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}; greedy tokens that are "
+        f"the same: {', '.join(f'{text} in {count}' for text, count in texts.items())}. max |Δlogit| / std:\n\n"
+    )
+    return head + table(["child", *(f"{engine}, {format}" for engine, format in engines)], lines)
+
+
+def export(rows: list[Row]) -> str:
+    return table(
+        ["format", "layers", "child, GB", "written, GB", "peak memory, GB", "seconds", "killed at, GB", "left under its name"],
+        (
+            [r["format"], r["num_layers"], r["source_gb"], r["written_gb"], r["peak_resident_gb"], r["seconds"],
+             r["killed_at_gb"], "nothing" if r["nothing_under_final_name"] == "True" else "something"]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
+# ---- solver
+
+
+def solver(rows: list[Row]) -> str:
+    timed = [{**r, "size": r["instance"].split()[0]} for r in rows if r["case"] != "baselines"]
+    lines = []
+    for (case, size), found in groups(timed, "case", "size").items():
+        seconds = [float(r["seconds"]) for r in found]
+        status = ", ".join(dict.fromkeys(r["status"] for r in found))
+        worst = max(float(r["gap"]) for r in found)
+        lines.append(
+            [case, size, len(found), status, f"{median(seconds):.2f}", f"{max(seconds):.2f}", percent(worst, 2)]
+        )
+    simple = [{**r, "rule": r["instance"].split(maxsplit=3)[3]} for r in rows if r["case"] == "baselines"]
+    over = []
+    for (rule,), found in groups(simple, "rule").items():
+        objectives = [float(r["objective"]) for r in found]
+        over.append([rule, len(found), f"{min(objectives):.2f} to {max(objectives):.2f}"])
+    columns = ["case", "layers × variants", "instances", "status", "median, s", "worst, s", "largest gap"]
+    return table(columns, lines) + "\n\n" + table(["rule", "instances", "objective over the optimum"], over)
+
+
+def baselines(rows: list[Row]) -> str:
+    """The random choices as their best one; the sum's ratio over all of them."""
+    chosen = [r for r in rows if not r["choice"].startswith("random")]
+    chance = [r for r in rows if r["choice"].startswith("random")]
+    best = min(chance, key=lambda r: float(r["kl"]))
+    chosen.append({**best, "choice": f"best of {len(chance)} random"})
+    least = float(chosen[0]["kl"])
+    ratios = [float(r["kl"]) / float(r["sum_of_scores"]) for r in rows]
+    head = (
+        f"{int(rows[0]['num_tokens']):,} tokens. KL over the sum of scores, all {len(rows)} children: "
+        f"{min(ratios):.1f} to {max(ratios):.1f}.\n\n"
+    )
+    return head + table(
+        ["choice", "predicted speed-up", "sum of scores", "KL", "±", "KL over the MIP's", "loss"],
+        (
+            [r["choice"], f"{r['predicted_speedup']}x", number(r["sum_of_scores"], 3), number(r["kl"], 3),
+             number(r["kl_stderr"], 3), f"{float(r['kl']) / least:.2f}", number(r["lm_loss"], 3)]
+            for r in chosen
+        ),
+    )  # fmt: skip

@@ -1,0 +1,206 @@
+"""Write docs/results.md from benchmarks/results: per file what was measured, by which command, on what, when, and the figures.
+
+    python benchmarks/lib/results_page.py          (or `make results`)
+
+What was measured is the first line of the script's docstring; the command is the one there, or in the header of a shell
+script, that names the file; device, versions and date are columns of the file (a JSON's date stands in the docstring).
+`result_tables.py` makes the tables.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import result_tables as t
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS, PAGE = ROOT / "benchmarks", ROOT / "docs" / "results.md"
+SYNTHETIC = "lib/synthetic_library.py"
+PROMISED = "An architecture solved for {} the throughput, Llama-3.1-8B's shapes, made-up scores, random weights."
+H100 = "quality/h100_fusion_heal.sh"
+FACTS = (
+    "device",
+    "costs",
+    "costs_device",
+    "versions",
+    "torch",
+    "cuda",
+    "triton",
+    "python",
+    "date",
+)  # columns, in order
+NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
+INTRO = """# Results
+
+Every figure that we measured and kept, from the files in `benchmarks/results/`. `make results` writes this page and a test
+compares it: do not edit it. What was learned, and what did not work, stands in [lessons.md](lessons.md).
+
+KL is KL(parent‖child) in nats per token on held-out text, loss the next-token loss there, nMSE the squared error of a sub-block's
+output over the output's own square. Predicted and measured are never mixed.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """file: in benchmarks/results. script: in benchmarks/, whose docstring tells of it. title: what sets this file apart.
+    build: rows (or a JSON's value) -> Markdown. command_in: where the command stands, if not in the script's docstring.
+    what, command: in place of a script's. picture: in docs/."""
+
+    file: str
+    script: str | None
+    title: str
+    build: Callable[[Any], str]
+    command_in: str | None = None
+    picture: str | None = None
+    what: str = ""
+    command: str = ""
+
+
+SECTIONS = {
+    "Kernels": (
+        Result("rmsnorm.csv", "kernels/bench_rmsnorm.py", "RMSNorm", t.ways("rows", "hidden")),
+        Result("rope_kv.csv", "kernels/bench_rope_kv.py", "RoPE", t.ways("tokens", "kv_heads", "cache")),
+        Result("swiglu.csv", "kernels/bench_swiglu.py", "SwiGLU", t.ways("rows", "hidden", "width", "dtype")),
+        Result("skinny.csv", "kernels/bench_skinny.py", "Products with few rows", t.skinny),
+        Result(
+            "decode_attention.csv",
+            "kernels/bench_decode_attention.py",
+            "Decode attention",
+            t.ways("batch", "context", "kv_heads", "window", "cache"),
+        ),
+        Result("linear_kl.csv", "kernels/bench_linear_kl.py", "LM head and KL", t.linear_kl),
+        Result("block_loss.csv", "kernels/bench_block_loss.py", "Block loss", t.ways("rows", "hidden")),
+    ),
+    "Speed": (
+        Result("parent_decode.csv", "speed/bench_parent_decode.py", "The intact parent", t.parent_decode),
+        Result("predict.csv", "speed/bench_predict.py", "Predicted times, bf16", t.predict, picture="predict.png"),
+        Result("predict_fp8.csv", "speed/bench_predict.py", "Predicted times, fp8", t.predict),
+        Result(
+            "bench_throughput_5x.json", SYNTHETIC, "Promised and delivered: 5x", t.bench, what=PROMISED.format("5x")
+        ),
+        Result(
+            "bench_latency.json",
+            SYNTHETIC,
+            "Promised and delivered: 3 s",
+            t.bench,
+            what=PROMISED.format("a latency of 3 s and 1.5x"),
+        ),
+        Result(
+            "profile.csv",
+            None,
+            "Profiling",
+            t.profile,
+            what="How fast `puzzle profile` measured the cost tables that are shipped, compiling included.",
+            command="puzzle profile --shapes NAME --gpu h100-sxm-80gb [--fp8]",
+        ),
+        Result("fusion_latency.csv", "speed/bench_fusion_latency.py", "Fused layers", t.fusion_latency),
+        Result("build_8b.csv", "speed/bench_build_8b.py", "Building at 8B shapes", t.build_8b),
+    ),
+    "Quality": (
+        Result("bld.csv", "quality/bench_bld.py", "Distillation of the default search space", t.bld),
+        Result("bld_ffn.csv", "quality/bench_bld.py", "Distillation of narrow FFNs for longer", t.bld),
+        Result("ffn_linear.csv", "quality/bench_ffn_linear.py", "An FFN as one matrix", t.ffn_linear),
+        Result("fusion.csv", "quality/bench_fusion.py", "Fused children, priced for a CPU", t.fusion),
+        Result("fusion_h100.csv", "quality/bench_fusion.py", "Fused children, priced for an H100", t.fusion, H100),
+        Result(
+            "fusion_heal.csv",
+            "quality/bench_heal.py",
+            "The fused children of the H100, healed",
+            t.heal("child"),
+            H100,
+            "fusion_heal.png",
+        ),
+        Result("fusion_charge.csv", "quality/bench_fusion_charge.py", "The charge for fusion", t.fusion_charge),
+        Result("fusion_aware.csv", "quality/bench_fusion_aware.py", "At equal predicted speed", t.fusion_aware),
+        Result(
+            "fusion_aware_measured.csv",
+            "quality/bench_fusion_aware.py",
+            "At equal measured time",
+            t.fusion_aware_measured,
+            H100,
+        ),
+        Result("heal_lr.csv", "quality/bench_heal.py", "Healing: learning rates", t.heal("lr"), H100),
+        Result("heal.csv", "quality/bench_heal.py", "Healing: losses", t.heal("ablation"), H100, "heal.png"),
+        Result("heal_resume.csv", "quality/bench_heal_resume.py", "Healing: continued", t.heal_resume, H100),
+    ),
+    "Serving": (
+        Result("serving.csv", "serving/bench_serving.py", "Throughput", t.serving),
+        Result("serving_matrix.csv", "serving/serving_matrix.py", "The matrix of engines", t.serving_matrix),
+        Result("export.csv", "serving/bench_export.py", "Memory of an export", t.export),
+    ),
+    "Solver": (
+        Result("solver.csv", "solver/bench_solver.py", "Time to a proven optimum", t.solver),
+        Result("baselines.csv", "solver/bench_baselines.py", "What exact selection buys", t.baselines),
+    ),
+}
+
+
+def docstring(script: str) -> str:
+    """A Python file's docstring, or the comments at the head of a shell script."""
+    text = (BENCHMARKS / script).read_text(encoding="utf-8")
+    if script.endswith(".py"):
+        return ast.get_docstring(ast.parse(text)) or ""
+    head = text.partition("\nset ")[0].splitlines()[1:]
+    return "\n".join(line.removeprefix("# ").removeprefix("#") for line in head)
+
+
+def commands(text: str, file: str) -> list[str]:
+    """The commands of a docstring, indented lines there, that name a file of benchmarks/results, in it or in their comment."""
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    naming = [line for line in lines if line.startswith(" ") and f"benchmarks/results/{file}" in line]
+    bare = [re.sub(r"\[--[^]]*\]|\s{2,}#.*", "", line) for line in naming]
+    return [" ".join(line.split()) for line in bare]
+
+
+def facts(rows: list[dict[str, str]]) -> list[str]:
+    """The device, versions and dates of the rows, each once."""
+    found = []
+    for column in FACTS:
+        values = dict.fromkeys(row[column] for row in rows if row.get(column))
+        word = column if column in NAMED else "costs of" if column.startswith("costs") else ""
+        found += [f"{word} {value}".strip() for value in values]
+    return list(dict.fromkeys(found))
+
+
+def section(result: Result) -> str:
+    source = BENCHMARKS / "results" / result.file
+    said = docstring(result.script) if result.script else ""
+    what = result.what or said.splitlines()[0]
+    where = docstring(result.command_in) if result.command_in else said
+    typed = [result.command] if result.command else commands(where, result.file)
+    if source.suffix == ".json":
+        value = json.loads(source.read_text(encoding="utf-8"))
+        told, shown = [value["device"], *re.findall(r"\d{4}-\d{2}-\d{2}", said)], result.build(value)
+    else:
+        with open(source, newline="", encoding="utf-8") as handle:
+            rows = list(csv.DictReader(handle))
+        told, shown = facts(rows), result.build(rows)
+    links = [f"[{result.file}](../benchmarks/results/{result.file})"]
+    links += [f"[protocol](../benchmarks/{result.script})"] if result.script else []
+    parts = [
+        f"### {result.title}",
+        f"{what} ({', '.join(links)})",
+        "```sh\n" + "\n".join(typed) + "\n```",
+        " · ".join(told),
+    ]
+    parts += [shown, *([f"![{result.title}]({result.picture})"] if result.picture else [])]
+    return "\n\n".join(parts)
+
+
+def page() -> str:
+    parts = [INTRO.strip()]
+    for name, results in SECTIONS.items():
+        parts += [f"## {name}", *(section(result) for result in results)]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")

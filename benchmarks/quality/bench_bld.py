@@ -1,0 +1,115 @@
+"""What block-local distillation buys: every variant before and after training, medians over the layers.
+
+Protocol: the default search space of every layer of --parent is initialised (a library of 0 tokens) and trained on
+--tokens tokens; both libraries are scored on the same held-out sequences. Reported per variant, median over layers:
+normalised MSE of the sub-block's output on held-out text, and KL(parent‖child) when it alone replaces its parent
+block. The trained library stays in --library.
+
+    python benchmarks/quality/bench_bld.py --data /usr/lib/python3/dist-packages --library runs/bld --tokens 24e6 --lr 2e-3 \\
+        --out benchmarks/results/bld.csv
+    python benchmarks/quality/bench_bld.py --data /usr/lib/python3/dist-packages --library runs/bld-ffn --ffn 0.25,0.1 \\
+        --attention parent --tokens 60e6 --out benchmarks/results/bld_ffn.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from puzzle.cli.report import library_summary
+from puzzle.library.build import BuildOptions, build_library
+from puzzle.library.manifest import Library
+from puzzle.library.score import score_library
+
+
+@click.command()
+@click.option("--parent", default="examples/parent", show_default=True)
+@click.option("--data", required=True, multiple=True)
+@click.option("--library", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--attention", default=None, help="Default: the whole search space.")
+@click.option("--ffn", default=None)
+@click.option("--tokens", type=float, default=20e6, show_default=True)
+@click.option("--seq-len", type=int, default=1024, show_default=True)
+@click.option("--batch-size", type=int, default=16, show_default=True)
+@click.option("--lr", type=float, default=3e-3, show_default=True)
+@click.option("--score-sequences", type=int, default=64, show_default=True)
+def main(
+    parent: str,
+    data: tuple[str, ...],
+    library: Path,
+    out: Path,
+    attention: str | None,
+    ffn: str | None,
+    tokens: float,
+    seq_len: int,
+    batch_size: int,
+    lr: float,
+    score_sequences: int,
+) -> None:
+    def built(root: Path, num_tokens: int) -> float:
+        begin = time.time()
+        options = BuildOptions(
+            data=list(data),
+            out=root,
+            attention=attention,
+            ffn=ffn,
+            tokens=num_tokens,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            lr=lr,
+        )
+        build_library(parent, options)
+        seconds = time.time() - begin
+        score_library(root, list(data), parent=parent, num_sequences=score_sequences, seq_len=seq_len)
+        print(f"{root}: built in {seconds:.1f} s, scored in {time.time() - begin - seconds:.1f} s", flush=True)
+        return seconds
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as work:
+        begun = Path(work) / "initial"
+        built(begun, 0)
+        seconds = built(library, int(tokens))
+        initial, trained = Library.open(begun), Library.open(library)
+        rows = []
+        for row in library_summary(library)["variants"]:
+            kind, variant = row["kind"], row["variant"]
+            name = f"{kind}/{variant}"
+            before = [initial.scores(layer)[name]["kl"] for layer in initial.layers]
+            after = [trained.scores(layer)[name]["kl"] for layer in trained.layers]
+            first, last = statistics.median(before), statistics.median(after)
+            rows.append(
+                (
+                    kind,
+                    variant,
+                    f"{row['validation_loss_before']:.5f}",
+                    f"{row['validation_loss_after']:.5f}",
+                    f"{first:.6f}",
+                    f"{last:.6f}",
+                    f"{1 - last / first:.4f}",
+                    sum(a < b for a, b in zip(after, before, strict=True)),
+                    len(after),
+                )
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    head = (
+        "kind,variant,nmse_init,nmse_trained,kl_init,kl_trained,kl_lowered_by,layers_lowered,num_layers,"
+        "tokens,lr,build_seconds,device,torch,date"
+    )
+    with open(out, "w", newline="") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow(head.split(","))
+        for fields in rows:
+            common = (int(tokens), lr, f"{seconds:.1f}", device, torch.__version__, time.strftime("%Y-%m-%d"))
+            writer.writerow((*fields, *common))
+            print(*fields, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Twelve tiny heterogeneous children in four real engines: the same logits and the same greedy text, or refused.
+
+    python benchmarks/serving/serving_matrix.py [--engines hf vllm llama.cpp mlx] [--children NAME ...] --out benchmarks/results/serving_matrix.csv
+
+Protocol: each child of benchmarks/lib/tiny_children.py is lowered for the engine, exported in the engine's format in
+float32 and loaded by the engine in its own environment (benchmarks/lib/serving_environments.py), in a process of its own.
+The engine's logits of a prompt of 192 tokens and 64 greedy tokens are compared with puzzle's own forward of the child
+as it was *before* lowering. A cell passes when max |Δlogit| / std <= 1e-3, all 64 tokens are the same and the engine's
+tokenizer encodes a Python text as Hugging Face's does; or when the export is refused with a clear line. `hf` is tested
+in both formats that transformers reads. Exit code 1 when a cell fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+
+from puzzle.base.errors import UserError
+from puzzle.base.machine import cpu_name
+from puzzle.export.write import Source, export
+from puzzle.serving.check import EngineFailed, serve_check
+from serving_environments import python_of
+from tiny_children import CHILDREN, tiny_child, write_tiny_child
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "serving_matrix.csv"
+CELLS = (
+    ("hf", "hf"),
+    ("hf", "nemotron-nas"),
+    ("vllm", "nemotron-nas"),
+    ("llama.cpp", "gguf"),
+    ("mlx", "nemotron-nas"),
+)  # (engine, format)
+
+
+def run_cell(name: str, engine: str, format: str, directory: Path) -> dict[str, Any]:
+    """One child in one engine. `directory` holds the child's --format hf export, which is the reference."""
+    original = directory / name  # as --format hf writes it, before any lowering
+    row: dict[str, Any] = {"child": name, "engine": engine, "format": format}
+    try:
+        source = Source(child=tiny_child(name, directory / "tokenizer"), solved=None, facts=None, measured=None)
+        target = None if engine == "hf" else engine
+        written = export(source, directory / f"{name}-{engine}-{format}", format=format, engine=target, force=True)
+    except UserError as error:
+        return {**row, "verdict": "refused", "why": str(error)}
+    row["lowerings"] = " ".join(lowering.name for lowering in written.lowerings)
+    python = Path(sys.executable) if engine == "hf" else python_of(engine)
+    try:
+        check = serve_check(written.out, engine, python=python, reference=original)
+    except EngineFailed as error:
+        return {**row, "verdict": "FAILED", "why": str(error)}
+    passed = check.equal and check.num_same == check.num_tokens
+    return {
+        **row,
+        "verdict": "equal" if passed else "DIFFERENT",
+        "max_delta_over_std": f"{check.delta:.2e}",
+        "same_greedy_tokens": f"{check.num_same}/{check.num_tokens}",
+        "same_tokenizer": check.same_text,
+        "version": check.version,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    engines = list(dict.fromkeys(engine for engine, _ in CELLS))
+    parser.add_argument("--engines", nargs="+", default=engines, choices=engines)
+    parser.add_argument("--children", nargs="+", default=list(CHILDREN), choices=list(CHILDREN))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    facts = {"device": cpu_name(), "date": datetime.date.today().isoformat()}
+    columns = ["child", "engine", "format", "verdict", "max_delta_over_std", "same_greedy_tokens", "same_tokenizer"]
+    columns += ["lowerings", "why", "version", *facts]
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="serving-matrix-") as temporary:
+        for name in arguments.children:
+            write_tiny_child(name, Path(temporary) / name)
+            for engine, format in CELLS:
+                if engine not in arguments.engines:
+                    continue
+                row = {**run_cell(name, engine, format, Path(temporary)), **facts}
+                rows.append(row)
+                shown = row.get("why") or f"{row['max_delta_over_std']} {row['same_greedy_tokens']} {row['lowerings']}"
+                print(f"{name:<20} {engine:<10} {format:<13} {row['verdict']:<9} {shown}", flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(arguments.out, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    bad = [row for row in rows if row["verdict"] not in ("equal", "refused")]
+    print(f"{len(rows) - len(bad)} of {len(rows)} cells equal or refused; wrote {arguments.out}")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

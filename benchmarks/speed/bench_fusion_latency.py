@@ -1,0 +1,306 @@
+"""Decode latency of fused against unfused FFNs on GPUs, with random weights of the real shapes.
+
+Protocol: a decode step of the whole stack (embedding, layers, final norm, head, argmax) over --context cached tokens, captured
+as a CUDA graph and replayed --steps times; p20, p50 and p80 of the replays. Weights of different layers are different memory,
+far more than any cache holds, so every layer reads cold weights. Attention-free layers stand together in the middle of the
+stack and are fused in twos, in fours, and all in one; `parent` has attention everywhere, `unfused` lost it in those layers.
+FFN widths of the attention-free layers: the parent's (x1) and half of it (x0.5).
+    llama-3.1-8b        32 layers, 12 of them without attention
+    llama-3.1-405b-tp8  one GPU's share of eight: hidden 16384, FFN 6656, 16 heads, 1 KV head; 24 layers, 12 without attention
+One GPU: no all-reduce. Under `torchrun --nproc-per-node N … --tp N`: one NCCL all-reduce inside the graph after every
+attention and every FFN, as tensor parallelism has it, so that n layers fused into one save n - 1 of them; the 8B shape is
+divided by N, the 405B shares stay shares of eight, whose sums then go over N GPUs. The head's shard is not gathered. Rank 0
+writes the slowest rank's percentiles, row by row, so that a run cut off leaves what it had. `--append` adds to the CSV; rows of
+the same point measured before are replaced.
+
+    PYTHONPATH=. python benchmarks/speed/bench_fusion_latency.py --csv benchmarks/results/fusion_latency.csv
+    NCCL_NVLS_ENABLE=0 PYTHONPATH=. torchrun --nproc-per-node N benchmarks/speed/bench_fusion_latency.py --tp N \\
+        --fractions 1 --append --csv benchmarks/results/fusion_latency.csv                        # N = 2, 4
+    PYTHONPATH=. python benchmarks/speed/bench_fusion_latency.py --device cpu --shapes reference --batches 1 --steps 5 --csv /tmp/x.csv
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/speed/bench_fusion_latency.py --tp 2 --device cpu --shapes reference \\
+        --batches 1,4 --steps 5 --csv /tmp/x.csv                                          # two processes of a CPU, gloo
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+
+from puzzle.base.errors import UserError
+from puzzle.blocklib.fast import Batch, Fast, Stream
+from puzzle.blocklib.layer import LayerSpec
+from puzzle.parents.known import Shapes, named_shapes
+from puzzle.runtime.fast import FastRunner, Stack, random_module
+
+LAYERS = {"llama-3.1-8b": (32, 12), "llama-3.1-405b-tp8": (24, 12)}  # all, without attention; others: all, half
+GROUPS = {"parent": 0, "unfused": 1, "twos": 2, "fours": 4, "one": -1}
+COLUMNS = (
+    "shapes,ffn_of_attention_free,fusion,num_layers,batch,context,tp,all_reduces_per_token,weight_bytes,"
+    "p20_s,p50_s,p80_s,speedup_over_unfused,speedup_over_parent,device,versions,date"
+)
+POINT = ("shapes", "ffn_of_attention_free", "fusion", "num_layers", "batch", "context", "tp", "device")
+NCCL = ("NCCL_ALGO", "NCCL_NVLS_ENABLE", "NCCL_PROTO")  # what changes the time of an all-reduce
+TIMEOUT = timedelta(seconds=120)  # of a collective: a rank that failed keeps the others no longer
+
+
+class Reduced:
+    """A sub-block whose contribution is summed over all ranks."""
+
+    def __init__(self, part: Fast):
+        self.part = part
+
+    def decode(self, stream: Stream, batch: Batch) -> Stream:
+        delta, residual = self.part.decode(stream, batch)
+        dist.all_reduce(delta)
+        return delta, residual
+
+
+def share(shapes: Shapes, name: str, tp: int) -> Shapes:
+    """One rank's part of the shapes. Those named -tpN are such parts already."""
+    if tp == 1 or "-tp" in name:
+        return shapes
+    spec = shapes.spec
+    cut = replace(
+        spec,
+        num_attention_heads=spec.num_attention_heads // tp,
+        num_key_value_heads=max(1, spec.num_key_value_heads // tp),
+        intermediate_size=spec.intermediate_size // tp,
+    )
+    return replace(shapes, spec=cut, vocab_size=shapes.vocab_size // tp)
+
+
+def widths(spec: LayerSpec, count: int, free: int, fusion: str, fraction: float) -> list[tuple[bool, int]]:
+    """(has attention, FFN channels) per layer; the attention-free ones in the middle."""
+    full, narrow, group = spec.intermediate_size, int(fraction * spec.intermediate_size), GROUPS[fusion]
+    before = (count - free) // 2
+    size = free if group < 0 else group
+    middle = [(True, full)] * free if group == 0 else [(False, size * narrow)] * (free // size)
+    return [(True, full)] * before + middle + [(True, full)] * (count - free - before)
+
+
+def build(shapes: Shapes, layers: list[tuple[bool, int]], device: torch.device, dtype: torch.dtype) -> Stack:
+    spec = shapes.spec
+    modules = []
+    for attending, width in layers:
+        if attending:
+            modules.append(random_module("attention", "parent", spec, device, dtype))
+        modules.append(random_module("ffn", "parent", replace(spec, intermediate_size=width), device, dtype))
+    head = torch.empty(shapes.vocab_size, spec.hidden_size, device=device, dtype=dtype).normal_(std=0.02)
+    norm = torch.ones(spec.hidden_size, device=device, dtype=dtype)
+    return Stack(spec=spec, embedding=head, head=head, final_norm=norm, modules=modules)
+
+
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call as a CUDA graph's replay; on a CPU the call itself."""
+    if device.type != "cuda":
+        return call
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles kernels, opens NCCL's channels
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may query events meanwhile
+        call()
+    return graph.replay
+
+
+def percentiles(replay: Callable[[], object], steps: int, device: torch.device) -> list[float]:
+    """p20, p50, p80 seconds of one replay, of the slowest rank. The count is fixed, so that ranks stay in step."""
+    for _ in range(5):
+        replay()
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        torch.cuda.synchronize(device)
+        events[0].record()
+        for event in events[1:]:
+            replay()
+            event.record()
+        torch.cuda.synchronize(device)
+        samples = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+    else:
+        samples = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            replay()
+            samples.append(time.perf_counter() - begin)
+    found = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    if dist.is_initialized():
+        found = found.to(device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def measure(stack: Stack, batch: int, context: int, steps: int, tp: int) -> list[float]:
+    runner = FastRunner(stack, batch, context + 2)
+    runner.randomize()
+    if tp > 1:
+        runner.parts = [Reduced(part) for part in runner.parts]  # type: ignore[misc]
+    runner.batch.at(context)
+    with torch.inference_mode():
+        return percentiles(captured(runner.decode_once, runner.device), steps, runner.device)
+
+
+def join(tp: int, device: str) -> torch.device:
+    """This rank's device, the ranks connected. Raises RuntimeError, saying what to do, where they cannot be."""
+    rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != tp:
+        raise RuntimeError(f"--tp {tp} with {world} processes: start it under torchrun --nproc-per-node {tp}")
+    if device == "cuda":
+        if not torch.cuda.is_available() or torch.cuda.device_count() <= rank:
+            raise RuntimeError(
+                f"{torch.cuda.device_count()} CUDA devices here, {tp} wanted: use fewer, or --device cpu"
+            )
+        where = torch.device("cuda", rank)
+        torch.cuda.set_device(where)
+    else:
+        where = torch.device(device)
+    if tp > 1 and device == "cuda":
+        if not dist.is_nccl_available():
+            raise RuntimeError("this torch has no NCCL: without it there is no all-reduce between GPUs")
+        dist.init_process_group("nccl", device_id=where, timeout=TIMEOUT)
+    elif tp > 1:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    return where
+
+
+def versions_of(device: torch.device, tp: int) -> str:
+    found = f"torch {torch.__version__}"
+    if device.type == "cuda":
+        import triton
+
+        found += f"; triton {triton.__version__}; nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        found += "".join(f"; {k}={os.environ[k]}" for k in NCCL if tp > 1 and k in os.environ)
+    return found
+
+
+class Table:
+    """The CSV: rows of earlier runs that were measured again are replaced; only the first rank writes."""
+
+    def __init__(self, path: Path, append: bool, writes: bool):
+        self.path, self.writes = path, writes
+        self.rows: list[dict[str, str]] = []
+        if append and path.is_file():
+            with open(path, newline="", encoding="utf-8") as handle:
+                self.rows = list(csv.DictReader(handle))
+            if any(not set(row) <= set(COLUMNS.split(",")) for row in self.rows):
+                raise RuntimeError(f"{path} has other columns: leave --append out, or name another --csv")
+
+    def add(self, row: dict[str, str]) -> None:
+        self.rows = [old for old in self.rows if any(old[k] != row[k] for k in POINT)] + [row]
+        if not self.writes:
+            return
+        for one in self.rows:
+            for base, fraction in (("unfused", one["ffn_of_attention_free"]), ("parent", "x1")):
+                wanted = one | {"fusion": base, "ffn_of_attention_free": fraction}
+                found = [r for r in self.rows if all(r[k] == wanted[k] for k in POINT if k != "num_layers")]
+                one[f"speedup_over_{base}"] = f"{float(found[0]['p50_s']) / float(one['p50_s']):.4f}" if found else ""
+        print(*row.values(), flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, COLUMNS.split(","), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+@click.command()
+@click.option("--shapes", "names", default="llama-3.1-8b,llama-3.1-405b-tp8", show_default=True)
+@click.option("--batches", default="1,16,64", show_default=True)
+@click.option("--fractions", default="1,0.5", show_default=True, help="FFN width of attention-free layers.")
+@click.option("--context", type=int, default=1024, show_default=True)
+@click.option("--steps", type=int, default=100, show_default=True)
+@click.option("--tp", type=int, default=1, show_default=True, help="Ranks, under torchrun.")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--csv", "path", type=click.Path(path_type=Path), default=Path("benchmarks/results/fusion_latency.csv"))
+@click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
+def main(
+    names: str,
+    batches: str,
+    fractions: str,
+    context: int,
+    steps: int,
+    tp: int,
+    device: str,
+    path: Path,
+    append: bool,
+) -> None:
+    try:
+        where = join(tp, device)
+        table = Table(path, append, writes=not dist.is_initialized() or dist.get_rank() == 0)
+        for name in names.split(","):
+            for fraction in map(float, fractions.split(",")):
+                latencies(name, fraction, [int(b) for b in batches.split(",")], context, steps, tp, where, table)
+    except (RuntimeError, ValueError, UserError) as error:  # out of memory, NCCL, a shape that cannot be divided
+        said = " ".join(str(error).split())[:400]
+        print(f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
+        os._exit(1)  # the other ranks are ended by torchrun; a broken communicator would wait for them
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def latencies(
+    name: str,
+    fraction: float,
+    batches: list[int],
+    context: int,
+    steps: int,
+    tp: int,
+    device: torch.device,
+    table: Table,
+) -> None:
+    """All ways of fusing one shape's attention-free layers of one width, at all batches."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    whole = named_shapes(name)
+    count, free = LAYERS.get(name, (whole.num_layers, whole.num_layers // 2 // 4 * 4))
+    shapes = share(whole, name, tp)
+    for fusion in ("parent", "unfused", "twos", "fours", "one"):
+        if fusion == "parent" and fraction != 1:
+            continue
+        begin = time.perf_counter()
+        layers = widths(shapes.spec, count, free, fusion, fraction)
+        stack = build(shapes, layers, device, dtype)
+        for batch in batches:
+            low, middle, high = measure(stack, batch, context, steps, tp)
+            table.add(
+                {
+                    "shapes": name,
+                    "ffn_of_attention_free": f"x{fraction:g}",
+                    "fusion": fusion,
+                    "num_layers": str(len(layers)),
+                    "batch": str(batch),
+                    "context": str(context),
+                    "tp": str(tp),
+                    "all_reduces_per_token": str(len(stack.modules) if tp > 1 else 0),
+                    "weight_bytes": str(stack.num_bytes),
+                    "p20_s": f"{low:.6g}",
+                    "p50_s": f"{middle:.6g}",
+                    "p80_s": f"{high:.6g}",
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                    "versions": versions_of(device, tp),
+                    "date": time.strftime("%Y-%m-%d"),
+                }
+            )
+        del stack
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if table.writes:
+            print(f"  {fusion}: {time.perf_counter() - begin:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

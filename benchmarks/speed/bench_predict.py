@@ -1,0 +1,187 @@
+"""Does the sum of parts predict the whole? Random heterogeneous architectures, predicted from a cost table and measured.
+
+Architectures have the layers of the named shapes, each with a random attention (any variant, or none) and FFN (any width, wide
+ones as fusion makes them, linear, none); every fourth has a run of attention-free layers. Weights are random. A decode step is
+the median of CUDA-graph replays at a fixed context; prefill likewise. The prediction is the table's sum of medians; nothing is
+fitted. Writes a row per point and, with --plot, a scatter plot; a point that does not fit in memory is left out. --fp8: weights
+of sub-blocks and KV cache in fp8, against the table of the same name. --measured takes measured times from an earlier CSV and
+needs no GPU.
+
+    python benchmarks/speed/bench_predict.py --gpu h100 --shapes llama-3.1-8b --out benchmarks/results/predict.csv
+    python benchmarks/speed/bench_predict.py --gpu h100 --shapes llama-3.1-8b --fp8 --count 8 \\
+        --out benchmarks/results/predict_fp8.csv
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+
+from puzzle.blocklib.variant import parse_variant
+from puzzle.parents.known import Shapes, named_shapes
+from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
+from puzzle.runtime.fast import FastRunner, Stack, decode_step_seconds, prefill_seconds, random_stack
+
+ATTENTION = ("parent", "kv4", "kv2", "kv1", "window-1024", "linear", "none")
+FFN = ("parent", "0.75", "0.5", "0.25", "0.1", "linear", "none", "x2", "x4")
+
+
+def architectures(num_layers: int, count: int, seed: int) -> list[list[dict[str, str]]]:
+    """The parent first, then `count` random ones."""
+    found = [[{"attention": "parent", "ffn": "parent"}] * num_layers]
+    chance = random.Random(seed)
+    for number in range(count):
+        attention = chance.sample(ATTENTION, chance.randint(2, len(ATTENTION)))
+        ffn = chance.sample(FFN, chance.randint(2, 5))
+        layers = [{"attention": chance.choice(attention), "ffn": chance.choice(ffn)} for _ in range(num_layers)]
+        wide = [i for i, layer in enumerate(layers) if layer["ffn"].startswith("x")]
+        for i in wide[4:]:
+            layers[i]["ffn"] = "parent"
+        if number % 4 == 0:
+            begin = chance.randrange(num_layers // 2)
+            for layer in layers[begin : begin + num_layers // 3]:
+                layer["attention"] = "none"
+        found.append(layers)
+    return found
+
+
+def parts_of(layers: list[dict[str, str]], shapes: Shapes) -> list[tuple[str, str]]:
+    spec, found = shapes.spec, []
+    for layer in layers:
+        for kind, name in layer.items():
+            if name.startswith("x"):
+                found.append((kind, f"h{spec.hidden_size} f{int(name[1:]) * spec.intermediate_size}"))
+            else:
+                found.append((kind, parse_variant(kind, name, spec).shape(spec)))  # type: ignore[arg-type]
+    head = f"h{spec.hidden_size} v{shapes.vocab_size}"
+    return [*found, ("embedding", head), ("head", head)]
+
+
+@click.command()
+@click.option("--gpu", required=True)
+@click.option("--shapes", "name", default="llama-3.1-8b")
+@click.option("--table", type=click.Path(path_type=Path), default=None)
+@click.option("--count", default=24)
+@click.option("--num-layers", default=None, type=int)
+@click.option("--batches", default="1,16,64,256")
+@click.option("--contexts", default="512,2048")
+@click.option("--prompts", default="1x2048,16x512")
+@click.option("--device", default="cuda")
+@click.option("--seed", default=0)
+@click.option("--fp8", is_flag=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--plot", type=click.Path(path_type=Path), default=None)
+@click.option("--measured", type=click.Path(path_type=Path), default=None, help="Predict the points of this CSV again.")
+def main(
+    gpu, name, table, count, num_layers, batches, contexts, prompts, device, seed, fp8, out, plot, measured
+) -> None:
+    shapes = named_shapes(name)
+    costs = CostTable(table) if table else find_costs(gpu, f"{name}-fp8" if fp8 else name, [PACKAGED])
+    if measured:
+        predict_again(measured, costs, architectures(num_layers or shapes.num_layers, count, seed), shapes, out)
+        if plot:
+            draw(out, plot)
+        return
+    where, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
+    handle = open(out, "w", newline="")  # noqa: SIM115 (closed when the program ends)
+    writer = csv.writer(handle, lineterminator="\n")
+    writer.writerow(
+        ["architecture", "phase", "batch", "context", "predicted_s", "measured_s", "error", "device", "date"]
+    )
+    errors: dict[str, list[float]] = {"decode": [], "prefill": []}
+    device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+    def add(number: int, phase: str, batch: int, context: int, predicted: float, measured: float) -> None:
+        error = predicted / measured - 1
+        errors[phase].append(abs(error))
+        cells = [number, phase, batch, context, f"{predicted:.6g}", f"{measured:.6g}", f"{error:.4f}", device_name]
+        writer.writerow([*cells, time.strftime("%Y-%m-%d")])
+        handle.flush()
+
+    for number, layers in enumerate(architectures(num_layers or shapes.num_layers, count, seed)):
+        stack = random_stack(shapes, layers, where, dtype)
+        parts = parts_of(layers, shapes)
+        for batch in map(int, batches.split(",")):
+            for context in map(int, contexts.split(",")):
+                with fitting(device):
+                    measured = decode_seconds(stack, batch, context, fp8)
+                    add(number, "decode", batch, context, costs.sum_of_parts(parts, "decode", batch, context), measured)
+        for text in filter(None, prompts.split(",")):
+            batch, length = map(int, text.split("x"))
+            with fitting(device):
+                measured = prefill_seconds(FastRunner(stack, batch, length, fp8), length)
+                add(number, "prefill", batch, length, costs.sum_of_parts(parts, "prefill", batch, length), measured)
+        summary = {
+            p: f"mean {100 * sum(e) / len(e):.2f} % largest {100 * max(e):.2f} %" for p, e in errors.items() if e
+        }
+        print(number, summary, flush=True)
+        del stack
+    if plot:
+        draw(out, plot)
+
+
+def predict_again(measured: Path, costs: CostTable, layers: list, shapes: Shapes, out: Path) -> None:
+    """The rows of an earlier run with the predictions of another table."""
+    with open(measured, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    errors: dict[str, list[float]] = {}
+    for row in rows:
+        point = row["phase"], int(row["batch"]), int(row["context"])
+        predicted = costs.sum_of_parts(parts_of(layers[int(row["architecture"])], shapes), *point)
+        error = predicted / float(row["measured_s"]) - 1
+        row |= {"predicted_s": f"{predicted:.6g}", "error": f"{error:.4f}"}
+        errors.setdefault(row["phase"], []).append(abs(error))
+    with open(out, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for phase, found in errors.items():
+        mean, largest = 100 * sum(found) / len(found), 100 * max(found)
+        print(f"{phase}: {len(found)} points, mean {mean:.2f} % largest {largest:.2f} %")
+
+
+def decode_seconds(stack: Stack, batch: int, context: int, fp8: bool) -> float:
+    runner = FastRunner(stack, batch, context + 1, fp8)
+    runner.randomize()
+    return decode_step_seconds(runner, context)
+
+
+@contextlib.contextmanager
+def fitting(device: str) -> Iterator[None]:
+    """Leaves out what does not fit in memory, and frees memory afterwards."""
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        yield
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def draw(path: Path, plot: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with open(path, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    figure, axes = pyplot.subplots(figsize=(5, 5))
+    for phase, colour in (("decode", "tab:blue"), ("prefill", "tab:orange")):
+        mine = [r for r in rows if r["phase"] == phase]
+        xy = [[1e3 * float(r[k]) for r in mine] for k in ("measured_s", "predicted_s")]
+        axes.scatter(*xy, s=9, color=colour, alpha=0.6, label=f"{phase}, {len(mine)} points")
+    low, high = axes.get_xlim()
+    axes.plot([low, high], [low, high], color="black", linewidth=0.6)
+    axes.set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted, ms", title=rows[0]["device"])
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(plot, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
