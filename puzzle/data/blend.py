@@ -17,29 +17,16 @@ from __future__ import annotations
 
 import glob
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from puzzle.base.errors import UserError, nearest
+from puzzle.data.documents import Source
 
 _KEYS = ("name", "path", "weight", "max_epochs", "text_field", "messages", "loss")
 LOSSES = ("all", "assistant")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """One source. messages: the field of chats, None for plain text. loss: which tokens of a chat count."""
-
-    name: str
-    paths: tuple[str, ...]
-    weight: float = 1.0
-    max_epochs: float | None = None
-    text_field: str = "text"
-    messages: str | None = None
-    loss: str = "all"
 
 
 def read_blend(path: Path) -> list[Source]:
@@ -81,9 +68,7 @@ def _source(blend: Path, number: int, entry: Any) -> Source:
     paths = tuple(_resolve(where, blend.parent, p) for p in listed)
     weight = _number(where, "weight", entry.get("weight", 1.0))
     max_epochs = None if entry.get("max_epochs") is None else _number(where, "max_epochs", entry["max_epochs"])
-    messages = entry.get("messages")
-    if messages is True:
-        messages = "messages"
+    messages = "messages" if entry.get("messages") is True else entry.get("messages")
     for key in ("text_field", "messages", "name"):
         if not isinstance(entry.get(key) or "", str) and entry.get(key) is not True:
             raise UserError(f"{where}: `{key}` is {entry[key]!r}; give a name")

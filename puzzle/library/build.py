@@ -29,7 +29,7 @@ from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast, calibrate
 from puzzle.blocklib.layer import KINDS, Kind, LayerSpec, ParentLayer, rope_tables
 from puzzle.blocklib.modules import Rope
 from puzzle.blocklib.variant import PARENT, parse_variant, search_space
-from puzzle.data.tokens import TokenData, load_tokens
+from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.describe import write_library
 from puzzle.library.plan import BuildPlan, plan_build
 from puzzle.library.snapshot import load_snapshot, save_snapshot

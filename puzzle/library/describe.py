@@ -12,7 +12,7 @@ from puzzle.base.files import content_hash, read_json, write_json
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.layer import KINDS, Kind, LayerSpec
 from puzzle.blocklib.variant import parse_variant
-from puzzle.data.tokens import TokenData
+from puzzle.data.packing import TokenData
 from puzzle.parents.family import HfModel
 
 

@@ -19,7 +19,7 @@ from puzzle.base.files import content_hash, read_json, write_json
 from puzzle.blocklib.layer import KINDS, Kind
 from puzzle.blocklib.modules import NoOp
 from puzzle.blocklib.variant import PARENT, parse_variant
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.library.manifest import Library
 from puzzle.library.store import BlockStore
 from puzzle.parents.family import HfModel, open_model

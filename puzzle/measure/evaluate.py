@@ -15,7 +15,7 @@ from puzzle.base.files import read_json
 from puzzle.base.machine import cpu_name
 from puzzle.base.workload import Workload
 from puzzle.blocklib.modules import Attention
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.measure.plain import Measured, measure
 from puzzle.parents.family import HfModel, open_model
 from puzzle.runtime.divergence import compare

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.base.errors import UserError
-from puzzle.data.blend import Source, read_blend
-from puzzle.data.blended import load_data, render_chat, within
-from puzzle.data.rows import IGNORE, Mixture, Stage, Stream
+from puzzle.data.blend import read_blend
+from puzzle.data.chats import render_chat, within
+from puzzle.data.documents import Source
+from puzzle.data.mixture import IGNORE, Mixture, Stage, Stream, load_data
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>\n{% endfor %}"
@@ -196,12 +197,12 @@ def test_only_assistant_turns_count(parent):
 def test_chats_are_read_with_their_mask(folder, parent, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
-    from puzzle.data import blended as tokens
+    from puzzle.data import mixture
 
     folder("")
     tokenizer = AutoTokenizer.from_pretrained(parent)
     tokenizer.chat_template = TEMPLATE
-    monkeypatch.setattr(tokens, "load_tokenizer", lambda directory: tokenizer)
+    monkeypatch.setattr(mixture, "load_tokenizer", lambda directory: tokenizer)
     stages = [Stage(seq_len=64, batch_size=2, num_steps=4)]
     for loss in ("assistant", "all"):
         source = Source(name="chats", paths=(str(tmp_path / "chats.jsonl"),), messages="messages", loss=loss)

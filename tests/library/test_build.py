@@ -17,7 +17,7 @@ import torch
 
 from puzzle.base.units import parse_layers
 from puzzle.blocklib.distill import Recipe
-from puzzle.data.tokens import TokenData, load_tokens
+from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.build import Builder, BuildOptions, build_library
 from puzzle.library.score import load_variant
 from puzzle.library.store import BlockStore
