@@ -21,7 +21,7 @@ from torch import Tensor
 from puzzle.blocklib.distill import calibrate
 from puzzle.blocklib.initialize import ffn_as_linear
 from puzzle.blocklib.modules import Linear
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.kernels.block_loss import block_loss
 from puzzle.parents.family import open_model
 from puzzle.runtime.divergence import Divergence

@@ -36,7 +36,7 @@ from puzzle.base.workload import Workload
 from puzzle.choose.goal import goal_of
 from puzzle.choose.problem import Selection, layer_label, select
 from puzzle.choose.solve import describe, open_costs
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.export.write import export, open_source

@@ -44,7 +44,7 @@ from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import Goal, Target
 from puzzle.choose.problem import Selection, select, selection_of
 from puzzle.choose.solve import describe, open_costs, solve_library
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.export.sources import child_of_library
 from puzzle.fuse.measure import Walker
 from puzzle.fuse.rewrite import fuse_layers, widths_of

@@ -37,8 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from puzzle import __version__
 from puzzle.base.errors import UserError
-from puzzle.data.blended import HealData
-from puzzle.data.rows import Mixture, Stage
+from puzzle.data.mixture import HealData, Mixture, Stage
 from puzzle.heal.log import read_log
 from puzzle.heal.parallel import start_ranks
 from puzzle.heal.prepare import open_models

@@ -24,7 +24,7 @@ from puzzle.base.workload import Workload
 from puzzle.choose.goal import goal_of
 from puzzle.choose.problem import select
 from puzzle.choose.solve import choices_of, open_costs
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.library.assemble import assemble, open_parent
 from puzzle.library.manifest import Library
 from puzzle.runtime.divergence import compare

@@ -13,7 +13,7 @@ import torch
 
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.export.card import plain_card
 from puzzle.export.child import Child
 from puzzle.export.hf import write_hf

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from puzzle.blocklib.plain.part import Ropes
-from puzzle.data.rows import IGNORE
+from puzzle.data.mixture import IGNORE
 from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
 from puzzle.runtime.model import CausalModel
 

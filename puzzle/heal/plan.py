@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from puzzle.data.rows import Stage
+from puzzle.data.mixture import Stage
 from puzzle.heal.parallel import start_ranks, stop_ranks
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions

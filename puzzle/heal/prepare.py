@@ -9,8 +9,8 @@ from torch import nn
 
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
-from puzzle.data.rows import Stage
-from puzzle.data.tokens import load_tokenizer, tokenizer_hash
+from puzzle.data.mixture import Stage
+from puzzle.data.tokenizer import load_tokenizer, tokenizer_hash
 from puzzle.heal.loss import Learner, Teacher, Weights
 from puzzle.heal.parallel import Ranks, shard
 from puzzle.heal.settings import HealOptions

@@ -20,9 +20,9 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import claim_output, read_json
 from puzzle.base.machine import cpu_name
 from puzzle.base.units import seconds_text
-from puzzle.data.blend import Source, read_blend
-from puzzle.data.blended import HealData, load_data
-from puzzle.data.rows import Stage
+from puzzle.data.blend import read_blend
+from puzzle.data.documents import Source
+from puzzle.data.mixture import HealData, Stage, load_data
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
 from puzzle.heal.parallel import Ranks, start_ranks, stop_ranks

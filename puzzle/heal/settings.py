@@ -11,7 +11,7 @@ from typing import Any
 from puzzle.base.errors import UserError
 from puzzle.base.units import parse_count
 from puzzle.blocklib.distill import Recipe
-from puzzle.data.rows import Stage
+from puzzle.data.mixture import Stage
 
 DTYPES = ("auto", "bf16", "fp32")
 VALIDATION_SEQUENCES = 64

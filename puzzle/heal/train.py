@@ -16,7 +16,7 @@ from puzzle.base.console import console
 from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.plain.part import Ropes
-from puzzle.data.rows import IGNORE
+from puzzle.data.mixture import IGNORE
 from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
 from puzzle.heal.parallel import Ranks, like_sharded, local
 

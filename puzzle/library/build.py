@@ -28,7 +28,7 @@ from puzzle.base.units import layer_name, parse_layers
 from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
 from puzzle.blocklib.variant import PARENT, search_spaces, variant_of
-from puzzle.data.tokens import TokenData, load_tokens
+from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.describe import write_library
 from puzzle.library.plan import BuildPlan, plan_build
 from puzzle.library.snapshot import load_snapshot, save_snapshot

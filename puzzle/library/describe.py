@@ -12,7 +12,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_any, write_json
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.variant import PARENT
-from puzzle.data.tokens import TokenData
+from puzzle.data.packing import TokenData
 from puzzle.library.manifest import SCHEMA, Space
 from puzzle.parents.opened import HfModel
 

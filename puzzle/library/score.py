@@ -21,7 +21,7 @@ from puzzle.base.files import content_hash, read_json, write_json
 from puzzle.blocklib.plain.part import Part, loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.library.manifest import Library, Replacement, score_name, scores_path
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel, open_model

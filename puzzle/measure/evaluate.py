@@ -13,7 +13,7 @@ from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.machine import cpu_name
 from puzzle.base.workload import Workload
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.measure.architecture import architecture_beside
 from puzzle.measure.serve import Served, serve
 from puzzle.parents.opened import HfModel, open_model

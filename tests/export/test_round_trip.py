@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.data.tokens import load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.library.assemble import assemble
 from puzzle.library.manifest import Library

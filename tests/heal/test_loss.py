@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from puzzle.data.rows import IGNORE
+from puzzle.data.mixture import IGNORE
 from puzzle.heal import loss
 from puzzle.heal.loss import Learner, Teacher, Weights, cosine_distance, head_losses
 from puzzle.runtime.model import load_model

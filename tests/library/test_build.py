@@ -17,7 +17,7 @@ import torch
 
 from puzzle.base.units import parse_layers
 from puzzle.blocklib.distill import Recipe
-from puzzle.data.tokens import TokenData, load_tokens
+from puzzle.data.packing import load_tokens
 from puzzle.library.build import Builder, BuildOptions, build_library
 from puzzle.library.score import load_variant
 from puzzle.library.store import BlockStore
@@ -166,31 +166,6 @@ def test_joint_scores(own_library, corpus, puzzle):
     assert done.exit_code == 0, done.output
     scores = json.loads((own_library / "scores/L01.json").read_text())["scores"]
     assert set(scores) == {"attention/none", "ffn/none", "attention/none+ffn/none"}
-
-
-def test_epochs_visit_everything():
-    data = TokenData(train=torch.arange(10)[:, None].int(), validation=torch.zeros(1, 1), num_documents=1, hash="")
-    first = torch.cat([data.train_batch(s, 5) for s in range(2)]).flatten().tolist()
-    second = torch.cat([data.train_batch(s, 5) for s in range(2, 4)]).flatten().tolist()
-    assert first == list(range(10))
-    assert sorted(second) == first
-    assert second != first
-
-
-def test_documents_keep_their_split_wherever_they_lie(corpus, parent, tmp_path):
-    """Same texts under other names: same sequences in validation; and .jsonl and .parquet read alike."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts = [p.read_text() for p in sorted(corpus.glob("*.py"))]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": t}) for t in texts))
-    pq.write_table(pa.table({"body": texts}), tmp_path / "a.parquet")
-    sizes = {"seq_len": 16, "num_train": 20, "num_validation": 5, "text_field": "body"}
-    one = load_tokens([str(tmp_path / "a.jsonl")], parent, **sizes)
-    two = load_tokens([str(tmp_path / "a.parquet")], parent, **sizes)
-    assert torch.equal(one.train, two.train)
-    assert torch.equal(one.validation, two.validation)
-    assert one.hash == two.hash
 
 
 def test_dry_run_matches_the_plan(parent, corpus, tmp_path, puzzle):

@@ -5,7 +5,7 @@ rows of T tokens; row i comes from the source that is furthest behind its share 
 the realised proportions differ from the weights by about a row, at any moment. Within an epoch the rows of a source are
 visited in a seeded order. Nothing here depends on how many processes train or on when a run was stopped.
 
-Letters: B sequences a step, T tokens of a row, N tokens of a source.
+Letters: B sequences a step, T tokens of a row, N tokens of a source, S held-out rows.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from puzzle.base.console import progress
 from puzzle.base.errors import UserError
+from puzzle.data.documents import Source
+from puzzle.data.tokenizer import load_tokenizer
+from puzzle.data.tokens import SourceTokens, num_tokens, pack, read_source
 
 IGNORE = -100  # the label of a token that does not count
 
@@ -142,7 +147,7 @@ class Mixture:
             if stream.max_epochs is not None and epochs > stream.max_epochs:
                 raise UserError(
                     f"source '{stream.name}' would be read {epochs:.2f} times, its max_epochs is {stream.max_epochs:g}: "
-                    f"it has {stream.num_tokens:,} tokens; lower its weight or --tokens, or pass --allow-repeats"
+                    f"it has {stream.num_tokens:,} tokens; lower its weight or `tokens`, or pass `allow_repeats`"
                 )
 
     def rows(self, stage: int, step: int) -> list[tuple[int, int]]:
@@ -175,3 +180,81 @@ class Mixture:
             }
             for stream, share, drawn in zip(self.streams, self.shares, self.drawn, strict=True)
         ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealData:
+    """What a run trains on, and held-out ids and labels [2, S, T] int64 (labels -100 where the loss does not count)."""
+
+    mixture: Mixture
+    validation: Tensor
+    num_documents: int
+
+
+def load_data(
+    sources: list[Source],
+    tokenizer_dir: Path,
+    stages: list[Stage],
+    *,
+    num_validation: int,
+    seed: int = 0,
+    allow_repeats: bool = False,
+) -> HealData:
+    """Read and tokenise each source until its share of all stages is there, or it ends.
+
+    Raises UserError for an empty source, unreadable data, too little held-out text, or a source that would be repeated
+    more often than it may.
+    """
+    tokenizer = load_tokenizer(tokenizer_dir)
+    total = sum(stage.num_tokens for stage in stages)
+    seq_len, weights = stages[0].seq_len, sum(source.weight for source in sources)
+    read: list[SourceTokens] = []
+    taken: set[bytes] = set()  # a document belongs to the first source that has it
+    with progress("tokenise", 100) as bar:
+        for source in sources:
+            share = source.weight / weights
+            num_train = share * total / min(1.0, source.max_epochs or 1.0) + stages[-1].seq_len
+            wanted = num_train, max(1, round(share * num_validation)) * seq_len
+            steps = int(100 * share)
+            tokens = read_source(source, tokenizer, wanted, seed=seed, bar=bar, bar_steps=steps, taken=taken)
+            if not tokens.keys:
+                raise UserError(f"source '{source.name}' has no text: every document is empty or in an earlier source")
+            taken.update(tokens.keys)
+            read.append(tokens)
+    validation = _validation(sources, read, seq_len, num_validation)
+    streams = [_stream(source, tokens, seed) for source, tokens in zip(sources, read, strict=True)]
+    mixture = Mixture(streams, stages, seed=seed, allow_repeats=allow_repeats)
+    return HealData(mixture=mixture, validation=validation, num_documents=len(taken))
+
+
+def _stream(source: Source, tokens: SourceTokens, seed: int) -> Stream:
+    if not tokens.train:
+        raise UserError(f"source '{source.name}' has held-out documents only: give it more documents")
+    ids = [document.ids for document in tokens.train]
+    counted = [document.counted for document in tokens.train if document.counted is not None] or None
+    if counted and not any(mask.any() for mask in counted):
+        raise UserError(f"source '{source.name}' has no assistant turn: use `loss: all`, or check the roles")
+    weight, max_epochs = source.weight, source.max_epochs
+    return Stream(source.name, ids, counted=counted, weight=weight, max_epochs=max_epochs, seed=seed)
+
+
+def _validation(sources: list[Source], read: list[SourceTokens], seq_len: int, num_rows: int) -> Tensor:
+    """Held-out rows of all sources [2, S, T]. With too few documents, the last ones of the largest source are held out."""
+    if all(num_tokens(tokens.held_out) < seq_len for tokens in read):
+        max(read, key=lambda tokens: len(tokens.train)).lend(seq_len)
+    weights = sum(source.weight for source in sources)
+    parts = []
+    for source, tokens in zip(sources, read, strict=True):
+        rows = max(1, round(num_rows * source.weight / weights))
+        ids = pack([document.ids for document in tokens.held_out], seq_len, rows)
+        masks = [np.ones(len(d.ids), dtype=bool) if d.counted is None else d.counted for d in tokens.held_out]
+        labels = np.full_like(ids, IGNORE)
+        labels[:, :-1] = np.where(pack(masks, seq_len, rows)[:, 1:], ids[:, 1:], IGNORE)
+        parts.append(np.stack((ids, labels)))
+    held_out = np.concatenate(parts, axis=1).astype(np.int64)
+    if (held_out[1] == IGNORE).all():
+        raise UserError(
+            f"the data leave {sum(num_tokens(tokens.held_out) for tokens in read)} held-out tokens that count, less than "
+            f"one sequence of {seq_len}: give more documents or a smaller `seq_len`"
+        )
+    return torch.from_numpy(held_out)
