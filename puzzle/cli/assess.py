@@ -86,8 +86,10 @@ def evaluate_command(
     """
     for option, value in (("--sequences", sequences), ("--seq-len", seq_len), ("--repeats", repeats)):
         options.positive(option, value)
+    from puzzle.base.console import console
     from puzzle.base.workload import Workload
     from puzzle.cli.report import print_evaluation
+    from puzzle.export.checkpoint import outdated_code
     from puzzle.measure.evaluate import evaluate
 
     pair = None
@@ -107,4 +109,6 @@ def evaluate_command(
         device=device,
         repeats=repeats,
     )
+    if (hint := outdated_code(Path(child))) is not None:  # measured without that code
+        console.print(f"note: {hint}", markup=False, soft_wrap=True)
     options.print_json(result) if as_json else print_evaluation(result)
