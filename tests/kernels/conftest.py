@@ -4,10 +4,10 @@ The interpreter must be asked for before a function is decorated with `triton.ji
 Triton's own functions (sum, max ...), which another library may have imported before, are decorated again. Only the tests
 in this folder then dispatch to the kernels: elsewhere the plain-PyTorch twins are the right choice on a CPU.
 
-The interpreter (3.6 to 3.9) truncates to bf16, drops the carry when it rounds to fp8, and multiplies bf16 matrices as
+The interpreter (3.4 to 3.9) truncates to bf16, drops the carry when it rounds to fp8, and multiplies bf16 matrices as
 integers; here it converts through torch instead, which rounds as the GPU does. What it compares keeps the operands' type, so
 that one truth value spread over a block becomes integers, and a mask with it: 3.9 refuses such masks. Here it stays bool.
-3.6 reads loop bounds in a way that NumPy 2.4 refuses.
+Until 3.6 it reads loop bounds in a way that NumPy 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def read_bounds_from_arrays_of_one() -> None:
 
     patch_tensor = interpreter._patch_lang_tensor
 
-    def patch(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patch(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patch
 
