@@ -85,8 +85,10 @@ def evaluate_command(
     """
     for option, value in (("sequences", sequences), ("seq_len", seq_len), ("repeats", repeats)):
         options.positive(option, value)
+    from puzzle.base.console import console
     from puzzle.base.workload import Workload
     from puzzle.cli.report import print_evaluation
+    from puzzle.export.checkpoint import outdated_code
     from puzzle.measure.evaluate import EvaluateOptions, evaluate
 
     pair = None
@@ -98,4 +100,6 @@ def evaluate_command(
         sequences=sequences, seq_len=seq_len, repeats=repeats, text_field=text_field, device=device
     )
     result = evaluate(parent, child, list(data), chosen, work=work, batches=pair)
+    if (hint := outdated_code(Path(child))) is not None:  # measured without that code
+        console.print(f"note: {hint}", markup=False, soft_wrap=True)
     options.print_json(result.to_json()) if as_json else print_evaluation(result)

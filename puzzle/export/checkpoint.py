@@ -18,6 +18,7 @@ from puzzle.base.errors import UserError, writing
 from puzzle.base.files import claim_output, file_hash, read_json, write_json
 
 MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
+SHIPPED_CODE = ("configuration_decilm.py", "modeling_decilm.py", "modeling_puzzle.py")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -98,6 +99,18 @@ def copy_companions(source: Path | None, target: Path) -> None:
         return
     for path in (path for pattern in (*TOKENIZER_FILES, *LICENCE_FILES) for path in source.glob(pattern)):
         shutil.copyfile(path, target / path.name)
+
+
+def outdated_code(directory: Path) -> str | None:
+    """One line when a child carries model code that is not this puzzle's, which transformers may outgrow; else None."""
+    pairs = [(directory / name, MODELING_FILE.with_name(name)) for name in SHIPPED_CODE]
+    other = [theirs.name for theirs, ours in pairs if theirs.is_file() and theirs.read_bytes() != ours.read_bytes()]
+    if not other:
+        return None
+    return (
+        f"{directory} carries model code of another puzzle ({', '.join(other)}), and text that transformers generates "
+        f"with it may be wrong: `puzzle export {directory} --out NEW` writes today's"
+    )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ class DeciLMConfig(PretrainedConfig):
     """`block_configs[i].attention` and `.ffn` have attributes; `rope_parameters` joins rope_theta and rope_scaling."""
 
     model_type = "nemotron-nas"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,

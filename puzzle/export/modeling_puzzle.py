@@ -8,6 +8,7 @@
 Every layer computes h = x + attention(input_layernorm(x)) and y = h + mlp(post_attention_layernorm(h)). A skipped
 sub-block adds nothing and has no weights, not even its norm; a linear one is a single [E, E] matrix after its norm.
 With `sliding_window` W the query at position i sees the keys i-W+1 … i. Weight names are Llama's.
+Runs in transformers 5.14 to 5.24; a forward takes no keyword that it does not know, so that a newer name is an error.
 Letters: B batch, T new tokens, S all tokens so far (cached ones included), E hidden_size, H heads, K kv heads,
 D head_dim, F intermediate_size, V vocab_size.
 """
@@ -28,12 +29,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+CACHE_NAMES = ("past_key_values", "cache")  # one thing: transformers 5.24 renamed the first to the second
+CACHE_NAME = CACHE_NAMES["cache" in BaseModelOutputWithPast.__dataclass_fields__]  # of the transformers that runs this
+
 
 class PuzzleConfig(PreTrainedConfig):
     """Llama's values and its relatives'. Read what any layer changes from `per_layer_config[i]`: the whole raises."""
 
     model_type = "puzzle"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -165,9 +169,9 @@ class PuzzleLayer(GradientCheckpointingLayer):
             self.post_attention_layernorm = PuzzleRMSNorm(size, config.rms_norm_eps)
             self.mlp = matrix("linear_mlp", size) if "mlp" in linear else PuzzleMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: dict, past_key_values: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: dict, cache: Cache | None) -> Tensor:
         if self.attends:
-            x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks, past_key_values)
+            x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks, cache)
         elif "attention" not in self.skip:
             x = x + self.self_attn(self.input_layernorm(x))
         return x if "mlp" in self.skip else x + self.mlp(self.post_attention_layernorm(x))
@@ -201,7 +205,7 @@ class PuzzleModel(nn.Module):
     def adopt(self, cache: Cache) -> Cache:
         """Check a cache that was handed in; lay out an unused `DynamicCache(config=...)` as `new_cache` does."""
         if not isinstance(cache, DynamicCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}: this model supports DynamicCache only")
+            raise ValueError(f"the cache is a {type(cache).__name__}: this model supports DynamicCache only")
         if cache.layers and not any(getattr(slot, "is_initialized", False) for slot in cache.layers):
             cache.layers = self.new_cache().layers
         return cache
@@ -222,14 +226,24 @@ class PuzzleModel(nn.Module):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        output_hidden_states: bool | None = None, **kwargs: Any,
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, *, cache: Cache | None = None,
+        use_cache: bool | None = None, output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPast:  # fmt: skip
-        """input_ids [B, T] or inputs_embeds [B, T, E], attention_mask [B, S] -> last_hidden_state [B, T, E]"""
+        """input_ids [B, T] or inputs_embeds [B, T, E], attention_mask [B, S] -> last_hidden_state [B, T, E]
+
+        cache and past_key_values are two names of one thing, for whichever transformers calls.
+        """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = self.new_cache()
-        num_past = 0 if past_key_values is None else self.adopt(past_key_values).get_seq_length()
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one thing: give one of them")
+        cache = past_key_values if cache is None else cache
+        replayed = any(layer.training and layer.gradient_checkpointing for layer in self.layers)
+        replayed = replayed and torch.is_grad_enabled()
+        if cache is not None and replayed:
+            raise ValueError("gradient checkpointing runs layers twice and would fill the cache twice: leave it out")
+        if cache is None and not replayed and (self.config.use_cache if use_cache is None else use_cache):
+            cache = self.new_cache()
+        num_past = 0 if cache is None else self.adopt(cache).get_seq_length()
         num_new, num_all, real = x.shape[1], num_past + x.shape[1], None
         if attention_mask is not None and self.windows:
             if attention_mask.shape != (x.shape[0], num_all):
@@ -246,9 +260,9 @@ class PuzzleModel(nn.Module):
         hidden_states: tuple[Tensor, ...] = ()
         for layer in self.layers:
             hidden_states += (x,) if wanted else ()
-            x = layer(x, cos, sin, masks, past_key_values=past_key_values)
+            x = layer(x, cos, sin, masks, cache)
         x = self.norm(x)
-        return BaseModelOutputWithPast(x, past_key_values, hidden_states=(*hidden_states, x) if wanted else None)
+        return BaseModelOutputWithPast(x, cache, hidden_states=(*hidden_states, x) if wanted else None)
 
 
 class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
@@ -259,7 +273,8 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = {"PuzzleLayer"}  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
+    accepts_loss_kwargs = True  # Trainer hands the forward num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: Any):
@@ -276,16 +291,26 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0, **kwargs: Any,
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None, *,
+        cache: Cache | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """As PuzzleModel; logits [B, T, V], or of the last `logits_to_keep` tokens; labels [B, T] for the loss."""
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
+        """As PuzzleModel; logits [B, T, V], or of the last `logits_to_keep` tokens; labels [B, T] for the loss.
+
+        num_items_in_batch: labels of all micro-batches, which the loss is then divided by instead of its own.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions: this model never holds attention weights; leave it out")
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            cache=cache, use_cache=use_cache, output_hidden_states=output_hidden_states,
+        )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(out.last_hidden_state[:, keep]), None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        return CausalLMOutputWithPast(loss, logits, getattr(out, CACHE_NAME), out.hidden_states)
 
     def get_decoder(self) -> PuzzleModel:
         return self.model
@@ -294,9 +319,12 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
         """Give `generate` a cache laid out for this model, without short slots where it will take tokens back."""
         if (kind := generation_config.cache_implementation) not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"cache_implementation='{kind}' is not supported by this model: leave it out")
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        for name in CACHE_NAMES:
+            if name != CACHE_NAME and model_kwargs.get(name) is not None:
+                raise ValueError(f"{name}: `generate` of this transformers calls its cache {CACHE_NAME}")
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
             full = kind == "dynamic_full" or generation_config.is_assistant or generation_mode == "assisted_generation"
-            model_kwargs["past_key_values"] = DynamicCache() if full else self.model.new_cache()
+            model_kwargs[CACHE_NAME] = DynamicCache() if full else self.model.new_cache()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)  # type: ignore
 

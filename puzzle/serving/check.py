@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError, nearest
+from puzzle.export.checkpoint import outdated_code
 from puzzle.runtime.model import CausalModel
 from puzzle.serving.reference import Export, find_export, load_reference, tokenize
 
@@ -61,7 +62,8 @@ class Shape:
 class ServeCheck:
     """delta: max |Δlogit| / std over the prompt; num_same: greedy tokens that are the reference's too, counted up to the
     first other one; near_tie: that one's logit is within twice the tolerance of the reference's best; same_text: whether
-    the engine's tokenizer encodes TEXT as Hugging Face's does (None: no tokenizer to compare)."""
+    the engine's tokenizer encodes TEXT as Hugging Face's does (None: no tokenizer to compare); hint: what may have gone
+    wrong and how to go on."""
 
     engine: str
     version: str
@@ -73,6 +75,7 @@ class ServeCheck:
     num_tokens: int
     near_tie: bool
     same_text: bool | None
+    hint: str | None = None
 
     @property
     def equal(self) -> bool:
@@ -88,6 +91,7 @@ class ServeCheck:
         return (
             f"{'equal' if self.equal else 'DIFFERENT'}: {self.version}: max |Δlogit|/std {self.delta:.1e} (at most "
             f"{self.tolerance:g}), {tokens}, {text[self.same_text]}"
+            + ("" if self.equal or self.hint is None else f"; {self.hint}")
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,7 +137,11 @@ def serve_check(
         "threads": threads,
         "text": TEXT if text_ids else None,
     }
-    found = run_engine(job, python or Path(sys.executable))
+    hint = outdated_code(export.path) if engine == "hf" else None
+    try:
+        found = run_engine(job, python or Path(sys.executable))
+    except EngineFailed as error:
+        raise EngineFailed(f"{error}; {hint}") if hint else error from None
     tolerance = TOLERANCE[export.dtype if engine == "llama.cpp" else "float32"]
     return ServeCheck(
         engine=engine,
@@ -143,6 +151,7 @@ def serve_check(
         tolerance=tolerance,
         num_tokens=num_tokens,
         same_text=text_ids == found["text_ids"].tolist() if text_ids else None,
+        hint=hint,
         **compare(model, prompt, torch.from_numpy(found["logits"]), found["tokens"].tolist(), tolerance),
     )
 

@@ -4,8 +4,10 @@ The interpreter must be asked for before a function is decorated with `triton.ji
 Triton's own functions (sum, max ...), which another library may have imported before, are decorated again. Only the tests
 in this folder then dispatch to the kernels: elsewhere the plain-PyTorch twins are the right choice on a CPU.
 
-The interpreter (3.7) truncates to bf16, drops the carry when it rounds to fp8, and multiplies bf16 matrices as integers;
-here it converts through torch instead, which rounds as the GPU does.
+The interpreter (3.4 to 3.9) truncates to bf16, drops the carry when it rounds to fp8, and multiplies bf16 matrices as
+integers; here it converts through torch instead, which rounds as the GPU does. What it compares keeps the operands' type, so
+that one truth value spread over a block becomes integers, and a mask with it: 3.9 refuses such masks. Here it stays bool.
+Until 3.6 it reads loop bounds in a way that NumPy 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -66,8 +68,37 @@ def round_as_the_gpu_does() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def spread_truth_as_bool() -> None:
+    """`block_mask & (slot >= 0)`: the comparison's handle says int64, its data bool; the data are right."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    spread = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self, block, scalar):
+        truth = scalar.data.dtype == np.bool_
+        return spread(self, block, interpreter.TensorHandle(scalar.data, tl.int1) if truth else scalar)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
+
+
+def read_bounds_from_arrays_of_one() -> None:
+    """`tl.range(first, last)`: a scalar's data are an array [1]."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch
+
+
 if not torch.cuda.is_available():
     round_as_the_gpu_does()
+    spread_truth_as_bool()
+    read_bounds_from_arrays_of_one()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         interpret_kernels()
