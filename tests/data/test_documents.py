@@ -16,8 +16,7 @@ def source(*paths: object) -> Source:
 
 
 def test_two_in_a_hundred_are_held_out_for_good(texts):
-    many = [f"text {i}" for i in range(20_000)]
-    assert sum(is_held_out(text_key(text)) for text in many) / len(many) == pytest.approx(0.02, abs=0.003)
+    assert sum(is_held_out(text_key(f"text {i}")) for i in range(20_000)) == 394
     assert [i for i, text in enumerate(texts) if is_held_out(text_key(text))] == [24, 42, 45, 96, 107, 117, 182, 185]
 
 
