@@ -96,8 +96,8 @@ def parent(tmp_path_factory, corpus) -> Path:
 
 def write_child(parent: Path, out: Path, *, drop: int | None = None) -> Path:
     """No attention in layer 1, half the FFN in layer 2, nothing in layer 3; drop: leave this layer out altogether."""
+    from puzzle.blocklib.none import NO_OP
     from puzzle.export.checkpoint import write_checkpoint
-    from puzzle.export.child import ABSENT, SwiGlu, no_tensors
     from puzzle.export.hf import hf_config
     from puzzle.export.sources import child_of_checkpoint
 
@@ -105,7 +105,7 @@ def write_child(parent: Path, out: Path, *, drop: int | None = None) -> Path:
     layers = list(child.layers)
 
     def half():
-        whole = child.layers[2].read_ffn()
+        whole = child.layers[2].read("ffn")
         return {
             "norm.weight": whole["norm.weight"],
             "gate_proj.weight": whole["gate_proj.weight"][:48],
@@ -113,9 +113,9 @@ def write_child(parent: Path, out: Path, *, drop: int | None = None) -> Path:
             "down_proj.weight": whole["down_proj.weight"][:, :48].contiguous(),
         }
 
-    layers[1] = replace(layers[1], attention=ABSENT, read_attention=no_tensors)
-    layers[2] = replace(layers[2], ffn=SwiGlu(width=48), read_ffn=half)
-    layers[3] = replace(layers[3], attention=ABSENT, read_attention=no_tensors, ffn=ABSENT, read_ffn=no_tensors)
+    layers[1] = layers[1].put("attention", NO_OP)
+    layers[2] = layers[2].put("ffn", replace(child.ffn, intermediate_size=48), half)
+    layers[3] = layers[3].put("attention", NO_OP).put("ffn", NO_OP)
     if drop is not None:
         del layers[drop]
     cut = replace(child, layers=tuple(layers))
@@ -191,15 +191,18 @@ def write_fake_costs(library: Path) -> None:
     """Replace the measured times by round numbers, so that goals have known answers: a unit of time per 1000 weights."""
     import csv
 
-    facts = json.loads((library / "library.json").read_text())
-    size = {v["shape"]: v["num_parameters"] for kind in facts["variants"].values() for v in kind.values()}
+    from puzzle.blocklib.sub_block import parse_key
+    from puzzle.profile.parts import WHOLE, Embedding, Head
+
     path = next((library / "costs" / "cpu").glob("*.csv"))
     with open(path, newline="") as handle:
         rows = list(csv.DictReader(handle))
-    kept = [row for row in rows if row["kind"] != "model"]
+    kept = [row for row in rows if row["part"] != WHOLE.key()]
+    ends = (Embedding.name, Head.name)
     for row in kept:
+        size = 100 if row["part"].split()[0] in ends else parse_key(row["part"]).num_parameters
         tokens = int(row["batch"]) * (int(row["context"]) if row["phase"] == "prefill" else 1)
-        row["p50_s"] = (size.get(row["shape"], 100) + 50 / int(row["batch"])) * tokens * 1e-6
+        row["p50_s"] = (size + 50 / int(row["batch"])) * tokens * 1e-6
     with open(path, "w", newline="") as handle:
         writer = csv.DictWriter(handle, kept[0])
         writer.writeheader()

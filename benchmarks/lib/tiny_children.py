@@ -10,11 +10,9 @@ tokens. hidden_size 256 and head_dim 32: the smallest that all engines' kernels 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
 import torch
@@ -22,22 +20,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from puzzle.export.child import (
-    ABSENT,
-    LINEAR,
-    Absent,
-    Attention,
-    Child,
-    ChildLayer,
-    Ffn,
-    Gqa,
-    SwiGlu,
-    no_tensors,
-    sub_block_shapes,
-)
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.child import Child, ChildLayer
 from puzzle.export.hf import write_hf
+from puzzle.parents.rope import Rope
+from puzzle.parents.structure import Structure
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB, CONTEXT = 256, 8, 4, 32, 512, 384, 512
+HIDDEN, VOCAB, CONTEXT, EPS = 256, 384, 512, 1e-5
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -46,46 +39,52 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-FULL, WIDE = Gqa(num_key_value_heads=KV_HEADS), SwiGlu(width=2 * WIDTH)
-FFN = SwiGlu(width=WIDTH)
-BLOCK = (FULL, FFN)
+FULL = Gqa(hidden_size=HIDDEN, num_attention_heads=8, num_key_value_heads=4, head_dim=32, norm_eps=EPS)
+FFN = SwiGLU(hidden_size=HIDDEN, intermediate_size=512, norm_eps=EPS)
+LINEAR = Linear(hidden_size=HIDDEN, norm_eps=EPS)
+BLOCK: tuple[SubBlock, SubBlock] = (FULL, FFN)
+LICENSE = Path(__file__).parents[2] / "LICENSE"  # the text that the tokenizer learns from
 
 
 def kv(count: int) -> Gqa:
-    return Gqa(num_key_value_heads=count)
+    return replace(FULL, num_key_value_heads=count)
+
+
+def width(channels: int) -> SwiGLU:
+    return replace(FFN, intermediate_size=channels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiny:
-    """layers: (attention, FFN) each. facts: fields of `Child` that differ."""
+    """layers: (attention, FFN) each. base: what config.json's global values describe."""
 
-    layers: tuple[tuple[Attention, Ffn], ...]
-    facts: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[tuple[SubBlock, SubBlock], ...]
+    base: tuple[SubBlock, SubBlock] = BLOCK
+    tied: bool = False
+    rope: dict[str, object] | None = None
 
 
 CHILDREN: dict[str, Tiny] = {
     "kv-heads": Tiny(layers=(BLOCK, (kv(1), FFN), (kv(2), FFN), BLOCK)),
-    "no-attention-middle": Tiny(layers=(BLOCK, (ABSENT, FFN), (ABSENT, FFN), (kv(2), FFN)), facts={"tied": True}),
-    "no-attention-first": Tiny(layers=((ABSENT, FFN), (kv(2), FFN), BLOCK)),
-    "no-attention-last": Tiny(layers=(BLOCK, (kv(1), FFN), (ABSENT, FFN)), facts={"tied": True}),
-    "no-ffn": Tiny(layers=((FULL, ABSENT), BLOCK, (kv(1), ABSENT))),
-    "empty-layers": Tiny(layers=((ABSENT, ABSENT), BLOCK, (ABSENT, ABSENT), (kv(2), FFN), (ABSENT, ABSENT))),
-    "linear-attention": Tiny(layers=((LINEAR, FFN), BLOCK, (LINEAR, ABSENT), (kv(2), FFN), (LINEAR, FFN))),
-    "linear-ffn": Tiny(layers=(BLOCK, (kv(2), LINEAR), (LINEAR, LINEAR), (ABSENT, LINEAR))),
-    "odd-widths": Tiny(layers=((FULL, SwiGlu(width=352)), (kv(1), SwiGlu(width=16)), BLOCK)),
-    "fused-ffn": Tiny(layers=((FULL, WIDE), (kv(2), SwiGlu(width=256)), (FULL, WIDE))),
-    "llama3-rope": Tiny(
-        layers=(BLOCK, (kv(1), SwiGlu(width=256)), (ABSENT, FFN), BLOCK), facts={"rope_parameters": LLAMA3}
-    ),
-    "window": Tiny(layers=(BLOCK, (Gqa(num_key_value_heads=KV_HEADS, window=16), FFN), (kv(2), FFN))),
+    "no-attention-middle": Tiny(layers=(BLOCK, (NO_OP, FFN), (NO_OP, FFN), (kv(2), FFN)), tied=True),
+    "no-attention-first": Tiny(layers=((NO_OP, FFN), (kv(2), FFN), BLOCK)),
+    "no-attention-last": Tiny(layers=(BLOCK, (kv(1), FFN), (NO_OP, FFN)), tied=True),
+    "no-ffn": Tiny(layers=((FULL, NO_OP), BLOCK, (kv(1), NO_OP))),
+    "empty-layers": Tiny(layers=((NO_OP, NO_OP), BLOCK, (NO_OP, NO_OP), (kv(2), FFN), (NO_OP, NO_OP))),
+    "linear-attention": Tiny(layers=((LINEAR, FFN), BLOCK, (LINEAR, NO_OP), (kv(2), FFN), (LINEAR, FFN))),
+    "linear-ffn": Tiny(layers=(BLOCK, (kv(2), LINEAR), (LINEAR, LINEAR), (NO_OP, LINEAR))),
+    "odd-widths": Tiny(layers=((FULL, width(352)), (kv(1), width(16)), BLOCK)),
+    "fused-ffn": Tiny(layers=((FULL, width(1024)), (kv(2), width(256)), (FULL, width(1024)))),
+    "llama3-rope": Tiny(layers=(BLOCK, (kv(1), width(256)), (NO_OP, FFN), BLOCK), rope=LLAMA3),
+    "window": Tiny(layers=(BLOCK, (replace(FULL, window=16), FFN), (kv(2), FFN))),
 }
 
 
-def random_tensors(child: Child, seed: str, shape: Attention | Ffn) -> dict[str, Tensor]:
+def random_tensors(sub_block: SubBlock, seed: str) -> dict[str, Tensor]:
     """A sub-block's tensors in float32, the same for the same seed: norms about 1, matrices of unit gain."""
     generator = torch.Generator().manual_seed(crc32(seed.encode()))
     found = {}
-    for name, dims in sub_block_shapes(child, shape).items():
+    for name, dims in sub_block.tensors().items():
         noise = torch.randn(dims, generator=generator)
         found[name] = 1 + 0.2 * noise if "norm" in name else 0.1 * noise if len(dims) == 1 else noise / dims[1] ** 0.5
     return found
@@ -97,24 +96,37 @@ def random_matrix(seed: str, rows: int, scale: float) -> Tensor:
 
 def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
     """A child of these layers in memory, float32; `name` seeds its weights."""
-    child = Child(
+    rope = Rope(
+        head_dim=FULL.head_dim,
+        max_length=CONTEXT,
+        parameters=tiny.rope or {"rope_type": "default", "rope_theta": 10000.0},
+    )
+    layers = tuple(
+        ChildLayer(
+            slots={"attention": attention, "ffn": ffn},
+            reads={
+                "attention": partial(random_tensors, attention, f"{name} {index} attention"),
+                "ffn": partial(random_tensors, ffn, f"{name} {index} ffn"),
+            },
+            origin=index,
+        )
+        for index, (attention, ffn) in enumerate(tiny.layers)
+    )
+    # Small ones leave greedy text without variety; large ones make a tied head repeat the last token for ever.
+    embedding = partial(random_matrix, f"{name} embedding", VOCAB, 0.1 if tiny.tied else 2.0)
+    return Child(
         name=name,
-        layers=(),
-        hidden_size=HIDDEN,
-        vocab_size=VOCAB,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        intermediate_size=WIDTH,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tied=False,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        window=None,
+        layers=layers,
+        around=Structure(
+            hidden_size=HIDDEN,
+            vocab_size=VOCAB,
+            max_length=CONTEXT,
+            tied=tiny.tied,
+            layers=(),
+            ropes={"default": rope},
+            norm_eps=EPS,
+        ),
+        base=dict(zip(("attention", "ffn"), tiny.base, strict=True)),
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=1,
@@ -123,41 +135,11 @@ def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
         generation_config={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1},
         parent_name="tiny",
         licence="apache-2.0",
-        parent_config={
-            "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "num_attention_heads": HEADS,
-            "intermediate_size": WIDTH,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": CONTEXT,
-            "tie_word_embeddings": bool(tiny.facts.get("tied")),
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 1,
-        },
-        # Small ones leave greedy text without variety; large ones make a tied head repeat the last token for ever.
-        read_embedding=partial(random_matrix, f"{name} embedding", VOCAB, 0.1 if tiny.facts.get("tied") else 2.0),
+        kept={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1},
+        read_embedding=embedding,
         read_final_norm=lambda: 1 + 0.2 * random_matrix(f"{name} norm", 1, 1.0)[0],
-        read_head=partial(random_matrix, f"{name} head", VOCAB, 0.2),
+        read_head=embedding if tiny.tied else partial(random_matrix, f"{name} head", VOCAB, 0.2),
     )
-    child = replace(child, **tiny.facts)
-    if child.tied:
-        child = replace(child, read_head=child.read_embedding)
-
-    def reader(seed: str, shape: Attention | Ffn) -> Callable[[], dict[str, Tensor]]:
-        return no_tensors if isinstance(shape, Absent) else partial(random_tensors, child, seed, shape)
-
-    layers = tuple(
-        ChildLayer(
-            attention=attention,
-            ffn=ffn,
-            read_attention=reader(f"{name} {index} attention", attention),
-            read_ffn=reader(f"{name} {index} ffn", ffn),
-            origin=index,
-        )
-        for index, (attention, ffn) in enumerate(tiny.layers)
-    )
-    return replace(child, layers=layers)
 
 
 def tiny_child(name: str, tokenizer: Path | None = None) -> Child:
@@ -176,7 +158,7 @@ def write_tokenizer(directory: Path) -> Path:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(LICENSE.read_text(encoding="utf-8").splitlines(keepends=True), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
     )
