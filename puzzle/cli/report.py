@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -15,9 +15,10 @@ from puzzle.blocklib.variant import PARENT
 from puzzle.choose.frontier import terminal_plot
 from puzzle.export.picture import picture
 from puzzle.library.manifest import Library, score_name, scores_path
-from puzzle.library.store import BlockStore
 from puzzle.measure.architecture import Architecture
-from puzzle.measure.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from puzzle.measure.evaluate import Evaluation
 
 
 def _table(title: str, rows: list[tuple[str, Any, Any]]) -> Table:
@@ -178,6 +179,8 @@ def print_plan(facts: dict[str, Any]) -> None:
 def library_summary(root: Path) -> dict[str, Any]:
     """Per variant, medians over layers of what training and scoring measured."""
     library = Library.open(root)
+    from puzzle.library.store import BlockStore  # torch, which `solve` does without
+
     store, rows = BlockStore(root), []
     offered = dict.fromkeys(
         (slot, name)
