@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from puzzle.base.errors import UserError
 from puzzle.export.engines import ENGINES
 from puzzle.export.write import export, open_source
-from puzzle.parents.opened import open_model
+from puzzle.parents.opened import families, open_model
 from puzzle.runtime.model import load_model
 from puzzle.runtime.plain import PlainRuntime
+from tiny_parents import PARENTS, PLAIN
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1}
 
@@ -114,12 +115,54 @@ def test_from_library_to_generation(name, family_parent, corpus, tmp_path, puzzl
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engines_take_it_or_refuse_it_by_name(name, engine, tiny, family_parent, tmp_path):
+def test_engines_take_it_or_refuse_it_by_name(name, engine, family_parent, tmp_path):
     source = open_source(family_parent(name))
-    if engine in tiny.engines:
+    if engine in PARENTS[name].engines:
         assert export(source, tmp_path / "child", engine=engine).engine == engine
         return
     with pytest.raises(UserError, match=r"`format` hf") as refused:
         export(source, tmp_path / "child", engine=engine)
     assert engine in str(refused.value)
     assert not (tmp_path / "child").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = .* quantised weights"),
+        ("llama", {"per_layer_config": {"1": {"num_key_value_heads": 1}}}, "per_layer_config = .* layers that differ"),
+        ("llama", {"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported"),
+        ("llama", {"rope_parameters": {**PLAIN, "rope_type": "spiral"}}, "RoPE type 'spiral'|transformers cannot read"),
+        ("llama", {"rope_parameters": {**PLAIN, "llama_4_scaling_beta": 0.1}}, "parameter 'llama_4_scaling_beta'"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention"] * 3 + ["linear_attention"]},
+            r"layer_types\[3\] = 'linear_attention'",
+        ),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 .* tanh on the logits"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, "use_sliding_window turns off"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(model_type, changes, message, family_parent, tmp_path):
+    source = family_parent(next(name for name, made in PARENTS.items() if made.model_type == model_type))
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=message) as refused:
+        open_model(str(tmp_path))
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_field_that_only_transformers_knows(family_parent, tmp_path, monkeypatch):
+    """A Granite read as a Llama, whose family knows nothing of multipliers: refused by their names."""
+    source = family_parent("granite")
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    monkeypatch.setitem(families(), "granite", families()["llama"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"_multiplier = .* is not understood for models of type 'granite'|logits_scaling"
+    ):
+        open_model(str(tmp_path))
