@@ -98,6 +98,14 @@ PARENTS = {
         },
     ),
     "olmo2": Tiny(model_type="olmo2"),
+    "olmo3": Tiny(
+        model_type="olmo3",
+        changes={
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING],
+            "sliding_window": 7,
+            "rope_parameters": {FULL: rope("yarn", **YARN)["rope_parameters"], SLIDING: PLAIN},
+        },
+    ),
     "granite": Tiny(
         model_type="granite",
         changes=rope("default")
