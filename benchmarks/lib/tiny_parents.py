@@ -106,6 +106,11 @@ PARENTS = {
             "rope_parameters": {FULL: rope("yarn", **YARN)["rope_parameters"], SLIDING: PLAIN},
         },
     ),
+    "exaone4": Tiny(
+        model_type="exaone4",
+        changes=rope("default") | {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 7},
+    ),
+    "exaone4 without windows": Tiny(model_type="exaone4", changes=rope("default") | {"layer_types": [FULL] * 4, "sliding_window": None}),
     "granite": Tiny(
         model_type="granite",
         changes=rope("default")

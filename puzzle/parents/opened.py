@@ -17,7 +17,7 @@ from puzzle.parents.family import FAMILIES, NEEDED, Family, refuse
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD
 from puzzle.parents.structure import Layer, Structure
 
-MODULES = ("llama", "qwen", "phi3", "gemma3", "olmo", "granite", "smollm3", "child", "nemotron_nas")
+MODULES = ("llama", "qwen", "phi3", "gemma3", "olmo", "granite", "smollm3", "exaone4", "child", "nemotron_nas")
 NEUTRAL = {  # fields that change no output: of training, of generation, and what transformers has written into others by now
     "attention_dropout", "embd_pdrop", "resid_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "pretraining_tp", "max_window_layers", "use_sliding_window", "original_max_position_embeddings",
