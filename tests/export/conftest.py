@@ -128,6 +128,8 @@ def modules_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
     monkeypatch.setattr(sys, "path", list(sys.path))  # transformers appends the cache to it
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]  # a package of another test's cache
     return cache
 
 
