@@ -38,7 +38,7 @@ results: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy puzzle blocklib solver kernels
+	$(BIN)/mypy puzzle blocklib solver kernels benchmarks
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

@@ -67,6 +67,8 @@ def convert_table(path: Path) -> None:
 def _row(key: tuple[Any, ...], same: list[dict[str, str]]) -> CostRow:
     part, precision, phase, batch, context = key
     measured = [row for row in same if int(row["num_samples"]) > 0] or same
+    times: dict[str, Any] = {name: mean(float(row[name]) for row in measured) for name in ("p20_s", "p50_s", "p80_s")}
+    facts: dict[str, Any] = {name: same[0][name] for name in ("device", "versions", "date")}
     return CostRow(
         part=part,
         precision=precision,
@@ -75,8 +77,8 @@ def _row(key: tuple[Any, ...], same: list[dict[str, str]]) -> CostRow:
         context=context,
         num_samples=sum(int(row["num_samples"]) for row in measured),
         workspace_bytes=max(int(row.get("workspace_bytes") or 0) for row in measured),
-        **{name: mean(float(row[name]) for row in measured) for name in ("p20_s", "p50_s", "p80_s")},
-        **{name: same[0][name] for name in ("device", "versions", "date")},
+        **times,
+        **facts,
     )
 
 

@@ -25,7 +25,8 @@ class Answer:
     """One request: its text and the times at which pieces of it came."""
 
     def __init__(self) -> None:
-        self.text, self.times, self.num_tokens = "", [], 0
+        self.text, self.num_tokens = "", 0
+        self.times: list[float] = []
 
     def add(self, chunk: dict[str, Any]) -> None:
         if chunk.get("usage"):

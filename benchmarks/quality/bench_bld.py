@@ -24,8 +24,8 @@ import torch
 
 from puzzle.cli.report import library_summary
 from puzzle.library.build import BuildOptions, build_library
-from puzzle.library.manifest import Library
-from puzzle.library.score import score_library
+from puzzle.library.manifest import Library, score_name
+from puzzle.library.score import ScoreOptions, score_library
 
 
 @click.command()
@@ -67,7 +67,7 @@ def main(
         )
         build_library(parent, options)
         seconds = time.time() - begin
-        score_library(root, list(data), parent=parent, num_sequences=score_sequences, seq_len=seq_len)
+        score_library(root, list(data), ScoreOptions(sequences=score_sequences, seq_len=seq_len), parent=parent)
         print(f"{root}: built in {seconds:.1f} s, scored in {time.time() - begin - seconds:.1f} s", flush=True)
         return seconds
 
@@ -79,14 +79,16 @@ def main(
         initial, trained = Library.open(begun), Library.open(library)
         rows = []
         for row in library_summary(library)["variants"]:
-            kind, variant = row["kind"], row["variant"]
-            name = f"{kind}/{variant}"
-            before = [initial.scores(layer)[name]["kl"] for layer in initial.layers]
-            after = [trained.scores(layer)[name]["kl"] for layer in trained.layers]
+            slot, variant = row["slot"], row["variant"]
+            having = [layer for layer in trained.layers if variant in trained.spaces[layer].get(slot, ())]
+            before, after = (
+                [library.scores(layer)[score_name({slot: variant})]["kl"] for layer in having]
+                for library in (initial, trained)
+            )
             first, last = statistics.median(before), statistics.median(after)
             rows.append(
                 (
-                    kind,
+                    slot,
                     variant,
                     f"{row['validation_loss_before']:.5f}",
                     f"{row['validation_loss_after']:.5f}",

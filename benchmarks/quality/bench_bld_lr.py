@@ -9,7 +9,6 @@ tokens; reported is, per variant, the median over layers of the normalised MSE o
 from __future__ import annotations
 
 import csv
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -17,9 +16,8 @@ from pathlib import Path
 import click
 import torch
 
+from puzzle.cli.report import library_summary
 from puzzle.library.build import BuildOptions, build_library
-from puzzle.library.manifest import KINDS, PARENT, Library
-from puzzle.library.store import BlockStore
 
 
 @click.command()
@@ -48,29 +46,11 @@ def main(
             )
             build_library(parent, options)
             seconds = time.time() - started
-            library, store = Library.open(options.out), BlockStore(options.out)
-            for kind in KINDS:
-                for variant in library.variants(kind):
-                    if variant == PARENT:
-                        continue
-                    records = [store.record(layer, kind, variant) for layer in library.layers]
-                    before = statistics.median(r["validation_loss_before"] for r in records)
-                    after = statistics.median(r["validation_loss_after"] for r in records)
-                    rows.append(
-                        (
-                            rate,
-                            kind,
-                            variant,
-                            f"{before:.5f}",
-                            f"{after:.5f}",
-                            int(tokens),
-                            f"{seconds:.1f}",
-                            device,
-                            torch.__version__,
-                            time.strftime("%Y-%m-%d"),
-                        )
-                    )
-                    print(*rows[-1], flush=True)
+            for row in library_summary(options.out)["variants"]:
+                losses = (f"{row[f'validation_loss_{when}']:.5f}" for when in ("before", "after"))
+                facts = (int(tokens), f"{seconds:.1f}", device, torch.__version__, time.strftime("%Y-%m-%d"))
+                rows.append((rate, row["slot"], row["variant"], *losses, *facts))
+                print(*rows[-1], flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import click
 import torch
-from torch import Tensor
 
-from puzzle.blocklib.distill import calibrate
 from puzzle.blocklib.initialize import ffn_as_linear
-from puzzle.blocklib.modules import Linear
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.plain.part import Part, loaded
+from puzzle.blocklib.sub_block import Normed
 from puzzle.data.packing import load_tokens
 from puzzle.kernels.block_loss import block_loss
-from puzzle.parents.family import open_model
+from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import load_model
 
@@ -38,31 +38,46 @@ from puzzle.runtime.model import load_model
 @torch.no_grad()
 def main(parent: str, data: tuple[str, ...], out: Path, calibration: int, sequences: int, seq_len: int) -> None:
     opened = open_model(parent)
-    model, spec = load_model(opened), opened.spec
+    model = load_model(opened)
     tokens = load_tokens(list(data), opened.directory, seq_len=seq_len, num_train=calibration, num_validation=sequences)
-    rope = model.rope(seq_len)
-    train = [model.embedding(ids.long()) for ids in tokens.train.split(8)]
+    ropes = model.ropes(seq_len)
+    train = [model.embed(ids.long()) for ids in tokens.train.split(8)]
     held_ids = [ids.long() for ids in tokens.validation.split(8)]
-    held = [model.embedding(ids) for ids in held_ids]
+    held = [model.embed(ids) for ids in held_ids]
     finals = [model.hidden(ids) for ids in held_ids]
-    rows = []
-    for index, block in enumerate(model.blocks):
-        train = [x + block.attention(x, rope) for x in train]
-        held = [x + block.attention(x, rope) for x in held]
-        weights = opened.layer(index).ffn
-        found = calibrate(block.ffn, train, spec)
-        product = (weights["down_proj.weight"].float() @ weights["up_proj.weight"].float()).double()
-        scale = (product * found.cross).sum() / (product @ found.gram * product).sum()
-        for name, matrix in (
-            ("least squares", ffn_as_linear(found)),
-            ("down · up", product.float()),
-            ("down · up, scaled", (scale * product).float()),
-        ):
-            error, kl = _measure(model, index, matrix, weights["norm.weight"], held, held_ids, finals, rope)
-            rows.append((index, name, f"{error:.5f}", f"{kl:.5f}"))
-            print(*rows[-1], flush=True)
-        train = [x + block.ffn(x, rope) for x in train]
-        held = [x + block.ffn(x, rope) for x in held]
+
+    def measured(index: int, ffn: Part, linear: Part) -> tuple[float, float]:
+        """nMSE of `linear` in place of `ffn` in layer `index`, and KL of the whole model."""
+        meter, errors = Divergence(), []
+        for x, ids, final in zip(held, held_ids, finals, strict=True):
+            y = linear(x, ropes)
+            errors.append(block_loss(y, ffn(x, ropes)).item())
+            child = x + y
+            for later in model.blocks[index + 1 :]:
+                child = later(child, ropes)
+            meter.add(model, final, model, child, ids)
+        return statistics.mean(errors), meter.result()["kl"]
+
+    rows: list[tuple[object, str, str, str]] = []
+    for index, slot, part in model.parts():
+        if slot == "ffn":
+            assert isinstance(part.sub_block, Normed)
+            found, weights = part.calibrate(train), opened.weights(index, slot)
+            assert found is not None
+            product = (weights["down_proj.weight"].float() @ weights["up_proj.weight"].float()).double()
+            scale = (product * found.cross).sum() / (product @ found.gram * product).sum()
+            for name, matrix in (
+                ("least squares", ffn_as_linear(found)),
+                ("down · up", product.float()),
+                ("down · up, scaled", (scale * product).float()),
+            ):
+                tensors = {"norm.weight": weights["norm.weight"].float(), "linear.weight": matrix}
+                linear = loaded(Linear(**part.sub_block.norm_fields()), tensors)
+                error, kl = measured(index, part, linear)
+                rows.append((index, name, f"{error:.5f}", f"{kl:.5f}"))
+                print(*rows[-1], flush=True)
+        train = [part.add(x, ropes) for x in train]
+        held = [part.add(x, ropes) for x in held]
     for name in dict.fromkeys(row[1] for row in rows):
         errors = [float(r[2]) for r in rows if r[1] == name]
         kls = [float(r[3]) for r in rows if r[1] == name]
@@ -73,20 +88,6 @@ def main(parent: str, data: tuple[str, ...], out: Path, calibration: int, sequen
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(["layer", "initialisation", "nmse", "kl", "device", "torch", "date"])
         writer.writerows((*row, "cpu", torch.__version__, time.strftime("%Y-%m-%d")) for row in rows)
-
-
-def _measure(model, index: int, matrix: Tensor, norm: Tensor, held, held_ids, finals, rope) -> tuple[float, float]:
-    module = Linear(model.spec)
-    module.load_state_dict({"norm.weight": norm.float(), "linear.weight": matrix})
-    meter, errors = Divergence(), []
-    for x, ids, final in zip(held, held_ids, finals, strict=True):
-        y = module(x, rope)
-        errors.append(block_loss(y, model.blocks[index].ffn(x, rope)).item())
-        child = x + y
-        for later in model.blocks[index + 1 :]:
-            child = later(child, rope)
-        meter.add(model, final, model, child, ids)
-    return statistics.mean(errors), meter.result()["kl"]
 
 
 if __name__ == "__main__":

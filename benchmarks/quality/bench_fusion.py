@@ -24,6 +24,7 @@ from __future__ import annotations
 import csv
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,11 +32,12 @@ import click
 import torch
 
 from puzzle.base.device import compute_dtype, pick_device
-from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
-from puzzle.choose.goal import goal_of
-from puzzle.choose.problem import Selection, layer_label, select
-from puzzle.choose.solve import describe, open_costs
+from puzzle.blocklib.none import NoOp
+from puzzle.choose.cells import Cell
+from puzzle.choose.goal import GoalOptions
+from puzzle.choose.problem import Request, Selection, layer_label, select
+from puzzle.choose.solve import architecture, open_costs
 from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child
 from puzzle.export.sources import child_of_checkpoint
@@ -44,7 +46,8 @@ from puzzle.fuse.rewrite import remove_layers, widths_of
 from puzzle.fuse.runs import Rule, choose_runs, members, worst
 from puzzle.fuse.stage import Held, dependency_of, fuse_child, write_fused
 from puzzle.library.manifest import Library
-from puzzle.parents.family import open_model
+from puzzle.measure.architecture import write_architecture
+from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import CausalModel, load_model
 from puzzle.solver.solution import Solution
@@ -88,12 +91,12 @@ def main(
     seq_len: int,
 ) -> None:
     library = Library.open(root)
-    work = Workload(input_len=input_len, output_len=output_len)
-    selection = select(library, open_costs(library, gpu, shapes, engine), work, goal_of(throughput))
+    work, goal = Workload(input_len=input_len, output_len=output_len), GoalOptions(throughput=throughput).goal()
+    selection = select(library, open_costs(library, gpu, shapes, engine), Request(work=work, goal=goal))
     batch = batch or selection.parent.batch
     solution = two_stretches(selection, batch)
-    solved = describe(selection, batch, solution)
-    write_json(out / "solution" / "architecture.json", solved)
+    solved = architecture(selection, batch, solution)
+    write_architecture(out / "solution" / "architecture.json", solved)
     export(open_source(root, out / "solution", parent), out / "unfused", force=True)
     source = library.parent_source(parent)
     device = pick_device("auto")
@@ -160,7 +163,7 @@ def main(
     with open(table, "w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow([*COLUMNS.split(","), "predicted_speedup", "batch", "costs", "device", "torch", "date"])
-        speedup = f"{solved['predicted']['speedup']:.3f}"
+        speedup = f"{solved.speedup:.3f}"
         for row in rows:
             promise = speedup if row[0] == "unfused" else ""
             priced = (promise, batch, selection.costs.table.device)
@@ -172,21 +175,32 @@ def _between(unfused: CausalModel, child: CausalModel, tokens: torch.Tensor) -> 
     return compare(unfused, child, tokens)["kl"]
 
 
+def attends(cell: Cell) -> bool:
+    """Whether it has an attention, or what stands in for one."""
+    return not isinstance(cell.sub_blocks["attention"], NoOp)
+
+
+def is_free(cell: Cell) -> bool:
+    """An FFN and no attention."""
+    return not attends(cell) and not isinstance(cell.sub_blocks["ffn"], NoOp)
+
+
 def two_stretches(selection: Selection, batch: int) -> Solution:
     """The best child within the goal that has two stretches of LENGTH layers with an FFN and no attention."""
     problem = selection.problem(batch)
     count = len(problem.layers)
-    names = [v.name for v in problem.layers[0].variants]
-    free = tuple(name for name in names if name.startswith("none|") and not name.endswith("|none"))
-    attending = tuple(name for name in names if not name.startswith("none|"))
+
+    def named(layer: int, wanted: Callable[[Cell], bool]) -> tuple[str, ...]:
+        return tuple(name for name, cell in selection.cells[layer].items() if wanted(cell))
+
     for apart in (True, False):
         best: Solution | None = None
         for first in range(count - 2 * LENGTH):
             for second in range(first + LENGTH + 1, count - LENGTH + 1):
                 inside = {*range(first, first + LENGTH), *range(second, second + LENGTH)}
                 around = {first - 1, first + LENGTH, second - 1, second + LENGTH} & set(range(count))
-                pins = {layer_label(i): free for i in inside}
-                pins |= {layer_label(i): attending for i in around if apart}
+                pins = {layer_label(i): named(i, is_free) for i in inside}
+                pins |= {layer_label(i): named(i, attends) for i in around if apart}
                 found = solve(replace(problem, pins=pins))
                 if found.choice and (best is None or found.objective < best.objective):
                     best = found

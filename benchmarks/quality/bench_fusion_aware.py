@@ -5,7 +5,7 @@ is solved at the same batch without knowing of fusion and then fused wherever ne
 same costs; its own goal is found by bisection. Both are assembled, fused with own norms, and KL(parent‖child) is measured on
 the same held-out sequences.
     without --measure  `afterwards` has the least goal at which its fused child is predicted to be as fast as asked for
-    with --measure     every fused child in question runs with its own weights (puzzle/fast_model.py): the prompt of a batch,
+    with --measure     every fused child in question runs with its own weights (puzzle/runtime/fast.py): the prompt of a batch,
                        and a decode step at the workload's middle context times the steps, medians of replayed CUDA graphs.
                        The bisection follows this time. `afterwards` is the child with the least sum of scores of all
                        that were measured at most --within slower than `aware`; where that one is faster by more than
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,26 +37,29 @@ import click
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
-from puzzle.choose.cost_model import Choice, Prediction
+from puzzle.choose.cells import Cell
 from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import Goal, Target
-from puzzle.choose.problem import Selection, select, selection_of
-from puzzle.choose.solve import describe, open_costs, solve_library
+from puzzle.choose.problem import Request, Selection, select
+from puzzle.choose.solve import architecture, open_costs, solve_library
 from puzzle.data.packing import load_tokens
 from puzzle.export.sources import child_of_library
 from puzzle.fuse.measure import Walker
 from puzzle.fuse.rewrite import fuse_layers, widths_of
 from puzzle.fuse.runs import Rule, Run, choose_runs
 from puzzle.library.assemble import open_parent
-from puzzle.library.manifest import KINDS, PARENT, Library
-from puzzle.parents.family import HfModel
+from puzzle.library.manifest import Library
+from puzzle.measure.architecture import Architecture, Prediction
+from puzzle.parents.opened import HfModel
 from puzzle.runtime.divergence import compare
-from puzzle.runtime.fast import FastRunner, decode_step_seconds, prefill_seconds, stack_of
+from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import CausalModel, load_model
 from puzzle.solver.solve import solve
+from step_times import decode_step_seconds, prefill_seconds
 
 COLUMNS = (
     "goal,way,solved_for,predicted_speedup,batch,runs,num_layers,sum_of_scores,kl,kl_stderr,lm_loss,predicted_s,measured_s,"
@@ -78,15 +82,19 @@ class Fused:
     """An architecture with the runs that are fused; goal: what it was solved for. timed: where it was measured."""
 
     goal: float
-    solved: dict[str, Any]
+    solved: Architecture
     runs: list[Run]
     seconds: float  # predicted
     timed: Timed | None = None
 
     @property
     def key(self) -> tuple:
-        layers = tuple((c["attention"], c["ffn"]) for c in self.solved["layers"])
-        return layers, tuple(self.runs), self.solved["predicted"]["batch"]
+        layers = tuple(tuple(layer.values()) for layer in self.solved.variants)
+        return layers, tuple(self.runs), self.batch
+
+    @property
+    def batch(self) -> int:
+        return self.solved.predicted.batch
 
 
 class Bench:
@@ -108,69 +116,68 @@ class Bench:
 
     def parent(self, batch: int | None) -> Prediction:
         """What goals are multiples of: the parent at this batch, or at its best one."""
-        layers = [dict.fromkeys(KINDS, PARENT)] * self.library.num_layers
+        layers = self.library.structure.layers
         return self.selection.parent if batch is None else self.selection.costs.predict(layers, batch)
 
-    def _select(self, times: float, same_batch: bool, fusion: Fusion | None) -> Selection:
-        goal = Goal(throughput=Target(value=times, relative=True))
-        costs = self.selection.costs
-        return select(self.library, costs.table, self.work, goal, fusion=fusion, same_batch=same_batch)
+    def _request(self, times: float, same_batch: bool, fusion: Fusion | None) -> Request:
+        goal = Goal(limits={"throughput": Target(value=times, relative=True)})
+        return Request(work=self.work, goal=goal, fusion=fusion, same_batch=same_batch)
 
     def aware(self, times: float, batch: int | None) -> Fused:
         """Raises UserError when no child is so fast."""
+        request, table = self._request(times, batch is not None, self.fusion), self.selection.costs.table
         if batch is None:
-            goal = Goal(throughput=Target(value=times, relative=True))
-            found = solve_library(self.library, self.selection.costs.table, self.work, goal, fusion=self.fusion)
+            found = solve_library(self.library, table, request)
         else:
-            selection = self._select(times, True, self.fusion)
+            selection = select(self.library, table, request)
             solution = solve(selection.problem(batch))
             if not solution.choice:
                 raise UserError(f"no child is {times:g} times as fast at batch {batch}: lower --goals")
-            found = describe(selection, batch, solution)
-        runs = [(first, last) for first, last in found["fuse"]]
-        return Fused(goal=times, solved=found, runs=runs, seconds=found["predicted"]["latency_seconds"])
+            found = architecture(selection, batch, solution)
+        return Fused(goal=times, solved=found, runs=list(found.fuse or ()), seconds=found.predicted.latency_seconds)
 
     def afterwards(self, times: float, batch: int, same_batch: bool) -> Fused | None:
         """Solved for `times` without knowing of fusion, then fused where that saves time. None: out of reach."""
         key = (times, batch, same_batch)
         if key in self._solved:
             return self._solved[key]
-        selection = self._select(times, same_batch, None)
+        costs = self.selection.costs
+        selection = select(self.library, costs.table, self._request(times, same_batch, None))
         solution = solve(selection.problem(batch))
         if not solution.choice:
             return None
-        costs, found = self.selection.costs, describe(selection, batch, solution)
-        runs = self.saving_runs(found["layers"], batch)
-        change = self.fusion.change(runs, found["layers"], costs, batch)
-        seconds = costs.predict(found["layers"], batch, change).latency_seconds
+        found, cells = architecture(selection, batch, solution), selection.chosen(solution)
+        runs = self.saving_runs(cells, batch)
+        change = self.fusion.change(runs, cells, costs, batch)
+        seconds = costs.predict(found.sub_blocks, batch, change).latency_seconds
         self._solved[key] = Fused(goal=times, solved=found, runs=runs, seconds=seconds)
         return self._solved[key]
 
-    def saving_runs(self, layers: list[Choice], batch: int) -> list[Run]:
+    def saving_runs(self, cells: list[Cell], batch: int) -> list[Run]:
         """Neighbours without attention, wherever making them one saves time."""
-        free = [self.fusion.width(f"{c['attention']}|{c['ffn']}") for c in layers]
+        free = [None if cell.lone_ffn is None else cell.lone_ffn.intermediate_size for cell in cells]
         runs = choose_runs(free, Rule(keep_last=False))
-        return [r for r in runs if self.fusion.change([r], layers, self.selection.costs, batch)["seconds"] < 0]
+        return [r for r in runs if self.fusion.change([r], cells, self.selection.costs, batch)["seconds"] < 0]
 
     def child(self, fused: Fused) -> CausalModel:
         """In memory, on the parent's device and in its dtype."""
-        child = child_of_library(self.library, fused.solved["layers"], self.opened)
+        child = child_of_library(self.library, fused.solved.variants, self.opened)
         assert all(widths_of(child)[layer] for run in fused.runs for layer in run)
         weight = self.model.embedding.weight
         smaller = fuse_layers(child, fused.runs)
-        walker = Walker(smaller, self.opened.spec, self.tokens[:1], weight.device, weight.dtype)
+        walker = Walker(smaller, self.tokens[:1], weight.device, weight.dtype)
         head = None if self.model.head is None else self.model.head.data
-        found = CausalModel(self.model.spec, weight.data, list(walker.blocks()), self.model.norm.weight.data, head)
+        norm = self.model.norm.weight.data
+        found = CausalModel(smaller.structure, weight.data, list(walker.blocks()), norm, head)
         return found.requires_grad_(False).eval()
 
     def time(self, model: CausalModel, batch: int, key: tuple) -> Timed:
         """The workload at this batch size; an architecture is measured once."""
         if key not in self._timed:
             work = self.work
-            runner = FastRunner(stack_of(model), batch, work.input_len + work.output_len)
-            runner.randomize()
-            step = decode_step_seconds(runner, work.input_len + work.output_len // 2)
-            prefill = prefill_seconds(runner, work.input_len)
+            runtime = FastRuntime(model, batch, work.input_len + work.output_len)
+            step = decode_step_seconds(runtime, work.input_len + work.output_len // 2)
+            prefill = prefill_seconds(runtime, work.input_len)
             whole = prefill + (work.output_len - 1) * step
             self._timed[key] = Timed(prefill=prefill, step=step, whole=whole)
             print(f"  {len(model.blocks)} layers, batch {batch}: {whole:.5f} s measured", flush=True)
@@ -178,9 +185,8 @@ class Bench:
 
     def measure(self, fused: Fused) -> Timed:
         if fused.timed is None:
-            batch = fused.solved["predicted"]["batch"]
             known = self._timed.get(fused.key)
-            fused.timed = known or self.time(self.child(fused), batch, fused.key)
+            fused.timed = known or self.time(self.child(fused), fused.batch, fused.key)
         return fused.timed
 
 
@@ -194,7 +200,7 @@ def bisected(call: Callable[[float], bool], low: float, high: float, steps: int)
 
 def as_predicted(bench: Bench, aware: Fused, times: float, at: int | None) -> list[tuple[str, Fused]]:
     """(way, child) of the child fused afterwards that is predicted to reach `times`. at: the batch that was asked for"""
-    batch = aware.solved["predicted"]["batch"]
+    batch = aware.batch
     wanted = batch * bench.work.output_len / (times * bench.parent(at).tokens_per_second)
 
     def enough(goal: float) -> bool:
@@ -209,7 +215,7 @@ def as_predicted(bench: Bench, aware: Fused, times: float, at: int | None) -> li
 
 def as_measured(bench: Bench, aware: Fused, times: float, at: int | None, within: float) -> list[tuple[str, Fused]]:
     """(way, child) of the children fused afterwards that are as fast as `aware`, or next to it on either side."""
-    batch, slowest = aware.solved["predicted"]["batch"], bench.measure(aware).whole * (1 + within)
+    batch, slowest = aware.batch, bench.measure(aware).whole * (1 + within)
     seen: list[Fused] = []
 
     def enough(goal: float) -> bool:
@@ -226,7 +232,7 @@ def as_measured(bench: Bench, aware: Fused, times: float, at: int | None, within
     slow = [f for f in seen if bench.measure(f).whole > slowest]
     ways = []
     if fast:
-        best = min(fast, key=lambda f: f.solved["objective"])
+        best = min(fast, key=lambda f: f.solved.objective)
         ways.append(("afterwards", best))
         if bench.measure(best).whole >= bench.measure(aware).whole * (1 - within):
             slow = []
@@ -278,7 +284,7 @@ def main(
 ) -> None:
     library = Library.open(root)
     costs, work = open_costs(library, gpu, shapes, engine), Workload(input_len=input_len, output_len=output_len)
-    selection = selection_of(library, costs, work, Goal())
+    selection = select(library, costs, Request(work=work, goal=Goal()))
     opened = open_parent(library, parent)
     tokens = load_tokens(
         list(data), opened.directory, seq_len=seq_len, num_train=1, num_validation=sequences
@@ -293,7 +299,7 @@ def main(
     def row_of(goal: float, at: int | None, way: str, fused: Fused, aware: Fused) -> dict[str, Any]:
         child, solved = bench.child(fused), fused.solved
         measured = compare(bench.model, child, tokens)
-        batch, best = solved["predicted"]["batch"], bench.parent(at)
+        batch, best = fused.batch, bench.parent(at)
         speedup = batch * work.output_len / fused.seconds / best.tokens_per_second
         timed: tuple = ("",) * 5
         if measure:
@@ -310,7 +316,7 @@ def main(
             batch,
             " ".join(f"{first}-{last}" for first, last in fused.runs),
             len(child.blocks),
-            f"{solved['objective']:.5f}",
+            f"{solved.objective:.5f}",
             f"{measured['kl']:.5f}",
             f"{measured['kl_stderr']:.5f}",
             f"{measured['lm_loss']:.4f}",

@@ -24,9 +24,8 @@ from puzzle.fuse.measure import measure_dependency
 from puzzle.fuse.stage import Held, open_walker
 from puzzle.library.assemble import open_parent
 from puzzle.library.manifest import Library
-from puzzle.parents.family import open_model
 from puzzle.runtime.divergence import Divergence
-from puzzle.runtime.model import load_model
+from puzzle.runtime.model import Block, load_model
 
 
 @click.command()
@@ -40,24 +39,24 @@ from puzzle.runtime.model import load_model
 def main(root: Path, data: tuple[str, ...], parent: str | None, sequences: int, seq_len: int, table: Path) -> None:
     library = Library.open(root)
     opened = open_parent(library, parent)
-    walker, facts = open_walker(open_model(opened.directory), Held(data=data, num_sequences=sequences, seq_len=seq_len))
+    walker, facts = open_walker(opened, Held(data=data, num_sequences=sequences, seq_len=seq_len))
     matrix = measure_dependency(walker, ffns=True)[1]
     assert matrix is not None
     fusion = Fusion(library, matrix.relative_error)
     model = load_model(opened, device=walker.device, dtype=compute_dtype(walker.device))
-    rope, blocks = walker.rope, model.blocks
+    blocks: list[Block] = list(model.blocks)  # type: ignore[arg-type]
     meters = [Divergence() for _ in blocks[1:]]
     for ids in walker.ids:
-        streams = [model.embedding(ids)]
+        streams = [model.embed(ids)]
         for block in blocks:
-            streams.append(block(streams[-1], rope))
+            streams.append(block(streams[-1], walker.ropes))
         for i, meter in enumerate(meters):
-            before, after = blocks[i], blocks[i + 1]
-            without = streams[i] + before.attention(streams[i], rope)
-            without = without + after.attention(without, rope)
-            x = streams[i + 1] + after.attention(streams[i + 1], rope) + after.ffn(without, rope)
-            for block in blocks[i + 2 :]:
-                x = block(x, rope)
+            mixes, _ = blocks[i].parts().values()
+            next_mixes, next_ffn = blocks[i + 1].parts().values()
+            without = next_mixes.add(mixes.add(streams[i], walker.ropes), walker.ropes)
+            x = next_mixes.add(streams[i + 1], walker.ropes) + next_ffn(without, walker.ropes)
+            for later in blocks[i + 2 :]:
+                x = later(x, walker.ropes)
             meter.add(model, streams[-1], model, x, ids)
     table.parent.mkdir(parents=True, exist_ok=True)
     ratios = []

@@ -103,7 +103,7 @@ def main(
     work: Path,
     out: Path,
 ) -> None:
-    num_steps = -(-parse_count("--tokens", tokens) // (seq_len * batch_size))
+    num_steps = -(-parse_count("tokens", tokens) // (seq_len * batch_size))
     kill_at = kill_at or save_every * max(1, num_steps // 2 // save_every)
     if kill_at % save_every or kill_at >= num_steps:
         raise click.UsageError(f"--kill-at {kill_at}: a multiple of --save-every {save_every} below {num_steps} steps")

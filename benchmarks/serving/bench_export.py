@@ -22,31 +22,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from puzzle.base.machine import cpu_name
-from puzzle.export.checkpoint import write_checkpoint
-from puzzle.parents.family import hf_name
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.child import Child
+from puzzle.export.hf import write_hf
+from puzzle.parents.known import known_structure
+from puzzle.parents.structure import Layer
+from random_child import random_child
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 LIMIT = 3 * 10**9  # bytes
-HIDDEN, HEADS, KV_HEADS, DIM, WIDTH, VOCAB = 4096, 32, 8, 128, 14336, 128256
-ENTRIES: list[dict[str, Any]] = [
-    {},
-    {"num_key_value_heads": 4, "intermediate_size": 8192},
-    {"skip": ["attention"], "intermediate_size": 3584},
-    {"num_key_value_heads": 1},
-    {"linear": ["attention"]},
-    {"linear": ["mlp"]},
-    {"skip": ["mlp"], "num_key_value_heads": 2},
-    {"intermediate_size": 2000},
-]  # repeated over the layers
-FORMATS = (
+NOISE_ROWS = 64
+FORMATS: tuple[tuple[str, list[str], str], ...] = (
     ("hf", [], "child-hf"),
     ("nemotron-nas", ["--engine", "vllm"], "child-vllm"),
     ("gguf", [], "child.gguf"),
@@ -54,55 +51,37 @@ FORMATS = (
 )
 
 
-def config(num_layers: int) -> dict[str, Any]:
-    return {
-        "architectures": ["PuzzleForCausalLM"],
-        "model_type": "puzzle",
-        "auto_map": {
-            "AutoConfig": "modeling_puzzle.PuzzleConfig",
-            "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
-        },
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": DIM,
-        "intermediate_size": WIDTH,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-        "per_layer_config": {str(i): ENTRIES[i % len(ENTRIES)] for i in range(num_layers) if ENTRIES[i % len(ENTRIES)]},
-    }
+def kinds_of_layers(usual: Layer) -> list[Layer]:
+    """What is repeated over the layers."""
+    full, wide = usual["attention"], usual["ffn"]
+    assert isinstance(full, Gqa)
+    assert isinstance(wide, SwiGLU)
+    linear = Linear(**full.norm_fields())
+    pairs = [
+        (full, wide),
+        (replace(full, num_key_value_heads=4), replace(wide, intermediate_size=8192)),
+        (NO_OP, replace(wide, intermediate_size=3584)),
+        (replace(full, num_key_value_heads=1), wide),
+        (linear, wide),
+        (full, linear),
+        (replace(full, num_key_value_heads=2), NO_OP),
+        (full, replace(wide, intermediate_size=2000)),
+    ]
+    return [{"attention": attention, "ffn": ffn} for attention, ffn in pairs]
 
 
-def tensors(num_layers: int) -> Iterator[tuple[str, Tensor]]:
-    """One after the other; rows repeat a block of noise, so that making 16 GB takes no longer than writing them."""
-    noise = (0.02 * torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))).bfloat16()
+def big_child(num_layers: int) -> Child:
+    """Rows repeat a block of noise, so that making 16 GB takes no longer than writing them."""
+    structure = known_structure("llama-3.1-8b")
+    usual, kinds = structure.usual, kinds_of_layers(structure.usual)
+    columns = max(shape[-1] for sub_block in usual.values() for shape in sub_block.tensors().values())
+    noise = (0.02 * torch.randn(NOISE_ROWS, columns, generator=torch.Generator().manual_seed(0))).bfloat16()
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        return noise[:, :columns].repeat(-(-rows // 64), 1)[:rows]
+    def matrix(shape: tuple[int, ...]) -> Tensor:
+        return noise[:, : shape[1]].repeat(-(-shape[0] // NOISE_ROWS), 1)[: shape[0]]
 
-    yield "model.embed_tokens.weight", matrix(VOCAB, HIDDEN)
-    for index in range(num_layers):
-        entry = ENTRIES[index % len(ENTRIES)]
-        skip, linear = entry.get("skip", []), entry.get("linear", [])
-        kv, width = entry.get("num_key_value_heads", KV_HEADS) * DIM, entry.get("intermediate_size", WIDTH)
-        shapes = {
-            "attention": {"q_proj": (HIDDEN, HIDDEN), "k_proj": (kv, HIDDEN), "v_proj": (kv, HIDDEN), "o_proj": (HIDDEN, HIDDEN)},
-            "ffn": {"gate_proj": (width, HIDDEN), "up_proj": (width, HIDDEN), "down_proj": (HIDDEN, width)},
-        }  # fmt: skip
-        for kind, owner in (("attention", "attention"), ("ffn", "mlp")):
-            if owner in skip:
-                continue
-            yield hf_name(index, kind, "norm.weight"), torch.ones(HIDDEN, dtype=torch.bfloat16)  # type: ignore[arg-type]
-            parts = {"linear": (HIDDEN, HIDDEN)} if owner in linear else shapes[kind]
-            for name, shape in parts.items():
-                yield hf_name(index, kind, f"{name}.weight"), matrix(*shape)  # type: ignore[arg-type]
-    yield "model.norm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
-    yield "lm_head.weight", matrix(VOCAB, HIDDEN)
+    layers = [kinds[index % len(kinds)] for index in range(num_layers)]
+    return random_child(structure.with_layers(layers), usual, matrix, torch.bfloat16, tokenizer=None)
 
 
 def size_of(path: Path) -> int:
@@ -160,14 +139,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-export-", dir=arguments.directory) as name:
         root = Path(name)
         source = root / "child"
-        write_checkpoint(
-            source,
-            config=config(arguments.layers),
-            tensors=tensors(arguments.layers),
-            tokenizer_from=None,
-            generation_config=None,
-            card="",
-        )
+        write_hf(big_child(arguments.layers), source, card="")
         source_bytes = size_of(source)
         print(f"child: {source_bytes / 1e9:.1f} GB", flush=True)
         for format, extra, target in FORMATS:

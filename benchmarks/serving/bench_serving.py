@@ -39,7 +39,8 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,20 +54,28 @@ from puzzle.base.machine import cpu_name
 from puzzle.base.workload import Workload
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.solve import open_costs
+from puzzle.export.sources import child_of_library
 from puzzle.export.write import Source, export, open_source
-from puzzle.library.manifest import KINDS, Library
-from puzzle.measure.plain import measure as measure_runtime
+from puzzle.library.assemble import open_parent
+from puzzle.library.manifest import Library
+from puzzle.measure.serve import serve
+from puzzle.parents.structure import Layer
 from puzzle.profile.engine import read_fit
 from puzzle.profile.engine_fit import fit_engine
+from puzzle.profile.parts import ends_of, priced_as
 from puzzle.runtime.model import CausalModel, load_model
-from puzzle.runtime.plain import Runner
+from puzzle.runtime.plain import PlainRuntime
 from serving_environments import python_of
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 WORK = Workload(input_len=128, output_len=128)
 MODELS = ("parent", "child")
 NEAR = 2e-3  # standard deviations of the logits: twice what serve-check allows an engine to differ
-UNIFORM = {"narrow": ("parent", "0.25"), "few-kv-heads": ("kv1", "parent"), "half": ("kv2", "0.5")}  # for the fit
+UNIFORM = {  # in every layer: children that an engine is fitted to
+    "narrow": {"ffn": "0.25"},
+    "few-kv-heads": {"attention": "kv1"},
+    "half": {"attention": "kv2", "ffn": "0.5"},
+}
 FIT_REQUESTS = (1, 16, 64)
 
 
@@ -87,13 +96,12 @@ def make_prompts(directory: Path, count: int) -> list[list[int]]:
     sys.exit(f"error: the standard library has {len(found)} modules that are long enough: ask for fewer --requests")
 
 
-@torch.inference_mode()
+def our_runtime(model: CausalModel, batch: int) -> PlainRuntime:
+    return PlainRuntime(model, batch, WORK.input_len + WORK.output_len)
+
+
 def our_tokens(model: CausalModel, prompts: list[list[int]]) -> list[list[int]]:
-    return (
-        Runner(model, len(prompts), WORK.input_len + WORK.output_len)
-        .generate(torch.tensor(prompts), WORK.output_len)
-        .tolist()
-    )
+    return our_runtime(model, len(prompts)).generate(torch.tensor(prompts), WORK.output_len).tolist()
 
 
 def free_port() -> int:
@@ -168,11 +176,16 @@ class Bench:
         self.arguments, self.directory = arguments, directory
         self.library = Library.open(arguments.library)
         found = open_source(arguments.library, arguments.solution, arguments.parent and str(arguments.parent))
-        parent = arguments.parent or (arguments.library / self.library.facts["parent"]["source"]).resolve()
-        self.sources: dict[str, Source] = {"parent": open_source(Path(parent)), "child": found}
-        self.solved = found.solved or {}
-        self.prompts = make_prompts(Path(parent), arguments.requests)
-        self.tokenizer = Tokenizer.from_file(str(Path(parent) / "tokenizer.json"))
+        self.parent = open_parent(self.library, arguments.parent and str(arguments.parent))
+        home = self.parent.directory
+        self.sources: dict[str, Source] = {"parent": open_source(home), "child": found}
+        assert found.solved is not None, "a library was opened with an architecture"
+        self.layers: dict[str, Sequence[Layer]] = {
+            "parent": self.library.structure.layers,
+            "child": found.solved.sub_blocks,
+        }
+        self.prompts = make_prompts(home, arguments.requests)
+        self.tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
         self.eos = found.child.eos_token_id
         self.models: dict[str, CausalModel] = {}
         self.expected: dict[str, list[list[int]]] = {}
@@ -216,14 +229,9 @@ class Bench:
         print(f"{name}: other token at place {at}, {gap:.1e} standard deviations below the best", flush=True)
         return gap <= NEAR
 
-    def layers(self, name: str) -> list[dict[str, str]]:
-        if name == "child":
-            return self.solved["layers"]
-        return [dict.fromkeys(KINDS, "parent")] * self.library.num_layers
-
     def predicted(self, name: str) -> float:
         batches = [b for b in self.costs.batches if b <= self.arguments.requests]
-        return self.costs.predict(self.layers(name), max(batches)).tokens_per_second
+        return self.costs.predict(self.layers[name], max(batches)).tokens_per_second
 
     def add(
         self, engine: str, how: str, version: str, rates: dict[str, list[float]], same: dict[str, tuple[int, int]]
@@ -299,39 +307,29 @@ class Bench:
 
     def in_puzzle(self, rounds: int) -> None:
         torch.set_num_threads(self.arguments.threads)
-        models = {name: (self.models[name], len(self.prompts)) for name in MODELS}
+        makers = {name: partial(our_runtime, self.models[name], len(self.prompts)) for name in MODELS}
         rates: dict[str, list[float]] = {name: [] for name in MODELS}
         for _ in range(rounds):
-            for name, found in measure_runtime(models, WORK, repeats=1).items():
+            for name, found in serve(makers, WORK, repeats=1).items():
                 rates[name].append(found.tokens_per_second)
         same = dict.fromkeys(MODELS, (len(self.prompts), 0))
         self.add("puzzle", f"batch of {len(self.prompts)}, no engine", "puzzle", rates, same)
 
     def fit(self, folder: Path, rounds: int) -> None:
         """Measure vLLM on the parent and on uniform children, and fit its constants to that."""
-        from puzzle.export.sources import child_of_library
-        from puzzle.parents.family import open_model
-
         folder.mkdir(parents=True, exist_ok=True)
-        opened = open_model(self.sources["parent"].child.tokenizer)  # type: ignore[arg-type]
+        head = ends_of(self.library.structure)[-1]
         described: dict[str, Any] = {
-            "gpu": "cpu", "device": cpu_name(), "versions": version_of("vllm"), "dtype": "float32",
+            "gpu": "cpu", "device": cpu_name(), "versions": version_of("vllm"), "precision": "float32",
             "date": datetime.date.today().isoformat(), "architectures": {},
         }  # fmt: skip
         rows = []
         for name in ("parent", *UNIFORM):
-            layers = self.layers("parent")
             if name in UNIFORM:
-                layers = [dict(zip(KINDS, UNIFORM[name], strict=True))] * self.library.num_layers
-                child = child_of_library(self.library, layers, opened)
+                child = child_of_library(self.library, [UNIFORM[name]] * self.library.num_layers, self.parent)
                 self.sources[name] = Source(child=child, solved=None, facts=None, measured=None)
-            described["architectures"][name] = {
-                **{
-                    kind: dict(Counter(self.library.variant(kind, pick[kind])["shape"] for pick in layers))
-                    for kind in KINDS
-                },
-                "head": self.library.facts["model"]["head_shape"],
-            }
+            counts = Counter(priced_as(sub_block) for _, _, sub_block in self.sources[name].child.structure)
+            described["architectures"][name] = {"sub_blocks": dict(counts), "head": head.key()}
             path = self.written(name, "vllm")
             with serving("vllm", path, name, max(FIT_REQUESTS), self.arguments.threads) as url:
                 for count in FIT_REQUESTS:
@@ -368,8 +366,9 @@ class Bench:
 
     def use_fit(self, folder: Path) -> None:
         """Fill in what the fit predicts of parent and child in vLLM."""
-        engine = CostModel(self.library, read_fit(folder / "fit.json"), WORK)
-        predicted = {name: engine.predict(self.layers(name), len(self.prompts)).tokens_per_second for name in MODELS}
+        structure = self.library.structure
+        engine = CostModel(self.library, read_fit(folder / "fit.json", (structure, structure.usual)), WORK)
+        predicted = {name: engine.predict(self.layers[name], len(self.prompts)).tokens_per_second for name in MODELS}
         for row in self.rows:
             if row["engine"] == "vllm":
                 row["fit_tokens_per_s"] = f"{predicted[row['model']]:.0f}"

@@ -21,9 +21,9 @@ import torch
 
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.workload import Workload
-from puzzle.choose.goal import goal_of
-from puzzle.choose.problem import select
-from puzzle.choose.solve import choices_of, open_costs
+from puzzle.choose.goal import GoalOptions
+from puzzle.choose.problem import Request, select
+from puzzle.choose.solve import open_costs
 from puzzle.data.packing import load_tokens
 from puzzle.library.assemble import assemble, open_parent
 from puzzle.library.manifest import Library
@@ -56,8 +56,8 @@ def main(
     seq_len: int,
 ) -> None:
     library = Library.open(root)
-    goal = goal_of(throughput, None, None, None)
-    selection = select(library, open_costs(library, gpu, None), Workload(input_len=128, output_len=128), goal)
+    work, goal = Workload(input_len=128, output_len=128), GoalOptions(throughput=throughput).goal()
+    selection = select(library, open_costs(library, gpu, None), Request(work=work, goal=goal))
     costs, own = selection.costs, selection.parent
     problems = {b: selection.problem(b) for b in costs.batches}
 
@@ -102,14 +102,14 @@ def main(
             if not solution.choice:
                 print(f"{label}: {solution.status}", flush=True)
                 continue
-            layers = choices_of(solution)
-            child = assemble(library, layers, opened, model=model)
+            cells = selection.chosen(solution)
+            child = assemble(library, [cell.variants for cell in cells], opened, model=model)
             found = compare(model, child, tokens)
             row = (
                 label,
                 solution.status,
                 at,
-                f"{costs.predict(layers, at).tokens_per_second / own.tokens_per_second:.3f}",
+                f"{costs.predict([cell.sub_blocks for cell in cells], at).tokens_per_second / own.tokens_per_second:.3f}",
                 f"{solution.objective:.5f}",
                 f"{found['kl']:.5f}",
                 f"{found['kl_stderr']:.5f}",

@@ -106,7 +106,7 @@ def fused(layers: tuple[Layer, ...]) -> tuple[Pair, ...]:
 def sparse(layers: tuple[Layer, ...], count: int, seed: int) -> tuple[Pair, ...]:
     """Interactions of random cells: two replacements hurt more, or less, together than apart."""
     random = np.random.default_rng(1000 + seed)
-    pairs = []
+    pairs: list[Pair] = []
     while len(pairs) < count:
         i, j = random.choice(len(layers), 2, replace=False)
         a, b = (layers[n].variants[random.integers(len(layers[n].variants))] for n in (i, j))

@@ -1,7 +1,7 @@
 """Block-local distillation at Llama-3.1-8B shapes on one GPU: predicted against measured memory, time and FLOPs.
 
 Protocol: a parent of random weights with Llama-3.1-8B's layer shapes (hidden 4096, 32 heads, 8 KV heads, FFN 14336,
-vocabulary 128256) and --num-layers layers is written; the default search space of --layers is trained on --tokens
+vocabulary 128256) and --num-layers layers is written, as a child that changes nothing; the default search space of --layers is trained on --tokens
 tokens of text under --memory-limit. Speed is that of the training steps, first ones and graph capture included.
 MFU counts the FLOPs of `puzzle.library.plan.training_flops` against --peak-flops (dense bf16 by the datasheet).
 
@@ -12,82 +12,35 @@ MFU counts the FLOPs of `puzzle.library.plan.training_flops` against --peak-flop
 from __future__ import annotations
 
 import csv
-import json
-import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import click
 import torch
-from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from puzzle.base.units import parse_bytes
-from puzzle.blocklib.layer import attention_shapes, ffn_shapes
+from puzzle.export.hf import write_hf
 from puzzle.library.build import Builder, BuildOptions
 from puzzle.library.estimate import predict_seconds
-from puzzle.parents.family import hf_name, open_model
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}
+from puzzle.parents.known import known_structure
+from puzzle.parents.opened import open_model
+from random_child import random_child
 
 
 def write_parent(directory: Path, tokenizer: Path, num_layers: int) -> None:
-    """A checkpoint of random bf16 weights, one file a layer."""
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": num_layers}))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tokenizer / name, directory / name)
+    """A checkpoint of random bf16 weights."""
+    whole = known_structure("llama-3.1-8b")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    hidden, vocab = CONFIG["hidden_size"], CONFIG["vocab_size"]
-    weight_map: dict[str, str] = {}
 
-    def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        tensors = {
-            n: torch.ones(s, dtype=torch.bfloat16)
-            if len(s) == 1
-            else (torch.randn(s, device=device, dtype=torch.bfloat16) * 0.02).cpu()
-            for n, s in shapes.items()
-        }
-        save_file(tensors, directory / file, {"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
+    def noise(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
 
-    save(
-        "fixed.safetensors",
-        {
-            "model.embed_tokens.weight": (vocab, hidden),
-            "lm_head.weight": (vocab, hidden),
-            "model.norm.weight": (hidden,),
-        },
-    )
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    spec = open_model(directory).spec
-    for index in range(num_layers):
-        shapes = {hf_name(index, "attention", n): s for n, s in attention_shapes(spec).items()}
-        shapes |= {hf_name(index, "ffn", n): s for n, s in ffn_shapes(spec).items()}
-        save(f"layer-{index:02d}.safetensors", shapes)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    structure = whole.with_layers(whole.layers[:num_layers])
+    write_hf(random_child(structure, whole.usual, noise, torch.bfloat16, tokenizer), directory, "")
 
 
 @click.command()
@@ -152,7 +105,7 @@ def main(
                 round(plan.flops / predicted_seconds / peak_flops, 4),
                 round(plan.flops / measured / peak_flops, 4),
             ),
-            ("library_bytes", plan.disk_bytes - len(plan.groups[0]) * plan.trained_parameters_per_layer * 12, disk),
+            ("library_bytes", plan.num_trained_parameters * builder.stored_dtype.itemsize, disk),
         ]
     name = torch.cuda.get_device_name() if cuda else "cpu"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -39,10 +39,14 @@ import torch
 import torch.distributed as dist
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.fast import Batch, Fast, Stream
-from puzzle.blocklib.layer import LayerSpec
-from puzzle.parents.known import Shapes, named_shapes
-from puzzle.runtime.fast import FastRunner, Stack, random_module
+from puzzle.blocklib.fast.batch import Batch, Fast, Stream
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.none import NO_OP, NoOp
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.parents.known import known_structure
+from puzzle.parents.structure import Layer, Structure
+from puzzle.runtime.fast import FastRuntime
+from puzzle.runtime.model import CausalModel, random_model
 
 LAYERS = {"llama-3.1-8b": (32, 12), "llama-3.1-405b-tp8": (24, 12)}  # all, without attention; others: all, half
 GROUPS = {"parent": 0, "unfused": 1, "twos": 2, "fours": 4, "one": -1}
@@ -67,39 +71,29 @@ class Reduced:
         return delta, residual
 
 
-def share(shapes: Shapes, name: str, tp: int) -> Shapes:
-    """One rank's part of the shapes. Those named -tpN are such parts already."""
-    if tp == 1 or "-tp" in name:
-        return shapes
-    spec = shapes.spec
-    cut = replace(
-        spec,
-        num_attention_heads=spec.num_attention_heads // tp,
-        num_key_value_heads=max(1, spec.num_key_value_heads // tp),
-        intermediate_size=spec.intermediate_size // tp,
-    )
-    return replace(shapes, spec=cut, vocab_size=shapes.vocab_size // tp)
+def share(structure: Structure, name: str, tp: int) -> Structure:
+    """One rank's part of the usual layer, and of the vocabulary; embedding and head are one matrix. Those named -tpN are such
+    parts already."""
+    attention, ffn = structure.usual["attention"], structure.usual["ffn"]
+    assert isinstance(attention, Gqa)
+    assert isinstance(ffn, SwiGLU)
+    vocab = structure.vocab_size
+    if tp > 1 and "-tp" not in name:
+        heads, kv_heads = attention.num_attention_heads // tp, max(1, attention.num_key_value_heads // tp)
+        attention = replace(attention, num_attention_heads=heads, num_key_value_heads=kv_heads)
+        ffn, vocab = replace(ffn, intermediate_size=ffn.intermediate_size // tp), vocab // tp
+    return replace(structure, vocab_size=vocab, tied=True, layers=({"attention": attention, "ffn": ffn},))
 
 
-def widths(spec: LayerSpec, count: int, free: int, fusion: str, fraction: float) -> list[tuple[bool, int]]:
-    """(has attention, FFN channels) per layer; the attention-free ones in the middle."""
-    full, narrow, group = spec.intermediate_size, int(fraction * spec.intermediate_size), GROUPS[fusion]
+def layers_of(full: Layer, count: int, free: int, fusion: str, fraction: float) -> list[Layer]:
+    """`count` layers, before fusion, with the attention-free ones in the middle. full: a layer with attention."""
+    ffn, group = full["ffn"], GROUPS[fusion]
+    assert isinstance(ffn, SwiGLU)
     before = (count - free) // 2
     size = free if group < 0 else group
-    middle = [(True, full)] * free if group == 0 else [(False, size * narrow)] * (free // size)
-    return [(True, full)] * before + middle + [(True, full)] * (count - free - before)
-
-
-def build(shapes: Shapes, layers: list[tuple[bool, int]], device: torch.device, dtype: torch.dtype) -> Stack:
-    spec = shapes.spec
-    modules = []
-    for attending, width in layers:
-        if attending:
-            modules.append(random_module("attention", "parent", spec, device, dtype))
-        modules.append(random_module("ffn", "parent", replace(spec, intermediate_size=width), device, dtype))
-    head = torch.empty(shapes.vocab_size, spec.hidden_size, device=device, dtype=dtype).normal_(std=0.02)
-    norm = torch.ones(spec.hidden_size, device=device, dtype=dtype)
-    return Stack(spec=spec, embedding=head, head=head, final_norm=norm, modules=modules)
+    wide = replace(ffn, intermediate_size=size * int(fraction * ffn.intermediate_size))
+    middle = [full] * free if group == 0 else [{"attention": NO_OP, "ffn": wide}] * (free // size)
+    return [full] * before + middle + [full] * (count - free - before)
 
 
 def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -145,14 +139,14 @@ def percentiles(replay: Callable[[], object], steps: int, device: torch.device) 
     return found.tolist()
 
 
-def measure(stack: Stack, batch: int, context: int, steps: int, tp: int) -> list[float]:
-    runner = FastRunner(stack, batch, context + 2)
-    runner.randomize()
+def measure(model: CausalModel, batch: int, context: int, steps: int, tp: int) -> list[float]:
+    runtime = FastRuntime(model, batch, context + 2)
+    runtime.randomize()
     if tp > 1:
-        runner.parts = [Reduced(part) for part in runner.parts]  # type: ignore[misc]
-    runner.batch.at(context)
+        runtime.parts = [Reduced(part) for part in runtime.parts]  # type: ignore[misc]
+    runtime.at(context)
     with torch.inference_mode():
-        return percentiles(captured(runner.decode_once, runner.device), steps, runner.device)
+        return percentiles(captured(runtime.step_in_place, runtime.device), steps, runtime.device)
 
 
 def join(tp: int, device: str) -> torch.device:
@@ -264,28 +258,29 @@ def latencies(
 ) -> None:
     """All ways of fusing one shape's attention-free layers of one width, at all batches."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    whole = named_shapes(name)
+    whole = known_structure(name)
     count, free = LAYERS.get(name, (whole.num_layers, whole.num_layers // 2 // 4 * 4))
-    shapes = share(whole, name, tp)
+    own = share(whole, name, tp)
     for fusion in ("parent", "unfused", "twos", "fours", "one"):
         if fusion == "parent" and fraction != 1:
             continue
         begin = time.perf_counter()
-        layers = widths(shapes.spec, count, free, fusion, fraction)
-        stack = build(shapes, layers, device, dtype)
+        structure = own.with_layers(layers_of(own.layers[0], count, free, fusion, fraction))
+        num_sums = sum(not isinstance(sub_block, NoOp) for _, _, sub_block in structure) if tp > 1 else 0
+        model = random_model(structure, device, dtype)
         for batch in batches:
-            low, middle, high = measure(stack, batch, context, steps, tp)
+            low, middle, high = measure(model, batch, context, steps, tp)
             table.add(
                 {
                     "shapes": name,
                     "ffn_of_attention_free": f"x{fraction:g}",
                     "fusion": fusion,
-                    "num_layers": str(len(layers)),
+                    "num_layers": str(structure.num_layers),
                     "batch": str(batch),
                     "context": str(context),
                     "tp": str(tp),
-                    "all_reduces_per_token": str(len(stack.modules) if tp > 1 else 0),
-                    "weight_bytes": str(stack.num_bytes),
+                    "all_reduces_per_token": str(num_sums),
+                    "weight_bytes": str(model.weight_bytes),
                     "p20_s": f"{low:.6g}",
                     "p50_s": f"{middle:.6g}",
                     "p80_s": f"{high:.6g}",
@@ -294,7 +289,7 @@ def latencies(
                     "date": time.strftime("%Y-%m-%d"),
                 }
             )
-        del stack
+        del model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from kernel_report import BANDWIDTH
 from puzzle.base.device import check_gpu
 from puzzle.kernels.timer import environment, read_bandwidth
-from puzzle.parents.known import named_shapes
-from puzzle.runtime.fast import FastRunner, decode_step_seconds, random_stack
+from puzzle.parents.known import known_structure
+from puzzle.runtime.fast import FastRuntime
+from puzzle.runtime.model import random_model
+from step_times import decode_step_seconds
 
 COLUMNS = (
     "shapes", "dtype", "batch", "context", "weight_bytes", "cache_bytes", "seconds", "over_measured_limit", "over_datasheet_limit",
@@ -37,28 +39,26 @@ COLUMNS = (
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(gpu: str, name: str, batches: str, context: int, out: Path) -> None:
     check_gpu(gpu)
-    shapes, facts, bandwidth = named_shapes(name), environment(), read_bandwidth()
-    layers = [{"attention": "parent", "ffn": "parent"}] * shapes.num_layers
-    stack = random_stack(shapes, layers, "cuda", torch.bfloat16)
-    inner = sum(p.numel() for module in stack.modules for p in module.parameters())
-    spec = shapes.spec
+    structure, facts, bandwidth = known_structure(name), environment(), read_bandwidth()
+    model = random_model(structure, "cuda", torch.bfloat16)
+    inner = sum(sub_block.num_parameters for _, _, sub_block in structure)
+    head = structure.vocab_size * structure.hidden_size
     with open(out, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow([*COLUMNS, *facts])
         for fp8 in (False, True):
             size = 1 if fp8 else 2
             for batch in map(int, batches.split(",")):
-                runner = FastRunner(stack, batch, context + 1, fp8)
-                runner.randomize()
-                seconds = decode_step_seconds(runner, context, 0.5)
-                weights = size * inner + 2 * shapes.vocab_size * spec.hidden_size
-                cache = size * 2 * batch * context * spec.num_key_value_heads * spec.head_dim * shapes.num_layers
+                runtime = FastRuntime(model, batch, context + 1, fp8=fp8)
+                seconds = decode_step_seconds(runtime, context, 0.5)
+                weights = size * inner + 2 * head
+                cache = size * batch * sum(sub_block.state().elements(context) for _, _, sub_block in structure)
                 limits = [seconds / ((weights + cache) / rate) for rate in (bandwidth, BANDWIDTH)]
                 row = [name, "fp8" if fp8 else "bfloat16", batch, context, weights, cache, f"{seconds:.6g}",
                        *(f"{limit:.3f}" for limit in limits), f"{bandwidth:.5g}"]  # fmt: skip
                 writer.writerow([*row, *facts.values()])
                 print(*row, flush=True)
-                del runner
+                del runtime
                 torch.cuda.empty_cache()
 
 

@@ -17,25 +17,34 @@ from __future__ import annotations
 import contextlib
 import csv
 import random
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 
-from puzzle.blocklib.variant import parse_variant
-from puzzle.parents.known import Shapes, named_shapes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.blocklib.variant import variant_of
+from puzzle.parents.known import known_structure
+from puzzle.parents.structure import Structure
 from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
-from puzzle.runtime.fast import FastRunner, Stack, decode_step_seconds, prefill_seconds, random_stack
+from puzzle.profile.parts import ends_of
+from puzzle.runtime.fast import FastRuntime
+from puzzle.runtime.model import random_model
+from step_times import decode_step_seconds, prefill_seconds
 
 ATTENTION = ("parent", "kv4", "kv2", "kv1", "window-1024", "linear", "none")
 FFN = ("parent", "0.75", "0.5", "0.25", "0.1", "linear", "none", "x2", "x4")
 
 
-def architectures(num_layers: int, count: int, seed: int) -> list[list[dict[str, str]]]:
+def architectures(parent: Structure, num_layers: int, count: int, seed: int) -> list[Structure]:
     """The parent first, then `count` random ones."""
-    found = [[{"attention": "parent", "ffn": "parent"}] * num_layers]
+    names = [[{"attention": "parent", "ffn": "parent"}] * num_layers]
     chance = random.Random(seed)
     for number in range(count):
         attention = chance.sample(ATTENTION, chance.randint(2, len(ATTENTION)))
@@ -48,20 +57,26 @@ def architectures(num_layers: int, count: int, seed: int) -> list[list[dict[str,
             begin = chance.randrange(num_layers // 2)
             for layer in layers[begin : begin + num_layers // 3]:
                 layer["attention"] = "none"
-        found.append(layers)
-    return found
+        names.append(layers)
+    usual = parent.usual
+    return [
+        parent.with_layers([{slot: sub_block_of(usual[slot], name) for slot, name in layer.items()} for layer in one])
+        for one in names
+    ]
 
 
-def parts_of(layers: list[dict[str, str]], shapes: Shapes) -> list[tuple[str, str]]:
-    spec, found = shapes.spec, []
-    for layer in layers:
-        for kind, name in layer.items():
-            if name.startswith("x"):
-                found.append((kind, f"h{spec.hidden_size} f{int(name[1:]) * spec.intermediate_size}"))
-            else:
-                found.append((kind, parse_variant(kind, name, spec).shape(spec)))  # type: ignore[arg-type]
-    head = f"h{spec.hidden_size} v{shapes.vocab_size}"
-    return [*found, ("embedding", head), ("head", head)]
+def sub_block_of(parent: SubBlock, name: str) -> SubBlock:
+    """A variant of the parent's, or "x2": an FFN of twice its width."""
+    if name.startswith("x"):
+        assert isinstance(parent, SwiGLU)
+        return replace(parent, intermediate_size=int(name[1:]) * parent.intermediate_size)
+    return variant_of(parent, name).sub_block
+
+
+def predicted_seconds(costs: CostTable, structure: Structure, phase: str, batch: int, context: int) -> float:
+    """The sum of all parts."""
+    parts = [*(sub_block for _, _, sub_block in structure), *ends_of(structure)]
+    return sum(costs.seconds(part, phase, batch, context) for part in parts)
 
 
 @click.command()
@@ -82,10 +97,11 @@ def parts_of(layers: list[dict[str, str]], shapes: Shapes) -> list[tuple[str, st
 def main(
     gpu, name, table, count, num_layers, batches, contexts, prompts, device, seed, fp8, out, plot, measured
 ) -> None:
-    shapes = named_shapes(name)
+    parent = known_structure(name)
+    children = architectures(parent, num_layers or parent.num_layers, count, seed)
     costs = CostTable(table) if table else find_costs(gpu, f"{name}-fp8" if fp8 else name, [PACKAGED])
     if measured:
-        predict_again(measured, costs, architectures(num_layers or shapes.num_layers, count, seed), shapes, out)
+        predict_again(measured, costs, children, out)
         if plot:
             draw(out, plot)
         return
@@ -98,43 +114,43 @@ def main(
     errors: dict[str, list[float]] = {"decode": [], "prefill": []}
     device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
-    def add(number: int, phase: str, batch: int, context: int, predicted: float, measured: float) -> None:
+    def add(number: int, phase: str, batch: int, context: int, measured: float) -> None:
+        predicted = predicted_seconds(costs, children[number], phase, batch, context)
         error = predicted / measured - 1
         errors[phase].append(abs(error))
         cells = [number, phase, batch, context, f"{predicted:.6g}", f"{measured:.6g}", f"{error:.4f}", device_name]
         writer.writerow([*cells, time.strftime("%Y-%m-%d")])
         handle.flush()
 
-    for number, layers in enumerate(architectures(num_layers or shapes.num_layers, count, seed)):
-        stack = random_stack(shapes, layers, where, dtype)
-        parts = parts_of(layers, shapes)
+    for number, child in enumerate(children):
+        model = random_model(child, where, dtype)
         for batch in map(int, batches.split(",")):
             for context in map(int, contexts.split(",")):
                 with fitting(device):
-                    measured = decode_seconds(stack, batch, context, fp8)
-                    add(number, "decode", batch, context, costs.sum_of_parts(parts, "decode", batch, context), measured)
+                    seconds = decode_step_seconds(FastRuntime(model, batch, context + 1, fp8=fp8), context)
+                    add(number, "decode", batch, context, seconds)
         for text in filter(None, prompts.split(",")):
             batch, length = map(int, text.split("x"))
             with fitting(device):
-                measured = prefill_seconds(FastRunner(stack, batch, length, fp8), length)
-                add(number, "prefill", batch, length, costs.sum_of_parts(parts, "prefill", batch, length), measured)
+                seconds = prefill_seconds(FastRuntime(model, batch, length, fp8=fp8), length)
+                add(number, "prefill", batch, length, seconds)
         summary = {
             p: f"mean {100 * sum(e) / len(e):.2f} % largest {100 * max(e):.2f} %" for p, e in errors.items() if e
         }
         print(number, summary, flush=True)
-        del stack
+        del model
     if plot:
         draw(out, plot)
 
 
-def predict_again(measured: Path, costs: CostTable, layers: list, shapes: Shapes, out: Path) -> None:
+def predict_again(measured: Path, costs: CostTable, children: list[Structure], out: Path) -> None:
     """The rows of an earlier run with the predictions of another table."""
     with open(measured, newline="") as handle:
         rows = list(csv.DictReader(handle))
     errors: dict[str, list[float]] = {}
     for row in rows:
         point = row["phase"], int(row["batch"]), int(row["context"])
-        predicted = costs.sum_of_parts(parts_of(layers[int(row["architecture"])], shapes), *point)
+        predicted = predicted_seconds(costs, children[int(row["architecture"])], *point)
         error = predicted / float(row["measured_s"]) - 1
         row |= {"predicted_s": f"{predicted:.6g}", "error": f"{error:.4f}"}
         errors.setdefault(row["phase"], []).append(abs(error))
@@ -145,12 +161,6 @@ def predict_again(measured: Path, costs: CostTable, layers: list, shapes: Shapes
     for phase, found in errors.items():
         mean, largest = 100 * sum(found) / len(found), 100 * max(found)
         print(f"{phase}: {len(found)} points, mean {mean:.2f} % largest {largest:.2f} %")
-
-
-def decode_seconds(stack: Stack, batch: int, context: int, fp8: bool) -> float:
-    runner = FastRunner(stack, batch, context + 1, fp8)
-    runner.randomize()
-    return decode_step_seconds(runner, context)
 
 
 @contextlib.contextmanager
@@ -173,8 +183,8 @@ def draw(path: Path, plot: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5, 5))
     for phase, colour in (("decode", "tab:blue"), ("prefill", "tab:orange")):
         mine = [r for r in rows if r["phase"] == phase]
-        xy = [[1e3 * float(r[k]) for r in mine] for k in ("measured_s", "predicted_s")]
-        axes.scatter(*xy, s=9, color=colour, alpha=0.6, label=f"{phase}, {len(mine)} points")
+        x, y = ([1e3 * float(r[k]) for r in mine] for k in ("measured_s", "predicted_s"))
+        axes.scatter(x, y, s=9, color=colour, alpha=0.6, label=f"{phase}, {len(mine)} points")
     low, high = axes.get_xlim()
     axes.plot([low, high], [low, high], color="black", linewidth=0.6)
     axes.set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted, ms", title=rows[0]["device"])
