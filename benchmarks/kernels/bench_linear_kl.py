@@ -9,6 +9,7 @@ Calls run eagerly between events (they take tens of milliseconds); p50.
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,8 @@ import click
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from kernel_report import BF16
 from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl
 from puzzle.kernels.timer import environment, matmul_rate
 
@@ -77,7 +80,7 @@ def main(tokens: int, hidden: int, vocab: int, repeats: int, out: Path) -> None:
                     torch.cuda.empty_cache()
                     continue
                 amount = flop * (1 if name == "forward" else 2.5)  # the logits again, and one product more
-                shares = [f"{amount / seconds / rate:.3f}", f"{amount / seconds / 989e12:.3f}"]
+                shares = [f"{amount / seconds / rate:.3f}", f"{amount / seconds / BF16:.3f}"]
                 row = [tokens, hidden, vocab, way, name, f"{seconds:.4g}", f"{extra / 1e9:.3f}", *shares]
                 writer.writerow([*row, *facts.values()])
                 print(*row, flush=True)

@@ -6,10 +6,12 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from puzzle.base.machine import gpu_facts
 from puzzle.kernels.timer import environment
 
-BANDWIDTH = 3.35e12  # bytes a second, H100 SXM datasheet
-BF16, FP8 = 989e12, 1979e12  # FLOP a second, dense
+H100 = gpu_facts("h100")  # by its datasheet, as the next three
+BANDWIDTH = H100.bandwidth  # bytes a second
+BF16, FP8 = H100.bf16_flops, 1979e12  # FLOP a second, dense
 
 
 class Report:

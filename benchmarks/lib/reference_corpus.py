@@ -5,7 +5,6 @@ python benchmarks/lib/reference_corpus.py FILE.jsonl [MAX_FILES]
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import sys
@@ -23,7 +22,7 @@ def write_corpus(path: Path, max_files: int | None) -> int:
     spec.loader.exec_module(train_parent)
     files, _ = train_parent.corpus_files()
     train, held_out = train_parent.read_documents(files[:max_files])
-    texts = sorted([*train, *held_out], key=lambda text: hashlib.sha256(text.encode()).digest())
+    texts = sorted([*train, *held_out], key=train_parent.text_key)
     with open(path, "w", encoding="utf-8") as handle:
         handle.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     return len(texts)

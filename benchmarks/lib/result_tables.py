@@ -131,8 +131,8 @@ def bench(value: dict[str, Any]) -> str:
             )),
             f"{number(predicted['memory_bytes'], 1, '1e-9')}, {number(measured['memory_bytes'], 1, '1e-9')} GB",
         ])  # fmt: skip
-    work = value["workload"]
-    head = f"{work['input_len']} tokens in, {work['output_len']} out, {value['dtype']}. Pairs are predicted, measured."
+    work, precision = value["workload"], value.get("precision") or value["dtype"]  # as earlier versions called it
+    head = f"{work['input_len']} tokens in, {work['output_len']} out, {precision}. Pairs are predicted, measured."
     if "speedup" in value:
         speedup = value["speedup"]
         head += f" Over the parent: {number(speedup['predicted'], 2)}x predicted, {number(speedup['measured'], 2)}x measured."

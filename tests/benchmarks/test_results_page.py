@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import result_tables
 import results_page
 from results_page import BENCHMARKS, PAGE, SECTIONS, commands, docstring
 
@@ -43,9 +45,15 @@ def test_a_script_says_how_it_is_run(script: Path):
         assert (BENCHMARKS.parent / name).is_file(), name
 
 
-def test_halves_are_rounded_up():
-    from result_tables import number, percent
+def test_figures_of_bench_are_read_as_it_writes_them_today():
+    value = json.loads((BENCHMARKS / "results" / "bench_latency.json").read_text(encoding="utf-8"))
+    before = result_tables.bench(value)
+    value["precision"] = {"bfloat16": "bf16"}[value.pop("dtype")]
+    assert result_tables.bench(value) == before.replace("bfloat16", "bf16")
 
+
+def test_halves_are_rounded_up():
+    number, percent = result_tables.number, result_tables.percent
     assert [number("2.125", 2), number("1234567", 0), percent("0.0125"), percent("0.5", 0)] == [
         "2.13", "1,234,567", "1.3 %", "50 %",
     ]  # fmt: skip
