@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2] / ".engines"
@@ -32,6 +33,13 @@ REQUIREMENTS = {
 def python_of(engine: str) -> Path:
     """The interpreter of an engine's environment, there or not."""
     return ROOT / engine / "bin" / "python"
+
+
+def require(engines: Iterable[str]) -> None:
+    """End the script, in one line, where one of the engines is not set up."""
+    if missing := [engine for engine in engines if not python_of(engine).is_file()]:
+        command = f"python benchmarks/lib/serving_environments.py {' '.join(missing)}"
+        sys.exit(f"error: {', '.join(missing)} not set up here: run `{command}`, or leave it out of --engines")
 
 
 def install(python: Path, *arguments: str, **variables: str) -> None:

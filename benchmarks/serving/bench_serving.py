@@ -65,7 +65,7 @@ from puzzle.profile.engine_fit import fit_engine
 from puzzle.profile.parts import ends_of, priced_as
 from puzzle.runtime.model import CausalModel, load_model
 from puzzle.runtime.plain import PlainRuntime
-from serving_environments import python_of
+from serving_environments import python_of, require
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 WORK = Workload(input_len=128, output_len=128)
@@ -388,6 +388,11 @@ def main() -> None:
     parser.add_argument("--fit", type=Path, default=None, metavar="DIRECTORY")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "serving.csv")
     arguments = parser.parse_args()
+    fits = arguments.fit is not None and not (arguments.fit / "fit.json").is_file()
+    needed = {engine.removesuffix("-batch") for engine in arguments.engines} - {"puzzle"}
+    if fits or "llama.cpp" in arguments.engines:
+        needed.add("vllm")  # it is what is fitted, and its environment has the client
+    require(sorted(needed))
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as temporary:
         bench = Bench(arguments, Path(temporary))
         if "puzzle" in arguments.engines:
@@ -400,7 +405,7 @@ def main() -> None:
             bench.in_llama_cpp(arguments.rounds)
         write_rows(arguments, bench.rows)
         if arguments.fit is not None:
-            if not (arguments.fit / "fit.json").is_file():
+            if fits:
                 bench.fit(arguments.fit, max(1, arguments.rounds // 2))
             bench.use_fit(arguments.fit)
             write_rows(arguments, bench.rows)

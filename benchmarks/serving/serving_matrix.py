@@ -26,7 +26,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.machine import cpu_name
 from puzzle.export.write import Source, export
 from puzzle.serving.check import EngineFailed, serve_check
-from serving_environments import python_of
+from serving_environments import python_of, require
 from tiny_children import CHILDREN, tiny_child, write_tiny_child
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "serving_matrix.csv"
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--children", nargs="+", default=list(CHILDREN), choices=list(CHILDREN))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    require(engine for engine in arguments.engines if engine != "hf")
     facts = {"device": cpu_name(), "date": datetime.date.today().isoformat()}
     columns = ["child", "engine", "format", "verdict", "max_delta_over_std", "same_greedy_tokens", "same_tokenizer"]
     columns += ["lowerings", "why", "version", *facts]
