@@ -51,7 +51,7 @@ def broken_parent(parent: Path, tmp_path: Path, damage: str, poison) -> Path:
         ("wrong shape", ["model.layers.1.mlp.up_proj.weight", "[95, 32]", "[96, 32]"]),
         ("nan", ["model.layers.1.mlp.up_proj.weight", "32 NaN"]),
         ("truncated", ["not a whole safetensors file"]),
-        ("gelu", ["hidden_act 'gelu'", "SwiGLU"]),
+        ("gelu", ["hidden_act 'gelu'", "gated FFNs", "silu or gelu_pytorch_tanh"]),
     ],
 )
 def test_bad_parents(puzzle, one_line_error, poison, parent, corpus, tmp_path, damage, wanted):
