@@ -57,7 +57,7 @@ def test_links_lead_somewhere():
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:benchmarks|examples|docs)/[^`* ]+)`", README))
+@pytest.mark.parametrize("path", re.findall(r"`((?:benchmarks|examples|docs|puzzle)/[^`* ]+)`", README))
 def test_files_that_it_names_exist(path):
     assert (ROOT / path).exists()
 
