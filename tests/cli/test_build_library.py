@@ -108,7 +108,7 @@ def test_bad_data(puzzle, one_line_error, parent, tmp_path, make, wanted):
         (["--lr", "-1"], ["--lr -1: must be above 0"]),
         (["--batch-size", "0"], ["--batch-size 0"]),
         (["--device", "cuda"], ["no CUDA GPU"]),
-        (["--memory-limit", "lots"], ["'lots' is no amount of memory"]),
+        (["--memory-limit", "lots"], ["--memory-limit lots: no amount of memory", "80GB"]),
         (["--memory-limit", "1kB"], ["one layer with its variants needs"]),
     ],
 )
