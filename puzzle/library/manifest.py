@@ -120,7 +120,7 @@ class Library:
         if fingerprint != mine:
             raise UserError(
                 f"library {self.root} was built from another parent (fingerprint {mine[:12]}) than {source} "
-                f"({fingerprint[:12]}): pass the right `parent`, or build a new library with another `out`"
+                f"({fingerprint[:12]}): pass the right `parent`, or run `puzzle build-library` with another --out"
             )
 
 
