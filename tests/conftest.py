@@ -158,6 +158,11 @@ BUILD = (
 
 
 @pytest.fixture(scope="session")
+def build_options():
+    return BUILD
+
+
+@pytest.fixture(scope="session")
 def library(tmp_path_factory, parent, corpus) -> Path:
     """The tiny parent's library, built, scored and profiled. Tests that change it must copy it."""
     out = tmp_path_factory.mktemp("libraries") / "lib"

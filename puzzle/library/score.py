@@ -85,7 +85,7 @@ class Scorer:
     ) -> None:
         path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
         hashes = {
-            slot: [self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT]
+            slot: {name: self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT}
             for slot, space in spaces.items()
         }
         key = content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
