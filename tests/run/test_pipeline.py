@@ -6,7 +6,7 @@ import json
 import shutil
 
 
-def test_run_goes_the_whole_road_and_resumes(puzzle, parent, corpus, tmp_path):
+def test_run_goes_the_whole_road_and_resumes(puzzle, one_line_error, parent, corpus, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"""
 parent: {parent}
@@ -33,3 +33,5 @@ evaluate: {{sequences: 4, repeats: 1}}
     assert again.exit_code == 0, again.output
     assert "nothing to train" in again.stderr
     assert blocks == {p: p.stat().st_mtime_ns for p in (tmp_path / "run/library/blocks").rglob("*.safetensors")}
+    recipe.write_text(recipe.read_text().replace("1.3x", "1000x"))
+    one_line_error(puzzle("run", recipe, "--out", tmp_path / "run"), "goal.throughput 1000x cannot be met")
