@@ -124,7 +124,7 @@ def main(
             tokens=int(tokens),
             seq_len=seq_len,
             batch_size=batch_size,
-            memory_limit=parse_bytes("memory_limit", memory_limit),
+            memory_limit=parse_bytes(memory_limit),
             calibration_sequences=16,
             validation_sequences=4,
             snapshot_seconds=1e9,

@@ -26,8 +26,9 @@ def seconds_text(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def parse_bytes(option: str, text: str) -> int:
+def parse_bytes(text: str, option: str | None = None) -> int:
     """'80GB' -> 80·10⁹, '1.5GiB' -> 1.5·2³⁰, '1000' -> 1000. Raises UserError for anything else or below 1."""
+    told = f"'{text}'" if option is None else f"`{option}` '{text}'"
     units = {
         "": 1,
         "b": 1,
@@ -46,9 +47,9 @@ def parse_bytes(option: str, text: str) -> int:
     try:
         value = float(number) * units[unit]
     except (ValueError, KeyError):
-        raise UserError(f"`{option}` {text}: no amount of memory; write for example 80GB or 24GiB") from None
+        raise UserError(f"{told} is no amount of memory: write for example 80GB or 24GiB") from None
     if not 1 <= value < float("inf"):
-        raise UserError(f"`{option}` {text}: no amount of memory; it must be at least 1 byte")
+        raise UserError(f"{told} is no amount of memory: it must be at least 1 byte")
     return int(value)
 
 

@@ -125,7 +125,7 @@ LIMITS = (
     ),
     Limit(
         option="memory",
-        read=lambda option, text: float(parse_bytes(option, text)),
+        read=lambda option, text: float(parse_bytes(text, option)),
         example="bytes such as 80GB or 60%",
         help="Weights, KV cache at full context, workspace: 80GB or 60%.",
         resource="memory_bytes",

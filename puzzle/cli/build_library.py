@@ -79,7 +79,7 @@ def build_library_command(
     from puzzle.base.units import parse_bytes
 
     num_tokens = options.count("tokens", tokens, least=0)
-    limit = parse_bytes("memory_limit", memory_limit) if memory_limit else None
+    limit = parse_bytes(memory_limit, "memory_limit") if memory_limit else None
 
     from puzzle.library.build import Builder, BuildOptions, build_library
     from puzzle.parents.opened import open_model

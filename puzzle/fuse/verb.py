@@ -65,7 +65,7 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
         raise UserError("`out` is missing: say where the fused child goes, or pass `dry_run`")
     if wanted.out is not None and not wanted.dry_run:
         claim_output(wanted.out, wanted.force)
-    max_shard = parse_bytes("max_shard", wanted.max_shard)
+    max_shard = parse_bytes(wanted.max_shard, "max_shard")
     rule = _rule(child, wanted)
     runs = _given(source, child, wanted)
     if runs is not None:

@@ -43,7 +43,7 @@ def test_limits_hold_together(puzzle, own_library):
         (["--throughput", "fast"], ["--throughput fast", "such as 2x"]),
         (["--throughput", "nanx"], ["--throughput nanx"]),
         (["--latency", "0"], ["--latency 0", "above 0"]),
-        (["--memory", "-3GB"], ["--memory -3GB: no amount of memory"]),
+        (["--memory", "-3GB"], ["--memory '-3GB' is no amount of memory"]),
         (["--params", "few"], ["--params few"]),
         ([], ["no goal"]),
         (["--throughput", "2x", "--input-len", "0"], ["--input-len 0"]),

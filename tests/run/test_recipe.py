@@ -152,7 +152,7 @@ def test_bad_recipes(puzzle, one_line_error, tmp_path, text, wanted):
         ("profile", "seconds", 0, "0: must be above 0"),
         ("profile", "rounds", 0, "0: must be above 0"),
         ("goal", "throughput", "0x", "0x: write "),
-        ("goal", "memory", "-3GB", "-3GB: no amount of memory"),
+        ("goal", "memory", "-3GB", "'-3GB' is no amount of memory"),
         ("goal", "params", "few", "few: write a count"),
         ("goal", "cached_tokens", "few", "few: write a count"),
         ("goal", "stage_tolerance", "-1", "-1: write a share"),
