@@ -27,9 +27,7 @@ def as_child(config: Config) -> dict[str, Any]:
     Raises UserError for what our children have no words for, and for entries that are missing.
     """
     if config.get("linear_mlp", "linear_mlp") != "linear_mlp":
-        raise UserError(
-            "it was written for mlx, which has its own names for linear FFNs: give what `puzzle export --format hf` writes"
-        )
+        raise UserError("it was written for mlx, which has its own names for linear FFNs: give the `format` hf export")
     try:
         heads, hidden, blocks = int(config["num_attention_heads"]), int(config["hidden_size"]), config["block_configs"]
         kinds = config.get("layer_types") or ["full_attention"] * len(blocks)
