@@ -305,6 +305,9 @@ def kinds() -> dict[str, type[SubBlock]]:
         importlib.import_module(f"puzzle.blocklib.{name}")
     for entry in entry_points(group="puzzle.blocks"):
         entry.load()
+    places = {f"puzzle.blocklib.{name}": place for place, name in enumerate(OURS)}  # whoever imported which first
+    for name in sorted(_KINDS, key=lambda name: places.get(_KINDS[name].__module__, len(places))):
+        _KINDS[name] = _KINDS.pop(name)
     return _KINDS
 
 

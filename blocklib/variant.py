@@ -80,5 +80,5 @@ def _taken(parents: list[SubBlock], names: str, slot: str) -> dict[SubBlock, lis
             else:
                 found[parent].append(name)
         if first is not None and not any(name in taken for taken in found.values()):
-            raise first
+            raise UserError(f"`{slot}` {names}: {first}") from first
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -157,6 +158,11 @@ BUILD = (
 
 
 @pytest.fixture(scope="session")
+def build_options():
+    return BUILD
+
+
+@pytest.fixture(scope="session")
 def library(tmp_path_factory, parent, corpus) -> Path:
     """The tiny parent's library, built, scored and profiled. Tests that change it must copy it."""
     out = tmp_path_factory.mktemp("libraries") / "lib"
@@ -189,8 +195,6 @@ def fake_costs():
 
 def write_fake_costs(library: Path) -> None:
     """Replace the measured times by round numbers, so that goals have known answers: a unit of time per 1000 weights."""
-    import csv
-
     from puzzle.blocklib.sub_block import parse_key
     from puzzle.profile.parts import WHOLE, Embedding, Head
 
@@ -218,6 +222,29 @@ def own_library(library, fake_costs, tmp_path) -> Path:
     facts["parent"]["source"] = os.path.relpath((library / facts["parent"]["source"]).resolve(), copy.resolve())
     (copy / "library.json").write_text(json.dumps(facts))
     fake_costs(copy)
+    return copy
+
+
+@pytest.fixture
+def costly(library, fake_costs, tmp_path) -> Path:
+    """A library of six pairs per layer where every FFN costs 6 ms a call besides its channels, so that fusion pays."""
+    copy = shutil.copytree(library, tmp_path / "lib")
+    fake_costs(copy)
+    path = next((copy / "costs" / "cpu").glob("*.csv"))
+    with open(path, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    for row in rows:
+        row["p50_s"] = float(row["p50_s"]) + (6e-3 if row["part"].startswith("swiglu ") else 0.0)
+    with open(path, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    facts = json.loads((copy / "library.json").read_text())
+    kept = {"attention": ["none"], "ffn": ["0.5", "0.25"]}
+    for slots in facts["layers"].values():
+        for slot, names in kept.items():
+            slots[slot] = {name: slots[slot][name] for name in names}
+    (copy / "library.json").write_text(json.dumps(facts))
     return copy
 
 

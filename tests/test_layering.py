@@ -111,6 +111,31 @@ def test_solving_needs_no_torch(tmp_path, own_library):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("registry", "folder", "modules"),
+    [
+        ("puzzle.blocklib.sub_block.kinds", "puzzle.blocklib", "OURS"),
+        ("puzzle.parents.opened.families", "puzzle.parents", "MODULES"),
+    ],
+)
+def test_a_registry_has_one_order(registry, folder, modules):
+    """Its own, whichever of its modules was imported first: it is the order of variants in a library, and of messages."""
+    module, _, name = registry.rpartition(".")
+    code = [
+        "import importlib, sys",
+        f"own = importlib.import_module('{module}')",
+        f"names = list(own.{modules})[:: int(sys.argv[1])]",
+        f"for name in names: importlib.import_module(f'{folder}.{{name}}')",
+        f"print(*own.{name}())",
+    ]
+    said = [
+        subprocess.run([sys.executable, "-c", "\n".join(code), step], capture_output=True, text=True, check=True).stdout
+        for step in ("1", "-1")
+    ]
+    assert said[0].split()
+    assert said[0] == said[1]
+
+
 def test_no_importable_kernels_package():
     """transformers probes for a package of this name (docs/architecture.md, "Packaging")."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -40,12 +40,24 @@ def test_make_targets_exist():
     assert used <= targets
 
 
+def test_options_that_it_names_exist():
+    """Of every verb, also in what is shown and not run here."""
+    from puzzle.cli import main
+
+    shown = re.findall(r"\bpuzzle ([a-z-]+)((?: [^\n`;&|#]*)?)", README.replace("\\\n", " "))
+    assert len({verb for verb, _ in shown}) > 5
+    for verb, rest in shown:
+        if verb in main.commands:
+            known = {flag for option in main.commands[verb].params for flag in (*option.opts, *option.secondary_opts)}
+            assert set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest)) <= known | {"--help"}, f"puzzle {verb}{rest}"
+
+
 def test_links_lead_somewhere():
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:benchmarks|examples|docs)/[^`* ]+)`", README))
+@pytest.mark.parametrize("path", re.findall(r"`((?:benchmarks|examples|docs|puzzle)/[^`* ]+)`", README))
 def test_files_that_it_names_exist(path):
     assert (ROOT / path).exists()
 

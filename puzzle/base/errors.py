@@ -35,6 +35,6 @@ def writing(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
-                f"cannot write {path} ({error.strerror}): choose another `out` or change its permissions"
+                f"cannot write {path} ({error.strerror}): choose another place or change its permissions"
             ) from error
         raise

@@ -93,4 +93,4 @@ def check_writable(directory: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {directory} (permission denied): choose another `out` or change its permissions")
+        raise UserError(f"cannot write {directory} (permission denied): choose another place or change its permissions")

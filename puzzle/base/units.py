@@ -26,8 +26,9 @@ def seconds_text(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str | None = None) -> int:
     """'80GB' -> 80·10⁹, '1.5GiB' -> 1.5·2³⁰, '1000' -> 1000. Raises UserError for anything else or below 1."""
+    told = f"'{text}'" if option is None else f"`{option}` '{text}'"
     units = {
         "": 1,
         "b": 1,
@@ -46,9 +47,9 @@ def parse_bytes(text: str) -> int:
     try:
         value = float(number) * units[unit]
     except (ValueError, KeyError):
-        raise UserError(f"'{text}' is no amount of memory: write for example 80GB or 24GiB") from None
+        raise UserError(f"{told} is no amount of memory: write for example 80GB or 24GiB") from None
     if not 1 <= value < float("inf"):
-        raise UserError(f"'{text}' is no amount of memory: it must be at least 1 byte")
+        raise UserError(f"{told} is no amount of memory: it must be at least 1 byte")
     return int(value)
 
 
@@ -75,6 +76,23 @@ def parse_count(option: str, text: str, least: int = 1) -> int:
     if not (math.isfinite(value) and value >= least):
         raise UserError(f"`{option}` {text}: write a count such as 6.5B, 12M or 1000000")
     return int(value)
+
+
+def positive(option: str, value: float) -> None:
+    """Raise UserError unless value > 0."""
+    if not 0 < value < math.inf:
+        raise UserError(f"`{option}` {value:g}: must be above 0")
+
+
+def check_positive(options: object, *names: str) -> None:
+    """Raise UserError unless each named field of `options` is above 0, in a tuple every number; None is left alone."""
+    for name in names:
+        value = getattr(options, name)
+        if value == ():
+            raise UserError(f"`{name}` is empty: name at least one")
+        for one in value if isinstance(value, tuple) else [value]:
+            if one is not None:
+                positive(name, one)
 
 
 def parse_layers(option: str, text: str, num_layers: int) -> list[int]:

@@ -79,7 +79,7 @@ class WideFfn:
             if len(points) < 2:
                 raise UserError(
                     f"`fusion`: the cost table knows {len(points)} FFN width at batch {batch}, so that a wide one cannot be "
-                    "priced: build and profile narrower FFNs too, such as `ffn` 0.5,0.25"
+                    "priced: build and profile narrower FFNs too, such as `puzzle build-library … --ffn 0.5,0.25` makes"
                 )
             self._known[batch] = sorted(points)
         return self._known[batch]

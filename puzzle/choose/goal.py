@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar, dataclass_transform
 
 from puzzle.base.errors import UserError
 from puzzle.base.units import parse_bytes, parse_count, parse_seconds
@@ -124,7 +125,7 @@ LIMITS = (
     ),
     Limit(
         option="memory",
-        read=lambda option, text: float(parse_bytes(text)),
+        read=lambda option, text: float(parse_bytes(text, option)),
         example="bytes such as 80GB or 60%",
         help="Weights, KV cache at full context, workspace: 80GB or 60%.",
         resource="memory_bytes",
@@ -178,7 +179,7 @@ class Goal:
     def check(self) -> None:
         """Raise UserError when the fields contradict each other, or ask for nothing."""
         if not self.limits and self.cached_tokens is None and self.keep_attention is None:
-            raise UserError("no goal: pass at least one of `throughput`, `latency`, `memory`, `params`")
+            raise UserError(f"no goal: pass at least one of {', '.join(f'`{option}`' for option in BY_OPTION)}")
         if self.cached_tokens is not None and "memory" not in self.limits:
             raise UserError("`cached_tokens` needs `memory`: say what the weights and the cache must fit in, e.g. 80GB")
         if not 0 <= self.stage_tolerance < math.inf:
@@ -191,16 +192,22 @@ class Goal:
         return asked | {name: getattr(self, name) for name in rest}
 
 
-@dataclass(kw_only=True, slots=True)
-class GoalOptions:
-    """A goal as it is typed, on the command line or in a recipe; a field for every row of `LIMITS`."""
+Options = TypeVar("Options")
 
-    throughput: str | None = None
-    latency: str | None = None
-    ttft: str | None = None
-    tpot: str | None = None
-    memory: str | None = None
-    params: str | None = None
+
+@dataclass_transform(kw_only_default=True)
+def _with_limits(cls: type[Options]) -> type[Options]:
+    """Class decorator: a dataclass with a field of text for every row of `LIMITS` before its own."""
+    cls.__annotations__ = {limit.option: "str | None" for limit in LIMITS} | cls.__annotations__
+    for limit in LIMITS:
+        setattr(cls, limit.option, None)
+    return dataclass(kw_only=True, slots=True)(cls)
+
+
+@_with_limits
+class GoalOptions:
+    """A goal as it is typed, on the command line or in a recipe."""
+
     cached_tokens: str | None = None
     keep_attention: int | None = None
     pinned: str | None = None
@@ -210,9 +217,17 @@ class GoalOptions:
 
     def goal(self, *, may_be_empty: bool = False) -> Goal:
         """Raises UserError for what cannot be read, or a goal that is none."""
+        goal = self.read()
+        asks = (goal.limits, goal.cached_tokens, goal.keep_attention, goal.pinned, goal.alike, goal.stages)
+        if not may_be_empty or any(asks):
+            goal.check()
+        return goal
+
+    def read(self) -> Goal:
+        """The same, whether it asks for anything or not."""
         typed = {option: getattr(self, option) for option in BY_OPTION}
         count = self.cached_tokens
-        goal = Goal(
+        return Goal(
             limits={o: parse_target(BY_OPTION[o], text) for o, text in typed.items() if text is not None},
             cached_tokens=None if count is None else parse_count("cached_tokens", count),
             keep_attention=self.keep_attention,
@@ -221,10 +236,6 @@ class GoalOptions:
             stages=self.stages,
             stage_tolerance=parse_share("stage_tolerance", self.stage_tolerance),
         )
-        asks = (goal.limits, goal.cached_tokens, goal.keep_attention, goal.pinned, goal.alike, goal.stages)
-        if not may_be_empty or any(asks):
-            goal.check()
-        return goal
 
 
 def parse_share(option: str, text: str) -> float:

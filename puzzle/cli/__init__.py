@@ -37,15 +37,14 @@ class _Cli(click.Group):
             sys.exit(2)
 
     def in_flags(self, message: str, verb: str | None) -> str:
-        """The message with fields, which stages write as `seq_len`, as the flags of this verb, or else of any that has them."""
-        verbs = [] if verb is None or verb not in self.commands else [self.commands[verb]]
+        """The message with fields, which stages write as `seq_len`, as this verb's flags; those that it has no flag for stay."""
+        command = self.commands.get(verb or "")
         flags: dict[str, str] = {}
-        for command in (*verbs, *self.commands.values()):
-            for option in command.params:
-                for flag in (*option.opts, *option.secondary_opts):
-                    if flag.startswith("--"):
-                        for name in (flag[2:].replace("-", "_"), option.name if flag in option.opts else None):
-                            flags.setdefault(name or "", flag)
+        for option in [] if command is None else command.params:
+            for flag in (*option.opts, *option.secondary_opts):
+                if flag.startswith("--"):
+                    for name in (flag[2:].replace("-", "_"), option.name if flag in option.opts else None):
+                        flags.setdefault(name or "", flag)
         return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: flags.get(found[1], found[0]), message)
 
 

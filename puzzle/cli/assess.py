@@ -36,7 +36,6 @@ def score_command(
     Example:
       puzzle score lib --data /usr/lib/python3.11 --sequences 256 --joint
     """
-    options.positive("sequences", sequences)
     from puzzle.cli.report import library_summary, print_library
     from puzzle.library.score import ScoreOptions, score_library
 
@@ -83,8 +82,6 @@ def evaluate_command(
     Example:
       puzzle evaluate examples/parent child --data /usr/lib/python3.11 --json
     """
-    for option, value in (("sequences", sequences), ("seq_len", seq_len), ("repeats", repeats)):
-        options.positive(option, value)
     from puzzle.base.console import console
     from puzzle.base.workload import Workload
     from puzzle.cli.report import print_evaluation

@@ -75,21 +75,11 @@ def build_library_command(
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
     """
-    for option, value in (
-        ("seq_len", seq_len),
-        ("batch_size", batch_size),
-        ("lr", lr),
-        ("calibration_sequences", calibration_sequences),
-        ("score_sequences", score_sequences),
-        ("validation_sequences", validation_sequences),
-    ):
-        options.positive(option, value)
-    if group_size is not None:
-        options.positive("group_size", group_size)
+    options.positive("score_sequences", score_sequences)
     from puzzle.base.units import parse_bytes
 
     num_tokens = options.count("tokens", tokens, least=0)
-    limit = parse_bytes(memory_limit) if memory_limit else None
+    limit = parse_bytes(memory_limit, "memory_limit") if memory_limit else None
 
     from puzzle.library.build import Builder, BuildOptions, build_library
     from puzzle.parents.opened import open_model

@@ -73,7 +73,7 @@ def export_command(
         licence=licence,
         measured=evaluation,
         force=force,
-        max_shard_bytes=parse_bytes(max_shard),
+        max_shard_bytes=parse_bytes(max_shard, "max_shard"),
         push_to_hub=push_to_hub,
     )
     if as_json:

@@ -13,7 +13,9 @@ from puzzle.cli import options
 @click.argument("child")
 @click.option("--teacher", default=None, metavar="PARENT", help="The parent, or any model with the same tokenizer.")
 @options.data
-@click.option("--data-blend", type=options.DIRECTORY, default=None, metavar="YAML", help="Weighted sources, as above.")
+@click.option(
+    "--data-blend", "blend", type=options.DIRECTORY, default=None, metavar="YAML", help="Weighted sources, as above."
+)
 @click.option("--out", type=options.DIRECTORY, required=True, metavar="HEALED", help="New directory.")
 @click.option("--tokens", default="10M", show_default=True, help="Training tokens, e.g. 100M.")
 @click.option("--seq-len", type=int, default=1024, show_default=True)
@@ -58,7 +60,6 @@ def heal_command(
     out: Path,
     tokens: str,
     data: tuple[str, ...],
-    data_blend: Path | None,
     dry_run: bool,
     as_json: bool,
     **chosen,
@@ -85,7 +86,7 @@ def heal_command(
     num_tokens = options.count("tokens", tokens)
     from puzzle.heal.settings import HealOptions
 
-    wanted = HealOptions(child=child, out=out, data=list(data), blend=data_blend, tokens=num_tokens, **chosen)
+    wanted = HealOptions(child=child, out=out, data=list(data), tokens=num_tokens, **chosen)
     if dry_run:
         from puzzle.heal.plan import plan_heal
 

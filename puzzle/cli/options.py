@@ -49,10 +49,9 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 
 def positive(option: str, value: float) -> None:
     """Raise UserError unless value > 0."""
-    from puzzle.base.errors import UserError
+    from puzzle.base import units
 
-    if not 0 < value < float("inf"):
-        raise UserError(f"`{option}` {value:g}: must be above 0")
+    units.positive(option, value)
 
 
 def print_json(value: dict[str, Any]) -> None:

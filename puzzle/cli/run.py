@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -27,13 +29,15 @@ def run_command(
     Example:
       puzzle run examples/quickstart.yaml --data /usr/lib/python3.11 --out runs/quickstart
     """
-    from puzzle.run.recipe import read_recipe
+    from puzzle.choose.goal import GoalOptions
+    from puzzle.run.recipe import naming, read_recipe
 
+    over: dict[str, Any] = {} if throughput is None else {"throughput": throughput}
+    GoalOptions(**over).read()
     wanted = read_recipe(recipe)
     if data:
         wanted.data = list(data)
-    if throughput is not None:
-        wanted.goal.throughput = throughput
+    wanted.goal = replace(wanted.goal, **over)
     from puzzle.run.pipeline import Run, run_recipe
 
     if dry_run:
@@ -43,8 +47,10 @@ def run_command(
         from puzzle.library.plan import describe
         from puzzle.parents.opened import open_model
 
-        builder = Builder(open_model(wanted.parent), Run(wanted, out).build_options())
-        plan = builder.plan()
+        build = Run(wanted, out).build_options()
+        with naming("build"):
+            builder = Builder(open_model(wanted.parent), build)
+            plan = builder.plan()
         facts = describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
         options.print_json(facts) if as_json else print_plan(facts)
         return

@@ -17,7 +17,9 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 def limits(command: Callable[..., Any]) -> Callable[..., Any]:
     """An option for every row of `LIMITS`, in its order."""
     for limit in reversed(LIMITS):
-        command = click.option(f"--{limit.option}", default=None, metavar="GOAL", help=limit.help)(command)
+        command = click.option(f"--{limit.option.replace('_', '-')}", default=None, metavar="GOAL", help=limit.help)(
+            command
+        )
     return command
 
 

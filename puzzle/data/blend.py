@@ -34,28 +34,28 @@ def read_blend(path: Path) -> list[Source]:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"`data_blend` {path} does not exist: give a YAML file with a list of sources") from None
+        raise UserError(f"`blend` {path} does not exist: give a YAML file with a list of sources") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"`data_blend` {path} cannot be read ({reason}): it must be YAML") from error
+        raise UserError(f"`blend` {path} cannot be read ({reason}): it must be YAML") from error
     if not isinstance(value, dict):
-        raise UserError(f"`data_blend` {path} holds no mapping: start it with `sources:` and a list below")
+        raise UserError(f"`blend` {path} holds no mapping: start it with `sources:` and a list below")
     for key in value:
         if key != "sources":
-            raise UserError(f"`data_blend` {path}: unknown key '{key}'; {nearest(str(key), ['sources'])}")
+            raise UserError(f"`blend` {path}: unknown key '{key}'; {nearest(str(key), ['sources'])}")
     entries = value.get("sources")
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"`data_blend` {path}: `sources` is empty; list at least one, such as `- path: text/`")
+        raise UserError(f"`blend` {path}: `sources` is empty; list at least one, such as `- path: text/`")
     sources = [_source(path, number, entry) for number, entry in enumerate(entries, 1)]
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"`data_blend` {path}: two sources are called '{name}'; give each a `name` of its own")
+            raise UserError(f"`blend` {path}: two sources are called '{name}'; give each a `name` of its own")
     return sources
 
 
 def _source(blend: Path, number: int, entry: Any) -> Source:
-    where = f"`data_blend` {blend} source {number}"
+    where = f"`blend` {blend} source {number}"
     if not isinstance(entry, dict):
         raise UserError(f"{where}: '{entry}' is no mapping; write `path: …` and `weight: …`")
     for key in entry:
@@ -71,7 +71,7 @@ def _source(blend: Path, number: int, entry: Any) -> Source:
     messages = "messages" if entry.get("messages") is True else entry.get("messages")
     for key in ("text_field", "messages", "name"):
         if not isinstance(entry.get(key) or "", str) and entry.get(key) is not True:
-            raise UserError(f"{where}: `{key}` is {entry[key]!r}; give a name")
+            raise UserError(f"{where}: '{key}' is {entry[key]!r}; give a name")
     loss = entry.get("loss", "all")
     if loss not in LOSSES:
         raise UserError(f"{where}: loss '{loss}'; {nearest(str(loss), list(LOSSES))}")

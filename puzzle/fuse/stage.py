@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def fuse_child(
     solved, done = architecture_beside(source), tuple(sorted(runs))
     promised = solved is not None and solved.fuse == done
     if solved is not None:
-        solved = replace(solved, fuse=None, fused=(*solved.fused, *done))
+        solved = solved.after_fusing(done)
         extra["architecture.json"] = solved.to_json()
     write_fused(
         fuse_layers(child, runs, norm),

@@ -65,7 +65,7 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
         raise UserError("`out` is missing: say where the fused child goes, or pass `dry_run`")
     if wanted.out is not None and not wanted.dry_run:
         claim_output(wanted.out, wanted.force)
-    max_shard = parse_bytes(wanted.max_shard)
+    max_shard = parse_bytes(wanted.max_shard, "max_shard")
     rule = _rule(child, wanted)
     runs = _given(source, child, wanted)
     if runs is not None:
@@ -147,7 +147,7 @@ def _given(source: Path, child: Child, wanted: Wanted) -> list[Run] | None:
         return found
     if text == "solved":
         raise UserError(
-            f"`runs` solved: {source} records no runs; solve with `fusion` and export again, or leave it out"
+            f"`runs` solved: {source} records no runs; run `puzzle solve --fusion` and export again, or leave it out"
         )
     return None
 

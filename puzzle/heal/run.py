@@ -39,7 +39,7 @@ def sources_of(options: HealOptions) -> list[Source]:
     if options.blend is not None:
         return read_blend(options.blend)
     if not options.data:
-        raise UserError("no data: pass `data` with a directory, a glob or a file, or `data_blend` with a YAML file")
+        raise UserError("no data: pass `data` with a directory, a glob or a file, or `blend` with a YAML file")
     return [Source(name="--data", paths=tuple(options.data), text_field=options.text_field)]
 
 

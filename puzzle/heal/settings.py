@@ -95,7 +95,7 @@ class HealOptions:
         if self.dtype not in DTYPES:
             raise UserError(f"`dtype` {self.dtype}: use {', '.join(DTYPES)}")
         if self.blend is not None and self.data:
-            raise UserError(f"`data_blend` {self.blend} and `data` together: list the data as a source of the blend")
+            raise UserError(f"`blend` {self.blend} and `data` together: list the data as a source of the blend")
 
     @property
     def needs_teacher(self) -> bool:

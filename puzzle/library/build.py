@@ -24,7 +24,7 @@ from puzzle.base.device import compute_dtype, device_memory, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, content_hash
 from puzzle.base.replay import Replayed
-from puzzle.base.units import layer_name, parse_layers
+from puzzle.base.units import check_positive, layer_name, parse_layers
 from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
 from puzzle.blocklib.variant import PARENT, search_spaces, variant_of
@@ -47,7 +47,8 @@ BlockKey = tuple[int, str, str]  # (layer, slot, variant)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
-    initialised. attention, ffn: what to offer in the slots of that name; None: what each place takes by default."""
+    initialised. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
+    UserError for a number out of range."""
 
     data: list[str]
     out: Path
@@ -66,6 +67,12 @@ class BuildOptions:
     memory_limit: int | None = None
     device: str = "auto"
     snapshot_seconds: float = SNAPSHOT_SECONDS
+
+    def __post_init__(self) -> None:
+        check_positive(self, "seq_len", "batch_size", "lr", "calibration_sequences", "validation_sequences")
+        check_positive(self, "group_size", "memory_limit")
+        if self.tokens < 0:
+            raise UserError(f"`tokens` {self.tokens}: must be 0 or more")
 
     def recipe(self) -> Recipe:
         return Recipe(

@@ -54,8 +54,8 @@ class Library:
         facts = read_any(path, "puzzle build-library")
         if facts.get("schema") != SCHEMA:
             raise UserError(
-                f"{path} has schema {facts.get('schema')!r}, this version reads {SCHEMA}: run the `puzzle build-library` that made it again; it keeps all "
-                "blocks and scores and writes this file anew"
+                f"{path} has schema {facts.get('schema')!r}, this version reads {SCHEMA}: run the `puzzle build-library` that made it again; it keeps "
+                "all blocks, measures the scores again and writes this file anew"
             )
         try:
             structure = Structure.from_json(facts["structure"])
@@ -120,7 +120,7 @@ class Library:
         if fingerprint != mine:
             raise UserError(
                 f"library {self.root} was built from another parent (fingerprint {mine[:12]}) than {source} "
-                f"({fingerprint[:12]}): pass the right `parent`, or build a new library with another `out`"
+                f"({fingerprint[:12]}): pass the right `parent`, or run `puzzle build-library` with another --out"
             )
 
 

@@ -18,6 +18,7 @@ from puzzle.base.console import Bar, progress
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
+from puzzle.base.units import check_positive
 from puzzle.blocklib.plain.part import Part, loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT
@@ -84,7 +85,7 @@ class Scorer:
     ) -> None:
         path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
         hashes = {
-            slot: [self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT]
+            slot: {name: self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT}
             for slot, space in spaces.items()
         }
         key = content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
@@ -127,7 +128,7 @@ class Scorer:
         if not math.isfinite(result["kl"]):
             raise UserError(
                 f"layer {layer} {score_name(replacement)} makes the model's output NaN: its training diverged; delete "
-                f"{self.store.layer(layer)} and build with a smaller `lr`"
+                f"{self.store.layer(layer)} and run `puzzle build-library` again with a smaller --lr"
             )
         return result
 
@@ -142,6 +143,9 @@ class ScoreOptions:
     joint: bool = False
     text_field: str = "text"
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "sequences", "seq_len", "batch_size")
 
 
 def score_library(

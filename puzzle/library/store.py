@@ -70,12 +70,12 @@ class BlockStore:
         record = self.record(layer, slot, variant)
         if not path.is_file():
             raise UserError(
-                f"{path} is missing: run `puzzle build-library` again with the same `out`, it fills the gap"
+                f"{path} is missing: run `puzzle build-library` again with --out {self.root}, it fills the gap"
             )
         if file_hash(path) != record["sha256"]:
             raise UserError(
                 f"{path} was truncated or changed after it was trained (its sha256 is not the recorded "
-                "one): delete it and run `puzzle build-library` again with the same `out`"
+                f"one): delete it and run `puzzle build-library` again with --out {self.root}"
             )
         try:
             with safe_open(path, framework="pt") as handle:

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ class Architecture:
     """goal: limits as they were asked for, by the names of `puzzle.choose.goal.LIMITS`. costs: {"device", "precision", "sha256"} of
     the prices. status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
     speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
-    that were priced as one, and fusion how; None without --fusion. fused: runs that `puzzle fuse` has made one since. objective_per_batch: {batch: sum of scores}. prices: what looser
-    limits would buy, where it was asked for."""
+    that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one
+    since. objective_per_batch: {batch: sum of scores}. prices: what looser limits would buy, where it was asked for."""
 
     parent_fingerprint: str
     parent: Structure
@@ -117,16 +117,19 @@ class Architecture:
         """Of the child as it was priced: a run of layers that is to be fused is one layer with the channels of all."""
         layers, begin, found = self.sub_blocks, 0, []
         for first, last in self.fused or self.fuse or ():
-            widths = []
-            for layer in layers[first : last + 1]:
-                ffn = layer["ffn"]
-                assert isinstance(ffn, SwiGLU), "runs that are fused have gated FFNs alone"
-                widths.append(ffn.intermediate_size)
-            fields_of = {f.name: getattr(ffn, f.name) for f in fields(ffn)}
-            wide = SwiGLU(**fields_of | {"intermediate_size": sum(widths)})
-            found += [*layers[begin:first], {"attention": NO_OP, "ffn": wide}]
+            ffns = [ffn for layer in layers[first : last + 1] if isinstance(ffn := layer["ffn"], SwiGLU)]
+            wide = replace(ffns[-1], intermediate_size=sum(ffn.intermediate_size for ffn in ffns))
+            found += [*layers[begin:first], dict.fromkeys(layers[last], NO_OP) | {"ffn": wide}]
             begin = last + 1
         return self.parent.with_layers([*found, *layers[begin:]])
+
+    def after_fusing(self, runs: Iterable[tuple[int, int]]) -> Architecture:
+        """With what `puzzle fuse` has made one. runs: by the numbers of the child's layers before, which earlier ones changed."""
+        ends = dict(self.fused)
+        firsts = [i for i in range(len(self.layers)) if not any(first < i <= last for first, last in self.fused)]
+        done = {firsts[first]: ends.get(firsts[last], firsts[last]) for first, last in runs}
+        kept = {a: b for a, b in ends.items() if not any(first <= a <= last for first, last in done.items())}
+        return replace(self, fuse=None, fused=tuple(sorted((kept | done).items())))
 
     def to_json(self) -> dict[str, Any]:
         """What `read_architecture` reads back as an equal architecture."""

@@ -12,6 +12,7 @@ from puzzle.base.console import console
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.machine import cpu_name
+from puzzle.base.units import check_positive
 from puzzle.base.workload import Workload
 from puzzle.data.packing import load_tokens
 from puzzle.measure.architecture import architecture_beside
@@ -28,13 +29,16 @@ MAX_ATTEMPTS = 3
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateOptions:
-    """sequences: held-out ones, of seq_len tokens. repeats: of the speed measurement; 0 measures no speed."""
+    """sequences: held-out ones, of seq_len tokens. repeats: of the speed measurement."""
 
     sequences: int = 64
     seq_len: int = 1024
     repeats: int = 3
     text_field: str = "text"
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "sequences", "seq_len", "repeats")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -100,9 +100,10 @@ class HfModel:
 
 @cache
 def families() -> dict[str, Family]:
-    """All families by model_type."""
-    for name in MODULES:
-        importlib.import_module(f"puzzle.parents.{name}")
+    """All families by model_type, in the order of `MODULES`, whoever imported which first."""
+    places = {importlib.import_module(f"puzzle.parents.{name}").__name__: place for place, name in enumerate(MODULES)}
+    for name in sorted(FAMILIES, key=lambda name: places.get(FAMILIES[name].structure.__module__, len(places))):
+        FAMILIES[name] = FAMILIES.pop(name)
     return FAMILIES
 
 

@@ -209,7 +209,7 @@ class CostTable:
             name, phase, batch = key
             raise UserError(
                 f"cost table {self.path} covers contexts {points[0][0]}-{points[-1][0]} in {phase} of '{name}', "
-                f"batch {batch}, context {context}: profile again with `contexts` that span it"
+                f"batch {batch}, context {context}: profile again, with `puzzle profile … --contexts` that span it"
             )
         if at in (0, len(points)):
             least, most, _ = self.extrapolated.get(key, (context, context, ""))

@@ -22,6 +22,7 @@ from puzzle.base.console import progress
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError, writing
 from puzzle.base.files import check_writable, write_json
+from puzzle.base.units import check_positive
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.kernels.timer import Timing
 from puzzle.library.manifest import Library
@@ -79,6 +80,9 @@ class ProfileOptions:
     contexts: tuple[int, ...] | None = None
     seconds: float | None = None
     rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batches", "prefill", "contexts", "seconds", "rounds")
 
     def grid(self) -> Grid:
         changes = ("batches", "prefill", "contexts", "seconds", "rounds")

@@ -26,7 +26,7 @@ from puzzle.library.score import score_library
 from puzzle.measure.architecture import Architecture, write_architecture
 from puzzle.measure.evaluate import Evaluation, evaluate
 from puzzle.profile.profile import profile, subject_of
-from puzzle.run.recipe import Recipe
+from puzzle.run.recipe import Recipe, naming
 
 Show = Callable[[Architecture], None]
 
@@ -37,30 +37,34 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path, show: Show = lambda solved: None):
         """show: what is done with the solution as soon as it is known."""
         self.recipe, self.out, self.show = recipe, out, show
-        self.goal, self.work = recipe.goal.goal(), recipe.workload
+        with naming("goal"):
+            self.goal = recipe.goal.goal()
+        self.work = recipe.workload
         self.seconds: dict[str, float] = {}
         if not recipe.data:
             raise UserError("no data: add 'data:' to the recipe or pass `data`")
         check_writable(out)
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
+    def _stage(self, name: str, *sections: str) -> Iterator[None]:
+        """sections: of the recipe, whose options it takes."""
         console.rule(f"[bold]{name}", align="left")
         begin = time.monotonic()
-        yield
+        with naming(*sections):
+            yield
         self.seconds[name] = round(time.monotonic() - begin, 1)
 
     def run(self) -> dict[str, Any]:
         """All stages; returns result.json's content."""
         recipe, library = self.recipe, self.out / "library"
-        with self._stage("build-library"):
+        with self._stage("build-library", "build"):
             build_library(recipe.parent, self.build_options())
-        with self._stage("score"):
+        with self._stage("score", "score"):
             scoring = replace(recipe.score, text_field=recipe.text_field, device=recipe.device)
             score_library(library, recipe.data, scoring)
-        with self._stage("profile"):
+        with self._stage("profile", "profile", "workload"):
             self._profile(library)
-        with self._stage("solve"):
+        with self._stage("solve", "goal", "workload", "profile"):
             opened = Library.open(library)
             costs = open_costs(opened, recipe.profile.gpu, None)
             solved = solve_library(opened, costs, Request(work=self.work, goal=self.goal))
@@ -68,7 +72,7 @@ class Run:
             self.show(solved)
         with self._stage("export"):
             export_child(library, self.out / "solution", self.out / "child", force=True)
-        with self._stage("evaluate"):
+        with self._stage("evaluate", "evaluate", "workload"):
             device = "cpu" if recipe.profile.gpu == "cpu" else recipe.device
             parent = Library.open(library).parent_source()
             options = replace(recipe.evaluate, text_field=recipe.text_field, device=device)

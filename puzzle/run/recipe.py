@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -17,6 +20,7 @@ from puzzle.library.score import ScoreOptions
 from puzzle.measure.evaluate import EvaluateOptions
 from puzzle.profile.profile import ProfileOptions
 
+KINDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}  # of values
 SHARED = ("data", "out", "text_field", "device")  # one value for all stages, outside the sections
 
 
@@ -40,63 +44,94 @@ SECTIONS = ("build", "score", "profile", "goal", "workload", "evaluate")
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises UserError for a missing file, broken YAML, an unknown key (with the nearest known one) or a wrong type."""
+    """Raises UserError, in one line that names the key, for a missing file, broken YAML, an unknown key (with the nearest known
+    one), a wrong type or an impossible value."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read ({error}): see examples/quickstart.yaml") from error
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path} is not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(raw, dict) or "parent" not in raw:
+    if not isinstance(raw, dict) or raw.get("parent") is None:
         raise UserError(f"recipe {path} names no parent: add a line such as 'parent: path/to/model'")
-    _refuse_unknown(raw, [f.name for f in fields(Recipe)], path, "")
-    values = {name: value for name, value in raw.items() if name not in SECTIONS}
-    recipe = Recipe(**values)
+    try:
+        return _recipe(raw, path.parent)
+    except UserError as error:
+        raise UserError(f"recipe {path}: {error}") from error
+
+
+def _recipe(raw: dict[str, Any], here: Path) -> Recipe:
+    """here: what paths are relative to."""
+    _refuse_unknown(raw, [f.name for f in fields(Recipe)], "")
+    hints = get_type_hints(Recipe)
+    values: dict[str, Any] = {key: _typed(raw[key], hints[key], key) for key in raw if key not in (*SECTIONS, "data")}
+    recipe = Recipe(**values, data=_data(raw.get("data"), here))
     for name in SECTIONS:
-        section = raw.get(name) or {}
+        section, usual = raw.get(name), getattr(recipe, name)
+        section = {} if section is None else section
         if not isinstance(section, dict):
-            raise UserError(f"recipe {path}: '{name}' is {section!r}, it must be a section of keys and values")
-        usual = getattr(recipe, name)
-        _refuse_unknown(section, [f.name for f in fields(usual) if f.name not in SHARED], path, f"{name}.")
-        types_of = get_type_hints(type(usual))
-        typed = {key: _typed(value, types_of[key], path, f"{name}.{key}") for key, value in section.items()}
-        setattr(recipe, name, replace(usual, **typed))
+            raise UserError(f"'{name}' is {section!r}, it must be a section of keys and values")
+        _refuse_unknown(section, _keys(type(usual)), f"{name}.")
+        hints = get_type_hints(type(usual))
+        typed = {key: _typed(value, hints[key], f"{name}.{key}") for key, value in section.items()}
+        with naming(name):
+            setattr(recipe, name, replace(usual, **typed))
+    with naming("goal"):
+        recipe.goal.read()
     if "seq_len" not in (raw.get("evaluate") or {}):
         recipe.evaluate = replace(recipe.evaluate, seq_len=recipe.build.seq_len)
-    here = path.parent
-    recipe.data = [recipe.data] if isinstance(recipe.data, str) else list(recipe.data or [])
-    recipe.data = [str(here / d) if (here / d).exists() else d for d in recipe.data]
-    if (here / str(recipe.parent)).exists():
+    if (here / recipe.parent).exists():
         recipe.parent = str(here / recipe.parent)
     return recipe
 
 
-def _refuse_unknown(section: dict[str, Any], known: list[str], path: Path, prefix: str) -> None:
+@contextmanager
+def naming(*sections: str) -> Iterator[None]:
+    """Errors inside name the options of these sections as a recipe does: `seq_len` is build.seq_len."""
+    hints = get_type_hints(Recipe)
+    known = {key: f"{name}.{key}" for name in reversed(sections) for key in _keys(hints[name])}
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), str(error))) from error
+
+
+def _keys(options: type[Any]) -> list[str]:
+    """What a section may hold."""
+    return [f.name for f in fields(options) if f.name not in SHARED]
+
+
+def _refuse_unknown(section: dict[str, Any], known: list[str], prefix: str) -> None:
     for key in section:
         if key not in known:
-            raise UserError(f"recipe {path}: unknown key '{prefix}{key}'; {nearest(str(key), known)}")
+            raise UserError(f"unknown key '{prefix}{key}'; {nearest(str(key), known)}")
 
 
-def _typed(value: Any, wanted: Any, path: Path, key: str) -> Any:
+def _data(value: Any, here: Path) -> list[str]:
+    listed = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str) for one in listed):
+        raise UserError(f"data is {value!r}, it must be a path, or a list of paths")
+    return [str(here / one) if (here / one).exists() else one for one in listed]
+
+
+def _typed(value: Any, wanted: Any, key: str) -> Any:
     """YAML reads 1e6 as text and 2 as a number where we want the other: convert to the field's declared type."""
     if get_origin(wanted) in (Union, types.UnionType):
         if value is None:
             return None
         wanted = next(one for one in get_args(wanted) if one is not type(None))
+    if get_origin(wanted) is tuple:
+        return tuple(_typed(one, int, key) for one in (value if isinstance(value, list) else [value]))
+    if wanted not in KINDS:
+        raise UserError(f"{key} cannot be given in a recipe")
+    number = isinstance(value, int | float | str) and not isinstance(value, bool)
     try:
-        if wanted is int:
-            return int(float(value))
-        if wanted is float:
-            return float(value)
-        if wanted is bool:
-            if not isinstance(value, bool):
-                raise TypeError
+        if wanted is bool and isinstance(value, bool):
             return value
-        if wanted is str:
+        if wanted is str and number:
             return str(value)
-        if get_origin(wanted) is tuple:
-            return tuple(int(one) for one in (value if isinstance(value, list) else [value]))
-    except (TypeError, ValueError):
-        kind = {bool: "true or false"}.get(wanted, "a number")
-        raise UserError(f"recipe {path}: {key} is {value!r}, it must be {kind}") from None
-    raise UserError(f"recipe {path}: {key} cannot be given in a recipe")
+        if wanted in (int, float) and number and (wanted is float or float(value).is_integer()):
+            return wanted(float(value))
+    except ValueError:
+        pass
+    raise UserError(f"{key} is {value!r}, it must be {KINDS[wanted]}")

@@ -45,13 +45,13 @@ def broken_parent(parent: Path, tmp_path: Path, damage: str, poison) -> Path:
         ("missing", ["does not exist", "hub id"]),
         ("no config", ["has no config.json"]),
         ("bad json", ["config.json is not valid JSON"]),
-        ("unsupported", ["'lama'", "did you mean 'llama'", "supported: llama, mistral, qwen2, qwen3"]),
+        ("unsupported", ["'lama'", "did you mean 'llama'", "supported: llama, mistral, seed_oss, qwen2, qwen3"]),
         ("no weights", ["no model.safetensors", "save_pretrained"]),
         ("weight missing", ["lacks the weight model.layers.1.mlp.up_proj.weight"]),
         ("wrong shape", ["model.layers.1.mlp.up_proj.weight", "[95, 32]", "[96, 32]"]),
         ("nan", ["model.layers.1.mlp.up_proj.weight", "32 NaN"]),
         ("truncated", ["not a whole safetensors file"]),
-        ("gelu", ["hidden_act 'gelu'", "SwiGLU"]),
+        ("gelu", ["hidden_act 'gelu'", "gated FFNs", "silu or gelu_pytorch_tanh"]),
     ],
 )
 def test_bad_parents(puzzle, one_line_error, poison, parent, corpus, tmp_path, damage, wanted):
@@ -108,7 +108,7 @@ def test_bad_data(puzzle, one_line_error, parent, tmp_path, make, wanted):
         (["--lr", "-1"], ["--lr -1: must be above 0"]),
         (["--batch-size", "0"], ["--batch-size 0"]),
         (["--device", "cuda"], ["no CUDA GPU"]),
-        (["--memory-limit", "lots"], ["'lots' is no amount of memory"]),
+        (["--memory-limit", "lots"], ["--memory-limit 'lots' is no amount of memory", "80GB"]),
         (["--memory-limit", "1kB"], ["one layer with its variants needs"]),
     ],
 )

@@ -1,14 +1,23 @@
-"""What all verbs share: help, whole roads, bad recipes, missing files and output directories; errors are one line each."""
+"""What all verbs share: help, missing files and output directories; errors are one line each."""
 
 from __future__ import annotations
 
-import json
+import ast
+import importlib
+import re
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
+
+from puzzle.base.errors import UserError
+from puzzle.cli import main
+
+ROOT = Path(__file__).parents[2]
 
 SOLVE = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16)
 
@@ -30,53 +39,6 @@ def test_every_verb_shows_an_example(puzzle, verb):
     assert done.exit_code == 0
     assert f"puzzle {verb} " in done.output
     assert "--json" in done.output
-
-
-def test_run_goes_the_whole_road_and_resumes(puzzle, parent, corpus, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"""
-parent: {parent}
-data: {corpus}
-build: {{attention: "kv1,none", ffn: "0.5,none", tokens: 1e3, seq_len: 32, batch_size: 4, validation_sequences: 4}}
-score: {{sequences: 4}}
-profile: {{batches: [1, 2]}}
-goal: {{throughput: 1.3x}}
-workload: {{input_len: 8, output_len: 8}}
-evaluate: {{sequences: 4, repeats: 1}}
-""")
-    done = puzzle("run", recipe, "--out", tmp_path / "run", "--json")
-    assert done.exit_code == 0, (done.output, done.exception)
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["schema"] == 1
-    assert set(result["predicted"]) == set(result["measured"])
-    assert result["predicted"]["memory_bytes"] == result["measured"]["memory_bytes"]
-    assert result["predicted"]["kv_bytes_per_token"] == result["measured"]["kv_bytes_per_token"]
-    assert result["predicted"]["speedup"] >= 1.3
-    assert {"kl", "sum_of_scores", "top1_agreement"} <= set(result["child"])
-    blocks = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/library/blocks").rglob("*.safetensors")}
-    shutil.rmtree(tmp_path / "run/child")
-    again = puzzle("run", recipe, "--out", tmp_path / "run")
-    assert again.exit_code == 0, again.output
-    assert "nothing to train" in again.stderr
-    assert blocks == {p: p.stat().st_mtime_ns for p in (tmp_path / "run/library/blocks").rglob("*.safetensors")}
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("build: {}", "names no parent"),
-        ("parent: p\nbuld: {}", "unknown key 'buld'; did you mean 'build'"),
-        ("parent: p\nbuild: {ffns: x}", "unknown key 'build.ffns'; did you mean 'ffn'"),
-        ("parent: p\nbuild: {tokens: many}", "build.tokens is 'many'"),
-        ("parent: [", "not valid YAML"),
-        ("parent: p\ngoal: 2x", "'goal' is '2x'"),
-    ],
-)
-def test_bad_recipes(puzzle, one_line_error, tmp_path, text, wanted):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(text)
-    one_line_error(puzzle("run", recipe, "--out", tmp_path / "run"), wanted)
-    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_gpu(puzzle, one_line_error, own_library):
@@ -109,3 +71,100 @@ def test_output_directories(puzzle, one_line_error, own_library, parent, corpus,
         done = puzzle("build-library", parent, "--data", corpus, "--out", out, "--seq-len", 32)
         assert done.exit_code == 2, done.output
         assert "error: cannot write" in done.stderr
+
+
+OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options fill
+    "build-library": ("library.build.BuildOptions",),
+    "score": ("library.score.ScoreOptions",),
+    "profile": ("profile.profile.ProfileOptions",),
+    "solve": ("choose.goal.GoalOptions", "base.workload.Workload"),
+    "export": (),
+    "fuse": ("fuse.verb.Wanted", "fuse.runs.Rule"),
+    "heal": ("heal.settings.HealOptions",),
+    "serve-check": (),
+    "evaluate": ("measure.evaluate.EvaluateOptions", "base.workload.Workload"),
+    "bench": ("base.workload.Workload",),
+    "run": (),
+}
+NO_FLAG = {  # fields that no option fills
+    "build-library": {"snapshot_seconds"},
+    "score": {"seq_len", "batch_size"},
+    "heal": {"child", "max_skipped"},
+}
+KEYS_OF_BLENDS = {"sources", "name", "path", "messages"}  # of a file, not options
+
+
+def flags_of(verb: str) -> set[str]:
+    return {flag for option in main.commands[verb].params for flag in (*option.opts, *option.secondary_opts)}
+
+
+def fields_of(verb: str) -> set[str]:
+    found = set()
+    for path in OPTION_CLASSES[verb]:
+        module, _, name = path.rpartition(".")
+        found |= {field.name for field in fields(getattr(importlib.import_module(f"puzzle.{module}"), name))}
+    return found
+
+
+def fields_in_messages() -> dict[str, set[str]]:
+    """Every `field` in the text of a UserError, and where it is raised."""
+    found: dict[str, set[str]] = {}
+    for path in [p for room in ("puzzle", "blocklib") for p in (ROOT / room).rglob("*.py")]:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id == "UserError":
+                constants = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
+                for name in re.findall(r"`([a-z][a-z0-9_]*)`", "".join(c for c in constants if isinstance(c, str))):
+                    found.setdefault(name, set()).add(f"{path.relative_to(ROOT)}:{call.lineno}")
+    return found
+
+
+def test_every_verb_has_its_option_classes_listed():
+    assert OPTION_CLASSES.keys() == main.commands.keys()
+
+
+@pytest.mark.parametrize("verb", OPTION_CLASSES)
+def test_a_verbs_fields_are_shown_as_its_flags(verb):
+    """As long as it has an option for the field; one that it lacks is never shown as a flag."""
+    own = flags_of(verb)
+    for name in fields_of(verb):
+        shown = main.in_flags(f"`{name}` 0: must be above 0", verb)
+        if name in NO_FLAG.get(verb, ()):
+            assert shown == f"`{name}` 0: must be above 0"
+        else:
+            assert shown.removesuffix(" 0: must be above 0") in own, name
+    options = {option.name for command in main.commands.values() for option in command.params}
+    others = {
+        flag[2:].replace("-", "_") for other in main.commands for flag in flags_of(other) if flag.startswith("--")
+    }
+    for name in {*options, *others, *fields_in_messages(), *(f for other in OPTION_CLASSES for f in fields_of(other))}:
+        shown = main.in_flags(f"`{name}`", verb)
+        assert shown in own | {f"`{name}`"}
+        assert shown != f"`{name}`" or f"--{name.replace('_', '-')}" not in own
+
+
+@pytest.mark.parametrize("verb", OPTION_CLASSES)
+def test_a_stages_error_ends_in_one_line(puzzle, one_line_error, monkeypatch, verb):
+    """Raised with fields in backticks, shown with this verb's flags, exit code 2."""
+    options = [option for option in main.commands[verb].params if option.opts[0].startswith("--")]
+
+    def stage(*arguments, **values):
+        raise UserError(" ".join(f"`{option.name}`" for option in options) + " and `no_such_field`")
+
+    monkeypatch.setattr(main.commands[verb], "make_context", stage)
+    flags = " ".join(next(f for f in option.opts if f.startswith("--")) for option in options)
+    one_line_error(puzzle(verb), f"error: {flags} and `no_such_field`")
+
+
+def test_what_is_no_field_stays_as_it_is():
+    for text in ("run `puzzle solve --fusion`", "`- path: text/`", "`build.seq_len` 0", "`Seq_len`", "seq_len", "``"):
+        assert main.in_flags(text, "build-library") == text
+    assert main.in_flags("`seq_len`", None) == "`seq_len`"
+
+
+def test_errors_name_fields_that_there_are():
+    """Every one is an option of some verb."""
+    known = {name for verb in main.commands for option in main.commands[verb].params if (name := option.name)}
+    known |= {flag[2:].replace("-", "_") for verb in main.commands for flag in flags_of(verb) if flag.startswith("--")}
+    found = fields_in_messages()
+    assert len(found) > 40
+    assert {name: places for name, places in found.items() if name not in known | KEYS_OF_BLENDS} == {}

@@ -49,20 +49,20 @@ def test_fused_is_the_parallel_sum_through_export_and_reload(parent, tmp_path, n
     fuse_child(source, tmp_path / "fused", [(1, length + 1)], norm=norm)
     fused = child_of_checkpoint(tmp_path / "fused")
     assert [layer.stands_for for layer in fused.layers] == [0, length + 1, length + 2]
-    assert fused.layers[1].ffn.width == sum(widths)
+    assert fused.layers[1].ffn.intermediate_size == sum(widths)
     assert fused.dtype == dtype
     x = torch.randn(50, child.hidden_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    parts = [layer.read_ffn() for layer in child.layers[1:-1] if not layer.is_empty]
+    parts = [layer.read("ffn") for layer in child.layers[1:-1] if not layer.is_empty]
     scales = [part["norm.weight"] if norm == "own" else parts[-1]["norm.weight"] for part in parts]
-    expected = sum(contribution(part, scale, x, child.rms_norm_eps) for part, scale in zip(parts, scales, strict=True))
-    wide = fused.layers[1].read_ffn()
-    found = contribution(wide, wide["norm.weight"], x, child.rms_norm_eps)
+    expected = sum(contribution(part, scale, x, child.ffn.norm_eps) for part, scale in zip(parts, scales, strict=True))
+    wide = fused.layers[1].read("ffn")
+    found = contribution(wide, wide["norm.weight"], x, child.ffn.norm_eps)
     assert (found - expected).abs().max() / expected.abs().max() <= limit
     if norm == "own":
         assert torch.equal(wide["norm.weight"], torch.ones(child.hidden_size, dtype=dtype))
     model = load_model(tmp_path / "fused", dtype=dtype)
     with torch.no_grad():
-        run = model.blocks[1](x[None].to(dtype), model.rope(50))[0].double() - x.to(dtype)
+        run = model.blocks[1](x[None].to(dtype), model.ropes(50))[0].double() - x.to(dtype)
     assert (run - expected).abs().max() / expected.abs().max() <= (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -89,7 +89,7 @@ def test_fusing_again_keeps_origins_and_exports_as_any_child(puzzle, fusible, tm
     fuse_child(tmp_path / "once", tmp_path / "twice", [(1, 2)])
     twice = child_of_checkpoint(tmp_path / "twice")
     assert twice.layer_origins == [0, 3, 4, 7, 8, 9, 10]
-    assert twice.layers[1].ffn.width == 160
+    assert twice.layers[1].ffn.intermediate_size == 160
     done = puzzle("export", tmp_path / "twice", "--format", "hf", "--out", tmp_path / "again")
     assert done.exit_code == 0, done.output
     assert child_of_checkpoint(tmp_path / "again").layer_origins == twice.layer_origins
@@ -101,15 +101,15 @@ def test_nothing_is_read_before_the_layer_is(fusible):
     def counted(layer, index):
         def read():
             reads.append(index)
-            return layer.read_ffn()
+            return layer.read("ffn")
 
-        return replace(layer, read_ffn=read)
+        return layer.put("ffn", layer.ffn, read)
 
     child = child_of_checkpoint(fusible)
     child = replace(child, layers=tuple(counted(layer, k) for k, layer in enumerate(child.layers)))
     fused = fuse_layers(child, [(1, 3)])
     assert reads == []
-    fused.layers[1].read_ffn()
+    fused.layers[1].read("ffn")
     assert reads == [1, 2, 3]
     smaller = remove_layers(child, [1, 2])
     assert child.layer_origins is None
@@ -121,9 +121,9 @@ def test_mixed_dtypes_take_the_wider(parent):
     child = make.random_child(parent, [make.BLOCK, make.free(8), make.free(16), make.BLOCK], dtype=torch.bfloat16)
     other = make.random_child(parent, [make.BLOCK, make.free(8), make.free(16), make.BLOCK])
     mixed = replace(child, layers=(child.layers[0], child.layers[1], other.layers[2], child.layers[3]))
-    wide = fuse_layers(mixed, [(1, 2)]).layers[1].read_ffn()
+    wide = fuse_layers(mixed, [(1, 2)]).layers[1].read("ffn")
     assert {value.dtype for value in wide.values()} == {torch.float32}
-    assert torch.equal(wide["down_proj.weight"][:, 8:], other.layers[2].read_ffn()["down_proj.weight"])
+    assert torch.equal(wide["down_proj.weight"][:, 8:], other.layers[2].read("ffn")["down_proj.weight"])
 
 
 @pytest.mark.parametrize("origins", [[0, 1], [0, 2, 1, *range(3, 11)], "0", [0, -1, *range(2, 11)]])

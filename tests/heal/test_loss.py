@@ -37,9 +37,9 @@ def twin(parent, child, ids, labels, weights: Weights) -> torch.Tensor:
     counts = (labels != IGNORE).double()
 
     def states(model):
-        x, found, rope = model.embedding(ids), [], model.rope(ids.shape[1])
+        x, found, ropes = model.embed(ids), [], model.ropes(ids.shape[1])
         for block in model.blocks:
-            x = block(x, rope)
+            x = block(x, ropes)
             found.append(x)
         return found, model.norm(x) @ model.head_weight.T
 
@@ -76,11 +76,11 @@ def test_loss_and_gradient_equal_the_plain_twin(models, batch, train_head, token
         child, PAIRS, parent.head_weight if train_head else None, torch.float64, train_head=train_head,
         recompute=recompute,
     )  # fmt: skip
-    rope = child.rope(17)
+    ropes = child.ropes(17)
     scale = 1 / (labels != IGNORE).sum().double()
     with torch.no_grad():
-        shown = teacher(ids, rope)
-    found = learner(ids, labels, rope, shown, scale, WEIGHTS)
+        shown = teacher(ids, ropes)
+    found = learner(ids, labels, ropes, shown, scale, WEIGHTS)
     found[0].backward()
     torch.testing.assert_close(found[0], wanted, rtol=1e-12, atol=0)
     assert len(gradients) > 20
@@ -92,9 +92,9 @@ def test_loss_and_gradient_equal_the_plain_twin(models, batch, train_head, token
 def test_a_perfect_child_has_no_loss(models, batch):
     parent, _ = models
     ids, labels = batch
-    rope = parent.rope(17)
-    shown = Teacher(parent, [0, 1, 2, 3])(ids, rope)
-    found = Learner(parent, PAIRS, None, torch.float64)(ids, labels, rope, shown, torch.ones(()).double(), Weights())
+    ropes = parent.ropes(17)
+    shown = Teacher(parent, [0, 1, 2, 3])(ids, ropes)
+    found = Learner(parent, PAIRS, None, torch.float64)(ids, labels, ropes, shown, torch.ones(()).double(), Weights())
     assert found[:3].abs().max() < 1e-12  # the last is its LM loss
 
 
@@ -115,9 +115,9 @@ def test_text_alone_needs_no_teacher(models, batch):
     _, child = models
     ids, labels = batch
     child.requires_grad_(True)
-    rope = child.rope(17)
+    ropes = child.ropes(17)
     found = Learner(child, [], None, torch.float64)(
-        ids, labels, rope, None, 1 / (labels != IGNORE).sum().double(), Weights(kl=0, cosine=0, lm=1)
+        ids, labels, ropes, None, 1 / (labels != IGNORE).sum().double(), Weights(kl=0, cosine=0, lm=1)
     )
     wanted = F.cross_entropy(child(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(found[0], wanted)

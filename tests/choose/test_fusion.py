@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 from dataclasses import replace
@@ -13,10 +14,12 @@ from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.fusion import Fusion, WideFfn
-from puzzle.choose.goal import goal_of
-from puzzle.choose.problem import select
+from puzzle.choose.goal import Goal, GoalOptions
+from puzzle.choose.problem import Request, select
 from puzzle.choose.solve import open_costs, solve_library
+from puzzle.choose.workloads import parse_also
 from puzzle.library.manifest import Library
+from puzzle.measure.architecture import Architecture
 from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import Constants, EngineModel
 
@@ -28,6 +31,14 @@ def small(costly) -> Library:
     return Library.open(costly)
 
 
+def goal_of(throughput: str) -> Goal:
+    return GoalOptions(throughput=throughput).goal()
+
+
+def solve(library: Library, goal: Goal, **asked) -> Architecture:
+    return solve_library(library, open_costs(library, "cpu", None), Request(work=WORK, goal=goal, **asked))
+
+
 def dependency_file(path: Path, error: float) -> Path:
     rows = [[error * (i + 1) if j > i else None for j in range(4)] for i in range(4)]
     path.write_text(json.dumps({"schema": 1, "ffns": {"dependency": rows, "relative_error": rows}}))
@@ -35,14 +46,15 @@ def dependency_file(path: Path, error: float) -> Path:
 
 
 def brute_force(library, fusion, goal):
-    """(objective, tokens per second) of the best child over all choices, fused or not, and batch sizes."""
-    selection = select(library, open_costs(library, "cpu", None), WORK, goal)
+    """(objective, batch size) of the best child over all choices, fused or not, and batch sizes."""
+    selection = select(library, open_costs(library, "cpu", None), Request(work=WORK, goal=goal))
     costs, best = selection.costs, (float("inf"), None)
     for batch, problem in selection.problems().items():
         limit, at = problem.constraints[0].max, int(batch)
         fixed = problem.fixed["seconds"]
         for choice in itertools.product(*(layer.variants for layer in problem.layers)):
-            able = [fusion.width(v.name) for v in choice]
+            ffns = [cells[v.name].lone_ffn for cells, v in zip(selection.cells, choice, strict=True)]
+            able = [ffn and ffn.intermediate_size for ffn in ffns]
             open_pairs = [i for i in range(3) if able[i] and able[i + 1]]
             score = sum(v.score for v in choice)
             seconds = fixed + sum(v.resources["seconds"] for v in choice)
@@ -62,50 +74,42 @@ def test_the_optimum_equals_brute_force(small, tmp_path, goal, error):
     path = None if error is None else dependency_file(tmp_path / "d.json", error)
     fusion, wanted = Fusion.open(small, path), goal_of(goal)
     expected, _ = brute_force(small, fusion, wanted)
-    solved = solve_library(small, open_costs(small, "cpu", None), WORK, wanted, fusion=fusion)
-    assert solved["objective"] == pytest.approx(expected, rel=1e-9)
-    assert solved["predicted"]["speedup"] >= float(goal[:-1]) * (1 - 1e-9)
-    priced = solved["fusion"]
+    solved = solve(small, wanted, fusion=fusion)
+    assert solved.objective == pytest.approx(expected, rel=1e-9)
+    assert solved.speedup >= float(goal[:-1]) * (1 - 1e-9)
+    priced = solved.fusion
     assert priced["wide_ffn"] == "affine fit"
     assert priced["pairwise_error_seconds"] == pytest.approx(0, abs=1e-9)
     assert priced["missed"] == []
-    assert priced["charge"] == pytest.approx(
-        sum(fusion.charge(i, i + 1) for run in solved["fuse"] for i in range(*run))
-    )
+    assert priced["charge"] == pytest.approx(sum(fusion.charge(i, i + 1) for run in solved.fuse for i in range(*run)))
     scores = [small.scores(i) for i in range(4)]
     alone = sum(
-        0 if choice[kind] == "parent" else scores[i][f"{kind}/{choice[kind]}"]["kl"]
-        for i, choice in enumerate(solved["layers"])
-        for kind in ("attention", "ffn")
+        0 if choice[slot] == "parent" else scores[i][f"{slot}/{choice[slot]}"]["kl"]
+        for i, choice in enumerate(solved.variants)
+        for slot in ("attention", "ffn")
     )
-    assert solved["objective"] == pytest.approx(alone + priced["charge"])
-    assert solved["fuse"] or error == 0.5 or goal in ("1.3x", "1.6x"), "fusion pays here"
-    for first, last in solved["fuse"]:
+    assert solved.objective == pytest.approx(alone + priced["charge"])
+    assert solved.fuse or error == 0.5 or goal in ("1.3x", "1.6x"), "fusion pays here"
+    for first, last in solved.fuse:
         for layer in range(first, last + 1):
-            assert solved["layers"][layer]["attention"] == "none"
-            assert solved["layers"][layer]["ffn"] in ("parent", "0.5", "0.25")
+            assert solved.variants[layer]["attention"] == "none"
+            assert solved.variants[layer]["ffn"] in ("parent", "0.5", "0.25")
 
 
 def test_fusion_never_makes_the_optimum_worse(small):
-    table = open_costs(small, "cpu", None)
     for goal in map(goal_of, ("1.3x", "1.6x", "1.8x")):
-        plain = solve_library(small, table, WORK, goal)
-        fused = solve_library(small, table, WORK, goal, fusion=Fusion.open(small, None))
-        assert fused["objective"] <= plain["objective"] + 1e-12
-        assert "fuse" not in plain
-    assert fused["objective"] < plain["objective"]
+        plain = solve(small, goal)
+        fused = solve(small, goal, fusion=Fusion.open(small, None))
+        assert fused.objective <= plain.objective + 1e-12
+        assert plain.fuse is None
+    assert fused.objective < plain.objective
 
 
 def test_with_all_layers_alike_and_further_workloads(small):
-    from puzzle.choose.workloads import parse_also
-
-    table = open_costs(small, "cpu", None)
     goal = replace(goal_of("1.8x"), alike="0-3")
-    found = solve_library(
-        small, table, WORK, goal, fusion=Fusion.open(small, None), also=[parse_also("16/8@1:ttft=90%")]
-    )
-    assert len({tuple(choice.values()) for choice in found["layers"]}) == 1
-    assert found["also"][0]["predicted"]["ttft_seconds"] <= 0.9 * found["also"][0]["parent_predicted"]["ttft_seconds"]
+    found = solve(small, goal, fusion=Fusion.open(small, None), also=(parse_also("16/8@1:ttft=90%"),))
+    assert len({tuple(choice.values()) for choice in found.variants}) == 1
+    assert found.also[0].predicted.ttft_seconds <= 0.9 * found.also[0].parent_predicted.ttft_seconds
 
 
 def test_time_of_wide_ffns(small, tmp_path):
@@ -114,21 +118,23 @@ def test_time_of_wide_ffns(small, tmp_path):
     costs = CostModel(small, CostTable(path), WORK)
     wide = WideFfn(costs)
     assert wide.is_fitted(1)
-    shape = small.variant("ffn", "parent")["shape"]
-    assert wide.seconds(96, 1) == pytest.approx(costs.part_seconds("ffn", shape, 1), rel=1e-6)
-    lines = path.read_text().splitlines()
+    whole = small.structure.layers[0]["ffn"]
+    assert wide.seconds(96, 1) == pytest.approx(costs.part_seconds(whole, 1), rel=1e-6)
+    with open(path, newline="") as handle:
+        rows = list(csv.DictReader(handle))
     doubled = [
-        ",".join(
-            f"h32 f{2 * 96}" if n == 1 else str(3 * float(cell)) if n == 7 else cell
-            for n, cell in enumerate(line.split(","))
-        )
-        for line in lines
-        if line.startswith(f"ffn,{shape},")
+        row | {"part": f"swiglu h32 f{2 * 96}", "p50_s": 3 * float(row["p50_s"])}
+        for row in rows
+        if row["part"] == "swiglu h32 f96"
     ]
+    assert doubled
     table = tmp_path / "wide.csv"
-    table.write_text("\n".join(lines + doubled) + "\n")
+    with open(table, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, rows[0])
+        writer.writeheader()
+        writer.writerows(rows + doubled)
     costs = CostModel(small, CostTable(table), WORK)
-    wide, own = WideFfn(costs), costs.part_seconds("ffn", shape, 1)
+    wide, own = WideFfn(costs), costs.part_seconds(whole, 1)
     assert not wide.is_fitted(1)
     assert wide.seconds(192, 1) == pytest.approx([3 * t for t in own])
     assert wide.seconds(144, 1) == pytest.approx([2 * t for t in own])
@@ -139,7 +145,7 @@ def test_time_of_wide_ffns(small, tmp_path):
     engine = EngineModel("vllm", "h100", Constants())
     costs = CostModel(small, engine, WORK)
     wide = WideFfn(costs)
-    assert wide.seconds(192, 1) == costs.part_seconds("ffn", "h32 f192", 1)
+    assert wide.seconds(192, 1) == costs.part_seconds(replace(whole, intermediate_size=192), 1)
     assert wide.change([96, 96], 1)["decode_seconds"] == pytest.approx(-15 * engine.constants.ffn, rel=0.05)
 
 
@@ -152,14 +158,13 @@ def test_a_solver_that_saw_too_much_saved_says_so(small, monkeypatch):
         return (prefill, decode * 3) if width > 100 else (prefill, decode)
 
     monkeypatch.setattr(WideFfn, "seconds", kinked)
-    table = open_costs(small, "cpu", None)
     for goal in ("1.5x", "1.7x", "1.9x", "2.1x", "2.3x"):
-        found = solve_library(small, table, WORK, goal_of(goal), fusion=Fusion.open(small, None))
-        if found["fusion"]["missed"]:
-            assert found["fusion"]["pairwise_error_seconds"] > 0
-            assert found["predicted"]["speedup"] < float(goal[:-1])
+        found = solve(small, goal_of(goal), fusion=Fusion.open(small, None))
+        if found.fusion["missed"]:
+            assert found.fusion["pairwise_error_seconds"] > 0
+            assert found.speedup < float(goal[:-1])
             return
-        assert found["predicted"]["speedup"] >= float(goal[:-1]) * (1 - 1e-9)
+        assert found.speedup >= float(goal[:-1]) * (1 - 1e-9)
     pytest.fail("no goal was missed")
 
 

@@ -133,7 +133,7 @@ def test_from_solve_to_a_fused_child(puzzle, one_line_error, costly, parent, cor
     assert fused.num_parameters == solved["predicted"]["num_parameters"]
     record = json.loads((tmp_path / "fused/architecture.json").read_text())
     assert record["fused"] == solved["fuse"]
-    assert "fuse" not in record
+    assert record["fuse"] is None
     assert "predicted" in (tmp_path / "fused/README.md").read_text()
     for arguments, wanted in (
         (("--fusion-dependency", dependency), "--fusion-dependency is the price of --fusion"),

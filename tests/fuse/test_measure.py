@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from puzzle.base.errors import UserError
-from puzzle.fuse.matrix import Dependency, Matrix, draw_heat_map, read_dependency
 from puzzle.fuse.measure import Walker, measure_dependency, parallel_divergence, parallel_report
-from puzzle.parents.family import open_model
+from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import load_model
 
@@ -24,15 +19,15 @@ def walker(fusible):
     from puzzle.export.sources import child_of_checkpoint
 
     opened = open_model(fusible)
-    return Walker(child_of_checkpoint(opened), opened.spec, IDS, torch.device("cpu"), torch.float32)
+    return Walker(child_of_checkpoint(opened), IDS, torch.device("cpu"), torch.float32)
 
 
 def contributions(model, kind: str, without: int | None) -> list[torch.Tensor]:
     """What every layer (or its FFN) adds, with the contribution of one of them left out."""
-    x, rope, found = model.embedding(IDS), model.rope(IDS.shape[1]), []
+    x, ropes, found = model.embed(IDS), model.ropes(IDS.shape[1]), []
     for index, block in enumerate(model.blocks):
-        attention = block.attention(x, rope)
-        ffn = block.ffn(x + attention, rope)
+        attention = block.attention(x, ropes)
+        ffn = block.ffn(x + attention, ropes)
         found.append(attention + ffn if kind == "layers" else ffn)
         if index != without:
             x = x + attention + ffn
@@ -67,19 +62,19 @@ def test_matrix_equals_its_naive_twin(walker, fusible):
 @torch.no_grad()
 def test_blocks_in_parallel_equal_their_naive_twin(walker, fusible):
     model = load_model(fusible)
-    rope = model.rope(IDS.shape[1])
+    ropes = model.ropes(IDS.shape[1])
 
     def added(block, x):
-        return block(x, rope) - x
+        return block(x, ropes) - x
 
     def run(pairs):
-        x, index = model.embedding(IDS), 0
+        x, index = model.embed(IDS), 0
         while index < len(model.blocks):
             if index in pairs:
                 x = x + added(model.blocks[index], x) + added(model.blocks[index + 1], x)
                 index += 2
             else:
-                x = model.blocks[index](x, rope)
+                x = model.blocks[index](x, ropes)
                 index += 1
         return x
 
@@ -94,28 +89,3 @@ def test_blocks_in_parallel_equal_their_naive_twin(walker, fusible):
         inside = [layer for pair in row["pairs"] for layer in pair]
         assert len(inside) == len(set(inside))
     assert report["together"][0]["kl"] == pytest.approx(min(row["kl"] for row in report["pairs"]), rel=1e-6)
-
-
-def test_file_and_picture(tmp_path, monkeypatch):
-    matrix = Matrix(dependency=[[None, 0.25], [None, None]], relative_error=[[None, 0.5], [None, None]])
-    path = tmp_path / "dependency.json"
-    value = {"schema": 1, **Dependency(layers=matrix, ffns=None, facts={"model": "m"}).to_json()}
-    path.write_text(json.dumps(value))
-    found = read_dependency(path, 2)
-    assert found == Dependency(layers=matrix, ffns=None, facts={"model": "m"})
-    with pytest.raises(UserError, match="a model with 2 layers, this one has 3"):
-        read_dependency(path, 3)
-    for broken, wanted in (
-        ({**value, "layers": {"dependency": [[1]]}}, "no dependency matrix in 'layers'"),
-        ({**value, "layers": {"dependency": [[1, 2]], "relative_error": [[1]]}}, "it is not square"),
-        ({**value, "layers": None}, "holds no dependency matrix"),
-        ({**value, "schema": 7}, "has schema 7"),
-    ):
-        path.write_text(json.dumps(broken))
-        with pytest.raises(UserError, match=wanted):
-            read_dependency(path, 2)
-    draw_heat_map(tmp_path / "map.png", matrix, "two layers")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"puzzle-nas\[report\]"):
-        draw_heat_map(tmp_path / "map.png", matrix, "two layers")
