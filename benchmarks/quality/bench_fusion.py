@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -91,7 +92,8 @@ def main(
     seq_len: int,
 ) -> None:
     library = Library.open(root)
-    work, goal = Workload(input_len=input_len, output_len=output_len), GoalOptions(throughput=throughput).goal()
+    asked: dict[str, Any] = {"throughput": throughput}
+    work, goal = Workload(input_len=input_len, output_len=output_len), GoalOptions(**asked).goal()
     selection = select(library, open_costs(library, gpu, shapes, engine), Request(work=work, goal=goal))
     batch = batch or selection.parent.batch
     solution = two_stretches(selection, batch)

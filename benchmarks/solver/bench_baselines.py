@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -56,7 +57,8 @@ def main(
     seq_len: int,
 ) -> None:
     library = Library.open(root)
-    work, goal = Workload(input_len=128, output_len=128), GoalOptions(throughput=throughput).goal()
+    asked: dict[str, Any] = {"throughput": throughput}
+    work, goal = Workload(input_len=128, output_len=128), GoalOptions(**asked).goal()
     selection = select(library, open_costs(library, gpu, None), Request(work=work, goal=goal))
     costs, own = selection.costs, selection.parent
     problems = {b: selection.problem(b) for b in costs.batches}

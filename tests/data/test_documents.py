@@ -42,10 +42,10 @@ def test_datasets_come_before_files(tmp_path, monkeypatch):
     assert list(documents(source(tmp_path, "some/texts"), 0)) == ["from the hub", "from a file"]
     with pytest.raises(UserError, match=r"dataset some/bodies has no text field 'text' \(it has: body\)"):
         list(documents(source("some/bodies"), 0))
-    with pytest.raises(UserError, match=r"--data some/where is neither a file here nor .* \(no such dataset\)"):
+    with pytest.raises(UserError, match=r"`data` some/where is neither a file here nor .* \(no such dataset\)"):
         list(documents(source("some/where"), 0))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'puzzle-nas\[heal\]'"):
         list(documents(source("some/texts"), 0))
-    with pytest.raises(UserError, match="no data: pass --data"):
+    with pytest.raises(UserError, match="no data: pass `data`"):
         list(documents(source(), 0))

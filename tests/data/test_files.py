@@ -49,7 +49,7 @@ def test_names_are_relative_to_the_place(place, monkeypatch):
 def test_places_without_text(tmp_path, monkeypatch, text, wanted):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"--data {text.replace('*', '.')}.* {wanted}"):
+    with pytest.raises(UserError, match=f"`data` {text.replace('*', '.')}.* {wanted}"):
         list_files(text)
 
 
@@ -86,10 +86,10 @@ def test_tables_read_alike(tmp_path):
     ("name", "content", "wanted"),
     [
         ("a.jsonl", '{"text": "a"}\n{oops', "line 2 is not JSON"),
-        ("a.jsonl", '{"body": "a"}', r"line 1 has no text field 'text' \(it has: body\): pass --text-field"),
+        ("a.jsonl", '{"body": "a"}', r"line 1 has no text field 'text' \(it has: body\): pass `text_field`"),
         ("a.jsonl", "[1]", r"line 1 has no text field 'text' \(it has: list\)"),
         ("a.parquet", "PAR1", "is not a readable parquet file"),
-        ("a.parquet", {"body": ["a"]}, r"has no text field 'text' \(it has: body\): pass --text-field"),
+        ("a.parquet", {"body": ["a"]}, r"has no text field 'text' \(it has: body\): pass `text_field`"),
         ("a.parquet", {"text": [1]}, "row 1 has no text field 'text'"),
     ],
 )

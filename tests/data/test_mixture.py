@@ -48,7 +48,7 @@ def test_proportions_and_repeats(sources, steps, seq_len, batch, seed):
     shares = [s.weight / sum(x.weight for x in streams) for s in streams]
     mixture = Mixture(streams, stages, seed=seed, allow_repeats=True)
     if any(d > s.max_epochs * s.num_tokens for d, s in zip(mixture.drawn, streams, strict=True)):
-        with pytest.raises(UserError, match="--allow-repeats"):
+        with pytest.raises(UserError, match="`allow_repeats`"):
             Mixture(streams, stages, seed=seed)
         return
     mixture = Mixture(streams, stages, seed=seed)
