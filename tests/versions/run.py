@@ -296,6 +296,7 @@ def main() -> None:
         test(environment, {"solver": parts["solver"]} if environment.torch == "none" else parts)
         if parts is PARTS and environment.torch != "none":
             compile_kernels(environment)
+        print(", ".join(f"{part} {count}" for part, count in environment.results.items()), flush=True)
     table, wrong = exchange(environments) if any(e.torch != "none" for e in environments) else ([], [])
     print(f"\n{markdown(overview(environments, [*parts, COMPILED] if parts is PARTS else list(parts)))}\n")
     if table:
