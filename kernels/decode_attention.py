@@ -46,7 +46,8 @@ def decode_attention_reference(
     for b, length in enumerate(lengths.tolist()):
         if length == 0:
             continue
-        pages = cache[block_table[b, : -(-length // page)].long()].to(wide)  # [P, 2, K, S, D]
+        stored = cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache  # torch 2.9 indexes no fp8
+        pages = stored[block_table[b, : -(-length // page)].long()].view(cache.dtype).to(wide)  # [P, 2, K, S, D]
         keys, values = (x.transpose(0, 1).reshape(kv_heads, -1, dim)[:, :length] for x in pages.unbind(1))
         first = 0 if window is None else max(0, length - window)
         keys, values = keys[:, first:] * k_scale, values[:, first:] * v_scale

@@ -32,7 +32,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / ".versions"
-CHILDREN = Path(__file__).with_name("children.py")
+CHILDREN, COMPILE = (Path(__file__).with_name(name) for name in ("children.py", "compile_kernels.py"))
 PYTHONS = ("3.11", "3.12", "3.13")
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 BEFORE = "ca70475"
@@ -61,6 +61,7 @@ PARTS = {
 FROM_TRANSFORMERS = tuple(
     f"tests/export/test_{name}.py" for name in ("generation", "modeling", "matrix", "before", "nemotron_nas")
 )
+COMPILED = "kernels compiled for sm_90"
 NEED_TORCH = {"torch", "transformers", "triton", "safetensors", "gguf"}
 # The first release with a wheel, where a Python is younger than the oldest release that pyproject.toml allows.
 FIRST_WHEEL = {"3.13": {"numpy": "2.1.0", "pyyaml": "6.0.2"}}
@@ -91,11 +92,11 @@ class Environment:
 
     def run(self, *arguments: object, check: bool = True) -> str:
         """Standard output of this environment's Python in the checkout; ends the script when it fails (with `check`)."""
-        modules = {"HF_MODULES_CACHE": str(WORK / "modules" / self.name), "HF_HUB_OFFLINE": "1"}
+        caches = {"HF_MODULES_CACHE": f"{WORK}/modules/{self.name}", "TRITON_CACHE_DIR": f"{WORK}/triton/{self.name}"}
         done = subprocess.run(
             [str(self.directory / "bin" / "python"), *map(str, arguments)],
             cwd=ROOT,
-            env={**os.environ, **modules, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, **caches, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
             capture_output=True,
             text=True,
             check=False,
@@ -127,8 +128,14 @@ def interpreter(python: str) -> str | None:
     """A Python of that version: this one, one on the path, or pyenv's."""
     if python == HERE:
         return sys.executable
-    of_pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{python}.*/bin/python"))
-    return shutil.which(f"python{python}") or (str(of_pyenv[-1]) if of_pyenv else None)
+    on_path = shutil.which(f"python{python}")
+    of_pyenv = sorted(map(str, (Path.home() / ".pyenv" / "versions").glob(f"{python}.*/bin/python")))
+    for found in ([on_path] if on_path else []) + of_pyenv:
+        if (
+            subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0
+        ):  # a shim may lead nowhere
+            return found
+    return None
 
 
 def make(name: str, torch: str, only: str | None = None) -> Environment:
@@ -170,6 +177,14 @@ def test(environment: Environment, parts: dict[str, tuple[str, ...]]) -> None:
             passed[part] += not bad
             environment.failed += [f"{test_file}::{case.get('name')}"] * bad
     environment.results = {part: f"{passed[part]}/{every[part]}" for part in every}
+
+
+def compile_kernels(environment: Environment) -> None:
+    """Tests of kernels interpret them; a compiler refuses more."""
+    found = json.loads(environment.run(COMPILE).splitlines()[-1])
+    num_compiled, failed = len(found["compiled"]), found["failed"]
+    environment.results[COMPILED] = f"{num_compiled}/{num_compiled + len(failed)}"
+    environment.failed += [f"{kernel}: {error}" for kernel, error in failed.items()]
 
 
 def exchange(environments: list[Environment]) -> tuple[list[list[str]], list[str]]:
@@ -279,8 +294,11 @@ def main() -> None:
     for environment in untested:
         print(f"testing {environment.name}", flush=True)
         test(environment, {"solver": parts["solver"]} if environment.torch == "none" else parts)
+        if parts is PARTS and environment.torch != "none":
+            compile_kernels(environment)
+        print(", ".join(f"{part} {count}" for part, count in environment.results.items()), flush=True)
     table, wrong = exchange(environments) if any(e.torch != "none" for e in environments) else ([], [])
-    print(f"\n{markdown(overview(environments, list(parts)))}\n")
+    print(f"\n{markdown(overview(environments, [*parts, COMPILED] if parts is PARTS else list(parts)))}\n")
     if table:
         print(f"{markdown(table)}\n")
     failed = [f"{e.name}: {test}" for e in environments for test in e.failed] + wrong

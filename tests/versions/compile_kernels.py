@@ -1,0 +1,110 @@
+"""Every Triton kernel compiled for a GPU of compute capability 9.0, on a machine without one: nothing runs.
+
+    python tests/versions/compile_kernels.py        last line: JSON {"compiled": [kernels], "failed": {kernel: error}}
+
+The interpreter, under which tests/kernels runs on a CPU, knows nothing of what a compiler refuses: Triton 3.4 interprets every
+kernel and compiles none that waits for the one before (`gdc_wait`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from puzzle.kernels import overlap
+from puzzle.kernels.block_loss import block_loss
+from puzzle.kernels.decode_attention import decode_attention
+from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl
+from puzzle.kernels.rmsnorm import rms_norm
+from puzzle.kernels.rope_kv import rope_kv
+from puzzle.kernels.skinny import Config, skinny_linear
+from puzzle.kernels.swiglu import rows_to_fp8, silu_mul, silu_mul_to_fp8
+
+COMPILED: set[str] = set()
+FAILED: dict[str, str] = {}
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+
+class Hopper:
+    """As much of a driver as a compilation asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compile_only() -> None:
+    """Calls of kernels compile and do not launch; the dispatch takes tensors on the CPU for ones that kernels serve."""
+    driver.set_active(Hopper())
+    run = JITFunction.run
+
+    def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        try:
+            run(self, *args, grid=grid, warmup=True, **options)
+            COMPILED.add(name)
+        except Exception as error:  # whatever a compiler raises is the answer
+            while error.__cause__ is not None:
+                error = error.__cause__  # type: ignore[assignment]
+            FAILED[name] = (
+                f"{type(error).__name__}: {[line for line in str(error).splitlines() if line.strip(' ^')][-1]}"
+            )
+
+    JITFunction.run = compiled
+    overlap._capable = lambda device: True  # kernels wait for each other as on Hopper
+    os.environ["TRITON_INTERPRET"] = "1"  # to the dispatch: kernels serve the CPU too; they are compiled as imported
+
+
+def norms_and_caches(cache_dtype: torch.dtype) -> None:
+    x = torch.randn(6, 128).to(BF16)
+    rms_norm(x, x.clone(), torch.ones(128), 1e-6)
+    q, k, v = (torch.randn(6, heads, 64).to(BF16) for heads in (8, 2, 2))
+    cache, table = torch.zeros(6, 2, 2, 16, 64, dtype=cache_dtype), torch.arange(6).int().view(6, 1)
+    rope_kv(q, k, v, torch.ones(16, 64), torch.ones(16, 64), torch.zeros(6).int(), cache, table)
+    decode_attention(q, cache, table, torch.ones(6).int(), max_context=16, splits=2)
+
+
+def products(dtype: torch.dtype) -> None:
+    x, scale = torch.randn(5, 128).to(BF16), None if dtype == BF16 else torch.ones(96)
+    for config in (Config(block_n=32, block_k=64, num_warps=4, num_stages=2), Config(32, 64, 4, 2, split_k=2)):
+        for gated in (False, True):
+            skinny_linear(x, torch.randn(96, 128).to(dtype), config, scale=scale, gated=gated)
+    silu_mul(x)
+    rows_to_fp8(x)
+    silu_mul_to_fp8(x)
+
+
+def losses(config: Any) -> None:
+    parent, weight = torch.randn(70, 64).to(BF16), torch.randn(300, 64).to(BF16)
+    child = torch.randn(70, 64).to(BF16).requires_grad_()
+    linear_kl(parent, child, weight, targets=torch.zeros(70).long(), config=config).kl.sum().backward()
+    block_loss(child, parent).backward()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    compile_only()
+    calls: list[tuple[Callable[[Any], None], Any]] = [
+        *((norms_and_caches, dtype) for dtype in (BF16, FP8)),
+        *((products, dtype) for dtype in (BF16, FP8)),
+        *((losses, config) for config in (Chunks(tokens=64, words=128), Fused(num_stages=3))),
+    ]
+    for call, argument in calls:
+        call(argument)
+    print(json.dumps({"compiled": sorted(COMPILED - set(FAILED)), "failed": FAILED}))
+
+
+if __name__ == "__main__":
+    main()
