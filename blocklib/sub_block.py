@@ -122,7 +122,7 @@ class SubBlock:
     # -- faces that every kind has ---------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor, in the order in which its module holds them."""
+        """Name and shape of every tensor of its module."""
         raise MissingFace(self.kind, "tensors")
 
     def state(self) -> State:
