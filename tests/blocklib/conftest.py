@@ -14,7 +14,6 @@ from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.rope import Rope
 
 HIDDEN = 24
-SHARED = ("norm", "norm_eps", "norm_offset", "residual_scale")  # fields of both sub-blocks
 ROPE = Rope(head_dim=6, max_length=512, parameters={"rope_theta": 40.0})
 
 
@@ -25,7 +24,7 @@ def parent_layer(**changes: Any) -> dict[str, ParentBlock]:
     ffn = {"intermediate_size": 63, **shared}
     for name, value in changes.items():
         for fields, kind in ((attention, Gqa), (ffn, SwiGLU)):
-            if name in SHARED or (name in kind.__dataclass_fields__ and name not in SHARED):
+            if name in kind.__dataclass_fields__:
                 fields[name] = value
     generator = torch.Generator().manual_seed(1)
     layer = {}
