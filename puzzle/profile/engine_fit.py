@@ -59,7 +59,7 @@ def _row(path: Path, number: int, row: dict[str, str], known: Sequence[str]) -> 
         values = [row["decode_step_ms"] or "", row["output_tokens_per_s"] or ""]
         numbers = [float(text) * scale if text else None for text, scale in zip(values, (1e-3, 1.0), strict=True)]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"`fit` {path} line {number} is broken ({error}): see puzzle/engine_fit.py") from error
+        raise UserError(f"`fit` {path} line {number} is broken ({error}): see puzzle/profile/engine_fit.py") from error
     if name not in known:
         raise UserError(f"`fit` {path} line {number}: architecture '{name}' is not in architectures.json beside it")
     if batch < 1 or any(v is not None and not 0 < v < math.inf for v in numbers):
