@@ -10,9 +10,11 @@ tokens. hidden_size 256 and head_dim 32: the smallest that all engines' kernels 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -42,7 +44,7 @@ LLAMA3 = {
 FULL = Gqa(hidden_size=HIDDEN, num_attention_heads=8, num_key_value_heads=4, head_dim=32, norm_eps=EPS)
 FFN = SwiGLU(hidden_size=HIDDEN, intermediate_size=512, norm_eps=EPS)
 LINEAR = Linear(hidden_size=HIDDEN, norm_eps=EPS)
-BLOCK: tuple[SubBlock, SubBlock] = (FULL, FFN)
+BLOCK = (FULL, FFN)
 LICENSE = Path(__file__).parents[2] / "LICENSE"  # the text that the tokenizer learns from
 
 
@@ -59,9 +61,19 @@ class Tiny:
     """layers: (attention, FFN) each. base: what config.json's global values describe."""
 
     layers: tuple[tuple[SubBlock, SubBlock], ...]
-    base: tuple[SubBlock, SubBlock] = BLOCK
+    base: tuple[Gqa, SwiGLU] = BLOCK
     tied: bool = False
     rope: dict[str, object] | None = None
+
+    def but(self, attention: Mapping[str, Any] | None = None, ffn: Mapping[str, Any] | None = None) -> Tiny:
+        """With other values of these fields in every attention and every FFN."""
+
+        def changed(sub_block: SubBlock) -> SubBlock:
+            values = {Gqa: attention, SwiGLU: ffn}.get(type(sub_block))
+            return replace(sub_block, **values) if values else sub_block
+
+        pairs = [(changed(a), changed(f)) for a, f in (self.base, *self.layers)]
+        return replace(self, base=pairs[0], layers=tuple(pairs[1:]))
 
 
 CHILDREN: dict[str, Tiny] = {
@@ -97,7 +109,7 @@ def random_matrix(seed: str, rows: int, scale: float) -> Tensor:
 def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
     """A child of these layers in memory, float32; `name` seeds its weights."""
     rope = Rope(
-        head_dim=FULL.head_dim,
+        head_dim=tiny.base[0].head_dim,
         max_length=CONTEXT,
         parameters=tiny.rope or {"rope_type": "default", "rope_theta": 10000.0},
     )

@@ -17,7 +17,7 @@ from puzzle.export.engines import ANY_DECILM_READER, ENGINES, Engine
 def refuse(child: Child, engine: Engine, format: str) -> None:
     """Raise UserError, naming layer, sub-block, engine and the nearest choice that works, or return."""
     reader = "a reader of nemotron-nas" if engine is ANY_DECILM_READER else engine.name
-    refuse_unlike_llama(child, f"{reader} in {format}")
+    refuse_unlike_llama(child, reader)
     _attention(child, engine, reader, format)
     _windows(child, engine, reader)
     _ffn(child, engine, reader)

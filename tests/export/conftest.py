@@ -1,5 +1,5 @@
-import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,22 @@ def tiny_checkpoint(tmp_path_factory, tiny):
 
 @pytest.fixture(scope="session")
 def solved_as(tmp_path_factory, puzzle, library):
-    """`solved_as(layers)`: the directory of an architecture.json with `layers` in place of what the solver chose."""
+    """`solved_as(layers)`: the directory of an architecture.json with these variants in place of what the solver chose."""
+    from puzzle.library.manifest import Library
+    from puzzle.measure.architecture import Choice, read_architecture, write_architecture
+
+    spaces = Library.open(library).spaces
 
     def directory(layers: list[dict[str, str]]) -> Path:
         out = tmp_path_factory.mktemp("solution")
         options = ("--gpu", "cpu", "--throughput", "1.2x", "--input-len", 16, "--output-len", 16, "--out", out)
         done = puzzle("solve", library, *options)
         assert done.exit_code == 0, done.output
-        solved = json.loads((out / "architecture.json").read_text())
-        (out / "architecture.json").write_text(json.dumps({**solved, "layers": layers}))
+        chosen = tuple(
+            {s: Choice(variant=v, sub_block=space[s][v], precision="float32") for s, v in layer.items()}
+            for layer, space in zip(layers, spaces, strict=True)
+        )
+        write_architecture(out / "architecture.json", replace(read_architecture(out), layers=chosen))
         return out
 
     return directory
@@ -56,29 +63,31 @@ def child_logits():
 
 def naive_logits(child, ids: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Logits [B, T, V] of a `Child`, written down as plainly as possible, all in one dtype. Default RoPE only."""
-    from puzzle.export.child import Absent, Gqa, Linear
+    from puzzle.blocklib.gqa import Gqa
+    from puzzle.blocklib.linear import Linear
+    from puzzle.blocklib.none import NoOp
 
     def norm(x, weight):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + child.rms_norm_eps) * weight
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + child.around.norm_eps) * weight
 
     def rotate(x):
-        half = child.head_dim // 2
-        theta = child.rope_parameters["rope_theta"]
+        half = x.shape[-1] // 2
+        theta = child.around.ropes["default"].parameters["rope_theta"]
         angle = torch.arange(x.shape[2], dtype=dtype)[:, None] / theta ** (torch.arange(half, dtype=dtype) / half)
         first, second = x[..., :half], x[..., half:]
         cos, sin = angle.cos(), angle.sin()
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-    def attention(x, shape, w):
+    def attention(x, gqa, w):
         def heads(letter):
             out = F.linear(x, w[f"{letter}_proj.weight"], w.get(f"{letter}_proj.bias"))
-            return out.unflatten(-1, (-1, child.head_dim)).transpose(1, 2)
+            return out.unflatten(-1, (-1, gqa.head_dim)).transpose(1, 2)
 
-        groups = child.num_attention_heads // shape.num_key_value_heads
+        groups = gqa.num_attention_heads // gqa.num_key_value_heads
         q, k, v = rotate(heads("q")), rotate(heads("k")).repeat_interleave(groups, 1), heads("v")
         distance = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
-        seen = (distance >= 0) & (distance < (shape.window or x.shape[1]))
-        scores = (q @ k.transpose(-1, -2) / child.head_dim**0.5).masked_fill(~seen, float("-inf"))
+        seen = (distance >= 0) & (distance < (gqa.window or x.shape[1]))
+        scores = (q @ k.transpose(-1, -2) / gqa.head_dim**0.5).masked_fill(~seen, float("-inf"))
         out = (scores.softmax(-1) @ v.repeat_interleave(groups, 1)).transpose(1, 2).flatten(2)
         return F.linear(out, w["o_proj.weight"], w.get("o_proj.bias"))
 
@@ -89,24 +98,17 @@ def naive_logits(child, ids: Tensor, dtype: torch.dtype = torch.float64) -> Tens
 
     x = child.read_embedding().to(dtype)[ids]
     for layer in child.layers:
-        for kind in ("attention", "ffn"):
-            shape = layer.shape(kind)
-            w = {key: value.to(dtype) for key, value in layer.read(kind).items()}
-            assert {key: tuple(value.shape) for key, value in w.items()} == _shapes(child, shape)
-            if isinstance(shape, Absent):
+        for slot, sub_block in layer.slots.items():
+            w = {key: value.to(dtype) for key, value in layer.read(slot).items()}
+            assert {key: tuple(value.shape) for key, value in w.items()} == sub_block.tensors()
+            if isinstance(sub_block, NoOp):
                 continue
             n = norm(x, w["norm.weight"])
-            if isinstance(shape, Linear):
+            if isinstance(sub_block, Linear):
                 x = x + n @ w["linear.weight"].T
             else:
-                x = x + (attention(n, shape, w) if isinstance(shape, Gqa) else ffn(n, w))
+                x = x + (attention(n, sub_block, w) if isinstance(sub_block, Gqa) else ffn(n, w))
     return norm(x, child.read_final_norm().to(dtype)) @ child.read_head().to(dtype).T
-
-
-def _shapes(child, shape):
-    from puzzle.export.child import sub_block_shapes
-
-    return sub_block_shapes(child, shape)
 
 
 @pytest.fixture(autouse=True)

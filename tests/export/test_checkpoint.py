@@ -251,7 +251,7 @@ def test_what_is_there_is_kept_without_force_and_replaced_with_it(model, tmp_pat
     out.mkdir()
     write(out, weights(model))  # an empty directory is fine
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"child is not empty: .* --force"):
+    with pytest.raises(UserError, match=r"child is not empty: .* `force`"):
         write(out, weights(model))
     assert (out / "notes.txt").read_text() == "mine"
     write(out, weights(model), force=True, card="# Second\n")

@@ -15,12 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 from puzzle.base.errors import UserError
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.checkpoint import write_checkpoint
-from puzzle.export.child import ABSENT, LINEAR, Gqa, SwiGlu, with_dtype
+from puzzle.export.child import with_dtype
+from puzzle.export.hf import hf_config
 from puzzle.export.sources import child_of_checkpoint, licence_of
-from puzzle.export.stream import StreamingCheckpoint
 from puzzle.export.write import export, open_source
 from puzzle.library.manifest import Library
+from puzzle.parents.checkpoint import Checkpoint
 from puzzle.runtime.model import load_model
 
 LAYERS = [
@@ -38,25 +43,27 @@ def solution(solved_as):
 
 def test_child_of_a_library(library, solution, parent):
     child = open_source(library, solution).child
+    heads = Gqa(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    gated, linear = SwiGLU(hidden_size=32, intermediate_size=96), Linear(hidden_size=32)
     assert [(layer.attention, layer.ffn) for layer in child.layers] == [
-        (Gqa(num_key_value_heads=1), SwiGlu(width=48)),
-        (ABSENT, LINEAR),
-        (Gqa(num_key_value_heads=2, window=128), SwiGlu(width=96)),
-        (LINEAR, ABSENT),
+        (replace(heads, num_key_value_heads=1), replace(gated, intermediate_size=48)),
+        (NO_OP, linear),
+        (replace(heads, window=128), gated),
+        (linear, NO_OP),
     ]
-    assert (child.hidden_size, child.vocab_size, child.head_dim, child.tied) == (32, 384, 8, True)
+    assert (child.hidden_size, child.vocab_size, child.attention.head_dim, child.tied) == (32, 384, 8, True)
     assert (child.name, child.parent_name, child.dtype) == ("tiny", "tiny", torch.float32)
-    assert child.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert child.around.ropes["default"].parameters == {"rope_type": "default", "rope_theta": 10000.0}
     assert child.tokenizer == parent
     tensors = dict(child.tensors())
     assert sum(tensor.numel() for tensor in tensors.values()) == child.num_parameters
-    for index, layer in enumerate(child.layers):
-        for kind in ("attention", "ffn"):
-            assert {k: tuple(v.shape) for k, v in layer.read(kind).items()} == child.sub_block_shapes(index, kind)
+    for layer in child.layers:
+        for slot, sub_block in layer.slots.items():
+            assert {k: tuple(v.shape) for k, v in layer.read(slot).items()} == sub_block.tensors()
     theirs = load_file(parent / "model.safetensors")
     same = {name for name, tensor in tensors.items() if name in theirs and torch.equal(tensor, theirs[name])}
     assert {"model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"} <= same
-    assert child.per_layer_config() == {
+    assert hf_config(child, child.dtype)["per_layer_config"] == {
         "0": {"num_key_value_heads": 1, "intermediate_size": 48},
         "1": {"skip": ["attention"], "linear": ["mlp"]},
         "2": {"sliding_window": 128},
@@ -75,9 +82,9 @@ def test_from_library_to_checkpoint_and_on(library, solution, tmp_path, puzzle):
     mine, theirs = dict(first.tensors()), dict(again.tensors())
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for key in ("hidden_size", "rope_parameters", "per_layer_config", "num_key_value_heads", "intermediate_size"):
-        got, wanted = getattr(again, key), getattr(first, key)
-        assert (got() if callable(got) else got) == (wanted() if callable(wanted) else wanted)
+    assert again.structure == first.structure
+    assert again.base == first.base
+    assert hf_config(again, again.dtype) == hf_config(first, first.dtype)
     done = puzzle("export", tmp_path / "first", "--out", tmp_path / "second")
     assert done.exit_code == 0, done.output
     for file in ("config.json", "model.safetensors", "architecture.json", "tokenizer.json"):
@@ -86,8 +93,9 @@ def test_from_library_to_checkpoint_and_on(library, solution, tmp_path, puzzle):
 
 def test_a_parent_is_a_child_too(parent):
     child = child_of_checkpoint(parent)
-    assert child.per_layer_config() == {}
-    assert {layer.attention for layer in child.layers} == {Gqa(num_key_value_heads=2)}
+    assert hf_config(child, child.dtype)["per_layer_config"] == {}
+    heads = Gqa(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    assert {layer.attention for layer in child.layers} == {heads}
     assert dict(child.tensors()).keys() == {name for name, _ in load_model(parent).named_weights()}
 
 
@@ -111,7 +119,7 @@ def test_float16_overflow_is_said(tiny):
 
 def test_streaming_reads_what_is_there(tiny_checkpoint, tmp_path, poison):
     copy = shutil.copytree(tiny_checkpoint("kv-heads"), tmp_path / "copy")
-    stream, whole = StreamingCheckpoint(copy), load_file(copy / "model.safetensors")
+    stream, whole = Checkpoint(copy), load_file(copy / "model.safetensors")
     assert stream.names == whole.keys()
     assert all(torch.equal(stream.tensor(name), tensor) for name, tensor in whole.items())
     assert stream.dtype("model.norm.weight") == torch.float32
@@ -119,7 +127,7 @@ def test_streaming_reads_what_is_there(tiny_checkpoint, tmp_path, poison):
         stream.tensor("nothing")
     poison(copy, "model.norm.weight", lambda t: t.index_fill(0, torch.tensor([3, 5]), float("nan")))
     with pytest.raises(UserError, match=r"model.norm.weight in .* has 2 NaN or infinite values"):
-        StreamingCheckpoint(copy).tensor("model.norm.weight")
+        Checkpoint(copy).tensor("model.norm.weight")
 
 
 def test_the_licence_is_found(tmp_path):
@@ -239,4 +247,4 @@ def test_the_library_is_only_read(library, solution, tmp_path):
     time.sleep(0.01)
     export(open_source(library, solution), tmp_path / "child", engine=None)
     assert times == {path: os.stat(path).st_mtime_ns for path in Path(library).rglob("*") if path.is_file()}
-    assert Library.open(library).facts["layers"] == [0, 1, 2, 3]
+    assert Library.open(library).layers == [0, 1, 2, 3]

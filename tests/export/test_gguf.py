@@ -14,7 +14,9 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from puzzle.base.errors import UserError
-from puzzle.export.child import ABSENT, LINEAR, Gqa, with_dtype
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.none import NO_OP
+from puzzle.export.child import with_dtype
 from puzzle.export.gguf import export_gguf, permute
 from puzzle.export.gguf_tokenizer import tokenizer_metadata
 from puzzle.export.lower import lower
@@ -40,9 +42,9 @@ def test_arrays_say_what_a_layer_is(name, written):
     wanted = {"head_count": [], "head_count_kv": [], "feed_forward_length": []}
     for layer in child.layers:
         kv = layer.attention.num_key_value_heads if isinstance(layer.attention, Gqa) else 0
-        wanted["head_count"].append(0 if layer.attention == ABSENT else 8)
+        wanted["head_count"].append(0 if layer.attention == NO_OP else 8)
         wanted["head_count_kv"].append(kv)
-        wanted["feed_forward_length"].append(layer.ffn.width)  # lowered: every layer has an FFN
+        wanted["feed_forward_length"].append(layer.ffn.intermediate_size)  # lowered: every layer has an FFN
     assert values["deci.attention.head_count"] == wanted["head_count"]
     assert values["deci.attention.head_count_kv"] == wanted["head_count_kv"]
     assert values["deci.feed_forward_length"] == wanted["feed_forward_length"]
@@ -51,9 +53,9 @@ def test_arrays_say_what_a_layer_is(name, written):
     assert ("rope_freqs.weight" in tensors) == (name == "llama3-rope")
     assert all(tensor.tensor_type.name == "F32" for tensor in tensors.values())
     for index, layer in enumerate(child.layers):
-        assert (f"blk.{index}.attn_norm.weight" in tensors) == (layer.attention != ABSENT)
+        assert (f"blk.{index}.attn_norm.weight" in tensors) == (layer.attention != NO_OP)
         assert (f"blk.{index}.attn_q.weight" in tensors) == isinstance(layer.attention, Gqa)
-        assert (f"blk.{index}.attn_output.weight" in tensors) == (layer.attention != ABSENT)
+        assert (f"blk.{index}.attn_output.weight" in tensors) == (layer.attention != NO_OP)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_stored_types(dtype, error, written, tiny, child_logits):
 
 
 def test_rows_that_q8_0_has_no_block_for(written, tiny, tmp_path):
-    child = tiny.build("narrow", tiny.Tiny(layers=(tiny.BLOCK, (tiny.FULL, tiny.SwiGlu(width=48)))))
+    child = tiny.build("narrow", tiny.Tiny(layers=(tiny.BLOCK, (tiny.FULL, tiny.width(48)))))
     _, tensors = read_gguf(export_gguf(child, tmp_path / "narrow.gguf", dtype="q8_0", force=False))
     assert tensors["blk.1.ffn_down.weight"].tensor_type.name == "F16"
     assert tensors["blk.1.ffn_up.weight"].tensor_type.name == "Q8_0"
@@ -93,16 +95,16 @@ def test_overflow_and_wrong_names(tiny, tmp_path):
     large = with_dtype(child, torch.float32)
     head = large.read_head
     with pytest.raises(
-        UserError, match=r"output.weight has values beyond 65504, the largest float16: use --dtype bf16"
+        UserError, match=r"output.weight has values beyond 65504, the largest float16: use `dtype` bf16"
     ):
         export_gguf(replace(large, read_head=lambda: head() * 1e6), tmp_path / "large.gguf", dtype="f16", force=False)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match="--dtype q4 with --format gguf"):
+    with pytest.raises(UserError, match="`dtype` q4 with `format` gguf"):
         export_gguf(child, tmp_path / "child.gguf", dtype="q4", force=False)
     with pytest.raises(UserError, match=r"give a name that ends in \.gguf"):
         export_gguf(child, tmp_path / "child.bin", dtype="f32", force=False)
     (tmp_path / "there.gguf").write_bytes(b"old")
-    with pytest.raises(UserError, match="exists: choose another name, or pass --force"):
+    with pytest.raises(UserError, match="exists: choose another name, or pass `force`"):
         export_gguf(child, tmp_path / "there.gguf", dtype="f32", force=False)
     assert (tmp_path / "there.gguf").read_bytes() == b"old"
 
@@ -110,9 +112,9 @@ def test_overflow_and_wrong_names(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (lambda t: ((t.FULL, LINEAR), t.BLOCK), "layer 0 of bad: llama.cpp has no linear FFN"),
-        (lambda t: (t.BLOCK, (t.FULL, ABSENT)), "layer 1 of bad: without an FFN llama.cpp loses"),
-        (lambda t: ((ABSENT, t.FFN), t.BLOCK), "layer 0 of bad: llama.cpp does not load .* no attention"),
+        (lambda t: ((t.FULL, t.LINEAR), t.BLOCK), "layer 0 of bad: llama.cpp has no linear FFN"),
+        (lambda t: (t.BLOCK, (t.FULL, NO_OP)), "layer 1 of bad: without an FFN llama.cpp loses"),
+        (lambda t: ((NO_OP, t.FFN), t.BLOCK), "layer 0 of bad: llama.cpp does not load .* no attention"),
     ],
 )
 def test_what_was_not_lowered_is_refused(layers, message, tiny, tmp_path):
@@ -165,7 +167,7 @@ def test_tokenizers_that_llama_cpp_would_not_reproduce(tmp_path):
     with pytest.raises(UserError, match=r"splits text by a rule that llama.cpp has no name for"):
         tokenizer_metadata(other, 4, {})
     pieces = save(Tokenizer(models.Unigram([("a", 0.0)])), tmp_path / "unigram")
-    with pytest.raises(UserError, match="is a Unigram tokenizer: --format gguf writes byte-level BPE only"):
+    with pytest.raises(UserError, match="is a Unigram tokenizer: `format` gguf writes byte-level BPE only"):
         tokenizer_metadata(pieces, 4, {})
     plain = save(bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)), tmp_path / "gpt2")
     with pytest.raises(UserError, match=r"has token id 3, but config\.json says vocab_size 2"):

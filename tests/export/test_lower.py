@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.export.child import ABSENT, LINEAR, Absent, Gqa, Linear, SwiGlu
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP, NoOp
+from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.engines import ANY_DECILM_READER, ENGINES, pick_format
 from puzzle.export.lower import equal_kv_heads, linear_ffn_as_swiglu, lower, pad_widths
 
@@ -40,17 +43,17 @@ def assert_takes(engine, child, format):
     if engine == "sglang":
         assert len({a.num_key_value_heads for a in attentions if isinstance(a, Gqa)}) == 1
     if engine == "llama.cpp":
-        assert not isinstance(attentions[0], Absent)
-        assert all(isinstance(f, SwiGlu) for f in ffns)
+        assert not isinstance(attentions[0], NoOp)
+        assert all(isinstance(f, SwiGLU) for f in ffns)
     if engine == "mlx":
         assert not any(isinstance(a, Linear) for a in attentions)
     if format == "nemotron-nas" and engine != "vllm":
-        assert all(f.width % 256 == 0 for f in ffns if isinstance(f, SwiGlu))
+        assert all(f.intermediate_size % 256 == 0 for f in ffns if isinstance(f, SwiGLU))
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_lowered_children_compute_the_same(name, engine, tiny, child_logits):
-    child = replace(tiny.tiny_child(name), rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    child = tiny.build(name, replace(tiny.CHILDREN[name], rope=None))
     want = child_logits(child, ids())
     for format in formats(engine):
         if (name, engine) in REFUSED:
@@ -90,35 +93,37 @@ def test_nothing_is_done_without_need(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_linear_ffn_as_swiglu_gives_the_matrix_its_input_unrounded(tiny, dtype):
-    child = tiny.build("one", tiny.Tiny(layers=((ABSENT, LINEAR),)))
+    child = tiny.build("one", tiny.Tiny(layers=((NO_OP, tiny.LINEAR),)))
     lowered, touched = linear_ffn_as_swiglu(child)
     assert touched == [0]
-    assert lowered.mlp_bias
-    weights = {key: value.to(dtype) for key, value in lowered.layers[0].read_ffn().items()}
+    assert lowered.ffn.bias
+    weights = {key: value.to(dtype) for key, value in lowered.layers[0].read("ffn").items()}
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     if dtype == torch.float16:
         x = x.where(x.abs() > 0.01, 0)  # below 2⁻⁸ a 64th is a subnormal number, and rounds
     gate = x @ weights["gate_proj.weight"].T + weights["gate_proj.bias"]
     up = x @ weights["up_proj.weight"].T + weights["up_proj.bias"]
     assert torch.equal(torch.nn.functional.silu(gate) * up, x)
-    assert torch.equal(weights["down_proj.weight"], child.layers[0].read_ffn()["linear.weight"].to(dtype))
+    assert torch.equal(weights["down_proj.weight"], child.layers[0].read("ffn")["linear.weight"].to(dtype))
 
 
 def test_biases_everywhere(tiny, child_logits):
     """Qwen2's biases on q, k and v, a child with all biases, and what the lowerings make of them."""
-    layers = (tiny.BLOCK, (tiny.kv(1), SwiGlu(width=80)), (tiny.kv(2), LINEAR), (ABSENT, ABSENT), (LINEAR, tiny.FFN))
-    qkv = tiny.build("qkv", tiny.Tiny(layers=layers, facts={"qkv_bias": True}))
+    linear, full = tiny.LINEAR, tiny.BLOCK
+    layers = (full, (tiny.kv(1), tiny.width(80)), (tiny.kv(2), linear), (NO_OP, NO_OP), (linear, tiny.FFN))
+    plain = tiny.Tiny(layers=layers)
+    qkv = tiny.build("qkv", plain.but({"qkv_bias": True}))
     everywhere = tiny.build(
-        "all", tiny.Tiny(layers=layers, facts={"qkv_bias": True, "o_bias": True, "mlp_bias": True, "tied": True})
+        "all", replace(plain, tied=True).but({"qkv_bias": True, "o_bias": True}, ffn={"bias": True})
     )
     for child in (qkv, everywhere):
         want = child_logits(child, ids())
         for engine in ("vllm", "llama.cpp", "mlx"):
             lowered, _ = lower(child, engine, "nemotron-nas")
             assert (child_logits(lowered, ids()) - want).abs().max() < 1e-9 * want.std()
-    assert lower(qkv, "mlx", "nemotron-nas")[0].o_bias
-    assert not lower(qkv, "vllm", "nemotron-nas")[0].o_bias
-    only_kv = tiny.build("kv", tiny.Tiny(layers=layers[:2], facts={"qkv_bias": True}))
+    assert lower(qkv, "mlx", "nemotron-nas")[0].attention.o_bias
+    assert not lower(qkv, "vllm", "nemotron-nas")[0].attention.o_bias
+    only_kv = tiny.build("kv", tiny.Tiny(layers=layers[:2]).but({"qkv_bias": True}))
     lowered, done = lower(only_kv, "sglang", "nemotron-nas")
     assert [item.name for item in done] == ["zero-output-bias", "equal-kv-heads", "zero-padded-ffn"]
     want = child_logits(only_kv, ids())
@@ -126,8 +131,8 @@ def test_biases_everywhere(tiny, child_logits):
 
 
 def test_kv_heads_meet_at_their_common_multiple(tiny, child_logits):
-    facts = {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 16}
-    child = tiny.build("lcm", tiny.Tiny(layers=((tiny.kv(2), tiny.FFN), (tiny.kv(3), tiny.FFN)), facts=facts))
+    layers = ((tiny.kv(2), tiny.FFN), (tiny.kv(3), tiny.FFN))
+    child = tiny.build("lcm", tiny.Tiny(layers=layers).but({"num_attention_heads": 12, "head_dim": 16}))
     lowered, touched = equal_kv_heads(child)
     assert [layer.attention.num_key_value_heads for layer in lowered.layers] == [6, 6]
     assert touched == [0, 1]
@@ -135,7 +140,8 @@ def test_kv_heads_meet_at_their_common_multiple(tiny, child_logits):
 
 
 def test_children_without_any_attention(tiny, child_logits):
-    for layers in (((ABSENT, ABSENT),) * 2, ((ABSENT, tiny.FFN),), ((LINEAR, LINEAR),), ((LINEAR, ABSENT),) * 2):
+    linear = tiny.LINEAR
+    for layers in (((NO_OP, NO_OP),) * 2, ((NO_OP, tiny.FFN),), ((linear, linear),), ((linear, NO_OP),) * 2):
         child = tiny.build("none", tiny.Tiny(layers=layers))
         want = child_logits(child, ids())
         for engine in ("vllm", "llama.cpp", "mlx", "tensorrt-llm"):
@@ -147,31 +153,42 @@ def test_children_without_any_attention(tiny, child_logits):
 def test_pad_widths_by_any_step(tiny, child_logits):
     child = tiny.tiny_child("odd-widths")
     lowered, touched = pad_widths(child, 100)
-    assert [layer.ffn.width for layer in lowered.layers] == [400, 100, 600]
+    assert [layer.ffn.intermediate_size for layer in lowered.layers] == [400, 100, 600]
     assert touched == [0, 1, 2]
     assert torch.allclose(child_logits(lowered, ids()), child_logits(child, ids()), rtol=0, atol=1e-9)
 
 
 def window(tiny, size):
-    return (Gqa(num_key_value_heads=4, window=size), tiny.FFN)
+    return (replace(tiny.FULL, window=size), tiny.FFN)
 
 
 @pytest.mark.parametrize(
-    ("engine", "facts", "message"),
+    ("engine", "attention", "ffn", "message"),
     [
-        ("vllm", {"qk_norm": True}, r"layer 0 attention: vllm has no per-head norms .*--format hf"),
-        ("mlx", {"head_dim": 64}, r"layer 0 attention: mlx takes head_dim = .* = 32 alone.*is 64: use --engine vllm,"),
-        ("tensorrt-llm", {"o_bias": True}, r"layer 0 attention: tensorrt-llm reads no biases .*--engine vllm, llama"),
+        ("vllm", {"qk_norm": "head"}, {}, r"layer 0 attention: vllm has no per-head norms .*`format` hf"),
+        (
+            "mlx",
+            {"head_dim": 64},
+            {},
+            r"layer 0 attention: mlx takes head_dim = .* = 32 alone.*is 64: use `engine` vllm,",
+        ),
+        (
+            "tensorrt-llm",
+            {"o_bias": True},
+            {},
+            r"layer 0 attention: tensorrt-llm reads no biases .*`engine` vllm, llama",
+        ),
         (
             "sglang",
-            {"mlp_bias": True},
-            r"layer 0 ffn: sglang reads no biases of FFNs: use --engine vllm, llama.cpp or mlx",
+            {},
+            {"bias": True},
+            r"layer 0 ffn: sglang reads no biases of FFNs: use `engine` vllm, llama.cpp or mlx",
         ),
-        (None, {"qk_norm": True}, r"layer 0 attention: a reader of nemotron-nas has no per-head norms"),
+        (None, {"qk_norm": "head"}, {}, r"layer 0 attention: a reader of nemotron-nas has no per-head norms"),
     ],
 )
-def test_refused_facts(tiny, engine, facts, message):
-    child = tiny.build("refused", tiny.Tiny(layers=(tiny.BLOCK,), facts=facts))
+def test_refused_fields(tiny, engine, attention, ffn, message):
+    child = tiny.build("refused", tiny.Tiny(layers=(tiny.BLOCK,)).but(attention, ffn))
     with pytest.raises(UserError, match=message):
         lower(child, engine, "nemotron-nas")
 
@@ -188,7 +205,7 @@ def test_refused_windows(tiny):
     ):
         lower(one, "llama.cpp", "gguf")
     with pytest.raises(
-        UserError, match=r"a reader of nemotron-nas takes no sliding window .*--engine vllm, or --format hf"
+        UserError, match=r"a reader of nemotron-nas takes no sliding window .*`engine` vllm, or `format` hf"
     ):
         lower(one, None, "nemotron-nas")
     far = tiny.build("far", tiny.Tiny(layers=(window(tiny, 512), tiny.BLOCK)))  # the whole context: no window at all
@@ -206,5 +223,5 @@ def test_pick_format():
         pick_format(None, "vlm")
     with pytest.raises(UserError, match="unknown format 'ggml': did you mean 'gguf'"):
         pick_format("ggml", None)
-    with pytest.raises(UserError, match="--engine vllm does not read --format hf: pass --format nemotron-nas"):
+    with pytest.raises(UserError, match="`engine` vllm does not read `format` hf: pass `format` nemotron-nas"):
         pick_format("hf", "vllm")

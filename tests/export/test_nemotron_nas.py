@@ -1,6 +1,7 @@
 """config.json of `--format nemotron-nas`: exactly the keys that its readers know, and widths that they round to themselves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from puzzle.base.errors import UserError
-from puzzle.export.child import ABSENT, LINEAR, Gqa, SwiGlu
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.lower import lower
 from puzzle.export.nemotron_nas import decilm_config, decilm_tensors, ffn_mult
 
@@ -59,18 +63,19 @@ def test_config(name, tiny):
             (attention, layer.attention, "n_heads_in_group", "input_layernorm", "self_attn.linear_attn"),
             (ffn, layer.ffn, "ffn_mult", "post_attention_layernorm", "mlp.linear_mlp"),
         )
-        for entry, shape, key, norm, matrix in parts:
-            assert entry["no_op"] is (shape == ABSENT)
-            assert entry["replace_with_linear"] is (shape == LINEAR)
-            assert (entry[key] is None) == (shape in (ABSENT, LINEAR))
+        for entry, sub_block, key, norm, matrix in parts:
+            absent, linear = isinstance(sub_block, NoOp), isinstance(sub_block, Linear)
+            assert entry["no_op"] is absent
+            assert entry["replace_with_linear"] is linear
+            assert (entry[key] is None) == (absent or linear)
             assert entry["sparsify"] is None
             prefix = f"model.layers.{index}."
-            assert (f"{prefix}{norm}.weight" in names) == (shape != ABSENT)  # a no-op has no norm either
-            assert (f"{prefix}{matrix}.weight" in names) == (shape == LINEAR)
+            assert (f"{prefix}{norm}.weight" in names) == (not absent)  # a no-op has no norm either
+            assert (f"{prefix}{matrix}.weight" in names) == linear
         if isinstance(layer.attention, Gqa):
             assert 8 // attention["n_heads_in_group"] == layer.attention.num_key_value_heads
-        if isinstance(layer.ffn, SwiGlu):
-            assert reader_width(ffn["ffn_mult"], tiny.HIDDEN) == layer.ffn.width
+        if isinstance(layer.ffn, SwiGLU):
+            assert reader_width(ffn["ffn_mult"], tiny.HIDDEN) == layer.ffn.intermediate_size
 
 
 def test_exact_widths_for_vllm_alone(tiny):
@@ -95,12 +100,12 @@ def test_windows_and_rope(tiny):
     plain = decilm_config(tiny.tiny_child("kv-heads"), None)
     assert (plain["rope_theta"], plain["rope_scaling"]) == (10000.0, None)
     with pytest.raises(UserError, match="no per-head norms"):
-        decilm_config(tiny.build("qwen3", tiny.Tiny(layers=(tiny.BLOCK,), facts={"qk_norm": True})), None)
+        decilm_config(tiny.build("qwen3", tiny.Tiny(layers=(tiny.BLOCK,)).but({"qk_norm": "head"})), None)
 
 
 def test_facts_of_the_parent_are_passed_on(tiny):
-    facts = {"eos_token_id": [0, 7], "qkv_bias": True, "tied": True, "dtype": torch.bfloat16}
-    config = decilm_config(tiny.build("facts", tiny.Tiny(layers=(tiny.BLOCK,), facts=facts)), None)
+    child = tiny.build("facts", tiny.Tiny(layers=(tiny.BLOCK,), tied=True).but({"qkv_bias": True}))
+    config = decilm_config(replace(child, eos_token_id=[0, 7], dtype=torch.bfloat16), None)
     assert config["eos_token_id"] == [0, 7]
     assert (config["attention_bias"], config["qkv_bias"]) == (False, True)
     assert (config["tie_word_embeddings"], config["dtype"], config["torch_dtype"]) == (True, "bfloat16", "bfloat16")

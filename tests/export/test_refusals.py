@@ -1,5 +1,7 @@
 """What an engine cannot take and no rewrite helps: exit code 2, one line with layer, sub-block, engine and the nearest choice."""
 
+from dataclasses import replace
+
 import pytest
 
 from puzzle.export.checkpoint import write_checkpoint
@@ -26,13 +28,14 @@ SWIGLU = "the nearest choice is a narrow SwiGLU or 'none'"
     ],
 )
 def test_refused_before_anything_is_written(child, engine, wanted, tiny, tmp_path, puzzle):
-    window = {size: (tiny.Gqa(num_key_value_heads=4, window=size), tiny.FFN) for size in (16, 32)}
+    window = {size: (replace(tiny.FULL, window=size), tiny.FFN) for size in (16, 32)}
+    one = tiny.Tiny(layers=(tiny.BLOCK,))
     others = {
         "two-windows": tiny.Tiny(layers=(tiny.BLOCK, window[16], window[32])),
-        "qk-norm": tiny.Tiny(layers=(tiny.BLOCK,), facts={"qk_norm": True}),
-        "head-dim": tiny.Tiny(layers=(tiny.BLOCK,), facts={"head_dim": 64}),
-        "biases": tiny.Tiny(layers=(tiny.BLOCK,), facts={"qkv_bias": True, "o_bias": True}),
-        "ffn-biases": tiny.Tiny(layers=(tiny.BLOCK,), facts={"mlp_bias": True}),
+        "qk-norm": one.but({"qk_norm": "head"}),
+        "head-dim": one.but({"head_dim": 64}),
+        "biases": one.but({"qkv_bias": True, "o_bias": True}),
+        "ffn-biases": one.but(ffn={"bias": True}),
     }
     built = tiny.build(child, others.get(child) or tiny.CHILDREN[child])
     write_checkpoint(

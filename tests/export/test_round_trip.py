@@ -10,7 +10,7 @@ from puzzle.data.packing import load_tokens
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.library.assemble import assemble
 from puzzle.library.manifest import Library
-from puzzle.parents.family import open_model
+from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
 
@@ -74,7 +74,7 @@ def test_nemotron_nas_of_exact_widths_is_the_same_to_the_bit(tiny, tiny_checkpoi
 def test_what_is_said_of_other_nemotrons(tmp_path, tiny, tiny_checkpoint, puzzle):
     done = puzzle("export", tiny_checkpoint("linear-ffn"), "--engine", "mlx", "--out", tmp_path / "mlx")
     assert done.exit_code == 0, done.output
-    with pytest.raises(UserError, match=r"was written for mlx.*--format hf"):
+    with pytest.raises(UserError, match=r"was written for mlx.*`format` hf"):
         open_model(tmp_path / "mlx")
     done = puzzle("export", tiny_checkpoint("kv-heads"), "--format", "nemotron-nas", "--out", tmp_path / "broken")
     assert done.exit_code == 0, done.output
