@@ -5,16 +5,18 @@
     {"3": {"num_key_value_heads": 2}, "4": {"skip": ["attention"]}, "6": {"linear": ["attention", "mlp"]},
      "7": {"skip": ["attention", "mlp"]}, "9": {"intermediate_size": 352, "sliding_window": 128}}
 
-Every layer computes h = x + attention(input_layernorm(x)) and y = h + mlp(post_attention_layernorm(h)). A skipped
-sub-block adds nothing and has no weights, not even its norm; a linear one is a single [E, E] matrix after its norm.
-With `sliding_window` W the query at position i sees the keys i-W+1 … i. Weight names are Llama's.
+Every layer computes h = x + attention(norm(x)) and y = h + mlp(norm(h)), with norms after in place of these, or both, by
+`norm_placement`. A skipped sub-block adds nothing and has no weights, not even its norm; a linear one is a single [E, E]
+matrix in its place. With `sliding_window` W the query at position i sees the keys i-W+1 … i; `rope` names its rotary
+positions, null for none. Weight names are Llama's, OLMo-2's (norms after) or Gemma-3's (both).
 Runs in transformers 5.14 to 5.24; a forward takes no keyword that it does not know, so that a newer name is an error.
 Letters: B batch, T new tokens, S all tokens so far (cached ones included), E hidden_size, H heads, K kv heads,
-D head_dim, F intermediate_size, V vocab_size.
+D head_dim, R rotary dimensions of a head, F intermediate_size, V vocab_size.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any, ClassVar
 
@@ -29,6 +31,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+MODULES = {"attention": "self_attn", "mlp": "mlp"}  # what a sub-block is called in config.json, and in the weights
+NORMS = {  # by placement: the names of the norms before and after attention, and before and after the FFN
+    "before": (("input_layernorm", None), ("post_attention_layernorm", None)),
+    "after": ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
+    "both": (
+        ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    ),
+}  # fmt: skip
 CACHE_NAMES = ("past_key_values", "cache")  # one thing: transformers 5.24 renamed the first to the second
 CACHE_NAME = CACHE_NAMES["cache" in BaseModelOutputWithPast.__dataclass_fields__]  # of the transformers that runs this
 
@@ -49,12 +60,20 @@ class PuzzleConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
-    rope_parameters: Any = None  # {"rope_type": "default", "rope_theta": 10000.0, ...}
+    rope_parameters: Any = None  # {"rope_type": "default", "rope_theta": 10000.0, ...}: of the one called "default"
+    ropes: Any = None  # {name: rope_parameters}, all of them, where layers have several
+    rope: str | None = "default"  # which of them; None: no positions
     sliding_window: int | None = None
     attention_bias: bool = False  # biases on q, k, v and o
     qkv_bias: bool = False  # biases on q, k and v alone (Qwen2)
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
+    qk_norm: Any = False  # True: RMSNorm over each head of q and k (Qwen3); "all": over all heads together (OLMo-2)
+    norm_placement: str = "before"  # of the norms of sub-blocks: before, after or both
+    norm_offset: bool = False  # the scale of every norm is 1 + weight (Gemma)
+    attention_multiplier: float | None = None  # scale of the scores; default: 1 / sqrt(head_dim)
+    residual_multiplier: float = 1.0  # of what a sub-block adds
+    embedding_multiplier: float = 1.0
+    logits_scaling: float = 1.0  # the logits are divided by it
     linear: list[str] | None = None  # per layer only: the sub-blocks that are one matrix
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -69,21 +88,66 @@ class PuzzleConfig(PreTrainedConfig):
 
 
 class PuzzleRMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, computed in float32."""
+    """x / rms(x) · weight over the last dimension, computed in float32; with `norm_offset` · (1 + weight)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, config: Any):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps, self.offset = nn.Parameter(torch.ones(size)), config.rms_norm_eps, config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (x.float() * scale * (1 + self.weight.float())).to(x.dtype)
         return self.weight * (x.float() * scale).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions, cos and sin [B, 1, T, D], to x [B, heads, T, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Apply rotary positions, cos and sin [B, 1, T, R], to the first R dimensions of x [B, heads, T, D]."""
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+class Rope:
+    """One set of rotary positions. switches_at: of longrope, sequences of more tokens have other frequencies at every position."""
+
+    def __init__(self, config: PuzzleConfig, parameters: dict[str, Any]):
+        self.kind, self.switches_at = parameters["rope_type"], None
+        if self.kind not in ROPE_TYPES:
+            raise ValueError(f"rope_type '{self.kind}' is not supported: {', '.join(ROPE_TYPES)} are")
+        if self.kind == "longrope":
+            self.switches_at = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        self.config = copy.copy(config)
+        self.config.rope_parameters = dict(parameters)
+        self.known: dict[Any, tuple[Tensor, float]] = {}  # filled in forward: __init__ may run on the meta device
+
+    def frequencies(self, length: int, device: torch.device) -> tuple[Tensor, float]:
+        """[R/2] in float32 of sequences of `length` tokens, and the factor on cos and sin."""
+        if self.kind == "dynamic" and length > self.config.max_position_embeddings:
+            raise ValueError(f"rope_type 'dynamic' beyond {self.config.max_position_embeddings} tokens ({length} came) "
+                             "turns old keys anew with every token: not supported")  # fmt: skip
+        key = (self.switches_at is not None and length > self.switches_at, device)
+        if key not in self.known:
+            if self.kind in ("default", "dynamic"):  # dynamic is the default up to the trained length
+                p, dim = self.config.rope_parameters, self.config.head_dim
+                dim = int(dim * (p.get("partial_rotary_factor") or 1.0))
+                exponent = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
+                self.known[key] = 1.0 / p["rope_theta"] ** exponent, 1.0
+            else:
+                self.known[key] = ROPE_INIT_FUNCTIONS[self.kind](self.config, device, seq_len=length)
+        return self.known[key]
+
+    @torch.no_grad()
+    def tables(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, computed in float32, of positions [B or 1, T] in sequences of lengths [B or 1]. [B or 1, 1, T, R]"""
+        longest = int(lengths.max()) if self.kind in ("dynamic", "longrope") else 1
+        inv_freq, scaling = self.frequencies(longest, positions.device)
+        if self.switches_at is not None:
+            short, _ = self.frequencies(1, positions.device)
+            inv_freq = torch.where(lengths[:, None, None, None] > self.switches_at, inv_freq, short)
+        angles = (positions[:, None, :, None].float() * inv_freq).repeat(1, 1, 1, 2)
+        return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
 def visible(num_new: int, num_past: int, window: int | None, real: Tensor | None, device: Any) -> Tensor | None:
@@ -112,15 +176,25 @@ class PuzzleAttention(nn.Module):
         self.k_proj = nn.Linear(size, kv_heads * dim, bias=qkv_bias)
         self.v_proj = nn.Linear(size, kv_heads * dim, bias=qkv_bias)
         self.o_proj = nn.Linear(heads * dim, size, bias=config.attention_bias)
-        self.q_norm = PuzzleRMSNorm(dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = PuzzleRMSNorm(dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        if config.qk_norm not in (False, None, True, "all"):
+            raise ValueError(f'qk_norm {config.qk_norm!r} is not understood: true, "all" and false are')
+        self.rope, self.scale, self.norm_all = config.rope, config.attention_multiplier, config.qk_norm == "all"
+        sizes = (heads * dim, kv_heads * dim) if self.norm_all else (dim, dim)
+        self.q_norm = PuzzleRMSNorm(sizes[0], config) if config.qk_norm else nn.Identity()
+        self.k_norm = PuzzleRMSNorm(sizes[1], config) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: dict, cache: Cache | None) -> Tensor:
-        """x [B, T, E], cos and sin [B, 1, T, D], masks {window: what `visible` returned} -> [B, T, E]"""
-        mask, shape = masks[self.window], (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2), cos, sin)  # [B, H, T, D]
-        k = rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2), cos, sin)  # [B, K, T, D]
-        v = self.v_proj(x).view(shape).transpose(1, 2)
+    def heads(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Normed. [B, T, heads · D] -> [B, heads, T, D]"""
+        x = norm(x) if self.norm_all else x
+        x = x.view(*x.shape[:2], -1, self.head_dim)
+        return (x if self.norm_all else norm(x)).transpose(1, 2)
+
+    def forward(self, x: Tensor, ropes: dict, masks: dict, cache: Cache | None) -> Tensor:
+        """x [B, T, E], ropes {name: cos and sin [B or 1, 1, T, R]}, masks {window: what `visible` returned} -> [B, T, E]"""
+        mask, turn = masks[self.window], ropes[self.rope]
+        q, k = self.heads(self.q_proj(x), self.q_norm), self.heads(self.k_proj(x), self.k_norm)  # [B, H or K, T, D]
+        v = self.v_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        q, k = (q, k) if turn is None else (rotate(q, *turn), rotate(k, *turn))
         if cache is not None:
             k, v = cache.update(k, v, self.slot)  # [B, K, S, D], or the end of it that the window needs
         if self.window is not None and x.shape[1] == 1:
@@ -129,7 +203,8 @@ class PuzzleAttention(nn.Module):
             mask = mask[..., -k.shape[2] :]
             k, v = (t.repeat_interleave(self.num_groups, dim=1) for t in (k, v))
         causal = mask is None and x.shape[1] > 1
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
+        shared = k.shape[1] != q.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=shared)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -161,20 +236,28 @@ class PuzzleLayer(GradientCheckpointingLayer):
         if not skip | linear <= {"attention", "mlp"} or skip & linear:
             raise ValueError(f"per_layer_config[{index}] has skip={sorted(skip)} and linear={sorted(linear)}: each may "
                              "name 'attention' and 'mlp', a sub-block in one of them only")  # fmt: skip
-        self.attends, self.skip = "attention" not in skip | linear, skip
-        if "attention" not in skip:
-            self.input_layernorm = PuzzleRMSNorm(size, config.rms_norm_eps)
-            self.self_attn = PuzzleAttention(config, slot) if self.attends else matrix("linear_attn", size)
-        if "mlp" not in skip:
-            self.post_attention_layernorm = PuzzleRMSNorm(size, config.rms_norm_eps)
-            self.mlp = matrix("linear_mlp", size) if "mlp" in linear else PuzzleMLP(config)
+        self.attends, self.residual = "attention" not in skip | linear, config.residual_multiplier
+        self.norms: dict[str, tuple[str | None, str | None]] = {}  # {sub-block: names of its norms}
+        for (owner, name), norms in zip(MODULES.items(), NORMS[config.norm_placement], strict=True):
+            if owner in skip:
+                continue
+            self.norms[name] = before, after = norms
+            if before is not None:
+                self.add_module(before, PuzzleRMSNorm(size, config))
+            if owner in linear:
+                self.add_module(name, matrix("linear_attn" if owner == "attention" else "linear_mlp", size))
+            else:
+                self.add_module(name, PuzzleAttention(config, slot) if owner == "attention" else PuzzleMLP(config))
+            if after is not None:
+                self.add_module(after, PuzzleRMSNorm(size, config))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: dict, cache: Cache | None) -> Tensor:
-        if self.attends:
-            x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks, cache)
-        elif "attention" not in self.skip:
-            x = x + self.self_attn(self.input_layernorm(x))
-        return x if "mlp" in self.skip else x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, ropes: dict, masks: dict, cache: Cache | None) -> Tensor:
+        for name, (before, after) in self.norms.items():
+            more = (ropes, masks, cache) if name == "self_attn" and self.attends else ()
+            y = getattr(self, name)(x if before is None else getattr(self, before)(x), *more)
+            y = y if after is None else getattr(self, after)(y)
+            x = x + (y if self.residual == 1 else y * self.residual)
+        return x
 
 
 class PuzzleModel(nn.Module):
@@ -183,17 +266,21 @@ class PuzzleModel(nn.Module):
     def __init__(self, config: PuzzleConfig):
         super().__init__()
         self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        if self.rope_type not in ("default", "linear", "llama3", "yarn"):
-            raise ValueError(f"rope_type '{self.rope_type}' is not supported: use default, linear, llama3 or yarn")
+        if config.norm_placement not in NORMS:
+            raise ValueError(f"norm_placement '{config.norm_placement}' is not understood: {', '.join(NORMS)} are")
+        ropes = config.ropes or {"default": config.rope_parameters}
+        self.ropes = {name: Rope(config, parameters) for name, parameters in ropes.items()}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
         self.windows: list[int | None] = []  # of each cache slot; slots number the layers that attend, without gaps
         for index, layer_config in enumerate(config.per_layer_config or [config] * config.num_hidden_layers):
             self.layers.append(PuzzleLayer(layer_config, index, slot=len(self.windows)))
             self.windows += [layer_config.sliding_window] if self.layers[-1].attends else []
-        self.norm = PuzzleRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._rope: tuple[Tensor, float] | None = None  # made in forward: __init__ may run on the meta device
+            if self.layers[-1].attends and layer_config.rope not in (None, *self.ropes):
+                raise ValueError(
+                    f"per_layer_config[{index}] has rope '{layer_config.rope}': {[*self.ropes]} and null are known"
+                )
+        self.norm = PuzzleRMSNorm(config.hidden_size, config)
 
     def new_cache(self) -> DynamicCache:
         """One slot per layer that attends: slot 0 is asked for the number of tokens and must never stay empty."""
@@ -210,19 +297,11 @@ class PuzzleModel(nn.Module):
             cache.layers = self.new_cache().layers
         return cache
 
-    @torch.no_grad()
-    def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, computed in float32, of position_ids [B or 1, T]. [B or 1, 1, T, D] each"""
-        device, dim = position_ids.device, self.config.head_dim
-        if self._rope is None or self._rope[0].device != device:
-            if self.rope_type == "default":
-                exponent = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
-                self._rope = 1.0 / self.config.rope_parameters["rope_theta"] ** exponent, 1.0
-            else:
-                self._rope = ROPE_INIT_FUNCTIONS[self.rope_type](self.config, device)
-        inv_freq, scaling = self._rope
-        angles = (position_ids[:, None, :, None].float() * inv_freq).repeat(1, 1, 1, 2)
-        return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+    def crosses(self, begin: Tensor, end: Tensor) -> bool:
+        """Whether a longrope changes its frequencies while sequences grow from `begin` to `end` tokens [B], so that what a cache
+        holds of them is no longer right."""
+        limits = [rope.switches_at for rope in self.ropes.values() if rope.switches_at is not None]
+        return any(bool(((begin > 0) & (begin <= limit) & (end > limit)).any()) for limit in limits)
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -234,6 +313,8 @@ class PuzzleModel(nn.Module):
         cache and past_key_values are two names of one thing, for whichever transformers calls.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_multiplier != 1:
+            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one thing: give one of them")
         cache = past_key_values if cache is None else cache
@@ -253,14 +334,21 @@ class PuzzleModel(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(num_all, device=x.device)[None] if real is None else real.cumsum(-1) - 1
             position_ids = position_ids[:, num_past:].clamp(min=0)
-        cos, sin = self.rope(position_ids, x.dtype)
+        lengths = position_ids[:, -1] + 1
+        if num_past and self.crosses(position_ids[:, 0], lengths):
+            raise ValueError("the cache ends before, the new tokens after the length where longrope changes its frequencies: "
+                             "give the whole text without a cache, as `generate` does")  # fmt: skip
+        ropes: dict[str | None, Any] = {
+            name: rope.tables(position_ids, lengths, x.dtype) for name, rope in self.ropes.items()
+        }
+        ropes[None] = None
         masks = {window: visible(num_new, num_past, window, real, x.device) for window in set(self.windows)}
 
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: tuple[Tensor, ...] = ()
         for layer in self.layers:
             hidden_states += (x,) if wanted else ()
-            x = layer(x, cos, sin, masks, cache)
+            x = layer(x, ropes, masks, cache)
         x = self.norm(x)
         return BaseModelOutputWithPast(x, cache, hidden_states=(*hidden_states, x) if wanted else None)
 
@@ -307,13 +395,25 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
             cache=cache, use_cache=use_cache, output_hidden_states=output_hidden_states,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.lm_head(out.last_hidden_state[:, keep]), None
+        loss = None
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        logits = logits if self.model.config.logits_scaling == 1 else logits / self.model.config.logits_scaling
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutputWithPast(loss, logits, getattr(out, CACHE_NAME), out.hidden_states)
 
     def get_decoder(self) -> PuzzleModel:
         return self.model
+
+    def prepare_inputs_for_generation(self, input_ids, *args, attention_mask=None, inputs_embeds=None, **kwargs):
+        """Where longrope changes its frequencies, an empty cache and the whole text, as Phi-3 does."""
+        cache = kwargs.get(CACHE_NAME)
+        if cache is not None and (num_past := cache.get_seq_length()):
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if self.model.crosses(mask[:, :num_past].sum(-1), mask.sum(-1)):
+                kwargs[CACHE_NAME], kwargs["next_sequence_length"] = self.model.new_cache(), None
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         """Give `generate` a cache laid out for this model, without short slots where it will take tokens back."""

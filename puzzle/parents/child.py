@@ -124,16 +124,15 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
             f"config.json of a child has words for gqa and swiglu alone, not {attends.kind} and {gated.kind}"
         )
     entries = {str(index): entry for index, layer in enumerate(structure.layers) if (entry := entry_of(layer, base))}
-    plain = structure.ropes.get("default")
+    ropes = {name: dict(rope.parameters) for name, rope in structure.ropes.items()}
+    plain = structure.ropes.get(attends.rope or "default") or next(iter(structure.ropes.values()))
     names = {None: False, "head": True}
     config: dict[str, Any] = {
         "num_hidden_layers": structure.num_layers,
         "num_attention_heads": attends.num_attention_heads,
         "num_key_value_heads": attends.num_key_value_heads,
         "head_dim": attends.head_dim,
-        "rope_parameters": {n: dict(r.parameters) for n, r in structure.ropes.items()}
-        if plain is None
-        else dict(plain.parameters),
+        "rope_parameters": dict(plain.parameters),
         "attention_bias": attends.o_bias,
         "qkv_bias": attends.qkv_bias and not attends.o_bias,
         "mlp_bias": gated.bias,
@@ -148,6 +147,7 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         "embedding_multiplier": (structure.embedding_scale, 1.0),
         "logits_scaling": (structure.logits_divisor, 1.0),
         "rope": (attends.rope, "default"),
+        "ropes": (ropes, {"default": dict(plain.parameters)}),
     }
     config |= {name: value for name, (value, default) in told.items() if value != default}
     return config | {"per_layer_config": entries}

@@ -112,8 +112,8 @@ def windows(c: Config) -> list[int | None]:
 
 
 def ropes(c: Config) -> dict[str, Rope]:
-    """One for all layers, called "default"; or one for each type of layer that `rope_parameters` names."""
-    found = c.get("rope_parameters") or {}
+    """One for all layers, called "default"; or one for each type of layer that `rope_parameters` (a child's `ropes`) names."""
+    found = c.get("ropes") or c.get("rope_parameters") or {}
     nested = {name: value for name, value in found.items() if isinstance(value, Mapping)}
     size = {"head_dim": head_dim(c), "max_length": int(c["max_position_embeddings"])}
     return {name: Rope(parameters=value, **size) for name, value in (nested or {"default": found}).items()}

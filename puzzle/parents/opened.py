@@ -13,11 +13,16 @@ from torch import Tensor
 from puzzle.base.errors import UserError, nearest
 from puzzle.blocklib.sub_block import ParentBlock, SubBlock
 from puzzle.parents.checkpoint import Checkpoint
-from puzzle.parents.family import FAMILIES, NEEDED, Family
+from puzzle.parents.family import FAMILIES, NEEDED, Family, refuse
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD
 from puzzle.parents.structure import Layer, Structure
 
-MODULES = ("llama", "qwen", "phi3", "gemma3", "olmo2", "granite", "smollm3", "child", "nemotron_nas")
+MODULES = ("llama", "qwen", "phi3", "gemma3", "olmo", "granite", "smollm3", "exaone4", "child", "nemotron_nas")
+NEUTRAL = {  # fields that change no output: of training, of generation, and what transformers has written into others by now
+    "attention_dropout", "embd_pdrop", "resid_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
+    "pad_token_id", "pretraining_tp", "max_window_layers", "use_sliding_window", "original_max_position_embeddings",
+    "no_rope_layer_interval", "num_hidden_layers", "sliding_window_pattern",
+}  # fmt: skip
 OWN_CONFIGS = ("puzzle", "nemotron-nas")  # whose config classes come with the checkpoint, which stays unread
 
 
@@ -122,6 +127,7 @@ def open_model(source: str | Path) -> HfModel:
     try:
         structure = known.structure(config)
         base = structure.usual if known.base is None else known.base(config)
+        _check_all_read(config, checkpoint.config, model_type)
     except KeyError as error:
         raise UserError(f"{directory}/config.json lacks {error}: download the checkpoint again") from error
     except UserError as error:
@@ -129,13 +135,44 @@ def open_model(source: str | Path) -> HfModel:
     return HfModel(source=str(source), checkpoint=checkpoint, family=known, structure=structure, base=base)
 
 
-def _with_defaults(checkpoint: Checkpoint, model_type: str) -> dict[str, Any]:
+class _Noted(dict[str, Any]):
+    """A config that knows which of its fields were looked at."""
+
+    def __init__(self, values: dict[str, Any]):
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+
+def _check_all_read(config: _Noted, raw: dict[str, Any], model_type: str) -> None:
+    """Raise UserError for a field that transformers understands and our family does not, unless it has its default value."""
+    if model_type in OWN_CONFIGS:
+        return
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    refuse(raw, quantization_config="quantised weights", per_layer_config="layers that differ from the family's")
+    usual = CONFIG_MAPPING[model_type]().to_dict()
+    for name in set(usual) & set(raw) - config.read - NEUTRAL - set(PreTrainedConfig().to_dict()):
+        if config.get(name) != usual[name]:
+            raise UserError(
+                f"{name} = {config[name]} in config.json is not understood for models of type '{model_type}'"
+            )
+
+
+def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
     """config.json with what transformers' own class for it adds and rewrites: defaults, today's names for yesterday's fields."""
     raw = checkpoint.config
     if missing := [name for name in NEEDED if name not in raw]:
         raise UserError(f"{checkpoint.directory}/config.json lacks '{missing[0]}': download the checkpoint again")
     if model_type in OWN_CONFIGS:
-        return raw
+        return _Noted(raw)
     from transformers import CONFIG_MAPPING
 
     try:
@@ -143,7 +180,7 @@ def _with_defaults(checkpoint: Checkpoint, model_type: str) -> dict[str, Any]:
     except Exception as error:  # its checks raise many kinds; all mean that transformers cannot open it either
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"transformers cannot read {checkpoint.directory}/config.json ({reason}): mend it") from error
-    return config.to_dict()
+    return _Noted(config.to_dict())
 
 
 def _download(hub_id: str) -> Path:

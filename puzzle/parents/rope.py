@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from puzzle.base.errors import UserError, nearest
@@ -157,6 +157,13 @@ class Rope:
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         stretch = torch.tensor(chosen, dtype=torch.float32)
         return 1.0 / (stretch * p["rope_theta"] ** exponents), float(scaling)
+
+    def timed(self) -> Rope:
+        """As a clock sees it: of the default kind, with as many dimensions that turn."""
+        kept = {
+            name: value for name, value in self.parameters.items() if name in ("rope_theta", "partial_rotary_factor")
+        }
+        return replace(self, parameters={"rope_type": "default", **kept})
 
     def to_json(self) -> dict[str, Any]:
         return {"head_dim": self.head_dim, "max_length": self.max_length, "parameters": dict(self.parameters)}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from puzzle.base.errors import UserError
 from puzzle.parents.family import Config, attention, decoder, family, ffn, windows
 from puzzle.parents.structure import Structure
 
 
 @family("smollm3")
 def smollm3(c: Config) -> Structure:
-    reach = windows(c) if c["use_sliding_window"] else [None] * c["num_hidden_layers"]
+    reach = windows(c)
+    if any(reach) and not c["use_sliding_window"]:
+        raise UserError("layer_types in config.json has windows that use_sliding_window turns off: mend one of them")
     kinds = ["default" if turns else None for turns in c["no_rope_layers"][: c["num_hidden_layers"]]]
     return decoder(
         c,

@@ -64,6 +64,12 @@ class Structure:
     def with_layers(self, layers: Sequence[Layer]) -> Structure:
         return replace(self, layers=tuple(layers))
 
+    def timed(self) -> Structure:
+        """The structure as a clock sees it: sub-blocks and RoPE without what changes no time."""
+        layers = [{slot: sub_block.timed() for slot, sub_block in layer.items()} for layer in self.layers]
+        rope = next(iter(self.ropes.values()))
+        return replace(self.with_layers(layers), ropes={"default": rope.timed()})
+
     def to_json(self) -> dict[str, Any]:
         return {
             "hidden_size": self.hidden_size,

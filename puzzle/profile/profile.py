@@ -111,7 +111,7 @@ def profile(
     fp8 are called NAME-fp8; float32 on a CPU. device: where to run, to rehearse a GPU's profile on a CPU.
     Raises UserError when `gpu` is not this machine's: a cost is measured where it will be paid.
     """
-    grid, structure = grid or grid_for(gpu), subject.structure
+    grid, structure = grid or grid_for(gpu), subject.structure.timed()
     where = torch.device(device or ("cpu" if gpu == "cpu" else "cuda"))
     if where.type == "cuda":
         check_gpu(gpu)

@@ -20,7 +20,7 @@ from transformers import (
     StaticCache,
 )
 
-from puzzle.export.modeling_puzzle import PuzzleConfig, PuzzleForCausalLM
+from puzzle.export.modeling_puzzle import CACHE_NAME, PuzzleConfig, PuzzleForCausalLM
 
 SHAPE = {
     "vocab_size": 128,
@@ -339,8 +339,17 @@ def test_what_the_model_cannot_do_is_said():
         child({"2": {"skip": ["ffn"]}})
     with pytest.raises(ValueError, match=r"per_layer_config\[0\]"):
         child({"0": {"skip": ["mlp"], "linear": ["mlp"]}})
-    with pytest.raises(ValueError, match="rope_type 'dynamic' is not supported"):
-        child({}, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(ValueError, match="rope_type 'spiral' is not supported"):
+        child({}, rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0, "factor": 2.0})
+    dynamic = child({}, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(ValueError, match=r"rope_type 'dynamic' beyond 256 tokens \(257 came\)"):
+        dynamic(tokens(1, 257))
+    with pytest.raises(ValueError, match=r"per_layer_config\[1\] has rope 'far': \['default'\] and null are known"):
+        child({"1": {"rope": "far"}})
+    with pytest.raises(ValueError, match="qk_norm 'heads' is not understood"):
+        child({}, qk_norm="heads")
+    with pytest.raises(ValueError, match="norm_placement 'behind' is not understood"):
+        child({}, norm_placement="behind")
     model = child(LAYOUTS["kv heads and widths"])
     ids = tokens(2, 8)
     with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 5\] instead of \[2, 8\]"):
@@ -349,6 +358,25 @@ def test_what_the_model_cannot_do_is_said():
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(ValueError, match="StaticCache"):
         model(ids, past_key_values=StaticCache(config=LlamaConfig(**SHAPE), max_cache_len=16))
+
+
+def test_a_cache_that_longrope_has_left_behind_is_refused():
+    """Every key depends on the frequencies of the layers below, so that the text goes through again; `generate` sees to it."""
+    factors = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [1.0 + i for i in range(8)]}
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 12, **factors}
+    model = child({"2": {"sliding_window": 5}}, rope_parameters=longrope)
+    ids = tokens(2, 16)
+    with torch.no_grad():
+        start = model(ids[:, :12], use_cache=True)
+        with pytest.raises(ValueError, match="give the whole text without a cache"):
+            model(ids[:, 12:], past_key_values=getattr(start, CACHE_NAME))
+        within, beyond = (model(ids[:, :length], use_cache=False).logits for length in (12, 16))
+        assert torch.allclose(start.logits, within, atol=1e-5)
+        cache = getattr(model(ids[:, :13]), CACHE_NAME)
+        assert torch.allclose(model(ids[:, 13:], past_key_values=cache).logits, beyond[:, 13:], atol=1e-5)
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    prompt = ids[:, :7]
+    assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
 
 
 def test_layer_numbers_of_two_digits(tmp_path):

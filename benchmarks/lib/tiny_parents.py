@@ -1,0 +1,142 @@
+"""Tiny parents of every family that we know, of transformers' own classes: random weights, odd sizes, several layouts.
+
+    from tiny_parents import PARENTS, write_tiny_parent
+
+A new family is a file in puzzle/parents/, and a row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 384,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+SLIDING, FULL = "sliding_attention", "full_attention"
+SHORT, LONG = [1.0, 1.1, 1.2], [1.0, 4.0, 9.0]
+
+
+def rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """changes: to SIZES. engines: those whose formats have words for all of it."""
+
+    model_type: str
+    changes: dict[str, Any] = field(default_factory=lambda: rope("default"))
+    engines: tuple[str, ...] = ()
+
+
+ALL = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx")
+NATURAL = {"head_dim": 6}  # hidden_size / num_attention_heads, which some engines want
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 32}
+PARENTS = {
+    "llama": Tiny(model_type="llama", changes=rope("default") | NATURAL, engines=ALL),
+    "llama tied, with biases": Tiny(
+        model_type="llama",
+        changes=rope("default") | NATURAL | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        engines=("vllm", "llama.cpp", "mlx"),
+    ),
+    "llama, llama3 rope": Tiny(model_type="llama", changes=rope("llama3", **LLAMA3) | NATURAL, engines=ALL),
+    "llama, linear rope": Tiny(model_type="llama", changes=rope("linear", factor=3.0) | NATURAL, engines=ALL),
+    "llama, yarn rope": Tiny(model_type="llama", changes=rope("yarn", **YARN) | NATURAL, engines=ALL),
+    "llama, dynamic rope": Tiny(model_type="llama", changes=rope("dynamic", factor=2.0)),
+    "llama, longrope": Tiny(
+        model_type="llama", changes=rope("longrope", **LONGROPE | {"short_factor": [*SHORT, 1.3, 1.4], "long_factor": [*LONG, 16.0, 25.0]})
+    ),
+    "mistral": Tiny(model_type="mistral", changes=rope("default") | {"sliding_window": 7} | NATURAL, engines=("vllm",)),
+    "qwen2": Tiny(model_type="qwen2", changes=rope("default") | NATURAL, engines=("vllm", "llama.cpp", "mlx", "sglang")),
+    "qwen2, windows above": Tiny(
+        model_type="qwen2",
+        changes=rope("default") | NATURAL | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+        engines=("vllm",),
+    ),
+    "qwen3": Tiny(model_type="qwen3"),
+    "qwen3, windows by layer": Tiny(
+        model_type="qwen3",
+        changes=rope("default") | {"use_sliding_window": True, "sliding_window": 7, "layer_types": [FULL, SLIDING, SLIDING, FULL]},
+    ),
+    "phi3": Tiny(model_type="phi3", changes=rope("default") | NATURAL, engines=ALL),
+    "phi3, partial longrope": Tiny(
+        model_type="phi3",
+        changes=rope("longrope", **LONGROPE, partial_rotary_factor=0.6)
+        | {"hidden_size": 60, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.6, "sliding_window": 9},
+    ),
+    "gemma3": Tiny(
+        model_type="gemma3_text",
+        changes={
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING],
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 7,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_parameters": {
+                FULL: {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": Tiny(model_type="olmo2"),
+    "olmo3": Tiny(
+        model_type="olmo3",
+        changes={
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING],
+            "sliding_window": 7,
+            "rope_parameters": {FULL: rope("yarn", **YARN)["rope_parameters"], SLIDING: PLAIN},
+        },
+    ),
+    "exaone4": Tiny(
+        model_type="exaone4",
+        changes=rope("default") | {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 7},
+    ),
+    "exaone4 without windows": Tiny(model_type="exaone4", changes=rope("default") | {"layer_types": [FULL] * 4, "sliding_window": None}),
+    "granite": Tiny(
+        model_type="granite",
+        changes=rope("default")
+        | {"embedding_multiplier": 3.0, "attention_multiplier": 0.21, "residual_multiplier": 0.6, "logits_scaling": 2.5},
+    ),
+    "smollm3": Tiny(model_type="smollm3", changes=rope("default") | {"no_rope_layers": [1, 0, 1, 0]}),
+    "smollm3 with windows": Tiny(
+        model_type="smollm3",
+        changes=rope("default")
+        | {"no_rope_layers": [1, 1, 0, 1], "use_sliding_window": True, "sliding_window": 7, "layer_types": [SLIDING, FULL, FULL, SLIDING]},
+    ),
+}  # fmt: skip
+
+
+def write_tiny_parent(name: str, out: Path) -> Path:
+    """One of PARENTS as transformers saves it, without a tokenizer."""
+    made = PARENTS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(made.model_type, **SIZES | made.changes))
+    offset = made.model_type == "gemma3_text"  # whose norms scale by 1 + weight
+    for key, weight in model.named_parameters():
+        noise = torch.randn_like(weight)
+        if "norm" in key:
+            weight.data = 0.2 * noise + (0 if offset else 1)
+        else:
+            weight.data = noise * (0.1 if weight.dim() == 1 else 0.4 if "embed" in key else weight.shape[1] ** -0.5)
+    model.tie_weights()
+    model.save_pretrained(out)
+    return out
