@@ -43,19 +43,17 @@ UNLIKE = Structure(
 EVERY = {**STRUCTURES, "unlike": UNLIKE}
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_json_round_trip(name):
-    structure = EVERY[name]
+@pytest.mark.parametrize("structure", EVERY.values(), ids=EVERY)
+def test_json_round_trip(structure):
     again = Structure.from_json(json.loads(json.dumps(structure.to_json())))
     assert again == structure
     assert [list(layer) for layer in again.layers] == [list(layer) for layer in structure.layers]
     assert again.to_json() == structure.to_json()
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_parameters_are_those_of_a_model(name):
+@pytest.mark.parametrize("structure", EVERY.values(), ids=EVERY)
+def test_parameters_are_those_of_a_model(structure):
     """On the meta device, where 405 billion weigh nothing."""
-    structure = EVERY[name]
     for tied in (True, False):
         own = replace(structure, tied=tied)
         model = random_model(own, "meta", torch.bfloat16)

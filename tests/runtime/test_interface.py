@@ -10,12 +10,14 @@ import torch
 from puzzle.base.errors import UserError
 from puzzle.blocklib.fast.batch import PAGE
 from puzzle.blocklib.gqa import Gqa
+from puzzle.parents.opened import open_model
 from puzzle.parents.rope import Rope
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.interface import Runtime
-from puzzle.runtime.model import CausalModel, random_model
+from puzzle.runtime.model import CausalModel, load_model, random_model
 from puzzle.runtime.open import open_runtime
 from puzzle.runtime.plain import PlainRuntime
+from tiny_parents import PARENTS, write_tiny_parent
 
 RUNTIMES = (PlainRuntime, FastRuntime)
 
@@ -30,13 +32,17 @@ def prompts_of(model: CausalModel, batch: int, length: int) -> torch.Tensor:
     return torch.randint(1, vocab, (batch, length), generator=torch.Generator().manual_seed(batch * length))
 
 
-@pytest.mark.parametrize("length", [7, 80])
-def test_both_generate_the_same_of_every_family(pair, length):
-    """Windows and pages are shorter than the longer prompt."""
-    _, model = pair
-    prompts = prompts_of(model, 3, length)
-    plain, fast = (cls(model, 3, length + 25).generate(prompts, 25) for cls in RUNTIMES)
-    assert torch.equal(fast, plain)
+@pytest.mark.parametrize("name", PARENTS)
+def test_both_generate_the_same_of_every_family(name, tmp_path):
+    """Prompts of one page and of two; longrope's, which may not cross its switch, all on one side of it."""
+    opened = open_model(write_tiny_parent(name, tmp_path))
+    model = load_model(opened)
+    switches = [rope.switches_at for rope in opened.structure.ropes.values() if rope.switches_at is not None]
+    for length, count in ((7, 25), (80, 25)):
+        assert not any(length <= at < length + count for at in switches)
+        prompts = prompts_of(model, 3, length)
+        plain, fast = (cls(model, 3, length + count).generate(prompts, count) for cls in RUNTIMES)
+        assert torch.equal(fast, plain)
 
 
 def test_a_prefill_gives_the_token_in_hand(kind, mixed):
