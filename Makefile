@@ -1,4 +1,5 @@
 # `make quickstart` runs the main job; `make test` the whole suite; `make check` format, lint and types;
+# `make test-versions` tries the oldest and the newest of every dependency in each Python (environments in .versions/);
 # `make test-serving` installs vLLM, llama.cpp and mlx-lm into .engines/ (half an hour) and runs twelve tiny children in each;
 # `make results` writes docs/results.md from benchmarks/results/.
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
 
-.PHONY: quickstart test test-gpu test-serving results check format clean
+.PHONY: quickstart test test-gpu test-versions test-serving results check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'puzzle needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
@@ -19,6 +20,10 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n logical --dist loadfile
+
+# VERSIONS="--torch" installs torch's oldest and newest too; VERSIONS="--export" is what CI runs
+test-versions: $(VENV)/installed
+	$(BIN)/python tests/versions/run.py $(VERSIONS)
 
 test-serving: $(VENV)/installed
 	$(BIN)/python benchmarks/lib/serving_environments.py

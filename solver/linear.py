@@ -23,12 +23,14 @@ SCALE = 1e3  # of the objective and of rows: back ends' tolerances are absolute
 
 @dataclass(slots=True)
 class Linear:
-    """Variables in [0, 1], binary or not, with costs; rows (variables, coefficients, low, high). cells {(i, v): variable}."""
+    """Variables in [0, 1], binary or not, with costs; rows (variables, coefficients, low, high). cells {(i, v): variable};
+    limits: numbers of the rows that are the problem's limits."""
 
     binary: list[bool] = field(default_factory=list)
     cost: list[float] = field(default_factory=list)
     rows: list[tuple[list[int], list[float], float, float]] = field(default_factory=list)
     cells: dict[tuple[int, int], int] = field(default_factory=dict)
+    limits: set[int] = field(default_factory=set)
 
     def variable(self, cost: float = 0.0, binary: bool = False) -> int:
         self.binary.append(binary)
@@ -68,6 +70,7 @@ def linearise(problem: Problem, arrays: Arrays, cells: np.ndarray) -> Linear:
     _far_pairs(model, arrays, terms)
     for k, found in enumerate(terms):
         if found or arrays.b[k] < 0:
+            model.limits.add(len(model.rows))
             model.row([x for x, _ in found], [SCALE * c for _, c in found], -math.inf, SCALE * float(arrays.b[k]))
     if problem.stages is not None:
         _stages(model, problem, arrays, options)

@@ -6,6 +6,8 @@ import math
 
 from puzzle.solver.linear import Linear
 
+HAIR = 1e-7  # relative
+
 
 def version() -> str:
     import pulp
@@ -14,7 +16,16 @@ def version() -> str:
 
 
 def run(linear: Linear, seconds: float | None) -> tuple[str, list[float] | None, float]:
-    """(status, value of every variable or None, bound on the objective). status: see `solution.Status`."""
+    """(status, value of every variable or None, bound on the objective). status: see `solution.Status`.
+
+    When some choices miss a limit by less than CBC's tolerances, it may take the whole problem for infeasible. It is then
+    asked again with limits a hair wider; what comes back and breaks a limit by that hair is cut off by the caller.
+    """
+    found = _ask(linear, seconds, 0.0)
+    return _ask(linear, seconds, HAIR) if found[0] == "infeasible" and linear.limits else found
+
+
+def _ask(linear: Linear, seconds: float | None, hair: float) -> tuple[str, list[float] | None, float]:
     import pulp
 
     model = pulp.LpProblem("puzzle", pulp.LpMinimize)
@@ -23,7 +34,7 @@ def run(linear: Linear, seconds: float | None) -> tuple[str, list[float] | None,
         for n, binary in enumerate(linear.binary)
     ]
     model += pulp.lpSum(c * v for c, v in zip(linear.cost, x, strict=True) if c)
-    for variables, coefficients, low, high in linear.rows:
+    for number, (variables, coefficients, low, high) in enumerate(linear.rows):
         total = pulp.lpSum(c * x[v] for v, c in zip(variables, coefficients, strict=True))
         if low == high:
             model += total == low
@@ -31,7 +42,7 @@ def run(linear: Linear, seconds: float | None) -> tuple[str, list[float] | None,
         if low > -math.inf:
             model += total >= low
         if high < math.inf:
-            model += total <= high
+            model += total <= high + (hair * max(1.0, abs(high)) if number in linear.limits else 0.0)
     solver = pulp.PULP_CBC_CMD(
         msg=False,
         timeLimit=seconds,

@@ -111,6 +111,7 @@ PARENTS = {
         changes=rope("default") | {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 7},
     ),
     "exaone4 without windows": Tiny(model_type="exaone4", changes=rope("default") | {"layer_types": [FULL] * 4, "sliding_window": None}),
+    "seed_oss": Tiny(model_type="seed_oss", changes=rope("default") | NATURAL, engines=("vllm", "sglang", "llama.cpp", "mlx")),
     "granite": Tiny(
         model_type="granite",
         changes=rope("default")

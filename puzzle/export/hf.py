@@ -9,7 +9,7 @@ import torch
 
 from puzzle.export.checkpoint import write_checkpoint
 from puzzle.export.child import Child
-from puzzle.parents.child import config_of, hidden_act
+from puzzle.parents.child import check_said, config_of, hidden_act
 
 
 def write_hf(child: Child, out: Path, card: str, **options: Any) -> None:
@@ -26,9 +26,10 @@ def write_hf(child: Child, out: Path, card: str, **options: Any) -> None:
 
 
 def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of the child: the parent's values, our classes, and what single layers change."""
+    """config.json of the child: the parent's values, our classes, and what single layers change. Raises UserError for what a config
+    has no words for."""
     around, origins = child.around, child.layer_origins
-    return {
+    config = {
         "architectures": ["PuzzleForCausalLM"],
         "model_type": "puzzle",
         "auto_map": {
@@ -48,3 +49,5 @@ def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
         **config_of(child.structure, child.base),
         **({} if origins is None else {"layer_origins": origins}),
     }
+    check_said(config, child.structure)
+    return config

@@ -153,6 +153,17 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
     return config | {"per_layer_config": entries}
 
 
+def check_said(config: Config, structure: Structure) -> None:
+    """Raise UserError unless config.json says all of `structure`: read back, it is an equal one."""
+    found = child(config)
+    for index, (said, meant) in enumerate(zip(found.layers, structure.layers, strict=True)):
+        for slot, sub_block in meant.items():
+            if said.get(slot) != sub_block:
+                raise UserError(f"layer {index} {slot}: config.json of a child has no words for '{sub_block.key()}'")
+    if found != structure.with_layers(found.layers):
+        raise UserError("config.json of a child has no words for what stands around this one's layers")
+
+
 def hidden_act(gated: SwiGLU) -> str:
     """transformers' name of its activation."""
     return next(name for name, ours in ACTIVATIONS.items() if ours == gated.activation)

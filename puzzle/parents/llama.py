@@ -1,4 +1,4 @@
-"""Llama, and Mistral, which has one window for all layers."""
+"""Llama; Mistral, which has one window for all layers; Seed-OSS, whose o has a bias of its own."""
 
 from __future__ import annotations
 
@@ -14,4 +14,10 @@ def llama(c: Config) -> Structure:
 @family("mistral")
 def mistral(c: Config) -> Structure:
     layer = {"attention": attention(c, window=c.get("sliding_window")), "ffn": ffn(c)}
+    return decoder(c, [layer] * c["num_hidden_layers"])
+
+
+@family("seed_oss")
+def seed_oss(c: Config) -> Structure:
+    layer = {"attention": attention(c, o_bias=bool(c["attention_out_bias"])), "ffn": ffn(c)}
     return decoder(c, [layer] * c["num_hidden_layers"])

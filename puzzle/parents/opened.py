@@ -19,7 +19,7 @@ from puzzle.parents.structure import Layer, Structure
 
 MODULES = ("llama", "qwen", "phi3", "gemma3", "olmo", "granite", "smollm3", "exaone4", "child", "nemotron_nas")
 NEUTRAL = {  # fields that change no output: of training, of generation, and what transformers has written into others by now
-    "attention_dropout", "embd_pdrop", "resid_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
+    "attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "pretraining_tp", "max_window_layers", "use_sliding_window", "original_max_position_embeddings",
     "no_rope_layer_interval", "num_hidden_layers", "sliding_window_pattern",
 }  # fmt: skip

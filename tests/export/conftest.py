@@ -119,7 +119,10 @@ def modules_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers appends the cache to it
+    # transformers appends the cache to sys.path; a package in another test's cache would hide this one
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not Path(entry, "transformers_modules").is_dir()])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
     return cache
 
 

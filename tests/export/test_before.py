@@ -46,6 +46,7 @@ def test_exported_again_it_generates_what_it_should(old, tmp_path, puzzle):
     assert torch.equal(generated(tmp_path / "new"), wanted)
 
 
+@pytest.mark.parametrize("old", ["hf"], indirect=True)
 def test_serve_check_and_evaluate_say_so(old, tmp_path, corpus, puzzle):
     arguments = ("--engine", "hf", "--tokens", 16, "--threads", 1)
     done = puzzle("serve-check", old, *arguments)

@@ -109,6 +109,23 @@ def test_pulp_equals_brute_force(problem):
     check(problem, lambda p: solve(p, "pulp"))
 
 
+@pytest.mark.parametrize("score", [0.0, 0.1, -1.0])
+@pytest.mark.parametrize("hair", [0.0, 1e-9, 5.960464477539063e-08, 1e-6])
+def test_a_limit_that_is_missed_by_a_hair(hair, score):
+    """Left alone, CBC calls some of these infeasible: choices at 0 miss the limit of -hair, those at -2 and -1 meet it."""
+    cells = (
+        (("v0", 1.0, -2.0), ("v1", score, 0.0), ("v2", 0.0, 0.0), ("v3", 0.0, 0.0)),
+        (("v0", 0.0, 0.0), ("v1", score, 0.0), ("v2", 0.0, 1.0), ("v3", 0.0, -1.0)),
+    )
+    layers = tuple(
+        Layer(name=f"L{i}", variants=tuple(Variant(name=name, score=s, resources={"a": a}) for name, s, a in row))
+        for i, row in enumerate(cells)
+    )
+    problem = Problem(layers=layers, constraints=(Constraint(resource="a", max=0.0),), fixed={"a": hair})
+    check(problem, solve)
+    check(problem, lambda p: solve(p, "pulp"))
+
+
 @given(problems())
 @quick
 def test_highs_equals_brute_force(problem):
