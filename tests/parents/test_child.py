@@ -15,7 +15,7 @@ from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.sub_block import MissingFace
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.parents.child import child, config_of, entry_of, hidden_act, layer_of
+from puzzle.parents.child import check_said, child, config_of, entry_of, hidden_act, layer_of
 from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Structure
 
@@ -59,7 +59,11 @@ def children(draw) -> tuple[Structure, dict]:
         ),
     )
     ffns = st.sampled_from([NO_OP, linear, gated, replace(gated, intermediate_size=17)])
-    layers = draw(st.lists(st.fixed_dictionaries({"attention": attentions, "ffn": ffns}), min_size=1, max_size=4))
+    layers = draw(
+        st.lists(
+            st.builds(lambda one, other: {"attention": one, "ffn": other}, attentions, ffns), min_size=1, max_size=4
+        )
+    )
     structure = Structure(
         hidden_size=24,
         vocab_size=101,
@@ -95,6 +99,7 @@ def test_config_round_trip(made):
     structure, base = made
     config = json.loads(json.dumps(config_around(structure, base)))
     assert child(config) == structure
+    check_said(config, structure)
     assert set(config["per_layer_config"]) == {
         str(index) for index, layer in enumerate(structure.layers) if layer != base
     }
@@ -153,3 +158,31 @@ def test_a_difference_that_the_config_has_no_word_for(layer, wanted):
     """An error, never the parent's own sub-block."""
     with pytest.raises(MissingFace, match=wanted):
         entry_of({**BASE, **layer}, BASE)
+
+
+@pytest.mark.parametrize("layer", [{"ffn": FFN}, {"ffn": FFN, "attention": GQA}, {**BASE, "mixer": FFN}])
+def test_slots_that_the_config_has_no_words_for(layer):
+    """Left out, in another order, or one more: never read back as the parent's layer."""
+    with pytest.raises(UserError, match="has words for attention and then ffn, not for "):
+        entry_of(layer, BASE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"layers": ({**BASE, "ffn": Linear(hidden_size=24)},)}, "layer 0 ffn: .* has no words for 'linear h24'"),
+        ({"layers": ({**BASE, "ffn": Linear(hidden_size=24, norm="after", norm_eps=1e-5)},)}, "'linear h24 norm=after eps"),
+        ({"norm_offset": True}, "no words for what stands around"),
+        ({"norm_eps": 1e-6}, "no words for what stands around"),
+        ({"ropes": {"default": Rope(head_dim=12, max_length=64, parameters=PLAIN)}}, "no words for what stands around"),
+    ],
+)  # fmt: skip
+def test_a_config_that_does_not_say_all(changes, wanted):
+    """Whoever wrote it: what stands in the config is what the child is."""
+    rope = Rope(head_dim=10, max_length=64, parameters=PLAIN)
+    fields = {"hidden_size": 24, "vocab_size": 101, "max_length": 64, "tied": True, "norm_eps": 1e-5, "layers": (BASE,)}
+    told = Structure(**fields, ropes={"default": rope})
+    meant = replace(told, **changes)
+    config = config_around(told, BASE) | {"per_layer_config": config_of(meant, BASE)["per_layer_config"]}
+    with pytest.raises(UserError, match=wanted):
+        check_said(config, meant)
