@@ -35,7 +35,7 @@ class Gqa(Normed):
     window: int | None = size("window", config="sliding_window", default=None)
     qkv_bias: bool = size("qkv_bias", default=False)
     o_bias: bool = size("o_bias", default=False)
-    qk_norm: str | None = size("qk_norm", default=None)
+    qk_norm: str | None = size("qk_norm", default=None, choices=("head", "all"))
     rope: str | None = size("rope", config="rope", default="default")
     scale: float | None = size("scale", default=None)
 

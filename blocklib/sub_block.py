@@ -103,10 +103,10 @@ class Variant:
     initialise: Initialise
 
 
-def size(key: str, *, config: str | None = None, default: Any = MISSING) -> Any:
-    """A field of a sub-block. key: its name in the text form; config: its name in `per_layer_config`, if layers of one model may
-    differ in it."""
-    metadata = {"key": key, "config": config}
+def size(key: str, *, config: str | None = None, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
+    """A field of a sub-block: int (above 0), float, bool or str, or one of these and None. key: its name in the text form; config:
+    its name in `per_layer_config`, if layers of one model may differ in it; choices: all texts that it may be, if not any."""
+    metadata = {"key": key, "config": config, "choices": choices}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -119,10 +119,17 @@ class SubBlock:
     plain: ClassVar[str | None] = None
     on_kernels: ClassVar[str | None] = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that its field cannot have: whatever made it, a misspelt one would mean something else."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not _fits(f, value):
+                raise UserError(f"sub-block of kind '{self.kind}': {f.name} {value!r} is not {_wanted(f)}")
+
     # -- faces that every kind has ---------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor, in the order in which its module holds them."""
+        """Name and shape of every tensor of its module."""
         raise MissingFace(self.kind, "tensors")
 
     def state(self) -> State:
@@ -245,7 +252,7 @@ class Normed(SubBlock):
     """
 
     hidden_size: int = size("h")
-    norm: str = size("norm", default="before")
+    norm: str = size("norm", default="before", choices=("before", "after", "both"))
     norm_eps: float = size("eps", default=DEFAULT_EPS)
     norm_offset: bool = size("norm_offset", default=False)
     residual_scale: float = size("residual", default=1.0)
@@ -289,11 +296,18 @@ _KINDS: dict[str, type[SubBlock]] = {}
 
 
 def register(cls: Kind) -> Kind:
-    """Class decorator: a kind of sub-block."""
-    known = _KINDS.setdefault(cls.kind, cls)
+    """Class decorator: a kind of sub-block. Raises ValueError for a name that another kind has, or a field without a text form."""
+    known = _KINDS.get(cls.kind, cls)
     if known.__qualname__ != cls.__qualname__ or known.__module__ != cls.__module__:
         raise ValueError(f"two kinds of sub-block are called '{cls.kind}': {known} and {cls}")
-    return cls
+    keys = [f.metadata.get("key", "") for f in fields(cls)]
+    for f, key in zip(fields(cls), keys, strict=True):
+        if not re.fullmatch("[a-z_]+", key) or keys.count(key) > 1 or not set(_types(f)) <= set(_WANTED):
+            raise ValueError(
+                f"field {f.name} of kind '{cls.kind}' has no text form: make it a `size(...)` with a word of its own in small "
+                f"letters, of type int, float, bool or str, or one of these and None"
+            )
+    return _KINDS.setdefault(cls.kind, cls)  # type: ignore[return-value]
 
 
 @cache
@@ -312,7 +326,7 @@ def kinds() -> dict[str, type[SubBlock]]:
 
 
 def parse_key(text: str) -> SubBlock:
-    """The sub-block that `key` wrote. Raises UserError for an unknown kind, or a word that the kind does not know."""
+    """The sub-block that `key` wrote. Raises UserError for an unknown kind, or a word or a value that the kind does not know."""
     kind, *words = text.split() or [""]
     if kind not in kinds():
         raise UserError(f"sub-block '{text}': kind '{kind}' is unknown ({nearest(kind, list(kinds()))})")
@@ -323,10 +337,42 @@ def parse_key(text: str) -> SubBlock:
         name, value = _read_word(word)
         if name not in known:
             raise UserError(f"sub-block '{text}': '{word}' is no word of kind '{kind}' ({nearest(name, list(known))})")
+        if not _fits(known[name], value):
+            raise UserError(f"sub-block '{text}': '{word}' gives {name} a value that is not {_wanted(known[name])}")
+        if known[name].name in values:
+            raise UserError(f"sub-block '{text}': '{name}' is given twice")
         values[known[name].name] = value
     if missing := [k for k, f in known.items() if f.default is MISSING and f.name not in values]:
         raise UserError(f"sub-block '{text}' lacks {', '.join(missing)}: '{kind}' is not whole without")
     return cls(**values)
+
+
+_WANTED = {"int": "a whole number above 0", "float": "a number", "bool": "yes or no", "str": "a name", "None": "none"}
+
+
+@cache
+def _types(f: Field) -> tuple[str, ...]:
+    """("int", "None") of `int | None`."""
+    return tuple((f.type.__name__ if isinstance(f.type, type) else str(f.type)).split(" | "))
+
+
+def _wanted(f: Field) -> str:
+    """What a field may be, in words."""
+    known = dict(_WANTED, str=" or ".join(f.metadata["choices"]) or _WANTED["str"])
+    return " or ".join(known[name] for name in _types(f))
+
+
+def _fits(f: Field, value: Any) -> bool:
+    """Whether a field may have this value, which its key then gives back."""
+    types, choices = _types(f), f.metadata["choices"]
+    if value is None or isinstance(value, bool):
+        return ("None" if value is None else "bool") in types
+    if isinstance(value, str):
+        key = f.metadata["key"]
+        return "str" in types and (value in choices if choices else _read_word(_word(key, value)) == (key, value))
+    if isinstance(value, int) and "int" in types:
+        return value > 0
+    return "float" in types and isinstance(value, int | float) and math.isfinite(value)
 
 
 def _word(name: str, value: Any) -> str:
@@ -339,7 +385,7 @@ def _word(name: str, value: Any) -> str:
 
 
 def _read_word(word: str) -> tuple[str, Any]:
-    if found := re.fullmatch(r"([a-z_]+)=(.+)", word):
+    if found := re.fullmatch(r"([a-z_]+)=(\S+)", word):
         text = found[2]
         if text in ("none", "no"):
             return found[1], None if text == "none" else False

@@ -28,7 +28,7 @@ class SwiGLU(Normed):
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.swiglu:FastSwiGLU"
 
     intermediate_size: int = size("f", config="intermediate_size")
-    activation: str = size("act", default="silu")
+    activation: str = size("act", default="silu", choices=("silu", "gelu_tanh"))
     bias: bool = size("bias", default=False)
 
     def inner_tensors(self) -> dict[str, tuple[int, ...]]:

@@ -51,7 +51,8 @@ def search_space(parent: SubBlock, names: str | None, slot: str = "sub-block") -
 def search_spaces(
     layers: Mapping[int, Mapping[str, SubBlock]], names: Mapping[str, str | None]
 ) -> dict[int, dict[str, dict[str, SubBlock]]]:
-    """The `search_space` of every slot of several layers. names: per slot, comma-separated; None takes what each place offers.
+    """The `search_space` of every slot of several layers, slots in the order of each layer. names: per slot, comma-separated; None
+    takes what each place offers.
 
     A name that some layers cannot take (a window where the parent's is smaller) is left out there. Raises UserError for a name
     that none of them takes.
@@ -64,7 +65,7 @@ def search_spaces(
         for index, parent in having.items():
             own = None if taken is None else ",".join(taken[parent])
             spaces[index][slot] = search_space(parent, own, slot)
-    return spaces
+    return {index: {slot: spaces[index][slot] for slot in layer} for index, layer in layers.items()}
 
 
 def _taken(parents: list[SubBlock], names: str, slot: str) -> dict[SubBlock, list[str]]:

@@ -277,3 +277,19 @@ def poison_tensor(checkpoint: Path, name: str, edit) -> None:
     if value is not None:
         tensors[name] = value
     save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """`synthetic(name)`: a library of a well-known parent with made-up scores. Tests that change it must copy it."""
+    from synthetic_library import main
+
+    root = tmp_path_factory.mktemp("synthetic")
+
+    def library(name: str) -> Path:
+        if not (root / name).is_dir():
+            done = CliRunner().invoke(main, [name, str(root / name)])
+            assert done.exit_code == 0, done.output
+        return root / name
+
+    return library

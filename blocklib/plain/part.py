@@ -46,7 +46,7 @@ class Part(nn.Module):
             self.norm = RMSNorm(sub_block.hidden_size, sub_block.norm_eps, sub_block.norm_offset)
 
     def finish(self) -> None:
-        """Add the norm after; called by a kind once its own modules stand, so that tensors are in the order of `tensors()`."""
+        """Add the norm after; called by a kind once its own modules stand, so that it comes last."""
         sub_block = self.sub_block
         if isinstance(sub_block, Normed) and sub_block.norm_after:
             self.post_norm = RMSNorm(sub_block.hidden_size, sub_block.norm_eps, sub_block.norm_offset)

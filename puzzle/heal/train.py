@@ -1,6 +1,6 @@
 """One step of healing: the teacher shows, the child's loss flows back, AdamW moves the float32 weights.
 
-On one GPU a step is a CUDA graph (puzzle/replay.py) and never waits for the device: a step with a non-finite gradient is
+On one GPU a step is a CUDA graph (puzzle/base/replay.py) and never waits for the device: a step with a non-finite gradient is
 left out by the optimiser itself (`found_inf`), and counted on the device. Under FSDP the optimiser works on each rank's
 part of the weights. Letters: B sequences of this rank, T tokens, S held-out sequences.
 """

@@ -103,6 +103,8 @@ def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
 
     Raises UserError for a kind or a difference that the config has no words for.
     """
+    if list(layer) != list(base):
+        raise UserError(f"config.json of a child has words for {' and then '.join(base)}, not for {list(layer)}")
     entry: dict[str, Any] = {}
     for slot, sub_block in layer.items():
         lists = [word for word, kind in LISTS.items() if isinstance(sub_block, kind)]

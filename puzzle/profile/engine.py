@@ -166,7 +166,7 @@ def read_architectures(path: Path) -> dict:
         raise UserError(f"{path} cannot be read ({error.strerror}): write what was measured there") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{path} does not describe architectures ({error}): see puzzle/engines for an example"
+            f"{path} does not describe architectures ({error}): see puzzle/profile/engines for an example"
         ) from error
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: say where the figures come from")

@@ -52,7 +52,7 @@ class CausalModel(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(structure.hidden_size, structure.norm_eps, structure.norm_offset)
-        self.norm.weight.data = final_norm
+        self.norm.weight = nn.Parameter(final_norm)
         self.head = nn.Parameter(head) if head is not None else None
 
     @property

@@ -202,7 +202,7 @@ def run_engine(job: dict[str, Any], python: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="puzzle-serve-check-") as name:
         directory = Path(name)
         (directory / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        # A script's own directory is searched first for imports: from a copy, puzzle/profile.py hides no library.
+        # A script's own directory is searched first for imports: from a copy, no file of ours hides a library.
         worker = shutil.copy(Path(__file__).with_name("worker.py"), directory)
         command = [str(python), worker, str(directory / "job.json"), str(directory / "result.npz")]
         try:

@@ -1,5 +1,5 @@
-"""What scores and evaluation report (puzzle/metrics.py) against every log-probability written down in float64: through the
-kernel and through the plain way of `linear_kl`."""
+"""What scores and evaluation report (`puzzle.runtime.divergence`) against every log-probability written down in float64: through
+the kernel, which only the tests of this folder have on a CPU, and through the plain way of `linear_kl`."""
 
 from __future__ import annotations
 
@@ -8,34 +8,25 @@ import math
 import pytest
 import torch
 
-from puzzle.blocklib.layer import LayerSpec
-from puzzle.kernels import linear_kl as module
 from puzzle.kernels.linear_kl import Chunks, linear_kl
-from puzzle.runtime import divergence as metrics
+from puzzle.parents.structure import Structure
+from puzzle.runtime import divergence
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import CausalModel
 
 SEQUENCES, TOKENS, HIDDEN, VOCAB = 3, 63, 40, 501
-SPEC = LayerSpec(
-    hidden_size=HIDDEN,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=10,
-    intermediate_size=80,
-    rms_norm_eps=1e-5,
-    inv_freq=(1.0,) * 5,
-)
+ENDS = Structure(hidden_size=HIDDEN, vocab_size=VOCAB, max_length=TOKENS, tied=True, norm_eps=1e-5, ropes={}, layers=())
 
 
 @pytest.fixture(params=["kernel", "plain", "plain in chunks"])
 def place(request, device, monkeypatch) -> torch.device:
-    """The device of the models; `metrics` may hold a kernel that was imported before the interpreter was asked for."""
-    monkeypatch.setattr(metrics, "linear_kl", linear_kl)
+    """The device of the models; `divergence` may hold a kernel that was imported before the interpreter was asked for."""
+    monkeypatch.setattr(divergence, "linear_kl", linear_kl)
     if request.param == "kernel":
         return device
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if request.param == "plain in chunks":
-        monkeypatch.setattr(metrics, "Chunks", lambda **k: Chunks(tokens=7, words=VOCAB, **k))
+        monkeypatch.setattr(divergence, "Chunks", lambda **k: Chunks(tokens=7, words=VOCAB, **k))
     return torch.device("cpu")
 
 
@@ -44,7 +35,7 @@ def ends(place, dtype, away=0.0) -> CausalModel:
     embedding, move = torch.randn(2, VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1)) * 4 / HIDDEN**0.5
     norm = torch.linspace(0.8, 1.2 + away, HIDDEN)
     placed = [x.to(place, dtype) for x in (embedding + away * move, norm)]
-    return CausalModel(SPEC, placed[0], [], placed[1], None).requires_grad_(False)
+    return CausalModel(ENDS, placed[0], [], placed[1], None).requires_grad_(False)
 
 
 def streams(place, dtype, shift=0.3):
@@ -113,14 +104,3 @@ def test_not_a_number_is_not_hidden(place):
     meter = Divergence()
     meter.add(model, parent, model, child, ids)
     assert math.isnan(meter.result()["kl"])
-
-
-def test_no_more_logits_than_asked_for(monkeypatch):
-    """Without the kernel at most tokens × words logits exist at once, whatever the number of tokens."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    rows = []
-    reference = module.linear_kl_reference
-    monkeypatch.setattr(module, "linear_kl_reference", lambda p, *rest: (rows.append(len(p)), reference(p, *rest))[1])
-    parent, child = torch.randn(2, 25, 8)
-    module.linear_kl(parent, child, torch.randn(100, 8), config=Chunks(tokens=20, words=50))
-    assert rows == [10, 10, 5]

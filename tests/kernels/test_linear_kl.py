@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from puzzle.kernels import linear_kl as module
 from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl, linear_kl_by_rows, linear_kl_reference
 
 CONFIGS = [
@@ -152,3 +153,14 @@ def test_wrong_arguments(device):
         linear_kl(parent, child.bfloat16(), weight)
     with pytest.raises(ValueError, match="targets"):
         linear_kl(parent, child, weight, None, targets[:2])
+
+
+def test_no_more_logits_than_asked_for(monkeypatch):
+    """Without the kernel at most tokens × words logits exist at once, whatever the number of tokens."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rows = []
+    reference = module.linear_kl_reference
+    monkeypatch.setattr(module, "linear_kl_reference", lambda p, *rest: (rows.append(len(p)), reference(p, *rest))[1])
+    parent, child = torch.randn(2, 25, 8)
+    module.linear_kl(parent, child, torch.randn(100, 8), config=Chunks(tokens=20, words=50))
+    assert rows == [10, 10, 5]

@@ -1,4 +1,4 @@
-"""Building, grouping, resuming and scoring libraries."""
+"""Building, grouping, widening and resuming libraries."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from puzzle.base.units import parse_layers
 from puzzle.blocklib.distill import Recipe
-from puzzle.data.packing import load_tokens
 from puzzle.library.build import Builder, BuildOptions, build_library
-from puzzle.library.score import load_variant
-from puzzle.library.store import BlockStore
-from puzzle.parents.family import open_model
-from puzzle.runtime.divergence import compare
-from puzzle.runtime.model import Block, load_model
+from puzzle.library.manifest import Library
+from puzzle.library.plan import describe
+from puzzle.parents.opened import open_model
 
 SMALL = {
     "tokens": 1024,
@@ -71,7 +66,7 @@ def test_layers_can_be_chosen(parent, corpus, tmp_path):
     blocks = [name for name in one_hashes if name.startswith("blocks")]
     assert len(blocks) == 4
     assert all(one_hashes[name] == all_hashes[name] for name in blocks)
-    assert parse_layers("--layers", "0-1,3", 4) == [0, 1, 3]
+    assert Library.open(tmp_path / "one").layers == [2]
 
 
 def test_a_library_can_be_widened(parent, corpus, tmp_path):
@@ -82,8 +77,15 @@ def test_a_library_can_be_widened(parent, corpus, tmp_path):
     build_library(str(parent), options(corpus, out, attention="none", ffn="0.25"))
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("kv1.*")}
     facts = json.loads((out / "library.json").read_text())
-    assert list(facts["variants"]["attention"]) == ["parent", "kv1", "none"]
-    assert list(facts["variants"]["ffn"]) == ["parent", "none", "0.25"]
+    assert list(facts["layers"]) == ["0", "1", "2", "3"]
+    for layer in facts["layers"].values():
+        assert {slot: list(names) for slot, names in layer.items()} == {
+            "attention": ["kv1", "none"],
+            "ffn": ["none", "0.25"],
+        }
+    for space in Library.open(out).spaces:
+        assert list(space["attention"]) == ["parent", "kv1", "none"]
+        assert list(space["ffn"]) == ["parent", "none", "0.25"]
 
 
 def test_damaged_blocks_are_trained_again(parent, corpus, tmp_path):
@@ -142,32 +144,6 @@ def test_kill_9_anywhere_then_resume(parent, corpus, tmp_path):
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
 
 
-def test_scores_are_those_of_the_whole_model(library, parent, corpus):
-    """A score equals the KL of a model assembled with that one block, computed the long way."""
-    opened = open_model(parent)
-    data = load_tokens([str(corpus)], parent, seq_len=64, num_train=1, num_validation=6)
-    whole, child = load_model(opened), load_model(opened)
-    module = load_variant(BlockStore(library), opened, 2, "attention", "kv1", torch.device("cpu"), torch.float32)
-    child.blocks[2] = Block(module, child.blocks[2].ffn)
-    expected = compare(whole, child, data.validation)
-    found = json.loads((library / "scores/L02.json").read_text())["scores"]["attention/kv1"]
-    assert found["num_tokens"] == expected["num_tokens"]
-    for key in ("kl", "kl_stderr", "lm_loss", "top1_agreement"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-4), key
-    assert compare(whole, whole, data.validation)["kl"] == pytest.approx(0, abs=1e-9)
-
-
-def test_joint_scores(own_library, corpus, puzzle):
-    facts = json.loads((own_library / "library.json").read_text())
-    facts["variants"]["attention"] = {k: facts["variants"]["attention"][k] for k in ("parent", "none")}
-    facts["variants"]["ffn"] = {k: facts["variants"]["ffn"][k] for k in ("parent", "none")}
-    (own_library / "library.json").write_text(json.dumps(facts))
-    done = puzzle("score", own_library, "--data", corpus, "--sequences", 4, "--joint")
-    assert done.exit_code == 0, done.output
-    scores = json.loads((own_library / "scores/L01.json").read_text())["scores"]
-    assert set(scores) == {"attention/none", "ffn/none", "attention/none+ffn/none"}
-
-
 def test_dry_run_matches_the_plan(parent, corpus, tmp_path, puzzle):
     done = puzzle(
         "build-library",
@@ -193,11 +169,14 @@ def test_dry_run_matches_the_plan(parent, corpus, tmp_path, puzzle):
     assert not (tmp_path / "x").exists()
     builder = Builder(open_model(parent), options(corpus, tmp_path / "x"))
     plan = builder.plan()
-    trained = sum(
-        v.footprint(builder.spec).num_parameters
-        for k in builder.variants
-        for n in builder.variants[k]
-        if n != "parent"
-        for v in [__import__("puzzle.blocklib.variant", fromlist=["x"]).parse_variant(k, n, builder.spec)]
-    )
-    assert plan.trained_parameters_per_layer == trained
+    trained = [
+        sub_block.num_parameters
+        for space in builder.spaces.values()
+        for names in space.values()
+        for name, sub_block in names.items()
+        if name != "parent"
+    ]
+    assert facts["num_trained_parameters"] == plan.num_trained_parameters == sum(trained)
+    told = describe(plan, 1.0, builder.spaces, facts["device"])
+    assert set(told) == set(facts)
+    assert told["variants"] == facts["variants"]

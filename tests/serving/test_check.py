@@ -66,7 +66,7 @@ def test_an_engine_that_is_not_there(child, tmp_path, puzzle):
 
 
 def test_wrong_questions(child, tmp_path, puzzle):
-    with pytest.raises(UserError, match=r"--engine vlm: did you mean 'vllm'"):
+    with pytest.raises(UserError, match=r"`engine` vlm: did you mean 'vllm'"):
         serve_check(child, "vlm")
     for engine in ("vllm", "llama.cpp", "mlx"):
         assert "hf" not in READS[engine]

@@ -1,0 +1,78 @@
+"""What each variant starts from."""
+
+from __future__ import annotations
+
+import torch
+
+from puzzle.blocklib.initialize import attention_as_linear, channel_order, merge_kv_heads
+from puzzle.blocklib.plain.part import loaded
+from puzzle.blocklib.sub_block import ParentBlock
+from puzzle.blocklib.variant import PARENT, variant_of
+from puzzle.kernels.block_loss import block_loss
+
+
+def part_of(block: ParentBlock):
+    return loaded(block.sub_block, block.weights)
+
+
+def started(block: ParentBlock, name: str):
+    """The module of a variant as it starts."""
+    variant = variant_of(block.sub_block, name)
+    return loaded(variant.sub_block, variant.initialise(block))
+
+
+def test_merged_heads_are_means():
+    weight = torch.arange(4 * 2 * 3, dtype=torch.float32).view(8, 3)  # 4 heads of 2
+    merged = merge_kv_heads(weight, 4, 2)
+    assert torch.equal(merged, torch.cat(((weight[:2] + weight[2:4]) / 2, (weight[4:6] + weight[6:]) / 2)))
+    assert torch.equal(merge_kv_heads(weight, 4, 4), weight)
+
+
+def test_equal_kv_heads_merge_without_loss(make_layer, ropes_of):
+    attention = make_layer()["attention"]
+    for name in ("k_proj.weight", "v_proj.weight"):
+        attention.weights[name] = attention.weights[name][:6].repeat(4, 1)
+    x, ropes = torch.randn(2, 17, 24), ropes_of(17)
+    expected = started(attention, PARENT)(x, ropes)
+    for name in ("kv2", "kv1"):
+        torch.testing.assert_close(started(attention, name)(x, ropes), expected)
+
+
+def test_linear_attention_is_attention_to_oneself(make_layer, ropes_of):
+    """On sequences of one token, softmax attention sees that token alone: O · V is exact."""
+    attention = make_layer()["attention"]
+    x = torch.randn(5, 1, 24)
+    expected = part_of(attention)(x, ropes_of(1))
+    torch.testing.assert_close(started(attention, "linear")(x, {}), expected, rtol=1e-4, atol=1e-5)
+    assert attention_as_linear(attention.weights, 8, 4).shape == (24, 24)
+
+
+def test_linear_ffn_is_the_least_squares_solution(make_layer):
+    block = make_layer()["ffn"]
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(4, 50, 24, generator=generator) for _ in range(4)]
+    ffn = part_of(block)
+    block.statistics = ffn.calibrate(inputs)
+    x = torch.cat(inputs)
+    target = ffn(x, {})
+    normed = ffn.norm(x).flatten(0, 1).double()
+    best = torch.linalg.lstsq(normed, target.flatten(0, 1).double()).solution
+    optimum = block_loss((normed @ best).view_as(x), target)
+    mine = block_loss(started(block, "linear")(x, {}), target)
+    assert optimum <= mine + 1e-6 <= 1.01 * optimum + 2e-6
+    product = block.weights["down_proj.weight"] @ block.weights["up_proj.weight"]
+    assert mine < block_loss(ffn.norm(x) @ product.T, target)
+    assert mine < 1
+
+
+def test_channels_kept_are_those_that_contribute_most(make_layer):
+    block = make_layer()["ffn"]
+    keep = torch.randperm(63, generator=torch.Generator().manual_seed(5))[:32].sort().values
+    dead = torch.tensor([i for i in range(63) if i not in set(keep.tolist())])
+    block.weights["down_proj.weight"][:, dead] *= 1e-3
+    ffn = part_of(block)
+    x = torch.randn(2, 64, 24)
+    block.statistics = ffn.calibrate([x])
+    assert set(channel_order(block.weights, block.statistics)[:32].tolist()) == set(keep.tolist())
+    assert variant_of(block.sub_block, "0.5").sub_block.intermediate_size == 32
+    assert block_loss(started(block, "0.5")(x, {}), ffn(x, {})) < 1e-4

@@ -1,0 +1,97 @@
+"""A whole model as a value: through JSON and back, and its parameters counted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from puzzle.base.errors import UserError
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.parents.known import STRUCTURES
+from puzzle.parents.rope import Rope
+from puzzle.parents.structure import Structure
+from puzzle.runtime.model import random_model
+
+GQA = Gqa(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=10, norm_eps=1e-5)
+FFN = SwiGLU(hidden_size=24, intermediate_size=50, norm_eps=1e-5)
+ROPE = Rope(head_dim=10, max_length=128, parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0})
+UNLIKE = Structure(
+    hidden_size=24,
+    vocab_size=101,
+    max_length=128,
+    tied=False,
+    norm_eps=1e-5,
+    norm_offset=True,
+    embedding_scale=4.5,
+    logits_divisor=3.0,
+    ropes={"default": ROPE, "local": replace(ROPE, parameters={"rope_theta": 10.0, "partial_rotary_factor": 0.5})},
+    layers=(
+        {"attention": GQA, "ffn": FFN},
+        {"attention": replace(GQA, window=7, rope="local", qkv_bias=True, o_bias=True, qk_norm="all"), "ffn": NO_OP},
+        {"mixer": replace(FFN, bias=True, activation="gelu_tanh")},
+        {"attention": NO_OP, "ffn": Linear(hidden_size=24, norm="after")},
+        {"ffn": replace(FFN, norm="both", norm_offset=True), "attention": replace(GQA, rope=None, scale=0.25)},
+        {"attention": GQA, "ffn": FFN},
+    ),
+)
+EVERY = {**STRUCTURES, "unlike": UNLIKE}
+
+
+@pytest.mark.parametrize("structure", EVERY.values(), ids=EVERY)
+def test_json_round_trip(structure):
+    again = Structure.from_json(json.loads(json.dumps(structure.to_json())))
+    assert again == structure
+    assert [list(layer) for layer in again.layers] == [list(layer) for layer in structure.layers]
+    assert again.to_json() == structure.to_json()
+
+
+@pytest.mark.parametrize("structure", EVERY.values(), ids=EVERY)
+def test_parameters_are_those_of_a_model(structure):
+    """On the meta device, where 405 billion weigh nothing."""
+    for tied in (True, False):
+        own = replace(structure, tied=tied)
+        model = random_model(own, "meta", torch.bfloat16)
+        count = sum(p.numel() for p in model.parameters())
+        assert own.num_parameters == count == sum(t.numel() for t in parameters_by_layer(model))
+        assert own.num_fixed_parameters == count - sum(p.numel() for p in model.blocks.parameters())
+
+
+def parameters_by_layer(model):
+    """Embedding, head and final norm, and what each sub-block says that it has."""
+    ends = [model.embedding.weight, model.norm.weight, *([] if model.head is None else [model.head])]
+    return [*ends, *(torch.empty(b, device="meta") for _, _, s in model.structure for b in s.tensors().values())]
+
+
+def test_slots_and_what_is_usual():
+    assert UNLIKE.slots == ("attention", "ffn", "mixer")
+    assert UNLIKE.usual == {"attention": GQA, "ffn": FFN, "mixer": replace(FFN, bias=True, activation="gelu_tanh")}
+    assert UNLIKE.num_layers == 6
+    assert [(i, s) for i, s, _ in UNLIKE][:5] == [
+        (0, "attention"),
+        (0, "ffn"),
+        (1, "attention"),
+        (1, "ffn"),
+        (2, "mixer"),
+    ]
+    assert UNLIKE.with_layers([]).num_parameters == UNLIKE.num_fixed_parameters == 2 * 101 * 24 + 24
+
+
+@pytest.mark.parametrize(
+    ("layer", "wanted"),
+    [
+        ({"ffn": "swiglu h24 f50 g3"}, "'g3' is no word of kind 'swiglu'"),
+        ({"ffn": "moe h24 e8"}, "kind 'moe' is unknown"),
+        ({"attention": "gqa h24 q6 d10"}, "lacks kv"),
+    ],
+)
+def test_a_layer_that_is_not_understood(layer, wanted):
+    value = UNLIKE.to_json()
+    value["layers"][3] = layer
+    with pytest.raises(UserError, match=wanted):
+        Structure.from_json(value)

@@ -1,0 +1,75 @@
+"""The cost tables that ship with the package, and what `puzzle solve` says from them without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from puzzle.blocklib.variant import search_spaces
+from puzzle.parents.known import STRUCTURES
+from puzzle.profile.cost_table import PACKAGED, CostTable
+from puzzle.profile.parts import ends_of, priced_as
+
+
+def test_the_shipped_table_needs_no_gpu(puzzle, synthetic, tmp_path):
+    library = synthetic("llama-3.1-8b")
+    arguments = ("--gpu", "h100", "--input-len", 512, "--output-len", 256, "--json", "--out", tmp_path)
+    done = puzzle("solve", library, "--throughput", "5x", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "within the h100's 80 GB" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["synthetic_scores"] is True
+    assert found["speedup"] >= 5
+    assert found["predicted"]["memory_bytes"] <= 80e9
+    assert found["parent_predicted"]["memory_bytes"] <= 80e9
+    same = json.loads(puzzle("solve", library, "--throughput", "5x", "--same-batch", *arguments).stdout)
+    assert same["speedup_at_same_batch"] >= 5
+    assert same["objective"] <= found["objective"]
+    named = ("--shapes", "llama-3.1-8b-fp8", *arguments)
+    fp8 = json.loads(puzzle("solve", library, "--throughput", "5x", *named).stdout)
+    assert fp8["parent_predicted"]["tokens_per_second"] > found["parent_predicted"]["tokens_per_second"]
+    assert {choice["precision"] for layer in fp8["layers"] for choice in layer.values()} == {"fp8"}
+    done = puzzle("solve", library, "--throughput", "5x", *arguments, "--memory", "9GB")
+    assert json.loads(done.stdout)["predicted"]["memory_bytes"] <= 9e9
+
+
+@pytest.mark.parametrize("name", ["llama-3.3-70b", "llama-3.1-405b-tp8", "qwen3-8b", "reference"])
+def test_every_shipped_parent_can_be_solved_for(puzzle, synthetic, name, tmp_path):
+    arguments = ("--throughput", "2x", "--gpu", "h100", "--input-len", 256, "--output-len", 128, "--json")
+    found = json.loads(puzzle("solve", synthetic(name), *arguments, "--out", tmp_path).stdout)
+    assert found["speedup"] >= 2
+    assert found["predicted"]["memory_bytes"] <= 80e9
+    assert found["predicted"]["workspace_bytes"] > 0
+    assert found["extrapolated"] == []
+
+
+def test_shipped_tables_hold_what_a_library_has_by_default():
+    tables = [t for t in (PACKAGED / "h100-sxm-80gb").glob("*.csv") if not t.stem.endswith("-fp8")]
+    assert {t.stem for t in tables} == set(STRUCTURES)
+    for path in tables:
+        structure, table = STRUCTURES[path.stem], CostTable(path)
+        spaces = search_spaces(dict(enumerate(structure.layers)), {})
+        offered = {b for slots in spaces.values() for space in slots.values() for b in space.values() if b.tensors()}
+        assert {priced_as(part) for part in (*offered, *ends_of(structure))} <= set(table.parts()), path.stem
+
+
+def test_what_lies_beyond_the_measured_points_is_said(puzzle, synthetic, tmp_path):
+    arguments = (synthetic("reference"), "--throughput", "2x", "--gpu", "h100", "--input-len", 40, "--output-len", 20)
+    found = json.loads(puzzle("solve", *arguments, "--json", "--out", tmp_path).stdout)
+    batch = found["predicted"]["batch"]
+    said = f"decode of 'gqa h256 q8 kv4 d32', batch {batch}, tokens 40 to 58 (measured: 128 to 1024)"
+    assert said in found["extrapolated"]
+    assert f"extrapolated: {said}" in puzzle("solve", *arguments, "--out", tmp_path).output.replace("\n", "")
+
+
+def test_a_parent_that_does_not_fit_is_said_to_be_so(puzzle, synthetic, tmp_path):
+    arguments = ("--throughput", "3x", "--gpu", "h100", "--input-len", 256, "--output-len", 128)
+    done = puzzle("solve", synthetic("llama-3.3-70b"), *arguments, "--out", tmp_path)
+    assert "the parent itself needs 131" in done.output
+
+
+def test_a_library_that_no_table_covers(puzzle, library, tmp_path):
+    done = puzzle("solve", library, "--throughput", "2x", "--gpu", "h100", "--out", tmp_path / "other")
+    assert done.exit_code == 2, done.output
+    assert "holds this library's sub-blocks: run `puzzle profile LIBRARY --gpu h100`" in done.stderr.replace("\n", " ")

@@ -1,0 +1,168 @@
+"""`profile`: resumed, out of memory, on the wrong machine. A GPU's profile on the CPU, where every path but CUDA's runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from puzzle.base import device
+from puzzle.base.errors import UserError
+from puzzle.blocklib.variant import search_spaces
+from puzzle.library.manifest import Library
+from puzzle.parents.known import known_structure
+from puzzle.profile.cost_table import CostTable
+from puzzle.profile.gpu import GpuTimer
+from puzzle.profile.grid import Grid, gpu_grid
+from puzzle.profile.profile import Subject, count_points, profile, subject_named, subject_of
+
+GRID = Grid(
+    batches=(1, 4), contexts=(32, 64), rows=(32, 64), prompts=((1, 32), (2, 32)), by_rows=True, wide=(2,),
+    seconds=1e-4, min_samples=1,
+)  # fmt: skip
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from puzzle.profile import profile as room
+from puzzle.profile.grid import Grid
+from puzzle.blocklib.variant import search_spaces
+from puzzle.parents.known import known_structure
+real, left = room.append_costs, [11]
+def append(*arguments):
+    real(*arguments)
+    left[0] -= 1
+    if not left[0]:
+        with open(arguments[0], "a") as handle:
+            handle.write("gqa h256 q8,half a li")
+        os.kill(os.getpid(), signal.SIGKILL)
+room.append_costs = append
+structure = known_structure("reference")
+space = search_spaces({0: structure.layers[0]}, {"attention": "kv2,linear"})[0]
+offered = tuple((slot, b) for slot, names in space.items() for b in names.values())
+subject = room.Subject(name="reference", structure=structure, offered=offered)
+room.profile(subject, gpu="h100", out=Path("OUT"), device="cpu", grid=GRID)
+"""
+KV4 = "gqa h256 q8 kv4 d32"
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    """The reference parent with two of its attention's variants and all of its FFN's."""
+    structure = known_structure("reference")
+    space = search_spaces({0: structure.layers[0]}, {"attention": "kv2,linear"})[0]
+    offered = tuple((slot, b) for slot, names in space.items() for b in names.values())
+    return Subject(name="reference", structure=structure, offered=offered)
+
+
+def rows(path):
+    with open(path, newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def keys(found):
+    return [(r["part"], r["phase"], r["batch"], r["context"]) for r in found]
+
+
+def test_killed_and_resumed(tmp_path, subject):
+    code = KILLED.replace("OUT", str(tmp_path)).replace("GRID", repr(GRID))
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    kept = rows(tmp_path / "reference.partial.csv")[:11]
+    path, facts = profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=GRID)
+    found = rows(path)
+    assert facts["points"] == len(found) == len(set(keys(found))) == count_points(subject, GRID)
+    assert facts["measured_now"] == len(found) - 11
+    by_key = dict(zip(keys(found), found, strict=True))
+    assert all(by_key[key] == row for key, row in zip(keys(kept), kept, strict=True))
+    assert not (tmp_path / "reference.partial.csv").exists()
+    assert CostTable(path).batches == [1, 4]
+
+
+def test_what_does_not_fit_is_recorded_and_skipped(tmp_path, monkeypatch, subject):
+    real = GpuTimer._time
+
+    def short_of_memory(self, sub_block, at):
+        if (at.phase, at.batch, at.context) == ("decode", 4, 64):
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return real(self, sub_block, at)
+
+    monkeypatch.setattr(GpuTimer, "_time", short_of_memory)
+    path, _ = profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=GRID)
+    without = [r for r in rows(path) if r["num_samples"] == "0"]
+    assert {(r["batch"], r["context"]) for r in without} == {("4", "64")}
+    assert {r["part"] for r in without} == {KV4, "gqa h256 q8 kv2 d32"}
+    table, attention = CostTable(path), subject.structure.layers[0]["attention"]
+    near = table.seconds(attention, "decode", 4, 32)
+    assert table.seconds(attention, "decode", 4, 64) == pytest.approx(2 * near)
+    assert list(table.extrapolated) == [(KV4, "decode", 4)]
+
+
+def test_weights_that_do_not_fit_are_recorded_too(tmp_path, monkeypatch, subject):
+    real = GpuTimer._load
+
+    def short_of_memory(self, target):
+        if target.key == "swiglu h256 f1408":
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        real(self, target)
+
+    monkeypatch.setattr(GpuTimer, "_load", short_of_memory)
+    path, _ = profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=GRID)
+    without = {r["part"] for r in rows(path) if r["num_samples"] == "0"}
+    assert without == {"swiglu h256 f1408"}  # twice the parent's width
+    assert "swiglu h256 f1408" not in CostTable(path).parts()
+    assert "swiglu h256 f704" in CostTable(path).parts()
+
+
+def test_a_cpu_is_measured_by_the_plain_modules(tmp_path, library):
+    """The whole parent, its ends and everything that the library offers, at every batch and context, in float32."""
+    grid = Grid(batches=(1, 2), contexts=(8, 16), prompts=((1, 8), (2, 8)), whole=True, seconds=1e-4, min_samples=1)
+    offered = subject_of(Library.open(library))
+    path, facts = profile(offered, gpu="cpu", out=tmp_path, grid=grid)
+    found, table = rows(path), CostTable(path)
+    parts = {"model parent", "embedding h32 v384", "head h32 v384"}
+    parts |= {b.timed().key() for _, b in offered.offered if b.tensors()}
+    assert set(table.parts()) == parts
+    points = {("decode", b, c) for b in "12" for c in ("8", "16")} | {("prefill", b, "8") for b in "12"}
+    assert set(keys(found)) == {(part, *point) for part in parts for point in points}
+    assert facts["points"] == len(found) == count_points(offered, grid)
+    assert facts["precision"] == table.precision == "float32"
+
+
+def test_wrong_machine(monkeypatch, tmp_path, subject):
+    monkeypatch.setattr(device, "this_gpu", lambda _: "NVIDIA A100-SXM4-40GB")
+    with pytest.raises(UserError, match="`gpu` h100: this machine has NVIDIA A100-SXM4-40GB"):
+        profile(subject, gpu="h100", out=tmp_path)
+
+
+def test_wrong_precision(tmp_path, subject):
+    for gpu, precision in (("cpu", "fp8"), ("cpu", "bf16"), ("h100", "float32"), ("h100", "int4")):
+        with pytest.raises(UserError, match=f"precision {precision} cannot be profiled on {gpu}: float32 can on a CPU"):
+            profile(subject, gpu=gpu, out=tmp_path, precision=precision, device="cpu", grid=GRID)
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_and_bad_requests(puzzle, library, tmp_path):
+    for arguments, message in (
+        (("--shapes", "llama-3.1-8b", "--gpu", "h100"), "no CUDA device can be used here ("),
+        ((library, "--gpu", "h100"), "no CUDA device can be used here ("),
+        (("--shapes", "llama-8b", "--gpu", "h100"), "--shapes llama-8b is unknown: did you mean 'llama-3.1-8b'?"),
+        (("--gpu", "h100"), "nothing to profile: name a LIBRARY (see `puzzle build-library`), or --shapes of a known"),
+    ):
+        done = puzzle("profile", *arguments, "--out", tmp_path / "costs")
+        assert done.exit_code == 2, done.output
+        assert message in done.stderr.replace("\n", " "), done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_dry_run_counts_what_would_be_measured(puzzle):
+    done = puzzle("profile", "--shapes", "llama-3.1-8b", "--gpu", "h100", "--dry-run", "--json")
+    assert done.exit_code == 0
+    named = subject_named("llama-3.1-8b", known_structure("llama-3.1-8b"))
+    assert json.loads(done.stdout)["points"] == count_points(named, gpu_grid())
