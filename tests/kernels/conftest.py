@@ -35,9 +35,11 @@ def interpret_kernels() -> None:
             for module in (standard, triton.language):
                 if hasattr(module, name):
                     setattr(module, name, again)
-    for path in sorted(KERNELS.glob("*.py")):
-        sys.modules.pop(f"puzzle.kernels.{path.stem}", None)
-        importlib.import_module(f"puzzle.kernels.{path.stem}")
+    names = [f"puzzle.kernels.{path.stem}" for path in sorted(KERNELS.glob("*.py"))]
+    for name in names:  # all of them first: one imports another
+        sys.modules.pop(name, None)
+    for name in names:
+        importlib.import_module(name)
 
 
 def round_as_the_gpu_does() -> None:
