@@ -43,9 +43,7 @@ class Config(NamedTuple):
     prefetch: int = 0
 
 
-def skinny_linear_reference(
-    x: Tensor, w: Tensor, *, scale: Tensor | None = None, residual: Tensor | None = None, gated: bool = False
-) -> Tensor:
+def skinny_linear_reference(x: Tensor, w: Tensor, *, scale: Tensor | None = None, gated: bool = False) -> Tensor:
     """The twin of `skinny_linear` in plain PyTorch: same arguments, same results up to rounding."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) @ w.to(wide).T
@@ -53,7 +51,7 @@ def skinny_linear_reference(
         out = out * scale
     if gated:
         out = F.silu(out[:, ::2]) * out[:, 1::2]
-    return (out if residual is None else out + residual.to(wide)).to(x.dtype)
+    return out.to(x.dtype)
 
 
 if triton is not None:
@@ -79,9 +77,8 @@ if triton is not None:
 
     @triton.jit
     def skinny_store(
-        acc, scale_ptr, residual_ptr, out_ptr, tile, M, N, out_row, residual_row,
-        GATED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr,
+        acc, scale_ptr, out_ptr, tile, M, N, out_row, GATED: tl.constexpr, HAS_SCALE: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
         """The epilogue of `skinny_kernel`: acc [BLOCK_N, BLOCK_M] is out transposed."""
         if HAS_SCALE:
@@ -97,17 +94,13 @@ if triton is not None:
             inside = columns < N
         rows = tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & inside[None, :]
-        if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + rows[:, None] * residual_row + columns[None, :], mask=mask, other=0.0)
-            result += residual.to(tl.float32)
         tl.store(out_ptr + rows[:, None] * out_row + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit(do_not_specialize=["M"])
     def skinny_kernel(
-        x_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr, partial_ptr, counter_ptr, M, N, K, x_row, out_row, residual_row,
-        GATED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
-        SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr,
-        PDL: tl.constexpr,
+        x_ptr, w_ptr, scale_ptr, out_ptr, partial_ptr, counter_ptr, M, N, K, x_row, out_row,
+        GATED: tl.constexpr, HAS_SCALE: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """Program (tile, split): BLOCK_N rows of w times all M ≤ BLOCK_M rows of x, over one of SPLIT_K stretches of K.
 
@@ -151,10 +144,7 @@ if triton is not None:
                 w = w.to(tl.float16).to(tl.float32)
             acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
         if SPLIT_K == 1:
-            skinny_store(
-                acc, scale_ptr, residual_ptr, out_ptr, tile, M, N, out_row, residual_row, GATED, HAS_SCALE, HAS_RESIDUAL,
-                BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            skinny_store(acc, scale_ptr, out_ptr, tile, M, N, out_row, GATED, HAS_SCALE, BLOCK_M, BLOCK_N)
         else:
             within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tokens[None, :]
             stride = tl.num_programs(0) * (BLOCK_N * BLOCK_M)
@@ -166,10 +156,7 @@ if triton is not None:
                 total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
                 for other in tl.range(0, SPLIT_K):
                     total += tl.load(at + other * stride, cache_modifier=".cg")
-                skinny_store(
-                    total, scale_ptr, residual_ptr, out_ptr, tile, M, N, out_row, residual_row, GATED, HAS_SCALE,
-                    HAS_RESIDUAL, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                skinny_store(total, scale_ptr, out_ptr, tile, M, N, out_row, GATED, HAS_SCALE, BLOCK_M, BLOCK_N)
                 tl.store(counter_ptr + tile, 0)
 
 
@@ -179,18 +166,9 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
-def skinny_linear(
-    x: Tensor,
-    w: Tensor,
-    config: Config,
-    *,
-    scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
+def skinny_linear(x: Tensor, w: Tensor, config: Config, *, scale: Tensor | None = None, gated: bool = False) -> Tensor:
     """x [M, K], M at most MAX_ROWS, w [N, K] in x's dtype or float8_e4m3fn with scale [N] float32 -> [M, N], or [M, N/2]
-    if gated, in x's dtype; plus residual (like the result). Sums are float32; equal inputs give equal bits. Raises
-    ValueError for shapes that do not fit.
+    if gated, in x's dtype. Sums are float32; equal inputs give equal bits. Raises ValueError for shapes that do not fit.
     """
     rows, columns = x.shape
     num = len(w)
@@ -200,7 +178,7 @@ def skinny_linear(
             f"not {tuple(w.shape)} {w.dtype}"
         )
     if triton is None or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return skinny_linear_reference(x, w, scale=scale, residual=residual, gated=gated)
+        return skinny_linear_reference(x, w, scale=scale, gated=gated)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(rows, num // 2 if gated else num, dtype=x.dtype, device=x.device)
     block_m, tiles = max(16, triton.next_power_of_2(rows)), triton.cdiv(num, config.block_n)
@@ -213,10 +191,8 @@ def skinny_linear(
     aligned = columns * w.element_size() % 16 == 0  # what a bulk prefetch asks of every row
     prefetch = config.prefetch if options["PDL"] and aligned else 0
     skinny_kernel[(tiles, split)](
-        x, w, scale, residual, out, partial, counters, rows, num, columns, x.stride(0), out.stride(0),
-        0 if residual is None else residual.stride(0),
-        GATED=gated, HAS_SCALE=scale is not None, HAS_RESIDUAL=residual is not None,
-        EVEN_K=columns % config.block_k == 0, SPLIT_K=split, BLOCK_M=block_m, BLOCK_N=config.block_n,
+        x, w, scale, out, partial, counters, rows, num, columns, x.stride(0), out.stride(0),
+        GATED=gated, HAS_SCALE=scale is not None, EVEN_K=columns % config.block_k == 0, SPLIT_K=split, BLOCK_M=block_m, BLOCK_N=config.block_n,
         BLOCK_K=config.block_k, PREFETCH=prefetch, num_warps=config.num_warps,
         num_stages=config.num_stages, **options,
     )  # fmt: skip
