@@ -1,4 +1,4 @@
-"""Times GPU work as a model meets it: operands not in the L2 cache, no launch overhead; and the device's own ceilings.
+"""Times GPU work as a model meets it: operands not in the L2 cache, no launch overhead.
 
 A caller gives several callables that do the same work on different copies of the operands. They are captured one after
 another in one CUDA graph; by the time a copy's turn comes again, the others have pushed it out of the L2. A sample is the
@@ -8,7 +8,6 @@ call, so that every caller also runs on a CPU (where the operands' place in the 
 
 from __future__ import annotations
 
-import datetime
 import math
 import statistics
 import time
@@ -163,54 +162,3 @@ def _time_on_cpu(calls: Sequence[Call], seconds: float, min_samples: int) -> Tim
         calls[len(samples) % len(calls)]()
         samples.append(time.perf_counter() - start)
     return percentiles(samples)
-
-
-def copy_bandwidth(device: torch.device | str = "cuda", num_bytes: int = 2**31, seconds: float = 0.1) -> float:
-    """Bytes per second of a device-to-device copy of num_bytes, counting bytes read and bytes written."""
-    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * num_bytes / time_calls([lambda: target.copy_(source)], seconds=seconds, device=device).p50
-
-
-def read_bandwidth(device: torch.device | str = "cuda", num_bytes: int = 2**32, seconds: float = 0.1) -> float:
-    """Bytes per second of a float32 sum over num_bytes."""
-    source = torch.randn(num_bytes // 4, device=device)
-    return num_bytes / time_calls([lambda: source.sum()], seconds=seconds, device=device).p50
-
-
-def matmul_rate(
-    dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cuda", size: int = 8192, seconds: float = 0.2
-) -> float:
-    """FLOP per second of a square product of random matrices; float8_e4m3fn goes through torch._scaled_mm."""
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    if dtype == torch.float8_e4m3fn:
-        a, b = left.to(dtype), right.to(dtype).t()
-        one = torch.ones((), device=device)
-
-        def call() -> torch.Tensor:
-            return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-    else:
-        a, b = left.to(dtype), right.to(dtype)
-
-        def call() -> torch.Tensor:
-            return a @ b
-
-    return 2 * size**3 / time_calls([call], seconds=seconds, device=device).p50
-
-
-def environment(device: torch.device | str | None = None) -> dict[str, str]:
-    """What a row of measurements must carry: device, versions of torch, CUDA and triton, and the date (UTC)."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = ""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "triton": version,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }

@@ -15,9 +15,10 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from ceilings import read_bandwidth
 from kernel_report import BANDWIDTH, Report
 from puzzle.kernels.block_loss import block_loss_reference, gradient, loss_and_energy
-from puzzle.kernels.timer import num_copies, read_bandwidth, time_calls
+from puzzle.kernels.timer import num_copies, time_calls
 
 
 def twin(child, parent):

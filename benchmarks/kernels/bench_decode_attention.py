@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from ceilings import environment, read_bandwidth
 from kernel_report import BANDWIDTH
 from puzzle.kernels import decode_attention as module
 from puzzle.kernels.decode_attention import decode_attention
-from puzzle.kernels.timer import environment, num_copies, read_bandwidth, time_calls
+from puzzle.kernels.timer import num_copies, time_calls
 
 HEADS, DIM, PAGE = 32, 128, 64
 POINTS = [(64, 4096, kv, None) for kv in (8, 4, 2, 1)] + [

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from ceilings import environment, matmul_rate
 from kernel_report import BF16
 from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl
-from puzzle.kernels.timer import environment, matmul_rate
 
 
 def plain(parent, child, weight):

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from ceilings import copy_bandwidth
 from kernel_report import BANDWIDTH, Report
 from puzzle.kernels.rmsnorm import rms_norm
-from puzzle.kernels.timer import copy_bandwidth, num_copies, time_calls
+from puzzle.kernels.timer import num_copies, time_calls
 
 POINTS = [(8192, 4096), (8192, 8192), (2048, 4096), (8192, 2048), (16384, 16384), (64, 4096)]
 

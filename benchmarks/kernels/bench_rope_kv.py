@@ -15,9 +15,10 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from ceilings import copy_bandwidth
 from kernel_report import BANDWIDTH, Report
 from puzzle.kernels.rope_kv import rope_kv
-from puzzle.kernels.timer import copy_bandwidth, num_copies, time_calls
+from puzzle.kernels.timer import num_copies, time_calls
 
 HEADS, DIM, PAGE = 32, 128, 64
 POINTS = [

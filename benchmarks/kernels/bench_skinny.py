@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from ceilings import environment, read_bandwidth
 from kernel_report import BANDWIDTH
 from puzzle.kernels.skinny import Config, skinny_linear
 from puzzle.kernels.swiglu import choose_linear, fp8_product, rows_to_fp8, silu_mul
-from puzzle.kernels.timer import environment, num_copies, read_bandwidth, time_calls
+from puzzle.kernels.timer import num_copies, time_calls
 
 HIDDEN = 4096
 GATED = [(w, HIDDEN) for w in (14336, 8192, 3584, 2048, 1024, 512)]  # width, columns

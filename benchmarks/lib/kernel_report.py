@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from ceilings import environment
 from puzzle.base.machine import gpu_facts
-from puzzle.kernels.timer import environment
 
 H100 = gpu_facts("h100")  # by its datasheet, as the next three
 BANDWIDTH = H100.bandwidth  # bytes a second

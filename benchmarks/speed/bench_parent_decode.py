@@ -17,9 +17,9 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from ceilings import environment, read_bandwidth
 from kernel_report import BANDWIDTH
 from puzzle.base.device import check_gpu
-from puzzle.kernels.timer import environment, read_bandwidth
 from puzzle.parents.known import known_structure
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import random_model

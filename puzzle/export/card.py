@@ -24,36 +24,22 @@ class CardFacts:
 
     child: Child
     original: Child
-    format: str
-    engine: str | None
     dtype: str
-    file: str | None
     licence: str | None
-    lowerings: tuple[str, ...]
-    also: tuple[str, ...]
     solved: Architecture | None
-    facts: dict[str, Any] | None
-    measured: dict[str, Any] | None
+    format: str = "hf"
+    engine: str | None = None
+    file: str | None = None
+    lowerings: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    facts: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
 
 
 def plain_card(child: Child, solved: Architecture | None) -> str:
     """The card of a child in its own format and dtype, nothing rewritten. solved: predictions that hold for it."""
-    return child_card(
-        CardFacts(
-            child=child,
-            original=child,
-            format="hf",
-            engine=None,
-            dtype=str(child.dtype).removeprefix("torch."),
-            file=None,
-            licence=child.licence,
-            lowerings=(),
-            also=(),
-            solved=solved,
-            facts=None,
-            measured=None,
-        )
-    )
+    dtype = str(child.dtype).removeprefix("torch.")
+    return child_card(CardFacts(child=child, original=child, dtype=dtype, licence=child.licence, solved=solved))
 
 
 def child_card(card: CardFacts) -> str:

@@ -220,17 +220,3 @@ def _push(client: Any, repository: str, out: Path) -> None:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def export_child(
-    root: Path,
-    architecture: Path,
-    out: Path,
-    *,
-    parent: str | None = None,
-    force: bool = False,
-    max_shard_bytes: int = 4 * 2**30,
-) -> Path:
-    """Write the child of `architecture` to `out`, tensor by tensor. Returns `out`; raises UserError for bad input."""
-    export(open_source(root, architecture, parent), out, force=force, max_shard_bytes=max_shard_bytes)
-    return out

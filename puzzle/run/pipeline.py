@@ -19,7 +19,7 @@ from puzzle.base.machine import cpu_name
 from puzzle.base.units import seconds_text
 from puzzle.choose.problem import Request
 from puzzle.choose.solve import open_costs, solve_library
-from puzzle.export.write import export_child
+from puzzle.export.write import export, open_source
 from puzzle.library.build import BuildOptions, build_library
 from puzzle.library.manifest import Library
 from puzzle.library.score import score_library
@@ -71,7 +71,7 @@ class Run:
             write_architecture(self.out / "solution" / "architecture.json", solved)
             self.show(solved)
         with self._stage("export"):
-            export_child(library, self.out / "solution", self.out / "child", force=True)
+            export(open_source(library, self.out / "solution"), self.out / "child", force=True)
         with self._stage("evaluate", "evaluate", "workload"):
             device = "cpu" if recipe.profile.gpu == "cpu" else recipe.device
             parent = Library.open(library).parent_source()

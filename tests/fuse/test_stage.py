@@ -9,7 +9,7 @@ from puzzle.choose.goal import GoalOptions
 from puzzle.choose.problem import Request
 from puzzle.choose.solve import open_costs, solve_library
 from puzzle.export.sources import child_of_checkpoint
-from puzzle.export.write import export_child
+from puzzle.export.write import export, open_source
 from puzzle.fuse.stage import fuse_child
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Choice, read_architecture, write_architecture
@@ -29,7 +29,7 @@ def free_child(root, out, ffns):
         for i, layer in enumerate(names)
     )
     write_architecture(out.with_suffix(".json"), replace(solved, layers=layers))
-    export_child(root, out.with_suffix(".json"), out)
+    export(open_source(root, out.with_suffix(".json")), out)
     return out
 
 
