@@ -126,11 +126,11 @@ PARENTS = {
 }  # fmt: skip
 
 
-def write_tiny_parent(name: str, out: Path) -> Path:
-    """One of PARENTS as transformers saves it, without a tokenizer."""
+def write_tiny_parent(name: str, out: Path, **sizes: Any) -> Path:
+    """One of PARENTS as transformers saves it, without a tokenizer. sizes: other values of its config."""
     made = PARENTS[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(made.model_type, **SIZES | made.changes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(made.model_type, **SIZES | made.changes | sizes))
     offset = made.model_type == "gemma3_text"  # whose norms scale by 1 + weight
     for key, weight in model.named_parameters():
         noise = torch.randn_like(weight)
