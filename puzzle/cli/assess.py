@@ -13,7 +13,7 @@ from puzzle.cli import options
 @click.argument("library", type=options.DIRECTORY)
 @options.data
 @options.parent
-@click.option("--sequences", type=int, default=64, show_default=True, help="Held-out sequences.")
+@click.option("--sequences", type=int, default=64, help="Held-out sequences.")
 @click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
 @options.text_field
 @options.device
@@ -49,14 +49,12 @@ def score_command(
 @click.argument("parent")
 @click.argument("child")
 @options.data
-@click.option("--sequences", type=int, default=64, show_default=True, help="Held-out sequences.")
-@click.option("--seq-len", type=int, default=1024, show_default=True)
+@click.option("--sequences", type=int, default=64, help="Held-out sequences.")
+@click.option("--seq-len", type=int, default=1024)
 @options.input_len
 @options.output_len
-@click.option(
-    "--batch", default=None, metavar="P,C", help="Batch of parent and child (default: the child's architecture.json)."
-)
-@click.option("--repeats", type=int, default=3, show_default=True, help="Timed runs of each; the median counts.")
+@click.option("--batch", metavar="P,C", help="Batch of parent and child (default: the child's architecture.json).")
+@click.option("--repeats", type=int, default=3, help="Timed runs of each; the median counts.")
 @click.option("--no-speed", is_flag=True, help="Measure divergence and sizes only.")
 @options.text_field
 @options.device

@@ -13,12 +13,12 @@ from puzzle.cli import options
 @click.command("bench")
 @click.argument("target", type=options.DIRECTORY, metavar="CHILD|ARCHITECTURE")
 @click.option("--gpu", required=True, help="This machine's: h100, or cpu.")
-@click.option("--input-len", type=int, default=None, help="Prompt tokens. Default: the architecture's workload.")
-@click.option("--output-len", type=int, default=None, help="Generated tokens. Default: the architecture's workload.")
-@click.option("--batch", type=int, default=None, help="Default: what was predicted to be best.")
+@click.option("--input-len", type=int, help="Prompt tokens. Default: the architecture's workload.")
+@click.option("--output-len", type=int, help="Generated tokens. Default: the architecture's workload.")
+@click.option("--batch", type=int, help="Default: what was predicted to be best.")
 @click.option("--fp8", is_flag=True, help="Weights and KV cache in fp8.")
 @click.option("--with-parent", is_flag=True, help="Measure the parent too, at its own best batch.")
-@click.option("--repeats", type=int, default=3, show_default=True)
+@click.option("--repeats", type=int, default=3)
 @options.as_json
 def bench_command(
     target: Path,

@@ -15,26 +15,20 @@ from puzzle.cli import options
 @click.option(
     "--out", type=options.DIRECTORY, required=True, metavar="LIB", help="Library directory; new or to continue."
 )
-@click.option("--attention", default=None, metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
-@click.option("--ffn", default=None, metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
-@click.option("--layers", default=None, metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
-@click.option("--tokens", default="1M", show_default=True, help="Training tokens, e.g. 20M; 0 only initialises.")
-@click.option("--seq-len", type=int, default=1024, show_default=True)
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences a step.")
-@click.option(
-    "--lr", type=float, default=3e-3, show_default=True, help="Peak learning rate (docs/lessons.md has the sweep)."
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Orders the data; blocks' seeds depend on them alone."
-)
-@click.option("--calibration-sequences", type=int, default=64, show_default=True, help="For initialisation.")
-@click.option(
-    "--validation-sequences", type=int, default=16, show_default=True, help="Held out, for the losses reported."
-)
-@click.option("--group-size", type=int, default=None, help="Layers trained together (default: as many as fit).")
-@click.option("--memory-limit", default=None, metavar="BYTES", help="Use at most this much device memory, e.g. 80GB.")
-@click.option("--score/--no-score", default=True, show_default=True, help="Score the blocks after training.")
-@click.option("--score-sequences", type=int, default=64, show_default=True, help="Held-out sequences for the scores.")
+@click.option("--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
+@click.option("--ffn", metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
+@click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
+@click.option("--tokens", default="1M", help="Training tokens, e.g. 20M; 0 only initialises.")
+@click.option("--seq-len", type=int, default=1024)
+@click.option("--batch-size", type=int, default=8, help="Sequences a step.")
+@click.option("--lr", type=float, default=3e-3, help="Peak learning rate (docs/lessons.md has the sweep).")
+@click.option("--seed", type=int, default=0, help="Orders the data; blocks' seeds depend on them alone.")
+@click.option("--calibration-sequences", type=int, default=64, help="For initialisation.")
+@click.option("--validation-sequences", type=int, default=16, help="Held out, for the losses reported.")
+@click.option("--group-size", type=int, help="Layers trained together (default: as many as fit).")
+@click.option("--memory-limit", metavar="BYTES", help="Use at most this much device memory, e.g. 80GB.")
+@click.option("--score/--no-score", default=True, help="Score the blocks after training.")
+@click.option("--score-sequences", type=int, default=64, help="Held-out sequences for the scores.")
 @click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
 @click.option("--dry-run", is_flag=True, help="Print groups, memory, disk, FLOPs and time; write nothing.")
 @options.text_field

@@ -11,45 +11,35 @@ from puzzle.cli import options
 
 @click.command("heal")
 @click.argument("child")
-@click.option("--teacher", default=None, metavar="PARENT", help="The parent, or any model with the same tokenizer.")
+@click.option("--teacher", metavar="PARENT", help="The parent, or any model with the same tokenizer.")
 @options.data
-@click.option(
-    "--data-blend", "blend", type=options.DIRECTORY, default=None, metavar="YAML", help="Weighted sources, as above."
-)
+@click.option("--data-blend", "blend", type=options.DIRECTORY, metavar="YAML", help="Weighted sources, as above.")
 @click.option("--out", type=options.DIRECTORY, required=True, metavar="HEALED", help="New directory.")
-@click.option("--tokens", default="10M", show_default=True, help="Training tokens, e.g. 100M.")
-@click.option("--seq-len", type=int, default=1024, show_default=True)
-@click.option("--stages", default=None, metavar="LEN:TOKENS,...", help="e.g. 8k:100M,64k:20M instead of the two above.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Sequences a step (of the first stage).")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Micro-batches a step is split into.")
-@click.option("--kl-weight", type=float, default=1.0, show_default=True, help="Of KL(teacher‖child) on the logits.")
-@click.option(
-    "--cosine-weight", type=float, default=1.0, show_default=True, help="Of the hidden states' cosine distance."
-)
-@click.option("--lm-weight", type=float, default=0.0, show_default=True, help="Of the next-token loss on the text.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of both distributions in the KL.")
-@click.option("--lr", type=float, default=3e-4, show_default=True, help="Peak learning rate; cosine after warm-up.")
-@click.option("--warm-up", type=float, default=0.05, show_default=True, help="Share of all steps.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of matrices (AdamW).")
-@click.option("--clip-norm", type=float, default=1.0, show_default=True, help="Largest norm of a gradient.")
+@click.option("--tokens", default="10M", help="Training tokens, e.g. 100M.")
+@click.option("--seq-len", type=int, default=1024)
+@click.option("--stages", metavar="LEN:TOKENS,...", help="e.g. 8k:100M,64k:20M instead of the two above.")
+@click.option("--batch-size", type=int, default=32, help="Sequences a step (of the first stage).")
+@click.option("--accumulate", type=int, default=1, help="Micro-batches a step is split into.")
+@click.option("--kl-weight", type=float, default=1.0, help="Of KL(teacher‖child) on the logits.")
+@click.option("--cosine-weight", type=float, default=1.0, help="Of the hidden states' cosine distance.")
+@click.option("--lm-weight", type=float, default=0.0, help="Of the next-token loss on the text.")
+@click.option("--temperature", type=float, default=1.0, help="Of both distributions in the KL.")
+@click.option("--lr", type=float, default=3e-4, help="Peak learning rate; cosine after warm-up.")
+@click.option("--warm-up", type=float, default=0.05, help="Share of all steps.")
+@click.option("--weight-decay", type=float, default=0.0, help="Of matrices (AdamW).")
+@click.option("--clip-norm", type=float, default=1.0, help="Largest norm of a gradient.")
 @click.option("--train-embeddings", is_flag=True, help="Train embedding and LM head too (default: they stay).")
 @click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time.")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="bf16 (weights stay float32) or fp32; auto: by device."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Orders the data.")
+@click.option("--dtype", default="auto", help="bf16 (weights stay float32) or fp32; auto: by device.")
+@click.option("--seed", type=int, default=0, help="Orders the data.")
 @click.option("--allow-repeats", is_flag=True, help="Go past a source's max_epochs.")
-@click.option(
-    "--save-every", type=int, default=500, show_default=True, help="Steps between checkpoints; 0: at the end."
-)
-@click.option(
-    "--eval-every", type=int, default=100, show_default=True, help="Steps between evaluations; 0: at the end."
-)
-@click.option("--validation-sequences", type=int, default=64, show_default=True, help="Held out, for the evaluations.")
-@click.option("--cuda-graph/--no-cuda-graph", default=True, show_default=True, help="Replay steps on a single GPU.")
-@click.option("--teacher-device", default=None, help="Another device for the teacher, e.g. cuda:1.")
-@click.option("--tensorboard", type=options.DIRECTORY, default=None, metavar="DIR", help="Also log there.")
-@click.option("--wandb", default=None, metavar="PROJECT", help="Also log to Weights & Biases.")
+@click.option("--save-every", type=int, default=500, help="Steps between checkpoints; 0: at the end.")
+@click.option("--eval-every", type=int, default=100, help="Steps between evaluations; 0: at the end.")
+@click.option("--validation-sequences", type=int, default=64, help="Held out, for the evaluations.")
+@click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a single GPU.")
+@click.option("--teacher-device", help="Another device for the teacher, e.g. cuda:1.")
+@click.option("--tensorboard", type=options.DIRECTORY, metavar="DIR", help="Also log there.")
+@click.option("--wandb", metavar="PROJECT", help="Also log to Weights & Biases.")
 @click.option("--force", is_flag=True, help="Replace what is in --out, and an unfinished run with other options.")
 @click.option("--dry-run", is_flag=True, help="Print time, memory and disk; write nothing.")
 @options.text_field

@@ -17,14 +17,12 @@ data = click.option(
     metavar="PATH",
     help="Directory, glob or file of text, .jsonl or .parquet, or a datasets name. Repeatable.",
 )
-text_field = click.option("--text-field", default="text", show_default=True, help="Field of .jsonl and .parquet rows.")
-device = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-parent = click.option("--parent", default=None, help="Where the library's parent is now, if it has moved.")
+text_field = click.option("--text-field", default="text", help="Field of .jsonl and .parquet rows.")
+device = click.option("--device", default="auto", help="auto, cpu or cuda.")
+parent = click.option("--parent", help="Where the library's parent is now, if it has moved.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-input_len = click.option("--input-len", type=int, default=128, show_default=True, help="Prompt tokens of a request.")
-output_len = click.option(
-    "--output-len", type=int, default=128, show_default=True, help="Generated tokens of a request."
-)
+input_len = click.option("--input-len", type=int, default=128, help="Prompt tokens of a request.")
+output_len = click.option("--output-len", type=int, default=128, help="Generated tokens of a request.")
 
 
 def count(option: str, text: str, least: int = 1) -> int:

@@ -12,18 +12,16 @@ from puzzle.cli import options
 @click.command("profile")
 @click.argument("library", type=options.DIRECTORY, required=False)
 @click.option("--gpu", required=True, help="Where costs are measured: cpu is this machine's processor.")
-@click.option("--batches", default=None, help="In decode. Default: 1,4,16,64 on a CPU, 1 to 512 on a GPU.")
-@click.option("--prefill", default=None, help="Prompt lengths. Default: 64,128,256 on a CPU, 128 to 32768 on a GPU.")
-@click.option("--contexts", default=None, help="Cached tokens before a decode step. Default: 64 to 512, 128 to 131072.")
-@click.option("--seconds", type=float, default=None, help="Spent on a point in each round. Default: 0.2, 0.025.")
-@click.option("--rounds", type=int, default=None, help="Walks over the whole grid; medians count. Default: 3, 1.")
-@click.option("--shapes", default=None, metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
+@click.option("--batches", help="In decode. Default: 1,4,16,64 on a CPU, 1 to 512 on a GPU.")
+@click.option("--prefill", help="Prompt lengths. Default: 64,128,256 on a CPU, 128 to 32768 on a GPU.")
+@click.option("--contexts", help="Cached tokens before a decode step. Default: 64 to 512, 128 to 131072.")
+@click.option("--seconds", type=float, help="Spent on a point in each round. Default: 0.2, 0.025.")
+@click.option("--rounds", type=int, help="Walks over the whole grid; medians count. Default: 3, 1.")
+@click.option("--shapes", metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
 @click.option("--fp8", is_flag=True, help="On a GPU: weights and KV cache in fp8.")
-@click.option("--engine", default=None, help="Fit this serving engine's overheads instead (with --fit).")
-@click.option("--fit", "fit_path", type=options.DIRECTORY, default=None, metavar="FILE.csv", help="What it measured.")
-@click.option(
-    "--out", type=options.DIRECTORY, default=None, help="Where the fit goes; default: fit.json beside FILE.csv."
-)
+@click.option("--engine", help="Fit this serving engine's overheads instead (with --fit).")
+@click.option("--fit", "fit_path", type=options.DIRECTORY, metavar="FILE.csv", help="What it measured.")
+@click.option("--out", type=options.DIRECTORY, help="Where the fit goes; default: fit.json beside FILE.csv.")
 @click.option("--dry-run", is_flag=True, help="Print the number of points and the time; measure nothing.")
 @options.as_json
 def profile_command(

@@ -15,7 +15,7 @@ from puzzle.cli import options
 @click.argument("recipe", type=options.DIRECTORY)
 @click.option("--out", type=options.DIRECTORY, required=True, metavar="RUN", help="Run directory; new or to continue.")
 @options.data
-@click.option("--throughput", default=None, help="Overrides the recipe's goal.")
+@click.option("--throughput", help="Overrides the recipe's goal.")
 @click.option("--dry-run", is_flag=True, help="Print what the library build takes; write nothing.")
 @options.as_json
 def run_command(

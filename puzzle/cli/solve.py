@@ -17,21 +17,19 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 def limits(command: Callable[..., Any]) -> Callable[..., Any]:
     """An option for every row of `LIMITS`, in its order."""
     for limit in reversed(LIMITS):
-        command = click.option(f"--{limit.option.replace('_', '-')}", default=None, metavar="GOAL", help=limit.help)(
-            command
-        )
+        command = click.option(f"--{limit.option.replace('_', '-')}", metavar="GOAL", help=limit.help)(command)
     return command
 
 
 @click.command("solve")
 @click.argument("library", type=options.DIRECTORY, required=False)
 @limits
-@click.option("--cached-tokens", default=None, metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
-@click.option("--keep-attention", type=int, default=None, metavar="N", help="At least N layers keep softmax attention.")
-@click.option("--pin", "pinned", default=None, metavar="RANGES", help="Layers that keep the parent's block: 0-1,15.")
-@click.option("--alike", default=None, metavar="RANGES", help="Layers that all choose the same: 0-15.")
-@click.option("--stages", type=int, default=None, metavar="N", help="N contiguous pipeline stages of equal time.")
-@click.option("--stage-tolerance", default="5%", show_default=True, metavar="SHARE")
+@click.option("--cached-tokens", metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
+@click.option("--keep-attention", type=int, metavar="N", help="At least N layers keep softmax attention.")
+@click.option("--pin", "pinned", metavar="RANGES", help="Layers that keep the parent's block: 0-1,15.")
+@click.option("--alike", metavar="RANGES", help="Layers that all choose the same: 0-15.")
+@click.option("--stages", type=int, metavar="N", help="N contiguous pipeline stages of equal time.")
+@click.option("--stage-tolerance", default="5%", metavar="SHARE")
 @click.option("--also", multiple=True, metavar="WORKLOAD", help="A further workload: 1024/64@8:ttft=300ms,tpot=20ms.")
 @click.option(
     "--fusion", is_flag=True, help="Count on `puzzle fuse`: price neighbours without attention as one wide FFN."
@@ -39,28 +37,25 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--fusion-dependency",
     type=options.DIRECTORY,
-    default=None,
     metavar="JSON",
     help="Charge fused FFNs for it: of the parent, by `puzzle fuse --dependency-only`.",
 )
-@click.option("--gpu", default=None, help="Whose costs: cpu, or a GPU that has been profiled.")
-@click.option("--shapes", default=None, help="Which of several cost tables.")
+@click.option("--gpu", help="Whose costs: cpu, or a GPU that has been profiled.")
+@click.option("--shapes", help="Which of several cost tables.")
 @click.option("--same-batch", is_flag=True, help="2x means of the parent at the child's batch, not at its own best.")
-@click.option("--engine", default="puzzle", show_default=True, help="Who serves: our runtime, or vllm (fitted).")
+@click.option("--engine", default="puzzle", help="Who serves: our runtime, or vllm (fitted).")
 @options.input_len
 @options.output_len
-@click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools", show_default=True)
-@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="For the whole answer.")
-@click.option("--baseline", type=click.Choice(RULES), default=None, help="A simple rule in place of the optimum.")
+@click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools")
+@click.option("--time-limit", type=float, metavar="SECONDS", help="For the whole answer.")
+@click.option("--baseline", type=click.Choice(RULES), help="A simple rule in place of the optimum.")
 @click.option("--explain", is_flag=True, help="Also say what 1 % more of each limit would buy.")
-@click.option("--pareto", default=None, metavar="AXIS", help="Frontier against throughput, latency or memory.")
-@click.option("--points", type=int, default=50, show_default=True, help="Of the frontier.")
-@click.option(
-    "--diverse", type=int, default=None, metavar="N", help="N children that differ, each the best of the rest."
-)
-@click.option("--min-distance", type=int, default=1, show_default=True, help="Layers in which they differ.")
-@click.option("--problem", type=options.DIRECTORY, default=None, help="A problem.json of your own, without a LIBRARY.")
-@click.option("--out", type=options.DIRECTORY, default=None, help="Default: LIBRARY/solution, or solution.json.")
+@click.option("--pareto", metavar="AXIS", help="Frontier against throughput, latency or memory.")
+@click.option("--points", type=int, default=50, help="Of the frontier.")
+@click.option("--diverse", type=int, metavar="N", help="N children that differ, each the best of the rest.")
+@click.option("--min-distance", type=int, default=1, help="Layers in which they differ.")
+@click.option("--problem", type=options.DIRECTORY, help="A problem.json of your own, without a LIBRARY.")
+@click.option("--out", type=options.DIRECTORY, help="Default: LIBRARY/solution, or solution.json.")
 @options.as_json
 def solve_command(
     library: Path | None,
