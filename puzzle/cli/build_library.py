@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from puzzle.base.units import parse_bytes, parse_count
 from puzzle.cli import options
+
+if TYPE_CHECKING:
+    from puzzle.library.build import BuildOptions
 
 
 @click.command("build-library")
@@ -28,7 +33,9 @@ from puzzle.cli import options
 @click.option("--group-size", type=int, help="Layers trained together (default: as many as fit).")
 @click.option("--memory-limit", metavar="BYTES", help="Use at most this much device memory, e.g. 80GB.")
 @click.option("--score/--no-score", default=True, help="Score the blocks after training.")
-@click.option("--score-sequences", type=int, default=64, help="Held-out sequences for the scores.")
+@click.option(
+    "--score-sequences", type=int, callback=options.positive, default=64, help="Held-out sequences for the scores."
+)
 @click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
 @click.option("--dry-run", is_flag=True, help="Print groups, memory, disk, FLOPs and time; write nothing.")
 @options.text_field
@@ -38,25 +45,14 @@ def build_library_command(
     source: str,
     data: tuple[str, ...],
     out: Path,
-    attention: str | None,
-    ffn: str | None,
-    layers: str | None,
     tokens: str,
-    seq_len: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    calibration_sequences: int,
-    validation_sequences: int,
-    group_size: int | None,
     memory_limit: str | None,
     score: bool,
     score_sequences: int,
     joint: bool,
     dry_run: bool,
-    text_field: str,
-    device: str,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Train alternatives of every layer's attention and FFN against PARENT, and score them.
 
@@ -69,56 +65,32 @@ def build_library_command(
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
     """
-    options.positive("score_sequences", score_sequences)
-    from puzzle.base.units import parse_bytes
-
-    num_tokens = options.count("tokens", tokens, least=0)
+    num_tokens = parse_count("tokens", tokens, least=0)
     limit = parse_bytes(memory_limit, "memory_limit") if memory_limit else None
+    from puzzle.cli.report import library_summary, print_library, print_plan
+    from puzzle.library.build import BuildOptions, build_library
+    from puzzle.library.score import ScoreOptions, score_library
 
-    from puzzle.library.build import Builder, BuildOptions, build_library
-    from puzzle.parents.opened import open_model
-
-    wanted = BuildOptions(
-        data=list(data),
-        out=out,
-        attention=attention,
-        ffn=ffn,
-        layers=layers,
-        tokens=num_tokens,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        lr=lr,
-        text_field=text_field,
-        seed=seed,
-        calibration_sequences=calibration_sequences,
-        validation_sequences=validation_sequences,
-        group_size=group_size,
-        memory_limit=limit,
-        device=device,
-    )
+    wanted = BuildOptions(data=list(data), out=out, tokens=num_tokens, memory_limit=limit, **chosen)
     if dry_run:
-        from puzzle.library.estimate import predict_seconds
-        from puzzle.library.plan import describe
-
-        builder = Builder(open_model(source), wanted)
-        plan = builder.plan()
-        facts = describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
-        if as_json:
-            options.print_json(facts)
-        else:
-            from puzzle.cli.report import print_plan
-
-            print_plan(facts)
+        facts = planned(source, wanted)
+        options.print_json(facts) if as_json else print_plan(facts)
         return
     build_library(source, wanted)
     if score:
-        from puzzle.library.score import ScoreOptions, score_library
-
-        chosen = ScoreOptions(
-            sequences=score_sequences, seq_len=seq_len, joint=joint, text_field=text_field, device=device
-        )
-        score_library(out, list(data), chosen, parent=source)
-    from puzzle.cli.report import library_summary, print_library
-
+        same = {name: chosen[name] for name in ("seq_len", "text_field", "device")}
+        score_library(out, list(data), ScoreOptions(sequences=score_sequences, joint=joint, **same), parent=source)
     summary = library_summary(out)
     options.print_json(summary) if as_json else print_library(summary)
+
+
+def planned(parent: str, wanted: BuildOptions) -> dict[str, Any]:
+    """What a build would take, for --dry-run."""
+    from puzzle.library.build import Builder
+    from puzzle.library.estimate import predict_seconds
+    from puzzle.library.plan import describe
+    from puzzle.parents.opened import open_model
+
+    builder = Builder(open_model(parent), wanted)
+    plan = builder.plan()
+    return describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))

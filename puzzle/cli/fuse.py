@@ -37,8 +37,8 @@ MAX_DEPENDENCY = 0.1
 )
 @click.option("--keep-last/--no-keep-last", default=True, help="Leave the last FFN before an attention alone.")
 @click.option("--max-width", metavar="CHANNELS", help="Of a fused FFN: 28672, or 4x the parent's.")
-@click.option("--sequences", type=int, default=16, help="Held-out sequences.")
-@click.option("--seq-len", type=int, default=512)
+@click.option("--sequences", type=int, callback=options.positive, default=16, help="Held-out sequences.")
+@click.option("--seq-len", type=int, callback=options.positive, default=512)
 @click.option(
     "--dependency",
     "dependency_file",
@@ -75,8 +75,6 @@ def fuse_command(child: Path, as_json: bool, **wanted: Any) -> None:
     from puzzle.cli.report import print_fusion
     from puzzle.fuse.verb import Wanted, fuse_verb
 
-    for option in ("sequences", "seq_len"):
-        options.positive(option, wanted[option])
     done = fuse_verb(child, Wanted(**wanted))
     options.print_json({"schema": 1, **done}) if as_json else print_fusion(done)
     for path in done["written"]:

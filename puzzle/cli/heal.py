@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
+from puzzle.base.units import bytes_text, parse_count, seconds_text
 from puzzle.cli import options
 
 
@@ -73,36 +75,23 @@ def heal_command(
         - {path: notes.jsonl, weight: 0.1, text_field: body}
         - {path: chats.jsonl, weight: 0.2, messages: messages, loss: assistant}
     """
-    num_tokens = options.count("tokens", tokens)
     from puzzle.heal.settings import HealOptions
 
-    wanted = HealOptions(child=child, out=out, data=list(data), tokens=num_tokens, **chosen)
+    wanted = HealOptions(child=child, out=out, data=list(data), tokens=parse_count("tokens", tokens), **chosen)
     if dry_run:
         from puzzle.heal.plan import plan_heal
 
         facts = plan_heal(wanted)
-        if as_json:
-            options.print_json(facts)
-        else:
-            _print_plan(facts)
+        options.print_json(facts) if as_json else _print_plan(facts)
         return
     from puzzle.heal.run import heal, summary
 
     record = heal(wanted)
-    if _rank() == 0:
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
         options.print_json(record) if as_json else click.echo(f"{summary(record)}\nwrote {out}", err=True)
 
 
-def _rank() -> int:
-    """The number of this process under torchrun, 0 elsewhere: one of them speaks."""
-    import os
-
-    return int(os.environ.get("RANK", "0"))
-
-
 def _print_plan(facts: dict) -> None:
-    from puzzle.base.units import bytes_text, seconds_text
-
     found = facts["predicted"]
     stages = ", ".join(f"{s['num_steps']} steps of {s['batch_size']} x {s['seq_len']} tokens" for s in facts["stages"])
     click.echo(

@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from puzzle.base import units
+from puzzle.base.errors import UserError
+
 DIRECTORY = click.Path(path_type=Path)
 
 data = click.option(
@@ -25,17 +28,8 @@ input_len = click.option("--input-len", type=int, default=128, help="Prompt toke
 output_len = click.option("--output-len", type=int, default=128, help="Generated tokens of a request.")
 
 
-def count(option: str, text: str, least: int = 1) -> int:
-    """'1e6', '20M' -> a count, for options that take large numbers."""
-    from puzzle.base.units import parse_count
-
-    return parse_count(option, text, least)
-
-
 def numbers(option: str, text: str) -> tuple[int, ...]:
     """'1,4,16' -> (1, 4, 16). Raises UserError unless all are positive integers."""
-    from puzzle.base.errors import UserError
-
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -45,11 +39,11 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     return found
 
 
-def positive(option: str, value: float) -> None:
-    """Raise UserError unless value > 0."""
-    from puzzle.base import units
-
-    units.positive(option, value)
+def positive(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """A callback of options: raises UserError unless the number is above 0, where one is given."""
+    if value is not None:
+        units.positive(option.name or "", value)
+    return value
 
 
 def print_json(value: dict[str, Any]) -> None:

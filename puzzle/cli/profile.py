@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from puzzle.base.errors import UserError
+from puzzle.base.files import check_writable
 from puzzle.cli import options
 
 
@@ -53,8 +55,6 @@ def profile_command(
       puzzle profile --shapes llama-3.1-8b --gpu h100 --out costs
       puzzle profile --engine vllm --gpu h100 --fit measured.csv
     """
-    from puzzle.base.errors import UserError
-
     if engine is not None or fit_path is not None:
         if engine is None or fit_path is None:
             raise UserError("`engine` and `fit` go together: name the engine and the CSV of what it measured")
@@ -64,17 +64,21 @@ def profile_command(
         raise UserError(
             "nothing to profile: name a LIBRARY (see `puzzle build-library`), or `shapes` of a known parent"
         )
-    for option, value in (("seconds", seconds), ("rounds", rounds)):
-        if value is not None:
-            options.positive(option, value)
     given = {"batches": batches, "prefill": prefill, "contexts": contexts}
     lists = {option: None if text is None else options.numbers(option, text) for option, text in given.items()}
     from puzzle.library.manifest import Library
     from puzzle.parents.known import known_structure
-    from puzzle.profile.profile import SECONDS_PER_POINT, count_points, grid_for, profile, subject_named, subject_of
+    from puzzle.profile.profile import (
+        SECONDS_PER_POINT,
+        ProfileOptions,
+        count_points,
+        profile,
+        subject_named,
+        subject_of,
+    )
 
     rounds = 3 if rounds is None and gpu == "cpu" else rounds
-    grid = grid_for(gpu, **lists, seconds=seconds, rounds=rounds)
+    grid = ProfileOptions(gpu=gpu, **lists, seconds=seconds, rounds=rounds).grid()
     if library is not None:
         subject = subject_of(Library.open(library))
     else:
@@ -95,7 +99,6 @@ def profile_command(
 
 
 def _fit(engine: str, gpu: str, path: Path, out: Path | None, as_json: bool) -> None:
-    from puzzle.base.files import check_writable
     from puzzle.cli.report import print_fit
     from puzzle.profile.engine_fit import fit_engine
 

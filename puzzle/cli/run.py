@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from puzzle.cli import options
+from puzzle.cli.build_library import planned
 
 
 @click.command("run")
@@ -38,24 +39,14 @@ def run_command(
     if data:
         wanted.data = list(data)
     wanted.goal = replace(wanted.goal, **over)
+    from puzzle.cli.report import print_plan, print_result, print_solution
     from puzzle.run.pipeline import Run, run_recipe
 
     if dry_run:
-        from puzzle.cli.report import print_plan
-        from puzzle.library.build import Builder
-        from puzzle.library.estimate import predict_seconds
-        from puzzle.library.plan import describe
-        from puzzle.parents.opened import open_model
-
         build = Run(wanted, out).build_options()
         with naming("build"):
-            builder = Builder(open_model(wanted.parent), build)
-            plan = builder.plan()
-        facts = describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
+            facts = planned(wanted.parent, build)
         options.print_json(facts) if as_json else print_plan(facts)
         return
-    from puzzle.cli.report import print_result, print_solution
-
     result = run_recipe(wanted, out, print_solution)
-
     options.print_json({"schema": 1, **result}) if as_json else print_result(result)

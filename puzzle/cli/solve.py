@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from puzzle.base.errors import UserError
+from puzzle.base.files import check_writable
+from puzzle.base.machine import GPUS
+from puzzle.base.workload import Workload
 from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target
 from puzzle.cli import options
 
@@ -47,7 +52,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @options.input_len
 @options.output_len
 @click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools")
-@click.option("--time-limit", type=float, metavar="SECONDS", help="For the whole answer.")
+@click.option("--time-limit", type=float, callback=options.positive, metavar="SECONDS", help="For the whole answer.")
 @click.option("--baseline", type=click.Choice(RULES), help="A simple rule in place of the optimum.")
 @click.option("--explain", is_flag=True, help="Also say what 1 % more of each limit would buy.")
 @click.option("--pareto", metavar="AXIS", help="Frontier against throughput, latency or memory.")
@@ -96,10 +101,6 @@ def solve_command(
       puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
       puzzle solve --problem problem.json --out solution.json
     """
-    if time_limit is not None:
-        options.positive("time_limit", time_limit)
-    from puzzle.base.errors import UserError
-
     if problem is not None:
         _solve_file(problem, out or Path("solution.json"), backend, time_limit, as_json)
         return
@@ -107,8 +108,6 @@ def solve_command(
         raise UserError("nothing to solve: name a LIBRARY (see `puzzle build-library`), or pass `problem` problem.json")
     if gpu is None:
         raise UserError("`gpu` is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
-    from puzzle.base.files import check_writable
-    from puzzle.base.workload import Workload
     from puzzle.choose.fusion import Fusion
     from puzzle.choose.problem import Request, select
     from puzzle.choose.solve import open_costs, solve_library
@@ -171,10 +170,6 @@ def solve_command(
 
 def _on_card(goal: Goal, gpu: str) -> Goal:
     """The goal, within the card's memory where no limit was given."""
-    from dataclasses import replace
-
-    from puzzle.base.machine import GPUS
-
     card = GPUS.get(gpu.split("-")[0])
     if "memory" in goal.limits or card is None:
         return goal
@@ -183,8 +178,6 @@ def _on_card(goal: Goal, gpu: str) -> Goal:
 
 
 def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:
-    from puzzle.base.errors import UserError
-    from puzzle.base.files import check_writable
     from puzzle.choose.problem_file import solve_file
     from puzzle.cli.report import print_solutions
 

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -85,14 +85,8 @@ class ProfileOptions:
         check_positive(self, "batches", "prefill", "contexts", "seconds", "rounds")
 
     def grid(self) -> Grid:
-        changes = ("batches", "prefill", "contexts", "seconds", "rounds")
-        return grid_for(self.gpu, **{name: getattr(self, name) for name in changes})
-
-
-def grid_for(gpu: str, **changes: Any) -> Grid:
-    """The usual grid of a machine. changes: `batches`, `prefill`, `contexts`, `seconds`, `rounds`, where they are not None."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    return (cpu_grid if gpu == "cpu" else gpu_grid)(**given)
+        given = {name: value for name, value in asdict(self).items() if name != "gpu" and value is not None}
+        return (cpu_grid if self.gpu == "cpu" else gpu_grid)(**given)
 
 
 def count_points(subject: Subject, grid: Grid) -> int:
@@ -115,7 +109,7 @@ def profile(
     fp8 are called NAME-fp8; float32 on a CPU. device: where to run, to rehearse a GPU's profile on a CPU.
     Raises UserError when `gpu` is not this machine's: a cost is measured where it will be paid.
     """
-    grid, structure = grid or grid_for(gpu), subject.structure.timed()
+    grid, structure = grid or ProfileOptions(gpu=gpu).grid(), subject.structure.timed()
     where = torch.device(device or ("cpu" if gpu == "cpu" else "cuda"))
     if where.type == "cuda":
         check_gpu(gpu)
