@@ -44,7 +44,12 @@ def score_command(library: Path, data: tuple[str, ...], parent: str | None, as_j
 @click.option("--seq-len", type=int, default=1024)
 @options.input_len
 @options.output_len
-@click.option("--batch", metavar="P,C", help="Batch of parent and child (default: the child's architecture.json).")
+@click.option(
+    "--batch",
+    metavar="P,C",
+    callback=options.numbers,
+    help="Batch of parent and child (default: the child's architecture.json).",
+)
 @click.option("--repeats", type=int, default=3, help="Timed runs of each; the median counts.")
 @click.option("--no-speed", is_flag=True, help="Measure divergence and sizes only.")
 @options.text_field
@@ -56,7 +61,7 @@ def evaluate_command(
     data: tuple[str, ...],
     input_len: int,
     output_len: int,
-    batch: str | None,
+    batch: tuple[int, ...] | None,
     no_speed: bool,
     as_json: bool,
     **chosen: Any,
@@ -73,10 +78,7 @@ def evaluate_command(
     from puzzle.export.checkpoint import outdated_code
     from puzzle.measure.evaluate import EvaluateOptions, evaluate
 
-    pair = None
-    if batch is not None:
-        found = options.numbers("batch", batch)
-        pair = (found[0], found[-1])
+    pair = None if batch is None else (batch[0], batch[-1])
     work = None if no_speed else Workload(input_len=input_len, output_len=output_len)
     result = evaluate(parent, child, list(data), EvaluateOptions(**chosen), work=work, batches=pair)
     if (hint := outdated_code(Path(child))) is not None:  # measured without that code

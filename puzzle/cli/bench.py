@@ -27,14 +27,11 @@ from puzzle.cli import options
 @options.as_json
 def bench_command(
     target: Path,
-    gpu: str,
     input_len: int | None,
     output_len: int | None,
-    batch: int | None,
     fp8: bool,
-    with_parent: bool,
-    repeats: int,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Measure throughput, time to first token and time per token beside the prediction.
 
@@ -49,10 +46,7 @@ def bench_command(
     from puzzle.measure.bench import bench
 
     work = None if input_len is None or output_len is None else Workload(input_len=input_len, output_len=output_len)
-    precision = "fp8" if fp8 else None
-    found = bench(
-        target, gpu=gpu, work=work, batch=batch, precision=precision, with_parent=with_parent, repeats=repeats
-    )
+    found = bench(target, work=work, precision="fp8" if fp8 else None, **chosen)
     options.print_json(found) if as_json else _print(found)
 
 

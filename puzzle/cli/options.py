@@ -28,14 +28,16 @@ input_len = click.option("--input-len", type=int, default=128, help="Prompt toke
 output_len = click.option("--output-len", type=int, default=128, help="Generated tokens of a request.")
 
 
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    """'1,4,16' -> (1, 4, 16). Raises UserError unless all are positive integers."""
+def numbers(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """A callback of options: '1,4,16' -> (1, 4, 16). Raises UserError unless all are positive integers."""
+    if text is None:
+        return None
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
         found = ()
     if not found or min(found) < 1:
-        raise UserError(f"`{option}` {text}: write positive integers separated by commas, such as 1,4,16")
+        raise UserError(f"`{option.name}` {text}: write positive integers separated by commas, such as 1,4,16")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,9 +15,15 @@ from puzzle.cli import options
 @click.command("profile")
 @click.argument("library", type=options.DIRECTORY, required=False)
 @click.option("--gpu", required=True, help="Where costs are measured: cpu is this machine's processor.")
-@click.option("--batches", help="In decode. Default: 1,4,16,64 on a CPU, 1 to 512 on a GPU.")
-@click.option("--prefill", help="Prompt lengths. Default: 64,128,256 on a CPU, 128 to 32768 on a GPU.")
-@click.option("--contexts", help="Cached tokens before a decode step. Default: 64 to 512, 128 to 131072.")
+@click.option("--batches", callback=options.numbers, help="In decode. Default: 1,4,16,64 on a CPU, 1 to 512 on a GPU.")
+@click.option(
+    "--prefill", callback=options.numbers, help="Prompt lengths. Default: 64,128,256 on a CPU, 128 to 32768 on a GPU."
+)
+@click.option(
+    "--contexts",
+    callback=options.numbers,
+    help="Cached tokens before a decode step. Default: 64 to 512, 128 to 131072.",
+)
 @click.option("--seconds", type=float, help="Spent on a point in each round. Default: 0.2, 0.025.")
 @click.option("--rounds", type=int, help="Walks over the whole grid; medians count. Default: 3, 1.")
 @click.option("--shapes", metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
@@ -29,11 +36,6 @@ from puzzle.cli import options
 def profile_command(
     library: Path | None,
     gpu: str,
-    batches: str | None,
-    prefill: str | None,
-    contexts: str | None,
-    seconds: float | None,
-    rounds: int | None,
     shapes: str | None,
     fp8: bool,
     engine: str | None,
@@ -41,6 +43,7 @@ def profile_command(
     out: Path | None,
     dry_run: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Measure prefill and decode time of every sub-block in LIBRARY, as it runs inside a model.
 
@@ -64,35 +67,27 @@ def profile_command(
         raise UserError(
             "nothing to profile: name a LIBRARY (see `puzzle build-library`), or `shapes` of a known parent"
         )
-    given = {"batches": batches, "prefill": prefill, "contexts": contexts}
-    lists = {option: None if text is None else options.numbers(option, text) for option, text in given.items()}
     from puzzle.library.manifest import Library
     from puzzle.parents.known import known_structure
-    from puzzle.profile.profile import (
-        SECONDS_PER_POINT,
-        ProfileOptions,
-        count_points,
-        profile,
-        subject_named,
-        subject_of,
-    )
+    from puzzle.profile import profile as stage
 
-    rounds = 3 if rounds is None and gpu == "cpu" else rounds
-    grid = ProfileOptions(gpu=gpu, **lists, seconds=seconds, rounds=rounds).grid()
+    if gpu == "cpu" and chosen["rounds"] is None:
+        chosen["rounds"] = 3
+    grid = stage.ProfileOptions(gpu=gpu, **chosen).grid()
     if library is not None:
-        subject = subject_of(Library.open(library))
+        subject = stage.subject_of(Library.open(library))
     else:
         assert shapes is not None
-        subject = subject_named(shapes, known_structure(shapes))
+        subject = stage.subject_named(shapes, known_structure(shapes))
     if dry_run:
-        points, each = count_points(subject, grid), grid.seconds if gpu == "cpu" else SECONDS_PER_POINT
+        points, each = stage.count_points(subject, grid), grid.seconds if gpu == "cpu" else stage.SECONDS_PER_POINT
         facts = {"points": points, "rounds": grid.rounds, "predicted_seconds": round(points * grid.rounds * each, 1)}
         options.print_json(facts) if as_json else click.echo(
             f"{points} points, {grid.rounds} rounds: about {facts['predicted_seconds']:g} s (predicted)", err=True
         )
         return
     folder = out or (library / "costs" if library is not None else Path("costs"))
-    path, facts = profile(subject, gpu=gpu, out=folder / gpu, grid=grid, precision="fp8" if fp8 else None)
+    path, facts = stage.profile(subject, gpu=gpu, out=folder / gpu, grid=grid, precision="fp8" if fp8 else None)
     options.print_json({"costs": str(path), **facts}) if as_json else click.echo(
         f"wrote {path}: {facts['points']} points, {facts['points_per_minute']:g} a minute", err=True
     )

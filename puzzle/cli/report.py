@@ -151,20 +151,19 @@ def print_result(result: dict[str, Any]) -> None:
 def print_plan(facts: dict[str, Any]) -> None:
     """The --dry-run report; every figure is predicted."""
     groups, predicted = facts["groups"], facts["predicted"]
-    console.print(f"device            {facts['device']}")
-    for slot, names in facts["variants"].items():
-        console.print(f"{slot:<17} {', '.join(names)}")
-    console.print(
-        f"layers            {sum(map(len, groups))} in {len(groups)} group(s) of up to {max(map(len, groups))}"
-    )
-    console.print(f"trained           {facts['num_trained_parameters']:,} parameters")
-    console.print(f"device memory     {bytes_text(predicted['peak_memory_bytes'])} at the peak (predicted)")
-    console.print(f"host memory       {bytes_text(predicted['host_memory_bytes'])} besides (predicted)")
-    console.print(f"disk              {bytes_text(predicted['disk_bytes'])}: library and one snapshot (predicted)")
-    console.print(
-        f"compute           {predicted['flops']:.2e} FLOPs over {predicted['num_tokens']:,} tokens (predicted)"
-    )
-    console.print(f"training time     {seconds_text(predicted['seconds'])} (predicted from timed steps of one layer)")
+    figures = {
+        "device": facts["device"],
+        **{slot: ", ".join(names) for slot, names in facts["variants"].items()},
+        "layers": f"{sum(map(len, groups))} in {len(groups)} group(s) of up to {max(map(len, groups))}",
+        "trained": f"{facts['num_trained_parameters']:,} parameters",
+        "device memory": f"{bytes_text(predicted['peak_memory_bytes'])} at the peak (predicted)",
+        "host memory": f"{bytes_text(predicted['host_memory_bytes'])} besides (predicted)",
+        "disk": f"{bytes_text(predicted['disk_bytes'])}: library and one snapshot (predicted)",
+        "compute": f"{predicted['flops']:.2e} FLOPs over {predicted['num_tokens']:,} tokens (predicted)",
+        "training time": f"{seconds_text(predicted['seconds'])} (predicted from timed steps of one layer)",
+    }
+    for name, text in figures.items():
+        console.print(f"{name:<17} {text}")
 
 
 def library_summary(root: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def run_command(
         wanted.data = list(data)
     wanted.goal = replace(wanted.goal, **over)
     from puzzle.cli.report import print_plan, print_result, print_solution
-    from puzzle.run.pipeline import Run, run_recipe
+    from puzzle.run.pipeline import Run
 
     if dry_run:
         build = Run(wanted, out).build_options()
@@ -48,5 +48,5 @@ def run_command(
             facts = planned(wanted.parent, build)
         options.print_json(facts) if as_json else print_plan(facts)
         return
-    result = run_recipe(wanted, out, print_solution)
+    result = Run(wanted, out, print_solution).run()
     options.print_json({"schema": 1, **result}) if as_json else print_result(result)

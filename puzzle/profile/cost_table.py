@@ -45,14 +45,19 @@ class CostRow:
     date: str
 
 
-def write_costs(path: Path, rows: list[CostRow]) -> None:
+def _text(rows: list[CostRow], header: bool) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(CostRow)], lineterminator="\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     for row in rows:
         values = asdict(row)
         writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
-    write_text(path, text.getvalue())
+    return text.getvalue()
+
+
+def write_costs(path: Path, rows: list[CostRow]) -> None:
+    write_text(path, _text(rows, header=True))
 
 
 def append_costs(path: Path, row: CostRow) -> None:
@@ -60,11 +65,7 @@ def append_costs(path: Path, row: CostRow) -> None:
     with writing(path):
         new = not path.exists() or path.stat().st_size == 0
         with open(path, "a", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, [f.name for f in fields(CostRow)], lineterminator="\n")
-            if new:
-                writer.writeheader()
-            values = asdict(row)
-            writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
+            handle.write(_text([row], header=new))
 
 
 Key = tuple[str, str, int]  # part, phase, batch

@@ -36,7 +36,7 @@ SECONDS_PER_POINT = 0.1  # on a GPU, with compiling: 4,329 points took 443 s on 
 
 
 class Timer(Protocol):
-    """facts: device, versions and precision of its figures."""
+    """facts: device, versions, precision and date of its figures, as a `CostRow` names them."""
 
     facts: dict[str, str]
 
@@ -166,21 +166,9 @@ def profile(
 def _row(facts: Mapping[str, str], part: str, at: At, point: tuple[Timing, int] | None) -> CostRow:
     """point None: it did not fit in memory, which a row without samples says."""
     timing, workspace = point or (Timing(p20=0.0, p50=0.0, p80=0.0, num_samples=0), 0)
-    return CostRow(
-        part=part,
-        precision=facts["precision"],
-        phase=at.phase,
-        batch=at.batch,
-        context=at.context,
-        p20_s=timing.p20,
-        p50_s=timing.p50,
-        p80_s=timing.p80,
-        num_samples=timing.num_samples,
-        workspace_bytes=workspace,
-        device=facts["device"],
-        versions=facts["versions"],
-        date=facts["date"],
-    )
+    measured = {"p20_s": timing.p20, "p50_s": timing.p50, "p80_s": timing.p80, "num_samples": timing.num_samples}
+    known: dict[str, Any] = {**facts, **at._asdict(), **measured}
+    return CostRow(part=part, workspace_bytes=workspace, **known)
 
 
 def _medians(rows: Iterable[CostRow]) -> list[CostRow]:
@@ -192,8 +180,6 @@ def _medians(rows: Iterable[CostRow]) -> list[CostRow]:
 
 
 def _median(same: list[CostRow]) -> CostRow:
-    if len(same) == 1:
-        return same[0]
     times = {name: median(getattr(row, name) for row in same) for name in ("p20_s", "p50_s", "p80_s")}
     return replace(same[0], num_samples=sum(row.num_samples for row in same), **times)
 

@@ -56,7 +56,7 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         """All stages; returns result.json's content."""
-        recipe, library = self.recipe, self.out / "library"
+        recipe, library, begin = self.recipe, self.out / "library", time.monotonic()
         with self._stage("build-library", "build"):
             build_library(recipe.parent, self.build_options())
         with self._stage("score", "score"):
@@ -79,6 +79,7 @@ class Run:
             measured = evaluate(parent, str(self.out / "child"), recipe.data, options, work=self.work)
         result = self._result(solved, measured)
         write_json(self.out / "result.json", result)
+        console.print(f"done in {seconds_text(time.monotonic() - begin)}: {self.out / 'result.json'}")
         return result
 
     def build_options(self) -> BuildOptions:
@@ -148,10 +149,3 @@ class Run:
             "device": cpu_name() if measured.device == "cpu" else measured.device,
             "seconds": self.seconds,
         }
-
-
-def run_recipe(recipe: Recipe, out: Path, show: Show) -> dict[str, Any]:
-    begin = time.monotonic()
-    result = Run(recipe, out, show).run()
-    console.print(f"done in {seconds_text(time.monotonic() - begin)}: {out / 'result.json'}")
-    return result
