@@ -11,7 +11,7 @@ from puzzle.cli import options
 
 
 @click.command("score")
-@click.argument("library", type=options.DIRECTORY)
+@click.argument("library", type=options.PATH)
 @options.data
 @options.parent
 @click.option("--sequences", type=int, default=64, help="Held-out sequences.")

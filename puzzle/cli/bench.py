@@ -12,7 +12,7 @@ from puzzle.cli import options
 
 
 @click.command("bench")
-@click.argument("target", type=options.DIRECTORY, metavar="CHILD|ARCHITECTURE")
+@click.argument("target", type=options.PATH, metavar="CHILD|ARCHITECTURE")
 @click.option("--gpu", required=True, help="This machine's: h100, or cpu.")
 @click.option(
     "--input-len", type=int, callback=options.positive, help="Prompt tokens. Default: the architecture's workload."
@@ -26,12 +26,7 @@ from puzzle.cli import options
 @click.option("--repeats", type=int, callback=options.positive, default=3)
 @options.as_json
 def bench_command(
-    target: Path,
-    input_len: int | None,
-    output_len: int | None,
-    fp8: bool,
-    as_json: bool,
-    **chosen: Any,
+    target: Path, input_len: int | None, output_len: int | None, fp8: bool, as_json: bool, **chosen: Any
 ) -> None:
     """Measure throughput, time to first token and time per token beside the prediction.
 

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 @click.command("build-library")
 @click.argument("source", metavar="PARENT")
 @options.data
-@click.option(
-    "--out", type=options.DIRECTORY, required=True, metavar="LIB", help="Library directory; new or to continue."
-)
+@click.option("--out", type=options.PATH, required=True, metavar="LIB", help="Library directory; new or to continue.")
 @click.option("--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
 @click.option("--ffn", metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
 @click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")

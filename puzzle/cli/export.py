@@ -15,15 +15,15 @@ from puzzle.cli import options
 
 
 @click.command("export")
-@click.argument("source", type=options.DIRECTORY, metavar="LIBRARY|CHILD")
-@click.argument("architecture", type=options.DIRECTORY, required=False)
-@click.option("--out", type=options.DIRECTORY, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
+@click.argument("source", type=options.PATH, metavar="LIBRARY|CHILD")
+@click.argument("architecture", type=options.PATH, required=False)
+@click.option("--out", type=options.PATH, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
 @click.option("--format", help="hf (default), nemotron-nas or gguf.")
 @click.option("--engine", help="Who will serve it: vllm, llama.cpp, sglang, mlx or tensorrt-llm.")
 @click.option("--dtype", help="float32, bfloat16, float16, and q8_0 for gguf. Default: the parent's.")
 @options.parent
 @click.option("--licence", help="For the model card. Default: what the parent's card says.")
-@click.option("--measured", type=options.DIRECTORY, metavar="JSON", help="What `puzzle evaluate --json` printed.")
+@click.option("--measured", type=options.PATH, metavar="JSON", help="What `puzzle evaluate --json` printed.")
 @click.option("--max-shard", default="4GiB", help="Largest safetensors file.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload to this model of the Hugging Face hub too.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")

@@ -9,13 +9,11 @@ import click
 
 from puzzle.cli import options
 
-MAX_DEPENDENCY = 0.1
-
 
 @click.command("fuse")
-@click.argument("child", type=options.DIRECTORY)
+@click.argument("child", type=options.PATH)
 @options.data
-@click.option("--out", type=options.DIRECTORY, metavar="DIR", help="New directory; FILE.json with --dependency-only.")
+@click.option("--out", type=options.PATH, metavar="DIR", help="New directory; FILE.json with --dependency-only.")
 @click.option(
     "--runs",
     "runs_text",
@@ -31,7 +29,7 @@ MAX_DEPENDENCY = 0.1
 @click.option(
     "--max-dependency",
     type=float,
-    default=MAX_DEPENDENCY,
+    default=0.1,
     metavar="D",
     help="Fuse FFNs whose contribution turns by less than this cosine distance.",
 )
@@ -42,14 +40,14 @@ MAX_DEPENDENCY = 0.1
 @click.option(
     "--dependency",
     "dependency_file",
-    type=options.DIRECTORY,
+    type=options.PATH,
     metavar="JSON",
     help="A dependency.json of CHILD, in place of --data.",
 )
 @click.option(
     "--dependency-only", is_flag=True, help="Measure any model, fuse nothing; FFNs too, for `puzzle solve --fusion`."
 )
-@click.option("--heat-map", type=options.DIRECTORY, metavar="PNG", help="Draw the dependency (needs matplotlib).")
+@click.option("--heat-map", type=options.PATH, metavar="PNG", help="Draw the dependency (needs matplotlib).")
 @click.option(
     "--parallel-blocks", is_flag=True, help="Also measure whole blocks in parallel (a report: no engine serves it)."
 )

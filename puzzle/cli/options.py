@@ -11,7 +11,7 @@ import click
 from puzzle.base import units
 from puzzle.base.errors import UserError
 
-DIRECTORY = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
 
 data = click.option(
     "--data",

@@ -13,7 +13,7 @@ from puzzle.cli import options
 
 
 @click.command("profile")
-@click.argument("library", type=options.DIRECTORY, required=False)
+@click.argument("library", type=options.PATH, required=False)
 @click.option("--gpu", required=True, help="Where costs are measured: cpu is this machine's processor.")
 @click.option("--batches", callback=options.numbers, help="In decode. Default: 1,4,16,64 on a CPU, 1 to 512 on a GPU.")
 @click.option(
@@ -29,8 +29,8 @@ from puzzle.cli import options
 @click.option("--shapes", metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
 @click.option("--fp8", is_flag=True, help="On a GPU: weights and KV cache in fp8.")
 @click.option("--engine", help="Fit this serving engine's overheads instead (with --fit).")
-@click.option("--fit", "fit_path", type=options.DIRECTORY, metavar="FILE.csv", help="What it measured.")
-@click.option("--out", type=options.DIRECTORY, help="Where the fit goes; default: fit.json beside FILE.csv.")
+@click.option("--fit", "fit_path", type=options.PATH, metavar="FILE.csv", help="What it measured.")
+@click.option("--out", type=options.PATH, help="Where the fit goes; default: fit.json beside FILE.csv.")
 @click.option("--dry-run", is_flag=True, help="Print the number of points and the time; measure nothing.")
 @options.as_json
 def profile_command(

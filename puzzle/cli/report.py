@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from puzzle.measure.serve import Served
 
 COMPARED = ("", "parent", "child")
+Row = tuple[str, Any, Any]  # of these columns
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> None:
@@ -35,7 +36,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     console.print(table)
 
 
-def _speed_rows(parent: Prediction | Served, child: Prediction | Served, *speedups: tuple[str, float]) -> list[tuple]:
+def _speed_rows(parent: Prediction | Served, child: Prediction | Served, *speedups: tuple[str, float]) -> list[Row]:
     return [
         ("batch", parent.batch, child.batch),
         ("tokens/s", f"{parent.tokens_per_second:.5g}", f"{child.tokens_per_second:.5g}"),
@@ -86,7 +87,7 @@ def print_solution(solved: Architecture) -> None:
 
 def print_evaluation(result: Evaluation) -> None:
     parent, child = result.parent, result.child
-    rows: list[tuple] = [
+    rows: list[Row] = [
         ("held-out loss, nats/token", f"{parent.loss:.4f}", f"{child.loss:.4f}"),
         ("KL(parent‖child), nats/token", "0", f"{child.kl:.4f} ± {child.kl_stderr:.4f}"),
         ("top-1 agreement", "1", f"{child.top1_agreement:.4f}"),

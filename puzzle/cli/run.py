@@ -13,8 +13,8 @@ from puzzle.cli.build_library import planned
 
 
 @click.command("run")
-@click.argument("recipe", type=options.DIRECTORY)
-@click.option("--out", type=options.DIRECTORY, required=True, metavar="RUN", help="Run directory; new or to continue.")
+@click.argument("recipe", type=options.PATH)
+@click.option("--out", type=options.PATH, required=True, metavar="RUN", help="Run directory; new or to continue.")
 @options.data
 @click.option("--throughput", help="Overrides the recipe's goal.")
 @click.option("--dry-run", is_flag=True, help="Print what the library build takes; write nothing.")

@@ -11,10 +11,10 @@ from puzzle.cli import options
 
 
 @click.command("serve-check")
-@click.argument("export", type=options.DIRECTORY)
+@click.argument("export", type=options.PATH)
 @click.option("--engine", required=True, help="hf, vllm, llama.cpp or mlx.")
-@click.option("--python", type=options.DIRECTORY, help="Python of the environment that has the engine.")
-@click.option("--reference", type=options.DIRECTORY, help="The child's --format hf export (default: EXPORT itself).")
+@click.option("--python", type=options.PATH, help="Python of the environment that has the engine.")
+@click.option("--reference", type=options.PATH, help="The child's --format hf export (default: EXPORT itself).")
 @click.option("--tokens", type=int, callback=options.positive, default=64, help="Greedy tokens to compare.")
 @click.option("--threads", type=int, callback=options.positive, default=2, help="CPU threads of the engine.")
 @options.as_json

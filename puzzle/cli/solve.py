@@ -27,7 +27,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("solve")
-@click.argument("library", type=options.DIRECTORY, required=False)
+@click.argument("library", type=options.PATH, required=False)
 @limits
 @click.option("--cached-tokens", metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
 @click.option("--keep-attention", type=int, metavar="N", help="At least N layers keep softmax attention.")
@@ -41,7 +41,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--fusion-dependency",
-    type=options.DIRECTORY,
+    type=options.PATH,
     metavar="JSON",
     help="Charge fused FFNs for it: of the parent, by `puzzle fuse --dependency-only`.",
 )
@@ -59,8 +59,8 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--points", type=int, default=50, help="Of the frontier.")
 @click.option("--diverse", type=int, metavar="N", help="N children that differ, each the best of the rest.")
 @click.option("--min-distance", type=int, default=1, help="Layers in which they differ.")
-@click.option("--problem", type=options.DIRECTORY, help="A problem.json of your own, without a LIBRARY.")
-@click.option("--out", type=options.DIRECTORY, help="Default: LIBRARY/solution, or solution.json.")
+@click.option("--problem", type=options.PATH, help="A problem.json of your own, without a LIBRARY.")
+@click.option("--out", type=options.PATH, help="Default: LIBRARY/solution, or solution.json.")
 @options.as_json
 def solve_command(
     library: Path | None,

@@ -159,13 +159,12 @@ def _speeds(
     if solved and batches is None and solved.workload == work and solved.costs["device"] == here:
         expected = solved.parent_predicted.tokens_per_second
     precision, length = usual_precision(device), work.input_len + work.output_len
+    dtype = DTYPES[precision]
 
     def maker(opened: HfModel, batch: int) -> Callable[[], Runtime]:
-        def make() -> Runtime:
-            model = load_model(opened, device=device, dtype=DTYPES[precision])
-            return open_runtime(model, batch, length, precision, consume=True)
-
-        return make
+        return lambda: open_runtime(
+            load_model(opened, device=device, dtype=dtype), batch, length, precision, consume=True
+        )
 
     return _steady({"parent": maker(parent, at[0]), "child": maker(child, at[1])}, work, repeats, expected)
 

@@ -257,9 +257,8 @@ def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[
     for folder in folders:
         if folder.name != gpu and not folder.name.startswith(f"{gpu}-"):
             continue
-        tables = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
-        if name is not None:
-            tables = [t for t in tables if t.stem == name]
+        whole = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
+        tables = [t for t in whole if name in (None, t.stem)]
         if len(tables) > 1 and needs:
             opened = [(t, CostTable(t)) for t in tables if not t.stem.endswith("-fp8")]
             holding = [t for t, table in opened if all(table.has(part) for part in needs)]
