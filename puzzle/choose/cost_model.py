@@ -5,6 +5,7 @@ The cost of a model is the sum of its measured parts times one factor, measured 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from puzzle.base.errors import UserError
@@ -53,14 +54,37 @@ class CostModel:
         return self.work.input_len + self.work.output_len
 
     def part_seconds(self, part: Part, batch: int) -> tuple[float, float]:
-        """(prefill, all decode steps) of one part in this workload, the whole-over-parts factor included."""
+        """(prefill, all decode steps) of one part in this workload, the whole-over-parts factor included; linear in the batch
+        between those that were measured."""
         if (part, batch) not in self._seconds:
-            prefill, decode = self._factors[batch]
-            self._seconds[part, batch] = (
-                prefill * self.table.seconds(part, "prefill", batch, self.work.input_len),
-                decode * self.table.decode_seconds(part, batch, self.work),
-            )
+            low, high = self.around(batch)
+            if low == high:
+                prefill, decode = self._factors[batch]
+                found = (
+                    prefill * self.table.seconds(part, "prefill", batch, self.work.input_len),
+                    decode * self.table.decode_seconds(part, batch, self.work),
+                )
+            else:
+                less, more = self.part_seconds(part, low), self.part_seconds(part, high)
+                share = (batch - low) / (high - low)
+                found = (less[0] + (more[0] - less[0]) * share, less[1] + (more[1] - less[1]) * share)
+            self._seconds[part, batch] = found
         return self._seconds[part, batch]
+
+    def around(self, batch: int) -> tuple[int, int]:
+        """The measured batches next to this one: twice itself where it was measured. Raises UserError beyond them."""
+        if not self.batches[0] <= batch <= self.batches[-1]:
+            raise UserError(
+                f"a batch of {batch} lies outside the costs, which cover {self.batches[0]} to {self.batches[-1]} sequences: "
+                "profile it, or ask for less"
+            )
+        at = bisect_left(self.batches, batch)
+        return (batch, batch) if self.batches[at] == batch else (self.batches[at - 1], self.batches[at])
+
+    @property
+    def every_batch(self) -> range:
+        """All batch sizes that have a price."""
+        return range(self.batches[0], self.batches[-1] + 1)
 
     def stream(self, batch: int) -> int:
         """Bytes of the two tensors that come into a sub-block, of the prompts that go through together."""
@@ -143,13 +167,13 @@ class CostModel:
         runs = {priced_as(part) for index, layer in enumerate(layers) for part in self.runs(layer, index)}
         parts, found = runs | {priced_as(part) for part in self.ends}, []
         for (part, phase, at), (low, high, measured) in sorted(self.table.extrapolated.items()):
-            if part in parts and at == batch:
+            if part in parts and at in self.around(batch):
                 asked = f"{low}" if low == high else f"{low} to {high}"
-                found.append(f"{phase} of '{part}', batch {batch}, tokens {asked} (measured: {measured})")
+                found.append(f"{phase} of '{part}', batch {at}, tokens {asked} (measured: {measured})")
         return found
 
     def best_parent(self, memory: int | None) -> Prediction:
         """The parent at its own best batch that fits `memory` (at the smallest batch when none does)."""
-        found = [self.predict(self.library.structure.layers, b) for b in self.batches]
+        found = [self.predict(self.library.structure.layers, b) for b in self.every_batch]
         fitting = [p for p in found if memory is None or p.memory_bytes <= memory] or found[:1]
         return max(fitting, key=lambda p: p.tokens_per_second)

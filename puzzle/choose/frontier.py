@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
 from puzzle.choose.goal import BY_OPTION, Target
 from puzzle.choose.problem import Selection
+from puzzle.choose.solve import choose
 from puzzle.parents.structure import Layer
-from puzzle.solver.pareto import Point, frontier
-from puzzle.solver.problem import Problem
+from puzzle.solver.solution import Solution
 
 AXES = {"throughput": "tokens/s", "latency": "seconds", "memory": "bytes"}
 FIELDS = ("value", "batch", "score", "tokens_per_second", "latency_seconds", "memory_bytes", "layers")
@@ -39,12 +38,6 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
     path = out / "frontier.csv"
     key = content_hash([axis, values, costs.table.hash, selection.library.facts["parent"], selection.goal.plain()])
     rows = _resume(out, key)
-    loose = _with(selection, axis, None).problems()
-
-    def problems_at(value: float) -> Mapping[str, Problem]:
-        here = _with(selection, axis, Target(value=value, relative=False))
-        return {str(b): replace(loose[str(b)], constraints=here.constraints(b)) for b in costs.batches}
-
     out.mkdir(parents=True, exist_ok=True)
     with progress("frontier", len(values)) as bar, open(path, "a" if rows else "w", newline="") as handle:
         writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
@@ -53,13 +46,13 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
         write_json(out / "frontier.json", {"key": key})
         had = {row["value"] for row in rows}
 
-        def keep(point: Point) -> None:
-            cells = selection.chosen(point.solution)
-            child = costs.predict([cell.sub_blocks for cell in cells], int(point.label))
+        def keep(value: float, batch: int, solution: Solution) -> None:
+            cells = selection.chosen(solution)
+            child = costs.predict([cell.sub_blocks for cell in cells], batch)
             row: dict[str, Any] = {
-                "value": point.value,
-                "batch": int(point.label),
-                "score": point.solution.objective,
+                "value": value,
+                "batch": batch,
+                "score": solution.objective,
                 "tokens_per_second": child.tokens_per_second,
                 "latency_seconds": child.latency_seconds,
                 "memory_bytes": child.memory_bytes,
@@ -71,31 +64,31 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
 
         for value in values:
             if value not in had:
-                frontier([value], problems_at, backend=selection.request.backend, on_point=keep)
+                batch, solutions = choose(_with(selection, axis, value))
+                if batch is not None:
+                    keep(value, batch, solutions[batch])
             bar.advance()
     rows.sort(key=lambda row: row["value"])
     draw(rows, axis, out / "frontier.png")
     return rows
 
 
-def _with(selection: Selection, axis: str, target: Target | None) -> Selection:
-    """The selection with another limit on the axis, or none."""
-    limits = {option: limit for option, limit in selection.goal.limits.items() if option != axis}
-    if target is not None:
-        limits[axis] = target
-    return replace(selection, request=replace(selection.request, goal=replace(selection.goal, limits=limits)))
+def _with(selection: Selection, axis: str, value: float) -> Selection:
+    """The selection with this limit on the axis."""
+    limits = {**selection.goal.limits, axis: Target(value=value, relative=False)}
+    return selection.with_goal(replace(selection.goal, limits=limits))
 
 
 def _values(selection: Selection, axis: str, count: int) -> list[float]:
     costs, limit = selection.costs, BY_OPTION[axis]
-    cheapest = [limit.own(costs.predict(_cheapest(selection), b)) for b in costs.batches]
+    cheapest = [limit.own(costs.predict(_cheapest(selection), b)) for b in selection.batches]
     first, last = limit.own(selection.parent), (max if limit.larger else min)(cheapest)
     return [float(f"{first + (last - first) * n / (count - 1):.9g}") for n in range(count)]
 
 
 def _cheapest(selection: Selection) -> list[Layer]:
     """Every layer's cell of least time and memory: the far end of every axis."""
-    problem = selection.problem(selection.costs.batches[0])
+    problem = selection.problem(selection.batches[0])
     picked = [
         min(la.variants, key=lambda v: (v.resources["seconds"], v.resources["memory_bytes"])) for la in problem.layers
     ]

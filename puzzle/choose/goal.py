@@ -167,7 +167,8 @@ def parse_target(limit: Limit, text: str) -> Target:
 class Goal:
     """limits: by option. cached_tokens: tokens whose cache fits the memory limit beside the rest. keep_attention: layers that keep
     softmax attention. pinned: layers ("0-1,15") that keep the parent's sub-blocks. alike: layers that choose the same. stages:
-    contiguous, of equal time within stage_tolerance."""
+    contiguous, of equal time within stage_tolerance. concurrency: requests at once at which all limits hold; None: free for a
+    goal of throughput, the parent's best batch for any other."""
 
     limits: Mapping[str, Target] = field(default_factory=dict)
     cached_tokens: int | None = None
@@ -176,6 +177,7 @@ class Goal:
     alike: str | None = None
     stages: int | None = None
     stage_tolerance: float = 0.05
+    concurrency: int | None = None
 
     def check(self) -> None:
         """Raise UserError when the fields contradict each other, or ask for nothing."""
@@ -183,13 +185,15 @@ class Goal:
             raise UserError(f"no goal: pass at least one of {', '.join(f'`{option}`' for option in BY_OPTION)}")
         if self.cached_tokens is not None and "memory" not in self.limits:
             raise UserError("`cached_tokens` needs `memory`: say what the weights and the cache must fit in, e.g. 80GB")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise UserError(f"`concurrency` {self.concurrency}: at least 1 request is served")
         if not 0 <= self.stage_tolerance < math.inf:
             raise UserError(f"`stage_tolerance` {self.stage_tolerance:g}: must be 0 or more, such as 5%")
 
     def plain(self) -> dict[str, str | float | int | None]:
         """All of it for JSON, by option; None where nothing was asked."""
         asked = {option: self.limits[option].plain() if option in self.limits else None for option in BY_OPTION}
-        rest = ("cached_tokens", "keep_attention", "pinned", "alike", "stages")
+        rest = ("cached_tokens", "keep_attention", "pinned", "alike", "stages", "concurrency")
         return asked | {name: getattr(self, name) for name in rest}
 
 
@@ -215,6 +219,7 @@ class GoalOptions:
     alike: str | None = None
     stages: int | None = None
     stage_tolerance: str = "5%"
+    concurrency: int | None = None
 
     def goal(self, *, may_be_empty: bool = False) -> Goal:
         """Raises UserError for what cannot be read, or a goal that is none."""
@@ -236,6 +241,7 @@ class GoalOptions:
             alike=self.alike,
             stages=self.stages,
             stage_tolerance=parse_share("stage_tolerance", self.stage_tolerance),
+            concurrency=self.concurrency,
         )
 
 

@@ -2,12 +2,14 @@
 
 In words: every layer takes one cell, a variant in each slot. A cell costs seconds of the workload at a batch size, bytes of
 weights and cache, and a score (the KL of that replacement alone). Minimise the sum of scores within the goal's limits.
-Throughput b·output_len / Σ seconds >= target is linear at fixed b.
+Throughput b·output_len / Σ seconds >= target is linear at fixed b. Which b: any, for a goal of throughput, so that parent and
+child are compared at their own best; else the number of requests at once that is asked for, by default the parent's best.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from puzzle.base.errors import UserError
@@ -16,7 +18,7 @@ from puzzle.base.workload import Workload
 from puzzle.choose.cells import Cell, layer_cells
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.fusion import Fusion
-from puzzle.choose.goal import LIMITS, Goal
+from puzzle.choose.goal import LIMITS, Goal, Target
 from puzzle.choose.workloads import AlsoAsked, Demand, demand
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
@@ -31,7 +33,8 @@ from puzzle.solver.solution import Solution
 class Request:
     """One question to the solver. also: further workloads. baseline: a rule of `solve.BASELINES` in place of the optimum. explain:
     say what looser limits would buy. fusion: neighbouring FFNs without attention may become one; None: they stay apart.
-    same_batch: a relative throughput is of the parent at the child's batch, not at its own best. time_limit: in seconds."""
+    same_batch: a relative throughput is of the parent at the child's batch, not at its own best. time_limit: in seconds.
+    card: bytes of the card that serves, which hold the parent's best batch, and the child where no memory limit is given."""
 
     work: Workload
     goal: Goal
@@ -42,6 +45,7 @@ class Request:
     explain: bool = False
     fusion: Fusion | None = None
     same_batch: bool = False
+    card: int | None = None
 
 
 def layer_label(index: int) -> str:
@@ -50,13 +54,18 @@ def layer_label(index: int) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """A request on a library at one set of costs, ready to be posed at any batch size. others: further workloads."""
+    """A request on a library at one set of costs, ready to be posed at any batch size. parent: at its best batch, or at the one
+    that is asked for. others: further workloads. batch: the only one; None: any."""
 
     library: Library
     costs: CostModel
     request: Request
     parent: Prediction
     others: tuple[Demand, ...] = ()
+    batch: int | None = None
+    known: dict[int, tuple[Layer, ...]] = field(
+        default_factory=dict, compare=False
+    )  # the layers of a problem, by batch
 
     @property
     def goal(self) -> Goal:
@@ -84,44 +93,101 @@ class Selection:
         """The solution's cells, layer by layer."""
         return [cells[solution.choice[layer_label(index)]] for index, cells in enumerate(self.cells)]
 
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes that were measured, between which all are tried; or the only one."""
+        return self.costs.batches if self.batch is None else [self.batch]
+
     def problems(self) -> dict[str, Problem]:
-        """The selection problem at every batch size. Raises UserError where the goal's structure is impossible."""
+        """The selection problem at each of `batches`. Raises UserError where the goal's structure is impossible."""
         try:
-            return {str(b): self.problem(b) for b in self.costs.batches}
+            return {str(b): self.problem(b) for b in self.batches}
         except ProblemError as error:
             raise UserError(str(error)) from error
 
-    def problem(self, batch: int) -> Problem:
-        """The selection problem at one batch size."""
-        goal = self.goal
-        known: dict[tuple[tuple[object, ...], bool], dict[str, float]] = {}
-        layers = []
-        for index, cells in enumerate(self.cells):
-            variants = []
-            for name, cell in cells.items():
-                key = (tuple(cell.sub_blocks.items()), index == 0)  # an engine may treat the first layer differently
-                if key not in known:
-                    known[key] = self._resources(cell.sub_blocks, batch, index)
-                variants.append(Variant(name=name, score=cell.score, resources=known[key]))
-            layers.append(Layer(name=layer_label(index), variants=tuple(variants)))
-        fixed = self.costs.fixed(batch)
-        for other in self.others:
-            fixed |= other.timed(other.costs.fixed(other.at(batch)))
+    def problem(self, batch: int, choice: Mapping[str, str] | None = None) -> Problem:
+        """The selection problem at one batch size. choice: what the layers take, where nothing else is to be looked at."""
+        goal, fixed = self.goal, self._fixed(batch)
         pinned = self._layers("pinned", goal.pinned)
         alike = self._layers("alike", goal.alike)
         whole = [next(name for name, cell in cells.items() if cell.is_parent) for cells in self.cells]
         return Problem(
-            layers=tuple(layers),
+            layers=self._layers_at(batch) if choice is None else self._priced(batch, choice),
             constraints=self.constraints(batch),
             counts=self._counts(),
-            pairs=self._pairs(batch),
-            fixed=fixed | {"cached_bytes": fixed["memory_bytes"]},
+            pairs=self._pairs(batch) if choice is None else (),
+            fixed=fixed,
             pins={layer_label(i): (whole[i],) for i in pinned},
             equal=(tuple(layer_label(i) for i in alike),) if alike else (),
             stages=None
             if goal.stages is None
             else Stages(resource="seconds", count=goal.stages, tolerance=goal.stage_tolerance),
         )
+
+    def relaxed(self, low: int, high: int) -> Problem:
+        """What every choice at a batch from `low` to `high` meets, measured batches at most at the ends: each limit's amount as a share of
+        the limit, where it is smaller. Amounts are linear in the batch there, limits too or constant, so their shares are
+        monotone; what no choice changes is looked at for every batch."""
+        one, other = self.problem(low), self.problem(high)
+        if low == high:
+            return one
+        limits = list(zip(one.constraints, other.constraints, strict=True))
+
+        def least(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+            return {
+                str(n): min(a.get(x.resource, 0.0) / _most(x), b.get(y.resource, 0.0) / _most(y))
+                for n, (x, y) in enumerate(limits)
+            }
+
+        layers = tuple(
+            replace(
+                la,
+                variants=tuple(
+                    replace(v, resources=least(v.resources, w.resources))
+                    for v, w in zip(la.variants, lb.variants, strict=True)
+                ),
+            )
+            for la, lb in zip(one.layers, other.layers, strict=True)
+        )
+        pairs = tuple(
+            replace(p, resources=least(p.resources, q.resources)) for p, q in zip(one.pairs, other.pairs, strict=True)
+        )
+        fixed = [[self._fixed(b)[c.resource] / _most(c) for c in self.constraints(b)] for b in range(low, high + 1)]
+        return replace(
+            one,
+            layers=layers,
+            pairs=pairs,
+            constraints=tuple(replace(c, resource=str(n), max=1.0) for n, (c, _) in enumerate(limits)),
+            fixed={str(n): min(values) for n, values in enumerate(zip(*fixed, strict=True))},
+            stages=None,
+        )
+
+    def _layers_at(self, batch: int) -> tuple[Layer, ...]:
+        if batch not in self.known:
+            self.known[batch] = self._priced(batch)
+        return self.known[batch]
+
+    def _priced(self, batch: int, choice: Mapping[str, str] | None = None) -> tuple[Layer, ...]:
+        seen: dict[tuple[tuple[object, ...], bool], dict[str, float]] = {}
+        layers = []
+        for index, cells in enumerate(self.cells):
+            variants, label = [], layer_label(index)
+            for name, cell in cells.items():
+                if choice is not None and choice[label] != name:
+                    continue
+                key = (tuple(cell.sub_blocks.items()), index == 0)  # an engine may treat the first layer differently
+                if key not in seen:
+                    seen[key] = self._resources(cell.sub_blocks, batch, index)
+                variants.append(Variant(name=name, score=cell.score, resources=seen[key]))
+            layers.append(Layer(name=label, variants=tuple(variants)))
+        return tuple(layers)
+
+    def _fixed(self, batch: int) -> dict[str, float]:
+        """What no choice changes."""
+        fixed = self.costs.fixed(batch)
+        for other in self.others:
+            fixed |= other.timed(other.costs.fixed(other.at(batch)))
+        return fixed | {"cached_bytes": fixed["memory_bytes"]}
 
     def _resources(self, layer: SubBlocks, batch: int, index: int) -> dict[str, float]:
         found = self.costs.resources(layer, batch, index)
@@ -178,10 +244,29 @@ def limits_of(one: Demand, batch: int) -> list[Constraint]:
     return found
 
 
-def select(library: Library, table: CostTable | EngineModel, request: Request) -> Selection:
-    """Raises UserError for a workload that the costs do not cover."""
-    costs = CostModel(library, table, request.work)
-    memory = request.goal.limits.get("memory")
-    limit = None if memory is None else int(memory.absolute(costs.best_parent(None).memory_bytes))
+def select(library: Library, table: CostTable | EngineModel, request: Request, *, free: bool = False) -> Selection:
+    """free: the batch is free whatever the goal. Raises UserError for a workload or a batch that the costs do not cover."""
+    costs, goal = CostModel(library, table, request.work), request.goal
+    memory = goal.limits.get("memory")
+    card = request.card if memory is None or memory.relative else int(memory.value)
+    parent = costs.best_parent(card)
+    batch = goal.concurrency
+    if (
+        batch is None
+        and not free
+        and not any("throughput" in one.limits for one in (goal, *(a.goal for a in request.also)))
+    ):
+        batch = parent.batch
+    if batch is not None:
+        parent = costs.predict(library.structure.layers, batch)
+    limit = card if memory is None else int(memory.absolute(parent.memory_bytes))
     others = tuple(demand(one, library, table, limit) for one in request.also)
-    return Selection(library, costs, request, costs.best_parent(limit), others)
+    if memory is None and card is not None:
+        limits = {**goal.limits, "memory": Target(value=float(card), relative=False)}
+        request = replace(request, goal=replace(goal, limits=limits))
+    return Selection(library, costs, request, parent, others, batch)
+
+
+def _most(limit: Constraint) -> float:
+    assert limit.max is not None
+    return limit.max

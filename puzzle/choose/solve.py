@@ -24,9 +24,9 @@ from puzzle.profile.parts import Head, Part, ends_of
 from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import prices
+from puzzle.solver.interval import best_between
 from puzzle.solver.problem import Problem, ProblemError
-from puzzle.solver.solution import Solution
-from puzzle.solver.sweep import sweep
+from puzzle.solver.solution import Solution, certified
 
 Rule = Callable[[Selection, Problem], Solution]
 
@@ -54,21 +54,15 @@ BASELINES: dict[str, Rule] = {
 def solve_library(library: Library, table: CostTable | EngineModel, request: Request) -> Architecture:
     """Raises UserError when the goal cannot be met, with what can be."""
     selection = select(library, table, request)
-    problems = selection.problems()
-    best, solutions = choose(selection, problems)
+    best, solutions = choose(selection)
     if best is None:
-        if request.baseline is not None:
-            raise UserError(
-                f"`baseline` {request.baseline} finds no child that meets the goal: leave it out, or relax the goal"
-            )
-        if any(s.status == "time_limit" for s in solutions.values()):
-            raise UserError(f"no child was found in `time_limit` {request.time_limit:g} s: allow more")
-        raise UserError(why_infeasible(problems, selection.demands))
-    found = architecture(selection, int(best), solutions[best])
-    bought = [asdict(price) for price in prices(problems[best], solutions[best])] if request.explain else None
+        raise UserError(_why_none(selection, solutions))
+    found = best, solutions[best]
+    batch, solution = found if request.baseline is not None else _faster(selection, *found)
+    bought = [asdict(price) for price in prices(selection.problem(batch), solution)] if request.explain else None
     return replace(
-        found,
-        objective_per_batch={b: s.objective for b, s in solutions.items() if s.choice},
+        architecture(selection, batch, solution),
+        objective_per_batch={str(b): s.objective for b, s in sorted(solutions.items()) if s.choice},
         prices=None if bought is None else tuple(bought),
     )
 
@@ -79,29 +73,69 @@ def solve_diverse(
     """Up to `count` architectures at the best batch size, each at least `min_distance` layers from all earlier ones; the request's
     time limit is for each. Raises UserError when there is none, or for a distance that there cannot be."""
     selection = select(library, table, request)
-    problems = selection.problems()
-    best, _ = choose(selection, problems)
+    best, solutions = choose(selection)
     if best is None:
-        raise UserError(why_infeasible(problems, selection.demands))
+        raise UserError(_why_none(selection, solutions))
+    problem = selection.problem(best)
     try:
-        found = diverse(problems[best], count, min_distance, backend=request.backend, time_limit=request.time_limit)
+        found = diverse(problem, count, min_distance, backend=request.backend, time_limit=request.time_limit)
     except ProblemError as error:
         raise UserError(str(error)) from error
-    return [architecture(selection, int(best), solution) for solution in found]
+    return [architecture(selection, best, solution) for solution in found]
 
 
-def choose(selection: Selection, problems: Mapping[str, Problem]) -> tuple[str | None, dict[str, Solution]]:
-    """(best batch or None, solution per batch), by the solver or by a simple rule."""
+def choose(selection: Selection) -> tuple[int | None, dict[int, Solution]]:
+    """(best batch or None, solution per batch that was looked at), by the solver over all batches or by a simple rule over
+    `Selection.batches`."""
     request = selection.request
     try:
         if request.baseline is None:
-            return sweep(problems, backend=request.backend, time_limit=request.time_limit)
+            how = {"backend": request.backend, "time_limit": request.time_limit}
+            return best_between(selection.batches, selection.problem, selection.relaxed, **how)
         rule = BASELINES[request.baseline]
-        solutions = {label: rule(selection, problem) for label, problem in problems.items()}
+        solutions = {batch: rule(selection, selection.problem(batch)) for batch in selection.batches}
     except ProblemError as error:
         raise UserError(str(error)) from error
-    feasible = [label for label, solution in solutions.items() if solution.choice]
-    return (min(feasible, key=lambda label: solutions[label].objective) if feasible else None), solutions
+    feasible = [batch for batch, solution in solutions.items() if solution.choice]
+    return min(feasible, key=lambda batch: solutions[batch].objective, default=None), solutions
+
+
+def _why_none(selection: Selection, solutions: Mapping[int, Solution]) -> str:
+    request = selection.request
+    if request.baseline is not None:
+        return f"`baseline` {request.baseline} finds no child that meets the goal: leave it out, or relax the goal"
+    if any(s.status == "time_limit" for s in solutions.values()):
+        return f"no child was found in `time_limit` {request.time_limit:g} s: allow more"
+    return why_infeasible(selection.problems(), selection.demands)
+
+
+def _faster(selection: Selection, batch: int, solution: Solution) -> tuple[int, Solution]:
+    """The same score with more tokens/s, where a tie allows it: another cell of a layer, then the same choice at another batch."""
+    problem, choice = selection.problem(batch), dict(solution.choice)
+    for layer in problem.layers:
+        own = next(v for v in layer.variants if v.name == choice[layer.name])
+        tied = [v for v in layer.variants if v.score == own.score and v.resources["seconds"] < own.resources["seconds"]]
+        for other in sorted(tied, key=lambda v: v.resources["seconds"]):
+            changed = choice | {layer.name: other.name}
+            if not problem.violated(changed) and problem.totals(changed)["score"] <= problem.totals(choice)["score"]:
+                choice = changed
+                break
+    best = _certified(problem, choice, solution)
+    if selection.batch is not None or selection.fusion is not None:
+        return batch, best
+    cells, costs = selection.chosen(best), selection.costs
+    speeds = {b: predicted(selection, costs, cells, b).tokens_per_second for b in costs.every_batch}
+    for other_batch in sorted(speeds, key=speeds.__getitem__, reverse=True):
+        there = selection.problem(other_batch, choice)
+        if other_batch == batch or not there.violated(choice):
+            return other_batch, _certified(there, choice, solution)
+    raise AssertionError("the choice holds at its own batch")
+
+
+def _certified(problem: Problem, choice: dict[str, str], solution: Solution) -> Solution:
+    """`solution` with a choice of the same score."""
+    proven, told = solution.status == "optimal", {"seconds": solution.seconds, "solver": solution.solver}
+    return certified(problem, choice, proven=proven, bound=solution.bound, **told)
 
 
 def architecture(selection: Selection, batch: int, solution: Solution) -> Architecture:

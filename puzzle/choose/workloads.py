@@ -75,11 +75,12 @@ class Demand:
 
 
 def demand(also: AlsoAsked, library: Library, table: CostTable | EngineModel, memory: int | None) -> Demand:
-    """memory: the main workload's limit in bytes, which holds here too. Raises UserError for a batch not measured."""
+    """memory: the main workload's limit in bytes, which holds here too. Raises UserError for a batch beyond those measured."""
     costs = CostModel(library, table, also.work)
-    if also.batch is not None and also.batch not in costs.batches:
-        measured = ", ".join(map(str, costs.batches))
-        raise UserError(f"`also` {also.name}: batch {also.batch} is not in the costs; use one of {measured}")
+    if also.batch is not None and also.batch not in costs.every_batch:
+        raise UserError(
+            f"`also` {also.name}: batch {also.batch} is not in the costs; use {costs.batches[0]} to {costs.batches[-1]}"
+        )
     limits = dict(also.goal.limits)
     if memory is not None:
         limits["memory"] = Target(value=memory, relative=False)

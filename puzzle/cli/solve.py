@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable
 from puzzle.base.machine import GPUS
 from puzzle.base.workload import Workload
-from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target
+from puzzle.choose.goal import LIMITS, GoalOptions
 from puzzle.cli import options
 
 RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
@@ -35,6 +34,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--alike", metavar="RANGES", help="Layers that all choose the same: 0-15.")
 @click.option("--stages", type=int, metavar="N", help="N contiguous pipeline stages of equal time.")
 @click.option("--stage-tolerance", default="5%", metavar="SHARE")
+@click.option("--concurrency", type=int, metavar="N", help="Requests at once: what all limits hold at.")
 @click.option("--also", multiple=True, metavar="WORKLOAD", help="A further workload: 1024/64@8:ttft=300ms,tpot=20ms.")
 @click.option(
     "--fusion", is_flag=True, help="Count on `puzzle fuse`: price neighbours without attention as one wide FFN."
@@ -129,7 +129,7 @@ def solve_command(
     costs = open_costs(opened, gpu, shapes, engine)
     request = Request(
         work=Workload(input_len=input_len, output_len=output_len),
-        goal=_on_card(goal, gpu),
+        goal=goal,
         also=others,
         backend=backend,
         time_limit=time_limit,
@@ -137,13 +137,17 @@ def solve_command(
         explain=explain,
         fusion=Fusion.open(opened, fusion_dependency) if fusion else None,
         same_batch=same_batch,
+        card=_card(gpu),
     )
+    if request.card is not None and "memory" not in goal.limits:
+        click.echo(f"within the {gpu}'s {request.card / 1e9:g} GB; pass --memory for another limit", err=True)
     from puzzle.cli.report import print_diverse, print_frontier, print_prices, print_runs, print_solution
 
     if pareto is not None:
         from puzzle.choose.frontier import library_frontier
 
-        rows = library_frontier(select(opened, costs, request), pareto, points, target)
+        selection = select(opened, costs, request, free=pareto == "throughput")
+        rows = library_frontier(selection, pareto, points, target)
         options.print_json({"schema": 1, "axis": pareto, "points": rows}) if as_json else print_frontier(rows, pareto)
         click.echo(f"wrote {target / 'frontier.csv'}", err=True)
         return
@@ -168,13 +172,10 @@ def solve_command(
         click.echo(f"wrote {target / 'architecture.json'}", err=True)
 
 
-def _on_card(goal: Goal, gpu: str) -> Goal:
-    """The goal, within the card's memory where no limit was given."""
+def _card(gpu: str) -> int | None:
+    """Bytes of a known GPU."""
     card = GPUS.get(gpu.split("-")[0])
-    if "memory" in goal.limits or card is None:
-        return goal
-    click.echo(f"within the {card.name}'s {card.memory_bytes / 1e9:g} GB; pass --memory for another limit", err=True)
-    return replace(goal, limits={**goal.limits, "memory": Target(value=float(card.memory_bytes), relative=False)})
+    return None if card is None else card.memory_bytes
 
 
 def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:
