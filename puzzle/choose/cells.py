@@ -81,7 +81,7 @@ def _cells(library: Library, layer: int) -> list[Cell]:
         return total
 
     found = []
-    for names in product(*(space for space in spaces.values())):
+    for names in product(*spaces.values()):
         variants = dict(zip(spaces, names, strict=True))
         sub_blocks = {slot: spaces[slot][name] for slot, name in variants.items()}
         found.append(Cell(variants=variants, sub_blocks=sub_blocks, score=score(variants)))

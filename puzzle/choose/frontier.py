@@ -83,7 +83,7 @@ def _with(selection: Selection, axis: str, target: Target | None) -> Selection:
     limits = {option: limit for option, limit in selection.goal.limits.items() if option != axis}
     if target is not None:
         limits[axis] = target
-    return selection.with_goal(replace(selection.goal, limits=limits))
+    return replace(selection, request=replace(selection.request, goal=replace(selection.goal, limits=limits)))
 
 
 def _values(selection: Selection, axis: str, count: int) -> list[float]:

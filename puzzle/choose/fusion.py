@@ -22,7 +22,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ class WideFfn:
         """Whether T is the affine fit, for want of a width beyond the parent's."""
         return not self.engine and self.known(batch)[-1][0] <= self.own.intermediate_size
 
-    def fit(self, batch: int) -> tuple[Seconds, Seconds]:
-        """(a, b) of T(w) = a + b·w, for both phases, by least squares."""
+    def fit(self, batch: int) -> list[tuple[float, float]]:
+        """(a, b) of T(w) = a + b·w, for prefill and for all decode steps, by least squares."""
         points = self.known(batch)
         mean = sum(w for w, _ in points) / len(points)
         spread = sum((w - mean) ** 2 for w, _ in points)
@@ -98,8 +98,7 @@ class WideFfn:
             middle = sum(t[phase] for _, t in points) / len(points)
             slope = sum((w - mean) * (t[phase] - middle) for w, t in points) / spread
             found.append((middle - slope * mean, slope))
-        (a, b), (c, d) = found
-        return (a, c), (b, d)
+        return found
 
     def seconds(self, width: int, batch: int) -> Seconds:
         """(prefill, all decode steps) of an FFN of this width."""
@@ -107,8 +106,8 @@ class WideFfn:
             return self.costs.part_seconds(self.of(width), batch)
         points = self.known(batch)
         if self.is_fitted(batch):
-            start, slope = self.fit(batch)
-            return start[0] + slope[0] * width, start[1] + slope[1] * width
+            prefill, decode = (start + slope * width for start, slope in self.fit(batch))
+            return prefill, decode
         at = min(max(1, bisect_left(points, (width, (-1.0, -1.0)))), len(points) - 1)
         (left, low), (right, high) = points[at - 1], points[at]
         share = (width - left) / (right - left)
@@ -182,27 +181,19 @@ class Fusion:
         found: list[Pair] = []
         changes: dict[tuple[int, int], dict[str, float]] = {}
         for index, ((label, cells), (next_label, next_cells)) in enumerate(pairwise(layers)):
-            charge: float | None = None
-            for one in cells:
-                own = one.lone_ffn if one.fused else None
-                for two in next_cells if own is not None else ():
-                    other = two.lone_ffn
-                    if own is None or other is None:
-                        continue
-                    widths = (own.intermediate_size, other.intermediate_size)
-                    if widths not in changes:
-                        changes[widths] = self._change(widths, priced)
-                    charge = self.charge(index, index + 1) if charge is None else charge
-                    a, b = (label, one.name), (next_label, two.name)
-                    found.append(Pair(a=a, b=b, score=charge, resources=changes[widths]))
+            firsts = [((label, one.name), ffn) for one in cells if one.fused and (ffn := one.lone_ffn) is not None]
+            seconds = [((next_label, two.name), ffn) for two in next_cells if (ffn := two.lone_ffn) is not None]
+            charge = self.charge(index, index + 1) if firsts and seconds else 0.0
+            for (a, own), (b, other) in product(firsts, seconds):
+                widths = (own.intermediate_size, other.intermediate_size)
+                if widths not in changes:
+                    changes[widths] = {
+                        name + suffix: value
+                        for suffix, (costs, batch) in priced.items()
+                        for name, value in self.wide(costs).change(widths, batch).items()
+                    }
+                found.append(Pair(a=a, b=b, score=charge, resources=changes[widths]))
         return tuple(found)
-
-    def _change(self, widths: Sequence[int], priced: Mapping[str, tuple[CostModel, int]]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for suffix, (costs, batch) in priced.items():
-            change = self.wide(costs).change(widths, batch)
-            found |= {name + suffix: value for name, value in change.items()}
-        return found
 
     @staticmethod
     def runs(cells: Sequence[Cell]) -> list[Run]:

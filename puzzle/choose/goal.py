@@ -65,23 +65,28 @@ def _steps(work: Workload) -> int:
 
 def read_rate(option: str, text: str) -> float:
     """'500' or '500tok/s'. Raises UserError unless positive."""
-    found = re.fullmatch(r"\s*([-+0-9.eE]+)\s*(tok/s|tokens/s)?\s*", text)
-    try:
-        value = float(found[1]) if found else math.nan
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        example = "a multiple of the parent such as 2x, or tokens per second such as 500"
-        raise UserError(f"`{option}` {text}: write {example}; it must be above 0")
+    value = _number(text, {"": 1, "tok/s": 1, "tokens/s": 1})
+    if value is None or not 0 < value < math.inf:
+        raise UserError(f"`{option}` {text}: write {_RATE}; it must be above 0")
     return value
 
 
+def _number(text: str, units: Mapping[str, int]) -> float | None:
+    """The number before one of these units, divided by what it stands for; NaN for what is none, None without such a unit."""
+    found = re.fullmatch(rf"\s*([-+0-9.eE]+|nan|inf)\s*({'|'.join(units)})\s*", text)
+    try:
+        return float(found[1]) / units[found[2]] if found else None
+    except ValueError:
+        return math.nan
+
+
+_RATE = "a multiple of the parent such as 2x, or tokens per second such as 500"
 _SECONDS = "seconds such as 1.5, 800ms or 50%"
 LIMITS = (
     Limit(
         option="throughput",
         read=read_rate,
-        example="a multiple of the parent such as 2x, or tokens per second such as 500",
+        example=_RATE,
         help="2x (of the parent at its best batch) or tokens/s.",
         resource="seconds",
         own=lambda p: p.tokens_per_second,
@@ -150,14 +155,10 @@ BY_OPTION = {limit.option: limit for limit in LIMITS}
 
 def parse_target(limit: Limit, text: str) -> Target:
     """'2x' and '60%' are relative to the parent, anything else an absolute amount. Raises UserError unless above 0."""
-    found = re.fullmatch(r"\s*([-+0-9.eE]+|nan|inf)\s*(x|%)\s*", text)
-    if not found:
+    value = _number(text, {"x": 1, "%": 100})
+    if value is None:
         return Target(value=limit.read(limit.option, text), relative=False)
-    try:
-        value = float(found[1]) / (100 if found[2] == "%" else 1)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise UserError(f"`{limit.option}` {text}: write {limit.example}; it must be above 0")
     return Target(value=value, relative=True)
 
@@ -240,11 +241,7 @@ class GoalOptions:
 
 def parse_share(option: str, text: str) -> float:
     """'5%' or '0.05'. Raises UserError unless a number from 0 up."""
-    found = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(%)?\s*", text)
-    try:
-        value = float(found[1]) / (100 if found[2] else 1) if found else math.nan
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
+    value = _number(text, {"": 1, "%": 100})
+    if value is None or not 0 <= value < math.inf:
         raise UserError(f"`{option}` {text}: write a share such as 5% or 0.05")
     return value

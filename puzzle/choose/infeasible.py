@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from puzzle.choose.goal import LIMITS, Limit, Target
+from puzzle.choose.goal import BY_OPTION, Limit
 from puzzle.choose.workloads import Demand
 from puzzle.solver.explain import nearest, smallest_conflict
 from puzzle.solver.problem import Problem
@@ -27,7 +27,7 @@ def why_infeasible(problems: Mapping[str, Problem], demands: Sequence[Demand]) -
     assert limits is not None, "the problems were found infeasible"
     words: dict[str, Words] = {}
     for one in demands:
-        words |= {limit.option + one.suffix: _words(limit, target, one) for limit, target in _asked(one)}
+        words |= {option + one.suffix: _words(BY_OPTION[option], one) for option in one.goal.limits}
     words |= _structure(demands[0])
     reach = {int(b): nearest(problem, limits) for b, problem in problems.items()}
     typed = " and ".join(words[label].typed for label in limits)
@@ -47,13 +47,9 @@ def _reach(label: str, words: Words, reach: dict[int, dict[str, tuple[str, float
     return words.text((max if words.larger else min)(values)) if values else None
 
 
-def _asked(one: Demand) -> list[tuple[Limit, Target]]:
-    return [(limit, one.goal.limits[limit.option]) for limit in LIMITS if limit.option in one.goal.limits]
-
-
-def _words(limit: Limit, target: Target, one: Demand) -> Words:
+def _words(limit: Limit, one: Demand) -> Words:
     """Of a row of `LIMITS`, in one workload."""
-    own, work = limit.own(one.parent), one.costs.work
+    target, own, work = one.goal.limits[limit.option], limit.own(one.parent), one.costs.work
     head = f"`also` {one.suffix[1:]}:{limit.option}" if one.suffix else f"`{limit.option}`"
     typed = f"{head} {limit.unit.format(target=target, absolute=target.absolute(own))}"
     return Words(

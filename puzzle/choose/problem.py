@@ -71,9 +71,6 @@ class Selection:
         """All workloads, the main one first."""
         return (Demand(suffix="", batch=None, goal=self.goal, costs=self.costs, parent=self.parent), *self.others)
 
-    def with_goal(self, goal: Goal) -> Selection:
-        return replace(self, request=replace(self.request, goal=goal))
-
     @cached_property
     def cells(self) -> list[dict[str, Cell]]:
         """Per layer, what it may choose, by the solver's name for it; with fusion also the twins."""

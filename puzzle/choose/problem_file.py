@@ -20,11 +20,10 @@ def solve_file(
     """Solve the problem of a file and write solution.json's value to `out`, a conflict included. Raises UserError."""
     try:
         problem, wanted = read_problem(problem_path)
-        if wanted is None:
-            solutions = [solve(problem, backend, time_limit)]
-        else:
+        solutions = []
+        if wanted is not None:
             solutions = diverse(problem, wanted.count, wanted.min_distance, backend=backend, time_limit=time_limit)
-            solutions = solutions or [solve(problem, backend, time_limit)]
+        solutions = solutions or [solve(problem, backend, time_limit)]
         conflict = explain_infeasible(problem) if solutions[0].status == "infeasible" else None
     except ProblemError as error:
         raise UserError(str(error)) from error

@@ -83,9 +83,8 @@ def solve_diverse(
     best, _ = choose(selection, problems)
     if best is None:
         raise UserError(why_infeasible(problems, selection.demands))
-    limits = {"backend": request.backend, "time_limit": request.time_limit}
     try:
-        found = diverse(problems[best], count, min_distance, **limits)  # type: ignore[arg-type]
+        found = diverse(problems[best], count, min_distance, backend=request.backend, time_limit=request.time_limit)
     except ProblemError as error:
         raise UserError(str(error)) from error
     return [architecture(selection, int(best), solution) for solution in found]
@@ -152,13 +151,15 @@ def _fused(
     fusion = selection.fusion
     assert fusion is not None
     runs, problem = fusion.runs(cells), selection.problem(batch)
-    totals, missed = problem.totals(solution.choice), []
-    for one in selection.demands:
-        for name, error in fusion.pairwise_error(runs, cells, one.costs, one.at(batch)).items():
-            for limit in problem.constraints:
-                if limit.resource == name + one.suffix and limit.max is not None:
-                    over = float(totals[limit.resource]) + error > limit.max * (1 + 1e-9)
-                    missed += [limit.label] if over else []
+    totals = problem.totals(solution.choice)
+    missed = [
+        limit.label
+        for one in selection.demands
+        for name, error in fusion.pairwise_error(runs, cells, one.costs, one.at(batch)).items()
+        for limit in problem.constraints
+        if limit.resource == name + one.suffix and limit.max is not None
+        if float(totals[limit.resource]) + error > limit.max * (1 + 1e-9)
+    ]
     summary = fusion.summary(runs, cells, selection.costs, batch, missed)
     return replace(found, fuse=tuple(runs), fusion=summary)
 

@@ -48,7 +48,9 @@ class _Cli(click.Group):
         return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: flags.get(found[1], found[0]), message)
 
 
-@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_Cli, context_settings={"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="puzzle")
 def main() -> None:
     """From a parent LLM and a deployment budget to the cheapest child that keeps the parent's behaviour.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,24 +11,15 @@ from puzzle.cli import options
 
 
 @click.command("score")
-@click.argument("library", type=options.DIRECTORY)
+@click.argument("library", type=options.PATH)
 @options.data
 @options.parent
-@click.option("--sequences", type=int, default=64, show_default=True, help="Held-out sequences.")
+@click.option("--sequences", type=int, default=64, help="Held-out sequences.")
 @click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
 @options.text_field
 @options.device
 @options.as_json
-def score_command(
-    library: Path,
-    data: tuple[str, ...],
-    parent: str | None,
-    sequences: int,
-    joint: bool,
-    text_field: str,
-    device: str,
-    as_json: bool,
-) -> None:
+def score_command(library: Path, data: tuple[str, ...], parent: str | None, as_json: bool, **chosen: Any) -> None:
     """Measure, per block of LIBRARY, the KL divergence when it alone replaces its parent block.
 
     `build-library` does this too; use this verb to score on more text, or joint pairs.
@@ -39,8 +31,7 @@ def score_command(
     from puzzle.cli.report import library_summary, print_library
     from puzzle.library.score import ScoreOptions, score_library
 
-    chosen = ScoreOptions(sequences=sequences, joint=joint, text_field=text_field, device=device)
-    score_library(library, list(data), chosen, parent=parent)
+    score_library(library, list(data), ScoreOptions(**chosen), parent=parent)
     summary = library_summary(library)
     options.print_json(summary) if as_json else print_library(summary)
 
@@ -49,14 +40,17 @@ def score_command(
 @click.argument("parent")
 @click.argument("child")
 @options.data
-@click.option("--sequences", type=int, default=64, show_default=True, help="Held-out sequences.")
-@click.option("--seq-len", type=int, default=1024, show_default=True)
+@click.option("--sequences", type=int, default=64, help="Held-out sequences.")
+@click.option("--seq-len", type=int, default=1024)
 @options.input_len
 @options.output_len
 @click.option(
-    "--batch", default=None, metavar="P,C", help="Batch of parent and child (default: the child's architecture.json)."
+    "--batch",
+    metavar="P,C",
+    callback=options.numbers,
+    help="Batch of parent and child (default: the child's architecture.json).",
 )
-@click.option("--repeats", type=int, default=3, show_default=True, help="Timed runs of each; the median counts.")
+@click.option("--repeats", type=int, default=3, help="Timed runs of each; the median counts.")
 @click.option("--no-speed", is_flag=True, help="Measure divergence and sizes only.")
 @options.text_field
 @options.device
@@ -65,16 +59,12 @@ def evaluate_command(
     parent: str,
     child: str,
     data: tuple[str, ...],
-    sequences: int,
-    seq_len: int,
     input_len: int,
     output_len: int,
-    batch: str | None,
-    repeats: int,
+    batch: tuple[int, ...] | None,
     no_speed: bool,
-    text_field: str,
-    device: str,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Measure PARENT and CHILD side by side: loss, KL, top-1 agreement, tokens/s, bytes, KV cache.
 
@@ -88,15 +78,9 @@ def evaluate_command(
     from puzzle.export.checkpoint import outdated_code
     from puzzle.measure.evaluate import EvaluateOptions, evaluate
 
-    pair = None
-    if batch is not None:
-        found = options.numbers("batch", batch)
-        pair = (found[0], found[-1])
+    pair = None if batch is None else (batch[0], batch[-1])
     work = None if no_speed else Workload(input_len=input_len, output_len=output_len)
-    chosen = EvaluateOptions(
-        sequences=sequences, seq_len=seq_len, repeats=repeats, text_field=text_field, device=device
-    )
-    result = evaluate(parent, child, list(data), chosen, work=work, batches=pair)
+    result = evaluate(parent, child, list(data), EvaluateOptions(**chosen), work=work, batches=pair)
     if (hint := outdated_code(Path(child))) is not None:  # measured without that code
         console.print(f"note: {hint}", markup=False, soft_wrap=True)
     options.print_json(result.to_json()) if as_json else print_evaluation(result)

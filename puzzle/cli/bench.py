@@ -7,29 +7,26 @@ from typing import Any
 
 import click
 
+from puzzle.base.errors import UserError
 from puzzle.cli import options
 
 
 @click.command("bench")
-@click.argument("target", type=options.DIRECTORY, metavar="CHILD|ARCHITECTURE")
+@click.argument("target", type=options.PATH, metavar="CHILD|ARCHITECTURE")
 @click.option("--gpu", required=True, help="This machine's: h100, or cpu.")
-@click.option("--input-len", type=int, default=None, help="Prompt tokens. Default: the architecture's workload.")
-@click.option("--output-len", type=int, default=None, help="Generated tokens. Default: the architecture's workload.")
-@click.option("--batch", type=int, default=None, help="Default: what was predicted to be best.")
+@click.option(
+    "--input-len", type=int, callback=options.positive, help="Prompt tokens. Default: the architecture's workload."
+)
+@click.option(
+    "--output-len", type=int, callback=options.positive, help="Generated tokens. Default: the architecture's workload."
+)
+@click.option("--batch", type=int, callback=options.positive, help="Default: what was predicted to be best.")
 @click.option("--fp8", is_flag=True, help="Weights and KV cache in fp8.")
 @click.option("--with-parent", is_flag=True, help="Measure the parent too, at its own best batch.")
-@click.option("--repeats", type=int, default=3, show_default=True)
+@click.option("--repeats", type=int, callback=options.positive, default=3)
 @options.as_json
 def bench_command(
-    target: Path,
-    gpu: str,
-    input_len: int | None,
-    output_len: int | None,
-    batch: int | None,
-    fp8: bool,
-    with_parent: bool,
-    repeats: int,
-    as_json: bool,
+    target: Path, input_len: int | None, output_len: int | None, fp8: bool, as_json: bool, **chosen: Any
 ) -> None:
     """Measure throughput, time to first token and time per token beside the prediction.
 
@@ -38,42 +35,25 @@ def bench_command(
       puzzle bench lib/solution --gpu h100 --with-parent
       puzzle bench child --gpu h100 --input-len 2048 --output-len 256 --batch 32
     """
-    from puzzle.base.errors import UserError
-
     if (input_len is None) != (output_len is None):
         raise UserError("`input_len` and `output_len` go together: pass both or none")
-    for option, value in (
-        ("input_len", input_len),
-        ("output_len", output_len),
-        ("batch", batch),
-        ("repeats", repeats),
-    ):
-        if value is not None:
-            options.positive(option, value)
     from puzzle.base.workload import Workload
     from puzzle.measure.bench import bench
 
     work = None if input_len is None or output_len is None else Workload(input_len=input_len, output_len=output_len)
-    precision = "fp8" if fp8 else None
-    found = bench(
-        target, gpu=gpu, work=work, batch=batch, precision=precision, with_parent=with_parent, repeats=repeats
-    )
+    found = bench(target, work=work, precision="fp8" if fp8 else None, **chosen)
     options.print_json(found) if as_json else _print(found)
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.table import Table
+    from puzzle.cli.report import print_table
 
-    from puzzle.base.console import console
-
-    table = Table(title=f"{found['device']}, {found['precision']}, {found['workload']}", title_justify="left")
-    for name in ("", "predicted", "measured", "measured / predicted"):
-        table.add_column(name, justify="left" if not name else "right")
+    rows: list[tuple[str, ...]] = []
     for who in ("child", "parent"):
         if who not in found:
             continue
         measured, predicted = found[who]["measured"], found[who]["predicted"] or {}
-        table.add_row(f"{who}, batch {measured['batch']}", "", "", "", style="bold")
+        rows.append((f"[bold]{who}, batch {measured['batch']}",))
         for key, label, scale in (
             ("tokens_per_second", "tokens/s", 1.0),
             ("ttft_seconds", "time to first token, ms", 1e3),
@@ -82,9 +62,10 @@ def _print(found: dict[str, Any]) -> None:
         ):
             ours, theirs = measured[key] * scale, predicted.get(key)
             told = ("–", "–") if theirs is None else (f"{theirs * scale:.5g}", f"{ours / (theirs * scale):.3f}")
-            table.add_row(label, told[0], f"{ours:.5g}", told[1])
+            rows.append((label, told[0], f"{ours:.5g}", told[1]))
     if "speedup" in found:
         told = found["speedup"]
         promised = "–" if told["predicted"] is None else f"{told['predicted']:.3g}x"
-        table.add_row("speed-up, each at its best batch", promised, f"{told['measured']:.3g}x", "")
-    console.print(table)
+        rows.append(("speed-up, each at its best batch", promised, f"{told['measured']:.3g}x"))
+    title = f"{found['device']}, {found['precision']}, {found['workload']}"
+    print_table(title, ("", "predicted", "measured", "measured / predicted"), rows)

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from puzzle.base.units import parse_bytes, parse_count
 from puzzle.cli import options
+
+if TYPE_CHECKING:
+    from puzzle.library.build import BuildOptions
 
 
 @click.command("build-library")
 @click.argument("source", metavar="PARENT")
 @options.data
+@click.option("--out", type=options.PATH, required=True, metavar="LIB", help="Library directory; new or to continue.")
+@click.option("--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
+@click.option("--ffn", metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
+@click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
+@click.option("--tokens", default="1M", help="Training tokens, e.g. 20M; 0 only initialises.")
+@click.option("--seq-len", type=int, default=1024)
+@click.option("--batch-size", type=int, default=8, help="Sequences a step.")
+@click.option("--lr", type=float, default=3e-3, help="Peak learning rate (docs/lessons.md has the sweep).")
+@click.option("--seed", type=int, default=0, help="Orders the data; blocks' seeds depend on them alone.")
+@click.option("--calibration-sequences", type=int, default=64, help="For initialisation.")
+@click.option("--validation-sequences", type=int, default=16, help="Held out, for the losses reported.")
+@click.option("--group-size", type=int, help="Layers trained together (default: as many as fit).")
+@click.option("--memory-limit", metavar="BYTES", help="Use at most this much device memory, e.g. 80GB.")
+@click.option("--score/--no-score", default=True, help="Score the blocks after training.")
 @click.option(
-    "--out", type=options.DIRECTORY, required=True, metavar="LIB", help="Library directory; new or to continue."
+    "--score-sequences", type=int, callback=options.positive, default=64, help="Held-out sequences for the scores."
 )
-@click.option("--attention", default=None, metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
-@click.option("--ffn", default=None, metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
-@click.option("--layers", default=None, metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
-@click.option("--tokens", default="1M", show_default=True, help="Training tokens, e.g. 20M; 0 only initialises.")
-@click.option("--seq-len", type=int, default=1024, show_default=True)
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences a step.")
-@click.option(
-    "--lr", type=float, default=3e-3, show_default=True, help="Peak learning rate (docs/lessons.md has the sweep)."
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Orders the data; blocks' seeds depend on them alone."
-)
-@click.option("--calibration-sequences", type=int, default=64, show_default=True, help="For initialisation.")
-@click.option(
-    "--validation-sequences", type=int, default=16, show_default=True, help="Held out, for the losses reported."
-)
-@click.option("--group-size", type=int, default=None, help="Layers trained together (default: as many as fit).")
-@click.option("--memory-limit", default=None, metavar="BYTES", help="Use at most this much device memory, e.g. 80GB.")
-@click.option("--score/--no-score", default=True, show_default=True, help="Score the blocks after training.")
-@click.option("--score-sequences", type=int, default=64, show_default=True, help="Held-out sequences for the scores.")
 @click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
 @click.option("--dry-run", is_flag=True, help="Print groups, memory, disk, FLOPs and time; write nothing.")
 @options.text_field
@@ -44,25 +43,14 @@ def build_library_command(
     source: str,
     data: tuple[str, ...],
     out: Path,
-    attention: str | None,
-    ffn: str | None,
-    layers: str | None,
     tokens: str,
-    seq_len: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    calibration_sequences: int,
-    validation_sequences: int,
-    group_size: int | None,
     memory_limit: str | None,
     score: bool,
     score_sequences: int,
     joint: bool,
     dry_run: bool,
-    text_field: str,
-    device: str,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Train alternatives of every layer's attention and FFN against PARENT, and score them.
 
@@ -75,56 +63,32 @@ def build_library_command(
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
     """
-    options.positive("score_sequences", score_sequences)
-    from puzzle.base.units import parse_bytes
-
-    num_tokens = options.count("tokens", tokens, least=0)
+    num_tokens = parse_count("tokens", tokens, least=0)
     limit = parse_bytes(memory_limit, "memory_limit") if memory_limit else None
+    from puzzle.cli.report import library_summary, print_library, print_plan
+    from puzzle.library.build import BuildOptions, build_library
+    from puzzle.library.score import ScoreOptions, score_library
 
-    from puzzle.library.build import Builder, BuildOptions, build_library
-    from puzzle.parents.opened import open_model
-
-    wanted = BuildOptions(
-        data=list(data),
-        out=out,
-        attention=attention,
-        ffn=ffn,
-        layers=layers,
-        tokens=num_tokens,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        lr=lr,
-        text_field=text_field,
-        seed=seed,
-        calibration_sequences=calibration_sequences,
-        validation_sequences=validation_sequences,
-        group_size=group_size,
-        memory_limit=limit,
-        device=device,
-    )
+    wanted = BuildOptions(data=list(data), out=out, tokens=num_tokens, memory_limit=limit, **chosen)
     if dry_run:
-        from puzzle.library.estimate import predict_seconds
-        from puzzle.library.plan import describe
-
-        builder = Builder(open_model(source), wanted)
-        plan = builder.plan()
-        facts = describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
-        if as_json:
-            options.print_json(facts)
-        else:
-            from puzzle.cli.report import print_plan
-
-            print_plan(facts)
+        facts = planned(source, wanted)
+        options.print_json(facts) if as_json else print_plan(facts)
         return
     build_library(source, wanted)
     if score:
-        from puzzle.library.score import ScoreOptions, score_library
-
-        chosen = ScoreOptions(
-            sequences=score_sequences, seq_len=seq_len, joint=joint, text_field=text_field, device=device
-        )
-        score_library(out, list(data), chosen, parent=source)
-    from puzzle.cli.report import library_summary, print_library
-
+        same = {name: chosen[name] for name in ("seq_len", "text_field", "device")}
+        score_library(out, list(data), ScoreOptions(sequences=score_sequences, joint=joint, **same), parent=source)
     summary = library_summary(out)
     options.print_json(summary) if as_json else print_library(summary)
+
+
+def planned(parent: str, wanted: BuildOptions) -> dict[str, Any]:
+    """What a build would take, for --dry-run."""
+    from puzzle.library.build import Builder
+    from puzzle.library.estimate import predict_seconds
+    from puzzle.library.plan import describe
+    from puzzle.parents.opened import open_model
+
+    builder = Builder(open_model(parent), wanted)
+    plan = builder.plan()
+    return describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
+from puzzle.base.errors import UserError
+from puzzle.base.units import parse_bytes
 from puzzle.cli import options
 
 
 @click.command("export")
-@click.argument("source", type=options.DIRECTORY, metavar="LIBRARY|CHILD")
-@click.argument("architecture", type=options.DIRECTORY, required=False)
-@click.option("--out", type=options.DIRECTORY, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
-@click.option("--format", "format_", default=None, help="hf (default), nemotron-nas or gguf.")
-@click.option("--engine", default=None, help="Who will serve it: vllm, llama.cpp, sglang, mlx or tensorrt-llm.")
-@click.option("--dtype", default=None, help="float32, bfloat16, float16, and q8_0 for gguf. Default: the parent's.")
+@click.argument("source", type=options.PATH, metavar="LIBRARY|CHILD")
+@click.argument("architecture", type=options.PATH, required=False)
+@click.option("--out", type=options.PATH, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
+@click.option("--format", help="hf (default), nemotron-nas or gguf.")
+@click.option("--engine", help="Who will serve it: vllm, llama.cpp, sglang, mlx or tensorrt-llm.")
+@click.option("--dtype", help="float32, bfloat16, float16, and q8_0 for gguf. Default: the parent's.")
 @options.parent
-@click.option("--licence", default=None, help="For the model card. Default: what the parent's card says.")
-@click.option(
-    "--measured", type=options.DIRECTORY, default=None, metavar="JSON", help="What `puzzle evaluate --json` printed."
-)
-@click.option("--max-shard", default="4GiB", show_default=True, help="Largest safetensors file.")
-@click.option("--push-to-hub", default=None, metavar="REPO", help="Upload to this model of the Hugging Face hub too.")
+@click.option("--licence", help="For the model card. Default: what the parent's card says.")
+@click.option("--measured", type=options.PATH, metavar="JSON", help="What `puzzle evaluate --json` printed.")
+@click.option("--max-shard", default="4GiB", help="Largest safetensors file.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload to this model of the Hugging Face hub too.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @options.as_json
 def export_command(
     source: Path,
     architecture: Path | None,
     out: Path,
-    format_: str | None,
-    engine: str | None,
-    dtype: str | None,
     parent: str | None,
-    licence: str | None,
     measured: Path | None,
     max_shard: str,
-    push_to_hub: str | None,
-    force: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Write the child that ARCHITECTURE (architecture.json or its directory) chooses from LIBRARY.
 
@@ -51,11 +49,6 @@ def export_command(
       puzzle export lib lib/solution --engine vllm --out child-vllm      vllm serve child-vllm --trust-remote-code
       puzzle export child --engine llama.cpp --dtype q8_0 --out child.gguf
     """
-    import json
-    from dataclasses import asdict
-
-    from puzzle.base.errors import UserError
-    from puzzle.base.units import parse_bytes
     from puzzle.export.write import export, open_source
 
     try:
@@ -67,25 +60,11 @@ def export_command(
     done = export(
         open_source(source, architecture, parent),
         out,
-        format=format_,
-        engine=engine,
-        dtype=dtype,
-        licence=licence,
         measured=evaluation,
-        force=force,
         max_shard_bytes=parse_bytes(max_shard, "max_shard"),
-        push_to_hub=push_to_hub,
+        **chosen,
     )
     if as_json:
-        lowerings = [asdict(lowering) for lowering in done.lowerings]
-        options.print_json(
-            {
-                "child": str(out),
-                "format": done.format,
-                "engine": done.engine,
-                "dtype": done.dtype,
-                "lowerings": lowerings,
-            }
-        )
+        options.print_json({"child": str(out)} | {name: value for name, value in asdict(done).items() if name != "out"})
     else:
         click.echo(f"wrote {out}", err=True)

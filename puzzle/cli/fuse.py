@@ -9,23 +9,14 @@ import click
 
 from puzzle.cli import options
 
-MAX_DEPENDENCY = 0.1
-
 
 @click.command("fuse")
-@click.argument("child", type=options.DIRECTORY)
+@click.argument("child", type=options.PATH)
 @options.data
-@click.option(
-    "--out",
-    type=options.DIRECTORY,
-    default=None,
-    metavar="DIR",
-    help="New directory; FILE.json with --dependency-only.",
-)
+@click.option("--out", type=options.PATH, metavar="DIR", help="New directory; FILE.json with --dependency-only.")
 @click.option(
     "--runs",
     "runs_text",
-    default=None,
     metavar="RUNS",
     help="By hand: 3-5,8-11. solved: as CHILD was solved for. auto: chosen by dependency. Default: solved where `puzzle solve --fusion` made CHILD, else auto.",
 )
@@ -33,41 +24,34 @@ MAX_DEPENDENCY = 0.1
     "--norm",
     type=click.Choice(["own", "last"]),
     default="own",
-    show_default=True,
     help="Each FFN reads through its own norm, or all through the last one's, as the paper has it.",
 )
 @click.option(
     "--max-dependency",
     type=float,
-    default=MAX_DEPENDENCY,
-    show_default=True,
+    default=0.1,
     metavar="D",
     help="Fuse FFNs whose contribution turns by less than this cosine distance.",
 )
-@click.option(
-    "--keep-last/--no-keep-last", default=True, show_default=True, help="Leave the last FFN before an attention alone."
-)
-@click.option("--max-width", default=None, metavar="CHANNELS", help="Of a fused FFN: 28672, or 4x the parent's.")
-@click.option("--sequences", type=int, default=16, show_default=True, help="Held-out sequences.")
-@click.option("--seq-len", type=int, default=512, show_default=True)
+@click.option("--keep-last/--no-keep-last", default=True, help="Leave the last FFN before an attention alone.")
+@click.option("--max-width", metavar="CHANNELS", help="Of a fused FFN: 28672, or 4x the parent's.")
+@click.option("--sequences", type=int, callback=options.positive, default=16, help="Held-out sequences.")
+@click.option("--seq-len", type=int, callback=options.positive, default=512)
 @click.option(
     "--dependency",
     "dependency_file",
-    type=options.DIRECTORY,
-    default=None,
+    type=options.PATH,
     metavar="JSON",
     help="A dependency.json of CHILD, in place of --data.",
 )
 @click.option(
     "--dependency-only", is_flag=True, help="Measure any model, fuse nothing; FFNs too, for `puzzle solve --fusion`."
 )
-@click.option(
-    "--heat-map", type=options.DIRECTORY, default=None, metavar="PNG", help="Draw the dependency (needs matplotlib)."
-)
+@click.option("--heat-map", type=options.PATH, metavar="PNG", help="Draw the dependency (needs matplotlib).")
 @click.option(
     "--parallel-blocks", is_flag=True, help="Also measure whole blocks in parallel (a report: no engine serves it)."
 )
-@click.option("--max-shard", default="4GiB", show_default=True, help="Largest safetensors file.")
+@click.option("--max-shard", default="4GiB", help="Largest safetensors file.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fused, write nothing.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @options.text_field
@@ -89,8 +73,6 @@ def fuse_command(child: Path, as_json: bool, **wanted: Any) -> None:
     from puzzle.cli.report import print_fusion
     from puzzle.fuse.verb import Wanted, fuse_verb
 
-    for option in ("sequences", "seq_len"):
-        options.positive(option, wanted[option])
     done = fuse_verb(child, Wanted(**wanted))
     options.print_json({"schema": 1, **done}) if as_json else print_fusion(done)
     for path in done["written"]:

@@ -2,54 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
+from puzzle.base.units import bytes_text, parse_count, seconds_text
 from puzzle.cli import options
 
 
 @click.command("heal")
 @click.argument("child")
-@click.option("--teacher", default=None, metavar="PARENT", help="The parent, or any model with the same tokenizer.")
+@click.option("--teacher", metavar="PARENT", help="The parent, or any model with the same tokenizer.")
 @options.data
-@click.option(
-    "--data-blend", "blend", type=options.DIRECTORY, default=None, metavar="YAML", help="Weighted sources, as above."
-)
-@click.option("--out", type=options.DIRECTORY, required=True, metavar="HEALED", help="New directory.")
-@click.option("--tokens", default="10M", show_default=True, help="Training tokens, e.g. 100M.")
-@click.option("--seq-len", type=int, default=1024, show_default=True)
-@click.option("--stages", default=None, metavar="LEN:TOKENS,...", help="e.g. 8k:100M,64k:20M instead of the two above.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Sequences a step (of the first stage).")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Micro-batches a step is split into.")
-@click.option("--kl-weight", type=float, default=1.0, show_default=True, help="Of KL(teacher‖child) on the logits.")
-@click.option(
-    "--cosine-weight", type=float, default=1.0, show_default=True, help="Of the hidden states' cosine distance."
-)
-@click.option("--lm-weight", type=float, default=0.0, show_default=True, help="Of the next-token loss on the text.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of both distributions in the KL.")
-@click.option("--lr", type=float, default=3e-4, show_default=True, help="Peak learning rate; cosine after warm-up.")
-@click.option("--warm-up", type=float, default=0.05, show_default=True, help="Share of all steps.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of matrices (AdamW).")
-@click.option("--clip-norm", type=float, default=1.0, show_default=True, help="Largest norm of a gradient.")
+@click.option("--data-blend", "blend", type=options.PATH, metavar="YAML", help="Weighted sources, as above.")
+@click.option("--out", type=options.PATH, required=True, metavar="HEALED", help="New directory.")
+@click.option("--tokens", default="10M", help="Training tokens, e.g. 100M.")
+@click.option("--seq-len", type=int, default=1024)
+@click.option("--stages", metavar="LEN:TOKENS,...", help="e.g. 8k:100M,64k:20M instead of the two above.")
+@click.option("--batch-size", type=int, default=32, help="Sequences a step (of the first stage).")
+@click.option("--accumulate", type=int, default=1, help="Micro-batches a step is split into.")
+@click.option("--kl-weight", type=float, default=1.0, help="Of KL(teacher‖child) on the logits.")
+@click.option("--cosine-weight", type=float, default=1.0, help="Of the hidden states' cosine distance.")
+@click.option("--lm-weight", type=float, default=0.0, help="Of the next-token loss on the text.")
+@click.option("--temperature", type=float, default=1.0, help="Of both distributions in the KL.")
+@click.option("--lr", type=float, default=3e-4, help="Peak learning rate; cosine after warm-up.")
+@click.option("--warm-up", type=float, default=0.05, help="Share of all steps.")
+@click.option("--weight-decay", type=float, default=0.0, help="Of matrices (AdamW).")
+@click.option("--clip-norm", type=float, default=1.0, help="Largest norm of a gradient.")
 @click.option("--train-embeddings", is_flag=True, help="Train embedding and LM head too (default: they stay).")
 @click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time.")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="bf16 (weights stay float32) or fp32; auto: by device."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Orders the data.")
+@click.option("--dtype", default="auto", help="bf16 (weights stay float32) or fp32; auto: by device.")
+@click.option("--seed", type=int, default=0, help="Orders the data.")
 @click.option("--allow-repeats", is_flag=True, help="Go past a source's max_epochs.")
-@click.option(
-    "--save-every", type=int, default=500, show_default=True, help="Steps between checkpoints; 0: at the end."
-)
-@click.option(
-    "--eval-every", type=int, default=100, show_default=True, help="Steps between evaluations; 0: at the end."
-)
-@click.option("--validation-sequences", type=int, default=64, show_default=True, help="Held out, for the evaluations.")
-@click.option("--cuda-graph/--no-cuda-graph", default=True, show_default=True, help="Replay steps on a single GPU.")
-@click.option("--teacher-device", default=None, help="Another device for the teacher, e.g. cuda:1.")
-@click.option("--tensorboard", type=options.DIRECTORY, default=None, metavar="DIR", help="Also log there.")
-@click.option("--wandb", default=None, metavar="PROJECT", help="Also log to Weights & Biases.")
+@click.option("--save-every", type=int, default=500, help="Steps between checkpoints; 0: at the end.")
+@click.option("--eval-every", type=int, default=100, help="Steps between evaluations; 0: at the end.")
+@click.option("--validation-sequences", type=int, default=64, help="Held out, for the evaluations.")
+@click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a single GPU.")
+@click.option("--teacher-device", help="Another device for the teacher, e.g. cuda:1.")
+@click.option("--tensorboard", type=options.PATH, metavar="DIR", help="Also log there.")
+@click.option("--wandb", metavar="PROJECT", help="Also log to Weights & Biases.")
 @click.option("--force", is_flag=True, help="Replace what is in --out, and an unfinished run with other options.")
 @click.option("--dry-run", is_flag=True, help="Print time, memory and disk; write nothing.")
 @options.text_field
@@ -83,36 +75,23 @@ def heal_command(
         - {path: notes.jsonl, weight: 0.1, text_field: body}
         - {path: chats.jsonl, weight: 0.2, messages: messages, loss: assistant}
     """
-    num_tokens = options.count("tokens", tokens)
     from puzzle.heal.settings import HealOptions
 
-    wanted = HealOptions(child=child, out=out, data=list(data), tokens=num_tokens, **chosen)
+    wanted = HealOptions(child=child, out=out, data=list(data), tokens=parse_count("tokens", tokens), **chosen)
     if dry_run:
         from puzzle.heal.plan import plan_heal
 
         facts = plan_heal(wanted)
-        if as_json:
-            options.print_json(facts)
-        else:
-            _print_plan(facts)
+        options.print_json(facts) if as_json else _print_plan(facts)
         return
     from puzzle.heal.run import heal, summary
 
     record = heal(wanted)
-    if _rank() == 0:
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
         options.print_json(record) if as_json else click.echo(f"{summary(record)}\nwrote {out}", err=True)
 
 
-def _rank() -> int:
-    """The number of this process under torchrun, 0 elsewhere: one of them speaks."""
-    import os
-
-    return int(os.environ.get("RANK", "0"))
-
-
 def _print_plan(facts: dict) -> None:
-    from puzzle.base.units import bytes_text, seconds_text
-
     found = facts["predicted"]
     stages = ", ".join(f"{s['num_steps']} steps of {s['batch_size']} x {s['seq_len']} tokens" for s in facts["stages"])
     click.echo(

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from puzzle.base.errors import UserError
+from puzzle.base.files import check_writable
 from puzzle.cli import options
 
 
 @click.command("profile")
-@click.argument("library", type=options.DIRECTORY, required=False)
+@click.argument("library", type=options.PATH, required=False)
 @click.option("--gpu", required=True, help="Where costs are measured: cpu is this machine's processor.")
-@click.option("--batches", default=None, help="In decode. Default: 1,4,16,64 on a CPU, 1 to 512 on a GPU.")
-@click.option("--prefill", default=None, help="Prompt lengths. Default: 64,128,256 on a CPU, 128 to 32768 on a GPU.")
-@click.option("--contexts", default=None, help="Cached tokens before a decode step. Default: 64 to 512, 128 to 131072.")
-@click.option("--seconds", type=float, default=None, help="Spent on a point in each round. Default: 0.2, 0.025.")
-@click.option("--rounds", type=int, default=None, help="Walks over the whole grid; medians count. Default: 3, 1.")
-@click.option("--shapes", default=None, metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
-@click.option("--fp8", is_flag=True, help="On a GPU: weights and KV cache in fp8.")
-@click.option("--engine", default=None, help="Fit this serving engine's overheads instead (with --fit).")
-@click.option("--fit", "fit_path", type=options.DIRECTORY, default=None, metavar="FILE.csv", help="What it measured.")
+@click.option("--batches", callback=options.numbers, help="In decode. Default: 1,4,16,64 on a CPU, 1 to 512 on a GPU.")
 @click.option(
-    "--out", type=options.DIRECTORY, default=None, help="Where the fit goes; default: fit.json beside FILE.csv."
+    "--prefill", callback=options.numbers, help="Prompt lengths. Default: 64,128,256 on a CPU, 128 to 32768 on a GPU."
 )
+@click.option(
+    "--contexts",
+    callback=options.numbers,
+    help="Cached tokens before a decode step. Default: 64 to 512, 128 to 131072.",
+)
+@click.option("--seconds", type=float, help="Spent on a point in each round. Default: 0.2, 0.025.")
+@click.option("--rounds", type=int, help="Walks over the whole grid; medians count. Default: 3, 1.")
+@click.option("--shapes", metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
+@click.option("--fp8", is_flag=True, help="On a GPU: weights and KV cache in fp8.")
+@click.option("--engine", help="Fit this serving engine's overheads instead (with --fit).")
+@click.option("--fit", "fit_path", type=options.PATH, metavar="FILE.csv", help="What it measured.")
+@click.option("--out", type=options.PATH, help="Where the fit goes; default: fit.json beside FILE.csv.")
 @click.option("--dry-run", is_flag=True, help="Print the number of points and the time; measure nothing.")
 @options.as_json
 def profile_command(
     library: Path | None,
     gpu: str,
-    batches: str | None,
-    prefill: str | None,
-    contexts: str | None,
-    seconds: float | None,
-    rounds: int | None,
     shapes: str | None,
     fp8: bool,
     engine: str | None,
@@ -41,6 +43,7 @@ def profile_command(
     out: Path | None,
     dry_run: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Measure prefill and decode time of every sub-block in LIBRARY, as it runs inside a model.
 
@@ -55,8 +58,6 @@ def profile_command(
       puzzle profile --shapes llama-3.1-8b --gpu h100 --out costs
       puzzle profile --engine vllm --gpu h100 --fit measured.csv
     """
-    from puzzle.base.errors import UserError
-
     if engine is not None or fit_path is not None:
         if engine is None or fit_path is None:
             raise UserError("`engine` and `fit` go together: name the engine and the CSV of what it measured")
@@ -66,38 +67,33 @@ def profile_command(
         raise UserError(
             "nothing to profile: name a LIBRARY (see `puzzle build-library`), or `shapes` of a known parent"
         )
-    for option, value in (("seconds", seconds), ("rounds", rounds)):
-        if value is not None:
-            options.positive(option, value)
-    given = {"batches": batches, "prefill": prefill, "contexts": contexts}
-    lists = {option: None if text is None else options.numbers(option, text) for option, text in given.items()}
     from puzzle.library.manifest import Library
     from puzzle.parents.known import known_structure
-    from puzzle.profile.profile import SECONDS_PER_POINT, count_points, grid_for, profile, subject_named, subject_of
+    from puzzle.profile import profile as stage
 
-    rounds = 3 if rounds is None and gpu == "cpu" else rounds
-    grid = grid_for(gpu, **lists, seconds=seconds, rounds=rounds)
+    if gpu == "cpu" and chosen["rounds"] is None:
+        chosen["rounds"] = 3
+    grid = stage.ProfileOptions(gpu=gpu, **chosen).grid()
     if library is not None:
-        subject = subject_of(Library.open(library))
+        subject = stage.subject_of(Library.open(library))
     else:
         assert shapes is not None
-        subject = subject_named(shapes, known_structure(shapes))
+        subject = stage.subject_named(shapes, known_structure(shapes))
     if dry_run:
-        points, each = count_points(subject, grid), grid.seconds if gpu == "cpu" else SECONDS_PER_POINT
+        points, each = stage.count_points(subject, grid), grid.seconds if gpu == "cpu" else stage.SECONDS_PER_POINT
         facts = {"points": points, "rounds": grid.rounds, "predicted_seconds": round(points * grid.rounds * each, 1)}
         options.print_json(facts) if as_json else click.echo(
             f"{points} points, {grid.rounds} rounds: about {facts['predicted_seconds']:g} s (predicted)", err=True
         )
         return
     folder = out or (library / "costs" if library is not None else Path("costs"))
-    path, facts = profile(subject, gpu=gpu, out=folder / gpu, grid=grid, precision="fp8" if fp8 else None)
+    path, facts = stage.profile(subject, gpu=gpu, out=folder / gpu, grid=grid, precision="fp8" if fp8 else None)
     options.print_json({"costs": str(path), **facts}) if as_json else click.echo(
         f"wrote {path}: {facts['points']} points, {facts['points_per_minute']:g} a minute", err=True
     )
 
 
 def _fit(engine: str, gpu: str, path: Path, out: Path | None, as_json: bool) -> None:
-    from puzzle.base.files import check_writable
     from puzzle.cli.report import print_fit
     from puzzle.profile.engine_fit import fit_engine
 

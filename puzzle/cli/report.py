@@ -3,6 +3,7 @@ with measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -15,20 +16,35 @@ from puzzle.blocklib.variant import PARENT
 from puzzle.choose.frontier import terminal_plot
 from puzzle.export.picture import picture
 from puzzle.library.manifest import Library, score_name, scores_path
-from puzzle.measure.architecture import Architecture
+from puzzle.measure.architecture import Architecture, Prediction
 
 if TYPE_CHECKING:
     from puzzle.measure.evaluate import Evaluation
+    from puzzle.measure.serve import Served
+
+COMPARED = ("", "parent", "child")
+Row = tuple[str, Any, Any]  # of these columns
 
 
-def _table(title: str, rows: list[tuple[str, Any, Any]]) -> Table:
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> None:
+    """words: how many columns, from the left, hold words and not figures."""
     table = Table(title=title, title_justify="left")
-    table.add_column("")
-    table.add_column("parent", justify="right")
-    table.add_column("child", justify="right")
-    for name, parent, child in rows:
-        table.add_row(name, str(parent), str(child))
-    return table
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < words else "right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
+
+
+def _speed_rows(parent: Prediction | Served, child: Prediction | Served, *speedups: tuple[str, float]) -> list[Row]:
+    return [
+        ("batch", parent.batch, child.batch),
+        ("tokens/s", f"{parent.tokens_per_second:.5g}", f"{child.tokens_per_second:.5g}"),
+        *((name, "1x", f"{speedup:.3g}x") for name, speedup in speedups),
+        ("time to first token", f"{parent.ttft_seconds:.4g} s", f"{child.ttft_seconds:.4g} s"),
+        ("time per output token", f"{parent.tpot_seconds:.4g} s", f"{child.tpot_seconds:.4g} s"),
+        ("memory", bytes_text(parent.memory_bytes), bytes_text(child.memory_bytes)),
+    ]
 
 
 def print_solution(solved: Architecture) -> None:
@@ -43,30 +59,20 @@ def print_solution(solved: Architecture) -> None:
         f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, bound {solved.bound:.5g}, "
         f"gap {solved.gap:.1e}, slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
     )
-    console.print(
-        _table(
-            f"predicted on {solved.costs['device']} ({solved.costs['precision']})",
-            [
-                ("batch", parent.batch, child.batch),
-                ("tokens/s", f"{parent.tokens_per_second:.5g}", f"{child.tokens_per_second:.5g}"),
-                ("speed-up, each at its best batch", "1x", f"{solved.speedup:.3g}x"),
-                ("speed-up at the child's batch", "1x", f"{solved.speedup_at_same_batch:.3g}x"),
-                ("time to first token", f"{parent.ttft_seconds:.4g} s", f"{child.ttft_seconds:.4g} s"),
-                ("time per output token", f"{parent.tpot_seconds:.4g} s", f"{child.tpot_seconds:.4g} s"),
-                ("memory", bytes_text(parent.memory_bytes), bytes_text(child.memory_bytes)),
-                ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
-                ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
-            ],
-        )
-    )
+    best, same = ("speed-up, each at its best batch", solved.speedup), solved.speedup_at_same_batch
+    rows = [
+        *_speed_rows(parent, child, best, ("speed-up at the child's batch", same)),
+        ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
+        ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
+    ]
+    print_table(f"predicted on {solved.costs['device']} ({solved.costs['precision']})", COMPARED, rows)
     limit = solved.goal["memory"]
     if isinstance(limit, float) and parent.memory_bytes > limit:
         console.print(
             f"the parent itself needs {bytes_text(parent.memory_bytes)}: its figures are what it would do with that much "
             "memory, at its smallest batch"
         )
-    beyond = [*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)]
-    for line in beyond:
+    for line in (*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)):
         console.print(f"extrapolated: {line}", markup=False)
     for also in solved.also:
         work, mine, own = also.workload, also.predicted, also.parent_predicted
@@ -81,7 +87,7 @@ def print_solution(solved: Architecture) -> None:
 
 def print_evaluation(result: Evaluation) -> None:
     parent, child = result.parent, result.child
-    rows = [
+    rows: list[Row] = [
         ("held-out loss, nats/token", f"{parent.loss:.4f}", f"{child.loss:.4f}"),
         ("KL(parent‖child), nats/token", "0", f"{child.kl:.4f} ± {child.kl_stderr:.4f}"),
         ("top-1 agreement", "1", f"{child.top1_agreement:.4f}"),
@@ -89,17 +95,9 @@ def print_evaluation(result: Evaluation) -> None:
         ("weights", bytes_text(parent.weight_bytes), bytes_text(child.weight_bytes)),
         ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
     ]
-    if parent.speed is not None and child.speed is not None:
-        slow, fast = parent.speed, child.speed
-        rows += [
-            ("batch", slow.batch, fast.batch),
-            ("tokens/s", f"{slow.tokens_per_second:.5g}", f"{fast.tokens_per_second:.5g}"),
-            ("speed-up", "1x", f"{result.speedup:.3g}x"),
-            ("time to first token", f"{slow.ttft_seconds:.4g} s", f"{fast.ttft_seconds:.4g} s"),
-            ("time per output token", f"{slow.tpot_seconds:.4g} s", f"{fast.tpot_seconds:.4g} s"),
-            ("memory", bytes_text(slow.memory_bytes), bytes_text(fast.memory_bytes)),
-        ]
-    console.print(_table(f"measured on {result.device} ({result.precision}), {result.num_tokens:,} tokens", rows))
+    if parent.speed is not None and child.speed is not None and result.speedup is not None:
+        rows += _speed_rows(parent.speed, child.speed, ("speed-up", result.speedup))
+    print_table(f"measured on {result.device} ({result.precision}), {result.num_tokens:,} tokens", COMPARED, rows)
 
 
 def print_prices(solved: Architecture) -> None:
@@ -136,44 +134,37 @@ def print_solutions(value: dict[str, Any]) -> None:
 
 def print_result(result: dict[str, Any]) -> None:
     """Promise against delivery."""
-    table = Table(title="promised and delivered", title_justify="left")
-    for name in ("", "predicted", "measured"):
-        table.add_column(name, justify="right" if name else "left")
     predicted, measured = result["predicted"], result["measured"]
-    table.add_row("speed-up", f"{predicted['speedup']:.3g}x", f"{measured['speedup']:.3g}x")
-    table.add_row("tokens/s", f"{predicted['tokens_per_second']:.5g}", f"{measured['tokens_per_second']:.5g}")
-    parent = result["parent"]
-    table.add_row(
-        "the parent's tokens/s", f"{parent['predicted_tokens_per_second']:.5g}", f"{parent['tokens_per_second']:.5g}"
-    )
-    table.add_row("weights and KV cache", bytes_text(predicted["memory_bytes"]), bytes_text(measured["memory_bytes"]))
-    table.add_row("KV bytes per token", str(predicted["kv_bytes_per_token"]), str(measured["kv_bytes_per_token"]))
-    table.add_row(
-        "KL to the parent, nats/token",
-        f"{result['child']['sum_of_scores']:.4f} (sum of scores)",
-        f"{result['child']['kl']:.4f}",
-    )
-    table.add_row("held-out loss", f"parent {parent['loss']:.4f}", f"{result['child']['loss']:.4f}")
-    console.print(table)
+    parent, child = result["parent"], result["child"]
+    parents = f"{parent['predicted_tokens_per_second']:.5g}", f"{parent['tokens_per_second']:.5g}"
+    rows = [
+        ("speed-up", f"{predicted['speedup']:.3g}x", f"{measured['speedup']:.3g}x"),
+        ("tokens/s", f"{predicted['tokens_per_second']:.5g}", f"{measured['tokens_per_second']:.5g}"),
+        ("the parent's tokens/s", *parents),
+        ("weights and KV cache", bytes_text(predicted["memory_bytes"]), bytes_text(measured["memory_bytes"])),
+        ("KV bytes per token", predicted["kv_bytes_per_token"], measured["kv_bytes_per_token"]),
+        ("KL to the parent, nats/token", f"{child['sum_of_scores']:.4f} (sum of scores)", f"{child['kl']:.4f}"),
+        ("held-out loss", f"parent {parent['loss']:.4f}", f"{child['loss']:.4f}"),
+    ]
+    print_table("promised and delivered", ("", "predicted", "measured"), rows)
 
 
 def print_plan(facts: dict[str, Any]) -> None:
     """The --dry-run report; every figure is predicted."""
     groups, predicted = facts["groups"], facts["predicted"]
-    console.print(f"device            {facts['device']}")
-    for slot, names in facts["variants"].items():
-        console.print(f"{slot:<17} {', '.join(names)}")
-    console.print(
-        f"layers            {sum(map(len, groups))} in {len(groups)} group(s) of up to {max(map(len, groups))}"
-    )
-    console.print(f"trained           {facts['num_trained_parameters']:,} parameters")
-    console.print(f"device memory     {bytes_text(predicted['peak_memory_bytes'])} at the peak (predicted)")
-    console.print(f"host memory       {bytes_text(predicted['host_memory_bytes'])} besides (predicted)")
-    console.print(f"disk              {bytes_text(predicted['disk_bytes'])}: library and one snapshot (predicted)")
-    console.print(
-        f"compute           {predicted['flops']:.2e} FLOPs over {predicted['num_tokens']:,} tokens (predicted)"
-    )
-    console.print(f"training time     {seconds_text(predicted['seconds'])} (predicted from timed steps of one layer)")
+    figures = {
+        "device": facts["device"],
+        **{slot: ", ".join(names) for slot, names in facts["variants"].items()},
+        "layers": f"{sum(map(len, groups))} in {len(groups)} group(s) of up to {max(map(len, groups))}",
+        "trained": f"{facts['num_trained_parameters']:,} parameters",
+        "device memory": f"{bytes_text(predicted['peak_memory_bytes'])} at the peak (predicted)",
+        "host memory": f"{bytes_text(predicted['host_memory_bytes'])} besides (predicted)",
+        "disk": f"{bytes_text(predicted['disk_bytes'])}: library and one snapshot (predicted)",
+        "compute": f"{predicted['flops']:.2e} FLOPs over {predicted['num_tokens']:,} tokens (predicted)",
+        "training time": f"{seconds_text(predicted['seconds'])} (predicted from timed steps of one layer)",
+    }
+    for name, text in figures.items():
+        console.print(f"{name:<17} {text}")
 
 
 def library_summary(root: Path) -> dict[str, Any]:
@@ -203,22 +194,12 @@ def library_summary(root: Path) -> dict[str, Any]:
 
 
 def print_library(summary: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{summary['library']}: medians over {len(summary['layers'])} layers, measured on held-out text",
-        title_justify="left",
-    )
-    for name in ("slot", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"):
-        table.add_column(name, justify="left" if name in ("slot", "variant") else "right")
+    title = f"{summary['library']}: medians over {len(summary['layers'])} layers, measured on held-out text"
+    rows = []
     for row in summary["variants"]:
-        kl = f"{row['kl']:.5f}" if "kl" in row else "not scored"
-        table.add_row(
-            row["slot"],
-            row["variant"],
-            f"{row['validation_loss_before']:.4f}",
-            f"{row['validation_loss_after']:.4f}",
-            kl,
-        )
-    console.print(table)
+        losses = f"{row['validation_loss_before']:.4f}", f"{row['validation_loss_after']:.4f}"
+        rows.append((row["slot"], row["variant"], *losses, f"{row['kl']:.5f}" if "kl" in row else "not scored"))
+    print_table(title, ("slot", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"), rows, words=2)
 
 
 def print_runs(solved: Architecture) -> None:
@@ -276,14 +257,13 @@ def print_fit(value: dict[str, Any]) -> None:
     for name, constant in value["constants"].items():
         unit = "of the datasheet" if constant > 1e-2 else "s"
         console.print(f"{name:<10} {constant:.4g} {unit}", markup=False)
-    table = Table(title=f"errors of {value['engine']} on {value['device']}", title_justify="left")
-    for name in ("", "mean", "largest", "mean, left out", "largest, left out"):
-        table.add_column(name, justify="right" if name else "left")
+    rows = []
     for what, found in value["errors"].items():
         if isinstance(found, dict):
             out = value["leave_one_out"].get(what, found)
             cells = [f"{100 * e:.2f} %" for e in (found["mean"], found["largest"], out["mean"], out["largest"])]
-            table.add_row(f"{what.replace('_', ' ')} ({found['num']})", *cells)
-    console.print(table)
+            rows.append((f"{what.replace('_', ' ')} ({found['num']})", *cells))
+    columns = ("", "mean", "largest", "mean, left out", "largest, left out")
+    print_table(f"errors of {value['engine']} on {value['device']}", columns, rows)
     left = value["leave_one_out"]
     console.print(f"pairs of architectures ranked right when left out: {left['pairs_ranked_right']} of {left['pairs']}")

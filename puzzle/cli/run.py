@@ -9,13 +9,14 @@ from typing import Any
 import click
 
 from puzzle.cli import options
+from puzzle.cli.build_library import planned
 
 
 @click.command("run")
-@click.argument("recipe", type=options.DIRECTORY)
-@click.option("--out", type=options.DIRECTORY, required=True, metavar="RUN", help="Run directory; new or to continue.")
+@click.argument("recipe", type=options.PATH)
+@click.option("--out", type=options.PATH, required=True, metavar="RUN", help="Run directory; new or to continue.")
 @options.data
-@click.option("--throughput", default=None, help="Overrides the recipe's goal.")
+@click.option("--throughput", help="Overrides the recipe's goal.")
 @click.option("--dry-run", is_flag=True, help="Print what the library build takes; write nothing.")
 @options.as_json
 def run_command(
@@ -38,24 +39,14 @@ def run_command(
     if data:
         wanted.data = list(data)
     wanted.goal = replace(wanted.goal, **over)
-    from puzzle.run.pipeline import Run, run_recipe
+    from puzzle.cli.report import print_plan, print_result, print_solution
+    from puzzle.run.pipeline import Run
 
     if dry_run:
-        from puzzle.cli.report import print_plan
-        from puzzle.library.build import Builder
-        from puzzle.library.estimate import predict_seconds
-        from puzzle.library.plan import describe
-        from puzzle.parents.opened import open_model
-
         build = Run(wanted, out).build_options()
         with naming("build"):
-            builder = Builder(open_model(wanted.parent), build)
-            plan = builder.plan()
-        facts = describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
+            facts = planned(wanted.parent, build)
         options.print_json(facts) if as_json else print_plan(facts)
         return
-    from puzzle.cli.report import print_result, print_solution
-
-    result = run_recipe(wanted, out, print_solution)
-
+    result = Run(wanted, out, print_solution).run()
     options.print_json({"schema": 1, **result}) if as_json else print_result(result)

@@ -11,12 +11,12 @@ from puzzle.cli import options
 
 
 @click.command("serve-check")
-@click.argument("export", type=options.DIRECTORY)
+@click.argument("export", type=options.PATH)
 @click.option("--engine", required=True, help="hf, vllm, llama.cpp or mlx.")
-@click.option("--python", type=options.DIRECTORY, help="Python of the environment that has the engine.")
-@click.option("--reference", type=options.DIRECTORY, help="The child's --format hf export (default: EXPORT itself).")
-@click.option("--tokens", type=int, default=64, show_default=True, help="Greedy tokens to compare.")
-@click.option("--threads", type=int, default=2, show_default=True, help="CPU threads of the engine.")
+@click.option("--python", type=options.PATH, help="Python of the environment that has the engine.")
+@click.option("--reference", type=options.PATH, help="The child's --format hf export (default: EXPORT itself).")
+@click.option("--tokens", type=int, callback=options.positive, default=64, help="Greedy tokens to compare.")
+@click.option("--threads", type=int, callback=options.positive, default=2, help="CPU threads of the engine.")
 @options.as_json
 def serve_check_command(
     export: Path, engine: str, python: Path | None, reference: Path | None, tokens: int, threads: int, as_json: bool
@@ -29,8 +29,6 @@ def serve_check_command(
     Example:
       puzzle serve-check child --engine vllm --python .engines/vllm/bin/python
     """
-    for option, value in (("tokens", tokens), ("threads", threads)):
-        options.positive(option, value)
     from puzzle.serving.check import EngineFailed, serve_check
 
     try:

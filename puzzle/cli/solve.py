@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from puzzle.base.errors import UserError
+from puzzle.base.files import check_writable
+from puzzle.base.machine import GPUS
+from puzzle.base.workload import Workload
 from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target
 from puzzle.cli import options
 
@@ -17,50 +22,45 @@ RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 def limits(command: Callable[..., Any]) -> Callable[..., Any]:
     """An option for every row of `LIMITS`, in its order."""
     for limit in reversed(LIMITS):
-        command = click.option(f"--{limit.option.replace('_', '-')}", default=None, metavar="GOAL", help=limit.help)(
-            command
-        )
+        command = click.option(f"--{limit.option.replace('_', '-')}", metavar="GOAL", help=limit.help)(command)
     return command
 
 
 @click.command("solve")
-@click.argument("library", type=options.DIRECTORY, required=False)
+@click.argument("library", type=options.PATH, required=False)
 @limits
-@click.option("--cached-tokens", default=None, metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
-@click.option("--keep-attention", type=int, default=None, metavar="N", help="At least N layers keep softmax attention.")
-@click.option("--pin", "pinned", default=None, metavar="RANGES", help="Layers that keep the parent's block: 0-1,15.")
-@click.option("--alike", default=None, metavar="RANGES", help="Layers that all choose the same: 0-15.")
-@click.option("--stages", type=int, default=None, metavar="N", help="N contiguous pipeline stages of equal time.")
-@click.option("--stage-tolerance", default="5%", show_default=True, metavar="SHARE")
+@click.option("--cached-tokens", metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
+@click.option("--keep-attention", type=int, metavar="N", help="At least N layers keep softmax attention.")
+@click.option("--pin", "pinned", metavar="RANGES", help="Layers that keep the parent's block: 0-1,15.")
+@click.option("--alike", metavar="RANGES", help="Layers that all choose the same: 0-15.")
+@click.option("--stages", type=int, metavar="N", help="N contiguous pipeline stages of equal time.")
+@click.option("--stage-tolerance", default="5%", metavar="SHARE")
 @click.option("--also", multiple=True, metavar="WORKLOAD", help="A further workload: 1024/64@8:ttft=300ms,tpot=20ms.")
 @click.option(
     "--fusion", is_flag=True, help="Count on `puzzle fuse`: price neighbours without attention as one wide FFN."
 )
 @click.option(
     "--fusion-dependency",
-    type=options.DIRECTORY,
-    default=None,
+    type=options.PATH,
     metavar="JSON",
     help="Charge fused FFNs for it: of the parent, by `puzzle fuse --dependency-only`.",
 )
-@click.option("--gpu", default=None, help="Whose costs: cpu, or a GPU that has been profiled.")
-@click.option("--shapes", default=None, help="Which of several cost tables.")
+@click.option("--gpu", help="Whose costs: cpu, or a GPU that has been profiled.")
+@click.option("--shapes", help="Which of several cost tables.")
 @click.option("--same-batch", is_flag=True, help="2x means of the parent at the child's batch, not at its own best.")
-@click.option("--engine", default="puzzle", show_default=True, help="Who serves: our runtime, or vllm (fitted).")
+@click.option("--engine", default="puzzle", help="Who serves: our runtime, or vllm (fitted).")
 @options.input_len
 @options.output_len
-@click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools", show_default=True)
-@click.option("--time-limit", type=float, default=None, metavar="SECONDS", help="For the whole answer.")
-@click.option("--baseline", type=click.Choice(RULES), default=None, help="A simple rule in place of the optimum.")
+@click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools")
+@click.option("--time-limit", type=float, callback=options.positive, metavar="SECONDS", help="For the whole answer.")
+@click.option("--baseline", type=click.Choice(RULES), help="A simple rule in place of the optimum.")
 @click.option("--explain", is_flag=True, help="Also say what 1 % more of each limit would buy.")
-@click.option("--pareto", default=None, metavar="AXIS", help="Frontier against throughput, latency or memory.")
-@click.option("--points", type=int, default=50, show_default=True, help="Of the frontier.")
-@click.option(
-    "--diverse", type=int, default=None, metavar="N", help="N children that differ, each the best of the rest."
-)
-@click.option("--min-distance", type=int, default=1, show_default=True, help="Layers in which they differ.")
-@click.option("--problem", type=options.DIRECTORY, default=None, help="A problem.json of your own, without a LIBRARY.")
-@click.option("--out", type=options.DIRECTORY, default=None, help="Default: LIBRARY/solution, or solution.json.")
+@click.option("--pareto", metavar="AXIS", help="Frontier against throughput, latency or memory.")
+@click.option("--points", type=int, default=50, help="Of the frontier.")
+@click.option("--diverse", type=int, metavar="N", help="N children that differ, each the best of the rest.")
+@click.option("--min-distance", type=int, default=1, help="Layers in which they differ.")
+@click.option("--problem", type=options.PATH, help="A problem.json of your own, without a LIBRARY.")
+@click.option("--out", type=options.PATH, help="Default: LIBRARY/solution, or solution.json.")
 @options.as_json
 def solve_command(
     library: Path | None,
@@ -101,10 +101,6 @@ def solve_command(
       puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
       puzzle solve --problem problem.json --out solution.json
     """
-    if time_limit is not None:
-        options.positive("time_limit", time_limit)
-    from puzzle.base.errors import UserError
-
     if problem is not None:
         _solve_file(problem, out or Path("solution.json"), backend, time_limit, as_json)
         return
@@ -112,8 +108,6 @@ def solve_command(
         raise UserError("nothing to solve: name a LIBRARY (see `puzzle build-library`), or pass `problem` problem.json")
     if gpu is None:
         raise UserError("`gpu` is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
-    from puzzle.base.files import check_writable
-    from puzzle.base.workload import Workload
     from puzzle.choose.fusion import Fusion
     from puzzle.choose.problem import Request, select
     from puzzle.choose.solve import open_costs, solve_library
@@ -176,10 +170,6 @@ def solve_command(
 
 def _on_card(goal: Goal, gpu: str) -> Goal:
     """The goal, within the card's memory where no limit was given."""
-    from dataclasses import replace
-
-    from puzzle.base.machine import GPUS
-
     card = GPUS.get(gpu.split("-")[0])
     if "memory" in goal.limits or card is None:
         return goal
@@ -188,8 +178,6 @@ def _on_card(goal: Goal, gpu: str) -> Goal:
 
 
 def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:
-    from puzzle.base.errors import UserError
-    from puzzle.base.files import check_writable
     from puzzle.choose.problem_file import solve_file
     from puzzle.cli.report import print_solutions
 

@@ -17,7 +17,6 @@ from puzzle.base.workload import Workload
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.blocklib.variant import PARENT
 from puzzle.parents.structure import Layer, Structure
 
 MADE_BY = "puzzle solve"
@@ -134,22 +133,16 @@ class Architecture:
     def to_json(self) -> dict[str, Any]:
         """What `read_architecture` reads back as an equal architecture."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return (
-            {"schema": SCHEMA}
-            | plain
-            | {
-                "parent": self.parent.to_json(),
-                "layers": [{slot: choice.to_json() for slot, choice in layer.items()} for layer in self.layers],
-                "workload": asdict(self.workload),
-                "predicted": asdict(self.predicted),
-                "parent_predicted": asdict(self.parent_predicted),
-                "extrapolated": list(self.extrapolated),
-                "also": [asdict(one) | {"extrapolated": list(one.extrapolated)} for one in self.also],
-                "fuse": None if self.fuse is None else [list(run) for run in self.fuse],
-                "fused": [list(run) for run in self.fused],
-                "prices": None if self.prices is None else list(self.prices),
-            }
-        )
+        return {
+            "schema": SCHEMA,
+            **plain,
+            "parent": self.parent.to_json(),
+            "layers": [{slot: choice.to_json() for slot, choice in layer.items()} for layer in self.layers],
+            "workload": asdict(self.workload),
+            "predicted": asdict(self.predicted),
+            "parent_predicted": asdict(self.parent_predicted),
+            "also": [asdict(one) for one in self.also],
+        }
 
 
 def architecture_path(path: Path) -> Path:
@@ -184,33 +177,19 @@ def _typed(value: Mapping[str, Any]) -> dict[str, Any]:
     def choice(raw: Mapping[str, str]) -> Choice:
         return Choice(variant=raw["variant"], sub_block=parse_key(raw["sub_block"]), precision=raw["precision"])
 
-    def also(raw: Mapping[str, Any]) -> Also:
-        return Also(
-            workload=Workload(**raw["workload"]),
-            goal=raw["goal"],
-            predicted=Prediction(**raw["predicted"]),
-            parent_predicted=Prediction(**raw["parent_predicted"]),
-            speedup=raw["speedup"],
-            extrapolated=tuple(raw["extrapolated"]),
-        )
+    def promised(raw: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "workload": Workload(**raw["workload"]),
+            "predicted": Prediction(**raw["predicted"]),
+            "parent_predicted": Prediction(**raw["parent_predicted"]),
+            "extrapolated": tuple(raw["extrapolated"]),
+        }
 
-    return {
+    return promised(value) | {
         "parent": Structure.from_json(value["parent"]),
         "layers": tuple({slot: choice(raw) for slot, raw in layer.items()} for layer in value["layers"]),
-        "workload": Workload(**value["workload"]),
-        "predicted": Prediction(**value["predicted"]),
-        "parent_predicted": Prediction(**value["parent_predicted"]),
-        "extrapolated": tuple(value["extrapolated"]),
-        "also": tuple(also(one) for one in value["also"]),
+        "also": tuple(Also(**one | promised(one)) for one in value["also"]),
         "fuse": None if value["fuse"] is None else tuple((first, last) for first, last in value["fuse"]),
         "fused": tuple((first, last) for first, last in value["fused"]),
         "prices": None if value["prices"] is None else tuple(value["prices"]),
     }
-
-
-def whole_parent(structure: Structure, precision: str) -> list[dict[str, Choice]]:
-    """The architecture that changes nothing."""
-    return [
-        {slot: Choice(variant=PARENT, sub_block=b, precision=precision) for slot, b in layer.items()}
-        for layer in structure.layers
-    ]

@@ -15,9 +15,8 @@ import torch
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
-from puzzle.measure.architecture import Architecture, Prediction, architecture_path, read_architecture
+from puzzle.measure.architecture import Prediction, architecture_path, read_architecture
 from puzzle.measure.serve import serve
-from puzzle.parents.structure import Structure
 from puzzle.runtime.model import CausalModel, load_model, random_model
 from puzzle.runtime.open import DTYPES, open_runtime, usual_precision
 
@@ -42,7 +41,8 @@ def bench(
     device = torch.device("cpu" if gpu == "cpu" else "cuda")
     if device.type == "cuda":
         check_gpu(gpu)
-    solved = _architecture(target)
+    path = architecture_path(target)
+    solved = read_architecture(path) if path.is_file() and path.suffix == ".json" else None
     is_checkpoint = (target / "config.json").is_file()
     if not is_checkpoint and solved is None:
         raise UserError(
@@ -76,26 +76,18 @@ def bench(
             "predicted": None if same is None else {name: getattr(same, name) for name in COMPARED},
         }
 
-    def random(structure: Structure) -> Callable[[], CausalModel]:
-        return lambda: random_model(structure, device, DTYPES[asked])
+    def child() -> CausalModel:
+        if solved is None or is_checkpoint:
+            return load_model(str(target), device=device, dtype=DTYPES[asked])
+        return random_model(solved.structure(), device, DTYPES[asked])
 
-    if is_checkpoint:
-        make: Callable[[], CausalModel] = lambda: load_model(str(target), device=device, dtype=DTYPES[asked])  # noqa: E731
-    else:
-        assert solved is not None
-        make = random(solved.structure())
-    found["child"] = run(make, batch, promised.predicted if promised else None)
+    found["child"] = run(child, batch, promised.predicted if promised else None)
     if with_parent:
         if solved is None:
             raise UserError("`with_parent` needs an architecture: bench a parent's checkpoint by itself")
         theirs = promised.parent_predicted if promised else None
         at = theirs.batch if theirs else batch
-        found["parent"] = run(random(solved.parent), at, theirs)
+        found["parent"] = run(lambda: random_model(solved.parent, device, DTYPES[asked]), at, theirs)
         ours, other = (found[k]["measured"]["tokens_per_second"] for k in ("child", "parent"))
         found["speedup"] = {"measured": ours / other, "predicted": promised.speedup if promised else None}
     return found
-
-
-def _architecture(target: Path) -> Architecture | None:
-    path = architecture_path(target)
-    return read_architecture(path) if path.is_file() and path.suffix == ".json" else None

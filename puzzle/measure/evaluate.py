@@ -72,16 +72,8 @@ class Evaluation:
     workload: Workload | None = None
 
     def to_json(self) -> dict[str, Any]:
-        value: dict[str, Any] = {
-            "device": self.device,
-            "precision": self.precision,
-            "num_tokens": self.num_tokens,
-            "parent": self.parent.to_json(),
-            "child": self.child.to_json(),
-        }
-        if self.workload is not None:
-            value |= {"speedup": self.speedup, "workload": asdict(self.workload)}
-        return value
+        value = asdict(self) | {"parent": self.parent.to_json(), "child": self.child.to_json()}
+        return {name: item for name, item in value.items() if item is not None}
 
 
 def evaluate(
@@ -120,10 +112,8 @@ def evaluate(
     against = compare(parent, child, tokens.validation)
     sizes = [_sizes(opened, dtype) for opened in (parent_model, child_model)]
     del parent, child  # the runtimes want their memory
-    speeds: dict[str, Served | None] = {"parent": None, "child": None}
-    if work is not None:
-        speeds |= _speeds(parent_model, child_model, work, batches, on, options.repeats)
-    fast, slow = speeds["child"], speeds["parent"]
+    speeds = {} if work is None else _speeds(parent_model, child_model, work, batches, on, options.repeats)
+    fast, slow = speeds.get("child"), speeds.get("parent")
     return Evaluation(
         device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
         precision=usual_precision(on),
@@ -169,13 +159,12 @@ def _speeds(
     if solved and batches is None and solved.workload == work and solved.costs["device"] == here:
         expected = solved.parent_predicted.tokens_per_second
     precision, length = usual_precision(device), work.input_len + work.output_len
+    dtype = DTYPES[precision]
 
     def maker(opened: HfModel, batch: int) -> Callable[[], Runtime]:
-        def make() -> Runtime:
-            model = load_model(opened, device=device, dtype=DTYPES[precision])
-            return open_runtime(model, batch, length, precision, consume=True)
-
-        return make
+        return lambda: open_runtime(
+            load_model(opened, device=device, dtype=dtype), batch, length, precision, consume=True
+        )
 
     return _steady({"parent": maker(parent, at[0]), "child": maker(child, at[1])}, work, repeats, expected)
 

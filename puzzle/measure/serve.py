@@ -27,10 +27,6 @@ class Served:
     memory_bytes: int
     workspace_bytes: int
 
-    @property
-    def prefill_seconds(self) -> float:
-        return self.ttft_seconds
-
 
 class _Serving:
     """One runtime with its prompts, ready to be timed again and again."""

@@ -45,14 +45,19 @@ class CostRow:
     date: str
 
 
-def write_costs(path: Path, rows: list[CostRow]) -> None:
+def _text(rows: list[CostRow], header: bool) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(CostRow)], lineterminator="\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     for row in rows:
         values = asdict(row)
         writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
-    write_text(path, text.getvalue())
+    return text.getvalue()
+
+
+def write_costs(path: Path, rows: list[CostRow]) -> None:
+    write_text(path, _text(rows, header=True))
 
 
 def append_costs(path: Path, row: CostRow) -> None:
@@ -60,11 +65,7 @@ def append_costs(path: Path, row: CostRow) -> None:
     with writing(path):
         new = not path.exists() or path.stat().st_size == 0
         with open(path, "a", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, [f.name for f in fields(CostRow)], lineterminator="\n")
-            if new:
-                writer.writeheader()
-            values = asdict(row)
-            writer.writerow(values | {k: f"{values[k]:.6g}" for k in ("p20_s", "p50_s", "p80_s")})
+            handle.write(_text([row], header=new))
 
 
 Key = tuple[str, str, int]  # part, phase, batch
@@ -256,9 +257,8 @@ def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[
     for folder in folders:
         if folder.name != gpu and not folder.name.startswith(f"{gpu}-"):
             continue
-        tables = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
-        if name is not None:
-            tables = [t for t in tables if t.stem == name]
+        whole = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
+        tables = [t for t in whole if name in (None, t.stem)]
         if len(tables) > 1 and needs:
             opened = [(t, CostTable(t)) for t in tables if not t.stem.endswith("-fp8")]
             holding = [t for t, table in opened if all(table.has(part) for part in needs)]

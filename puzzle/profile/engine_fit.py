@@ -120,9 +120,15 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
     return model(x)
 
 
-def relative_errors(model: EngineModel, described: dict[str, Any], measured: Sequence[Measurement]) -> list[float]:
-    parts = described["architectures"]
-    return [predicted(model, parts[m.architecture], m) / m.value - 1 for m in measured]
+def compared(model: EngineModel, described: dict[str, Any], measured: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """What the model says beside what was measured: a row per measurement."""
+    rows = []
+    for m in measured:
+        error = predicted(model, described["architectures"][m.architecture], m) / m.value - 1
+        scenario = {"what": m.what, "num_seqs": m.batch, **asdict(m.work)}
+        row = {"architecture": m.architecture, **scenario, "measured": m.value, "predicted": m.value * (1 + error)}
+        rows.append(row)
+    return rows
 
 
 def leave_one_out(engine: str, described: dict[str, Any], measured: Sequence[Measurement]) -> list[dict[str, Any]]:
@@ -131,12 +137,8 @@ def leave_one_out(engine: str, described: dict[str, Any], measured: Sequence[Mea
     for name in described["architectures"]:
         held = [m for m in measured if m.architecture == name]
         rest = [m for m in measured if m.architecture != name]
-        if not held or not rest:
-            continue
-        model = fit(engine, described, rest)
-        for m, error in zip(held, relative_errors(model, described, held), strict=True):
-            scenario = {"what": m.what, "num_seqs": m.batch, **asdict(m.work)}
-            rows.append({"architecture": name, **scenario, "measured": m.value, "predicted": m.value * (1 + error)})
+        if held and rest:
+            rows += compared(fit(engine, described, rest), described, held)
     return rows
 
 
@@ -167,16 +169,11 @@ def fit_engine(engine: str, path: Path, out: Path | None = None, *, gpu: str) ->
     measured = read_measurements(path, list(described["architectures"]))
     model = fit(engine, described, measured)
     rows = leave_one_out(engine, described, measured)
-    errors = relative_errors(model, described, measured)
-    fitted = [
-        {"what": m.what, "num_seqs": m.batch, **asdict(m.work), "measured": m.value, "predicted": m.value * (1 + e)}
-        for m, e in zip(measured, errors, strict=True)
-    ]
     value = {
         "engine": engine,
         **{key: described[key] for key in ("gpu", "device", "versions", "precision", "date")},
         "constants": asdict(model.constants),
-        "errors": summary(fitted),
+        "errors": summary(compared(model, described, measured)),
         "leave_one_out": summary(rows),
     }
     write_json(out or path.with_name("fit.json"), value)

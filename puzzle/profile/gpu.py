@@ -45,20 +45,20 @@ class GpuTimer:
 
     def __init__(self, structure: Structure, grid: Grid, device: torch.device, fp8: bool):
         self.structure, self.grid, self.device, self.fp8 = structure, grid, device, fp8
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.on_gpu = device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         versions = f"torch {torch.__version__}"
-        if device.type == "cuda":
+        if self.on_gpu:
             import triton
 
             versions += f", triton {triton.__version__}"
         self.facts = {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+            "device": torch.cuda.get_device_name() if self.on_gpu else cpu_name(),
             "versions": versions,
-            "precision": "fp8" if fp8 else "bf16" if device.type == "cuda" else "float32",
+            "precision": "fp8" if fp8 else "bf16" if self.on_gpu else "float32",
             "date": time.strftime("%Y-%m-%d"),
         }
-        self.on_gpu = device.type == "cuda"
-        self.target: Target | None = None
+        self.target: Target
         self.modules: list[Module] = []  # of what keeps a state
         self.weights: list[Tensor] = []  # of an embedding or a head
         self.parts: list[Fast] = []  # of what goes by rows
@@ -91,21 +91,21 @@ class GpuTimer:
             self.pool = None
         self._release()
         if not isinstance(part, SubBlock):
-            size = self.structure.vocab_size * self.structure.hidden_size * self.dtype.itemsize
-            self.weight_bytes = size
-            self.weights = [self._end() for _ in range(self._copies(size, size))]
+            vocab, hidden = self.structure.vocab_size, self.structure.hidden_size
+            self.weight_bytes = vocab * hidden * self.dtype.itemsize
+            count = self._copies(self.weight_bytes, self.weight_bytes)
+            self.weights = [torch.randn(vocab, hidden, device=self.device).to(self.dtype) for _ in range(count)]
             return
-        first = self._module(part)
+        first = random_part(part, self.device, self.dtype)
         size = sum(t.numel() * t.element_size() for t in first.parameters())
         self.weight_bytes = size // (2 if self.fp8 else 1)
         count = self._copies(self.weight_bytes, size)
         if not keeps_state:
             state = self._batch(part, 1, PAGE)
             for index in range(count):
-                self.parts += fast_copies([first if index == 0 else self._module(part)], state)
+                self.parts += fast_copies([first if index == 0 else random_part(part, self.device, self.dtype)], state)
             return
-        self.modules = [first, *(self._module(part) for _ in range(count - 1))]
-        del first
+        self.modules = [first, *(random_part(part, self.device, self.dtype) for _ in range(count - 1))]
         if self.pool is None and self.on_gpu:
             self._release()
             kept = torch.float8_e4m3fn if self.fp8 else self.dtype
@@ -114,16 +114,7 @@ class GpuTimer:
 
     def _copies(self, cold_bytes: int, held_bytes: int) -> int:
         """That make the L2 cold, as far as memory goes."""
-        count = num_copies(cold_bytes, self.device, MAX_COPIES)
-        while count > 1 and count * held_bytes > MAX_WEIGHT_BYTES:
-            count -= 1
-        return count
-
-    def _module(self, sub_block: SubBlock) -> Module:
-        return random_part(sub_block, self.device, self.dtype)
-
-    def _end(self) -> Tensor:
-        return torch.randn(self.structure.vocab_size, self.structure.hidden_size, device=self.device).to(self.dtype)
+        return max(1, min(num_copies(cold_bytes, self.device, MAX_COPIES), MAX_WEIGHT_BYTES // max(1, held_bytes)))
 
     def _batch(self, sub_block: SubBlock, size: int, length: int) -> Batch:
         tables = rope_tables(self.structure, [sub_block], length, self.device)
@@ -134,7 +125,6 @@ class GpuTimer:
             torch.cuda.empty_cache()
 
     def time(self, at: At) -> tuple[Timing, int] | None:
-        assert self.target is not None
         try:
             if isinstance(self.target.part, SubBlock):
                 return self._time(self.target.part, at)
@@ -179,7 +169,6 @@ class GpuTimer:
 
     def _fixed(self, batch: int) -> tuple[Timing, int]:
         """The embedding's rows, or final norm, head and argmax."""
-        assert self.target is not None
         only_rows, hidden = isinstance(self.target.part, Embedding), self.structure.hidden_size
         ids = torch.randint(0, self.structure.vocab_size, (batch,), device=self.device)
         x = torch.randn(batch, hidden, device=self.device).to(self.dtype)
@@ -204,19 +193,15 @@ class GpuTimer:
         if workspace > 2**30:  # the graph has memory of its own
             self._release()
         graph = Graph(run, self.device, warm_ups=0, rounds=rounds_for(guess) if self.on_gpu else 1)
-        best: Timing | None = None
+        found: list[Timing] = []
         min_samples = self.grid.min_samples if guess < LONG_SECONDS else min(self.grid.min_samples, LONG_SAMPLES)
-        for _ in range(RETRIES):
-            found = time_replays(
-                graph.replay, length * graph.rounds, self.device, self.grid.seconds, min_samples, settle
-            )
+        calls, seconds = length * graph.rounds, self.grid.seconds
+        while True:
+            found.append(time_replays(graph.replay, calls, self.device, seconds, min_samples, settle))
             settle = 0.0
-            if best is None or found.p80 - found.p20 < best.p80 - best.p20:
-                best = found
-            if best.p80 - best.p20 <= MAX_SPREAD * best.p50:
-                break
-        assert best is not None
-        return best, workspace
+            best = min(found, key=lambda timing: timing.p80 - timing.p20)
+            if best.p80 - best.p20 <= MAX_SPREAD * best.p50 or len(found) == RETRIES:
+                return best, workspace
 
     def _workspace(self, run: Callable[[], object]) -> int:
         """Runs once, which also compiles kernels."""

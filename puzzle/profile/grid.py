@@ -15,13 +15,7 @@ from puzzle.parents.structure import Structure
 from puzzle.profile.parts import WHOLE, Ends, Part, ends_of, priced_as
 
 MAX_WIDE_BYTES = 12 * 2**30  # of one FFN in bf16: wider ones are not measured
-OFFERED = (
-    "kv4",
-    "kv2",
-    "kv1",
-    "window-128",
-    "window-1024",
-)  # where a library does not say: these beside the default ones
+OFFERED = ("kv4", "kv2", "kv1", "window-128", "window-1024")  # where no library says: beside the default ones
 
 
 class At(NamedTuple):
@@ -117,10 +111,8 @@ def targets(structure: Structure, offered: Iterable[tuple[str, SubBlock]], grid:
         if not isinstance(part, NoOp) and priced_as(part) not in found:
             found[priced_as(part)] = Target(part=part, slot=slot, points=_points(part, structure, grid))
 
-    if grid.whole:
-        add(WHOLE)
-    for end in ends_of(structure) if grid.whole else ():
-        add(end)
+    for part in (WHOLE, *ends_of(structure)) if grid.whole else ():
+        add(part)
     for slot, sub_block in offered:
         add(sub_block.timed(), slot)
     for slot, sub_block in structure.usual.items():

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ SECONDS_PER_POINT = 0.1  # on a GPU, with compiling: 4,329 points took 443 s on 
 
 
 class Timer(Protocol):
-    """facts: device, versions and precision of its figures."""
+    """facts: device, versions, precision and date of its figures, as a `CostRow` names them."""
 
     facts: dict[str, str]
 
@@ -85,14 +85,8 @@ class ProfileOptions:
         check_positive(self, "batches", "prefill", "contexts", "seconds", "rounds")
 
     def grid(self) -> Grid:
-        changes = ("batches", "prefill", "contexts", "seconds", "rounds")
-        return grid_for(self.gpu, **{name: getattr(self, name) for name in changes})
-
-
-def grid_for(gpu: str, **changes: Any) -> Grid:
-    """The usual grid of a machine. changes: `batches`, `prefill`, `contexts`, `seconds`, `rounds`, where they are not None."""
-    given = {name: value for name, value in changes.items() if value is not None}
-    return (cpu_grid if gpu == "cpu" else gpu_grid)(**given)
+        given = {name: value for name, value in asdict(self).items() if name != "gpu" and value is not None}
+        return (cpu_grid if self.gpu == "cpu" else gpu_grid)(**given)
 
 
 def count_points(subject: Subject, grid: Grid) -> int:
@@ -115,7 +109,7 @@ def profile(
     fp8 are called NAME-fp8; float32 on a CPU. device: where to run, to rehearse a GPU's profile on a CPU.
     Raises UserError when `gpu` is not this machine's: a cost is measured where it will be paid.
     """
-    grid, structure = grid or grid_for(gpu), subject.structure.timed()
+    grid, structure = grid or ProfileOptions(gpu=gpu).grid(), subject.structure.timed()
     where = torch.device(device or ("cpu" if gpu == "cpu" else "cuda"))
     if where.type == "cuda":
         check_gpu(gpu)
@@ -172,21 +166,9 @@ def profile(
 def _row(facts: Mapping[str, str], part: str, at: At, point: tuple[Timing, int] | None) -> CostRow:
     """point None: it did not fit in memory, which a row without samples says."""
     timing, workspace = point or (Timing(p20=0.0, p50=0.0, p80=0.0, num_samples=0), 0)
-    return CostRow(
-        part=part,
-        precision=facts["precision"],
-        phase=at.phase,
-        batch=at.batch,
-        context=at.context,
-        p20_s=timing.p20,
-        p50_s=timing.p50,
-        p80_s=timing.p80,
-        num_samples=timing.num_samples,
-        workspace_bytes=workspace,
-        device=facts["device"],
-        versions=facts["versions"],
-        date=facts["date"],
-    )
+    measured = {"p20_s": timing.p20, "p50_s": timing.p50, "p80_s": timing.p80, "num_samples": timing.num_samples}
+    known: dict[str, Any] = {**facts, **at._asdict(), **measured}
+    return CostRow(part=part, workspace_bytes=workspace, **known)
 
 
 def _medians(rows: Iterable[CostRow]) -> list[CostRow]:
@@ -198,8 +180,6 @@ def _medians(rows: Iterable[CostRow]) -> list[CostRow]:
 
 
 def _median(same: list[CostRow]) -> CostRow:
-    if len(same) == 1:
-        return same[0]
     times = {name: median(getattr(row, name) for row in same) for name in ("p20_s", "p50_s", "p80_s")}
     return replace(same[0], num_samples=sum(row.num_samples for row in same), **times)
 

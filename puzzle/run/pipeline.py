@@ -40,6 +40,10 @@ class Run:
         with naming("goal"):
             self.goal = recipe.goal.goal()
         self.work = recipe.workload
+        self.shared: dict[str, Any] = {
+            "text_field": recipe.text_field,
+            "device": recipe.device,
+        }  # options of several stages
         self.seconds: dict[str, float] = {}
         if not recipe.data:
             raise UserError("no data: add 'data:' to the recipe or pass `data`")
@@ -56,12 +60,11 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         """All stages; returns result.json's content."""
-        recipe, library = self.recipe, self.out / "library"
+        recipe, library, begin = self.recipe, self.out / "library", time.monotonic()
         with self._stage("build-library", "build"):
             build_library(recipe.parent, self.build_options())
         with self._stage("score", "score"):
-            scoring = replace(recipe.score, text_field=recipe.text_field, device=recipe.device)
-            score_library(library, recipe.data, scoring)
+            score_library(library, recipe.data, replace(recipe.score, **self.shared))
         with self._stage("profile", "profile", "workload"):
             self._profile(library)
         with self._stage("solve", "goal", "workload", "profile"):
@@ -73,23 +76,17 @@ class Run:
         with self._stage("export"):
             export(open_source(library, self.out / "solution"), self.out / "child", force=True)
         with self._stage("evaluate", "evaluate", "workload"):
-            device = "cpu" if recipe.profile.gpu == "cpu" else recipe.device
+            device = "cpu" if recipe.profile.gpu == "cpu" else recipe.device  # the one that was profiled
             parent = Library.open(library).parent_source()
-            options = replace(recipe.evaluate, text_field=recipe.text_field, device=device)
+            options = replace(recipe.evaluate, **self.shared | {"device": device})
             measured = evaluate(parent, str(self.out / "child"), recipe.data, options, work=self.work)
         result = self._result(solved, measured)
         write_json(self.out / "result.json", result)
+        console.print(f"done in {seconds_text(time.monotonic() - begin)}: {self.out / 'result.json'}")
         return result
 
     def build_options(self) -> BuildOptions:
-        recipe = self.recipe
-        return replace(
-            recipe.build,
-            data=recipe.data,
-            out=self.out / "library",
-            text_field=recipe.text_field,
-            device=recipe.device,
-        )
+        return replace(self.recipe.build, data=self.recipe.data, out=self.out / "library", **self.shared)
 
     def _profile(self, library: Path) -> None:
         """Profile the workload's own lengths, unless this machine has done so for this very library."""
@@ -148,10 +145,3 @@ class Run:
             "device": cpu_name() if measured.device == "cpu" else measured.device,
             "seconds": self.seconds,
         }
-
-
-def run_recipe(recipe: Recipe, out: Path, show: Show) -> dict[str, Any]:
-    begin = time.monotonic()
-    result = Run(recipe, out, show).run()
-    console.print(f"done in {seconds_text(time.monotonic() - begin)}: {out / 'result.json'}")
-    return result
