@@ -30,7 +30,7 @@ test-serving: $(VENV)/installed
 	$(BIN)/python benchmarks/serving/serving_matrix.py
 
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest -q tests/kernels tests/heal tests/runtime/test_fast.py
+	$(BIN)/python -m pytest -q tests/kernels tests/heal tests/runtime tests/blocklib tests/profile tests/measure
 
 results: $(VENV)/installed
 	$(BIN)/python benchmarks/lib/results_page.py

@@ -77,41 +77,6 @@ def parse_problem(raw: Any, where: str = "problem") -> tuple[Problem, Diverse | 
     return problem, Diverse(**wanted)
 
 
-def write_problem(problem: Problem, diverse: Diverse | None = None) -> dict[str, Any]:
-    """The JSON value that `parse_problem` reads back as the same problem."""
-    value: dict[str, Any] = {
-        "schema": SCHEMA,
-        "layers": [
-            {
-                "name": layer.name,
-                "variants": [
-                    {"name": v.name, "score": v.score, "resources": dict(v.resources)} for v in layer.variants
-                ],
-            }
-            for layer in problem.layers
-        ],
-        "constraints": [{k: v for k, v in asdict(c).items() if v is not None} for c in problem.constraints],
-        "pairs": [
-            {"a": list(p.a), "b": list(p.b), "score": p.score, "resources": dict(p.resources)} for p in problem.pairs
-        ],
-    }
-    if problem.counts:
-        value["counts"] = [
-            {"name": c.name, "cells": sorted(map(list, c.cells)), "min": c.min, "max": c.max} for c in problem.counts
-        ]
-    if problem.fixed:
-        value["fixed"] = dict(problem.fixed)
-    if problem.pins:
-        value["pins"] = {layer: list(allowed) for layer, allowed in problem.pins.items()}
-    if problem.equal:
-        value["equal"] = [list(group) for group in problem.equal]
-    if problem.stages is not None:
-        value["stages"] = asdict(problem.stages)
-    if diverse is not None:
-        value["diverse"] = asdict(diverse)
-    return value
-
-
 def write_solutions(solutions: list[Solution], conflict: Conflict | None = None) -> dict[str, Any]:
     """solution.json's value. JSON has no infinity: it is written as null."""
     return {

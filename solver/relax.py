@@ -110,7 +110,7 @@ def _evaluate(arrays: Arrays, prices: np.ndarray) -> tuple[float, np.ndarray]:
     return float(value), slope
 
 
-def best_prices(arrays: Arrays, start: np.ndarray | None = None) -> list[np.ndarray]:
+def best_prices(arrays: Arrays) -> list[np.ndarray]:
     """Prices whose bounds are highest, best first (a handful: each cuts off choices that others do not)."""
     num_rows = arrays.num_rows
     if num_rows == 0:
@@ -123,7 +123,7 @@ def best_prices(arrays: Arrays, start: np.ndarray | None = None) -> list[np.ndar
     level = master.NumVar(-math.inf, math.inf, "level")
     master.Maximize(level)
     found: list[tuple[float, np.ndarray]] = []
-    prices = np.zeros(num_rows) if start is None else np.maximum(start, 0.0)
+    prices = np.zeros(num_rows)
     best, center = -math.inf, prices
     top = ceiling(arrays)
     for step in range(MAX_STEPS):

@@ -29,18 +29,9 @@ def seconds_text(seconds: float) -> str:
 def parse_bytes(text: str, option: str | None = None) -> int:
     """'80GB' -> 80·10⁹, '1.5GiB' -> 1.5·2³⁰, '1000' -> 1000. Raises UserError for anything else or below 1."""
     told = f"'{text}'" if option is None else f"`{option}` '{text}'"
-    units = {
-        "": 1,
-        "b": 1,
-        "kb": 10**3,
-        "mb": 10**6,
-        "gb": 10**9,
-        "tb": 10**12,
-        "kib": 2**10,
-        "mib": 2**20,
-        "gib": 2**30,
-        "tib": 2**40,
-    }
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", 1):
+        units |= {f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
     cleaned = text.strip().lower()
     number = cleaned.rstrip("abcdefghijklmnopqrstuvwxyz ")
     unit = cleaned[len(number) :].strip()

@@ -56,7 +56,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
             "predicted": {
                 "num_steps": steps,
                 "num_tokens": tokens,
-                "seconds": round(seconds, 1),
+                "seconds": round(seconds, 3),
                 "tokens_per_second": round(tokens / seconds, 1),
                 "peak_memory_bytes": int(peak),
                 "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained * ranks.world + exported,

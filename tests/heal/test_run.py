@@ -66,8 +66,9 @@ def test_the_log_says_what_evaluate_measures(puzzle, healed, parent, corpus):
         "evaluate", parent, healed, "--data", corpus, "--no-speed", "--seq-len", 32, "--sequences", 16, "--json"
     )
     found = json.loads(done.stdout)
-    assert found["child"]["loss"] == pytest.approx(record["after"]["loss"], rel=1e-4)
-    assert found["parent"]["loss"] == pytest.approx(record["after"]["teacher_loss"], rel=1e-4)
+    rel = 1e-3 if torch.cuda.is_available() else 1e-4  # bf16 by two sets of kernels there
+    assert found["child"]["loss"] == pytest.approx(record["after"]["loss"], rel=rel)
+    assert found["parent"]["loss"] == pytest.approx(record["after"]["teacher_loss"], rel=rel)
     assert found["child"]["kl"] == pytest.approx(record["after"]["kl"], rel=0.05)
 
 

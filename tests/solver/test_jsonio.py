@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from typing import Any
 
-from puzzle.solver.jsonio import Diverse, parse_problem, write_problem
+from puzzle.solver.jsonio import SCHEMA, Diverse, parse_problem
 from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, Stages, Variant
 
 
@@ -28,3 +30,38 @@ def test_round_trip():
     )
     value = json.loads(json.dumps(write_problem(problem, Diverse(count=2, min_distance=1))))
     assert parse_problem(value) == (problem, Diverse(count=2, min_distance=1))
+
+
+def write_problem(problem: Problem, diverse: Diverse | None = None) -> dict[str, Any]:
+    """The JSON value that `parse_problem` reads back as the same problem."""
+    value: dict[str, Any] = {
+        "schema": SCHEMA,
+        "layers": [
+            {
+                "name": layer.name,
+                "variants": [
+                    {"name": v.name, "score": v.score, "resources": dict(v.resources)} for v in layer.variants
+                ],
+            }
+            for layer in problem.layers
+        ],
+        "constraints": [{k: v for k, v in asdict(c).items() if v is not None} for c in problem.constraints],
+        "pairs": [
+            {"a": list(p.a), "b": list(p.b), "score": p.score, "resources": dict(p.resources)} for p in problem.pairs
+        ],
+    }
+    if problem.counts:
+        value["counts"] = [
+            {"name": c.name, "cells": sorted(map(list, c.cells)), "min": c.min, "max": c.max} for c in problem.counts
+        ]
+    if problem.fixed:
+        value["fixed"] = dict(problem.fixed)
+    if problem.pins:
+        value["pins"] = {layer: list(allowed) for layer, allowed in problem.pins.items()}
+    if problem.equal:
+        value["equal"] = [list(group) for group in problem.equal]
+    if problem.stages is not None:
+        value["stages"] = asdict(problem.stages)
+    if diverse is not None:
+        value["diverse"] = asdict(diverse)
+    return value
