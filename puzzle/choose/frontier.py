@@ -76,7 +76,7 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
 def _with(selection: Selection, axis: str, value: float) -> Selection:
     """The selection with this limit on the axis."""
     limits = {**selection.goal.limits, axis: Target(value=value, relative=False)}
-    return selection.with_goal(replace(selection.goal, limits=limits))
+    return replace(selection, request=replace(selection.request, goal=replace(selection.goal, limits=limits)))
 
 
 def _values(selection: Selection, axis: str, count: int) -> list[float]:

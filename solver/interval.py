@@ -1,0 +1,60 @@
+"""The best of problems that are numbered, such as by batch size: branch and bound over stretches of the numbers.
+
+A relaxed problem for the numbers from `low` to `high` has no choice costlier than any of theirs. The stretch of the lowest
+bound is halved until it is one number, whose problem is solved; what is left when no bound is below the best score is not
+looked at, and could not be better.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from puzzle.solver.problem import Problem
+from puzzle.solver.solution import Solution
+from puzzle.solver.solve import lower_bound, solve
+
+
+def best_between(
+    ends: Sequence[int],
+    problem: Callable[[int], Problem],
+    relaxed: Callable[[int, int], Problem],
+    *,
+    backend: str = "ortools",
+    time_limit: float | None = None,
+) -> tuple[int | None, dict[int, Solution]]:
+    """(number of the least objective or None, the solutions of all that were solved). time_limit: seconds for all of them.
+
+    ends: rising numbers; the first stretches end before each. relaxed(low, high): a problem that every choice of the problems
+    low to high (which cross no end) meets, at no higher score.
+    """
+    begin, best = time.monotonic(), None
+    found: dict[int, Solution] = {}
+    stretches: list[tuple[float, int, int]] = []
+
+    def add(low: int, high: int) -> None:
+        bound = lower_bound(relaxed(low, high))
+        if bound < math.inf:
+            heapq.heappush(stretches, (bound, low, high))
+
+    for low, after in pairwise((*ends, ends[-1] + 1)):
+        add(low, after - 1)
+    while stretches:
+        bound, low, high = heapq.heappop(stretches)
+        had = math.inf if best is None else found[best].objective
+        left = None if time_limit is None else time_limit - (time.monotonic() - begin)
+        if bound >= had or (left is not None and left <= 0 and found):
+            break
+        if low < high:
+            middle = (low + high) // 2
+            add(low, middle)
+            add(middle + 1, high)
+            continue
+        cutoff = None if best is None else had
+        found[low] = solve(problem(low), backend, None if left is None else max(0.01, left), cutoff)
+        if found[low].choice and found[low].objective < had:
+            best = low
+    return best, found
