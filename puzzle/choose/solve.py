@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 from puzzle import __version__
 from puzzle.base.errors import UserError
 from puzzle.blocklib.none import NoOp
 from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
+from puzzle.choose.goal import LIMITS
 from puzzle.choose.infeasible import why_infeasible
 from puzzle.choose.problem import Request, Selection, select
 from puzzle.choose.workloads import Demand
@@ -23,10 +26,11 @@ from puzzle.profile.engine import EngineModel, open_engine
 from puzzle.profile.parts import Head, Part, ends_of
 from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
 from puzzle.solver.diverse import diverse
-from puzzle.solver.explain import prices
+from puzzle.solver.explain import prices, without
 from puzzle.solver.interval import best_between
 from puzzle.solver.problem import Problem, ProblemError
 from puzzle.solver.solution import Solution, certified
+from puzzle.solver.solve import solve
 
 Rule = Callable[[Selection, Problem], Solution]
 
@@ -106,7 +110,23 @@ def _why_none(selection: Selection, solutions: Mapping[int, Solution]) -> str:
         return f"`baseline` {request.baseline} finds no child that meets the goal: leave it out, or relax the goal"
     if any(s.status == "time_limit" for s in solutions.values()):
         return f"no child was found in `time_limit` {request.time_limit:g} s: allow more"
-    return why_infeasible(selection.problems(), selection.demands)
+    return why_infeasible(_telling(selection), selection.demands)
+
+
+def _telling(selection: Selection) -> dict[str, Problem]:
+    """The problems that say how far a limit could go: at every measured batch and, where all but throughput can be met at one and
+    not at the next, at the last batch between where it can, which is the fastest."""
+    labels = {limit.option + one.suffix for limit in LIMITS if limit.larger for one in selection.demands}
+    problems = selection.problems()
+
+    def can_be_met(batch: int) -> bool:
+        return bool(solve(without(selection.problem(batch), labels)).choice)
+
+    for low, high in pairwise(selection.batches):
+        if can_be_met(low) and not can_be_met(high):
+            last = bisect_left(range(low, high), True, key=lambda batch: not can_be_met(batch)) + low - 1
+            problems[str(last)] = selection.problem(last)
+    return problems
 
 
 def _faster(selection: Selection, batch: int, solution: Solution) -> tuple[int, Solution]:

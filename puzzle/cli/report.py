@@ -59,9 +59,12 @@ def print_solution(solved: Architecture) -> None:
         f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, bound {solved.bound:.5g}, "
         f"gap {solved.gap:.1e}, slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
     )
-    best, same = ("speed-up, each at its best batch", solved.speedup), solved.speedup_at_same_batch
+    speedups = [("speed-up", solved.speedup)]
+    if parent.batch != child.batch:
+        speedups = [("speed-up, each at its best batch", solved.speedup)]
+        speedups += [("speed-up at the child's batch", solved.speedup_at_same_batch)]
     rows = [
-        *_speed_rows(parent, child, best, ("speed-up at the child's batch", same)),
+        *_speed_rows(parent, child, *speedups),
         ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
         ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
     ]

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+
+import pytest
+
+from puzzle.base.errors import UserError
+from puzzle.base.workload import Workload
+from puzzle.blocklib.none import NO_OP
+from puzzle.choose.cost_model import CostModel
+from puzzle.choose.goal import BY_OPTION, GoalOptions
+from puzzle.choose.problem import Request, select
+from puzzle.choose.solve import open_costs, solve_library
+from puzzle.library.manifest import Library
+from puzzle.solver.solve import solve
 
 SOLVE = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16)
 
@@ -29,3 +42,73 @@ def test_diverse_children_differ(puzzle, own_library, tmp_path):
         for other in found[:n]:
             assert sum(a != b for a, b in zip(one["layers"], other["layers"], strict=True)) >= 2
     assert len(list(out.glob("architecture-*.json"))) == len(found)
+
+
+def test_every_batch_is_a_candidate(own_library):
+    """The answer is as good as the best over all batch sizes, measured or between, and at none is it faster."""
+    library, work = Library.open(own_library), Workload(input_len=16, output_len=16)
+    costs = open_costs(library, "cpu", None)
+    whole = select(library, costs, Request(work=work, goal=GoalOptions(throughput="1x").goal()))
+    room = whole.costs.predict(library.structure.layers, 3).memory_bytes
+    for speed in ("1.05x", "1.3x"):
+        goal = GoalOptions(throughput=speed, memory=str(room)).goal()
+        selection = select(library, costs, Request(work=work, goal=goal))
+        assert selection.parent.batch == 3  # between 1 and 4, which were measured
+        every = {b: solve(selection.problem(b)) for b in selection.costs.every_batch}
+        found = solve_library(library, costs, Request(work=work, goal=goal))
+        least = min(s.objective for s in every.values() if s.choice)
+        assert found.objective == pytest.approx(least, abs=1e-12)
+        assert found.predicted.memory_bytes <= room
+
+
+@pytest.mark.parametrize(
+    "goal", [{"memory": "60%"}, {"latency": "90%"}, {"ttft": "50%"}, {"tpot": "60%"}, {"params": "70%"}]
+)
+def test_a_goal_without_throughput_holds_at_the_parents_best_batch(own_library, goal):
+    library, work = Library.open(own_library), Workload(input_len=16, output_len=16)
+    costs = open_costs(library, "cpu", None)
+    found = solve_library(library, costs, Request(work=work, goal=GoalOptions(**goal).goal()))
+    best = CostModel(library, costs, work).best_parent(None)
+    assert (found.predicted.batch, found.parent_predicted) == (best.batch, best)
+    assert found.speedup == found.speedup_at_same_batch > 0.99
+    (option, text), at = next(iter(goal.items())), best
+    own = BY_OPTION[option].own
+    assert own(found.predicted) <= own(at) * float(text[:-1]) / 100 * (1 + 1e-9)
+    asked = solve_library(library, costs, Request(work=work, goal=GoalOptions(**goal, concurrency=2).goal()))
+    assert (asked.predicted.batch, asked.parent_predicted.batch) == (2, 2)
+    assert own(asked.predicted) <= own(asked.parent_predicted) * float(text[:-1]) / 100 * (1 + 1e-9)
+
+
+def test_concurrency_beyond_what_was_measured(puzzle, one_line_error, own_library, tmp_path):
+    for text, wanted in (("9", "a batch of 9 lies outside the costs"), ("0", "--concurrency 0: at least 1 request")):
+        done = puzzle("solve", own_library, "--memory", "60%", *SOLVE, "--concurrency", text, "--out", tmp_path / "s")
+        one_line_error(done, wanted)
+
+
+def test_ties_go_to_the_faster_child(own_library):
+    """A sub-block that costs nothing and saves time is taken, although nothing asks for it."""
+    library, work = Library.open(own_library), Workload(input_len=16, output_len=16)
+    costs = open_costs(library, "cpu", None)
+    selection = select(library, costs, Request(work=work, goal=GoalOptions(params="1x").goal()))
+    found = solve_library(library, costs, Request(work=work, goal=GoalOptions(params="1x").goal()))
+    for index, (layer, cells) in enumerate(zip(found.layers, selection.cells, strict=True)):
+        own = {slot: choice.variant for slot, choice in layer.items()}
+        chosen = next(cell for cell in cells.values() if dict(cell.variants) == own and not cell.fused)
+        seconds = selection.costs.resources(chosen.sub_blocks, found.predicted.batch, index)["seconds"]
+        for other in cells.values():
+            there = selection.costs.resources(other.sub_blocks, found.predicted.batch, index)["seconds"]
+            assert other.score != chosen.score or there >= seconds
+
+
+def test_the_fastest_child_may_have_a_batch_between(own_library):
+    """What a hopeless goal says can be reached can be: at a batch that was not measured."""
+    library, work = Library.open(own_library), Workload(input_len=16, output_len=16)
+    costs = open_costs(library, "cpu", None)
+    rest = [{"attention": NO_OP, "ffn": NO_OP}] * (library.num_layers - 1)
+    least = CostModel(library, costs, work).predict([library.structure.layers[0], *rest], 3)
+    wanted = {"memory": str(least.memory_bytes), "pinned": "0"}
+    with pytest.raises(UserError, match="the fastest child reaches ") as caught:
+        solve_library(library, costs, Request(work=work, goal=GoalOptions(throughput="1e9x", **wanted).goal()))
+    times = float(re.search(r"reaches ([\d.]+)x", str(caught.value))[1])
+    goal = GoalOptions(throughput=f"{times * 0.99}x", **wanted).goal()
+    assert solve_library(library, costs, Request(work=work, goal=goal)).predicted.batch == 3
