@@ -7,6 +7,7 @@ layer added nothing, kept in host memory. Letters: B sequences, T tokens, E hidd
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from puzzle.base.console import progress
 from puzzle.blocklib.none import NoOp
-from puzzle.blocklib.plain.part import Part, loaded
-from puzzle.export.child import Child, ChildLayer
+from puzzle.blocklib.plain.part import loaded
+from puzzle.export.child import Child
 from puzzle.fuse.matrix import Matrix, Rows
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import Block, CausalModel
@@ -36,16 +37,12 @@ class Walker:
 
     def blocks(self) -> Iterator[Block]:
         """The layers in order, one in memory at a time."""
-        for index in range(len(self.child.layers)):
-            yield self.block(index)
-
-    def block(self, index: int) -> Block:
-        layer = self.child.layers[index]
-        return Block({slot: self._part(layer, slot) for slot in layer.slots})
-
-    def _part(self, layer: ChildLayer, slot: str) -> Part:
-        weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(slot).items()}
-        return loaded(layer.slots[slot], weights)
+        for layer in self.child.layers:
+            parts = {}
+            for slot, sub_block in layer.slots.items():
+                weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(slot).items()}
+                parts[slot] = loaded(sub_block, weights)
+            yield Block(parts)
 
     def embedded(self) -> list[Tensor]:
         """The stream before the first layer, batch by batch [B, T, E], in host memory."""
@@ -101,33 +98,29 @@ def measure_dependency(walker: Walker, ffns: bool = False) -> tuple[Matrix, Matr
     count = len(walker.child.layers)
     layers, alone = _Sums(count), _Sums(count)
     streams = walker.embedded()
-    without: dict[int, list[Tensor]] = {}  # per layer left out
-    without_ffn: dict[int, list[Tensor]] = {}
+    without: list[tuple[int, _Sums, list[Tensor]]] = []  # the layer left out, what is measured so, its stream
     with progress("dependency", count) as bar:
         for j, block in enumerate(walker.blocks()):
             bar.note(f"layer {j}")
-            new: list[Tensor] = []
+            new = list(streams)
             new_ffn: list[Tensor] = []
             for batch, kept in enumerate(streams):
                 x = kept.to(walker.device)
                 attention, ffn = walker.added(block, x)
-                for i, stream in without.items():
+                for i, sums, stream in without:
                     other = stream[batch].to(walker.device)
                     own_attention, own_ffn = walker.added(block, other)
-                    layers.add(i, j, attention + ffn, own_attention + own_ffn)
+                    if sums is layers:
+                        sums.add(i, j, attention + ffn, own_attention + own_ffn)
+                    else:
+                        sums.add(i, j, ffn, own_ffn)
                     stream[batch] = (other + own_attention + own_ffn).cpu()
-                for i, stream in without_ffn.items():
-                    other = stream[batch].to(walker.device)
-                    own_attention, own_ffn = walker.added(block, other)
-                    alone.add(i, j, ffn, own_ffn)
-                    stream[batch] = (other + own_attention + own_ffn).cpu()
-                new.append(kept)
                 new_ffn.append((x + attention).cpu())
                 streams[batch] = (x + attention + ffn).cpu()
             if not walker.child.layers[j].is_empty:
-                without[j] = new
+                without.append((j, layers, new))
             if ffns and not isinstance(walker.child.layers[j].ffn, NoOp):
-                without_ffn[j] = new_ffn
+                without.append((j, alone, new_ffn))
             bar.advance()
     return layers.matrix(), alone.matrix() if ffns else None
 
@@ -148,21 +141,20 @@ def parallel_divergence(walker: Walker, sets: list[list[int]]) -> list[dict[str,
             for number, pairs in enumerate(sets):
                 if j in pairs:
                     before[number] = list(changed[number] or own)
-                if (stream := changed[number]) is None and j - 1 not in pairs:
+                if changed[number] is None and j - 1 not in pairs:
                     continue  # the same as the child so far
-                stream = stream if stream is not None else list(own)
+                stream = changed[number] or list(own)
                 shared = before[number] if j - 1 in pairs else None
-                for batch, x in enumerate(stream):
-                    read = (x if shared is None else shared[batch]).to(walker.device)
-                    stream[batch] = (x.to(walker.device) + sum(walker.added(block, read))).cpu()
+                for batch, (x, read) in enumerate(zip(stream, shared or stream, strict=True)):
+                    stream[batch] = (x.to(walker.device) + sum(walker.added(block, read.to(walker.device)))).cpu()
                 changed[number] = stream
             for batch, x in enumerate(own):
                 own[batch] = (x.to(walker.device) + sum(walker.added(block, x.to(walker.device)))).cpu()
             bar.advance()
     found = []
-    for stream in changed:
+    for last in changed:
         meter = Divergence()
-        for ids, x, y in zip(walker.ids, own, stream or own, strict=True):
+        for ids, x, y in zip(walker.ids, own, last or own, strict=True):
             meter.add(walker.ends, x.to(walker.device), walker.ends, y.to(walker.device), ids)
         found.append(meter.result())
     return found
@@ -173,8 +165,8 @@ def parallel_report(walker: Walker) -> dict[str, Any]:
 
     {"pairs": [{"layers": [i, i+1], "kl", "kl_stderr"}], "together": [{"pairs": [[i, i+1], …], "kl", "kl_stderr"}]}
     """
-    count = len(walker.child.layers) - 1
-    busy = [i for i in range(count) if not (walker.child.layers[i].is_empty or walker.child.layers[i + 1].is_empty)]
+    neighbours = enumerate(pairwise(walker.child.layers))
+    busy = [i for i, (layer, next_layer) in neighbours if not (layer.is_empty or next_layer.is_empty)]
     alone = dict(zip(busy, parallel_divergence(walker, [[i] for i in busy]), strict=True))
     chosen: list[int] = []
     sets: list[list[int]] = []

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from puzzle.base.errors import UserError
 
@@ -50,8 +50,7 @@ def worst(run: Run, widths: Widths, dependency: Matrix | None) -> float | None:
     """The largest dependency of one FFN of the run on an earlier one; None where it was not measured."""
     if dependency is None:
         return None
-    inside = members(run, widths)
-    found = [dependency[i][j] for n, i in enumerate(inside) for j in inside[n + 1 :]]
+    found = (dependency[i][j] for i, j in combinations(members(run, widths), 2))
     return max((value for value in found if value is not None), default=0.0)
 
 
