@@ -38,8 +38,12 @@ class Stage:
     num_steps: int
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.seq_len * self.batch_size
+
+    @property
     def num_tokens(self) -> int:
-        return self.seq_len * self.batch_size * self.num_steps
+        return self.tokens_per_step * self.num_steps
 
 
 class Stream:

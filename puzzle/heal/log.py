@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, writing
+from puzzle.base.files import write_text
 
 
 class Log:
@@ -17,23 +18,21 @@ class Log:
 
     def truncate(self, step: int) -> None:
         """Forget what came after `step`: it will be computed again."""
-        if self._path is None or not self._path.is_file():
-            return
-        kept = [line for line in read_log(self._path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        with writing(self._path):
-            temporary = self._path.with_name(".heal.jsonl.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self._path)
+        if self._path is not None and self._path.is_file():
+            write_text(self._path, _text([line for line in read_log(self._path) if line["step"] <= step]))
 
     def write(self, lines: list[dict[str, Any]]) -> None:
-        if self._path is None or not lines:
+        if self._path is None:
             return
         with writing(self._path), open(self._path, "a", encoding="utf-8") as handle:
-            handle.write("".join(json.dumps(line) + "\n" for line in lines))
+            handle.write(_text(lines))
         for tracker in self._trackers:
             for line in lines:
                 tracker(line)
+
+
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Letters: P trained parameters, Q frozen ones, R tokens of a micro-batch, H hidde
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -34,27 +35,21 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
     try:
         models = open_models(options, stages, ranks)
         trainer = build_trainer(options, stages, models, ranks)
-        per_stage = [_seconds_per_step(trainer, number, stage, options) for number, stage in enumerate(stages)]
+        seconds = sum(_seconds_per_step(trainer, n, stage) * stage.num_steps for n, stage in enumerate(stages))
         trained = sum(p.numel() for p in trainer.parts)
-        steps = sum(stage.num_steps for stage in stages)
-        seconds = sum(each * stage.num_steps for each, stage in zip(per_stage, stages, strict=True))
         tokens = sum(stage.num_tokens for stage in stages)
         device = ranks.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _memory(trainer, stages, options)
-        child = trainer.learner.child
-        exported = sum(t.numel() for _, t in child.named_weights()) * 2
+        exported = sum(t.numel() for _, t in trainer.learner.child.named_weights()) * 2
         return {
             "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             "processes": ranks.world,
             "dtype": str(models.dtype).removeprefix("torch."),
-            "stages": [
-                {"seq_len": s.seq_len, "batch_size": s.batch_size, "num_steps": s.num_steps, "num_tokens": s.num_tokens}
-                for s in stages
-            ],
+            "stages": [{**asdict(stage), "num_tokens": stage.num_tokens} for stage in stages],
             "trained_parameters": trained * ranks.world,
             "matching_layers": len(models.pairs),
             "predicted": {
-                "num_steps": steps,
+                "num_steps": sum(stage.num_steps for stage in stages),
                 "num_tokens": tokens,
                 "seconds": round(seconds, 1),
                 "tokens_per_second": round(tokens / seconds, 1),
@@ -66,7 +61,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
         stop_ranks(ranks)
 
 
-def _seconds_per_step(trainer: Trainer, number: int, stage: Stage, options: HealOptions) -> float:
+def _seconds_per_step(trainer: Trainer, number: int, stage: Stage) -> float:
     """The mean of TIMED_STEPS steps of one stage on random ids, after warm-up. The weights move: nothing keeps them."""
     generator = torch.Generator().manual_seed(number)
     vocab = len(trainer.learner.child.head_weight)
