@@ -64,7 +64,6 @@ class _Sums:
     def __init__(self, num_layers: int):
         self.distance = torch.zeros(num_layers, num_layers, dtype=torch.float64)
         self.error, self.size = torch.zeros_like(self.distance), torch.zeros_like(self.distance)
-        self.num_tokens = torch.zeros_like(self.distance)
 
     def add(self, i: int, j: int, own: Tensor, without: Tensor) -> None:
         """own, without [B, T, E]: what j adds with and without i."""
@@ -72,21 +71,17 @@ class _Sums:
         self.distance[i, j] += (1 - F.cosine_similarity(own, without, dim=-1)).sum(dtype=torch.float64).cpu()
         self.error[i, j] += (without - own).pow(2).sum(dtype=torch.float64).cpu()
         self.size[i, j] += own.pow(2).sum(dtype=torch.float64).cpu()
-        self.num_tokens[i, j] += own.shape[0] * own.shape[1]
 
-    def matrix(self) -> Matrix:
+    def matrix(self, num_tokens: int) -> Matrix:
         return Matrix(
-            dependency=_rows(self.distance / self.num_tokens, self.size),
-            relative_error=_rows(self.error / self.size, self.size),
+            dependency=self._rows(self.distance / num_tokens), relative_error=self._rows(self.error / self.size)
         )
 
-
-def _rows(values: Tensor, size: Tensor) -> Rows:
-    known = size > 0
-    return [
-        [max(0.0, value) if ok else None for value, ok in zip(row, oks, strict=True)]
-        for row, oks in zip(values.tolist(), known.tolist(), strict=True)
-    ]
+    def _rows(self, values: Tensor) -> Rows:
+        return [
+            [max(0.0, value) if ok else None for value, ok in zip(row, oks, strict=True)]
+            for row, oks in zip(values.tolist(), (self.size > 0).tolist(), strict=True)
+        ]
 
 
 @torch.no_grad()
@@ -122,7 +117,8 @@ def measure_dependency(walker: Walker, ffns: bool = False) -> tuple[Matrix, Matr
             if ffns and not isinstance(walker.child.layers[j].ffn, NoOp):
                 without.append((j, alone, new_ffn))
             bar.advance()
-    return layers.matrix(), alone.matrix() if ffns else None
+    num_tokens = sum(ids.numel() for ids in walker.ids)
+    return layers.matrix(num_tokens), alone.matrix(num_tokens) if ffns else None
 
 
 @torch.no_grad()
@@ -130,21 +126,21 @@ def parallel_divergence(walker: Walker, sets: list[list[int]]) -> list[dict[str,
     """For each set of layers i: the child's KL(child‖changed) when each i and i + 1 read the same input.
 
     A pair computes x + c_i(x) + c_{i+1}(x), with c what a whole block adds (arXiv 2503.18908, "parallelizing whole
-    blocks"); sets hold disjoint pairs. Returns, per set, what `metrics.Divergence.result` gives, in nats per token.
+    blocks"); sets hold disjoint pairs. Returns {"kl", "kl_stderr"} of each set, in nats per token.
     """
     own = walker.embedded()
     changed: list[list[Tensor] | None] = [None] * len(sets)
-    before: list[list[Tensor] | None] = [None] * len(sets)  # the input that a pair in hand shares
+    before: dict[int, list[Tensor]] = {}  # per set, the input that a pair in hand shares
     count = len(walker.child.layers)
     with progress("in parallel", count) as bar:
         for j, block in enumerate(walker.blocks()):
             for number, pairs in enumerate(sets):
+                stream, shared = changed[number], before.pop(number, None)
                 if j in pairs:
-                    before[number] = list(changed[number] or own)
-                if changed[number] is None and j - 1 not in pairs:
+                    before[number] = list(stream or own)
+                if stream is None and shared is None:
                     continue  # the same as the child so far
-                stream = changed[number] or list(own)
-                shared = before[number] if j - 1 in pairs else None
+                stream = stream or list(own)
                 for batch, (x, read) in enumerate(zip(stream, shared or stream, strict=True)):
                     stream[batch] = (x.to(walker.device) + sum(walker.added(block, read.to(walker.device)))).cpu()
                 changed[number] = stream
@@ -156,7 +152,8 @@ def parallel_divergence(walker: Walker, sets: list[list[int]]) -> list[dict[str,
         meter = Divergence()
         for ids, x, y in zip(walker.ids, own, last or own, strict=True):
             meter.add(walker.ends, x.to(walker.device), walker.ends, y.to(walker.device), ids)
-        found.append(meter.result())
+        result = meter.result()
+        found.append({key: result[key] for key in ("kl", "kl_stderr")})
     return found
 
 
@@ -176,12 +173,8 @@ def parallel_report(walker: Walker) -> dict[str, Any]:
             sets.append(sorted(chosen))
     together = parallel_divergence(walker, sets)
     return {
-        "pairs": [{"layers": [i, i + 1], **_short(alone[i])} for i in busy],
+        "pairs": [{"layers": [i, i + 1], **alone[i]} for i in busy],
         "together": [
-            {"pairs": [[i, i + 1] for i in pairs], **_short(found)} for pairs, found in zip(sets, together, strict=True)
+            {"pairs": [[i, i + 1] for i in pairs], **found} for pairs, found in zip(sets, together, strict=True)
         ],
     }
-
-
-def _short(found: dict[str, float]) -> dict[str, float]:
-    return {key: found[key] for key in ("kl", "kl_stderr")}

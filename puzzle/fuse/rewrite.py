@@ -31,16 +31,14 @@ Norm = Literal["own", "last"]
 
 def widths_of(child: Child) -> list[int | None]:
     """Per layer, as `puzzle.fuse.runs` has it: channels of a layer without attention, 0 for no FFN, None: not fusible."""
-    widths = [layer.ffn.intermediate_size if isinstance(layer.ffn, SwiGLU) else 0 for layer in child.layers]
-    return [None if why else width for width, why in zip(widths, reasons(child), strict=True)]
-
-
-def reasons(child: Child) -> list[str]:
-    """Per layer, what stands in the way of fusing it; "" where nothing does."""
-    return [_reason(layer) for layer in child.layers]
+    return [
+        None if _reason(layer) else layer.ffn.intermediate_size if isinstance(layer.ffn, SwiGLU) else 0
+        for layer in child.layers
+    ]
 
 
 def _reason(layer: ChildLayer) -> str:
+    """What stands in the way of fusing a layer; "" where nothing does."""
     others = [sub_block for slot, sub_block in layer.slots.items() if slot != "ffn" and not isinstance(sub_block, NoOp)]
     if others:
         return f"has {'linear ' if isinstance(others[0], Linear) else ''}attention"
@@ -72,7 +70,7 @@ def fuse_layers(child: Child, runs: Sequence[Run], norm: Norm = "own") -> Child:
     `check_runs` does.
     """
     widths = widths_of(child)
-    starts = {run[0]: run for run in check_runs(runs, widths, reasons(child))}
+    starts = {run[0]: run for run in check_runs(runs, widths, [_reason(layer) for layer in child.layers])}
     layers: list[ChildLayer] = []
     at = 0
     while at < len(child.layers):

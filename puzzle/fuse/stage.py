@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import Dependency
 from puzzle.fuse.measure import Walker
-from puzzle.fuse.rewrite import Norm, fuse_layers, reasons, widths_of
-from puzzle.fuse.runs import Rule, Run, check_runs, choose_runs, members, stretches, width_of, worst
+from puzzle.fuse.rewrite import Norm, fuse_layers, widths_of
+from puzzle.fuse.runs import Rule, Run, choose_runs, members, stretches, width_of, worst
 from puzzle.measure.architecture import architecture_beside
 from puzzle.parents.opened import HfModel
 
@@ -60,8 +62,8 @@ def pick_runs(child: Child, rule: Rule, dependency: Dependency | None) -> list[R
     """`choose_runs` for a child. Raises UserError, saying what would help, when nothing can be fused."""
     widths = widths_of(child)
     if not stretches(widths):
-        free = [index for index, why in enumerate(reasons(child)) if not why]
-        which = f"only {', '.join(map(str, free))}" if free else "none"
+        free = [str(index) for index, width in enumerate(widths) if width is not None]
+        which = f"only {', '.join(free)}" if free else "none"
         raise UserError(
             f"{child.name} has no two neighbouring layers without attention ({which} of its {len(widths)} layers): fuse a "
             "child that drops attention, as `puzzle solve LIBRARY --throughput 2x --fusion` chooses one"
@@ -71,15 +73,13 @@ def pick_runs(child: Child, rule: Rule, dependency: Dependency | None) -> list[R
     if runs:
         return runs
     able = ", ".join(f"{first}-{last}" for first, last in stretches(widths))
-    if choose_runs(widths, Rule(keep_last=rule.keep_last)) and not choose_runs(
-        widths, Rule(keep_last=rule.keep_last, max_width=rule.max_width)
-    ):
-        raise UserError(f"`max_width` {rule.max_width} leaves nothing to fuse in layers {able}: allow more channels")
-    if rule.keep_last and not choose_runs(widths, Rule()):
+    if not choose_runs(widths, Rule(keep_last=rule.keep_last)):
         raise UserError(
             f"nothing to fuse: the rows of layers without attention of {child.name} ({able}) have two FFNs each, and "
             "their last one is kept: pass `no_keep_last`"
         )
+    if not choose_runs(widths, replace(rule, max_dependency=math.inf)):
+        raise UserError(f"`max_width` {rule.max_width} leaves nothing to fuse in layers {able}: allow more channels")
     assert matrix is not None
     rows = [members(stretch, widths)[: -1 if rule.keep_last else None] for stretch in stretches(widths)]
     pairs = [(i, j) for inside in rows for i, j in pairwise(inside)]
@@ -105,7 +105,7 @@ def describe(child: Child, runs: Sequence[Run], norm: Norm, dependency: Dependen
                 "width": width_of(run, widths),
                 "dependency": worst(run, widths, matrix),
             }
-            for run in check_runs(runs, widths, reasons(child))
+            for run in sorted(runs)
         ],
         "num_layers": {"before": len(child.layers), "after": len(fused.layers)},
         "num_parameters": {"before": child.num_parameters, "after": fused.num_parameters},

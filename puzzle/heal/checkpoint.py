@@ -37,11 +37,8 @@ class WorkDir:
     def __init__(self, out: Path, ranks: Ranks):
         target = out.absolute()
         self.path = target.with_name(f"{target.name}.heal")
+        self.log = self.path / "heal.jsonl"
         self.ranks = ranks
-
-    @property
-    def log(self) -> Path:
-        return self.path / "heal.jsonl"
 
     def claim(self, facts: dict[str, Any], force: bool) -> None:
         """Begin or continue the run that `facts` describe. Raises UserError when another one stands here.

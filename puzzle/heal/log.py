@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,7 @@ def trackers(tensorboard: Path | None, wandb: str | None, facts: dict[str, Any])
     """Functions that take a line of the log. Raises UserError when a package is missing."""
     found: list[Any] = []
     if tensorboard is not None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("`tensorboard` needs the package tensorboard: pip install tensorboard") from None
-        writer = SummaryWriter(str(tensorboard))
+        writer = _needed("tensorboard", "torch.utils.tensorboard").SummaryWriter(str(tensorboard))
 
         def to_tensorboard(line: dict[str, Any]) -> None:
             for name, value in _scalars(line).items():
@@ -68,10 +65,13 @@ def trackers(tensorboard: Path | None, wandb: str | None, facts: dict[str, Any])
 
         found.append(to_tensorboard)
     if wandb is not None:
-        try:
-            import wandb as client
-        except ImportError:
-            raise UserError("`wandb` needs the package wandb: pip install wandb") from None
-        run = client.init(project=wandb, config=facts)
+        run = _needed("wandb", "wandb").init(project=wandb, config=facts)
         found.append(lambda line: run.log(_scalars(line), step=line["step"]))
     return found
+
+
+def _needed(package: str, module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UserError(f"`{package}` needs the package {package}: pip install {package}") from None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from puzzle.data.mixture import Stage
-from puzzle.heal.parallel import start_ranks, stop_ranks
+from puzzle.heal.parallel import running_ranks
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer
@@ -31,8 +31,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
     """
     options.check()
     stages = options.plan_stages()
-    ranks = start_ranks(options.device)
-    try:
+    with running_ranks(options.device) as ranks:
         models = open_models(options, stages, ranks)
         trainer = build_trainer(options, stages, models, ranks)
         seconds = sum(_seconds_per_step(trainer, n, stage) * stage.num_steps for n, stage in enumerate(stages))
@@ -57,8 +56,6 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
                 "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained * ranks.world + exported,
             },
         }
-    finally:
-        stop_ranks(ranks)
 
 
 def _seconds_per_step(trainer: Trainer, number: int, stage: Stage) -> float:
@@ -68,17 +65,15 @@ def _seconds_per_step(trainer: Trainer, number: int, stage: Stage) -> float:
     rows = stage.batch_size // trainer.ranks.world
     batch = torch.randint(vocab, (2, rows, stage.seq_len), generator=generator)
     trainer.begin_stage(stage.seq_len)
-    graphed = trainer.device.type == "cuda"
-    for _ in range(WARM_UP_STEPS if graphed else 1):
-        trainer.step(batch, 0)
-    if graphed:
-        torch.cuda.synchronize(trainer.device)
-    begin = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        trainer.step(batch, 0)
-    if graphed:
-        torch.cuda.synchronize(trainer.device)
-    return (time.perf_counter() - begin) / TIMED_STEPS
+
+    def mean_seconds(count: int) -> float:
+        begin = time.perf_counter()
+        metrics = [trainer.step(batch, 0) for _ in range(count)]
+        metrics[-1].tolist()  # waits for the device
+        return (time.perf_counter() - begin) / count
+
+    mean_seconds(WARM_UP_STEPS if trainer.device.type == "cuda" else 1)
+    return mean_seconds(TIMED_STEPS)
 
 
 def _memory(trainer: Trainer, stages: list[Stage], options: HealOptions) -> float:

@@ -24,7 +24,7 @@ from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
-from puzzle.heal.parallel import Ranks, start_ranks, stop_ranks
+from puzzle.heal.parallel import Ranks, running_ranks
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import METRICS, Trainer
@@ -56,11 +56,8 @@ def heal(options: HealOptions, data: HealData | None = None) -> dict[str, Any]:
     """
     options.check()
     stages = options.plan_stages()
-    ranks = start_ranks(options.device)
-    try:
+    with running_ranks(options.device) as ranks:
         return _heal(options, stages, ranks, data)
-    finally:
-        stop_ranks(ranks)
 
 
 def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealData | None) -> dict[str, Any]:
@@ -82,15 +79,15 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
         "data": data.mixture.hash,
         **options.trained_with(stages, str(models.dtype).removeprefix("torch.")),
     }
+    work = WorkDir(options.out, ranks)
     if again:
         record = read_json(finished, "puzzle heal")
         if record.get("run") == facts:
             console.print(f"{options.out} is healed already: nothing to do")
-            WorkDir(options.out, ranks).remove()  # a run killed after its last file was written leaves it
+            work.remove()  # a run killed after its last file was written leaves it
             return record
         claim_output(options.out, options.force)
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
-    work = WorkDir(options.out, ranks)
     work.claim(facts, options.force)
     trainer = build_trainer(options, stages, models, ranks)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))

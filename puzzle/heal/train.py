@@ -96,7 +96,9 @@ class Trainer:
                 found, _ = self._compared(ids, labels, self._ropes, 1 / count, self.weights)
             (found[0] * self.ranks.world).backward()  # FSDP takes the mean over ranks
             total += found.detach()
-        gradients = [self._gradient(model, part) for model, part in zip(self.model, self.parts, strict=True)]
+        gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.model]
+        for part, gradient in zip(self.parts, gradients, strict=True):
+            part.grad = gradient
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         norm = self.ranks.sum(squares).sqrt()
         broken = (~torch.isfinite(norm)).float()
@@ -108,15 +110,6 @@ class Trainer:
         self._skipped += broken
         self._skipped[1] *= broken
         return torch.cat((self.ranks.sum(total), norm[None], self._skipped))
-
-    @staticmethod
-    def _gradient(model: nn.Parameter, part: nn.Parameter) -> Tensor:
-        if model.grad is None:
-            model.grad = torch.zeros_like(model)
-        if part is not model:
-            part.grad = local(model.grad)
-        assert part.grad is not None
-        return part.grad
 
     def _compared(
         self, ids: Tensor, labels: Tensor, ropes: tuple[Ropes, Ropes | None], scale: Tensor, weights: Weights

@@ -59,8 +59,7 @@ def write_healed(
         return
     solved = architecture_beside(source.directory)
     extra = {"heal.json": {"schema": SCHEMA, **record}}
-    if solved is not None:
-        extra["architecture.json"] = solved.to_json()
+    extra |= {} if solved is None else {"architecture.json": solved.to_json()}
     card = plain_card(child, solved).replace("## Serve\n", f"{healing(record)}\n\n## Serve\n", 1)
     code = (MODELING_FILE, work.log)  # the log travels with the files that are copied as they are
     write_hf(child, out, card, extra_json=extra, code=code, force=force)

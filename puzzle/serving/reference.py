@@ -43,17 +43,14 @@ class Export:
     vocab_size: int
     max_length: int
 
-    @property
-    def tokenizer(self) -> Path | None:
-        """The directory of a Hugging Face tokenizer, where the export carries one."""
-        directory = self.path if self.path.is_dir() else self.path.parent
-        return directory if (directory / "tokenizer.json").is_file() else None
-
 
 def find_export(path: Path) -> Export:
     """Recognise what `puzzle export` wrote. Raises UserError when it is none of its formats."""
-    if path.is_file() or sorted(path.glob("*.gguf")):
-        return _find_gguf(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{path} holds {len(files)} .gguf files ({', '.join(f.name for f in files)}): give one of them")
+    if files:
+        return _gguf_export(files[0])
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give the directory or the .gguf file that `puzzle export` wrote")
     config = Checkpoint(path).config
@@ -90,24 +87,12 @@ def _load_nemotron_nas(path: Path) -> CausalModel:
     )
 
 
-def _find_gguf(path: Path) -> Export:
-    if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise UserError(
-                f"{path} holds {len(files)} .gguf files ({', '.join(f.name for f in files)}): give one of them"
-            )
-        path = files[0]
+def _gguf_export(path: Path) -> Export:
     values, tensors = read_gguf(path)
-    return Export(
-        path=path,
-        format="gguf",
-        dtype={"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0"}.get(
-            tensors["token_embd.weight"].tensor_type.name, "?"
-        ),
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        max_length=int(values["deci.context_length"]),
-    )
+    embedding, length = tensors["token_embd.weight"], int(values["deci.context_length"])
+    dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0"}
+    dtype = dtypes.get(embedding.tensor_type.name, "?")
+    return Export(path=path, format="gguf", dtype=dtype, vocab_size=int(embedding.shape[1]), max_length=length)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -240,8 +225,9 @@ class StoredRope(Rope):
 
 def tokenize(export: Export, text: str) -> list[int]:
     """`text` as the export's Hugging Face tokenizer encodes it, without special tokens; [] without a tokenizer."""
-    if export.tokenizer is None:
+    path = (export.path if export.path.is_dir() else export.path.parent) / "tokenizer.json"
+    if not path.is_file():
         return []
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(export.tokenizer / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    return Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
