@@ -21,6 +21,7 @@ import os
 import re
 import sysconfig
 import time
+from itertools import groupby
 from pathlib import Path
 
 import click
@@ -98,12 +99,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     """One stream of token ids, each document opened by EOS. [num_tokens] uint16"""
-    eos = tokenizer.eos_token_id
-    parts: list[np.ndarray] = []
-    for start in range(0, len(texts), 2048):
-        for ids in tokenizer(texts[start : start + 2048], verbose=False)["input_ids"]:
-            parts.append(np.array([eos, *ids], dtype=np.uint16))
-    return np.concatenate(parts)
+    groups = (texts[start : start + 2048] for start in range(0, len(texts), 2048))
+    documents = (ids for group in groups for ids in tokenizer(group, verbose=False)["input_ids"])
+    return np.concatenate([np.array([tokenizer.eos_token_id, *ids], dtype=np.uint16) for ids in documents])
 
 
 def batches(stream: torch.Tensor, num_sequences: int, seed: int):
@@ -122,15 +120,11 @@ def batches(stream: torch.Tensor, num_sequences: int, seed: int):
 def total_nats(model: LlamaForCausalLM, stream: torch.Tensor, num_sequences: int = 32) -> float:
     """Sum of next-token losses over the whole stream, in windows of T without overlap (the harder count)."""
     nats = 0.0
-    usable = (len(stream) - 1) // T * T
-    windows = [stream[i : i + T + 1] for i in range(0, usable, T)]
-    for i in range(0, len(windows), num_sequences):
-        batch = torch.stack(windows[i : i + num_sequences]).long()
-        logits = model(batch[:, :-1]).logits.float()
-        nats += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    if len(stream) - 1 > usable:
-        batch = stream[usable:].long()[None]
-        nats += F.cross_entropy(model(batch[:, :-1]).logits.float()[0], batch[0, 1:], reduction="sum").item()
+    windows = [stream[i : i + T + 1] for i in range(0, len(stream) - 1, T)]
+    for _, alike in groupby(windows, key=len):  # the last one is shorter
+        for batch in torch.stack(list(alike)).long().split(num_sequences):
+            logits = model(batch[:, :-1]).logits.float()
+            nats += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return nats
 
 
@@ -181,15 +175,12 @@ Trained on the permissively licensed Python files of: {names}.
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--tokens", type=float, default=600e6, show_default=True, help="Training tokens.")
-@click.option("--max-seconds", type=float, default=math.inf, help="Lower --tokens if training would take longer.")
 @click.option("--batch", type=int, default=128, show_default=True, help="Sequences of 1024 tokens a step.")
 @click.option("--lr", type=float, default=3e-3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--max-files", type=int, default=None, help="Use only the first files (for a rehearsal).")
 @click.option("--layers", type=int, default=16, show_default=True)
-def main(
-    out: Path, tokens: float, max_seconds: float, batch: int, lr: float, seed: int, max_files: int | None, layers: int
-) -> None:
+def main(out: Path, tokens: float, batch: int, lr: float, seed: int, max_files: int | None, layers: int) -> None:
     """Train the reference parent and write it to --out."""
     started = time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,7 +217,6 @@ def main(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=0.02,
     )
     model = LlamaForCausalLM(config).to(device)
     with torch.no_grad():  # residual writers start smaller: depth-scaled init, as in GPT-2
@@ -253,15 +243,10 @@ def main(
     data = batches(stream, batch, seed)
     log = [("step", "tokens", "loss", "lr", "seconds")]
     clock = time.time()
-    step, probe = 0, 30
-    while step < num_steps:
-        if step == 10:  # compilation is behind us
+    for step in range(1, num_steps + 1):
+        if step == 11:  # compilation is behind us
             clock = time.time()
-        if step == probe and math.isfinite(max_seconds):
-            per_step = (time.time() - clock) / (probe - 10)
-            num_steps = min(num_steps, int((max_seconds - (time.time() - started)) / per_step))
-            print(f"{per_step * 1e3:.1f} ms/step: {num_steps} steps planned", flush=True)
-        rate = lr * min(1.0, (step + 1) / warm_up) * min(1.0, (num_steps - step) / (0.8 * num_steps))
+        rate = lr * min(1.0, step / warm_up) * min(1.0, (num_steps - step + 1) / (0.8 * num_steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = step_fn(next(data))
@@ -269,12 +254,12 @@ def main(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 100 == 0 or step in (num_steps, probe):
+        if step % 100 == 0 or step in (30, num_steps):
             seconds = time.time() - clock
             log.append((step, step * batch * T, f"{loss.item():.4f}", f"{rate:.2e}", f"{seconds:.1f}"))
             print(*log[-1], flush=True)
 
+    num_tokens = num_steps * batch * T
     model = model.to(torch.bfloat16).eval()
     nats = total_nats(model, held)
     bits_per_byte = nats / math.log(2) / len(held_bytes)
@@ -283,7 +268,7 @@ def main(
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     facts = {
         "parameters": f"{num_parameters:,} ({layers} layers, hidden 256, 8 heads, 4 KV heads, FFN 704, tied)",
-        "training tokens": f"{step * batch * T / 1e6:.0f} M ({step * batch * T / len(stream):.1f} epochs of "
+        "training tokens": f"{num_tokens / 1e6:.0f} M ({num_tokens / len(stream):.1f} epochs of "
         f"{len(stream) / 1e6:.1f} M; {len(train_texts)} files, {num_bytes / 1e6:.0f} MB)",
         "held-out loss": f"{nats / (len(held) - 1):.4f} nats/token",
         "held-out bits per byte": f"{bits_per_byte:.4f} (bf16 weights; {len(held_texts)} files, "
@@ -292,11 +277,10 @@ def main(
         "training-set loss, same count of tokens": f"{train_nats / (len(held) - 1):.4f} nats/token",
         "device": f"{gpu}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
         "wall time": f"{time.time() - started:.0f} s",
-        "command": f"`python examples/train_parent.py --out examples/parent --tokens {step * batch * T} "
+        "command": f"`python examples/train_parent.py --out examples/parent --tokens {num_tokens} "
         f"--batch {batch} --lr {lr} --seed {seed}`",
     }
     samples = completions(model, tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "README.md").write_text(model_card(facts, samples, licences), encoding="utf-8")

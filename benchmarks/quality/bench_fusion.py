@@ -40,12 +40,16 @@ from puzzle.choose.goal import GoalOptions
 from puzzle.choose.problem import Request, Selection, layer_label, select
 from puzzle.choose.solve import architecture, open_costs
 from puzzle.data.packing import load_tokens
+from puzzle.export.card import plain_card
 from puzzle.export.child import Child
+from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.export.write import export, open_source
+from puzzle.fuse.matrix import Dependency
+from puzzle.fuse.measure import measure_dependency
 from puzzle.fuse.rewrite import remove_layers, widths_of
 from puzzle.fuse.runs import Rule, choose_runs, members, worst
-from puzzle.fuse.stage import Held, dependency_of, fuse_child, write_fused
+from puzzle.fuse.stage import fuse_child, open_walker
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import write_architecture
 from puzzle.parents.opened import open_model
@@ -108,11 +112,12 @@ def main(
         list(data), opened.directory, seq_len=seq_len, num_train=1, num_validation=sequences
     ).validation
 
-    dependency = dependency_of(out / "unfused", Held(data=data, seq_len=seq_len))
+    walker, facts = open_walker(open_model(out / "unfused"), data, seq_len=seq_len)
+    layers, _ = measure_dependency(walker)
+    dependency = Dependency(layers=layers, ffns=None, facts=facts)
     child = child_of_checkpoint(out / "unfused")
     widths = widths_of(child)
-    assert dependency.layers is not None
-    matrix = dependency.layers.dependency
+    matrix = layers.dependency
     runs = choose_runs(widths, Rule(keep_last=True))
     longer = choose_runs(widths, Rule(keep_last=False))
     print("runs", runs, "with the last FFN", longer, flush=True)
@@ -125,13 +130,14 @@ def main(
     for kept in itertools.product(*(members(run, widths) for run in runs)):
         gone = [layer for run in runs for layer in range(run[0], run[1] + 1) if layer not in kept]
         smaller = remove_layers(child, gone)
-        write_fused(smaller, out / "removed", section=f"Layers {gone} removed.", force=True)
+        write_hf(smaller, out / "removed", f"{plain_card(smaller, None)}\nLayers {gone} removed.\n", force=True)
         kl = compare(model, load_model(out / "removed", device=device, dtype=dtype), tokens[:16])["kl"]
         print("removed", gone, f"{kl:.4f}", flush=True)
         if best is None or kl < best[0]:
             best = kl, smaller
     assert best is not None
-    write_fused(best[1], out / "removed", section="Layers removed, none fused.", force=True)
+    card = f"{plain_card(best[1], None)}\nLayers removed, none fused.\n"
+    write_hf(best[1], out / "removed", card, force=True)
 
     unfused = load_model(out / "unfused", device=device, dtype=dtype)
     rows = []

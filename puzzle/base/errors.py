@@ -16,6 +16,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """Of what a library's error says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(value: str, known: list[str]) -> str:
     """A hint such as "; did you mean 'kv2'?" or, with nothing near, the list of what is known."""
     close = get_close_matches(value, known, n=1, cutoff=0.5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from puzzle.base.errors import UserError
+from puzzle.base.errors import UserError, first_line
 from puzzle.data.documents import Source
 from puzzle.data.files import in_seeded_order, is_table, list_files, read_field
 
@@ -46,8 +46,9 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> t
         try:
             return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # jinja's own error types, or transformers' when there is no template
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{where}: the tokenizer's chat template does not take this chat ({reason})") from error
+            raise UserError(
+                f"{where}: the tokenizer's chat template does not take this chat ({first_line(error)})"
+            ) from error
 
     if not tokenizer.chat_template:
         raise UserError(f"{where}: the tokenizer has no chat template; add chat_template.jinja beside tokenizer.json")

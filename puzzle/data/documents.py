@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from puzzle.base.errors import UserError
+from puzzle.base.errors import UserError, first_line
 from puzzle.data.files import in_seeded_order, list_files, read_texts
 
 HELD_OUT_PER_10000 = 200  # 2 % of documents; examples/train_parent.py holds out the same ones
@@ -74,5 +74,6 @@ def _hub_documents(name: str, text_field: str) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # the hub client raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"`data` {name} is neither a file here nor a dataset that can be loaded ({reason})") from error
+        raise UserError(
+            f"`data` {name} is neither a file here nor a dataset that can be loaded ({first_line(error)})"
+        ) from error

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from puzzle.base.errors import UserError
 
@@ -59,19 +59,14 @@ def is_table(path: Path) -> bool:
     return path.suffix in TABLE_SUFFIXES
 
 
-def open_text(path: Path) -> IO[str]:
-    """A text or .jsonl file: none is opened elsewhere."""
-    return open(path, encoding="utf-8")
-
-
 def read_texts(path: Path, text_field: str) -> Iterator[str]:
     """The file's text, or `text_field` of each row of a table. A file that is no UTF-8 text has none.
 
     Raises UserError for a table that cannot be read or whose rows have no such text.
     """
     if not is_table(path):
-        with suppress(UnicodeDecodeError, OSError), open_text(path) as handle:  # not text, or not ours to read
-            yield handle.read()
+        with suppress(UnicodeDecodeError, OSError):  # not text, or not ours to read
+            yield path.read_text(encoding="utf-8")
         return
     for where, value, names in read_field(path, text_field):
         if value is None and path.suffix == ".parquet" and text_field in names:
@@ -90,7 +85,7 @@ def read_field(path: Path, field: str) -> Iterator[tuple[str, Any, list[str]]]:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any, list[str]]]:
-    with open_text(path) as handle:
+    with open(path, encoding="utf-8") as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue

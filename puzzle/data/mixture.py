@@ -38,8 +38,12 @@ class Stage:
     num_steps: int
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.seq_len * self.batch_size
+
+    @property
     def num_tokens(self) -> int:
-        return self.seq_len * self.batch_size * self.num_steps
+        return self.tokens_per_step * self.num_steps
 
 
 class Stream:
@@ -135,20 +139,16 @@ class Mixture:
                 starts[mine] = first[np.lexsort((keys, first // stream.num_tokens))]
                 self.drawn[index] += stage.seq_len * len(mine)
             self._rows.append((sources, starts))
-        if not allow_repeats:
-            self._refuse_repeats()
-        facts = [(s.name, s.weight, s.max_epochs, s.hash) for s in streams]
-        text = json.dumps([facts, [asdict(stage) for stage in stages], seed])
-        self.hash = hashlib.sha256(text.encode()).hexdigest()
-
-    def _refuse_repeats(self) -> None:
-        for stream, drawn in zip(self.streams, self.drawn, strict=True):
+        for stream, drawn in zip(streams, self.drawn, strict=True):
             epochs = drawn / stream.num_tokens
-            if stream.max_epochs is not None and epochs > stream.max_epochs:
+            if not allow_repeats and stream.max_epochs is not None and epochs > stream.max_epochs:
                 raise UserError(
                     f"source '{stream.name}' would be read {epochs:.2f} times, its max_epochs is {stream.max_epochs:g}: "
                     f"it has {stream.num_tokens:,} tokens; lower its weight or `tokens`, or pass `allow_repeats`"
                 )
+        facts = [(s.name, s.weight, s.max_epochs, s.hash) for s in streams]
+        text = json.dumps([facts, [asdict(stage) for stage in stages], seed])
+        self.hash = hashlib.sha256(text.encode()).hexdigest()
 
     def rows(self, stage: int, step: int) -> list[tuple[int, int]]:
         """(source, first token) of the step's rows."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.errors import UserError
+from puzzle.base.errors import UserError, first_line
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -20,9 +20,8 @@ def load_tokenizer(directory: Path) -> Any:
         known = {"config": PreTrainedConfig()} if ours else {}
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **known)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and more
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"no tokenizer can be loaded from {directory} ({reason}): put tokenizer.json beside config.json"
+            f"no tokenizer can be loaded from {directory} ({first_line(error)}): put tokenizer.json beside config.json"
         ) from error
 
 

@@ -11,7 +11,7 @@ Row i, column j > i. With c_j what j adds to the residual stream of a token, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,11 @@ class Dependency:
         return len(matrix.dependency)
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.facts, **{name: _plain(getattr(self, name)) for name in ("layers", "ffns")}}
+        return {**self.facts, "layers": _plain(self.layers), "ffns": _plain(self.ffns)}
 
 
 def _plain(matrix: Matrix | None) -> dict[str, Rows] | None:
-    if matrix is None:
-        return None
-    return {"dependency": _rounded(matrix.dependency), "relative_error": _rounded(matrix.relative_error)}
+    return None if matrix is None else {name: _rounded(rows) for name, rows in asdict(matrix).items()}
 
 
 def _rounded(rows: Rows) -> Rows:
@@ -61,18 +59,17 @@ def _rounded(rows: Rows) -> Rows:
 def read_dependency(path: Path, num_layers: int) -> Dependency:
     """Raises UserError for a file that is none, or one of a model with another number of layers."""
     value = read_json(path, MADE_BY)
-    found = {}
-    for name in ("layers", "ffns"):
-        raw = value.pop(name, None)
+    found = dict.fromkeys(("layers", "ffns"))
+    for name in found:
+        if (raw := value.pop(name, None)) is None:
+            continue
         try:
-            found[name] = (
-                None if raw is None else Matrix(**{k: _rows(raw[k]) for k in ("dependency", "relative_error")})
-            )
+            found[name] = Matrix(**{field.name: _rows(raw[field.name]) for field in fields(Matrix)})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} holds no dependency matrix in '{name}' ({error}): make it with `{MADE_BY}`"
             ) from error
-    if found["layers"] is None and found["ffns"] is None:
+    if not any(found.values()):
         raise UserError(f"{path} holds no dependency matrix: make it with `{MADE_BY}`")
     value.pop("schema")
     dependency = Dependency(**found, facts=value)

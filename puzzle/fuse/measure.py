@@ -7,6 +7,7 @@ layer added nothing, kept in host memory. Letters: B sequences, T tokens, E hidd
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from puzzle.base.console import progress
 from puzzle.blocklib.none import NoOp
-from puzzle.blocklib.plain.part import Part, loaded
-from puzzle.export.child import Child, ChildLayer
+from puzzle.blocklib.plain.part import loaded
+from puzzle.export.child import Child
 from puzzle.fuse.matrix import Matrix, Rows
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import Block, CausalModel
@@ -36,16 +37,12 @@ class Walker:
 
     def blocks(self) -> Iterator[Block]:
         """The layers in order, one in memory at a time."""
-        for index in range(len(self.child.layers)):
-            yield self.block(index)
-
-    def block(self, index: int) -> Block:
-        layer = self.child.layers[index]
-        return Block({slot: self._part(layer, slot) for slot in layer.slots})
-
-    def _part(self, layer: ChildLayer, slot: str) -> Part:
-        weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(slot).items()}
-        return loaded(layer.slots[slot], weights)
+        for layer in self.child.layers:
+            parts = {}
+            for slot, sub_block in layer.slots.items():
+                weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(slot).items()}
+                parts[slot] = loaded(sub_block, weights)
+            yield Block(parts)
 
     def embedded(self) -> list[Tensor]:
         """The stream before the first layer, batch by batch [B, T, E], in host memory."""
@@ -67,7 +64,6 @@ class _Sums:
     def __init__(self, num_layers: int):
         self.distance = torch.zeros(num_layers, num_layers, dtype=torch.float64)
         self.error, self.size = torch.zeros_like(self.distance), torch.zeros_like(self.distance)
-        self.num_tokens = torch.zeros_like(self.distance)
 
     def add(self, i: int, j: int, own: Tensor, without: Tensor) -> None:
         """own, without [B, T, E]: what j adds with and without i."""
@@ -75,21 +71,17 @@ class _Sums:
         self.distance[i, j] += (1 - F.cosine_similarity(own, without, dim=-1)).sum(dtype=torch.float64).cpu()
         self.error[i, j] += (without - own).pow(2).sum(dtype=torch.float64).cpu()
         self.size[i, j] += own.pow(2).sum(dtype=torch.float64).cpu()
-        self.num_tokens[i, j] += own.shape[0] * own.shape[1]
 
-    def matrix(self) -> Matrix:
+    def matrix(self, num_tokens: int) -> Matrix:
         return Matrix(
-            dependency=_rows(self.distance / self.num_tokens, self.size),
-            relative_error=_rows(self.error / self.size, self.size),
+            dependency=self._rows(self.distance / num_tokens), relative_error=self._rows(self.error / self.size)
         )
 
-
-def _rows(values: Tensor, size: Tensor) -> Rows:
-    known = size > 0
-    return [
-        [max(0.0, value) if ok else None for value, ok in zip(row, oks, strict=True)]
-        for row, oks in zip(values.tolist(), known.tolist(), strict=True)
-    ]
+    def _rows(self, values: Tensor) -> Rows:
+        return [
+            [max(0.0, value) if ok else None for value, ok in zip(row, oks, strict=True)]
+            for row, oks in zip(values.tolist(), (self.size > 0).tolist(), strict=True)
+        ]
 
 
 @torch.no_grad()
@@ -101,35 +93,32 @@ def measure_dependency(walker: Walker, ffns: bool = False) -> tuple[Matrix, Matr
     count = len(walker.child.layers)
     layers, alone = _Sums(count), _Sums(count)
     streams = walker.embedded()
-    without: dict[int, list[Tensor]] = {}  # per layer left out
-    without_ffn: dict[int, list[Tensor]] = {}
+    without: list[tuple[int, _Sums, list[Tensor]]] = []  # the layer left out, what is measured so, its stream
     with progress("dependency", count) as bar:
         for j, block in enumerate(walker.blocks()):
             bar.note(f"layer {j}")
-            new: list[Tensor] = []
+            new = list(streams)
             new_ffn: list[Tensor] = []
             for batch, kept in enumerate(streams):
                 x = kept.to(walker.device)
                 attention, ffn = walker.added(block, x)
-                for i, stream in without.items():
+                for i, sums, stream in without:
                     other = stream[batch].to(walker.device)
                     own_attention, own_ffn = walker.added(block, other)
-                    layers.add(i, j, attention + ffn, own_attention + own_ffn)
+                    if sums is layers:
+                        sums.add(i, j, attention + ffn, own_attention + own_ffn)
+                    else:
+                        sums.add(i, j, ffn, own_ffn)
                     stream[batch] = (other + own_attention + own_ffn).cpu()
-                for i, stream in without_ffn.items():
-                    other = stream[batch].to(walker.device)
-                    own_attention, own_ffn = walker.added(block, other)
-                    alone.add(i, j, ffn, own_ffn)
-                    stream[batch] = (other + own_attention + own_ffn).cpu()
-                new.append(kept)
                 new_ffn.append((x + attention).cpu())
                 streams[batch] = (x + attention + ffn).cpu()
             if not walker.child.layers[j].is_empty:
-                without[j] = new
+                without.append((j, layers, new))
             if ffns and not isinstance(walker.child.layers[j].ffn, NoOp):
-                without_ffn[j] = new_ffn
+                without.append((j, alone, new_ffn))
             bar.advance()
-    return layers.matrix(), alone.matrix() if ffns else None
+    num_tokens = sum(ids.numel() for ids in walker.ids)
+    return layers.matrix(num_tokens), alone.matrix(num_tokens) if ffns else None
 
 
 @torch.no_grad()
@@ -137,34 +126,34 @@ def parallel_divergence(walker: Walker, sets: list[list[int]]) -> list[dict[str,
     """For each set of layers i: the child's KL(child‖changed) when each i and i + 1 read the same input.
 
     A pair computes x + c_i(x) + c_{i+1}(x), with c what a whole block adds (arXiv 2503.18908, "parallelizing whole
-    blocks"); sets hold disjoint pairs. Returns, per set, what `metrics.Divergence.result` gives, in nats per token.
+    blocks"); sets hold disjoint pairs. Returns {"kl", "kl_stderr"} of each set, in nats per token.
     """
     own = walker.embedded()
     changed: list[list[Tensor] | None] = [None] * len(sets)
-    before: list[list[Tensor] | None] = [None] * len(sets)  # the input that a pair in hand shares
+    before: dict[int, list[Tensor]] = {}  # per set, the input that a pair in hand shares
     count = len(walker.child.layers)
     with progress("in parallel", count) as bar:
         for j, block in enumerate(walker.blocks()):
             for number, pairs in enumerate(sets):
+                stream, shared = changed[number], before.pop(number, None)
                 if j in pairs:
-                    before[number] = list(changed[number] or own)
-                if (stream := changed[number]) is None and j - 1 not in pairs:
+                    before[number] = list(stream or own)
+                if stream is None and shared is None:
                     continue  # the same as the child so far
-                stream = stream if stream is not None else list(own)
-                shared = before[number] if j - 1 in pairs else None
-                for batch, x in enumerate(stream):
-                    read = (x if shared is None else shared[batch]).to(walker.device)
-                    stream[batch] = (x.to(walker.device) + sum(walker.added(block, read))).cpu()
+                stream = stream or list(own)
+                for batch, (x, read) in enumerate(zip(stream, shared or stream, strict=True)):
+                    stream[batch] = (x.to(walker.device) + sum(walker.added(block, read.to(walker.device)))).cpu()
                 changed[number] = stream
             for batch, x in enumerate(own):
                 own[batch] = (x.to(walker.device) + sum(walker.added(block, x.to(walker.device)))).cpu()
             bar.advance()
     found = []
-    for stream in changed:
+    for last in changed:
         meter = Divergence()
-        for ids, x, y in zip(walker.ids, own, stream or own, strict=True):
+        for ids, x, y in zip(walker.ids, own, last or own, strict=True):
             meter.add(walker.ends, x.to(walker.device), walker.ends, y.to(walker.device), ids)
-        found.append(meter.result())
+        result = meter.result()
+        found.append({key: result[key] for key in ("kl", "kl_stderr")})
     return found
 
 
@@ -173,8 +162,8 @@ def parallel_report(walker: Walker) -> dict[str, Any]:
 
     {"pairs": [{"layers": [i, i+1], "kl", "kl_stderr"}], "together": [{"pairs": [[i, i+1], …], "kl", "kl_stderr"}]}
     """
-    count = len(walker.child.layers) - 1
-    busy = [i for i in range(count) if not (walker.child.layers[i].is_empty or walker.child.layers[i + 1].is_empty)]
+    neighbours = enumerate(pairwise(walker.child.layers))
+    busy = [i for i, (layer, next_layer) in neighbours if not (layer.is_empty or next_layer.is_empty)]
     alone = dict(zip(busy, parallel_divergence(walker, [[i] for i in busy]), strict=True))
     chosen: list[int] = []
     sets: list[list[int]] = []
@@ -184,12 +173,8 @@ def parallel_report(walker: Walker) -> dict[str, Any]:
             sets.append(sorted(chosen))
     together = parallel_divergence(walker, sets)
     return {
-        "pairs": [{"layers": [i, i + 1], **_short(alone[i])} for i in busy],
+        "pairs": [{"layers": [i, i + 1], **alone[i]} for i in busy],
         "together": [
-            {"pairs": [[i, i + 1] for i in pairs], **_short(found)} for pairs, found in zip(sets, together, strict=True)
+            {"pairs": [[i, i + 1] for i in pairs], **found} for pairs, found in zip(sets, together, strict=True)
         ],
     }
-
-
-def _short(found: dict[str, float]) -> dict[str, float]:
-    return {key: found[key] for key in ("kl", "kl_stderr")}

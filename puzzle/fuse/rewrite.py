@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.linear import Linear
@@ -32,21 +31,14 @@ Norm = Literal["own", "last"]
 
 def widths_of(child: Child) -> list[int | None]:
     """Per layer, as `puzzle.fuse.runs` has it: channels of a layer without attention, 0 for no FFN, None: not fusible."""
-    return [_width(layer) for layer in child.layers]
-
-
-def _width(layer: ChildLayer) -> int | None:
-    if _reason(layer):
-        return None
-    return layer.ffn.intermediate_size if isinstance(layer.ffn, SwiGLU) else 0
-
-
-def reasons(child: Child) -> list[str]:
-    """Per layer, what stands in the way of fusing it; "" where nothing does."""
-    return [_reason(layer) for layer in child.layers]
+    return [
+        None if _reason(layer) else layer.ffn.intermediate_size if isinstance(layer.ffn, SwiGLU) else 0
+        for layer in child.layers
+    ]
 
 
 def _reason(layer: ChildLayer) -> str:
+    """What stands in the way of fusing a layer; "" where nothing does."""
     others = [sub_block for slot, sub_block in layer.slots.items() if slot != "ffn" and not isinstance(sub_block, NoOp)]
     if others:
         return f"has {'linear ' if isinstance(others[0], Linear) else ''}attention"
@@ -78,7 +70,7 @@ def fuse_layers(child: Child, runs: Sequence[Run], norm: Norm = "own") -> Child:
     `check_runs` does.
     """
     widths = widths_of(child)
-    starts = {run[0]: run for run in check_runs(runs, widths, reasons(child))}
+    starts = {run[0]: run for run in check_runs(runs, widths, [_reason(layer) for layer in child.layers])}
     layers: list[ChildLayer] = []
     at = 0
     while at < len(child.layers):
@@ -90,67 +82,46 @@ def fuse_layers(child: Child, runs: Sequence[Run], norm: Norm = "own") -> Child:
         parts = [child.layers[index] for index in members(run, widths)]
         last = child.layers[run[1]]
         wide = _wide(parts, width_of(run, widths))
-        reads = [part.reads["ffn"] for part in parts]
         empty = dict.fromkeys(last.slots, NO_OP)
-        merged = replace(last, slots=empty, reads=dict.fromkeys(empty, no_tensors), parent_layer=last.stands_for)
-        read = _stacked(reads, [_width(part) or 0 for part in parts], norm, wide.norm_offset)
-        layers.append(merged.put("ffn", wide, read))
+        merged = replace(last, slots=empty, reads=dict.fromkeys(empty, no_tensors))
+        layers.append(merged.put("ffn", wide, _stacked([part.reads["ffn"] for part in parts], wide, norm)))
         at = run[1] + 1
-    numbered = tuple(replace(layer, origin=index, parent_layer=layer.stands_for) for index, layer in enumerate(layers))
-    return replace(child, layers=numbered)
+    return _numbered(child, layers)
 
 
 def remove_layers(child: Child, layers: Sequence[int]) -> Child:
     """The child without these layers: what fusion is held against, at the same number of layers."""
-    kept = [layer for index, layer in enumerate(child.layers) if index not in set(layers)]
-    numbered = tuple(replace(layer, origin=index, parent_layer=layer.stands_for) for index, layer in enumerate(kept))
+    return _numbered(child, [layer for index, layer in enumerate(child.layers) if index not in set(layers)])
+
+
+def _numbered(child: Child, layers: Sequence[ChildLayer]) -> Child:
+    """The child with these layers in place of its own, each of which still stands for the same layer of the parent."""
+    numbered = tuple(replace(layer, origin=index, parent_layer=layer.stands_for) for index, layer in enumerate(layers))
     return replace(child, layers=numbered)
 
 
-def _stacked(reads: list[Read], widths: list[int], norm: Norm, offset: bool) -> Read:
+def _stacked(reads: list[Read], wide: SwiGLU, norm: Norm) -> Read:
     """Reads FFNs one by one into the tensors of the wide one, in the widest of their dtypes."""
 
     def tensors() -> Tensors:
-        wide: Tensors = {}
+        found: Tensors = {}
         begin = 0
-        for read, width in zip(reads, widths, strict=True):
-            part = folded(read(), offset) if norm == "own" else read()
-            if not wide:
-                wide = _empty(part, sum(widths))
+        for read in reads:
+            part = folded(read(), wide.norm_offset) if norm == "own" else read()
+            width = len(part["up_proj.weight"])
             for name, value in part.items():
-                wide[name] = wide[name].to(torch.promote_types(wide[name].dtype, value.dtype))
-                _place(name, wide[name], value, slice(begin, begin + width))
+                so_far = found[name] if name in found else value.new_zeros(wide.tensors()[name])
+                found[name] = so_far.to(torch.promote_types(so_far.dtype, value.dtype))
+                if name == "norm.weight":
+                    found[name].copy_(value)  # with folded scales all are one; otherwise the last one stays
+                elif name == "down_proj.bias":
+                    found[name].add_(value)
+                else:
+                    found[name].narrow(1 if name == "down_proj.weight" else 0, begin, width).copy_(value)
             begin += width
-        return wide
+        return found
 
     return tensors
-
-
-def _empty(part: Tensors, width: int) -> Tensors:
-    """Zero tensors of the wide FFN, in the dtypes of its first part."""
-    size = len(part["norm.weight"])
-    shapes = {
-        "norm.weight": (size,),
-        "gate_proj.weight": (width, size),
-        "up_proj.weight": (width, size),
-        "down_proj.weight": (size, width),
-        "gate_proj.bias": (width,),
-        "up_proj.bias": (width,),
-        "down_proj.bias": (size,),
-    }
-    return {name: value.new_zeros(shapes[name]) for name, value in part.items()}
-
-
-def _place(name: str, wide: Tensor, value: Tensor, at: slice) -> None:
-    """Write one FFN's tensor into the wide one's, in place."""
-    if name == "norm.weight":
-        wide.copy_(value)  # with folded scales all are one; otherwise the last one stays
-    elif name == "down_proj.weight":
-        wide[:, at] = value
-    elif name == "down_proj.bias":
-        wide.add_(value)
-    else:
-        wide[at] = value
 
 
 def folded(tensors: Tensors, offset: bool = False) -> Tensors:

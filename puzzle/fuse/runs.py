@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, groupby, pairwise
 
 from puzzle.base.errors import UserError
 
@@ -24,16 +24,9 @@ EXAMPLE = "3-5,8-11"
 
 def stretches(widths: Widths) -> list[Run]:
     """The longest rows of layers that can be fused, from their first FFN to their last; at least two FFNs each."""
-    found: list[Run] = []
-    begin = 0
-    for end in range(len(widths) + 1):
-        if end < len(widths) and widths[end] is not None:
-            continue
-        inside = [layer for layer in range(begin, end) if widths[layer]]
-        if len(inside) > 1:
-            found.append((inside[0], inside[-1]))
-        begin = end + 1
-    return found
+    rows = (list(row) for _, row in groupby(range(len(widths)), key=lambda layer: widths[layer] is None))
+    inside = [[layer for layer in row if widths[layer]] for row in rows]
+    return [(row[0], row[-1]) for row in inside if len(row) > 1]
 
 
 def members(run: Run, widths: Widths) -> list[int]:
@@ -43,15 +36,14 @@ def members(run: Run, widths: Widths) -> list[int]:
 
 def width_of(run: Run, widths: Widths) -> int:
     """Channels of the fused FFN."""
-    return sum(widths[layer] or 0 for layer in range(run[0], run[1] + 1))
+    return sum(width or 0 for width in widths[run[0] : run[1] + 1])
 
 
 def worst(run: Run, widths: Widths, dependency: Matrix | None) -> float | None:
     """The largest dependency of one FFN of the run on an earlier one; None where it was not measured."""
     if dependency is None:
         return None
-    inside = members(run, widths)
-    found = [dependency[i][j] for n, i in enumerate(inside) for j in inside[n + 1 :]]
+    found = (dependency[i][j] for i, j in combinations(members(run, widths), 2))
     return max((value for value in found if value is not None), default=0.0)
 
 

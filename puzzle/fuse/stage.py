@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,74 +20,50 @@ from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import Dependency
-from puzzle.fuse.measure import Walker, measure_dependency
-from puzzle.fuse.rewrite import Norm, fuse_layers, reasons, widths_of
-from puzzle.fuse.runs import Rule, Run, check_runs, choose_runs, members, stretches, width_of, worst
-from puzzle.measure.architecture import Architecture, architecture_beside, read_architecture
-from puzzle.parents.opened import HfModel, open_model
+from puzzle.fuse.measure import Walker
+from puzzle.fuse.rewrite import Norm, fuse_layers, widths_of
+from puzzle.fuse.runs import Rule, Run, choose_runs, members, stretches, width_of, worst
+from puzzle.measure.architecture import architecture_beside
+from puzzle.parents.opened import HfModel
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
-    """Held-out text to measure on: num_sequences sequences of seq_len tokens."""
-
-    data: Sequence[str]
-    num_sequences: int = 16
-    seq_len: int = 512
-    text_field: str = "text"
-    device: str = "auto"
-
-
-def open_walker(opened: HfModel, held: Held) -> tuple[Walker, dict[str, Any]]:
-    """The child on its device, and the facts of the measurement. Raises UserError without text."""
-    device = pick_device(held.device)
+def open_walker(
+    opened: HfModel,
+    data: Sequence[str],
+    *,
+    num_sequences: int = 16,
+    seq_len: int = 512,
+    text_field: str = "text",
+    device: str = "auto",
+) -> tuple[Walker, dict[str, Any]]:
+    """The child on its device with held-out text, and the facts of the measurement. Raises UserError without text."""
+    on = pick_device(device)
     tokens = load_tokens(
-        list(held.data),
+        list(data),
         opened.directory,
-        seq_len=min(held.seq_len, opened.structure.max_length),
+        seq_len=min(seq_len, opened.structure.max_length),
         num_train=1,
-        num_validation=held.num_sequences,
-        text_field=held.text_field,
+        num_validation=num_sequences,
+        text_field=text_field,
     )
-    walker = Walker(child_of_checkpoint(opened), tokens.validation, device, compute_dtype(device))
+    walker = Walker(child_of_checkpoint(opened), tokens.validation, on, compute_dtype(on))
     facts = {
         "model": Path(opened.source).absolute().name,
         "num_tokens": tokens.validation.numel(),
         "data_hash": tokens.hash,
-        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": "cpu" if on.type == "cpu" else torch.cuda.get_device_name(on),
         "versions": f"torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }
     return walker, facts
 
 
-def dependency_of(source: str | Path, held: Held, ffns: bool = False) -> Dependency:
-    """Measure a parent or child on disk. Raises UserError as `open_model` and `load_tokens` do."""
-    walker, facts = open_walker(open_model(source), held)
-    layers, alone = measure_dependency(walker, ffns)
-    return Dependency(layers=layers, ffns=alone, facts=facts)
-
-
-def recorded_runs(source: Path) -> list[Run] | None:
-    """The runs that `puzzle solve --fusion` wrote into architecture.json (a file, or the directory it is in).
-
-    None where there is no such file, or it was solved without --fusion. Raises UserError for runs that are none.
-    """
-    if source.is_dir():
-        found = architecture_beside(source)
-        return None if found is None or found.fuse is None else list(found.fuse)
-    if not source.is_file():
-        return None
-    runs = read_architecture(source).fuse
-    return None if runs is None else list(runs)
-
-
 def pick_runs(child: Child, rule: Rule, dependency: Dependency | None) -> list[Run]:
     """`choose_runs` for a child. Raises UserError, saying what would help, when nothing can be fused."""
     widths = widths_of(child)
     if not stretches(widths):
-        free = [index for index, why in enumerate(reasons(child)) if not why]
-        which = f"only {', '.join(map(str, free))}" if free else "none"
+        free = [str(index) for index, width in enumerate(widths) if width is not None]
+        which = f"only {', '.join(free)}" if free else "none"
         raise UserError(
             f"{child.name} has no two neighbouring layers without attention ({which} of its {len(widths)} layers): fuse a "
             "child that drops attention, as `puzzle solve LIBRARY --throughput 2x --fusion` chooses one"
@@ -96,15 +73,13 @@ def pick_runs(child: Child, rule: Rule, dependency: Dependency | None) -> list[R
     if runs:
         return runs
     able = ", ".join(f"{first}-{last}" for first, last in stretches(widths))
-    if choose_runs(widths, Rule(keep_last=rule.keep_last)) and not choose_runs(
-        widths, Rule(keep_last=rule.keep_last, max_width=rule.max_width)
-    ):
-        raise UserError(f"`max_width` {rule.max_width} leaves nothing to fuse in layers {able}: allow more channels")
-    if rule.keep_last and not choose_runs(widths, Rule()):
+    if not choose_runs(widths, Rule(keep_last=rule.keep_last)):
         raise UserError(
             f"nothing to fuse: the rows of layers without attention of {child.name} ({able}) have two FFNs each, and "
             "their last one is kept: pass `no_keep_last`"
         )
+    if not choose_runs(widths, replace(rule, max_dependency=math.inf)):
+        raise UserError(f"`max_width` {rule.max_width} leaves nothing to fuse in layers {able}: allow more channels")
     assert matrix is not None
     rows = [members(stretch, widths)[: -1 if rule.keep_last else None] for stretch in stretches(widths)]
     pairs = [(i, j) for inside in rows for i, j in pairwise(inside)]
@@ -130,7 +105,7 @@ def describe(child: Child, runs: Sequence[Run], norm: Norm, dependency: Dependen
                 "width": width_of(run, widths),
                 "dependency": worst(run, widths, matrix),
             }
-            for run in check_runs(runs, widths, reasons(child))
+            for run in sorted(runs)
         ],
         "num_layers": {"before": len(child.layers), "after": len(fused.layers)},
         "num_parameters": {"before": child.num_parameters, "after": fused.num_parameters},
@@ -162,35 +137,15 @@ def fuse_child(
     if report is not None:
         extra["parallel.json"] = {"schema": 1, **report}
     solved, done = architecture_beside(source), tuple(sorted(runs))
-    promised = solved is not None and solved.fuse == done
+    promised = None  # the predictions, where they still hold
     if solved is not None:
-        solved = solved.after_fusing(done)
-        extra["architecture.json"] = solved.to_json()
-    write_fused(
-        fuse_layers(child, runs, norm),
-        out,
-        section=_section(facts),
-        solved=solved if promised else None,
-        extra=extra,
-        force=force,
-        max_shard_bytes=max_shard_bytes,
-    )
-    return facts
-
-
-def write_fused(
-    fused: Child,
-    out: Path,
-    *,
-    section: str,
-    solved: Architecture | None = None,
-    extra: dict[str, dict[str, Any]] | None = None,
-    force: bool = False,
-    max_shard_bytes: int = 4 * 2**30,
-) -> None:
-    """A checkpoint like any other child's. section: what its card says besides; solved: predictions that still hold."""
-    card = f"{plain_card(fused, solved)}\n{section}\n"
+        after = solved.after_fusing(done)
+        extra["architecture.json"] = after.to_json()
+        promised = after if solved.fuse == done else None
+    fused = fuse_layers(child, runs, norm)
+    card = f"{plain_card(fused, promised)}\n{_section(facts)}\n"
     write_hf(fused, out, card, extra_json=extra, max_shard_bytes=max_shard_bytes, force=force)
+    return facts
 
 
 def _section(facts: dict[str, Any]) -> str:

@@ -14,10 +14,11 @@ from puzzle.base.units import parse_bytes, parse_count
 from puzzle.export.child import Child
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import Dependency, check_matplotlib, draw_heat_map, read_dependency
-from puzzle.fuse.measure import Walker, measure_dependency, parallel_report
+from puzzle.fuse.measure import measure_dependency, parallel_report
 from puzzle.fuse.rewrite import Norm
 from puzzle.fuse.runs import Rule, Run, parse_runs
-from puzzle.fuse.stage import Held, describe, fuse_child, open_walker, pick_runs, recorded_runs
+from puzzle.fuse.stage import describe, fuse_child, open_walker, pick_runs
+from puzzle.measure.architecture import architecture_beside
 from puzzle.parents.opened import HfModel, open_model
 
 
@@ -74,11 +75,9 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
         pick_runs(child, Rule(keep_last=rule.keep_last, max_width=rule.max_width), None)
         raise UserError("nothing says which layers to fuse: pass `data` with held-out text, or `runs` 3-5 by hand")
     dependency, report = _measured(opened, wanted)
-    if wanted.heat_map is not None:
-        _draw(wanted.heat_map, dependency, child.name)
+    written = _drawn(wanted.heat_map, dependency, child.name)
     if runs is None:
         runs = pick_runs(child, rule, dependency)
-    written = [] if wanted.heat_map is None else [str(wanted.heat_map)]
     if wanted.dry_run or wanted.out is None:
         facts = describe(child, runs, wanted.norm, dependency)
     else:
@@ -107,28 +106,19 @@ def _dependency_only(source: Path, opened: HfModel, wanted: Wanted) -> dict[str,
     dependency, report = _measured(opened, wanted)
     assert dependency is not None, "there is text"
     write_json(out, dependency.to_json())
-    written = [str(out)]
-    if wanted.heat_map is not None:
-        _draw(wanted.heat_map, dependency, Path(source).absolute().name)
-        written.append(str(wanted.heat_map))
+    written = [str(out), *_drawn(wanted.heat_map, dependency, Path(source).absolute().name)]
     found = {"child": str(source), "written": written, "dependency_only": True, **dependency.to_json()}
     return found | ({} if report is None else {"parallel": report})
 
 
 def _rule(child: Child, wanted: Wanted) -> Rule:
-    width = None
-    if wanted.max_width is not None:
-        times = re.fullmatch(r"\s*([0-9.]+)\s*x\s*", wanted.max_width)
+    width, text = None, wanted.max_width
+    if text is not None:
+        times = re.fullmatch(r"\s*([0-9.]+)\s*x\s*", text)
         try:
-            width = (
-                int(float(times[1]) * child.ffn.intermediate_size)
-                if times
-                else parse_count("max_width", wanted.max_width)
-            )
+            width = int(float(times[1]) * child.ffn.intermediate_size) if times else parse_count("max_width", text)
         except ValueError:
-            raise UserError(
-                f"`max_width` {wanted.max_width}: write channels such as 28672, or 4x the parent's"
-            ) from None
+            raise UserError(f"`max_width` {text}: write channels such as 28672, or 4x the parent's") from None
     return Rule(max_dependency=wanted.max_dependency, keep_last=wanted.keep_last, max_width=width)
 
 
@@ -139,12 +129,12 @@ def _given(source: Path, child: Child, wanted: Wanted) -> list[Run] | None:
         return None
     if text is not None and text != "solved":
         return parse_runs(text, len(child.layers))
-    found = recorded_runs(source)
-    if found:
+    solved = architecture_beside(source)
+    if solved is not None and solved.fuse:
         if text is None:
-            listed = ",".join(f"{first}-{last}" for first, last in found)
+            listed = ",".join(f"{first}-{last}" for first, last in solved.fuse)
             console.print(f"runs {listed}, as this child was solved for; --runs auto chooses by dependency instead")
-        return found
+        return list(solved.fuse)
     if text == "solved":
         raise UserError(
             f"`runs` solved: {source} records no runs; run `puzzle solve --fusion` and export again, or leave it out"
@@ -158,24 +148,25 @@ def _measured(opened: HfModel, wanted: Wanted) -> tuple[Dependency | None, dict[
         return read_dependency(wanted.dependency_file, opened.structure.num_layers), None
     if not wanted.data:
         return None, None
-    held = Held(
-        data=wanted.data,
+    walker, facts = open_walker(
+        opened,
+        wanted.data,
         num_sequences=wanted.sequences,
         seq_len=wanted.seq_len,
         text_field=wanted.text_field,
         device=wanted.device,
     )
-    walker, facts = open_walker(opened, held)
     layers, ffns = measure_dependency(walker, ffns=wanted.dependency_only)
-    return Dependency(layers=layers, ffns=ffns, facts=facts), _parallel(walker, wanted)
+    report = parallel_report(walker) if wanted.parallel_blocks else None
+    return Dependency(layers=layers, ffns=ffns, facts=facts), report
 
 
-def _parallel(walker: Walker, wanted: Wanted) -> dict[str, Any] | None:
-    return parallel_report(walker) if wanted.parallel_blocks else None
-
-
-def _draw(path: Path, dependency: Dependency | None, name: str) -> None:
+def _drawn(path: Path | None, dependency: Dependency | None, name: str) -> list[str]:
+    """Draw the heat map where it is asked for. Returns what was written."""
+    if path is None:
+        return []
     matrix = None if dependency is None else dependency.layers or dependency.ffns
     if matrix is None:
         raise UserError("`heat_map` draws the dependency, which was not measured: pass `data`, or `dependency`")
     draw_heat_map(path, matrix, f"dependency between the layers of {name}")
+    return [str(path)]

@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from puzzle.base.errors import UserError, writing
+from puzzle.base.errors import UserError, first_line, writing
 from puzzle.base.files import read_json, write_json
 from puzzle.heal.parallel import Ranks
 from puzzle.heal.train import Trainer
@@ -37,11 +37,8 @@ class WorkDir:
     def __init__(self, out: Path, ranks: Ranks):
         target = out.absolute()
         self.path = target.with_name(f"{target.name}.heal")
+        self.log = self.path / "heal.jsonl"
         self.ranks = ranks
-
-    @property
-    def log(self) -> Path:
-        return self.path / "heal.jsonl"
 
     def claim(self, facts: dict[str, Any], force: bool) -> None:
         """Begin or continue the run that `facts` describe. Raises UserError when another one stands here.
@@ -49,30 +46,24 @@ class WorkDir:
         force: throw another one away.
         """
         record = self.path / "run.json"
-        if record.is_file():
-            found = read_json(record, "puzzle heal").get("run", {})
-            if found != facts:
-                changed = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
-                if not force:
-                    raise UserError(
-                        f"{self.path} holds an unfinished run with another {', '.join(changed)}: give the same options "
-                        "to continue it, remove it, or pass `force` to begin anew"
-                    )
-                self.ranks.wait()
-                if self.ranks.is_first:
-                    shutil.rmtree(self.path)
-        self.ranks.wait()
+        found = read_json(record, "puzzle heal").get("run", {}) if record.is_file() else facts
+        if found != facts and not force:
+            changed = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
+            raise UserError(
+                f"{self.path} holds an unfinished run with another {', '.join(changed)}: give the same options "
+                "to continue it, remove it, or pass `force` to begin anew"
+            )
+        self.ranks.wait()  # for all have read it
         if self.ranks.is_first:
+            if found != facts:
+                shutil.rmtree(self.path)
             write_json(record, {"run": facts})
         self.ranks.wait()
 
     def newest(self) -> int:
         """The step of the newest whole checkpoint, 0 when there is none."""
-        steps = [int(found[1]) for p in self._entries() if (found := re.fullmatch(r"step-(\d+)", p.name))]
-        return max(steps, default=0)
-
-    def _entries(self) -> list[Path]:
-        return sorted(self.path.iterdir()) if self.path.is_dir() else []
+        names = (path.name for path in self.path.glob("step-*"))
+        return max((int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))), default=0)
 
     def _directory(self, step: int) -> Path:
         return self.path / f"step-{step:08}"
@@ -96,8 +87,8 @@ class WorkDir:
                 if final.exists():
                     shutil.rmtree(final)
                 os.rename(temporary, final)
-            for path in self._entries():
-                if path.name.startswith("step-") and path != final:
+            for path in self.path.glob("step-*"):
+                if path != final:
                     shutil.rmtree(path, ignore_errors=True)
         self.ranks.wait()
 
@@ -105,15 +96,15 @@ class WorkDir:
         """Continue from `save`, bit for bit. Raises UserError when the checkpoint cannot be read."""
         directory = self._directory(step)
         random = self._random()
-        state = {**trainer.state(), **random}
         try:
             with _quiet():
-                known = set(dcp.FileSystemReader(directory).read_metadata().state_dict_metadata)
-                state = {name: tensor for name, tensor in state.items() if name in known or name not in random}
-                dcp.load(state, checkpoint_id=directory, no_dist=self.ranks.world == 1)
+                known = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+                kept = {name: tensor for name, tensor in random.items() if name in known}
+                dcp.load({**trainer.state(), **kept}, checkpoint_id=directory, no_dist=self.ranks.world == 1)
         except Exception as error:  # the reader raises many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{directory} cannot be read ({reason}): remove {self.path} to begin anew") from error
+            raise UserError(
+                f"{directory} cannot be read ({first_line(error)}): remove {self.path} to begin anew"
+            ) from error
         torch.set_rng_state(random[f"random.{self.ranks.rank}"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(random[f"random.cuda.{self.ranks.rank}"])
@@ -145,11 +136,11 @@ def _plain_errors():
 @contextlib.contextmanager
 def _quiet():
     """Without the checkpoint library's remarks about running in a single process."""
-    level = logging.getLogger("torch.distributed.checkpoint").level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    with warnings.catch_warnings(action="ignore"):
+        logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logging.getLogger("torch.distributed.checkpoint").setLevel(level)
+            logger.setLevel(level)

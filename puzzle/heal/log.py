@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, writing
+from puzzle.base.files import write_text
 
 
 class Log:
@@ -17,23 +19,21 @@ class Log:
 
     def truncate(self, step: int) -> None:
         """Forget what came after `step`: it will be computed again."""
-        if self._path is None or not self._path.is_file():
-            return
-        kept = [line for line in read_log(self._path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        with writing(self._path):
-            temporary = self._path.with_name(".heal.jsonl.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self._path)
+        if self._path is not None and self._path.is_file():
+            write_text(self._path, _text([line for line in read_log(self._path) if line["step"] <= step]))
 
     def write(self, lines: list[dict[str, Any]]) -> None:
-        if self._path is None or not lines:
+        if self._path is None:
             return
         with writing(self._path), open(self._path, "a", encoding="utf-8") as handle:
-            handle.write("".join(json.dumps(line) + "\n" for line in lines))
+            handle.write(_text(lines))
         for tracker in self._trackers:
             for line in lines:
                 tracker(line)
+
+
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -56,11 +56,7 @@ def trackers(tensorboard: Path | None, wandb: str | None, facts: dict[str, Any])
     """Functions that take a line of the log. Raises UserError when a package is missing."""
     found: list[Any] = []
     if tensorboard is not None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("`tensorboard` needs the package tensorboard: pip install tensorboard") from None
-        writer = SummaryWriter(str(tensorboard))
+        writer = _needed("tensorboard", "torch.utils.tensorboard").SummaryWriter(str(tensorboard))
 
         def to_tensorboard(line: dict[str, Any]) -> None:
             for name, value in _scalars(line).items():
@@ -69,10 +65,13 @@ def trackers(tensorboard: Path | None, wandb: str | None, facts: dict[str, Any])
 
         found.append(to_tensorboard)
     if wandb is not None:
-        try:
-            import wandb as client
-        except ImportError:
-            raise UserError("`wandb` needs the package wandb: pip install wandb") from None
-        run = client.init(project=wandb, config=facts)
+        run = _needed("wandb", "wandb").init(project=wandb, config=facts)
         found.append(lambda line: run.log(_scalars(line), step=line["step"]))
     return found
+
+
+def _needed(package: str, module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UserError(f"`{package}` needs the package {package}: pip install {package}") from None

@@ -48,8 +48,6 @@ class Shown:
     normed: Tensor
 
     def to(self, device: torch.device) -> Shown:
-        if self.normed.device == device:
-            return self
         return Shown(hidden=[h.to(device) for h in self.hidden], normed=self.normed.to(device))
 
 

@@ -6,7 +6,8 @@ Shards follow PyTorch's fully_shard (https://docs.pytorch.org/docs/stable/distri
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,9 @@ class Ranks:
 
 def start_ranks(device: str) -> Ranks:
     """This process as `torchrun` describes it in the environment, or alone. Raises UserError for a missing device."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world, on = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
     if world == 1:
-        return Ranks(rank=0, world=1, device=pick_device(device))
-    on = pick_device(device)
+        return Ranks(rank=0, world=1, device=on)
     if on.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -62,9 +62,15 @@ def start_ranks(device: str) -> Ranks:
     return Ranks(rank=dist.get_rank(), world=world, device=on, mesh=mesh)
 
 
-def stop_ranks(ranks: Ranks) -> None:
-    if ranks.world > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def running_ranks(device: str) -> Iterator[Ranks]:
+    """`start_ranks`; the processes part at the end."""
+    ranks = start_ranks(device)
+    try:
+        yield ranks
+    finally:
+        if ranks.world > 1:
+            dist.destroy_process_group()
 
 
 def shard(

@@ -6,12 +6,13 @@ Letters: P trained parameters, Q frozen ones, R tokens of a micro-batch, H hidde
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from puzzle.data.mixture import Stage
-from puzzle.heal.parallel import start_ranks, stop_ranks
+from puzzle.heal.parallel import running_ranks
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer
@@ -30,31 +31,24 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
     """
     options.check()
     stages = options.plan_stages()
-    ranks = start_ranks(options.device)
-    try:
+    with running_ranks(options.device) as ranks:
         models = open_models(options, stages, ranks)
         trainer = build_trainer(options, stages, models, ranks)
-        per_stage = [_seconds_per_step(trainer, number, stage, options) for number, stage in enumerate(stages)]
+        seconds = sum(_seconds_per_step(trainer, n, stage) * stage.num_steps for n, stage in enumerate(stages))
         trained = sum(p.numel() for p in trainer.parts)
-        steps = sum(stage.num_steps for stage in stages)
-        seconds = sum(each * stage.num_steps for each, stage in zip(per_stage, stages, strict=True))
         tokens = sum(stage.num_tokens for stage in stages)
         device = ranks.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _memory(trainer, stages, options)
-        child = trainer.learner.child
-        exported = sum(t.numel() for _, t in child.named_weights()) * 2
+        exported = sum(t.numel() for _, t in trainer.learner.child.named_weights()) * 2
         return {
             "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             "processes": ranks.world,
             "dtype": str(models.dtype).removeprefix("torch."),
-            "stages": [
-                {"seq_len": s.seq_len, "batch_size": s.batch_size, "num_steps": s.num_steps, "num_tokens": s.num_tokens}
-                for s in stages
-            ],
+            "stages": [{**asdict(stage), "num_tokens": stage.num_tokens} for stage in stages],
             "trained_parameters": trained * ranks.world,
             "matching_layers": len(models.pairs),
             "predicted": {
-                "num_steps": steps,
+                "num_steps": sum(stage.num_steps for stage in stages),
                 "num_tokens": tokens,
                 "seconds": round(seconds, 3),
                 "tokens_per_second": round(tokens / seconds, 1),
@@ -62,28 +56,24 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
                 "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained * ranks.world + exported,
             },
         }
-    finally:
-        stop_ranks(ranks)
 
 
-def _seconds_per_step(trainer: Trainer, number: int, stage: Stage, options: HealOptions) -> float:
+def _seconds_per_step(trainer: Trainer, number: int, stage: Stage) -> float:
     """The mean of TIMED_STEPS steps of one stage on random ids, after warm-up. The weights move: nothing keeps them."""
     generator = torch.Generator().manual_seed(number)
     vocab = len(trainer.learner.child.head_weight)
     rows = stage.batch_size // trainer.ranks.world
     batch = torch.randint(vocab, (2, rows, stage.seq_len), generator=generator)
     trainer.begin_stage(stage.seq_len)
-    graphed = trainer.device.type == "cuda"
-    for _ in range(WARM_UP_STEPS if graphed else 1):
-        trainer.step(batch, 0)
-    if graphed:
-        torch.cuda.synchronize(trainer.device)
-    begin = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        trainer.step(batch, 0)
-    if graphed:
-        torch.cuda.synchronize(trainer.device)
-    return (time.perf_counter() - begin) / TIMED_STEPS
+
+    def mean_seconds(count: int) -> float:
+        begin = time.perf_counter()
+        metrics = [trainer.step(batch, 0) for _ in range(count)]
+        metrics[-1].tolist()  # waits for the device
+        return (time.perf_counter() - begin) / count
+
+    mean_seconds(WARM_UP_STEPS if trainer.device.type == "cuda" else 1)
+    return mean_seconds(TIMED_STEPS)
 
 
 def _memory(trainer: Trainer, stages: list[Stage], options: HealOptions) -> float:

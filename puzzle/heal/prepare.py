@@ -45,10 +45,9 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
                 f"{stage.batch_size} sequences of {stage.seq_len} tokens a step cannot be split into {parts} parts "
                 f"(`accumulate` {options.accumulate}, {ranks.world} processes): choose another `batch_size`"
             )
-    if teacher is not None:
-        _same_tokenizer(options, child, teacher)
     pairs: list[tuple[int, int]] = []
     if teacher is not None:
+        _same_tokenizer(options, child, teacher)
         try:
             pairs = matching_layers(child, teacher)
         except UserError:
@@ -79,23 +78,23 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
             f"{teacher.source} has hidden size {teacher.structure.hidden_size}, {child.source} {child.structure.hidden_size}: "
             "hidden states cannot be compared; pass `cosine_weight` 0"
         )
-    origins = child.config.get("layer_origins")
-    if origins is None and child.structure.num_layers == teacher.structure.num_layers:
-        return [(index, index) for index in range(child.structure.num_layers)]
-    if origins is None:
-        raise UserError(
-            f"{child.source} has {child.structure.num_layers} layers, {teacher.source} {teacher.structure.num_layers}, and no layer_origins in "
-            "its config.json says which match: pass `cosine_weight` 0"
-        )
-    fits = (
-        isinstance(origins, list)
-        and len(origins) == child.structure.num_layers
-        and all(isinstance(o, int) for o in origins)
+    origins, count, num_taught = (
+        child.config.get("layer_origins"),
+        child.structure.num_layers,
+        teacher.structure.num_layers,
     )
-    if not fits or not all(0 <= o < teacher.structure.num_layers for o in origins) or sorted(set(origins)) != origins:
+    if origins is None and count != num_taught:
         raise UserError(
-            f"{child.source}: layer_origins {origins} must rise, one layer of {teacher.source} (0 to "
-            f"{teacher.structure.num_layers - 1}) for each of the {child.structure.num_layers} layers; or pass `cosine_weight` 0"
+            f"{child.source} has {count} layers, {teacher.source} {num_taught}, and no layer_origins in its config.json says "
+            "which match: pass `cosine_weight` 0"
+        )
+    if origins is None:
+        return [(index, index) for index in range(count)]
+    known = isinstance(origins, list) and all(isinstance(o, int) and 0 <= o < num_taught for o in origins)
+    if not known or len(origins) != count or sorted(set(origins)) != origins:
+        raise UserError(
+            f"{child.source}: layer_origins {origins} must rise, one layer of {teacher.source} (0 to {num_taught - 1}) for "
+            f"each of the {count} layers; or pass `cosine_weight` 0"
         )
     return list(enumerate(origins))
 
@@ -113,9 +112,8 @@ def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ran
     child.requires_grad_(True).train()
     teacher = None
     if models.teacher is not None:
-        teacher = Teacher(
-            load_model(models.teacher, device=teacher_device, dtype=models.dtype), [layer for _, layer in models.pairs]
-        )
+        loaded = load_model(models.teacher, device=teacher_device, dtype=models.dtype)
+        teacher = Teacher(loaded, [layer for _, layer in models.pairs])
     if not options.train_embeddings:
         _freeze(child, None if teacher is None else teacher.model, models.dtype)
     head = None
@@ -127,16 +125,15 @@ def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ran
     if teacher is not None:
         shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
     shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
+    weights = Weights(
+        kl=options.kl_weight, cosine=options.cosine_weight, lm=options.lm_weight, temperature=options.temperature
+    )
     return Trainer(
         learner,
         teacher,
         options.recipe(stages),
-        Weights(
-            kl=options.kl_weight, cosine=options.cosine_weight, lm=options.lm_weight, temperature=options.temperature
-        ),
+        weights,
         ranks,
-        dtype=models.dtype,
-        teacher_device=teacher_device,
         accumulate=options.accumulate,
         cuda_graph=options.cuda_graph,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
-from puzzle.heal.parallel import Ranks, start_ranks, stop_ranks
+from puzzle.heal.parallel import Ranks, running_ranks
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import METRICS, Trainer
@@ -34,18 +33,13 @@ from puzzle.heal.write import write_healed
 FLUSH_STEPS = 20  # on a GPU; the CPU's numbers are there at once
 
 
-def sources_of(options: HealOptions) -> list[Source]:
-    """The blend's sources, or --data as the only one. Raises UserError when there is neither."""
-    if options.blend is not None:
-        return read_blend(options.blend)
-    if not options.data:
-        raise UserError("no data: pass `data` with a directory, a glob or a file, or `blend` with a YAML file")
-    return [Source(name="--data", paths=tuple(options.data), text_field=options.text_field)]
-
-
 def read_data(options: HealOptions, stages: list[Stage], models: Models) -> HealData:
+    """Of the blend's sources, or of --data as the only one. Raises UserError when there is neither."""
+    if options.blend is None and not options.data:
+        raise UserError("no data: pass `data` with a directory, a glob or a file, or `blend` with a YAML file")
+    plain = Source(name="--data", paths=tuple(options.data), text_field=options.text_field)
     return load_data(
-        sources_of(options),
+        [plain] if options.blend is None else read_blend(options.blend),
         models.child.directory,
         stages,
         num_validation=options.validation_sequences,
@@ -62,11 +56,8 @@ def heal(options: HealOptions, data: HealData | None = None) -> dict[str, Any]:
     """
     options.check()
     stages = options.plan_stages()
-    ranks = start_ranks(options.device)
-    try:
+    with running_ranks(options.device) as ranks:
         return _heal(options, stages, ranks, data)
-    finally:
-        stop_ranks(ranks)
 
 
 def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealData | None) -> dict[str, Any]:
@@ -88,74 +79,60 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
         "data": data.mixture.hash,
         **options.trained_with(stages, str(models.dtype).removeprefix("torch.")),
     }
+    work = WorkDir(options.out, ranks)
     if again:
         record = read_json(finished, "puzzle heal")
         if record.get("run") == facts:
             console.print(f"{options.out} is healed already: nothing to do")
-            WorkDir(options.out, ranks).remove()  # a run killed after its last file was written leaves it
+            work.remove()  # a run killed after its last file was written leaves it
             return record
         claim_output(options.out, options.force)
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
-    work = WorkDir(options.out, ranks)
     work.claim(facts, options.force)
-    run = Run(options, stages, data, ranks, work, Log(work.log if ranks.is_first else None, tracked))
     trainer = build_trainer(options, stages, models, ranks)
-    run.train(trainer)
+    run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
+    run.train()
     record = run.record(facts, models)
     write_healed(options.out, models.child, trainer, record, work, force=options.force)
     work.remove()
     return record
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A step whose numbers are still on the device."""
-
-    step: int
-    lr: float
-    num_tokens: int
-    metrics: Tensor
-
-
 class Run:
     """The loop over steps: batches, log, evaluation, checkpoints."""
 
     def __init__(
-        self, options: HealOptions, stages: list[Stage], data: HealData, ranks: Ranks, work: WorkDir, log: Log
+        self, options: HealOptions, stages: list[Stage], data: HealData, trainer: Trainer, work: WorkDir, log: Log
     ):
-        self.options, self.stages, self.data, self.ranks, self.work, self.log = options, stages, data, ranks, work, log
+        self.options, self.stages, self.data = options, stages, data
+        self.trainer, self.ranks, self.work, self.log = trainer, trainer.ranks, work, log
         self.num_steps = sum(stage.num_steps for stage in stages)
-        self._pending: list[_Pending] = []
-        self._tokens = 0  # trained on so far
+        self._pending: list[Tensor] = []  # metrics of the last steps, still on the device
+        self._tokens = 0  # trained on, as far as the log goes
         self._flushed = time.monotonic()
-        self._shown = dict.fromkeys(METRICS, math.nan)
 
-    def train(self, trainer: Trainer) -> None:
+    def train(self) -> None:
         """From the newest checkpoint, or the start, to the end. Raises UserError when training diverges."""
         start = self.work.newest()
         if start:
-            self.work.load(trainer, start)
+            self.work.load(self.trainer, start)
             console.print(f"continuing {self.work.path} after step {start} of {self.num_steps}")
         self.log.truncate(start or -1)  # from the start, the first evaluation comes again too
-        self._tokens = sum(stage.batch_size * stage.seq_len for stage, _, _ in map(self._place, range(start)))
+        self._tokens = sum(self._place(step)[0].tokens_per_step for step in range(start))
         console.print(f"log: {self.work.log}", markup=False)
-        current = -1
         with progress("heal", self.num_steps) as bar:
             bar.advance(start)
             if not start:
-                self._evaluate(trainer, 0)
+                self._evaluate(0)
             self._flushed = time.monotonic()
             for step in range(start, self.num_steps):
                 stage, number, inner = self._place(step)
-                if number != current:
-                    trainer.begin_stage(stage.seq_len)
-                    current = number
+                if step == start or inner == 0:
+                    self.trainer.begin_stage(stage.seq_len)
                 share = stage.batch_size // self.ranks.world
                 mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-                found = trainer.step(self.data.mixture.batch(number, inner, mine), step)
-                self._tokens += stage.batch_size * stage.seq_len
-                self._pending.append(_Pending(step + 1, trainer.recipe.lr_at(step), self._tokens, found))
-                self._after(trainer, step + 1, bar)
+                self._pending.append(self.trainer.step(self.data.mixture.batch(number, inner, mine), step))
+                self._after(step + 1, bar)
 
     def _place(self, step: int) -> tuple[Stage, int, int]:
         """(stage, its number, step within it)"""
@@ -165,61 +142,59 @@ class Run:
             step -= stage.num_steps
         raise AssertionError
 
-    def _after(self, trainer: Trainer, done: int, bar: Bar) -> None:
+    def _after(self, done: int, bar: Bar) -> None:
         """Log, evaluate and save when it is time."""
         options, last = self.options, done == self.num_steps
         evaluate = last or bool(options.eval_every and done % options.eval_every == 0)
         save = last or bool(options.save_every and done % options.save_every == 0)
         if evaluate or save or self.ranks.device.type == "cpu" or len(self._pending) >= FLUSH_STEPS:
-            self._flush(bar)
+            self._flush(done, bar)
         bar.advance()
         if evaluate:
-            self._evaluate(trainer, done)
+            self._evaluate(done)
         if save:
-            self.work.save(trainer, done)
+            self.work.save(self.trainer, done)
         if evaluate or save:
             self._flushed = time.monotonic()
 
-    def _flush(self, bar: Bar) -> None:
+    def _flush(self, done: int, bar: Bar) -> None:
         """Bring the pending numbers to the log and look for steps that were skipped."""
-        values = torch.stack([p.metrics for p in self._pending]).tolist()
-        now = time.monotonic()
-        stages = [self._place(p.step - 1)[0] for p in self._pending]
-        rate = sum(s.batch_size * s.seq_len for s in stages) / max(1e-9, now - self._flushed)
+        found = [dict(zip(METRICS, values, strict=True)) for values in torch.stack(self._pending).tolist()]
+        self._pending = []
+        now, steps = time.monotonic(), range(done - len(found), done)
+        counts = [self._place(step)[0].tokens_per_step for step in steps]
+        rate = sum(counts) / max(1e-9, now - self._flushed)
         self._flushed = now
         used = {"kl": self.options.kl_weight, "cosine": self.options.cosine_weight, "lm": self.options.lm_weight}
         lines = []
-        for pending, found in zip(self._pending, values, strict=True):
-            named = dict(zip(METRICS, found, strict=True))
-            self._shown = named
+        for step, count, metrics in zip(steps, counts, found, strict=True):
+            self._tokens += count
+            shown = {
+                k: metrics[k] if used.get(k, 1) and math.isfinite(metrics[k]) else None
+                for k in ("loss", "kl", "cosine", "lm", "grad_norm")
+            }
             lines.append(
                 {
-                    "step": pending.step,
-                    "tokens": pending.num_tokens,
-                    **{
-                        k: named[k] if used.get(k, 1) and math.isfinite(named[k]) else None
-                        for k in ("loss", "kl", "cosine", "lm", "grad_norm")
-                    },
-                    "lr": pending.lr,
-                    "skipped": int(named["skipped"]),
+                    "step": step + 1,
+                    "tokens": self._tokens,
+                    **shown,
+                    "lr": self.trainer.recipe.lr_at(step),
+                    "skipped": int(metrics["skipped"]),
                     "tokens_per_second": round(rate, 1),
                 }
             )
-        self._pending = []
         self.log.write(lines)
-        bar.note(f"loss {self._shown['loss']:.4f}  KL {self._shown['kl']:.4f}  {rate:,.0f} tokens/s")
-        if max(found[-1] for found in values) >= self.options.max_skipped:
+        bar.note(f"loss {found[-1]['loss']:.4f}  KL {found[-1]['kl']:.4f}  {rate:,.0f} tokens/s")
+        if max(metrics["skipped_in_a_row"] for metrics in found) >= self.options.max_skipped:
             raise UserError(
-                f"{self.options.max_skipped} steps in a row up to step {lines[-1]['step']} had a non-finite gradient: "
+                f"{self.options.max_skipped} steps in a row up to step {done} had a non-finite gradient: "
                 f"training diverged; lower `lr` {self.options.lr:g}, or use `dtype` fp32 (log: {self.work.log})"
             )
 
-    def _evaluate(self, trainer: Trainer, step: int) -> None:
+    def _evaluate(self, step: int) -> None:
         rows = self.data.validation
-        tokens_at_once = (
-            self.stages[0].batch_size * self.stages[0].seq_len // self.ranks.world // self.options.accumulate
-        )
-        found = trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
+        tokens_at_once = self.stages[0].tokens_per_step // self.ranks.world // self.options.accumulate
+        found = self.trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
         if not math.isfinite(found["loss"]):
             raise UserError(
                 f"held-out loss is {found['loss']:g} after step {step}: training diverged; lower `lr` "

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError
-from puzzle.base.units import parse_count
+from puzzle.base.units import check_positive, parse_count
 from puzzle.blocklib.distill import Recipe
 from puzzle.data.mixture import Stage
 
 DTYPES = ("auto", "bf16", "fp32")
-VALIDATION_SEQUENCES = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,35 +53,20 @@ class HealOptions:
     cuda_graph: bool = True
     save_every: int = 500
     eval_every: int = 100
-    validation_sequences: int = VALIDATION_SEQUENCES
+    validation_sequences: int = 64
     force: bool = False
     tensorboard: Path | None = None
     wandb: str | None = None
 
     def check(self) -> None:
         """Raise UserError for values out of range or options that contradict each other."""
-        for option, value in (
-            ("`lr`", self.lr),
-            ("`temperature`", self.temperature),
-            ("`clip_norm`", self.clip_norm),
-            ("`batch_size`", self.batch_size),
-            ("`accumulate`", self.accumulate),
-            ("`validation_sequences`", self.validation_sequences),
-        ):
-            if not 0 < value < math.inf:
-                raise UserError(f"{option} {value:g}: must be above 0")
+        check_positive(self, "lr", "temperature", "clip_norm", "batch_size", "accumulate", "validation_sequences")
         if self.seq_len < 2:
             raise UserError(f"`seq_len` {self.seq_len}: must be at least 2, a token and the next one")
-        for option, value in (
-            ("`kl_weight`", self.kl_weight),
-            ("`cosine_weight`", self.cosine_weight),
-            ("`lm_weight`", self.lm_weight),
-            ("`weight_decay`", self.weight_decay),
-            ("`save_every`", self.save_every),
-            ("`eval_every`", self.eval_every),
-        ):
+        for name in ("kl_weight", "cosine_weight", "lm_weight", "weight_decay", "save_every", "eval_every"):
+            value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise UserError(f"{option} {value:g}: must not be negative")
+                raise UserError(f"`{name}` {value:g}: must not be negative")
         if not 0 <= self.warm_up <= 1:
             raise UserError(f"`warm_up` {self.warm_up:g}: the share of all steps, between 0 and 1")
         if self.kl_weight == self.cosine_weight == self.lm_weight == 0:
@@ -103,15 +87,13 @@ class HealOptions:
 
     def plan_stages(self) -> list[Stage]:
         """Raises UserError for stages that cannot be read."""
-        if self.stages is None:
-            return [self._stage(self.seq_len, self.tokens, self.batch_size)]
-        pairs = parse_stages(self.stages)
+        pairs = [(self.seq_len, self.tokens)] if self.stages is None else parse_stages(self.stages)
         per_step = self.batch_size * pairs[0][0]
-        return [self._stage(seq_len, tokens, max(1, per_step // seq_len)) for seq_len, tokens in pairs]
-
-    @staticmethod
-    def _stage(seq_len: int, tokens: int, batch_size: int) -> Stage:
-        return Stage(seq_len=seq_len, batch_size=batch_size, num_steps=-(-tokens // (batch_size * seq_len)))
+        found = []
+        for seq_len, tokens in pairs:
+            rows = max(1, per_step // seq_len)
+            found.append(Stage(seq_len=seq_len, batch_size=rows, num_steps=-(-tokens // (rows * seq_len))))
+        return found
 
     def recipe(self, stages: list[Stage]) -> Recipe:
         """Learning rate, clipping and decay over all stages together."""
@@ -127,17 +109,9 @@ class HealOptions:
 
     def trained_with(self, stages: list[Stage], dtype: str) -> dict[str, Any]:
         """What the healed weights depend on, JSON-ready; device, log and checkpoints stay out."""
-        names = (
-            "kl_weight",
-            "cosine_weight",
-            "lm_weight",
-            "temperature",
-            "accumulate",
-            "lr",
-            "warm_up",
-            "weight_decay",
-        )
-        kept = {name: getattr(self, name) for name in (*names, "clip_norm", "train_embeddings", "seed")}
+        losses = ("kl_weight", "cosine_weight", "lm_weight", "temperature")
+        steps = ("accumulate", "lr", "warm_up", "weight_decay", "clip_norm", "train_embeddings", "seed")
+        kept = {name: getattr(self, name) for name in (*losses, *steps)}
         return {**kept, "dtype": dtype, "stages": [asdict(stage) for stage in stages]}
 
 

@@ -35,14 +35,12 @@ class Trainer:
         weights: Weights,
         ranks: Ranks,
         *,
-        dtype: torch.dtype,
-        teacher_device: torch.device,
-        accumulate: int = 1,
-        cuda_graph: bool = True,
+        accumulate: int,
+        cuda_graph: bool,
     ):
         self.learner, self.teacher, self.recipe, self.weights, self.ranks = learner, teacher, recipe, weights, ranks
-        self.dtype, self.accumulate, self.teacher_device = dtype, accumulate, teacher_device
-        self.device = ranks.device
+        self.dtype, self.device, self.accumulate = learner.dtype, ranks.device, accumulate
+        self.teacher_device = self.device if teacher is None else teacher.model.embedding.weight.device
         self.names = [name for name, p in learner.child.named_parameters() if p.requires_grad]
         self.model = [p for p in learner.child.parameters() if p.requires_grad]
         # A sharded weight and its rank's part share memory: the optimiser knows plain tensors only.
@@ -61,20 +59,17 @@ class Trainer:
             state = {name: torch.zeros_like(part, memory_format=torch.preserve_format) for name in MOMENTS}
             self.optimizer.state[part] = {"step": torch.zeros((), device=self.device), **state}
         self._skipped = torch.zeros(2, device=self.device)  # in all, and in a row
-        self._graphed = cuda_graph and self.device.type == "cuda" and ranks.world == 1 and teacher_device == self.device
-        self._step = Replayed(self._whole_step)
-        self._child_ropes: Ropes | None = None
-        self._teacher_ropes: Ropes | None = None
+        one_gpu = self.device.type == "cuda" and ranks.world == 1 and self.teacher_device == self.device
+        self._graphed = cuda_graph and one_gpu
 
     def begin_stage(self, seq_len: int) -> None:
-        """Sequences have this length from now on."""
-        self._set_ropes(seq_len)
+        """Sequences have this length from now on, to be called before the first step too."""
+        self._ropes = self._ropes_of(seq_len)  # made here: a CUDA graph cannot copy them from the host
         self._step = Replayed(self._whole_step)
 
-    def _set_ropes(self, seq_len: int) -> None:
-        """The tables are made here: a CUDA graph cannot copy them from the host. A teacher may have other frequencies."""
-        self._child_ropes = self.learner.child.ropes(seq_len)
-        self._teacher_ropes = None if self.teacher is None else self.teacher.model.ropes(seq_len)
+    def _ropes_of(self, seq_len: int) -> tuple[Ropes, Ropes | None]:
+        """Tables of the child and of the teacher, which may have other frequencies."""
+        return self.learner.child.ropes(seq_len), None if self.teacher is None else self.teacher.model.ropes(seq_len)
 
     def step(self, batch: Tensor, step: int) -> Tensor:
         """Train on ids and labels [2, B, T] of this rank. Returns METRICS of the whole step, on the device."""
@@ -98,11 +93,12 @@ class Trainer:
         total = torch.zeros(4, device=self.device)
         for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
             with self._autocast():
-                shown = self._show(ids, self.weights)
-                found = self.learner(ids, labels, self._child_ropes, shown, 1 / count, self.weights)
+                found, _ = self._compared(ids, labels, self._ropes, 1 / count, self.weights)
             (found[0] * self.ranks.world).backward()  # FSDP takes the mean over ranks
             total += found.detach()
-        gradients = [self._gradient(model, part) for model, part in zip(self.model, self.parts, strict=True)]
+        gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.model]
+        for part, gradient in zip(self.parts, gradients, strict=True):
+            part.grad = gradient
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         norm = self.ranks.sum(squares).sqrt()
         broken = (~torch.isfinite(norm)).float()
@@ -115,20 +111,15 @@ class Trainer:
         self._skipped[1] *= broken
         return torch.cat((self.ranks.sum(total), norm[None], self._skipped))
 
-    @staticmethod
-    def _gradient(model: nn.Parameter, part: nn.Parameter) -> Tensor:
-        if model.grad is None:
-            model.grad = torch.zeros_like(model)
-        if part is not model:
-            part.grad = local(model.grad)
-        assert part.grad is not None
-        return part.grad
-
-    @torch.no_grad()
-    def _show(self, ids: Tensor, weights: Weights) -> Shown | None:
-        if self.teacher is None:
-            return None
-        return self.teacher(ids.to(self.teacher_device), self._teacher_ropes, weights.cosine > 0).to(self.device)
+    def _compared(
+        self, ids: Tensor, labels: Tensor, ropes: tuple[Ropes, Ropes | None], scale: Tensor, weights: Weights
+    ) -> tuple[Tensor, Shown | None]:
+        """What the learner returns, and what the teacher showed it."""
+        shown = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                shown = self.teacher(ids.to(self.teacher_device), ropes[1], weights.cosine > 0).to(self.device)
+        return self.learner(ids, labels, ropes[0], shown, scale, weights), shown
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
@@ -139,8 +130,7 @@ class Trainer:
     def evaluate(self, rows: Tensor, batch_size: int) -> dict[str, float]:
         """Means over the held-out ids and labels [2, S, T] that count, in nats per token: the child's LM loss and, with a
         teacher, KL at temperature 1, cosine distance and the teacher's own LM loss. batch_size: rows of a rank at once."""
-        child_ropes, teacher_ropes = self._child_ropes, self._teacher_ropes
-        self._set_ropes(rows.shape[2])
+        ropes = self._ropes_of(rows.shape[2])
         with_teacher = self.teacher is not None
         with_states = with_teacher and bool(self.learner.layers)
         weights = Weights(kl=float(with_teacher), cosine=float(with_states), lm=1.0)
@@ -152,15 +142,14 @@ class Trainer:
             if not len(ids):  # every rank takes part in every pass: this one with a row that does not count
                 ids, labels = rows[0, :1].to(self.device), torch.full_like(rows[1, :1], IGNORE, device=self.device)
             with self._autocast():
-                shown = self._show(ids, weights)
-                found = self.learner(ids, labels, self._child_ropes, shown, one, weights)
+                found, shown = self._compared(ids, labels, ropes, one, weights)
                 own = one.new_zeros(())
                 if shown is not None and self.teacher is not None:
                     head = self.teacher.model.head_weight.to(self.device)
                     loss = head_losses(shown.normed, shown.normed, head, None, labels.flatten(), 1.0)[1]
                     own = (loss * (labels.flatten() != IGNORE)).sum()
             sums += torch.cat((found, own[None], (labels != IGNORE).sum()[None])).double()
-        self._child_ropes, self._teacher_ropes = child_ropes, teacher_ropes
+
         _, kl, cosine, loss, own, count = self.ranks.sum(sums).tolist()
         result = {"loss": loss / count}
         if with_teacher:

@@ -41,13 +41,10 @@ def with_trained(original: Child, model: CausalModel, train_embeddings: bool) ->
         for index, layer in enumerate(original.layers)
     )
     child = replace(original, layers=layers, read_final_norm=lambda: ready(model.norm.weight))
-    if train_embeddings:
-        child = replace(
-            child,
-            read_embedding=lambda: ready(model.embedding.weight),
-            read_head=lambda: ready(model.head_weight),
-        )
-    return child
+    if not train_embeddings:
+        return child
+    embedding, head = model.embedding.weight, model.head_weight
+    return replace(child, read_embedding=lambda: ready(embedding), read_head=lambda: ready(head))
 
 
 def write_healed(
@@ -62,17 +59,10 @@ def write_healed(
         return
     solved = architecture_beside(source.directory)
     extra = {"heal.json": {"schema": SCHEMA, **record}}
-    if solved is not None:
-        extra["architecture.json"] = solved.to_json()
-    card = plain_card(child, solved)
-    write_hf(
-        child,
-        out,
-        card.replace("## Serve\n", f"{healing(record)}\n\n## Serve\n", 1),
-        extra_json=extra,
-        code=(MODELING_FILE, work.log),  # the log travels with the files that are copied as they are
-        force=force,
-    )
+    extra |= {} if solved is None else {"architecture.json": solved.to_json()}
+    card = plain_card(child, solved).replace("## Serve\n", f"{healing(record)}\n\n## Serve\n", 1)
+    code = (MODELING_FILE, work.log)  # the log travels with the files that are copied as they are
+    write_hf(child, out, card, extra_json=extra, code=code, force=force)
 
 
 def healing(record: dict[str, Any]) -> str:

