@@ -27,12 +27,6 @@ def nearest(value: str, known: list[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
-def first_line(error: Exception) -> str:
-    """Of its message; its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn a full disk or an unwritable place into a UserError that names `path`."""
