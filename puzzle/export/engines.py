@@ -18,7 +18,7 @@ FORMATS = ("hf", "nemotron-nas", "gguf")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """One engine. formats: those that it reads, the usual one first.
+    """One engine; what its row does not name is as the format nemotron-nas has it. formats: those that it reads, the usual one first.
 
     first_layer: what layer 0 may have in place of softmax attention. attention_bias: "split" (q, k, v and o apart),
     "joint" (all four or none) or "none". windows: "one size" means that layers with a window share its length.
@@ -27,12 +27,12 @@ class Engine:
     """
 
     name: str
-    formats: tuple[str, ...]
-    linear_attention: bool
-    linear_ffn: bool
-    ffn_bias: bool
-    attention_bias: Literal["split", "joint", "none"]
-    first_layer: Literal["anything", "linear attention", "softmax attention"]
+    formats: tuple[str, ...] = ("nemotron-nas",)
+    linear_attention: bool = True
+    linear_ffn: bool = True
+    ffn_bias: bool = True
+    attention_bias: Literal["split", "joint", "none"] = "split"
+    first_layer: Literal["anything", "linear attention", "softmax attention"] = "anything"
     ffn_required: bool = False  # a layer without FFN loses what its attention adds
     equal_kv_heads: bool = False
     windows: Literal["one size", "none"] = "none"
@@ -45,11 +45,8 @@ ENGINES = {
     for engine in (
         Engine(
             name="vllm",
-            formats=("nemotron-nas",),
             linear_attention=False,
             linear_ffn=False,
-            ffn_bias=True,
-            attention_bias="split",
             first_layer="softmax attention",  # the residual stream starts in the first input_layernorm
             windows="one size",  # layer_types and sliding_window, read by its LlamaAttention
             any_width=True,
@@ -57,26 +54,18 @@ ENGINES = {
         Engine(
             name="llama.cpp",
             formats=("gguf", "nemotron-nas"),
-            linear_attention=True,
             linear_ffn=False,
-            ffn_bias=True,
-            attention_bias="split",
             first_layer="linear attention",  # head sizes are derived from layer 0's number of heads
             ffn_required=True,
         ),
         Engine(
             name="mlx",
-            formats=("nemotron-nas",),
             linear_attention=False,  # read, but it takes a cache slot that stays empty, and masks come from slot 0
-            linear_ffn=True,
-            ffn_bias=True,
             attention_bias="joint",
-            first_layer="anything",
             any_head_dim=False,
         ),
         Engine(
             name="sglang",
-            formats=("nemotron-nas",),
             linear_attention=False,
             linear_ffn=False,
             ffn_bias=False,
@@ -84,28 +73,12 @@ ENGINES = {
             first_layer="softmax attention",
             equal_kv_heads=True,
         ),
-        Engine(
-            name="tensorrt-llm",
-            formats=("nemotron-nas",),
-            linear_attention=True,
-            linear_ffn=True,
-            ffn_bias=False,
-            attention_bias="none",
-            first_layer="anything",
-        ),
+        Engine(name="tensorrt-llm", ffn_bias=False, attention_bias="none"),
     )
 }
 
 # `--format nemotron-nas` without --engine: what the format itself has words for.
-ANY_DECILM_READER = Engine(
-    name="nemotron-nas",
-    formats=("nemotron-nas",),
-    linear_attention=True,
-    linear_ffn=True,
-    ffn_bias=True,
-    attention_bias="split",
-    first_layer="anything",
-)
+ANY_DECILM_READER = Engine(name="nemotron-nas")
 
 
 def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None]:

@@ -9,8 +9,9 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +25,10 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.export.child import Child
+from puzzle.export.child import Child, Tensors
+from puzzle.export.engines import ENGINES
 from puzzle.export.gguf_tokenizer import tokenizer_metadata
-from puzzle.export.refuse import refuse_unlike_llama
+from puzzle.export.refuse import refuse
 
 DTYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7), "bf16": ("BF16", 32)}  # ggml type, file type
 TENSOR_NAMES = {
@@ -50,11 +52,12 @@ CHUNK = 2**22  # values converted together
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A tensor to come: its name in the file, its shape as torch has it, and the ggml type that it is stored in."""
+    """A tensor: its name in the file, its shape as torch has it, the ggml type that it is stored in, and what reads it."""
 
     name: str
     shape: tuple[int, ...]
     type: str
+    read: Callable[[], Tensor]
 
 
 def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
@@ -82,13 +85,12 @@ def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
     if attention_factor != 1:
         metadata["deci.rope.scaling.attn_factor"] = attention_factor
 
-    entries = list(_entries(child, DTYPES[dtype][0], factors))
     with replacing(out) as temporary:
         writer = gguf.GGUFWriter(temporary, "deci")
         for key, value in metadata.items():
             _add(writer, key, value)
         sizes = []
-        for entry in entries:
+        for entry in _entries(child, DTYPES[dtype][0], factors):
             kind = gguf.GGMLQuantizationType[entry.type]
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             sizes.append(torch.Size(entry.shape).numel() // per_block * block_bytes)
@@ -100,9 +102,12 @@ def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
         writer.close()
         with open(temporary, "ab") as handle:
             _pad(handle)
-            for entry, size, (name, tensor) in zip(entries, sizes, _tensors(child, factors), strict=True):
-                if entry.name != name or entry.shape != tuple(tensor.shape):
-                    raise ValueError(f"tensor {name} {tuple(tensor.shape)} came where {entry} was announced")
+            for entry, size in zip(_entries(child, DTYPES[dtype][0], factors), sizes, strict=True):
+                tensor = entry.read()
+                if entry.shape != tuple(tensor.shape):
+                    raise ValueError(
+                        f"tensor {entry.name} {tuple(tensor.shape)} came where {entry.shape} was announced"
+                    )
                 start = handle.tell()
                 with writing(out):
                     _write(handle, tensor, entry)
@@ -121,17 +126,11 @@ def permute(weight: Tensor, num_heads: int, *, inverse: bool = False) -> Tensor:
 
 def refuse_what_llama_cpp_gets_wrong(child: Child) -> None:
     """Raise UserError, naming layer and sub-block, for what architecture `deci` cannot say or computes wrongly."""
-    refuse_unlike_llama(child, "llama.cpp's deci architecture")
+    refuse(child, ENGINES["llama.cpp"], "gguf")
     last = len(child.layers) - 1
     for index, layer in enumerate(child.layers):
         where = f"layer {layer.origin} of {child.name}"
         attention, ffn = layer.attention, layer.ffn
-        if isinstance(attention, Gqa) and attention.window and attention.window < child.max_length:
-            raise UserError(
-                f"{where}: attention over a window of {attention.window} tokens, but llama.cpp's deci architecture has "
-                "no windows; choose kv"
-                f"{attention.num_key_value_heads} there, or use `format` hf"
-            )
         if isinstance(ffn, Linear):
             raise UserError(f"{where}: llama.cpp has no linear FFN; lower it for llama.cpp, or choose another FFN")
         if isinstance(ffn, NoOp) and (not isinstance(attention, NoOp) or index == last):
@@ -150,6 +149,7 @@ def _metadata(child: Child, dtype: str) -> dict[str, Any]:
     attends = child.attention
     heads = [0 if isinstance(layer.attention, NoOp) else attends.num_attention_heads for layer in child.layers]
     kv_heads = [x.attention.num_key_value_heads if isinstance(x.attention, Gqa) else 0 for x in child.layers]
+    base = "general.base_model.0.name"
     special = {"bos": child.bos_token_id, "eos": child.eos_token_id, "pad": child.pad_token_id}
     return {
         "general.name": child.name,
@@ -157,9 +157,7 @@ def _metadata(child: Child, dtype: str) -> dict[str, Any]:
         "general.file_type": DTYPES[dtype][1],
         "general.quantization_version": 2,
         **({"general.license": child.licence} if child.licence else {}),
-        **(
-            {"general.base_model.count": 1, "general.base_model.0.name": child.parent_name} if child.parent_name else {}
-        ),
+        **({"general.base_model.count": 1, base: child.parent_name} if child.parent_name else {}),
         "deci.vocab_size": child.vocab_size,
         "deci.context_length": child.max_length,
         "deci.embedding_length": child.hidden_size,
@@ -190,40 +188,29 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def _entries(child: Child, matrix_type: str, factors: Tensor | None) -> Iterator[_Entry]:
-    """Every tensor of the file in order, from shapes alone."""
+    """Every tensor of the file in order, from shapes alone. A sub-block is read whole by the first of its tensors that is."""
 
-    def entry(name: str, shape: tuple[int, ...]) -> _Entry:
+    def entry(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> _Entry:
         kind = matrix_type if len(shape) == 2 else "F32"
-        return _Entry(name, shape, "F16" if kind == "Q8_0" and shape[-1] % BLOCK else kind)
+        return _Entry(name, shape, "F16" if kind == "Q8_0" and shape[-1] % BLOCK else kind, read)
 
-    yield entry("token_embd.weight", (child.vocab_size, child.hidden_size))
+    def of_block(block: Callable[[], Tensors], name: str) -> Tensor:
+        tensor = block().pop(name)
+        turned = name.startswith(("q_proj.", "k_proj."))
+        return permute(tensor, tensor.shape[0] // child.attention.head_dim) if turned else tensor
+
+    whole = (child.vocab_size, child.hidden_size)
+    yield entry("token_embd.weight", whole, child.read_embedding)
     if factors is not None:
-        yield entry("rope_freqs.weight", tuple(factors.shape))
+        yield entry("rope_freqs.weight", tuple(factors.shape), lambda: factors)
     for index, layer in enumerate(child.layers):
         for slot, sub_block in layer.slots.items():
+            block = cache(layer.reads[slot])
             for name, shape in sub_block.tensors().items():
-                yield entry(f"blk.{index}.{TENSOR_NAMES[slot, name]}", shape)
-    yield entry("output_norm.weight", (child.hidden_size,))
+                yield entry(f"blk.{index}.{TENSOR_NAMES[slot, name]}", shape, partial(of_block, block, name))
+    yield entry("output_norm.weight", (child.hidden_size,), child.read_final_norm)
     if not child.tied:
-        yield entry("output.weight", (child.vocab_size, child.hidden_size))
-
-
-def _tensors(child: Child, factors: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `_entries` announces, in its order, one sub-block in memory at a time."""
-    yield "token_embd.weight", child.read_embedding()
-    if factors is not None:
-        yield "rope_freqs.weight", factors
-    for index, layer in enumerate(child.layers):
-        for slot, sub_block in layer.slots.items():
-            block = layer.read(slot)
-            for name in sub_block.tensors():
-                tensor = block.pop(name)
-                if name.startswith(("q_proj.", "k_proj.")):
-                    tensor = permute(tensor, tensor.shape[0] // child.attention.head_dim)
-                yield f"blk.{index}.{TENSOR_NAMES[slot, name]}", tensor
-    yield "output_norm.weight", child.read_final_norm()
-    if not child.tied:
-        yield "output.weight", child.read_head()
+        yield entry("output.weight", whole, child.read_head)
 
 
 def _write(handle: IO[bytes], tensor: Tensor, entry: _Entry) -> None:

@@ -85,10 +85,8 @@ def pre_tokenizer(tokenizer: dict[str, Any], path: Path) -> str:
     splits: list[str] = []
     for step in steps:
         if step.get("type") == "Split":
-            rule = (
-                step["pattern"].get("Regex") if step.get("behavior") == "Isolated" and not step.get("invert") else None
-            )
-            splits.append(rule or json.dumps(step))
+            isolated = step.get("behavior") == "Isolated" and not step.get("invert")
+            splits.append((isolated and step["pattern"].get("Regex")) or json.dumps(step))
         elif step.get("type") == "Digits" and step.get("individual_digits"):
             splits.append("digits")
         elif step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):

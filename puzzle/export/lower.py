@@ -8,9 +8,9 @@ the export will hold: no tensor is read, and torch is imported only when one is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
@@ -78,34 +78,27 @@ def lower(child: Child, engine: str | None, format: str) -> tuple[Child, list[Lo
 
 def _plan(engine: Engine, format: str) -> list[tuple[str, str, Callable[[Child], Rewritten]]]:
     """(name, what it does, rewrite) of the lowerings that an engine needs, in order."""
-    plan: list[tuple[str, str, Callable[[Child], Rewritten]]] = []
-    if engine is not ANY_DECILM_READER:
-        plan.append(("drop-empty-layers", "neither attention nor FFN: left out", drop_empty_layers))
-    if not engine.linear_attention:
-        text = "linear attention becomes the linear FFN of a layer put before"
-        plan.append(("linear-attention-as-ffn", text, linear_attention_as_ffn))
-    if not engine.linear_ffn:
-        text = "linear FFN becomes a SwiGLU with a constant gate, 3 times its size; every FFN gets biases"
-        plan.append(("linear-ffn-as-swiglu", text, linear_ffn_as_swiglu))
-    if engine.first_layer == "linear attention":
-        text = "no attention in the first layer: zero linear attention"
-        plan.append(("zero-linear-attention", text, zero_linear_attention))
-    if engine.first_layer == "softmax attention":
-        text = "no attention in the first layer: attention with one KV head and a zero output"
-        plan.append(("zero-attention", text, zero_attention))
-    if engine is not ANY_DECILM_READER:
-        text = "no softmax attention anywhere, which engines do not expect: one with a zero output"
-        plan.append(("some-attention", text, some_attention))
-    if engine.ffn_required:
-        plan.append(("zero-ffn", f"no FFN: a zero FFN of width {WIDTH_STEP}", zero_ffn))
-    if engine.attention_bias == "joint":
-        plan.append(("zero-output-bias", "biases on q, k and v alone: zero biases on o", zero_output_bias))
-    if engine.equal_kv_heads:
-        plan.append(("equal-kv-heads", "KV heads repeated, so that all layers have as many", equal_kv_heads))
-    if format == "nemotron-nas" and not engine.any_width:
-        text = f"FFN padded with zero channels to a multiple of {WIDTH_STEP}"
-        plan.append(("zero-padded-ffn", text, pad_widths))
-    return plan
+    stock, first = engine is not ANY_DECILM_READER, engine.first_layer
+    rows: list[tuple[bool, str, str, Callable[[Child], Rewritten]]] = [
+        (stock, "drop-empty-layers", "neither attention nor FFN: left out", drop_empty_layers),
+        (not engine.linear_attention, "linear-attention-as-ffn",
+         "linear attention becomes the linear FFN of a layer put before", linear_attention_as_ffn),
+        (not engine.linear_ffn, "linear-ffn-as-swiglu",
+         "linear FFN becomes a SwiGLU with a constant gate, 3 times its size; every FFN gets biases", linear_ffn_as_swiglu),
+        (first == "linear attention", "zero-linear-attention",
+         "no attention in the first layer: zero linear attention", zero_linear_attention),
+        (first == "softmax attention", "zero-attention",
+         "no attention in the first layer: attention with one KV head and a zero output", zero_attention),
+        (stock, "some-attention",
+         "no softmax attention anywhere, which engines do not expect: one with a zero output", some_attention),
+        (engine.ffn_required, "zero-ffn", f"no FFN: a zero FFN of width {WIDTH_STEP}", zero_ffn),
+        (engine.attention_bias == "joint", "zero-output-bias",
+         "biases on q, k and v alone: zero biases on o", zero_output_bias),
+        (engine.equal_kv_heads, "equal-kv-heads", "KV heads repeated, so that all layers have as many", equal_kv_heads),
+        (format == "nemotron-nas" and not engine.any_width, "zero-padded-ffn",
+         f"FFN padded with zero channels to a multiple of {WIDTH_STEP}", pad_widths),
+    ]  # fmt: skip
+    return [(name, what, rewrite) for needed, name, what, rewrite in rows if needed]
 
 
 def lowered(layer: Layer, structure: Structure, base: Layer, engine: str, *, first: bool) -> list[SubBlock]:
@@ -117,25 +110,16 @@ def lowered(layer: Layer, structure: Structure, base: Layer, engine: str, *, fir
     """
     other = ChildLayer(slots=base, reads=dict.fromkeys(base, no_tensors), origin=1)
     own = ChildLayer(slots=layer, reads=dict.fromkeys(layer, no_tensors), origin=0)
-    child = _sizes_alone(structure, base, (own, other) if first else (other, own))
+    child = Child(
+        name="child", layers=(own, other) if first else (other, own), around=structure.with_layers([]), base=base,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype=None, tokenizer=None, generation_config=None,  # type: ignore[arg-type]
+        parent_name="", licence=None, read_embedding=no_tensors, read_final_norm=no_tensors, read_head=no_tensors,  # type: ignore[arg-type]
+    )  # fmt: skip
     target = ENGINES[engine]
     for name, _, rewrite in _plan(target, target.formats[0]):
         if not (first and name == "drop-empty-layers"):
             child, _ = rewrite(child)
     return [b for one in child.layers if one.origin == 0 for b in one.slots.values() if not isinstance(b, NoOp)]
-
-
-def _sizes_alone(structure: Structure, base: Layer, layers: tuple[ChildLayer, ...]) -> Child:
-    """A child that has no tensors."""
-
-    def none(*_: Any) -> Any:
-        raise AssertionError("sizes alone were asked for")
-
-    return Child(
-        name="child", layers=layers, around=structure.with_layers([]), base=base, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None, dtype=None, tokenizer=None, generation_config=None, parent_name="", licence=None,  # type: ignore[arg-type]
-        read_embedding=none, read_final_norm=none, read_head=none,
-    )  # fmt: skip
 
 
 def _each(child: Child, change: Callable[[ChildLayer], ChildLayer]) -> Rewritten:
@@ -172,7 +156,8 @@ def linear_ffn_as_swiglu(child: Child) -> Rewritten:
 
     All SwiGLUs of a child have biases or none: the others get zero biases.
     """
-    if not any(isinstance(layer.ffn, Linear) for layer in child.layers):
+    touched = [layer.origin for layer in child.layers if isinstance(layer.ffn, Linear)]
+    if not touched:
         return child, []
     size = child.hidden_size
 
@@ -181,67 +166,50 @@ def linear_ffn_as_swiglu(child: Child) -> Rewritten:
             import torch
 
             found = read()
-            matrix = found["linear.weight"]
-            return {
-                "norm.weight": found["norm.weight"],
-                "gate_proj.weight": matrix.new_zeros(size, size),
+            matrix = found.pop("linear.weight")
+            return found | {
                 "up_proj.weight": torch.eye(size, dtype=matrix.dtype).div_(GATE),
                 "down_proj.weight": matrix,
                 "gate_proj.bias": matrix.new_full((size,), GATE),
-                "up_proj.bias": matrix.new_zeros(size),
-                "down_proj.bias": matrix.new_zeros(size),
             }
 
         return tensors
 
-    layers, touched = [], []
-    for layer in child.layers:
+    def change(layer: ChildLayer) -> ChildLayer:
         ffn = layer.ffn
         if isinstance(ffn, Linear):
-            touched.append(layer.origin)
             gated = SwiGLU(**ffn.norm_fields(), intermediate_size=size, bias=True)
-            layer = layer.put("ffn", gated, from_matrix(layer.reads["ffn"]))
-        elif isinstance(ffn, SwiGLU) and not ffn.bias:
-            biased = replace(ffn, bias=True)
-            layer = layer.put("ffn", biased, _filled(child, biased, layer.reads["ffn"]))
-        layers.append(layer)
-    base = {**child.base, "ffn": replace(child.ffn, bias=True)}
-    return replace(child, layers=tuple(layers), base=base), touched
+            return layer.put("ffn", gated, _filled(child, gated, from_matrix(layer.reads["ffn"])))
+        return _resized(child, layer, "ffn", replace(ffn, bias=True)) if isinstance(ffn, SwiGLU) else layer
+
+    changed, _ = _each(child, change)
+    return replace(changed, base={**child.base, "ffn": replace(child.ffn, bias=True)}), touched
 
 
 def zero_linear_attention(child: Child) -> Rewritten:
     """A first layer without attention gets a zero matrix for it."""
-    return _first_attention(child, Linear(**child.attention.norm_fields()))
+    return _zeros(child, "attention", Linear(**child.attention.norm_fields()), [0])
 
 
 def zero_attention(child: Child) -> Rewritten:
     """A first layer without attention gets one whose output projection, like everything in it, is zero."""
-    return _first_attention(child, _smallest(child))
-
-
-def _smallest(child: Child) -> Gqa:
-    return replace(child.attention, num_key_value_heads=1, window=None)
+    return _zeros(child, "attention", replace(child.attention, num_key_value_heads=1, window=None), [0])
 
 
 def some_attention(child: Child) -> Rewritten:
     """A child without softmax attention gets a zero one in a layer that has none, or in a new last layer."""
     if any(isinstance(layer.attention, Gqa) for layer in child.layers):
         return child, []
-    shape = _smallest(child)
-    zeros = _filled(child, shape, no_tensors)
-    for number, layer in enumerate(child.layers):
-        if isinstance(layer.attention, NoOp):
-            given = layer.put("attention", shape, zeros)
-            return replace(child, layers=(*child.layers[:number], given, *child.layers[number + 1 :])), [layer.origin]
-    given = child.layers[-1].put("attention", shape, zeros).put("ffn", NO_OP)
-    return replace(child, layers=(*child.layers, given)), [given.origin]
+    without = [number for number, layer in enumerate(child.layers) if isinstance(layer.attention, NoOp)]
+    if not without:
+        without = [len(child.layers)]
+        child = replace(child, layers=(*child.layers, child.layers[-1].put("attention", NO_OP).put("ffn", NO_OP)))
+    return _zeros(child, "attention", replace(child.attention, num_key_value_heads=1, window=None), without[:1])
 
 
 def zero_ffn(child: Child) -> Rewritten:
     """Layers without FFN get a zero one."""
-    shape = replace(child.ffn, intermediate_size=WIDTH_STEP)
-    zeros = _filled(child, shape, no_tensors)
-    return _each(child, lambda layer: layer.put("ffn", shape, zeros) if isinstance(layer.ffn, NoOp) else layer)
+    return _zeros(child, "ffn", replace(child.ffn, intermediate_size=WIDTH_STEP), range(len(child.layers)))
 
 
 def zero_output_bias(child: Child) -> Rewritten:
@@ -249,10 +217,8 @@ def zero_output_bias(child: Child) -> Rewritten:
 
     def change(layer: ChildLayer) -> ChildLayer:
         shape = layer.attention
-        if not isinstance(shape, Gqa) or shape.o_bias or not shape.qkv_bias:
-            return layer
-        biased = replace(shape, o_bias=True)
-        return layer.put("attention", biased, _filled(child, biased, layer.reads["attention"]))
+        biased = isinstance(shape, Gqa) and shape.qkv_bias
+        return _resized(child, layer, "attention", replace(shape, o_bias=True)) if biased else layer
 
     changed, touched = _each(child, change)
     if not touched:
@@ -292,20 +258,25 @@ def pad_widths(child: Child, step: int = WIDTH_STEP) -> Rewritten:
 
     def change(layer: ChildLayer) -> ChildLayer:
         ffn = layer.ffn
-        if not isinstance(ffn, SwiGLU) or ffn.intermediate_size % step == 0:
+        if not isinstance(ffn, SwiGLU):
             return layer
-        shape = replace(ffn, intermediate_size=-(-ffn.intermediate_size // step) * step)
-        return layer.put("ffn", shape, _filled(child, shape, layer.reads["ffn"]))
+        return _resized(child, layer, "ffn", replace(ffn, intermediate_size=-(-ffn.intermediate_size // step) * step))
 
     return _each(child, change)
 
 
-def _first_attention(child: Child, shape: SubBlock) -> Rewritten:
-    first = child.layers[0]
-    if not isinstance(first.attention, NoOp):
-        return child, []
-    given = first.put("attention", shape, _filled(child, shape, no_tensors))
-    return replace(child, layers=(given, *child.layers[1:])), [first.origin]
+def _zeros(child: Child, slot: str, shape: SubBlock, among: Sequence[int]) -> Rewritten:
+    """Those of the layers `among` that have nothing in a slot get a sub-block of zeros there."""
+    layers, zeros = list(child.layers), _filled(child, shape, no_tensors)
+    empty = [number for number in among if isinstance(layers[number].slots.get(slot, NO_OP), NoOp)]
+    for number in empty:
+        layers[number] = layers[number].put(slot, shape, zeros)
+    return replace(child, layers=tuple(layers)), [layers[number].origin for number in empty]
+
+
+def _resized(child: Child, layer: ChildLayer, slot: str, shape: SubBlock) -> ChildLayer:
+    """The layer with zeros around and beside what a sub-block has, up to `shape`; the same layer where it has that shape."""
+    return layer if layer.slots[slot] == shape else layer.put(slot, shape, _filled(child, shape, layer.reads[slot]))
 
 
 def _filled(child: Child, sub_block: SubBlock, read: Read) -> Read:

@@ -67,34 +67,26 @@ def decilm_config(child: Child, engine: str | None) -> dict[str, Any]:
     }
     if attends.qkv_bias != attends.o_bias:
         config["qkv_bias"] = attends.qkv_bias
-    if any(_window(child, layer) for layer in child.layers):
-        (size,) = {window for layer in child.layers if (window := _window(child, layer))}
-        config["sliding_window"] = size
-        config["layer_types"] = [
-            "sliding_attention" if _window(child, layer) else "full_attention" for layer in child.layers
-        ]
+    windows = [child.reach(layer.attention) if isinstance(layer.attention, Gqa) else None for layer in child.layers]
+    if any(windows):
+        (config["sliding_window"],) = set(windows) - {None}
+        config["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     if engine == "mlx" and any(isinstance(layer.ffn, Linear) for layer in child.layers):
         config["linear_mlp"] = "linear"  # how its reader calls the matrix; modeling_decilm.py follows
-    if engine == "llama.cpp" and "original_max_position_embeddings" in rope:
-        config["original_max_position_embeddings"] = rope[
-            "original_max_position_embeddings"
-        ]  # its converter looks here
+    original = "original_max_position_embeddings"
+    if engine == "llama.cpp" and original in rope:  # its converter looks here
+        config[original] = rope[original]
     return config
-
-
-def _window(child: Child, layer: ChildLayer) -> int | None:
-    return child.reach(layer.attention) if isinstance(layer.attention, Gqa) else None
 
 
 def _block_config(child: Child, layer: ChildLayer, exact_widths: bool) -> dict[str, Any]:
     """One entry of `block_configs`: exactly the keys that mlx-lm and TensorRT-LLM know, unless a width needs its own."""
     heads = child.attention.num_attention_heads
     attention, ffn = layer.attention, layer.ffn
-    linear_attention, linear_ffn = isinstance(attention, Linear), isinstance(ffn, Linear)
     ffn_entry: dict[str, Any] = {
         "ffn_mult": None,
         "no_op": isinstance(ffn, NoOp),
-        "replace_with_linear": linear_ffn,
+        "replace_with_linear": isinstance(ffn, Linear),
         "sparsify": None,
     }
     if isinstance(ffn, SwiGLU):
@@ -111,7 +103,7 @@ def _block_config(child: Child, layer: ChildLayer, exact_widths: bool) -> dict[s
         "attention": {
             "n_heads_in_group": heads // attention.num_key_value_heads if isinstance(attention, Gqa) else None,
             "no_op": isinstance(attention, NoOp),
-            "replace_with_linear": linear_attention,
+            "replace_with_linear": isinstance(attention, Linear),
             "sparsify": None,
             "window_length": None,
             "num_sink_tokens": None,

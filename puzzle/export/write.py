@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from puzzle.base.console import console
-from puzzle.base.errors import UserError, nearest
+from puzzle.base.errors import UserError, first_line, nearest
 from puzzle.base.files import SCHEMA, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
 from puzzle.export.engines import ENGINES, pick_format
+from puzzle.export.gguf import export_gguf
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
@@ -57,22 +58,13 @@ def open_source(source: Path, architecture: Path | None = None, parent: str | No
                 f"{source} is a library: say which child of it, as in `puzzle export {source} {source}/solution --out CHILD`"
             )
         solved = architecture_of(architecture, library)
-        opened = open_parent(library, parent)
-        child = child_of_library(library, solved.variants, opened)
+        child = child_of_library(library, solved.variants, open_parent(library, parent))
         return Source(child=child, solved=solved, facts=library.facts, measured=None)
     if parent is not None:
         raise UserError(f"`parent` belongs to a library, and {source} is none: leave it out")
-    child = child_of_checkpoint(source)
-    return Source(
-        child=child,
-        solved=architecture_beside(source),
-        facts=None,
-        measured=_optional(source / "evaluation.json"),
-    )
-
-
-def _optional(path: Path) -> dict[str, Any] | None:
-    return read_json(path, "puzzle export") if path.is_file() else None
+    child, path = child_of_checkpoint(source), source / "evaluation.json"
+    measured = read_json(path, "puzzle export") if path.is_file() else None
+    return Source(child=child, solved=architecture_beside(source), facts=None, measured=measured)
 
 
 def export(
@@ -97,8 +89,8 @@ def export(
     """
     format, engine = pick_format(format, engine)
     child = source.child
-    if dtype is not None and dtype not in (_GGUF_DTYPES if format == "gguf" else DTYPES):
-        known = list(_GGUF_DTYPES if format == "gguf" else DTYPES)
+    known = list(_GGUF_DTYPES if format == "gguf" else DTYPES)
+    if dtype is not None and dtype not in known:
         raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
     if dtype in DTYPES:
         child = with_dtype(child, DTYPES[dtype])
@@ -106,6 +98,7 @@ def export(
         child = with_dtype(child, child.dtype)  # one dtype for all: engines compute in what they find
     child, lowerings = lower(child, engine, format)
     hub = None if push_to_hub is None else open_hub(push_to_hub)
+    measured = measured or source.measured
     written = dtype or str(child.dtype).removeprefix("torch.")
     card = child_card(
         CardFacts(
@@ -120,11 +113,11 @@ def export(
             also=tuple(takers(child)) if format == "nemotron-nas" and engine is None else (),
             solved=source.solved,
             facts=source.facts,
-            measured=measured or source.measured,
+            measured=measured,
         )
     )
     told = None if source.solved is None else source.solved.to_json()
-    records = {"architecture.json": told, "evaluation.json": measured or source.measured}
+    records = {"architecture.json": told, "evaluation.json": measured}
     extra = {name: {"schema": SCHEMA, **record} for name, record in records.items() if record is not None}
     if format == "gguf":
         _write_gguf(child, out, written, card, force)
@@ -152,9 +145,7 @@ def export(
 def takers(child: Child) -> list[str]:
     """Engines that read this very nemotron-nas checkpoint: those for which nothing would be written differently."""
     found = []
-    for name, engine in ENGINES.items():
-        if "nemotron-nas" not in engine.formats:
-            continue
+    for name in ENGINES:  # all read this format
         try:
             _, lowerings = lower(child, name, "nemotron-nas")
         except UserError:
@@ -170,12 +161,6 @@ def _gguf_name(out: Path, dtype: str) -> str:
 
 def _write_gguf(child: Child, out: Path, dtype: str, card: str, force: bool) -> None:
     """A file alone where `out` names one; else a directory with file, card, tokenizer and manifest."""
-    try:
-        from puzzle.export.gguf import export_gguf
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise UserError("`format` gguf needs the package gguf: pip install gguf") from error
     if out.suffix == ".gguf":
         export_gguf(child, out, dtype=_GGUF_DTYPES[dtype], force=force)
         return
@@ -195,9 +180,8 @@ def open_hub(repository: str) -> Any:
     try:
         client.whoami()
     except Exception as error:  # the client raises many kinds; all mean that nothing can be pushed
-        reason = _first_line(error)
         raise UserError(
-            f"`push_to_hub` {repository}: the hub does not know who you are ({reason}): run `hf auth login` or set "
+            f"`push_to_hub` {repository}: the hub does not know who you are ({first_line(error)}): run `hf auth login` or set "
             "HF_TOKEN, with a network; or leave the option out"
         ) from error
     return client
@@ -212,11 +196,6 @@ def _push(client: Any, repository: str, out: Path) -> None:
             client.upload_file(repo_id=repository, path_or_fileobj=str(out), path_in_repo=out.name)
     except Exception as error:
         raise UserError(
-            f"`push_to_hub` {repository} failed ({_first_line(error)}); {out} is complete: push it with "
+            f"`push_to_hub` {repository} failed ({first_line(error)}); {out} is complete: push it with "
             f"`hf upload {repository} {out}`"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

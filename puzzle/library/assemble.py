@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.plain.part import Part
+from puzzle.blocklib.plain.part import Part, loaded
+from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT
 from puzzle.library.manifest import Library, Replacement
-from puzzle.library.score import load_variant
 from puzzle.library.store import BlockStore
 from puzzle.measure.architecture import Architecture, read_architecture
 from puzzle.parents.opened import HfModel, open_model
@@ -41,11 +41,29 @@ def architecture_of(path: Path, library: Library) -> Architecture:
 
 
 def open_parent(library: Library, parent: str | None) -> HfModel:
-    """The library's parent, its fingerprint checked."""
+    """The library's parent. Raises UserError where its fingerprint is not that of the one it was built from."""
     source = library.parent_source(parent)
     opened = open_model(source)
-    library.check_parent(opened.checkpoint.fingerprint(), source)
+    mine, found = library.fingerprint, opened.checkpoint.fingerprint()
+    if found != mine:
+        raise UserError(
+            f"library {library.root} was built from another parent (fingerprint {mine[:12]}) than {source} "
+            f"({found[:12]}): pass the right `parent`, or run `puzzle build-library` with another --out"
+        )
     return opened
+
+
+def load_variant(
+    store: BlockStore, layer: int, slot: str, name: str, sub_block: SubBlock, device: torch.device, dtype: torch.dtype
+) -> Part:
+    """A trained sub-block from the library, ready to run."""
+    tensors = store.read(layer, slot, name)
+    if {n: tuple(t.shape) for n, t in tensors.items()} != sub_block.tensors():
+        raise UserError(
+            f"{store.path(layer, slot, name)} holds tensors of another shape than {slot} variant {name}: "
+            "delete it and run `puzzle build-library` again"
+        )
+    return loaded(sub_block, {n: t.to(device, dtype) for n, t in tensors.items()})
 
 
 def assemble(

@@ -12,8 +12,9 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -39,8 +40,8 @@ from puzzle.runtime.model import embed
 
 SNAPSHOT_SECONDS = 60.0
 
-Layers = list[tuple[int, dict[str, Part]]]  # (index, the parent's sub-blocks by slot)
-Trainers = dict[int, list[VariantTrainer]]  # by layer index
+Parts = dict[tuple[int, str], Part]  # the parent's sub-blocks by (layer, slot), in the order of the residual stream
+Trainers = dict[tuple[int, str], list[VariantTrainer]]  # by (layer, slot)
 BlockKey = tuple[int, str, str]  # (layer, slot, variant)
 
 
@@ -139,8 +140,11 @@ class Builder:
         out = self.options.out
         write_library(out, self.parent, data, self.recipe, self.options.seed, self.spaces)
         self._keys = self._content_keys(data)
-        groups = self._with_gaps(self.plan().groups)
-        missing = {g: [k for k in self._keys if k[0] in g and not self._has(k)] for g in groups}
+        ends = [group[-1] + 1 for group in self.plan().groups]
+        groups = [
+            tuple(range(*ends)) for ends in pairwise([0, *ends])
+        ]  # gaps too: the parent passes through all layers
+        missing = {g: [k for k in self._keys if k[0] in g and not self.store.has(*k, self._keys[k])] for g in groups}
         total = sum(len(m) for m in missing.values())
         if total == 0:
             console.print(f"library {out} is complete: nothing to train")
@@ -164,17 +168,17 @@ class Builder:
         length = self.recipe.seq_len
         ropes = {name: rope.tables(length, self.device) for name, rope in self.structure.ropes.items()}
         self._lr = torch.zeros((), device=self.device)
-        layers, trainers = self._prepare_group(group, missing, ropes)
-        every = [trainer for of_layer in trainers.values() for trainer in of_layer]
+        parts, trainers = self._prepare_group(group, missing, ropes)
+        every = [trainer for of_place in trainers.values() for trainer in of_place]
         snapshot = self.options.out / ".work" / f"{layer_name(group[0])}-{layer_name(group[-1])}.safetensors"
         build_key = content_hash(list(self._keys.values()))
         done = load_snapshot(snapshot, every, build_key)
         if done == 0:
-            self._validate(layers, trainers, ropes)
+            self._validate(parts, trainers, ropes)
             for trainer in every:
                 trainer.loss_before = trainer.validated()
-        forward = Replayed(lambda x: self._through(layers, {}, ropes, x))
-        training = Replayed(lambda x: self._through(layers, trainers, ropes, x))
+        forward = Replayed(lambda x: self.through(parts, {}, ropes, x))
+        training = Replayed(lambda x: self.through(parts, trainers, ropes, x))
         begin = saved_at = time.monotonic()
         for step in range(self.num_batches):
             train = done <= step < self.recipe.num_steps and bool(missing)
@@ -190,70 +194,53 @@ class Builder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.train_seconds += time.monotonic() - begin
-        self._validate(layers, trainers, ropes, keep_streams)
+        self._validate(parts, trainers, ropes, keep_streams)
         for trainer in every:
             trainer.loss_after = trainer.validated()
         self._write_blocks(trainers)
         snapshot.unlink(missing_ok=True)
 
-    def _prepare_group(self, group: tuple[int, ...], missing: list[BlockKey], ropes: Ropes) -> tuple[Layers, Trainers]:
+    def _prepare_group(self, group: tuple[int, ...], missing: list[BlockKey], ropes: Ropes) -> tuple[Parts, Trainers]:
         """The parent's modules of the group's layers, and a trainer for every missing block."""
-        layers: Layers = []
+        parts: Parts = {}
         trainers: Trainers = {}
         streams = [self._streams.get("train", step) for step in range(self.num_calibration if missing else 0)]
         for index in group:
-            parts: dict[str, Part] = {}
-            layers.append((index, parts))
-            trainers[index] = []
             for slot in self.structure.layers[index]:
                 block = self.parent.block(index, slot)
                 block.weights = {n: t.to(self.device, self.dtype) for n, t in block.weights.items()}
-                part = parts[slot] = loaded(block.sub_block, block.weights)
+                part = parts[index, slot] = loaded(block.sub_block, block.weights)
                 if not missing:
                     continue
                 with torch.no_grad(), autocast(self.device):
                     block.statistics = part.calibrate(streams)
                     streams = [x + part(x, ropes) for x in streams]
-                for at, where, name in missing:
-                    if (at, where) == (index, slot):
-                        variant = variant_of(block.sub_block, name, slot)
-                        of = (index, slot, variant, block, self.recipe, self.device, self._lr)
-                        trainers[index].append(VariantTrainer(*of))
-        return layers, trainers
+                variants = [variant_of(block.sub_block, name, slot) for *at, name in missing if at == [index, slot]]
+                shared = (block, self.recipe, self.device, self._lr)
+                trainers[index, slot] = [VariantTrainer(index, slot, variant, *shared) for variant in variants]
+        return parts, trainers
 
-    def _through(self, layers: Layers, trainers: Trainers, ropes: Ropes, x: Tensor) -> Tensor:
-        """The parent's layers on x; every trainer takes a step from the activation that passes it."""
-        for index, parts in layers:
-            x = self.train_layer(x, parts, trainers.get(index, []), ropes)
-        return x
-
-    def train_layer(self, x: Tensor, parts: dict[str, Part], trainers: list[VariantTrainer], ropes: Ropes) -> Tensor:
-        """One layer of the parent on x, and a step of each of its trainers. [B, T, H] -> [B, T, H]"""
-        for slot, x_in, target in self._sub_blocks(x, parts, ropes):
-            for trainer in trainers:
-                if trainer.slot == slot:
-                    trainer.step(x_in, target, ropes)
-            x = x_in + target
-        return x
-
-    def _sub_blocks(self, x: Tensor, parts: dict[str, Part], ropes: Ropes) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(slot, what enters, what the parent adds) of every sub-block of a layer."""
-        for slot, part in parts.items():
+    def through(
+        self,
+        parts: Parts,
+        trainers: Trainers,
+        ropes: Ropes,
+        x: Tensor,
+        show: Callable[[VariantTrainer, Tensor, Tensor, Ropes], None] = VariantTrainer.step,
+    ) -> Tensor:
+        """The parent on x; every trainer is shown what enters its sub-block and what the parent adds there. [B, T, H] each"""
+        for place, part in parts.items():
             with torch.no_grad(), autocast(self.device):
                 target = part(x, ropes).to(x.dtype)
-            yield slot, x, target
+            for trainer in trainers.get(place, ()):
+                show(trainer, x, target, ropes)
             x = x + target
+        return x
 
-    def _validate(self, layers: Layers, trainers: Trainers, ropes: Ropes, keep_streams: bool = False) -> None:
+    def _validate(self, parts: Parts, trainers: Trainers, ropes: Ropes, keep_streams: bool = False) -> None:
         """Show every trainer the held-out sequences; leave their residual streams for the next group if asked."""
         for batch in range(-(-len(self._data.validation) // self.recipe.batch_size)):
-            x = self._streams.get("validation", batch)
-            for index, parts in layers:
-                for slot, x_in, target in self._sub_blocks(x, parts, ropes):
-                    for trainer in trainers.get(index, ()):
-                        if trainer.slot == slot:
-                            trainer.validate(x_in, target, ropes)
-                    x = x_in + target
+            x = self.through(parts, trainers, ropes, self._streams.get("validation", batch), VariantTrainer.validate)
             if keep_streams:
                 self._streams.keep("validation", batch, x)
 
@@ -289,33 +276,21 @@ class Builder:
             if name != PARENT
         }
 
-    def _has(self, block: BlockKey) -> bool:
-        return self.store.has(*block, self._keys[block])
-
-    def _with_gaps(self, groups: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
-        """Every layer up to the last chosen one is in a group: the parent must pass through all of them."""
-        filled: list[tuple[int, ...]] = []
-        upcoming = 0
-        for group in groups:
-            filled.append(tuple(range(upcoming, group[-1] + 1)))
-            upcoming = group[-1] + 1
-        return filled
-
     def _write_blocks(self, trainers: Trainers) -> None:
         tokens = self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len
-        for index, of_layer in trainers.items():
-            for trainer in of_layer:
+        for (index, slot), of_place in trainers.items():
+            for trainer in of_place:
                 name, sub_block = trainer.variant.name, trainer.variant.sub_block
                 tensors = {n: t.to(self.stored_dtype) for n, t in trainer.best().items()}
                 record = {
                     "status": ("trained" if trainer.improved else "kept as initialised") if tensors else "empty",
-                    "key": self._keys[index, trainer.slot, name],
+                    "key": self._keys[index, slot, name],
                     "num_tokens": tokens if tensors else 0,
                     "validation_loss_before": trainer.loss_before,
                     "validation_loss_after": trainer.loss_after,
                 }
-                spec = {"layer": index, "slot": trainer.slot, "variant": name, "sub_block": sub_block.key()}
-                self.store.write(index, trainer.slot, name, tensors, spec, record)
+                spec = {"layer": index, "slot": slot, "variant": name, "sub_block": sub_block.key()}
+                self.store.write(index, slot, name, tensors, spec, record)
 
 
 def build_library(source: str, options: BuildOptions) -> Path:

@@ -26,17 +26,15 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
     x = torch.randn(recipe.batch_size, recipe.seq_len, structure.hidden_size, device=device, dtype=dtype)
     ropes = {name: rope.tables(recipe.seq_len, device) for name, rope in structure.ropes.items()}
     lr = torch.full((), recipe.lr, device=device)
-    parts, trainers = {}, []
+    parts, trainers = {}, {}
     for slot, sub_block in structure.layers[first].items():
         weights = {n: torch.randn(s, device=device, dtype=dtype) * 0.02 for n, s in sub_block.tensors().items()}
         block = ParentBlock(sub_block=sub_block, weights=weights)
-        part = parts[slot] = loaded(sub_block, weights)
+        part = parts[first, slot] = loaded(sub_block, weights)
         block.statistics = part.calibrate([x[:1]])
-        for name in builder.spaces[first][slot]:
-            if name != PARENT:
-                variant = variant_of(sub_block, name, slot)
-                trainers.append(VariantTrainer(first, slot, variant, block, recipe, device, lr))
-    step = Replayed(lambda x: builder.train_layer(x, parts, trainers, ropes))
+        variants = [variant_of(sub_block, name, slot) for name in builder.spaces[first][slot] if name != PARENT]
+        trainers[first, slot] = [VariantTrainer(first, slot, one, block, recipe, device, lr) for one in variants]
+    step = Replayed(lambda x: builder.through(parts, trainers, ropes, x))
     for _ in range(WARM_UP + 1):
         step(x)
     _wait(device)

@@ -59,12 +59,13 @@ class Library:
             )
         try:
             structure = Structure.from_json(facts["structure"])
+            trained = [facts["layers"].get(str(index), {}) for index in range(structure.num_layers)]
             spaces = tuple(
                 {
-                    slot: {PARENT: own} | {n: parse_key(k) for n, k in _chosen(facts, index).get(slot, {}).items()}
+                    slot: {PARENT: own} | {name: parse_key(key) for name, key in slots.get(slot, {}).items()}
                     for slot, own in layer.items()
                 }
-                for index, layer in enumerate(structure.layers)
+                for layer, slots in zip(structure.layers, trained, strict=True)
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
@@ -113,16 +114,3 @@ class Library:
                 raise UserError(f"the library's parent is not at {path} any more: pass `parent` with its directory")
             return str(path)
         return recorded["source"]
-
-    def check_parent(self, fingerprint: str, source: str) -> None:
-        """Raise UserError unless `fingerprint` is that of the parent the library was built from."""
-        mine = self.fingerprint
-        if fingerprint != mine:
-            raise UserError(
-                f"library {self.root} was built from another parent (fingerprint {mine[:12]}) than {source} "
-                f"({fingerprint[:12]}): pass the right `parent`, or run `puzzle build-library` with another --out"
-            )
-
-
-def _chosen(facts: Mapping[str, Any], layer: int) -> Mapping[str, Mapping[str, str]]:
-    return facts["layers"].get(str(layer), {})

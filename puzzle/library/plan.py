@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.distill import Recipe
@@ -15,12 +15,8 @@ from puzzle.parents.structure import Layer, Structure
 Spaces = Mapping[int, Mapping[str, Space]]  # per layer and slot
 
 STATE_BYTES = 12  # per trained parameter, all the time: float32 master and AdamW's two moments
-START_BYTES = (
-    4  # per trained parameter, in host memory: the initial weights, kept in case training does not improve them
-)
-RESERVED = (
-    1.15  # what the GPU's allocator holds over what is in use: 27.0 GB for 23.8 GB, benchmarks/results/build_8b.csv
-)
+START_BYTES = 4  # per trained parameter, in host memory: the initial weights, in case training does not improve them
+RESERVED = 1.15  # of the GPU's allocator over what is in use: 27.0 GB for 23.8 GB, benchmarks/results/build_8b.csv
 FLIGHT_BYTES = 12  # per parameter of the one variant that takes its step: float32 gradient, its masked copy, bf16 casts
 
 
@@ -138,20 +134,15 @@ def plan_build(
 
 def describe(plan: BuildPlan, seconds: float, spaces: Spaces, device: str) -> dict:
     """The plan as JSON-ready facts; every number in it is predicted."""
-    slots = dict.fromkeys(slot for layer in spaces.values() for slot in layer)
-    names = {s: dict.fromkeys(n for layer in spaces.values() for n in layer.get(s, {})) for s in slots}
+    names: dict[str, list[str]] = {}
+    for slot, space in (item for layer in spaces.values() for item in layer.items()):
+        names[slot] = list(dict.fromkeys([*names.get(slot, ()), *space]))
+    predicted = asdict(plan)
+    rates = {"seconds": round(seconds, 1), "tokens_per_second": round(plan.num_tokens / seconds, 1)}
     return {
         "device": device,
-        "variants": {slot: list(found) for slot, found in names.items()},
-        "groups": [list(group) for group in plan.groups],
-        "num_trained_parameters": plan.num_trained_parameters,
-        "predicted": {
-            "peak_memory_bytes": plan.peak_memory_bytes,
-            "host_memory_bytes": plan.host_memory_bytes,
-            "disk_bytes": plan.disk_bytes,
-            "flops": plan.flops,
-            "num_tokens": plan.num_tokens,
-            "seconds": round(seconds, 1),
-            "tokens_per_second": round(plan.num_tokens / seconds, 1),
-        },
+        "variants": names,
+        "groups": [list(group) for group in predicted.pop("groups")],
+        "num_trained_parameters": predicted.pop("num_trained_parameters"),
+        "predicted": predicted | rates,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -19,28 +20,15 @@ from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
 from puzzle.base.units import check_positive
-from puzzle.blocklib.plain.part import Part, loaded
-from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import load_tokens
+from puzzle.library.assemble import load_variant, open_parent
 from puzzle.library.manifest import Library, Replacement, score_name, scores_path
 from puzzle.library.store import BlockStore
-from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.opened import HfModel
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import CausalModel, load_model
-
-
-def load_variant(
-    store: BlockStore, layer: int, slot: str, name: str, sub_block: SubBlock, device: torch.device, dtype: torch.dtype
-) -> Part:
-    """A trained sub-block from the library, ready to run."""
-    tensors = store.read(layer, slot, name)
-    if {n: tuple(t.shape) for n, t in tensors.items()} != sub_block.tensors():
-        raise UserError(
-            f"{store.path(layer, slot, name)} holds tensors of another shape than {slot} variant {name}: "
-            "delete it and run `puzzle build-library` again"
-        )
-    return loaded(sub_block, {n: t.to(device, dtype) for n, t in tensors.items()})
 
 
 class Scorer:
@@ -57,14 +45,14 @@ class Scorer:
     @torch.no_grad()
     def run(self, data_hash: str, joint: bool) -> None:
         """Fill scores/LNN.json for every layer; layers already scored on the same data and blocks are kept."""
-        streams = [self.model.embed(ids) for ids in self.batches]
-        finals = [self.model.hidden(ids) for ids in self.batches]
+        self.streams = [self.model.embed(ids) for ids in self.batches]
+        self.finals = [self.model.hidden(ids) for ids in self.batches]
         todo = {layer: self._wanted(layer, joint) for layer in self.library.layers}
         with progress("score", sum(len(w) for w in todo.values())) as bar:
             for layer, block in enumerate(self.model.blocks):
                 if layer in todo:
-                    self._score_layer(layer, todo[layer], streams, finals, data_hash, bar)
-                streams = [block(x, self.ropes) for x in streams]
+                    self._score_layer(layer, todo[layer], data_hash, bar)
+                self.streams = [block(x, self.ropes) for x in self.streams]
 
     def _wanted(self, layer: int, joint: bool) -> list[Replacement]:
         """Every variant alone and, for joint scores, one of every slot together."""
@@ -74,15 +62,7 @@ class Scorer:
         together = [dict(zip(names, choice, strict=True)) for choice in product(*names.values())]
         return [*alone, *together] if joint and len(names) > 1 else alone
 
-    def _score_layer(
-        self,
-        layer: int,
-        wanted: list[Replacement],
-        streams: list[Tensor],
-        finals: list[Tensor],
-        data_hash: str,
-        bar: Bar,
-    ) -> None:
+    def _score_layer(self, layer: int, wanted: list[Replacement], data_hash: str, bar: Bar) -> None:
         path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
         hashes = {
             slot: {name: self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT}
@@ -93,32 +73,25 @@ class Scorer:
         if path.is_file():
             old = read_json(path, "puzzle score")
             found = old["scores"] if old.get("key") == key else {}
-        parts: dict[tuple[str, str], Part] = {}
+
+        @cache
+        def part(slot: str, name: str) -> Part:
+            return load_variant(self.store, layer, slot, name, spaces[slot][name], self.device, self.dtype)
+
         for replacement in wanted:
             name = score_name(replacement)
             if name not in found:
                 bar.note(f"layer {layer} {name}")
-                found[name] = self._score(layer, replacement, parts, streams, finals)
+                parts: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
+                parts |= {slot: part(slot, variant) for slot, variant in replacement.items()}
+                found[name] = self._score(layer, name, parts)
             bar.advance()
         write_json(path, {"key": key, "scores": found})
 
-    def _score(
-        self,
-        layer: int,
-        replacement: Replacement,
-        loaded_parts: dict[tuple[str, str], Part],
-        streams: list[Tensor],
-        finals: list[Tensor],
-    ) -> dict[str, float]:
-        parts: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
-        for slot, name in replacement.items():
-            if (slot, name) not in loaded_parts:
-                sub_block = self.library.spaces[layer][slot][name]
-                of = (self.store, layer, slot, name, sub_block, self.device, self.dtype)
-                loaded_parts[slot, name] = load_variant(*of)
-            parts[slot] = loaded_parts[slot, name]
+    def _score(self, layer: int, name: str, parts: dict[str, Part]) -> dict[str, float]:
+        """Of the parent with `parts` in one layer, which errors call `name`."""
         meter = Divergence()
-        for ids, x, final in zip(self.batches, streams, finals, strict=True):
+        for ids, x, final in zip(self.batches, self.streams, self.finals, strict=True):
             for part in parts.values():
                 x = part.add(x, self.ropes)
             for later in self.model.blocks[layer + 1 :]:
@@ -127,7 +100,7 @@ class Scorer:
         result = meter.result()
         if not math.isfinite(result["kl"]):
             raise UserError(
-                f"layer {layer} {score_name(replacement)} makes the model's output NaN: its training diverged; delete "
+                f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
                 f"{self.store.layer(layer)} and run `puzzle build-library` again with a smaller --lr"
             )
         return result
@@ -154,9 +127,7 @@ def score_library(
     """Score every block of the library on held-out documents. Returns the directory of the scores."""
     options = options or ScoreOptions()
     library = Library.open(root)
-    source = library.parent_source(parent)
-    opened = open_model(source)
-    library.check_parent(opened.checkpoint.fingerprint(), source)
+    opened = open_parent(library, parent)
     tokens = load_tokens(
         data,
         opened.directory,

@@ -37,9 +37,8 @@ def load_snapshot(path: Path, trainers: list[VariantTrainer], key: str) -> int:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError):
         return 0
-    if not torch.equal(tensors.get("key", torch.empty(0, dtype=torch.uint8)), _digest(key)):
-        return 0
-    if any(f"{trainer.key}|loss_before" not in tensors for trainer in trainers):
+    whole = {"key", *(f"{trainer.key}|loss_before" for trainer in trainers)} <= tensors.keys()
+    if not whole or not torch.equal(tensors["key"], _digest(key)):
         return 0
     for trainer in trainers:
         trainer.load_state(tensors)

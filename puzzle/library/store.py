@@ -41,14 +41,11 @@ class BlockStore:
         A file that does not match its record is treated as missing: it will be trained again.
         """
         path = self.path(layer, slot, variant)
-        record = path.with_suffix(".json")
-        if not record.is_file() or not path.is_file():
-            return False
         try:
-            found = read_json(record, "puzzle build-library")
+            found = self.record(layer, slot, variant)
         except UserError:
             return False
-        return found.get("key") == key and found.get("sha256") == file_hash(path)
+        return path.is_file() and found.get("key") == key and found.get("sha256") == file_hash(path)
 
     def write(
         self, layer: int, slot: str, variant: str, tensors: dict[str, Tensor], spec: dict[str, Any], record: dict

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,10 @@ class Checkpoint:
         if not directory.is_dir():
             raise UserError(f"model directory {directory} does not exist: give a local directory or a hub id")
         self.config = self._read("config.json")
-        index = directory / "model.safetensors.index.json"
+        index, path = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.is_file():
             self._files = {name: directory / file for name, file in self._read(index.name)["weight_map"].items()}
-        elif (directory / "model.safetensors").is_file():
-            path = directory / "model.safetensors"
+        elif path.is_file():
             self._files = {name: path for name in read_header(path) if name != "__metadata__"}
         else:
             raise UserError(
@@ -72,32 +73,30 @@ class Checkpoint:
         The file is opened anew: one kept open stays mapped, each page that was read counts as resident until it is closed, and
         a pass over a 16 GB checkpoint would end with 16 GB resident.
         """
-        path = self._path(name)
-        try:
-            with safe_open(path, framework="pt") as handle:
-                value = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows[0] : rows[1]]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error
-        if value.is_floating_point():
-            bad = sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHUNK))
-            if bad:
-                raise UserError(f"weight {name} in {path} has {bad} NaN or infinite values: the checkpoint is damaged")
+        with self._opened(name) as handle:
+            value = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows[0] : rows[1]]
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHUNK))
+        if bad:
+            path = self._files[name]
+            raise UserError(f"weight {name} in {path} has {bad} NaN or infinite values: the checkpoint is damaged")
         return value
 
     def dtype(self, name: str) -> torch.dtype:
         """Of one tensor, without reading it. Raises UserError when it is missing."""
-        path = self._path(name)
-        try:
-            with safe_open(path, framework="pt") as handle:
-                part = handle.get_slice(name)
-                return part[:1].dtype if part.get_shape() else handle.get_tensor(name).dtype
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error
+        with self._opened(name) as handle:
+            part = handle.get_slice(name)
+            return part[:1].dtype if part.get_shape() else handle.get_tensor(name).dtype
 
-    def _path(self, name: str) -> Path:
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """The file that holds one tensor."""
         if name not in self._files:
             raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
-        return self._files[name]
+        try:
+            with safe_open(self._files[name], framework="pt") as handle:
+                yield handle
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._files[name]} cannot be read ({error}): download the checkpoint again") from error
 
     def fingerprint(self) -> str:
         """sha256 of the config and, for every tensor, its name, dtype, shape and first and last 4 KiB.

@@ -88,13 +88,12 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
     found: dict[str, SubBlock] = {}
     for slot, sub_block in base.items():
         words = sub_block.config_words()
-        changed = replace(sub_block, **{words[word]: value for word, value in entry.items() if word in words})
+        found[slot] = replace(sub_block, **{words[word]: value for word, value in entry.items() if word in words})
         if OWNERS[slot] in named["skip"]:
-            changed = NO_OP
+            found[slot] = NO_OP
         elif OWNERS[slot] in named["linear"]:
             assert isinstance(sub_block, Normed)
-            changed = Linear(**sub_block.norm_fields())
-        found[slot] = changed
+            found[slot] = Linear(**sub_block.norm_fields())
     return found
 
 

@@ -31,7 +31,6 @@ class Family:
     """structure: of a config. where: of one tensor (layer, slot, sub-block, name inside it). base: what the config's global values
     describe, where layers may differ from it; None: what most layers have."""
 
-    model_type: str
     structure: Callable[[Config], Structure]
     where: Callable[[int, str, SubBlock, str], Where]
     base: Callable[[Config], Layer] | None = None
@@ -49,7 +48,7 @@ def family(
     """Decorator: the family of checkpoints with this `model_type`."""
 
     def add(structure: Callable[[Config], Structure]) -> Callable[[Config], Structure]:
-        FAMILIES[model_type] = Family(model_type=model_type, structure=structure, where=where, base=base)
+        FAMILIES[model_type] = Family(structure=structure, where=where, base=base)
         return structure
 
     return add

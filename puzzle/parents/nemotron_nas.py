@@ -62,16 +62,16 @@ def _layer(block: dict[str, Any], heads: int, hidden: int) -> dict[str, Any]:
     """One entry of `block_configs` as one of `per_layer_config`."""
     attention, ffn = block["attention"], block["ffn"]
     entry: dict[str, Any] = {}
-    for part, owner in ((attention, "attention"), (ffn, "mlp")):
-        if part.get("no_op") or part.get("replace_with_linear"):
-            key = "skip" if part.get("no_op") else "linear"
-            entry[key] = [*entry.get(key, []), owner]
-    if not (attention.get("no_op") or attention.get("replace_with_linear")):
+    kinds = ["skip" if p.get("no_op") else "linear" if p.get("replace_with_linear") else None for p in (attention, ffn)]
+    for kind, owner in zip(kinds, ("attention", "mlp"), strict=True):
+        if kind is not None:
+            entry.setdefault(kind, []).append(owner)
+    if kinds[0] is None:
         for key in ("window_length", "num_sink_tokens", "sparsify"):
             if attention.get(key):
                 raise ValueError(f"{key} = {attention[key]} is not supported")
         entry["num_key_value_heads"] = heads // int(attention["n_heads_in_group"])
-    if not (ffn.get("no_op") or ffn.get("replace_with_linear")):
+    if kinds[1] is None:
         given = ffn.get("intermediate_size")
         width = int(2 * ffn["ffn_mult"] * hidden / 3) if given is None else int(given)
         entry["intermediate_size"] = -(-width // WIDTH_STEP) * WIDTH_STEP if given is None else width

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from puzzle.base.errors import UserError, nearest
-from puzzle.blocklib.sub_block import ParentBlock, SubBlock
+from puzzle.base.errors import UserError, first_line, nearest
+from puzzle.blocklib.sub_block import ParentBlock
 from puzzle.parents.checkpoint import Checkpoint
 from puzzle.parents.family import FAMILIES, NEEDED, Family, refuse
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD
@@ -52,11 +52,8 @@ class HfModel:
     def weights(self, layer: int, slot: str) -> dict[str, Tensor]:
         """{name inside the sub-block: tensor} of one sub-block."""
         sub_block = self.structure.layers[layer][slot]
-        return {name: self._tensor(layer, slot, sub_block, name) for name in sub_block.tensors()}
-
-    def _tensor(self, layer: int, slot: str, sub_block: SubBlock, name: str) -> Tensor:
-        where = self.family.where(layer, slot, sub_block, name)
-        return self.checkpoint.tensor(where.name, where.rows)
+        places = {name: self.family.where(layer, slot, sub_block, name) for name in sub_block.tensors()}
+        return {name: self.checkpoint.tensor(where.name, where.rows) for name, where in places.items()}
 
     def embedding(self) -> Tensor:
         """[vocab_size, H]"""
@@ -192,8 +189,7 @@ def _download(hub_id: str) -> Path:
             snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
         )
     except Exception as error:  # the hub client raises many kinds; all mean that there is no such model to read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"'{hub_id}' is neither a local directory nor a model that the hub gives ({reason}): "
+            f"'{hub_id}' is neither a local directory nor a model that the hub gives ({first_line(error)}): "
             "check the spelling, or download it and pass the directory"
         ) from error

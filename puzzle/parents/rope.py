@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _WORDS = {  # of rope_parameters, beside those that every kind has
     "default": set(),
     "linear": {"factor"},
@@ -29,6 +28,7 @@ _WORDS = {  # of rope_parameters, beside those that every kind has
                  "short_mscale", "long_mscale"},
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
 }  # fmt: skip
+KINDS = tuple(_WORDS)
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from puzzle.blocklib.sub_block import SubBlock, parse_key
@@ -22,12 +23,12 @@ class Structure:
     vocab_size: int
     max_length: int
     tied: bool
-    layers: tuple[Layer, ...]
-    ropes: Mapping[str, Rope]
     norm_eps: float
     norm_offset: bool = False
     embedding_scale: float = 1.0
     logits_divisor: float = 1.0
+    ropes: Mapping[str, Rope]
+    layers: tuple[Layer, ...]
 
     @property
     def num_layers(self) -> int:
@@ -71,15 +72,7 @@ class Structure:
         return replace(self.with_layers(layers), ropes={"default": rope.timed()})
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "hidden_size": self.hidden_size,
-            "vocab_size": self.vocab_size,
-            "max_length": self.max_length,
-            "tied": self.tied,
-            "norm_eps": self.norm_eps,
-            "norm_offset": self.norm_offset,
-            "embedding_scale": self.embedding_scale,
-            "logits_divisor": self.logits_divisor,
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {
             "ropes": {name: rope.to_json() for name, rope in self.ropes.items()},
             "layers": [{slot: sub_block.key() for slot, sub_block in layer.items()} for layer in self.layers],
         }
@@ -87,11 +80,8 @@ class Structure:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Structure:
         """Raises UserError for a sub-block that is not understood."""
-        known: dict[str, SubBlock] = {}
-
-        def read(key: str) -> SubBlock:
-            return known.setdefault(key, parse_key(key)) if key not in known else known[key]
-
-        plain = {name: item for name, item in value.items() if name not in ("layers", "ropes")}
+        read = cache(parse_key)  # equal sub-blocks are one
         layers = tuple({slot: read(key) for slot, key in layer.items()} for layer in value["layers"])
-        return cls(**plain, ropes={name: Rope(**rope) for name, rope in value["ropes"].items()}, layers=layers)
+        return cls(
+            **{**value, "ropes": {name: Rope(**rope) for name, rope in value["ropes"].items()}, "layers": layers}
+        )
