@@ -32,7 +32,7 @@ from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.variant import variant_of
 from puzzle.parents.known import known_structure
 from puzzle.parents.structure import Structure
-from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
+from puzzle.profile.cost_table import PACKAGED, CostTable, around, find_costs
 from puzzle.profile.parts import ends_of
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import random_model
@@ -74,7 +74,11 @@ def sub_block_of(parent: SubBlock, name: str) -> SubBlock:
 
 
 def predicted_seconds(costs: CostTable, structure: Structure, phase: str, batch: int, context: int) -> float:
-    """The sum of all parts."""
+    """The sum of all parts; between measured batches a decode step is linear in the batch."""
+    low, high = around(costs.batches, batch) if phase == "decode" else (batch, batch)
+    if low < high:
+        less, more = (predicted_seconds(costs, structure, phase, b, context) for b in (low, high))
+        return less + (more - less) * (batch - low) / (high - low)
     parts = [*(sub_block for _, _, sub_block in structure), *ends_of(structure)]
     return sum(costs.seconds(part, phase, batch, context) for part in parts)
 

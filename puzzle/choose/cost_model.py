@@ -5,7 +5,6 @@ The cost of a model is the sum of its measured parts times one factor, measured 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from puzzle.base.errors import UserError
@@ -14,7 +13,7 @@ from puzzle.blocklib.sub_block import SubBlock
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
 from puzzle.parents.structure import Layer
-from puzzle.profile.cost_table import CostTable
+from puzzle.profile.cost_table import CostTable, around
 from puzzle.profile.engine import EngineModel
 from puzzle.profile.parts import Part, ends_of, priced_as
 
@@ -72,14 +71,8 @@ class CostModel:
         return self._seconds[part, batch]
 
     def around(self, batch: int) -> tuple[int, int]:
-        """The measured batches next to this one: twice itself where it was measured. Raises UserError beyond them."""
-        if not self.batches[0] <= batch <= self.batches[-1]:
-            raise UserError(
-                f"a batch of {batch} lies outside the costs, which cover {self.batches[0]} to {self.batches[-1]} sequences: "
-                "profile it, or ask for less"
-            )
-        at = bisect_left(self.batches, batch)
-        return (batch, batch) if self.batches[at] == batch else (self.batches[at - 1], self.batches[at])
+        """The measured batches next to this one. Raises UserError beyond them."""
+        return around(self.batches, batch)
 
     @property
     def every_batch(self) -> range:

@@ -246,6 +246,18 @@ class CostTable:
         return list(layer.values())
 
 
+def around(batches: Sequence[int], batch: int) -> tuple[int, int]:
+    """The measured batches next to this one, between which times are linear: twice itself where it was measured. batches: rising.
+    Raises UserError beyond them."""
+    if not batches[0] <= batch <= batches[-1]:
+        raise UserError(
+            f"a batch of {batch} lies outside the costs, which cover {batches[0]} to {batches[-1]} sequences: "
+            "profile it, or ask for less"
+        )
+    at = bisect_left(batches, batch)
+    return (batch, batch) if batches[at] == batch else (batches[at - 1], batches[at])
+
+
 def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[Part] = ()) -> CostTable:
     """The table costs/<gpu>/<name>.csv under the first root that has one. roots: the library's costs/, then ours.
 
