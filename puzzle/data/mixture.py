@@ -23,7 +23,7 @@ from torch import Tensor
 from puzzle.base.console import progress
 from puzzle.base.errors import UserError
 from puzzle.data.documents import Source
-from puzzle.data.tokenizer import load_tokenizer
+from puzzle.data.tokenizer import load_tokenizer, vocabulary
 from puzzle.data.tokens import SourceTokens, num_tokens, pack, read_source
 
 IGNORE = -100  # the label of a token that does not count
@@ -205,7 +205,7 @@ def load_data(
     Raises UserError for an empty source, unreadable data, too little held-out text, or a source that would be repeated
     more often than it may.
     """
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer, limit = load_tokenizer(tokenizer_dir), vocabulary(tokenizer_dir)
     total = sum(stage.num_tokens for stage in stages)
     seq_len, weights = stages[0].seq_len, sum(source.weight for source in sources)
     read: list[SourceTokens] = []
@@ -216,7 +216,9 @@ def load_data(
             num_train = share * total / min(1.0, source.max_epochs or 1.0) + stages[-1].seq_len
             wanted = num_train, max(1, round(share * num_validation)) * seq_len
             steps = int(100 * share)
-            tokens = read_source(source, tokenizer, wanted, seed=seed, bar=bar, bar_steps=steps, taken=taken)
+            tokens = read_source(
+                source, tokenizer, wanted, seed=seed, bar=bar, bar_steps=steps, vocab_size=limit, taken=taken
+            )
             if not tokens.keys:
                 raise UserError(f"source '{source.name}' has no text: every document is empty or in an earlier source")
             taken.update(tokens.keys)

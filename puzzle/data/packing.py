@@ -15,7 +15,7 @@ from torch import Tensor
 from puzzle.base.console import progress
 from puzzle.base.errors import UserError
 from puzzle.data.documents import Source
-from puzzle.data.tokenizer import load_tokenizer, tokenizer_hash
+from puzzle.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary
 from puzzle.data.tokens import num_tokens, pack, read_source
 
 
@@ -60,7 +60,8 @@ def load_tokens(
     source = Source(name=f"--data {' '.join(sources)}", paths=tuple(sources), text_field=text_field)
     total, wanted = num_train + num_validation, (num_train * seq_len, num_validation * seq_len)
     with progress("tokenise", total) as bar:
-        tokens = read_source(source, tokenizer, wanted, seed=seed, bar=bar, bar_steps=total)
+        limit = vocabulary(tokenizer_dir)
+        tokens = read_source(source, tokenizer, wanted, seed=seed, bar=bar, bar_steps=total, vocab_size=limit)
     if tokens.num_seen == 0:
         raise UserError(f"no text in {source.name}: every document is empty")
     tokens.lend(min(wanted[1], seq_len))

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, first_line
+from puzzle.base.files import content_hash, file_hash, read_any
+
+
+TOKENIZER_FILES = (
+    "tokenizer*", "*token*.json", "tekken.json", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "normalizer.json",
+    "chat_template*", "additional_chat_templates/*", "tokenization_*.py",
+)  # fmt: skip
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """What a checkpoint's tokenizer and its chat templates consist of."""
+    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -26,8 +38,18 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def tokenizer_hash(directory: Path) -> str:
+    """Of tokenizer.json, or of all files of a tokenizer that has none."""
     path = directory / "tokenizer.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "slow"
+    if path.is_file():
+        return file_hash(path)
+    return content_hash([(found.name, file_hash(found)) for found in tokenizer_files(directory)])
+
+
+def vocabulary(directory: Path) -> int | None:
+    """The checkpoint's `vocab_size`; None where its config.json says none."""
+    path = directory / "config.json"
+    found = read_any(path, "puzzle export").get("vocab_size") if path.is_file() else None
+    return found if isinstance(found, int) else None
 
 
 def separator_id(tokenizer: Any) -> int:

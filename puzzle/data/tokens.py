@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from puzzle.base.console import Bar
+from puzzle.base.errors import UserError
 from puzzle.data.chats import Span, chats, within
 from puzzle.data.documents import Source, documents, is_held_out, text_key
 from puzzle.data.tokenizer import separator_id
@@ -62,12 +63,14 @@ def read_source(
     seed: int,
     bar: Bar,
     bar_steps: int,
+    vocab_size: int | None = None,
     taken: Collection[bytes] = (),
 ) -> SourceTokens:
     """Tokenise until there are `wanted` training and held-out tokens, or the source ends.
 
     Left out are blank documents, repeated ones, and those whose keys are in `taken`. bar advances by `bar_steps` in all.
-    Raises UserError for a tokenizer without a separator and as `documents` and `chats` do; an empty source is no error.
+    Raises UserError for a tokenizer without a separator, ids that are not below vocab_size, and as `documents` and `chats` do; an
+    empty source is no error.
     """
     separator, masked = separator_id(tokenizer), source.loss == "assistant"
     plain = ((text, list[Span]()) for text in documents(source, seed))
@@ -95,6 +98,11 @@ def read_source(
         )
         for index, (held_out, _, spans) in enumerate(batch):
             ids = np.array([separator, *encoded["input_ids"][index]], dtype=np.int32)
+            if vocab_size is not None and ids.max() >= vocab_size:
+                raise UserError(
+                    f"the tokenizer in {tokenizer.name_or_path} gives token id {ids.max()}, but config.json says vocab_size "
+                    f"{vocab_size}: the tokenizer does not belong to these weights"
+                )
             counted = np.append(False, within(encoded["offset_mapping"][index], spans)) if masked else None
             (tokens.held_out if held_out else tokens.train).append(Document(ids, counted))
             lengths[held_out] += len(ids)

@@ -16,14 +16,11 @@ from torch import Tensor
 
 from puzzle.base.errors import UserError, writing
 from puzzle.base.files import claim_output, file_hash, read_json, write_json
+from puzzle.data.tokenizer import tokenizer_files
+from puzzle.parents.checkpoint import LICENCE_FILES
 
 MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
 SHIPPED_CODE = ("configuration_decilm.py", "modeling_decilm.py", "modeling_puzzle.py")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "*.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 HEADER_BYTES = 64 * 1024  # kept free for a shard's header: about 500 tensors
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -80,8 +77,11 @@ def copy_companions(source: Path | None, target: Path) -> None:
     """Copy the files of tokenizer and licence that a checkpoint has beside its weights."""
     if source is None:
         return
-    for path in (path for pattern in (*TOKENIZER_FILES, *LICENCE_FILES) for path in source.glob(pattern)):
-        shutil.copyfile(path, target / path.name)
+    licences = (path for pattern in LICENCE_FILES for path in source.glob(pattern))
+    for path in (*tokenizer_files(source), *licences):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def outdated_code(directory: Path) -> str | None:
@@ -115,8 +115,9 @@ def publishing(out: Path, force: bool) -> Iterator[Path]:
         yield temporary
         with writing(out):
             files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-                for path in sorted(temporary.iterdir())
+                str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
             }
             write_json(temporary / "manifest.json", {"files": files})
             _publish(temporary, target, force)

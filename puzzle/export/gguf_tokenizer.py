@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError
+from puzzle.data.tokenizer import load_tokenizer, tokenizer_files
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,9 +34,10 @@ def tokenizer_metadata(directory: Path | None, vocab_size: int, special: dict[st
     that no token has are named [PAD<id>] and marked unused. Without a tokenizer the model is "none": llama.cpp then
     takes and gives ids only. Raises UserError for a tokenizer that llama.cpp would not reproduce.
     """
-    if directory is None or not (path := directory / "tokenizer.json").is_file():
+    if directory is None or not tokenizer_files(directory):
         return {"tokenizer.ggml.model": "none"}
-    tokenizer = _read(path)
+    path = directory / "tokenizer.json"
+    tokenizer = _read(path) if path.is_file() else _converted(directory)
     settings = _read(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
     pre = pre_tokenizer(tokenizer, path)
     ids = dict(tokenizer["model"]["vocab"])
@@ -119,6 +121,17 @@ def _special(token: Any, fallback: Any, ids: dict[str, int]) -> int | None:
     if name in ids:
         return ids[name]
     return fallback[0] if isinstance(fallback, list) else fallback
+
+
+def _converted(directory: Path) -> dict[str, Any]:
+    """tokenizer.json's content of a tokenizer that has none, such as vocab.json and merges.txt, by transformers."""
+    backend = getattr(load_tokenizer(directory), "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"the tokenizer in {directory} has no tokenizer.json, and transformers makes none of it: `format` gguf needs one; "
+            "use `format` nemotron-nas or hf for this child"
+        )
+    return json.loads(backend.to_str())
 
 
 def _read(path: Path) -> dict[str, Any]:

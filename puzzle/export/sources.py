@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,7 +35,7 @@ def child_of_checkpoint(source: str | Path | HfModel) -> Child:
     """The child (or parent) in a Hugging Face directory. Raises UserError as `open_model` does."""
     opened = source if isinstance(source, HfModel) else open_model(source)
     config, structure, checkpoint = opened.config, opened.structure, opened.checkpoint
-    generation = opened.directory / "generation_config.json"
+    generation = "generation_config.json"
     origins = _layer_origins(opened)
     return Child(
         name=Path(opened.source).absolute().name,
@@ -56,7 +55,7 @@ def child_of_checkpoint(source: str | Path | HfModel) -> Child:
         pad_token_id=config.get("pad_token_id"),
         dtype=checkpoint.dtype(FINAL_NORM),
         tokenizer=opened.directory,
-        generation_config=json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else None,
+        generation_config=checkpoint.read(generation) if (opened.directory / generation).is_file() else None,
         parent_name=config.get("parent_name") or Path(opened.source).absolute().name,
         licence=licence_of(opened.directory),
         kept={name: config[name] for name in KEPT if name in config},

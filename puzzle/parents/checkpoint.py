@@ -16,6 +16,7 @@ from torch import Tensor
 
 from puzzle.base.errors import UserError
 
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SAMPLE_BYTES = 4096
 CHUNK = 2**24  # elements looked at together: `isfinite` needs several copies of what it looks at
 
@@ -30,10 +31,10 @@ class Checkpoint:
         self.directory = directory
         if not directory.is_dir():
             raise UserError(f"model directory {directory} does not exist: give a local directory or a hub id")
-        self.config = self._read("config.json")
+        self.config = self.read("config.json")
         index, path = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.is_file():
-            self._files = {name: directory / file for name, file in self._read(index.name)["weight_map"].items()}
+            self._files = {name: directory / file for name, file in self.read(index.name).get("weight_map", {}).items()}
         elif path.is_file():
             self._files = {name: path for name in read_header(path) if name != "__metadata__"}
         else:
@@ -45,26 +46,34 @@ class Checkpoint:
         if missing:
             raise UserError(f"{directory} lacks {missing[0]}, which its index names: download the checkpoint again")
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> dict[str, Any]:
+        """One of its JSON files. Raises UserError when it is missing, or no object."""
         path = self.directory / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{self.directory} has no {name}: is it a Hugging Face checkpoint?") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"{path} is not valid JSON ({error}): download the checkpoint again") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path} holds {type(value).__name__}, not an object: download the checkpoint again")
+        return value
 
     @property
     def names(self) -> set[str]:
         return set(self._files)
 
+    def dtypes(self) -> dict[str, str]:
+        """Name and dtype of every tensor, as safetensors names it ("BF16"), from the headers alone."""
+        return {name: entry["dtype"] for name, entry in self._entries()}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor, from the headers alone."""
-        found: dict[str, tuple[int, ...]] = {}
+        return {name: tuple(entry["shape"]) for name, entry in self._entries()}
+
+    def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for path in sorted(set(self._files.values())):
-            header = read_header(path)
-            found |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        return {name: shape for name, shape in found.items() if name in self._files}
+            yield from ((name, entry) for name, entry in read_header(path).items() if name in self._files)
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """One tensor on the CPU, or its rows from begin to end. Raises UserError when it is missing, unreadable, or holds NaN or

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError, first_line, nearest
 from puzzle.blocklib.sub_block import ParentBlock
-from puzzle.parents.checkpoint import Checkpoint
+from puzzle.data.tokenizer import TOKENIZER_FILES
+from puzzle.parents.checkpoint import LICENCE_FILES, Checkpoint
 from puzzle.parents.family import FAMILIES, NEEDED, Family, refuse
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD
 from puzzle.parents.structure import Layer, Structure
@@ -23,6 +25,8 @@ NEUTRAL = {  # fields that change no output: of training, of generation, and wha
     "pad_token_id", "pretraining_tp", "max_window_layers", "use_sliding_window", "original_max_position_embeddings",
     "no_rope_layer_interval", "num_hidden_layers", "sliding_window_pattern",
 }  # fmt: skip
+READ = ("BF16", "F16", "F32", "F64")  # dtypes of weights, as safetensors names them
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 OWN_CONFIGS = ("puzzle", "nemotron-nas")  # whose config classes come with the checkpoint, which stays unread
 
 
@@ -57,7 +61,12 @@ class HfModel:
 
     def embedding(self) -> Tensor:
         """[vocab_size, H]"""
-        return self.checkpoint.tensor(EMBEDDING)
+        return self.checkpoint.tensor(self._embedding)
+
+    @property
+    def _embedding(self) -> str:
+        """A tied checkpoint may hold the one matrix under the head's name."""
+        return HEAD if self.structure.tied and EMBEDDING not in self.checkpoint.names else EMBEDDING
 
     def final_norm(self) -> Tensor:
         """[H]"""
@@ -65,12 +74,12 @@ class HfModel:
 
     def lm_head(self) -> Tensor:
         """[vocab_size, H]; the embedding when tied"""
-        return self.checkpoint.tensor(EMBEDDING if self.structure.tied else HEAD)
+        return self.checkpoint.tensor(self._embedding if self.structure.tied else HEAD)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the structure asks for, as the checkpoint holds them."""
         vocab, hidden = self.structure.vocab_size, self.structure.hidden_size
-        wanted: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, hidden), FINAL_NORM: (hidden,)}
+        wanted: dict[str, tuple[int, ...]] = {self._embedding: (vocab, hidden), FINAL_NORM: (hidden,)}
         if not self.structure.tied:
             wanted[HEAD] = (vocab, hidden)
         for layer, slot, sub_block in self.structure:
@@ -80,18 +89,27 @@ class HfModel:
                 wanted[where.name] = (rows, *shape[1:])
         return wanted
 
-    def check(self) -> None:
-        """Raise UserError when a weight is missing, of the wrong shape, NaN or infinite. Reads every weight once."""
-        found, wanted = self.checkpoint.shapes(), self.shapes()
-        for name, shape in wanted.items():
+    def check_shapes(self) -> None:
+        """Raise UserError when a weight is missing or of the wrong shape or dtype. Reads headers alone."""
+        found, dtypes = self.checkpoint.shapes(), self.checkpoint.dtypes()
+        for name, shape in self.shapes().items():
             if name not in found:
                 raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
+            if dtypes[name] not in READ:
+                raise UserError(
+                    f"weight {name} in {self.directory} is stored as {dtypes[name]}: quantised weights are not read; "
+                    f"dequantise the checkpoint to {' or '.join(READ)}"
+                )
             if found[name] != shape:
                 raise UserError(
                     f"weight {name} in {self.directory} has shape {list(found[name])}, config.json asks for "
                     f"{list(shape)}: the config does not belong to these weights"
                 )
-        for name in wanted:
+
+    def check(self) -> None:
+        """The same, and for NaN or infinity. Reads every weight once."""
+        self.check_shapes()
+        for name in self.shapes():
             self.checkpoint.tensor(name)
 
 
@@ -126,11 +144,31 @@ def open_model(source: str | Path) -> HfModel:
         structure = known.structure(config)
         base = structure.usual if known.base is None else known.base(config)
         _check_all_read(config, checkpoint.config, model_type)
+        _check_special(config, structure.vocab_size)
     except KeyError as error:
         raise UserError(f"{directory}/config.json lacks {error}: download the checkpoint again") from error
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
-    return HfModel(source=str(source), checkpoint=checkpoint, family=known, structure=structure, base=base)
+    if structure.tied and _own_head(checkpoint):
+        structure = replace(structure, tied=False)
+    found = HfModel(source=str(source), checkpoint=checkpoint, family=known, structure=structure, base=base)
+    found.check_shapes()
+    return found
+
+
+def _own_head(checkpoint: Checkpoint) -> bool:
+    """Whether the LM head differs from the embedding, whatever the config says: transformers then keeps both."""
+    if not {EMBEDDING, HEAD} <= checkpoint.names:
+        return False
+    return not torch.equal(checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD))
+
+
+def _check_special(config: dict[str, Any], vocab_size: int) -> None:
+    for name in SPECIAL:
+        value = config.get(name)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int) and one >= vocab_size:
+                raise UserError(f"{name} = {one} in config.json lies outside vocab_size {vocab_size}: correct it")
 
 
 class _Noted(dict[str, Any]):
@@ -151,11 +189,12 @@ class _Noted(dict[str, Any]):
 
 def _check_all_read(config: _Noted, raw: dict[str, Any], model_type: str) -> None:
     """Raise UserError for a field that transformers understands and our family does not, unless it has its default value."""
+    refuse(raw, quantization_config="quantised weights", compression_config="quantised weights")
     if model_type in OWN_CONFIGS:
         return
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-    refuse(raw, quantization_config="quantised weights", per_layer_config="layers that differ from the family's")
+    refuse(raw, per_layer_config="layers that differ from the family's")
     usual = CONFIG_MAPPING[model_type]().to_dict()
     for name in set(usual) & set(raw) - config.read - NEUTRAL - set(PreTrainedConfig().to_dict()):
         if config.get(name) != usual[name]:
@@ -186,7 +225,7 @@ def _download(hub_id: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+            snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES, *LICENCE_FILES])
         )
     except Exception as error:  # the hub client raises many kinds; all mean that there is no such model to read
         raise UserError(
