@@ -9,7 +9,6 @@ from typing import Any
 from puzzle.base.errors import UserError, first_line
 from puzzle.base.files import content_hash, file_hash, read_any
 
-
 TOKENIZER_FILES = (
     "tokenizer*", "*token*.json", "tekken.json", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "normalizer.json",
     "chat_template*", "additional_chat_templates/*", "tokenization_*.py",
