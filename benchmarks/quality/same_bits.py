@@ -6,7 +6,8 @@ Protocol: two checkouts (`git worktree` of the commit, and this tree) run the sa
 in one environment: a library of the reference parent from 46 files of the standard library (16,384 tokens, 8 held-out
 sequences) and one without windows, ten goals on the shipped H100 costs, and three of the children in each format. Compared are
 every tensor of every block, every number of every score, the variant of every layer and slot, and the bytes of every
-exported .safetensors and .gguf file. Prints a line per comparison and exits with 1 where anything differs.
+exported .safetensors and .gguf file. Goals with a limit of memory, latency or parameters beside are left out: since batches between
+those measured are candidates, they have better answers than at ca70475. Prints a line per comparison and exits with 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ LIBRARIES = {"trained": "--tokens 16384", "windowless": "--tokens 0 --attention 
 GOALS = {
     "2x": "--throughput 2x",
     "3x": "--throughput 3x",
-    "1.5x-memory": "--throughput 1.5x --memory 75%",
-    "latency": "--throughput 1.3x --latency 50%",
-    "params": "--throughput 1.2x --params 60%",
+    "1.5x": "--throughput 1.5x",
+    "1.25x": "--throughput 1.25x",
+    "pinned": "--throughput 1.5x --pin 0-1",
     "attention": "--throughput 2x --keep-attention 10",
     "also": "--throughput 1.5x --also 256/16@1:ttft=90%",
     "fusion": "--throughput 1.8x --fusion",
@@ -41,7 +42,7 @@ GOALS = {
     "stages": "--throughput 1.5x --stages 4 --stage-tolerance 20%",
 }
 FORMATS = {"hf": "", "nemotron-nas": "--format nemotron-nas", "gguf": "--format gguf"}
-EXPORTED = ("2x", "3x", "1.5x-memory")
+EXPORTED = ("2x", "3x", "1.5x")
 
 
 def puzzle(checkout: Path, *arguments: object) -> None:
