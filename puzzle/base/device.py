@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from puzzle.base.errors import UserError
 from puzzle.base.machine import available_memory
 
 
-def pick_device(name: str) -> torch.device:
-    """'auto', 'cpu' or 'cuda'. Raises UserError when a GPU is asked for and there is none."""
+def pick_device(name: str, option: str = "device") -> torch.device:
+    """'auto', 'cpu', 'cuda' or 'cuda:1'. Raises UserError, naming `option`, for another one and a GPU that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"`device` {name}: no CUDA GPU is visible here; use `device` cpu or run where there is one")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"`device` {name} is no device: use auto, cpu or cuda") from None
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    if name == "cpu":
+        return torch.device(name)
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise UserError(f"`{option}` {name}: use auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise UserError(f"`{option}` {name}: no CUDA GPU is visible here; use `{option}` cpu or run where there is one")
+    index, count = torch.device(name).index, torch.cuda.device_count()
+    if (index or 0) >= count:
+        raise UserError(f"`{option}` {name}: there are {count} here, the last is cuda:{count - 1}")
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -102,7 +102,7 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
 def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> Trainer:
     """Both models in memory, split over the ranks if there are several, and a trainer around them."""
     device = ranks.device
-    teacher_device = pick_device(options.teacher_device) if options.teacher_device else device
+    teacher_device = pick_device(options.teacher_device, "teacher_device") if options.teacher_device else device
     if teacher_device != device and ranks.world > 1:
         raise UserError(
             f"`teacher_device` {options.teacher_device} with {ranks.world} processes: there the teacher is split over the "
