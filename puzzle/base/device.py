@@ -7,7 +7,9 @@ import re
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.base.machine import available_memory
+from puzzle.base.machine import available_memory, resident_memory
+
+PLANNED = 0.9  # of the memory that is free
 
 
 def pick_device(name: str, option: str = "device") -> torch.device:
@@ -30,10 +32,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes of the device that a limit counts and no plan does: on a CPU what the process holds already, torch and the
+    interpreter first of all."""
+    return 0 if device.type == "cuda" else resident_memory()
+
+
 def device_memory(device: torch.device, limit: int | None) -> int:
-    """Bytes that a plan may fill: 90 % of what is free now, or of `limit` where that is less."""
+    """Bytes that a plan may fill besides `held_memory`: 0.9 of what is free now, or of what is left of `limit`."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return int(0.9 * min(free, limit or free))
+    return int(PLANNED * min(free, free if limit is None else limit - held_memory(device)))
 
 
 def this_gpu(gpu: str) -> str:

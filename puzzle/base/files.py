@@ -93,6 +93,6 @@ def check_writable(directory: Path) -> None:
         while not existing.exists():
             existing = existing.parent
         if not existing.is_dir():
-            raise UserError(f"`out` {directory}: {existing} is a file: give a directory")
+            raise UserError(f"`out` {existing} is a file: give a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "permission denied")

@@ -27,7 +27,8 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         if not directory.is_dir():
-            raise UserError(f"model directory {directory} does not exist: give a local directory or a hub id")
+            wrong = "is a file" if directory.is_file() else "does not exist"
+            raise UserError(f"model directory {directory} {wrong}: give a local directory or a hub id")
         self.config = self._read("config.json")
         index = directory / "model.safetensors.index.json"
         if index.is_file():
