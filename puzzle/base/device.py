@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.base.machine import available_memory
+from puzzle.base.machine import available_memory, resident_memory
+
+PLANNED = 0.9  # of the memory that is free
 
 
-def pick_device(name: str) -> torch.device:
-    """'auto', 'cpu' or 'cuda'. Raises UserError when a GPU is asked for and there is none."""
+def pick_device(name: str, option: str = "device") -> torch.device:
+    """'auto', 'cpu', 'cuda' or 'cuda:1'. Raises UserError, naming `option`, for another one and a GPU that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"`device` {name}: no CUDA GPU is visible here; use `device` cpu or run where there is one")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"`device` {name} is no device: use auto, cpu or cuda") from None
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    if name == "cpu":
+        return torch.device(name)
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise UserError(f"`{option}` {name}: use auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise UserError(f"`{option}` {name}: no CUDA GPU is visible here; use `{option}` cpu or run where there is one")
+    index, count = torch.device(name).index, torch.cuda.device_count()
+    if (index or 0) >= count:
+        raise UserError(f"`{option}` {name}: there are {count} here, the last is cuda:{count - 1}")
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes of the device that a limit counts and no plan does: on a CPU what the process holds already, torch and the
+    interpreter first of all."""
+    return 0 if device.type == "cuda" else resident_memory()
+
+
 def device_memory(device: torch.device, limit: int | None) -> int:
-    """Bytes that a plan may fill: 90 % of what is free now, or of `limit` where that is less."""
+    """Bytes that a plan may fill besides `held_memory`: 0.9 of what is free now, or of what is left of `limit`."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return int(0.9 * min(free, limit or free))
+    return int(PLANNED * min(free, free if limit is None else limit - held_memory(device)))
 
 
 def this_gpu(gpu: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -27,19 +29,32 @@ def nearest(value: str, known: list[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
+_HINTS = {
+    errno.ENOSPC: "disk full while writing {path}: free some space and run the same command again; what was complete is kept and will be reused",
+    errno.EFBIG: "{path} is larger than a file may be here ({reason}): raise `ulimit -f`, or choose another file system",
+    errno.ENAMETOOLONG: "cannot write {path} ({reason}): choose a shorter name",
+}
+_HINTS[errno.EDQUOT] = _HINTS[errno.ENOSPC]
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or an unwritable place into a UserError that names `path`."""
+    """Turn a full disk, an unwritable place and whatever else the system says of a file into a UserError that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"disk full while writing {path}: free some space and run the same command again; "
-                "what was complete is kept and will be reused"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
-                f"cannot write {path} ({error.strerror}): choose another place or change its permissions"
-            ) from error
-        raise
+    except Exception as error:
+        number = _system_error(error)
+        if number is None:
+            raise
+        hint = _HINTS.get(number, "cannot write {path} ({reason}): choose another place or change its permissions")
+        raise UserError(hint.format(path=path, reason=os.strerror(number))) from error
+
+
+def _system_error(error: Exception) -> int | None:
+    """Its errno; libraries written in Rust or C++ have it in their text alone, or no more than the reason."""
+    if isinstance(error, UserError | OSError):
+        return getattr(error, "errno", None)
+    told = str(error)
+    if found := re.search(r"\(os error (\d+)\)", told):
+        return int(found[1])
+    return next((number for number in _HINTS if os.strerror(number) in told), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -80,17 +81,18 @@ def file_hash(path: Path) -> str:
 
 def claim_output(out: Path, force: bool) -> None:
     """Check that `out` is new or empty (or --force was given) and that it can be written. Raises UserError."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"`out` {out} is a file: give a directory")
+    check_writable(out)
     if out.is_dir() and any(out.iterdir()) and not force:
         raise UserError(f"`out` {out} is not empty: choose another directory, or pass `force` to replace it")
-    check_writable(out)
 
 
 def check_writable(directory: Path) -> None:
     """Raise UserError unless files can be made in `directory` (which may yet have to be created)."""
-    existing = directory.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {directory} (permission denied): choose another place or change its permissions")
+    with writing(directory):
+        existing = directory.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(f"`out` {existing} is a file: give a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "permission denied")

@@ -43,26 +43,49 @@ def gpu_facts(name: str) -> Gpu:
     return GPUS[name]
 
 
-def available_memory() -> int:
-    """Bytes of host memory that a new process can take without swapping."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory that a new process can take: without swapping, and within the limits of its container (cgroup
+    v1 or v2) and of those around it. root: where /proc and /sys are."""
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free = [int(line.split()[1]) * 1024]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        limit, used, freed = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else ("memory.max", "memory.current", "inactive_file")
+        )
+        top = root / "sys/fs/cgroup" / controllers
+        for group in (
+            top / path.lstrip("/"),
+            *(top / path.lstrip("/")).parents,
+        ):  # what a container cannot see, it has not
+            bounds = [*_lines(group / limit), *_lines(group / used)]
+            if len(bounds) == 2 and all(value.isdecimal() for value in bounds):  # "max": no limit
+                cached = [int(x.split()[1]) for x in _lines(group / "memory.stat") if x.split()[0] == freed]
+                free.append(max(0, int(bounds[0]) - int(bounds[1]) + sum(cached)))
+    return min(free)
+
+
+def resident_memory() -> int:
+    """Bytes of host memory that this process holds; 0 where the system does not say."""
+    return next((int(line.split()[1]) * os.sysconf("SC_PAGE_SIZE") for line in _lines(Path("/proc/self/statm"))), 0)
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        return path.read_text().splitlines()
     except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return []
 
 
 def cpu_name() -> str:
     """The processor's model name with the cores that this process may use, such as "AMD EPYC, 2 cores"."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
+    names = [line.split(":", 1)[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    model = (names or [platform.processor() or platform.machine()])[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{model}, {cores} cores"

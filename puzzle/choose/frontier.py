@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def _resume(out: Path, key: str) -> list[dict]:
     path, mark = out / "frontier.csv", out / "frontier.json"
     if not path.is_file() or not mark.is_file() or read_json(mark, "puzzle solve --pareto").get("key") != key:
         return []
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a killed run may have left half a line
     with open(path, newline="") as handle:
         return [
             {
@@ -107,7 +109,6 @@ def _resume(out: Path, key: str) -> list[dict]:
                 "layers": json.loads(row["layers"]),
             }
             for row in csv.DictReader(handle)
-            if (row["layers"] or "").endswith("]")  # a killed run may have left half a line
         ]
 
 

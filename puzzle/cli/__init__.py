@@ -33,8 +33,13 @@ class _Cli(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"error: {self.in_flags(str(error), ctx.invoked_subcommand)}", err=True)
-            sys.exit(2)
+            told = self.in_flags(str(error), ctx.invoked_subcommand)
+        except OSError as error:  # what the system says of a path that no stage has looked at before
+            if error.filename is None:
+                raise
+            told = f"{error.filename}: {error.strerror}; give another path, or change what is there"
+        click.echo(f"error: {told}", err=True)
+        sys.exit(2)
 
     def in_flags(self, message: str, verb: str | None) -> str:
         """The message with fields, which stages write as `seq_len`, as this verb's flags; those that it has no flag for stay."""

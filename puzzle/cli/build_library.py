@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from puzzle.base.lock import holding
 from puzzle.base.units import parse_bytes, parse_count
 from puzzle.cli import options
 
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 @click.option("--calibration-sequences", type=int, default=64, help="For initialisation.")
 @click.option("--validation-sequences", type=int, default=16, help="Held out, for the losses reported.")
 @click.option("--group-size", type=int, help="Layers trained together (default: as many as fit).")
-@click.option("--memory-limit", metavar="BYTES", help="Use at most this much device memory, e.g. 80GB.")
+@click.option(
+    "--memory-limit", metavar="BYTES", help="Most GPU memory, or on a CPU most of the process's memory, e.g. 80GB."
+)
 @click.option("--score/--no-score", default=True, help="Score the blocks after training.")
 @click.option(
     "--score-sequences", type=int, callback=options.positive, default=64, help="Held-out sequences for the scores."
@@ -74,10 +77,11 @@ def build_library_command(
         facts = planned(source, wanted)
         options.print_json(facts) if as_json else print_plan(facts)
         return
-    build_library(source, wanted)
-    if score:
-        same = {name: chosen[name] for name in ("seq_len", "text_field", "device")}
-        score_library(out, list(data), ScoreOptions(sequences=score_sequences, joint=joint, **same), parent=source)
+    with holding(out):
+        build_library(source, wanted)
+        if score:
+            same = {name: chosen[name] for name in ("seq_len", "text_field", "device")} | {"memory_limit": limit}
+            score_library(out, list(data), ScoreOptions(sequences=score_sequences, joint=joint, **same), parent=source)
     summary = library_summary(out)
     options.print_json(summary) if as_json else print_library(summary)
 

@@ -18,9 +18,9 @@ data = click.option(
     "-d",
     multiple=True,
     metavar="PATH",
-    help="Directory, glob or file of text, .jsonl or .parquet, or a datasets name. Repeatable.",
+    help="Directory, glob or file of text or rows (.jsonl, .ndjson, .json, .parquet), or a datasets name. Repeatable.",
 )
-text_field = click.option("--text-field", default="text", help="Field of .jsonl and .parquet rows.")
+text_field = click.option("--text-field", default="text", help="Field of rows that holds the text.")
 device = click.option("--device", default="auto", help="auto, cpu or cuda.")
 parent = click.option("--parent", help="Where the library's parent is now, if it has moved.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")

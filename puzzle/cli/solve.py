@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from puzzle.base.errors import UserError
+from puzzle.base.errors import UserError, writing
 from puzzle.base.files import check_writable
 from puzzle.base.machine import GPUS
 from puzzle.base.workload import Workload
@@ -147,7 +147,8 @@ def solve_command(
         from puzzle.choose.frontier import library_frontier
 
         selection = select(opened, costs, request, free=pareto == "throughput")
-        rows = library_frontier(selection, pareto, points, target)
+        with writing(target):
+            rows = library_frontier(selection, pareto, points, target)
         options.print_json({"schema": 1, "axis": pareto, "points": rows}) if as_json else print_frontier(rows, pareto)
         click.echo(f"wrote {target / 'frontier.csv'}", err=True)
         return

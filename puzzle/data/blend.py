@@ -89,9 +89,13 @@ def _source(blend: Path, number: int, entry: Any) -> Source:
 
 
 def _number(where: str, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # YAML reads 1e-1 as text
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < math.inf:
         raise UserError(f"{where}: {key} {value}; it must be a number above 0")
-    return float(value)
+    return number
 
 
 def _resolve(where: str, root: Path, text: str) -> str:

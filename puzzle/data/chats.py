@@ -9,30 +9,46 @@ import numpy as np
 
 from puzzle.base.errors import UserError, first_line
 from puzzle.data.documents import Source
-from puzzle.data.files import in_seeded_order, is_table, list_files, read_field
+from puzzle.data.files import in_seeded_order, is_table, list_files, read_field, whole_text
 
 Span = tuple[int, int]  # [start, end) in characters
 
 
 def chats(source: Source, tokenizer: Any, seed: int) -> Iterator[tuple[str, list[Span]]]:
-    """Text and the assistant's spans of every row of the source's .jsonl and .parquet files, files in a seeded order.
+    """Text and the assistant's spans of every row of the source's tables, files in a seeded order.
 
     Raises UserError when there are no such files, for a row that is no chat, and as `render_chat` does.
     """
     files = [path for place in source.paths for _, path in list_files(place) or [] if is_table(path)]
     if not files:
-        raise UserError(f"source '{source.name}' has no .jsonl or .parquet file: chats are read from these alone")
+        raise UserError(
+            f"source '{source.name}' has no .jsonl, .ndjson, .json or .parquet file: chats are read from these alone"
+        )
     for path in in_seeded_order([(path.name, path) for path in files], seed):
         for where, messages, names in read_field(path, str(source.messages)):
             if not isinstance(messages, list) or not all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str | list)
                 for m in messages
             ):
                 raise UserError(
                     f"{where} has no list of {{role, content}} in field '{source.messages}' "
                     f"(it has: {', '.join(names)}): set `messages`"
                 )
-            yield render_chat(tokenizer, messages, where)
+            joined = [m | {"content": _joined(m["content"], f"{where} turn {n}")} for n, m in enumerate(messages, 1)]
+            yield render_chat(tokenizer, joined, where)
+
+
+def _joined(content: str | list[Any], where: str) -> str:
+    """The text of a turn, which may come in parts {type: text, text}. Raises UserError for a part of another kind."""
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(
+                f"{where} has a part of type '{kind}': only {{type: text, text: …}} is read; remove the row"
+            )
+    return "".join(part["text"] for part in content)
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span]]:
@@ -52,7 +68,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> t
 
     if not tokenizer.chat_template:
         raise UserError(f"{where}: the tokenizer has no chat template; add chat_template.jinja beside tokenizer.json")
-    text = render(len(messages), False)
+    text = whole_text(where, render(len(messages), False))
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":

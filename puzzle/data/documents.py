@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from puzzle.base.console import console
 from puzzle.base.errors import UserError, first_line
-from puzzle.data.files import in_seeded_order, list_files, read_texts
+from puzzle.data.files import NotText, in_seeded_order, list_files, read_texts, text_of
 
 HELD_OUT_PER_10000 = 200  # 2 % of documents; examples/train_parent.py holds out the same ones
 
@@ -43,7 +44,8 @@ def is_held_out(key: bytes) -> bool:
 def documents(source: Source, seed: int) -> Iterator[str]:
     """The texts of plain sources; files in an order that depends on `seed` and their relative paths alone.
 
-    Raises UserError for paths that do not exist, and for files or datasets without such texts.
+    A file of text that cannot be read is left out of a directory or glob, and said; by its own name it is an error. Raises
+    UserError for paths that do not exist, and for files or datasets without such texts.
     """
     if not source.paths:
         raise UserError("no data: pass `data` with a directory, a glob, a .jsonl or .parquet file, or a datasets name")
@@ -53,8 +55,14 @@ def documents(source: Source, seed: int) -> Iterator[str]:
         if listed is None:
             yield from _hub_documents(place, source.text_field)
         files += listed or []
+    named = [Path(place) for place in source.paths]
     for path in in_seeded_order(files, seed):
-        yield from read_texts(path, source.text_field)
+        try:
+            yield from read_texts(path, source.text_field)
+        except NotText as error:
+            if path in named:
+                raise
+            console.print(f"left out: {error}", markup=False, soft_wrap=True)
 
 
 def _hub_documents(name: str, text_field: str) -> Iterator[str]:
@@ -66,11 +74,9 @@ def _hub_documents(name: str, text_field: str) -> Iterator[str]:
         ) from None
     try:
         for row in datasets.load_dataset(name, split="train", streaming=True):
-            if not isinstance(row.get(text_field), str):
-                raise UserError(
-                    f"dataset {name} has no text field '{text_field}' (it has: {', '.join(row)}): pass `text_field`"
-                )
-            yield row[text_field]
+            text = text_of(f"dataset {name}", row.get(text_field), list(row), text_field)
+            if text is not None:
+                yield text
     except UserError:
         raise
     except Exception as error:  # the hub client raises many kinds

@@ -5,32 +5,51 @@ A file's suffix says how it is read, here and nowhere else.
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
+import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.errors import UserError
+from puzzle.base.errors import UserError, first_line
 
 TEXT_SUFFIXES = frozenset((
     ".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cpp", ".hpp", ".cc", ".cu", ".rs", ".go", ".java", ".js", ".ts",
     ".html", ".css", ".sh", ".toml", ".yaml", ".yml", ".tex", ".sql", ".rb", ".jl",
 ))  # fmt: skip
-TABLE_SUFFIXES = frozenset((".jsonl", ".parquet"))
+TABLE_SUFFIXES = frozenset((".jsonl", ".ndjson", ".parquet"))
+ONLY_BY_NAME = frozenset((".json",))  # a table too, but folders are full of configurations
+OTHER_TABLES = frozenset((".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx"))
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+
+
+class NotText(UserError):
+    """A file of text that cannot be read as such."""
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read, in small letters, without that of a compression: A.JSONL.gz -> .jsonl"""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED_SUFFIXES), "")
 
 
 def list_files(place: str) -> list[tuple[str, Path]] | None:
     """(relative path, path) of every file of `place`, by path; None when it can only be a `datasets` name.
 
-    Raises UserError for a place that does not exist or has no text.
+    Raises UserError for a place that does not exist or has no text, and for a table of a kind that is not read.
     """
     path, suffixes = Path(place), TEXT_SUFFIXES | TABLE_SUFFIXES
     if path.is_dir():
-        files = [p for p in sorted(path.rglob("*")) if p.suffix in suffixes and p.is_file()]
+        files = [p for p in sorted(path.rglob("*")) if kind_of(p) in suffixes and p.is_file()]
         if not files:
             raise UserError(
                 f"`data` {place} has no text files (looked for {', '.join(sorted(suffixes))}): "
@@ -38,16 +57,26 @@ def list_files(place: str) -> list[tuple[str, Path]] | None:
             )
         return [(str(p.relative_to(path)), p) for p in files]
     if path.is_file():
-        return [(path.name, path)]
+        return _readable([(path.name, path)])
     if any(c in place for c in "*?["):
         files = [p for p in map(Path, sorted(glob.glob(place, recursive=True))) if p.is_file()]
         if not files:
             raise UserError(f"`data` {place} matches no file: check the pattern (quote it, and use ** for subfolders)")
         root = Path(place[: min(place.index(c) for c in "*?[" if c in place)]).parent
-        return [(os.path.relpath(p, root), p) for p in files]
-    if place.startswith((".", "/", "~")) or place.count("/") > 1 or path.suffix in suffixes:
+        return _readable([(os.path.relpath(p, root), p) for p in files])
+    known = kind_of(path) in suffixes | ONLY_BY_NAME | OTHER_TABLES
+    if place.startswith((".", "/", "~")) or place.count("/") > 1 or known:
         raise UserError(f"`data` {place} does not exist: give a directory, a glob, a file, or a datasets name")
     return None
+
+
+def _readable(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    for _, path in files:
+        if kind_of(path) in OTHER_TABLES:
+            raise UserError(
+                f"`data` {path} is a {kind_of(path)} table, which is not read: convert it to .jsonl or .parquet"
+            )
+    return files
 
 
 def in_seeded_order(files: list[tuple[str, Path]], seed: int) -> list[Path]:
@@ -56,48 +85,130 @@ def in_seeded_order(files: list[tuple[str, Path]], seed: int) -> list[Path]:
 
 
 def is_table(path: Path) -> bool:
-    return path.suffix in TABLE_SUFFIXES
+    return kind_of(path) in TABLE_SUFFIXES | ONLY_BY_NAME
 
 
 def read_texts(path: Path, text_field: str) -> Iterator[str]:
-    """The file's text, or `text_field` of each row of a table. A file that is no UTF-8 text has none.
+    """The file's text, or `text_field` of each row of a table; a null is no text.
 
-    Raises UserError for a table that cannot be read or whose rows have no such text.
+    Raises NotText for a file of text that is not UTF-8 or cannot be opened, UserError for a table that cannot be read or
+    whose rows have no such text.
     """
     if not is_table(path):
-        with suppress(UnicodeDecodeError, OSError):  # not text, or not ours to read
-            yield path.read_text(encoding="utf-8")
+        try:
+            with _opened(path) as handle:
+                whole = io.TextIOWrapper(handle, encoding="utf-8-sig").read()
+        except UserError as error:
+            raise NotText(str(error)) from error
+        yield whole
         return
     for where, value, names in read_field(path, text_field):
-        if value is None and path.suffix == ".parquet" and text_field in names:
-            continue  # a null
-        if not isinstance(value, str):
-            raise UserError(f"{where} has no text field '{text_field}' (it has: {', '.join(names)}): pass `text_field`")
-        yield value
+        if (text := text_of(where, value, names, text_field)) is not None:
+            yield text
+
+
+def text_of(where: str, value: Any, names: list[str], field: str) -> str | None:
+    """A row's text; None for a null. Raises UserError for a row without the field, and for what is no text in it."""
+    if value is None and field in names:
+        return None
+    if not isinstance(value, str):
+        found = f"{type(value).__name__} in" if field in names else "no text"
+        raise UserError(f"{where} has {found} field '{field}' (it has: {', '.join(names)}): pass `text_field`")
+    return whole_text(where, value)
+
+
+def whole_text(where: str, text: str) -> str:
+    """The text itself. Raises UserError for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UserError(f"{where} has half a surrogate pair, {half}, in its text: mend or remove the row") from error
+    return text
 
 
 def read_field(path: Path, field: str) -> Iterator[tuple[str, Any, list[str]]]:
-    """(where it stands, value of `field` or None, names of all fields) of each row of a .jsonl or .parquet file.
+    """(where it stands, value of `field` or None, names of all fields) of each row of a table.
 
     Raises UserError for a file that is no such table, and without pyarrow for .parquet.
     """
-    return (_read_jsonl if path.suffix == ".jsonl" else _read_parquet)(path, field)
+    if kind_of(path) == ".parquet":
+        yield from _read_parquet(path, field)
+        return
+    for where, row in (_read_json if kind_of(path) == ".json" else _read_jsonl)(path):
+        value, names = (row.get(field), list(row)) if isinstance(row, dict) else (None, [type(row).__name__])
+        yield where, value, names
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any, list[str]]]:
-    with open(path, encoding="utf-8") as handle:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The bytes of the file, unpacked. Raises UserError, also in the block, for what cannot be read, unpacked or decoded."""
+    packing = path.suffix.lower()
+    modules: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
+    if packing == ".zst":
+        modules[packing] = _zstd(path)
+        errors += (modules[packing].ZstdError,)
+    try:
+        with modules.get(packing, io).open(path, "rb") as handle:
+            yield handle
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x}): convert it (`iconv -f latin1 -t utf-8`), or "
+            "leave it out"
+        ) from error
+    except errors as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): mend it or leave it out") from error
+
+
+def _zstd(path: Path) -> Any:
+    """Python 3.14's own module, or the package zstandard."""
+    for name in ("compression.zstd", "zstandard"):
+        with suppress(ImportError):
+            return import_module(name)
+    raise UserError(f"{path} needs zstandard: pip install zstandard, or unpack it (`zstd -d`)")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as handle:
         for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
+            where = f"{path} line {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error.msg}): mend or remove it") from error
-            value, names = (row.get(field), list(row)) if isinstance(row, dict) else (None, [type(row).__name__])
-            yield f"{path} line {number}", value, names
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
+                raise UserError(
+                    f"{where} is not UTF-8 ({byte}): convert the file (`iconv -f latin1 -t utf-8`)"
+                ) from error
+            if text.strip():
+                yield where, _parsed(where, text)
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a list, or the one that stands alone; or those of JSON lines."""
+    with _opened(path) as handle:
+        text = io.TextIOWrapper(handle, encoding="utf-8-sig").read()
+    try:
+        value = _parsed(str(path), text)
+    except UserError:
+        if len(text.splitlines()) < 2 or not text.lstrip().startswith("{"):
+            raise
+        yield from _read_jsonl(path)
+        return
+    rows = value if isinstance(value, list) else [value]
+    yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _parsed(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({getattr(error, 'msg', error)}): mend or remove it") from error
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any, list[str]]]:
+    if path.suffix.lower() != ".parquet":
+        raise UserError(f"{path}: a .parquet file is compressed within; unpack it")
     try:
         import pyarrow.parquet as parquet
 
@@ -105,7 +216,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any, list[str]]
     except ImportError:
         raise UserError(f"{path} needs pyarrow: pip install pyarrow, or convert it to .jsonl") from None
     except Exception as error:  # pyarrow's own error types
-        raise UserError(f"{path} is not a readable parquet file ({error})") from error
+        raise UserError(f"{path} is not a readable parquet file ({first_line(error)})") from error
     names = table.schema_arrow.names
     if field not in names:
         yield str(path), None, names

@@ -230,8 +230,6 @@ def load_data(
 
 
 def _stream(source: Source, tokens: SourceTokens, seed: int) -> Stream:
-    if not tokens.train:
-        raise UserError(f"source '{source.name}' has held-out documents only: give it more documents")
     ids = [document.ids for document in tokens.train]
     counted = [document.counted for document in tokens.train if document.counted is not None] or None
     if counted and not any(mask.any() for mask in counted):
@@ -241,9 +239,13 @@ def _stream(source: Source, tokens: SourceTokens, seed: int) -> Stream:
 
 
 def _validation(sources: list[Source], read: list[SourceTokens], seq_len: int, num_rows: int) -> Tensor:
-    """Held-out rows of all sources [2, S, T]. With too few documents, the last ones of the largest source are held out."""
+    """Held-out rows of all sources [2, S, T]. With too few documents, the last ones of the largest source are held out; a
+    source that is all held out trains on the last of them."""
+    for tokens in read:
+        if not tokens.train:
+            tokens.lend(seq_len)
     if all(num_tokens(tokens.held_out) < seq_len for tokens in read):
-        max(read, key=lambda tokens: len(tokens.train)).lend(seq_len)
+        max(read, key=lambda tokens: (len(tokens.train), num_tokens(tokens.train))).lend(seq_len)
     weights = sum(source.weight for source in sources)
     parts = []
     for source, tokens in zip(sources, read, strict=True):

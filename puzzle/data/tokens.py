@@ -39,9 +39,19 @@ class SourceTokens:
     num_seen: int = 0
 
     def lend(self, count: int) -> None:
-        """Hold out the last training documents, whole, until `count` tokens are held out or one document is left."""
+        """Hold out the last training documents, whole, until `count` tokens are held out or one document is left; of that
+        one its tail, as many tokens as are missing or a fiftieth of it, whichever is more. Where all are held out, the last
+        one trains."""
+        if not self.train and self.held_out:
+            self.train.append(self.held_out.pop())
         while num_tokens(self.held_out) < count and len(self.train) > 1:
             self.held_out.append(self.train.pop())
+        missing = count - num_tokens(self.held_out)
+        if missing > 0 and self.train and len(self.train[0].ids) > missing:
+            ids, counted = self.train.pop()
+            at = len(ids) - max(missing, len(ids) // 50)
+            for part, found in ((self.train, slice(at)), (self.held_out, slice(at, None))):
+                part.append(Document(ids[found], None if counted is None else counted[found]))
 
 
 def num_tokens(documents: list[Document]) -> int:

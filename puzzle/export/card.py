@@ -169,7 +169,7 @@ _TRANSFORMERS = """transformers ≥ 5.14:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=False)
 ```"""
 
 # PATH stands for this directory or its name on the hub. Each command was taken from the engine's own help.

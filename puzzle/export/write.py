@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from puzzle.base.console import console
-from puzzle.base.errors import UserError, first_line, nearest
+from puzzle.base.errors import UserError, first_line, nearest, writing
 from puzzle.base.files import SCHEMA, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
@@ -166,8 +166,9 @@ def _write_gguf(child: Child, out: Path, dtype: str, card: str, force: bool) -> 
         return
     with publishing(out, force) as temporary:
         export_gguf(child, temporary / _gguf_name(out, dtype), dtype=_GGUF_DTYPES[dtype], force=True)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        copy_companions(child.tokenizer, temporary)
+        with writing(out):
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            copy_companions(child.tokenizer, temporary)
 
 
 def open_hub(repository: str) -> Any:

@@ -76,9 +76,9 @@ class WorkDir:
             shutil.rmtree(temporary)
         self.ranks.wait()
         try:
-            with writing(self.path), _quiet(), _plain_errors():
+            with writing(self.path), _quiet(), _plain_errors(self.path):
                 dcp.save({**trainer.state(), **self._random()}, checkpoint_id=temporary, no_dist=self.ranks.world == 1)
-        except UserError:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         self.ranks.wait()
@@ -124,13 +124,18 @@ class WorkDir:
 
 
 @contextlib.contextmanager
-def _plain_errors():
+def _plain_errors(path: Path):
     """The error of the file system in place of the checkpoint library's collection of what every rank met."""
     try:
         yield
     except CheckpointException as error:
-        met = [cause for cause, _ in error.failures.values()]
-        raise next((cause for cause in met if isinstance(cause, OSError)), error) from error
+        met: list[BaseException | None] = [cause for cause, _ in error.failures.values()]
+        for cause in met:
+            while cause is not None:  # torch's own error hides the one that it came from
+                if isinstance(cause, OSError):
+                    raise cause from error
+                cause = cause.__cause__ or cause.__context__
+        raise UserError(f"cannot write {path} ({met[0]}): choose another place") from error
 
 
 @contextlib.contextmanager

@@ -27,10 +27,18 @@ class Models:
     teacher: HfModel | None
     pairs: list[tuple[int, int]]
     dtype: torch.dtype
+    teacher_device: torch.device
 
 
 def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Models:
     """Open and check child and teacher. Raises UserError when they do not fit each other or the options."""
+    chosen = options.teacher_device
+    teacher_device = pick_device(chosen, "teacher_device") if chosen else ranks.device
+    if teacher_device != ranks.device and ranks.world > 1:
+        raise UserError(
+            f"`teacher_device` {chosen} with {ranks.world} processes: there the teacher is split over the same devices as the "
+            "child; leave it out"
+        )
     child = open_model(options.child)
     teacher = open_model(options.teacher) if options.teacher is not None and options.needs_teacher else None
     for stage in stages:
@@ -55,7 +63,7 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
                 raise
     given = {"bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = given[options.dtype] if options.dtype in given else compute_dtype(ranks.device)
-    return Models(child=child, teacher=teacher, pairs=pairs, dtype=dtype)
+    return Models(child=child, teacher=teacher, pairs=pairs, dtype=dtype, teacher_device=teacher_device)
 
 
 def _same_tokenizer(options: HealOptions, child: HfModel, teacher: HfModel) -> None:
@@ -102,17 +110,11 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
 def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> Trainer:
     """Both models in memory, split over the ranks if there are several, and a trainer around them."""
     device = ranks.device
-    teacher_device = pick_device(options.teacher_device) if options.teacher_device else device
-    if teacher_device != device and ranks.world > 1:
-        raise UserError(
-            f"`teacher_device` {options.teacher_device} with {ranks.world} processes: there the teacher is split over the "
-            "same devices as the child; leave it out"
-        )
     child = load_model(models.child, device=device, dtype=torch.float32)
     child.requires_grad_(True).train()
     teacher = None
     if models.teacher is not None:
-        loaded = load_model(models.teacher, device=teacher_device, dtype=models.dtype)
+        loaded = load_model(models.teacher, device=models.teacher_device, dtype=models.dtype)
         teacher = Teacher(loaded, [layer for _, layer in models.pairs])
     if not options.train_embeddings:
         _freeze(child, None if teacher is None else teacher.model, models.dtype)

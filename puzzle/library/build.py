@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from puzzle.base.console import Bar, console, progress
-from puzzle.base.device import compute_dtype, device_memory, pick_device
+from puzzle.base.device import compute_dtype, device_memory, held_memory, pick_device
 from puzzle.base.errors import UserError
-from puzzle.base.files import check_writable, content_hash
+from puzzle.base.files import content_hash
+from puzzle.base.lock import holding
 from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, layer_name, parse_layers
 from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast
@@ -120,6 +121,7 @@ class Builder:
             compute_bytes=self.dtype.itemsize,
             stored_bytes=self.stored_dtype.itemsize,
             on_host=self.device.type == "cpu",
+            held_bytes=held_memory(self.device),
             group_size=self.options.group_size,
         )
 
@@ -294,16 +296,17 @@ class Builder:
 
 
 def build_library(source: str, options: BuildOptions) -> Path:
-    """Build or complete the library at `options.out`. Raises UserError for bad input before writing anything."""
-    parent = open_model(source)
-    builder = Builder(parent, options)
-    check_writable(options.out)
-    parent.check()
-    builder.plan()
-    data = builder.load_data()
-    console.print(
-        f"{len(data.train)} training and {len(data.validation)} validation sequences of {options.seq_len} tokens "
-        f"from {data.num_documents} documents"
-    )
-    builder.run(data)
+    """Build or complete the library at `options.out`. Raises UserError for bad input before writing anything,
+    and while another process builds or scores there."""
+    with holding(options.out):
+        parent = open_model(source)
+        builder = Builder(parent, options)
+        parent.check()
+        builder.plan()
+        data = builder.load_data()
+        console.print(
+            f"{len(data.train)} training and {len(data.validation)} validation sequences of {options.seq_len} tokens "
+            f"from {data.num_documents} documents"
+        )
+        builder.run(data)
     return options.out

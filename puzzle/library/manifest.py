@@ -48,6 +48,8 @@ class Library:
     @classmethod
     def open(cls, root: Path) -> Library:
         """Raises UserError when `root` is no library, or holds a sub-block that is not understood."""
+        if root.is_file():
+            raise UserError(f"library {root} is a file: give the directory that `puzzle build-library` made")
         if not root.is_dir():
             raise UserError(f"library {root} does not exist: make it with `puzzle build-library PARENT --out {root}`")
         path = root / "library.json"

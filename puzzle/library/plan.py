@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.sub_block import SubBlock
@@ -17,6 +18,9 @@ Spaces = Mapping[int, Mapping[str, Space]]  # per layer and slot
 STATE_BYTES = 12  # per trained parameter, all the time: float32 master and AdamW's two moments
 START_BYTES = 4  # per trained parameter, in host memory: the initial weights, in case training does not improve them
 RESERVED = 1.15  # of the GPU's allocator over what is in use: 27.0 GB for 23.8 GB, benchmarks/results/build_8b.csv
+HOST_BYTES = 10**8  # on a CPU, code and buffers of the libraries that the first steps bring in: 63 MB measured
+LOGITS_BYTES = 28  # float32 ones of both models, and five more alive at once (kernels/linear_kl.py)
+MOST_LOGITS = 2**24 + 2**20
 FLIGHT_BYTES = 12  # per parameter of the one variant that takes its step: float32 gradient, its masked copy, bf16 casts
 
 
@@ -71,10 +75,20 @@ def calibration_bytes(layer: Layer, hidden: int, recipe: Recipe, compute_bytes: 
     return streams + statistics + 6 * 8 * hidden**2 + 4 * layer_parameters(layer)
 
 
-def workspace_bytes(layer: Layer, hidden: int, recipe: Recipe, compute_bytes: int) -> int:
+def workspace_bytes(layer: Layer, hidden: int, tokens: int, compute_bytes: int) -> int:
     """Activations of one variant in flight: the residual streams and targets, and the widest module's saved tensors."""
     streams = 5 * hidden * compute_bytes + 4 * hidden * 4
-    return recipe.batch_size * recipe.seq_len * ((4 * widest(layer) + 6 * hidden) * compute_bytes + streams)
+    return tokens * ((4 * widest(layer) + 6 * hidden) * compute_bytes + streams)
+
+
+def scoring_bytes(structure: Structure, num_sequences: int, seq_len: int, batch_size: int, compute_bytes: int) -> int:
+    """While a library is scored: the parent as a whole, what enters a layer and leaves the model, one batch in flight and its
+    logits."""
+    hidden, tokens = structure.hidden_size, batch_size * seq_len
+    streams = 2 * num_sequences * seq_len * hidden * compute_bytes
+    working = max(workspace_bytes(layer, hidden, tokens, compute_bytes) for layer in structure.layers)
+    logits = LOGITS_BYTES * min(tokens * structure.vocab_size, MOST_LOGITS)
+    return structure.num_parameters * compute_bytes + streams + working + logits
 
 
 def plan_build(
@@ -86,37 +100,45 @@ def plan_build(
     compute_bytes: int,
     stored_bytes: int,
     on_host: bool,
+    held_bytes: int = 0,
     group_size: int | None = None,
 ) -> BuildPlan:
     """Fit as many layers as memory takes into a group; one group means that no activations are stored.
 
     spaces: of the layers to train. memory_bytes: what the device may use; compute_bytes, stored_bytes: per weight while training
-    and on disk; on_host: the device is the CPU, so that what waits in host memory counts as device memory. Where layers differ,
-    the dearest counts for all. Raises UserError when not even one layer fits.
+    and on disk; on_host: the device is the CPU, so that what waits in host memory counts as device memory. held_bytes: of the
+    process before it begins, which the peak has too. The scores that follow need room for one sequence at a time. Where layers
+    differ, the dearest counts for all. Raises UserError when not even one layer fits.
     """
     layers, hidden = sorted(spaces), structure.hidden_size
     chosen = [structure.layers[index] for index in layers]
     sizes = [[sub_block.num_parameters for sub_block in trained(spaces[index])] for index in layers]
     most, state = max(map(sum, sizes)), STATE_BYTES + (START_BYTES if on_host else 0)
     per_layer = max(state * sum(s) + layer_parameters(x) * compute_bytes for s, x in zip(sizes, chosen, strict=True))
-    working = max(workspace_bytes(layer, hidden, recipe, compute_bytes) for layer in chosen)
+    working = max(workspace_bytes(layer, hidden, recipe.batch_size * recipe.seq_len, compute_bytes) for layer in chosen)
     step = FLIGHT_BYTES * max((size for s in sizes for size in s), default=0) + working
     calibration = max(calibration_bytes(layer, hidden, recipe, compute_bytes) for layer in chosen)
-    fixed = structure.vocab_size * hidden * compute_bytes + max(step, calibration)
-    reserved = 1.0 if on_host else RESERVED
-    fitting = int((memory_bytes / reserved - fixed) // per_layer)
-    if fitting < 1:
+    sequences = max(recipe.num_steps * recipe.batch_size, recipe.calibration_sequences) + recipe.validation_sequences
+    waiting = sequences * recipe.seq_len * hidden * compute_bytes  # between groups, in host memory
+    extra, reserved = (HOST_BYTES, 1.0) if on_host else (0, RESERVED)
+    fixed = structure.vocab_size * hidden * compute_bytes + max(step, calibration) + extra
+
+    def peak(size: int) -> int:
+        return int(reserved * (fixed + size * per_layer)) + (waiting if on_host and size < len(layers) else 0)
+
+    scoring = scoring_bytes(structure, recipe.validation_sequences, recipe.seq_len, 1, compute_bytes) + extra
+    size = next((n for n in range(len(layers), 0, -1) if peak(n) <= memory_bytes), 0)
+    if size < 1 or scoring > memory_bytes:
+        least = held_bytes + max(min(peak(1), peak(len(layers))), scoring) / PLANNED
         raise UserError(
-            f"one layer with its variants needs {reserved * (fixed + per_layer) / 1e9:.1f} GB, {memory_bytes / 1e9:.1f} GB are free: "
-            "use a smaller `batch_size` or `seq_len`, or fewer variants"
+            f"one layer with its variants needs {least / 1e9:.2f} GB in all, {(held_bytes + memory_bytes / PLANNED) / 1e9:.2f} "
+            "GB are there: use a smaller `batch_size` or `seq_len`, fewer variants, or a larger `memory_limit`"
         )
-    size = min(len(layers), fitting if group_size is None else group_size)
+    size = min(len(layers), size if group_size is None else group_size)
     size = -(-len(layers) // -(-len(layers) // size))  # as many groups, evenly filled
     groups = tuple(tuple(layers[i : i + size]) for i in range(0, len(layers), size))
     num_tokens = recipe.num_steps * recipe.batch_size * recipe.seq_len
-    sequences = max(recipe.num_steps * recipe.batch_size, recipe.calibration_sequences) + recipe.validation_sequences
-    stored = sequences * recipe.seq_len
-    activations = stored * hidden * compute_bytes if len(groups) > 1 else 0
+    activations = waiting if len(groups) > 1 else 0
     flops = sum(training_flops(structure.layers[index], spaces[index], recipe.seq_len) for index in layers)
     passed = [structure.layers[index] for index in range(max(layers)) if index not in spaces]
     flops += sum(forward_flops(sub_block, recipe.seq_len) for layer in passed for sub_block in layer.values())
@@ -124,7 +146,7 @@ def plan_build(
     return BuildPlan(
         groups=groups,
         num_trained_parameters=num_trained,
-        peak_memory_bytes=int(reserved * (fixed + size * per_layer)) + (activations if on_host else 0),
+        peak_memory_bytes=held_bytes + max(peak(size), scoring),
         host_memory_bytes=activations + (0 if on_host else START_BYTES * size * most),
         disk_bytes=num_trained * stored_bytes + size * most * 12,
         flops=num_tokens * flops,
@@ -138,7 +160,10 @@ def describe(plan: BuildPlan, seconds: float, spaces: Spaces, device: str) -> di
     for slot, space in (item for layer in spaces.values() for item in layer.items()):
         names[slot] = list(dict.fromkeys([*names.get(slot, ()), *space]))
     predicted = asdict(plan)
-    rates = {"seconds": round(seconds, 1), "tokens_per_second": round(plan.num_tokens / seconds, 1)}
+    rates = {
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(plan.num_tokens / seconds, 1) if seconds else None,
+    }
     return {
         "device": device,
         "variants": names,

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from puzzle.base.console import Bar, progress
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.device import PLANNED, compute_dtype, device_memory, held_memory, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
+from puzzle.base.lock import holding
 from puzzle.base.units import check_positive
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import load_tokens
 from puzzle.library.assemble import load_variant, open_parent
 from puzzle.library.manifest import Library, Replacement, score_name, scores_path
+from puzzle.library.plan import scoring_bytes
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
 from puzzle.runtime.divergence import Divergence
@@ -108,17 +110,19 @@ class Scorer:
 
 @dataclass(kw_only=True, slots=True)
 class ScoreOptions:
-    """sequences: held-out ones, of seq_len tokens (None: as in training); joint: also every combination of a layer's slots."""
+    """sequences: held-out ones, of seq_len tokens (None: as in training), batch_size at a time or as many as memory_limit (None:
+    the device) lets; joint: also every combination of a layer's slots."""
 
     sequences: int = 64
     seq_len: int | None = None
     batch_size: int = 8
     joint: bool = False
+    memory_limit: int | None = None
     text_field: str = "text"
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_positive(self, "sequences", "seq_len", "batch_size")
+        check_positive(self, "sequences", "seq_len", "batch_size", "memory_limit")
 
 
 def score_library(
@@ -137,6 +141,19 @@ def score_library(
         text_field=options.text_field,
         seed=library.facts["seed"],
     )
-    scorer = Scorer(library, opened, tokens.validation, pick_device(options.device), options.batch_size)
-    scorer.run(tokens.hash, options.joint)
+    device = pick_device(options.device)
+    count, length = tokens.validation.shape
+
+    def needed(batch_size: int) -> int:
+        return scoring_bytes(opened.structure, count, length, batch_size, compute_dtype(device).itemsize)
+
+    memory = device_memory(device, options.memory_limit)
+    fitting = [size for size in range(1, options.batch_size + 1) if needed(size) <= memory]
+    if not fitting:
+        raise UserError(
+            f"scoring {count} sequences of {length} tokens needs {(held_memory(device) + needed(1) / PLANNED) / 1e9:.2f} GB in "
+            "all: use fewer `sequences`, a smaller `seq_len` or a larger `memory_limit`"
+        )
+    with holding(root):
+        Scorer(library, opened, tokens.validation, device, fitting[-1]).run(tokens.hash, options.joint)
     return root / "scores"

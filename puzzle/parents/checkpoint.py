@@ -30,7 +30,8 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         if not directory.is_dir():
-            raise UserError(f"model directory {directory} does not exist: give a local directory or a hub id")
+            wrong = "is a file" if directory.is_file() else "does not exist"
+            raise UserError(f"model directory {directory} {wrong}: give a local directory or a hub id")
         self.config = self.read("config.json")
         index, path = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.is_file():

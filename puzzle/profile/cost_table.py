@@ -266,6 +266,7 @@ def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[
     UserError for an unknown GPU (listing the known ones), or several tables and no name that decides.
     """
     folders = [d for root in roots if root.is_dir() for d in sorted(root.iterdir()) if d.is_dir()]
+    others: list[str] = []
     for folder in folders:
         if folder.name != gpu and not folder.name.startswith(f"{gpu}-"):
             continue
@@ -285,6 +286,9 @@ def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[
             raise UserError(f"several cost tables for `gpu` {gpu}: {names}; pass `shapes` with one of them")
         if tables:
             return CostTable(tables[0])
+        others += [t.stem for t in whole]
+    if name is not None and others:
+        raise UserError(f"`shapes` {name}: the cost tables for `gpu` {gpu} are {', '.join(others)}")
     known = sorted({d.name for d in folders})
     hint = nearest(gpu, known) if known else "none has been profiled yet"
     raise UserError(f"no cost table for `gpu` {gpu} ({hint}): run `puzzle profile LIBRARY --gpu {gpu}` on that machine")

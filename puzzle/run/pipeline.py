@@ -15,6 +15,7 @@ from typing import Any
 from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, content_hash, read_json, write_json
+from puzzle.base.lock import holding
 from puzzle.base.machine import cpu_name
 from puzzle.base.units import seconds_text
 from puzzle.choose.problem import Request
@@ -61,10 +62,11 @@ class Run:
     def run(self) -> dict[str, Any]:
         """All stages; returns result.json's content."""
         recipe, library, begin = self.recipe, self.out / "library", time.monotonic()
-        with self._stage("build-library", "build"):
-            build_library(recipe.parent, self.build_options())
-        with self._stage("score", "score"):
-            score_library(library, recipe.data, replace(recipe.score, **self.shared))
+        with holding(library):
+            with self._stage("build-library", "build"):
+                build_library(recipe.parent, self.build_options())
+            with self._stage("score", "score"):
+                score_library(library, recipe.data, replace(recipe.score, **self.shared))
         with self._stage("profile", "profile", "workload"):
             self._profile(library)
         with self._stage("solve", "goal", "workload", "profile"):

@@ -124,11 +124,13 @@ def _typed(value: Any, wanted: Any, key: str) -> Any:
         return tuple(_typed(one, int, key) for one in (value if isinstance(value, list) else [value]))
     if wanted not in KINDS:
         raise UserError(f"{key} cannot be given in a recipe")
-    number = isinstance(value, int | float | str) and not isinstance(value, bool)
+    number, inside = isinstance(value, int | float | str) and not isinstance(value, bool), "." in key
+    if wanted is str and inside and isinstance(value, list) and value:  # as the command line has it: 0.5,none
+        return ",".join(_typed(one, str, key) for one in value)
     try:
         if wanted is bool and isinstance(value, bool):
             return value
-        if wanted is str and number:
+        if wanted is str and (isinstance(value, str) or (number and inside)):  # 0.5 is a name, 3 is no parent
             return str(value)
         if wanted in (int, float) and number and (wanted is float or float(value).is_integer()):
             return wanted(float(value))

@@ -11,7 +11,7 @@ from puzzle.data.documents import Source
 
 
 def test_reading_a_blend(folder, tmp_path):
-    found = read_blend(folder("sources:\n- {path: [code, notes.jsonl], name: both, weight: 2, max_epochs: 1.5}"))
+    found = read_blend(folder("sources:\n- {path: [code, notes.jsonl], name: both, weight: 2e0, max_epochs: 15e-1}"))
     assert found == [
         Source(name="both", paths=(str(tmp_path / "code"), str(tmp_path / "notes.jsonl")), weight=2.0, max_epochs=1.5)
     ]
@@ -37,7 +37,7 @@ def test_reading_a_blend(folder, tmp_path):
         ("sources:\n- {path: code, loss: assistant}", ["needs chats"]),
         ("sources:\n- {path: empty.jsonl}", ["source 'empty.jsonl' has no text"]),
         ("sources:\n- {path: notes.jsonl}", ["no text field 'text'", "body"]),
-        ("sources:\n- {path: code, messages: messages}", ["no .jsonl or .parquet"]),
+        ("sources:\n- {path: code, messages: messages}", ["no .jsonl, .ndjson, .json or .parquet"]),
         ("sources:\n- {path: notes.jsonl, messages: messages}", ["no list of {role, content}", "body"]),
         ("sources:\n- {path: chats.jsonl, messages: messages}", ["no chat template"]),
         ("sources:\n- {path: notes.jsonl, text_field: body, max_epochs: 1}", ["max_epochs is 1", "--allow-repeats"]),

@@ -60,6 +60,30 @@ def test_files_are_ordered_by_name_and_rows_stay_in_order(tokenizer, tmp_path):
     assert {tuple(t for t, _ in chats(sources[0], tokenizer, seed)) for seed in range(9)} != {tuple(one)}
 
 
+def test_parts_of_a_turn_are_joined(tokenizer, tmp_path):
+    path = tmp_path / "a.JSON"
+    parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "you"}]
+    path.write_text(json.dumps([{"talk": [{"role": "user", "content": c}]} for c in (parts, "hello you")]))
+    one, two = chats(Source(name="talks", paths=(str(path),), messages="talk"), tokenizer, 0)
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "image_url"}], "line 1 turn 1 has a part of type 'image_url'"),
+        (["a"], "line 1 turn 1 has a part of type 'str': only {type: text, text: …} is read"),
+        ("\ud83d", r"line 1 has half a surrogate pair, '\\ud83d'"),
+        (None, "line 1 has no list of {role, content}"),
+    ],
+)
+def test_turns_that_are_no_text(tokenizer, tmp_path, content, wanted):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"talk": [{"role": "user", "content": content}]}))
+    with pytest.raises(UserError, match=wanted):
+        list(chats(Source(name="talks", paths=(str(path),), messages="talk"), tokenizer, 0))
+
+
 def test_rows_without_chats(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     for row, wanted in (('{"text": "a"}', "it has: text"), ("[1]", "it has: list"), ('{"talk": "hi"}', "it has: talk")):

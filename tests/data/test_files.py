@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
 import os
+import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from puzzle.base.errors import UserError
-from puzzle.data.files import in_seeded_order, list_files, read_field, read_texts
+from puzzle.data.documents import Source, documents
+from puzzle.data.files import NotText, in_seeded_order, list_files, read_field, read_texts
 
 
 @pytest.fixture
@@ -44,12 +53,18 @@ def test_names_are_relative_to_the_place(place, monkeypatch):
         ("x.jsonl", "does not exist"),
         ("*.nothing", "no file"),
         ("empty", "no text files"),
+        ("a.csv", "is a .csv table, which is not read: convert it to .jsonl or .parquet"),
+        ("*.TSV", "a .tsv table"),
+        ("gone.ndjson", "does not exist"),
+        ("gone.json.gz", "does not exist"),
     ],
 )
 def test_places_without_text(tmp_path, monkeypatch, text, wanted):
     (tmp_path / "empty").mkdir()
+    for name in ("a.csv", "b.TSV"):
+        (tmp_path / name).write_text("text\na\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"`data` {text.replace('*', '.')}.* {wanted}"):
+    with pytest.raises(UserError, match=f"`data` {text.replace('*', '.+')}.* {wanted}"):
         list_files(text)
 
 
@@ -61,11 +76,71 @@ def test_order_follows_from_seed_and_names(place):
     assert all(sorted(order) == [path for _, path in files] for order in orders.values())
 
 
-def test_what_is_no_text_is_passed_over(tmp_path):
+def test_what_is_no_text_is_left_out_and_named(tmp_path, capsys):
+    """Of a directory or glob; a file that was named itself is an error."""
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.txt").write_text("café\n", encoding="utf-8")
     os.symlink(tmp_path / "gone", tmp_path / "c.txt")
-    assert [list(read_texts(tmp_path / f"{name}.txt", "text")) for name in "abc"] == [[], ["café\n"], []]
+    for place in (tmp_path, tmp_path / "*.txt"):
+        assert list(documents(Source(name="x", paths=(str(place),)), 0)) == ["café\n"]
+        assert "left out: " in (told := capsys.readouterr().err)
+        assert "a.txt is not UTF-8 text (byte 0xe9)" in told.replace("\n", " ")
+    with pytest.raises(NotText, match=r"a\.txt is not UTF-8 text"):
+        list(documents(Source(name="x", paths=(str(tmp_path / "a.txt"),)), 0))
+
+
+ROWS = b'{"text": "one\\r\\n"}\n\n{"text": null}\n{"text": "t\xc3\xbco"}\n'
+
+
+def as_list(rows: bytes) -> bytes:
+    return json.dumps([json.loads(line) for line in rows.splitlines() if line]).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", bytes),
+        ("a.JSONL", bytes),
+        ("a.ndjson", bytes),
+        ("a.json", bytes),
+        ("a.json", as_list),
+        ("a.jsonl", codecs.BOM_UTF8.__add__),
+        ("a.json", lambda rows: codecs.BOM_UTF8 + as_list(rows)),
+        ("a.jsonl.gz", gzip.compress),
+        ("a.json.GZ", lambda rows: gzip.compress(as_list(rows))),
+        ("a.ndjson.bz2", bz2.compress),
+        ("a.jsonl.xz", lzma.compress),
+    ],
+)
+def test_rows_read_alike_whatever_the_file_is_called(tmp_path, name, write):
+    """By name, by glob and, but for .json, in a directory."""
+    (tmp_path / name).write_bytes(write(ROWS))
+    for place in (tmp_path / name, tmp_path / "a.*", tmp_path):
+        if place == tmp_path and ".json" in name.lower() and ".jsonl" not in name.lower():
+            continue
+        assert list(documents(Source(name="x", paths=(str(place),)), 0)) == ["one\r\n", "tüo"]
+
+
+@pytest.mark.parametrize("module", ["compression.zstd", "zstandard"])
+def test_zstd_through_what_there_is(tmp_path, monkeypatch, module):
+    for name in ("compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    def whole(path, mode):
+        return io.BytesIO(pa.input_stream(str(path), compression="zstd").read())
+
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(open=whole, ZstdError=KeyError))
+    with pa.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as handle:
+        handle.write(ROWS)
+    assert list(read_texts(tmp_path / "a.jsonl.zst", "text")) == ["one\r\n", "tüo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", codecs.BOM_UTF8 + "é\r\n".encode()), ("a.TXT.gz", gzip.compress("é\n".encode()))]
+)
+def test_texts_without_their_mark(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(documents(Source(name="x", paths=(str(tmp_path),)), 0)) == ["é\n"]
 
 
 def test_tables_read_alike(tmp_path):
@@ -90,13 +165,32 @@ def test_tables_read_alike(tmp_path):
         ("a.jsonl", "[1]", r"line 1 has no text field 'text' \(it has: list\)"),
         ("a.parquet", "PAR1", "is not a readable parquet file"),
         ("a.parquet", {"body": ["a"]}, r"has no text field 'text' \(it has: body\): pass `text_field`"),
-        ("a.parquet", {"text": [1]}, "row 1 has no text field 'text'"),
+        ("a.parquet", {"text": [1]}, "row 1 has int in field 'text'"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "caf\xe9"}',
+            r"line 2 is not UTF-8 \(byte 0xe9 at 14\): convert the file",
+        ),
+        ("a.jsonl", r'{"text": "\ud83d"}', r"line 1 has half a surrogate pair, '\\ud83d', in its text: mend or remove"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("a.json", '[{"text": "a"}, {"text": 5}]', "row 2 has int in field 'text'"),
+        ("a.json", '{"name": "settings", "size": 3}', r"row 1 has no text field 'text' \(it has: name, size\)"),
+        ("a.json", '[{"text": "a"},', "is not JSON"),
+        ("a.json", b'[{"text": "caf\xe9"}]', r"is not UTF-8 text \(byte 0xe9\)"),
+        ("a.jsonl.gz", "no gzip", r"cannot be read \(Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"cannot be read \(Compressed file ended"),
+        ("a.jsonl.xz", "no xz", "cannot be read"),
+        ("a.parquet.gz", "PAR1", "a .parquet file is compressed within; unpack it"),
+        ("a.jsonl.zst", "x", r"needs zstandard: pip install zstandard, or unpack it \(`zstd -d`\)"),
+        ("a.txt", b"caf\xe9", r"is not UTF-8 text \(byte 0xe9\): convert it"),
     ],
 )
-def test_bad_tables(tmp_path, name, content, wanted):
+def test_bad_files(tmp_path, monkeypatch, name, content, wanted):
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     if isinstance(content, dict):
         pq.write_table(pa.table(content), tmp_path / name)
     else:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name} {wanted}"):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=f"{name}:? {wanted}"):
         list(read_texts(tmp_path / name, "text"))

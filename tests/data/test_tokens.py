@@ -65,6 +65,28 @@ def test_documents_are_lent_whole_and_one_stays():
     assert len(tokens.train) == 1
 
 
+@pytest.mark.parametrize(
+    ("train", "held_out", "count", "wanted"),
+    [
+        ([1000], [], 10, [980, 20]),
+        ([1000], [], 100, [900, 100]),
+        ([100, 50], [], 60, [90, 60]),
+        ([60], [], 60, [60, 0]),
+        ([], [1000], 60, [940, 60]),
+        ([], [30, 1000], 60, [970, 60]),
+    ],
+)
+def test_one_document_lends_its_tail(train, held_out, count, wanted):
+    """And one that is held out itself is lent to training; ids and masks part at the same place, nothing is in both."""
+    tokens = SourceTokens(
+        *([Document(np.arange(n), np.arange(n) % 2 == 0) for n in split] for split in (train, held_out))
+    )
+    tokens.lend(count)
+    assert [num_tokens(tokens.train), num_tokens(tokens.held_out)] == wanted
+    for document in (*tokens.train, *tokens.held_out):
+        assert (document.counted == (document.ids % 2 == 0)).all()
+
+
 def test_packing():
     parts = [np.arange(3), np.arange(3, 7)]
     assert pack(parts, 2, 9).tolist() == [[0, 1], [2, 3], [4, 5]]

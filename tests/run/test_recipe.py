@@ -90,6 +90,11 @@ def test_numbers_as_people_write_them(tmp_path):
     assert found.evaluate.seq_len == found.build.seq_len
 
 
+def test_names_as_a_list(write):
+    found = read_recipe(write(build={"ffn": [0.5, "none"], "layers": [0, "2-3"]})).build
+    assert (found.ffn, found.layers) == ("0.5,none", "0,2-3")
+
+
 def test_paths_are_relative_to_the_recipe(write, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "p").mkdir()
@@ -112,7 +117,11 @@ def test_paths_are_relative_to_the_recipe(write, tmp_path):
         ("parent: p\nbuild: {tokens: .inf}", "build.tokens is inf, it must be a whole number"),
         ("parent: p\nbuild: {tokens: null}", "build.tokens is None, it must be a whole number"),
         ("parent: p\nbuild: {lr: fast}", "build.lr is 'fast', it must be a number"),
-        ("parent: p\nbuild: {ffn: [0.5, none]}", "build.ffn is [0.5, 'none'], it must be text"),
+        ("parent: p\nbuild: {ffn: [0.5, true]}", "build.ffn is True, it must be text"),
+        ("parent: p\nbuild: {ffn: []}", "build.ffn is [], it must be text"),
+        ("parent: 3", "parent is 3, it must be text"),
+        ("parent: p\ndevice: 0", "device is 0, it must be text"),
+        ("parent: p\ndata: [3]", "data is [3], it must be a path, or a list of paths"),
         ("parent: p\nscore: {joint: maybe}", "score.joint is 'maybe', it must be true or false"),
         ("parent: p\nprofile: {batches: [1, two]}", "profile.batches is 'two', it must be a whole number"),
         ("parent: p\ndata: 5", "data is 5, it must be a path, or a list of paths"),
