@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from puzzle.base import units
 from puzzle.base.errors import UserError
+from puzzle.base.files import json_text
 
 PATH = click.Path(path_type=Path)
 
@@ -49,4 +49,4 @@ def positive(_: click.Context, option: click.Parameter, value: float | None) -> 
 
 
 def print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json_text(value))
