@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from puzzle.base.errors import UserError
 from puzzle.cli import options
+from puzzle.cli.modes import Mode, Verb
 
 
 @click.command("score")
@@ -36,7 +38,10 @@ def score_command(library: Path, data: tuple[str, ...], parent: str | None, as_j
     options.print_json(summary) if as_json else print_library(summary)
 
 
-@click.command("evaluate")
+MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len output_len batch repeats"),)
+
+
+@click.command("evaluate", cls=Verb, modes=MODES)
 @click.argument("parent")
 @click.argument("child")
 @options.data
@@ -78,6 +83,8 @@ def evaluate_command(
     from puzzle.export.checkpoint import outdated_code
     from puzzle.measure.evaluate import EvaluateOptions, evaluate
 
+    if batch is not None and len(batch) > 2:
+        raise UserError(f"`batch` {','.join(map(str, batch))}: one for both, or one of the parent and one of the child")
     pair = None if batch is None else (batch[0], batch[-1])
     work = None if no_speed else Workload(input_len=input_len, output_len=output_len)
     result = evaluate(parent, child, list(data), EvaluateOptions(**chosen), work=work, batches=pair)

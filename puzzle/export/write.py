@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,11 @@ def export(
     Raises UserError before anything is written when the engine cannot take the child.
     """
     format, engine = pick_format(format, engine)
-    child = source.child
+    child = source.child if licence is None else replace(source.child, licence=licence)
+    if out.suffix == ".gguf" and format != "gguf":
+        raise UserError(
+            f"`out` {out} is a gguf file's name, and `format` is {format}: pass `format` gguf, or a directory"
+        )
     if dtype is not None and dtype not in (_GGUF_DTYPES if format == "gguf" else DTYPES):
         known = list(_GGUF_DTYPES if format == "gguf" else DTYPES)
         raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
@@ -115,7 +119,7 @@ def export(
             engine=engine,
             dtype=written,
             file=_gguf_name(out, written) if format == "gguf" else None,
-            licence=licence or source.child.licence,
+            licence=child.licence,
             lowerings=tuple(str(lowering) for lowering in lowerings),
             also=tuple(takers(child)) if format == "nemotron-nas" and engine is None else (),
             solved=source.solved,
