@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from puzzle.cli.modes import Mode, Verb
 RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
 
 AXES = ("throughput", "latency", "memory")  # of the frontier, which sets the limit of this name itself
+
+
+def _is_axis(axis: str, given: Mapping[str, Any]) -> bool:
+    return given["pareto"] == axis
+
+
 MODES = (
     Mode("with `problem`", lambda p: p["problem"] is not None, uses="problem backend time_limit out as_json"),
     Mode(
@@ -26,7 +33,7 @@ MODES = (
         lambda p: p["pareto"] is not None,
         unused="diverse min_distance same_batch explain fusion fusion_dependency",
     ),
-    *(Mode(f"with `pareto` {axis}", lambda p, axis=axis: p["pareto"] == axis, unused=axis) for axis in AXES),
+    *(Mode(f"with `pareto` {axis}", partial(_is_axis, axis), unused=axis) for axis in AXES),
     Mode("without `pareto`", lambda p: p["pareto"] is None, unused="points"),
     Mode(
         "with `diverse`",
