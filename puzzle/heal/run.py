@@ -196,7 +196,7 @@ class Run:
         tokens_at_once = self.stages[0].tokens_per_step // self.ranks.world // self.options.accumulate
         found = self.trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
         broken = [name for name, value in found.items() if not math.isfinite(value)]
-        if "loss" in broken or (broken and step in (0, self.num_steps)):
+        if "loss" in broken or (broken and step == self.num_steps):
             name = "loss" if "loss" in broken else broken[0]
             raise UserError(
                 f"held-out {name} is {found[name]:g} after step {step}: training diverged; lower `lr` "
