@@ -18,7 +18,8 @@ def _runs_are_known(given: Mapping[str, Any]) -> bool:
 
     if given["runs_text"] is not None:
         return given["runs_text"] != "auto"
-    solved = architecture_beside(given["child"])
+    child = given["child"]
+    solved = architecture_beside(child if child.is_dir() else child.parent)
     return solved is not None and bool(solved.fuse)
 
 
@@ -38,7 +39,8 @@ MODES = (
 
 
 @click.command("fuse", cls=Verb, modes=MODES)
-@click.argument("child", type=options.PATH)
+@click.argument("child", type=options.PATH, metavar="CHILD|ARCHITECTURE")
+@options.library
 @options.data
 @click.option("--out", type=options.PATH, metavar="DIR", help="New directory; FILE.json with --dependency-only.")
 @click.option(

@@ -19,7 +19,7 @@ from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
-from puzzle.library.assemble import architecture_of, open_parent
+from puzzle.library.assemble import architecture_of, is_architecture, library_of, open_parent
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Architecture, architecture_beside
 
@@ -49,7 +49,9 @@ class Exported:
 
 
 def open_source(source: Path, architecture: Path | None = None, parent: str | None = None) -> Source:
-    """A library with an architecture, or a checkpoint without one. Raises UserError for anything else."""
+    """A library with an architecture, an architecture in its library, or a checkpoint. Raises UserError for anything else."""
+    if architecture is None and is_architecture(source):
+        source, architecture = library_of(source), source
     if (source / "library.json").is_file() or architecture is not None:
         library = Library.open(source)
         if architecture is None:
