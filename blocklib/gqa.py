@@ -88,12 +88,13 @@ class Gqa(Normed):
 
     @classmethod
     def stand_ins(cls, parent: SubBlock) -> list[str]:
-        """Halves of the KV heads as long as they are even, and a window of 128."""
+        """Half the KV heads, again and again down to one, or the next divisor below where they do not halve; and a window of 128."""
         if not isinstance(parent, Gqa):
             return []
-        names, kv = [], parent.num_key_value_heads
-        while kv > 1 and kv % 2 == 0:
-            kv //= 2
+        names, heads = [], parent.num_key_value_heads
+        kv = heads
+        while kv > 1:
+            kv = next(count for count in range(kv // 2, 0, -1) if heads % count == 0)
             names.append(f"kv{kv}")
         return [*names, *(["window-128"] if parent.window is None or parent.window > 128 else [])]
 

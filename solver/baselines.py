@@ -65,7 +65,7 @@ def random_feasible(problem: Problem, count: int, seed: int = 0) -> list[Solutio
 
 
 def only(problem: Problem, allowed: Sequence[str], name: str = "only") -> Solution:
-    """The optimum when every layer is restricted to the variants `allowed` that it has ("keep the block or drop it")."""
+    """The best, which proves nothing of the whole problem, when every layer is restricted to the variants `allowed` that it has ("keep the block or drop it")."""
     layers = []
     for layer in problem.layers:
         kept = tuple(v for v in layer.variants if v.name in allowed and layer.name not in problem.pins)
@@ -73,7 +73,7 @@ def only(problem: Problem, allowed: Sequence[str], name: str = "only") -> Soluti
     present = {(layer.name, v.name) for layer in layers for v in layer.variants}
     pairs = tuple(p for p in problem.pairs if p.a in present and p.b in present)
     found = solve(replace(problem, layers=tuple(layers), pairs=pairs))
-    return replace(found, solver=name)
+    return _report(problem, [found.choice] if found.choice else [], time.monotonic() - found.seconds, name)
 
 
 def most(problem: Problem, resource: str) -> Solution:

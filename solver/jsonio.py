@@ -18,12 +18,12 @@ solution.json: {"schema": 1, "solutions": [{"status", "objective", "bound", "gap
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from puzzle.base.files import finite
 from puzzle.solver.explain import Conflict
 from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, ProblemError, Stages, Variant
 from puzzle.solver.solution import Solution
@@ -81,7 +81,7 @@ def write_solutions(solutions: list[Solution], conflict: Conflict | None = None)
     """solution.json's value. JSON has no infinity: it is written as null."""
     return {
         "schema": SCHEMA,
-        "solutions": [_finite(asdict(solution)) for solution in solutions],
+        "solutions": [finite(asdict(solution)) for solution in solutions],
         "conflict": None
         if conflict is None
         else {
@@ -89,12 +89,6 @@ def write_solutions(solutions: list[Solution], conflict: Conflict | None = None)
             "nearest": {k: {"side": side, "value": value} for k, (side, value) in conflict.nearest.items()},
         },
     }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _layer(raw: Any, where: str) -> Layer:

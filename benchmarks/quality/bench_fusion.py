@@ -112,7 +112,7 @@ def main(
         list(data), opened.directory, seq_len=seq_len, num_train=1, num_validation=sequences
     ).validation
 
-    walker, facts = open_walker(open_model(out / "unfused"), data, seq_len=seq_len)
+    walker, facts = open_walker(child_of_checkpoint(out / "unfused"), data, seq_len=seq_len)
     layers, _ = measure_dependency(walker)
     dependency = Dependency(layers=layers, ffns=None, facts=facts)
     child = child_of_checkpoint(out / "unfused")

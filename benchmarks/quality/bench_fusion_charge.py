@@ -20,6 +20,7 @@ import torch
 
 from puzzle.base.device import compute_dtype
 from puzzle.choose.fusion import Fusion
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.measure import measure_dependency
 from puzzle.fuse.stage import open_walker
 from puzzle.library.assemble import open_parent
@@ -39,7 +40,7 @@ from puzzle.runtime.model import Block, load_model
 def main(root: Path, data: tuple[str, ...], parent: str | None, sequences: int, seq_len: int, table: Path) -> None:
     library = Library.open(root)
     opened = open_parent(library, parent)
-    walker, facts = open_walker(opened, data, num_sequences=sequences, seq_len=seq_len)
+    walker, facts = open_walker(child_of_checkpoint(opened), data, num_sequences=sequences, seq_len=seq_len)
     matrix = measure_dependency(walker, ffns=True)[1]
     assert matrix is not None
     fusion = Fusion(library, matrix.relative_error)

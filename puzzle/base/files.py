@@ -6,8 +6,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,29 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """`value` as JSON; its numbers as `finite` has them."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any, where: str = "") -> Any:
+    """`value` as JSON can hold it: an infinity, which says that there is no bound, is None. Raises UserError, naming its place, for NaN."""
+    if isinstance(value, Mapping):
+        return {name: finite(one, f"{where}.{name}" if where else str(name)) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one, f"{where}[{number}]") for number, one in enumerate(value)]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    if math.isnan(value):
+        raise UserError(
+            f"{where} is not a number (NaN), and is not written: a model or a measurement before it is broken"
+        )
+    return None
+
+
 def write_json(path: Path, value: dict[str, Any], schema: int = SCHEMA) -> None:
-    """Write `value` with `"schema"` first, atomically."""
-    write_text(path, json.dumps({"schema": schema, **value}, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` with `"schema"` first, atomically, as `json_text` does."""
+    write_text(path, json_text({"schema": schema, **value}) + "\n")
 
 
 def read_json(path: Path, made_by: str, schema: int = SCHEMA) -> dict[str, Any]:
@@ -70,7 +91,9 @@ def read_any(path: Path, made_by: str) -> dict[str, Any]:
 
 def content_hash(value: Any) -> str:
     """sha256 of the canonical JSON of `value`. [64 hex digits]"""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -7,6 +7,9 @@ import re
 
 from puzzle.base.errors import UserError
 
+PRECISION_BYTES = {"float32": 4, "bf16": 2, "float16": 2, "fp8": 1}  # of an element of a sub-block's weights and cache
+FIXED_BYTES = {**PRECISION_BYTES, "fp8": 2}  # embedding and LM head stay in bf16
+
 
 def bytes_text(count: float) -> str:
     """1536 -> '1.5 KiB' (binary units)"""

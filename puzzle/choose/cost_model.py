@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from puzzle.base.errors import UserError
+from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import PREFILL_ROWS, Workload
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.library.manifest import Library
@@ -16,9 +17,6 @@ from puzzle.parents.structure import Layer
 from puzzle.profile.cost_table import CostTable, around
 from puzzle.profile.engine import EngineModel
 from puzzle.profile.parts import Part, ends_of, priced_as
-
-PRECISION_BYTES = {"float32": 4, "bf16": 2, "float16": 2, "fp8": 1}
-FIXED_BYTES = {**PRECISION_BYTES, "fp8": 2}  # embedding and LM head stay in bf16
 
 
 class CostModel:

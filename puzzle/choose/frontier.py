@@ -14,7 +14,7 @@ from typing import Any
 
 from puzzle.base.console import progress
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, read_json, write_json
+from puzzle.base.files import content_hash, json_text, read_json, write_json
 from puzzle.choose.goal import BY_OPTION, Target
 from puzzle.choose.problem import Selection
 from puzzle.choose.solve import choose
@@ -59,7 +59,7 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
                 "memory_bytes": child.memory_bytes,
                 "layers": [dict(cell.variants) for cell in cells],
             }
-            writer.writerow(row | {"layers": json.dumps(row["layers"])})
+            writer.writerow(row | {"layers": json_text(row["layers"], indent=None)})
             handle.flush()
             rows.append(row)
 

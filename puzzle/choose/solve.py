@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from puzzle import __version__
 from puzzle.base.errors import UserError
+from puzzle.base.files import finite
 from puzzle.blocklib.none import NoOp
 from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
@@ -176,8 +177,8 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         costs={"device": costs.table.device, "precision": costs.table.precision, "sha256": costs.table.hash},
         status=solution.status,
         objective=solution.objective,
-        bound=solution.bound,
-        gap=solution.gap,
+        bound=finite(solution.bound),
+        gap=finite(solution.gap),
         slack=solution.slack,
         seconds=solution.seconds,
         solver=solution.solver,

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from puzzle.base.errors import UserError
 from puzzle.cli import options
+from puzzle.cli.modes import Mode, Verb
 
 
 @click.command("score")
@@ -36,14 +38,18 @@ def score_command(library: Path, data: tuple[str, ...], parent: str | None, as_j
     options.print_json(summary) if as_json else print_library(summary)
 
 
-@click.command("evaluate")
+MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len output_len batch repeats"),)
+
+
+@click.command("evaluate", cls=Verb, modes=MODES)
 @click.argument("parent")
-@click.argument("child")
+@click.argument("child", metavar="CHILD|ARCHITECTURE")
+@options.library
 @options.data
 @click.option("--sequences", type=int, default=64, help="Held-out sequences.")
 @click.option("--seq-len", type=int, default=1024)
-@options.input_len
-@options.output_len
+@options.priced_input_len
+@options.priced_output_len
 @click.option(
     "--batch",
     metavar="P,C",
@@ -58,9 +64,10 @@ def score_command(library: Path, data: tuple[str, ...], parent: str | None, as_j
 def evaluate_command(
     parent: str,
     child: str,
+    library: Path | None,
     data: tuple[str, ...],
-    input_len: int,
-    output_len: int,
+    input_len: int | None,
+    output_len: int | None,
     batch: tuple[int, ...] | None,
     no_speed: bool,
     as_json: bool,
@@ -68,19 +75,27 @@ def evaluate_command(
 ) -> None:
     """Measure PARENT and CHILD side by side: loss, KL, top-1 agreement, tokens/s, bytes, KV cache.
 
+    CHILD is a checkpoint, or what `puzzle solve` wrote, whose blocks then come from its library.
+
     \b
-    Example:
+    Examples:
       puzzle evaluate examples/parent child --data /usr/lib/python3.11 --json
+      puzzle evaluate examples/parent lib/solution --data /usr/lib/python3.11
     """
     from puzzle.base.console import console
     from puzzle.base.workload import Workload
     from puzzle.cli.report import print_evaluation
     from puzzle.export.checkpoint import outdated_code
+    from puzzle.library.assemble import open_child
     from puzzle.measure.evaluate import EvaluateOptions, evaluate
 
+    if batch is not None and len(batch) > 2:
+        raise UserError(f"`batch` {','.join(map(str, batch))}: one for both, or one of the parent and one of the child")
     pair = None if batch is None else (batch[0], batch[-1])
-    work = None if no_speed else Workload(input_len=input_len, output_len=output_len)
-    result = evaluate(parent, child, list(data), EvaluateOptions(**chosen), work=work, batches=pair)
+    opened, work = open_child(child, library), options.workload(input_len, output_len)
+    if work is None and not no_speed:
+        work = opened.solved.workload if opened.solved else Workload(input_len=128, output_len=128)
+    result = evaluate(parent, opened, list(data), EvaluateOptions(**chosen), work=work, batches=pair)
     if (hint := outdated_code(Path(child))) is not None:  # measured without that code
         console.print(f"note: {hint}", markup=False, soft_wrap=True)
     options.print_json(result.to_json()) if as_json else print_evaluation(result)

@@ -7,19 +7,14 @@ from typing import Any
 
 import click
 
-from puzzle.base.errors import UserError
 from puzzle.cli import options
 
 
 @click.command("bench")
 @click.argument("target", type=options.PATH, metavar="CHILD|ARCHITECTURE")
 @click.option("--gpu", required=True, help="This machine's: h100, or cpu.")
-@click.option(
-    "--input-len", type=int, callback=options.positive, help="Prompt tokens. Default: the architecture's workload."
-)
-@click.option(
-    "--output-len", type=int, callback=options.positive, help="Generated tokens. Default: the architecture's workload."
-)
+@options.priced_input_len
+@options.priced_output_len
 @click.option("--batch", type=int, callback=options.positive, help="Default: what was predicted to be best.")
 @click.option("--fp8", is_flag=True, help="Weights and KV cache in fp8.")
 @click.option("--with-parent", is_flag=True, help="Measure the parent too, at its own best batch.")
@@ -35,13 +30,9 @@ def bench_command(
       puzzle bench lib/solution --gpu h100 --with-parent
       puzzle bench child --gpu h100 --input-len 2048 --output-len 256 --batch 32
     """
-    if (input_len is None) != (output_len is None):
-        raise UserError("`input_len` and `output_len` go together: pass both or none")
-    from puzzle.base.workload import Workload
     from puzzle.measure.bench import bench
 
-    work = None if input_len is None or output_len is None else Workload(input_len=input_len, output_len=output_len)
-    found = bench(target, work=work, precision="fp8" if fp8 else None, **chosen)
+    found = bench(target, work=options.workload(input_len, output_len), precision="fp8" if fp8 else None, **chosen)
     options.print_json(found) if as_json else _print(found)
 
 

@@ -10,12 +10,16 @@ import click
 from puzzle.base.lock import holding
 from puzzle.base.units import parse_bytes, parse_count
 from puzzle.cli import options
+from puzzle.cli.modes import Mode, Verb
 
 if TYPE_CHECKING:
     from puzzle.library.build import BuildOptions
 
 
-@click.command("build-library")
+MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequences joint"),)
+
+
+@click.command("build-library", cls=Verb, modes=MODES)
 @click.argument("source", metavar="PARENT")
 @options.data
 @click.option("--out", type=options.PATH, required=True, metavar="LIB", help="Library directory; new or to continue.")

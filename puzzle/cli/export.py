@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,26 @@ import click
 from puzzle.base.errors import UserError
 from puzzle.base.units import parse_bytes
 from puzzle.cli import options
+from puzzle.cli.modes import Mode, Verb
 
 
-@click.command("export")
+def _is_gguf(given: Mapping[str, Any]) -> bool:
+    from puzzle.export.engines import pick_format
+
+    return pick_format(given["format"], given["engine"])[0] == "gguf"
+
+
+MODES = (
+    Mode("with `format` gguf", _is_gguf, unused="max_shard"),
+    Mode(
+        "with a file as `out`, which has no card",
+        lambda p: _is_gguf(p) and p["out"].suffix == ".gguf",
+        unused="measured",
+    ),
+)
+
+
+@click.command("export", cls=Verb, modes=MODES)
 @click.argument("source", type=options.PATH, metavar="LIBRARY|CHILD")
 @click.argument("architecture", type=options.PATH, required=False)
 @click.option("--out", type=options.PATH, required=True, metavar="DIR", help="New directory, or FILE.gguf.")

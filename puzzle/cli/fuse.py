@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from puzzle.cli import options
+from puzzle.cli.modes import Mode, Verb
 
 
-@click.command("fuse")
-@click.argument("child", type=options.PATH)
+def _runs_are_known(given: Mapping[str, Any]) -> bool:
+    """By hand, or as the child was solved for."""
+    from puzzle.measure.architecture import architecture_beside
+
+    if given["runs_text"] is not None:
+        return given["runs_text"] != "auto"
+    child = given["child"]
+    solved = architecture_beside(child if child.is_dir() else child.parent)
+    return solved is not None and bool(solved.fuse)
+
+
+MODES = (
+    Mode(
+        "with `dependency_only`",
+        lambda p: p["dependency_only"],
+        unused="runs_text norm max_dependency keep_last max_width dependency_file max_shard dry_run force",
+    ),
+    Mode(
+        "with runs that are named or were solved for (`runs` auto chooses others)",
+        _runs_are_known,
+        unused="max_dependency keep_last max_width",
+    ),
+    Mode("without `data`", lambda p: not p["data"], unused="sequences seq_len text_field device"),
+)
+
+
+@click.command("fuse", cls=Verb, modes=MODES)
+@click.argument("child", type=options.PATH, metavar="CHILD|ARCHITECTURE")
+@options.library
 @options.data
 @click.option("--out", type=options.PATH, metavar="DIR", help="New directory; FILE.json with --dependency-only.")
 @click.option(

@@ -9,9 +9,21 @@ import click
 
 from puzzle.base.units import bytes_text, parse_count, seconds_text
 from puzzle.cli import options
+from puzzle.cli.modes import Mode, Verb
+
+MODES = (
+    Mode("with `blend`, whose sources name their own", lambda p: p["blend"] is not None, unused="text_field"),
+    Mode("with `stages`, which say both", lambda p: p["stages"] is not None, unused="tokens seq_len"),
+    Mode("with `kl_weight` 0", lambda p: p["kl_weight"] == 0, unused="temperature"),
+    Mode(
+        "with `kl_weight` 0 and `cosine_weight` 0",
+        lambda p: p["kl_weight"] == p["cosine_weight"] == 0 < p["lm_weight"],
+        unused="teacher teacher_device",
+    ),
+)
 
 
-@click.command("heal")
+@click.command("heal", cls=Verb, modes=MODES)
 @click.argument("child")
 @click.option("--teacher", metavar="PARENT", help="The parent, or any model with the same tokenizer.")
 @options.data

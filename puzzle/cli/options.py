@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import click
 
 from puzzle.base import units
 from puzzle.base.errors import UserError
+from puzzle.base.files import json_text
+from puzzle.base.workload import Workload
 
 PATH = click.Path(path_type=Path)
 
@@ -23,9 +24,23 @@ data = click.option(
 text_field = click.option("--text-field", default="text", help="Field of rows that holds the text.")
 device = click.option("--device", default="auto", help="auto, cpu or cuda.")
 parent = click.option("--parent", help="Where the library's parent is now, if it has moved.")
+library = click.option("--library", type=PATH, help="Of an architecture that does not lie in it.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 input_len = click.option("--input-len", type=int, default=128, help="Prompt tokens of a request.")
 output_len = click.option("--output-len", type=int, default=128, help="Generated tokens of a request.")
+priced_input_len = click.option("--input-len", type=int, help="Prompt tokens. Default: what was solved for, else 128.")
+priced_output_len = click.option(
+    "--output-len", type=int, help="Generated tokens. Default: what was solved for, else 128."
+)
+
+
+def workload(input_len: int | None, output_len: int | None) -> Workload | None:
+    """None: neither is given. Raises UserError for one without the other."""
+    if input_len is None or output_len is None:
+        if input_len is not output_len:
+            raise UserError("`input_len` and `output_len` go together: pass both or none")
+        return None
+    return Workload(input_len=input_len, output_len=output_len)
 
 
 def numbers(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -49,4 +64,4 @@ def positive(_: click.Context, option: click.Parameter, value: float | None) -> 
 
 
 def print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json_text(value))

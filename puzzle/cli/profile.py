@@ -10,9 +10,20 @@ import click
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable
 from puzzle.cli import options
+from puzzle.cli.modes import Mode, Verb
+
+MODES = (
+    Mode(
+        "with `engine` and `fit`",
+        lambda p: p["engine"] is not None and p["fit_path"] is not None,
+        uses="gpu engine fit_path out as_json",
+    ),
+    Mode("with `shapes`", lambda p: p["shapes"] is not None, unused="library"),
+    Mode("with `gpu` cpu", lambda p: p["gpu"] == "cpu", unused="fp8"),
+)
 
 
-@click.command("profile")
+@click.command("profile", cls=Verb, modes=MODES)
 @click.argument("library", type=options.PATH, required=False)
 @click.option("--gpu", required=True, help="Where costs are measured: cpu is this machine's processor.")
 @click.option("--batches", callback=options.numbers, help="In decode. Default: 1,4,16,64 on a CPU, 1 to 512 on a GPU.")

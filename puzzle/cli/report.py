@@ -56,8 +56,8 @@ def print_solution(solved: Architecture) -> None:
         console.print("the scores are synthetic: speed and size are what counts here, not quality")
     slack = ", ".join(f"{name} {value:.4g}" for name, value in solved.slack.items())
     console.print(
-        f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, bound {solved.bound:.5g}, "
-        f"gap {solved.gap:.1e}, slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
+        f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, {solved.certificate}, "
+        f"slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
     )
     speedups = [("speed-up", solved.speedup)]
     if parent.batch != child.batch:

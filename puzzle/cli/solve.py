@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,41 @@ from puzzle.base.machine import GPUS
 from puzzle.base.workload import Workload
 from puzzle.choose.goal import LIMITS, GoalOptions
 from puzzle.cli import options
+from puzzle.cli.modes import Mode, Verb
 
 RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
+
+AXES = ("throughput", "latency", "memory")  # of the frontier, which sets the limit of this name itself
+
+
+def _is_axis(axis: str, given: Mapping[str, Any]) -> bool:
+    return given["pareto"] == axis
+
+
+MODES = (
+    Mode("with `problem`", lambda p: p["problem"] is not None, uses="problem backend time_limit out as_json"),
+    Mode(
+        "with `pareto`",
+        lambda p: p["pareto"] is not None,
+        unused="diverse min_distance same_batch explain fusion fusion_dependency",
+    ),
+    *(Mode(f"with `pareto` {axis}", partial(_is_axis, axis), unused=axis) for axis in AXES),
+    Mode("without `pareto`", lambda p: p["pareto"] is None, unused="points"),
+    Mode(
+        "with `diverse`",
+        lambda p: p["diverse"] is not None,
+        unused="baseline same_batch explain fusion fusion_dependency",
+    ),
+    Mode("without `diverse`", lambda p: p["diverse"] is None, unused="min_distance"),
+    Mode(
+        "with `baseline`",
+        lambda p: p["baseline"] is not None,
+        unused="backend time_limit explain fusion fusion_dependency",
+    ),
+    Mode("without `fusion`", lambda p: not p["fusion"], unused="fusion_dependency"),
+    Mode("with `engine`", lambda p: p["engine"] != "puzzle", unused="shapes"),
+    Mode("without `stages`", lambda p: p["stages"] is None, unused="stage_tolerance"),
+)
 
 
 def limits(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,7 +59,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command("solve")
+@click.command("solve", cls=Verb, modes=MODES)
 @click.argument("library", type=options.PATH, required=False)
 @limits
 @click.option("--cached-tokens", metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
@@ -115,12 +149,6 @@ def solve_command(
     from puzzle.library.manifest import Library
     from puzzle.measure.architecture import write_architecture
 
-    if same_batch and (pareto is not None or diverse is not None):
-        raise UserError("`same_batch` solves for one optimum: leave out `pareto` and `diverse`")
-    if fusion_dependency is not None and not fusion:
-        raise UserError("`fusion_dependency` is the price of `fusion`: pass that too, or leave both out")
-    if fusion and (pareto is not None or diverse is not None or baseline is not None):
-        raise UserError("`fusion` solves for one optimum: leave out `pareto`, `diverse` and `baseline`")
     others = tuple(parse_also(text) for text in also)
     goal = GoalOptions(**wanted).goal(may_be_empty=bool(pareto or others))
     opened = Library.open(library)

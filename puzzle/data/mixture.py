@@ -147,7 +147,7 @@ class Mixture:
                     f"it has {stream.num_tokens:,} tokens; lower its weight or `tokens`, or pass `allow_repeats`"
                 )
         facts = [(s.name, s.weight, s.max_epochs, s.hash) for s in streams]
-        text = json.dumps([facts, [asdict(stage) for stage in stages], seed])
+        text = json.dumps([facts, [asdict(stage) for stage in stages], seed], allow_nan=False)
         self.hash = hashlib.sha256(text.encode()).hexdigest()
 
     def rows(self, stage: int, step: int) -> list[tuple[int, int]]:

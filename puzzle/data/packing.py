@@ -73,7 +73,7 @@ def load_tokens(
                 f"{source.name} gives {num_tokens(split)} {name} tokens, less than one sequence of {seq_len}: give more "
                 "text or a smaller `seq_len`"
             )
-    sizes = json.dumps([tokenizer_hash(tokenizer_dir), seq_len, num_train, num_validation]).encode()
+    sizes = json.dumps([tokenizer_hash(tokenizer_dir), seq_len, num_train, num_validation], allow_nan=False).encode()
     return TokenData(
         train=packed["training"],
         validation=packed["validation"],

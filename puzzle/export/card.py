@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from puzzle import __version__
+from puzzle.base.files import json_text
 from puzzle.base.units import bytes_text
 from puzzle.export.child import Child
 from puzzle.export.picture import picture
@@ -81,7 +81,7 @@ def _origin(card: CardFacts) -> str:
     if card.solved:
         wanted = {k: v for k, v in card.solved.goal.items() if v is not None}
         work = card.solved.workload
-        goal = f" for the goal `{json.dumps(wanted)}` at {work.input_len} input and {work.output_len} output tokens"
+        goal = f" for the goal `{json_text(wanted, indent=None)}` at {work.input_len} input and {work.output_len} output tokens"
     licence = (
         f"The parent's licence, {card.licence}, holds for the child too."
         if card.licence
@@ -126,7 +126,7 @@ def _predicted(solved: Architecture) -> str:
     return (
         f"## Predicted\n\n{_table(head, rows)}\n\n{fused}"
         f"The sum of the replaced blocks' own KL divergences, measured one at a time, is {solved.objective:.4f} nats "
-        f"per token (solver: {solved.status}, gap {solved.gap:.1e}, {solved.solver}). The whole child's KL is "
+        f"per token (solver: {solved.status}, {solved.certificate}, {solved.solver}). The whole child's KL is "
         "what `puzzle evaluate` measures."
     )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError, writing
-from puzzle.base.files import claim_output, file_hash, read_json, write_json
+from puzzle.base.files import claim_output, file_hash, json_text, read_json, write_json
 from puzzle.data.tokenizer import tokenizer_files
 from puzzle.parents.checkpoint import LICENCE_FILES
 
@@ -174,7 +174,7 @@ def _publish(temporary: Path, out: Path, force: bool) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content) + "\n", encoding="utf-8")
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int, out: Path) -> None:
@@ -226,7 +226,7 @@ class _Shard:
         self.path = path
         self.header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self.num_bytes = 0
-        self.num_header_bytes = len(json.dumps(self.header))
+        self.num_header_bytes = len(json.dumps(self.header, allow_nan=False))
         self.handle = open(path, "wb")  # noqa: SIM115
         self.handle.seek(8 + HEADER_BYTES)
 
@@ -238,18 +238,20 @@ class _Shard:
 
     def fits(self, name: str, tensor: Tensor, max_bytes: int) -> bool:
         """Whether data, header and alignment (an offset is a multiple of the item size) allow this tensor too."""
-        header = self.num_header_bytes + len(json.dumps({name: self.entry(tensor)}))
+        header = self.num_header_bytes + len(json.dumps({name: self.entry(tensor)}, allow_nan=False))
         aligned = self.num_bytes % tensor.element_size() == 0
         return aligned and self.num_bytes + tensor.nbytes <= max_bytes and header <= HEADER_BYTES
 
     def add(self, name: str, tensor: Tensor) -> None:
         entry = self.entry(tensor)
         self.header[name] = entry
-        self.num_header_bytes += len(json.dumps({name: entry}))
+        self.num_header_bytes += len(json.dumps({name: entry}, allow_nan=False))
         self.num_bytes += tensor.nbytes
         self.handle.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         self.handle.seek(0)
-        self.handle.write(HEADER_BYTES.to_bytes(8, "little") + json.dumps(self.header).encode().ljust(HEADER_BYTES))
+        self.handle.write(
+            HEADER_BYTES.to_bytes(8, "little") + json.dumps(self.header, allow_nan=False).encode().ljust(HEADER_BYTES)
+        )
         self.handle.close()

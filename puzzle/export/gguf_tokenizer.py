@@ -88,13 +88,13 @@ def pre_tokenizer(tokenizer: dict[str, Any], path: Path) -> str:
     for step in steps:
         if step.get("type") == "Split":
             isolated = step.get("behavior") == "Isolated" and not step.get("invert")
-            splits.append((isolated and step["pattern"].get("Regex")) or json.dumps(step))
+            splits.append((isolated and step["pattern"].get("Regex")) or json.dumps(step, allow_nan=False))
         elif step.get("type") == "Digits" and step.get("individual_digits"):
             splits.append("digits")
         elif step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
             splits += [_GPT2] if step.get("use_regex", True) else []
         else:
-            splits.append(json.dumps(step))
+            splits.append(json.dumps(step, allow_nan=False))
     name = _PRE_TOKENIZERS.get((tuple(splits), bool(model.get("ignore_merges"))))
     if name is None:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
-from puzzle.library.assemble import architecture_of, open_parent
+from puzzle.library.assemble import architecture_of, is_architecture, library_of, open_parent
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Architecture, architecture_beside
 
@@ -50,7 +50,9 @@ class Exported:
 
 
 def open_source(source: Path, architecture: Path | None = None, parent: str | None = None) -> Source:
-    """A library with an architecture, or a checkpoint without one. Raises UserError for anything else."""
+    """A library with an architecture, an architecture in its library, or a checkpoint. Raises UserError for anything else."""
+    if architecture is None and is_architecture(source):
+        source, architecture = library_of(source), source
     if (source / "library.json").is_file() or architecture is not None:
         library = Library.open(source)
         if architecture is None:
@@ -88,7 +90,11 @@ def export(
     Raises UserError before anything is written when the engine cannot take the child.
     """
     format, engine = pick_format(format, engine)
-    child = source.child
+    child = source.child if licence is None else replace(source.child, licence=licence)
+    if out.suffix == ".gguf" and format != "gguf":
+        raise UserError(
+            f"`out` {out} is a gguf file's name, and `format` is {format}: pass `format` gguf, or a directory"
+        )
     known = list(_GGUF_DTYPES if format == "gguf" else DTYPES)
     if dtype is not None and dtype not in known:
         raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
@@ -108,7 +114,7 @@ def export(
             engine=engine,
             dtype=written,
             file=_gguf_name(out, written) if format == "gguf" else None,
-            licence=licence or source.child.licence,
+            licence=child.licence,
             lowerings=tuple(str(lowering) for lowering in lowerings),
             also=tuple(takers(child)) if format == "nemotron-nas" and engine is None else (),
             solved=source.solved,

@@ -18,17 +18,15 @@ from puzzle.data.packing import load_tokens
 from puzzle.export.card import plain_card
 from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
-from puzzle.export.sources import child_of_checkpoint
+from puzzle.export.write import Source, open_source
 from puzzle.fuse.matrix import Dependency
 from puzzle.fuse.measure import Walker
 from puzzle.fuse.rewrite import Norm, fuse_layers, widths_of
 from puzzle.fuse.runs import Rule, Run, choose_runs, members, stretches, width_of, worst
-from puzzle.measure.architecture import architecture_beside
-from puzzle.parents.opened import HfModel
 
 
 def open_walker(
-    opened: HfModel,
+    child: Child,
     data: Sequence[str],
     *,
     num_sequences: int = 16,
@@ -38,17 +36,18 @@ def open_walker(
 ) -> tuple[Walker, dict[str, Any]]:
     """The child on its device with held-out text, and the facts of the measurement. Raises UserError without text."""
     on = pick_device(device)
+    assert child.tokenizer is not None, "what was opened has one"
     tokens = load_tokens(
         list(data),
-        opened.directory,
-        seq_len=min(seq_len, opened.structure.max_length),
+        child.tokenizer,
+        seq_len=min(seq_len, child.around.max_length),
         num_train=1,
         num_validation=num_sequences,
         text_field=text_field,
     )
-    walker = Walker(child_of_checkpoint(opened), tokens.validation, on, compute_dtype(on))
+    walker = Walker(child, tokens.validation, on, compute_dtype(on))
     facts = {
-        "model": Path(opened.source).absolute().name,
+        "model": child.name,
         "num_tokens": tokens.validation.numel(),
         "data_hash": tokens.hash,
         "device": "cpu" if on.type == "cpu" else torch.cuda.get_device_name(on),
@@ -114,7 +113,7 @@ def describe(child: Child, runs: Sequence[Run], norm: Norm, dependency: Dependen
 
 
 def fuse_child(
-    source: Path,
+    source: Path | Source,
     out: Path,
     runs: Sequence[Run],
     *,
@@ -129,14 +128,15 @@ def fuse_child(
     dependency: kept as dependency.json; report: what was measured of blocks in parallel, kept as parallel.json.
     Raises UserError for runs that cannot be fused, and as `write_checkpoint` does.
     """
-    child = child_of_checkpoint(source)
+    source = source if isinstance(source, Source) else open_source(source)
+    child = source.child
     facts = describe(child, runs, norm, dependency)
     extra: dict[str, dict[str, Any]] = {"fusion.json": {"schema": 1, **facts}}
     if dependency is not None:
         extra["dependency.json"] = {"schema": 1, **dependency.to_json()}
     if report is not None:
         extra["parallel.json"] = {"schema": 1, **report}
-    solved, done = architecture_beside(source), tuple(sorted(runs))
+    solved, done = source.solved, tuple(sorted(runs))
     promised = None  # the predictions, where they still hold
     if solved is not None:
         after = solved.after_fusing(done)

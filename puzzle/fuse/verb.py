@@ -12,20 +12,19 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, claim_output, write_json
 from puzzle.base.units import parse_bytes, parse_count
 from puzzle.export.child import Child
-from puzzle.export.sources import child_of_checkpoint
+from puzzle.export.write import Source, open_source
 from puzzle.fuse.matrix import Dependency, check_matplotlib, draw_heat_map, read_dependency
 from puzzle.fuse.measure import measure_dependency, parallel_report
 from puzzle.fuse.rewrite import Norm
 from puzzle.fuse.runs import Rule, Run, parse_runs
 from puzzle.fuse.stage import describe, fuse_child, open_walker, pick_runs
-from puzzle.measure.architecture import architecture_beside
-from puzzle.parents.opened import HfModel, open_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
     """The options of `puzzle fuse`, as typed."""
 
+    library: Path | None
     data: tuple[str, ...]
     out: Path | None
     runs_text: str | None
@@ -51,8 +50,8 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
 
     Everything that can be wrong with the options is said before anything is measured. Raises UserError.
     """
-    opened = open_model(source)
-    child = child_of_checkpoint(opened)
+    opened = open_source(source) if wanted.library is None else open_source(wanted.library, source)
+    child = opened.child
     if wanted.heat_map is not None:
         check_matplotlib()
         check_writable(wanted.heat_map.parent)
@@ -68,7 +67,7 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
         claim_output(wanted.out, wanted.force)
     max_shard = parse_bytes(wanted.max_shard, "max_shard")
     rule = _rule(child, wanted)
-    runs = _given(source, child, wanted)
+    runs = _given(source, opened, wanted)
     if runs is not None:
         describe(child, runs, wanted.norm, None)  # says what is wrong before anything is measured
     elif not wanted.data and wanted.dependency_file is None:
@@ -82,7 +81,7 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
         facts = describe(child, runs, wanted.norm, dependency)
     else:
         facts = fuse_child(
-            source,
+            opened,
             wanted.out,
             runs,
             norm=wanted.norm,
@@ -96,7 +95,7 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
     return found | ({} if report is None else {"parallel": report})
 
 
-def _dependency_only(source: Path, opened: HfModel, wanted: Wanted) -> dict[str, Any]:
+def _dependency_only(source: Path, opened: Source, wanted: Wanted) -> dict[str, Any]:
     if not wanted.data:
         raise UserError("`dependency_only` is measured on text: pass `data`")
     out = wanted.out
@@ -122,14 +121,14 @@ def _rule(child: Child, wanted: Wanted) -> Rule:
     return Rule(max_dependency=wanted.max_dependency, keep_last=wanted.keep_last, max_width=width)
 
 
-def _given(source: Path, child: Child, wanted: Wanted) -> list[Run] | None:
+def _given(source: Path, opened: Source, wanted: Wanted) -> list[Run] | None:
     """Runs by hand or as the child was solved for; None when they are to be chosen by dependency."""
     text = wanted.runs_text
     if text == "auto":
         return None
     if text is not None and text != "solved":
-        return parse_runs(text, len(child.layers))
-    solved = architecture_beside(source)
+        return parse_runs(text, len(opened.child.layers))
+    solved = opened.solved
     if solved is not None and solved.fuse:
         if text is None:
             listed = ",".join(f"{first}-{last}" for first, last in solved.fuse)
@@ -142,14 +141,14 @@ def _given(source: Path, child: Child, wanted: Wanted) -> list[Run] | None:
     return None
 
 
-def _measured(opened: HfModel, wanted: Wanted) -> tuple[Dependency | None, dict[str, Any] | None]:
+def _measured(opened: Source, wanted: Wanted) -> tuple[Dependency | None, dict[str, Any] | None]:
     """The dependency, from text or from a file, and the report on blocks in parallel."""
     if wanted.dependency_file is not None:
-        return read_dependency(wanted.dependency_file, opened.structure.num_layers), None
+        return read_dependency(wanted.dependency_file, len(opened.child.layers)), None
     if not wanted.data:
         return None, None
     walker, facts = open_walker(
-        opened,
+        opened.child,
         wanted.data,
         num_sequences=wanted.sequences,
         seq_len=wanted.seq_len,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, writing
-from puzzle.base.files import write_text
+from puzzle.base.files import json_text, write_text
 
 
 class Log:
@@ -33,7 +33,7 @@ class Log:
 
 
 def _text(lines: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    return "".join(json_text(line, indent=None) + "\n" for line in lines)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -195,14 +195,16 @@ class Run:
         rows = self.data.validation
         tokens_at_once = self.stages[0].tokens_per_step // self.ranks.world // self.options.accumulate
         found = self.trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
-        if not math.isfinite(found["loss"]):
+        broken = [name for name, value in found.items() if not math.isfinite(value)]
+        if "loss" in broken or (broken and step == self.num_steps):
+            name = "loss" if "loss" in broken else broken[0]
             raise UserError(
-                f"held-out loss is {found['loss']:g} after step {step}: training diverged; lower `lr` "
+                f"held-out {name} is {found[name]:g} after step {step}: training diverged; lower `lr` "
                 f"{self.options.lr:g} (log: {self.work.log})"
                 if step
-                else f"held-out loss of {self.options.child} is {found['loss']:g} before any training: its weights are broken"
+                else f"held-out {name} of {self.options.child} is {found[name]:g} before any training: its weights are broken"
             )
-        self.log.write([{"step": step, "tokens": self._tokens, "held_out": found}])
+        self.log.write([{"step": step, "tokens": self._tokens, "held_out": found | dict.fromkeys(broken)}])
         kl = f"KL {found['kl']:.4f}, " if "kl" in found else ""
         console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}", markup=False)
 

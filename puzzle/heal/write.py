@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from puzzle.base.files import SCHEMA
+from puzzle.base.files import SCHEMA, json_text
 from puzzle.export.card import plain_card
 from puzzle.export.checkpoint import MODELING_FILE
 from puzzle.export.child import Child
@@ -80,7 +79,7 @@ def healing(record: dict[str, Any]) -> str:
         f"| {s['source'].replace('|', ' ')} | {s['share']:.1%} | {s['tokens']:,} | {s['epochs']:.2f} |"
         for s in record["sources"]
     )
-    settings = json.dumps({k: run[k] for k in sorted(run) if k not in ("child", "teacher", "data")})
+    settings = json_text({k: run[k] for k in sorted(run) if k not in ("child", "teacher", "data")}, indent=None)
     return (
         f"## Healed\n\nGlobal distillation{'' if record['teacher'] is None else ' from ' + record['teacher']}, "
         f"{record['num_tokens']:,} tokens in {record['num_steps']:,} steps on {record['device']}"

@@ -13,9 +13,45 @@ from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT
 from puzzle.library.manifest import Library, Replacement
 from puzzle.library.store import BlockStore
-from puzzle.measure.architecture import Architecture, read_architecture
+from puzzle.measure.architecture import Architecture, architecture_path, read_architecture
+from puzzle.measure.measurable import Measurable, of_checkpoint
 from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.model import Block, CausalModel, load_model
+
+
+def is_architecture(path: Path) -> bool:
+    """Whether `path` is an architecture.json or the directory of one, and no checkpoint."""
+    return architecture_path(path).is_file() and path.suffix != ".gguf" and not (path / "config.json").is_file()
+
+
+def library_of(path: Path) -> Path:
+    """The library that the architecture at `path` was solved from: the one that it lies in, or beside, as `puzzle run` leaves it."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        for root in (folder, folder / "library"):
+            if (root / "library.json").is_file():
+                return root
+    raise UserError(
+        f"{path} is an architecture that lies in no library: pass `library` with the one it was solved from"
+    )
+
+
+def open_child(source: str, library: Path | None = None) -> Measurable:
+    """A child to measure: a checkpoint, or an architecture whose blocks come from its library (None: as `library_of` finds it).
+
+    Raises UserError for what is neither, and for an architecture that is not of this library.
+    """
+    path = Path(source)
+    if library is None and not is_architecture(path):
+        return of_checkpoint(source)
+    opened = Library.open(library or library_of(path))
+    solved, parent = architecture_of(path, opened), open_parent(opened, None)
+    return Measurable(
+        name=source,
+        structure=opened.structure.with_layers(solved.sub_blocks),
+        tokenizer=parent.directory,
+        solved=solved,
+        load=lambda device, dtype: assemble(opened, solved.variants, parent, device=device, dtype=dtype),
+    )
 
 
 def architecture_of(path: Path, library: Library) -> Architecture:

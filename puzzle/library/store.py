@@ -56,7 +56,7 @@ class BlockStore:
         """
         path = self.path(layer, slot, variant)
         # One key only: safetensors writes several in random order, and equal blocks must be equal files.
-        metadata = {"puzzle": json.dumps({**spec, "key": record["key"]}, sort_keys=True)}
+        metadata = {"puzzle": json.dumps({**spec, "key": record["key"]}, sort_keys=True, allow_nan=False)}
         with replacing(path) as temporary:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
         write_json(path.with_suffix(".json"), {**record, "sha256": file_hash(path)})

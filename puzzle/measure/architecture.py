@@ -71,7 +71,7 @@ class Also:
 class Architecture:
     """goal: limits as they were asked for, by the names of `puzzle.choose.goal.LIMITS`. costs: {"device", "precision", "sha256"} of
     the prices. status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
-    speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
+    bound, gap: None of a baseline, which proves nothing. speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
     that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one
     since. objective_per_batch: {batch: sum of scores}. prices: what looser limits would buy, where it was asked for."""
 
@@ -83,8 +83,8 @@ class Architecture:
     costs: Mapping[str, str]
     status: str
     objective: float
-    bound: float
-    gap: float
+    bound: float | None
+    gap: float | None
     slack: Mapping[str, float]
     seconds: float
     solver: str
@@ -101,6 +101,15 @@ class Architecture:
     prices: tuple[Mapping[str, Any], ...] | None = None
     synthetic_scores: bool = False
     puzzle: str = ""
+
+    @property
+    def certificate(self) -> str:
+        """How far the objective may be from the best one."""
+        return (
+            "nothing proven"
+            if self.bound is None or self.gap is None
+            else f"bound {self.bound:.5g}, gap {self.gap:.1e}"
+        )
 
     @property
     def sub_blocks(self) -> list[Layer]:

@@ -5,7 +5,6 @@ An architecture runs with random weights at its parent's shapes: time does not d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import torch
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
-from puzzle.measure.architecture import Prediction, architecture_path, read_architecture
-from puzzle.measure.serve import serve
-from puzzle.runtime.model import CausalModel, load_model, random_model
-from puzzle.runtime.open import DTYPES, open_runtime, usual_precision
+from puzzle.measure.architecture import architecture_path, read_architecture
+from puzzle.measure.measurable import measure_speeds, of_checkpoint, of_structure
+from puzzle.runtime.open import pick_precision
 
 COMPARED = ("tokens_per_second", "ttft_seconds", "tpot_seconds", "memory_bytes", "workspace_bytes")
 
@@ -35,7 +33,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measured figures of `target`, and of its parent if asked for, with the predictions of an architecture.json there.
 
-    target: architecture.json or its directory, or a checkpoint. work, batch, precision: by default those of the architecture.
+    target: architecture.json or its directory, or a checkpoint. work, batch, precision: by default those of the architecture, as far
+    as this device has a runtime for it. Predictions stand beside what was measured where workload, precision and batch are theirs.
     Raises UserError for what is neither, or without the GPU that is named.
     """
     device = torch.device("cpu" if gpu == "cpu" else "cuda")
@@ -52,9 +51,20 @@ def bench(
         if solved is None:
             raise UserError(f"{target} has no architecture.json with a workload: pass `input_len` and `output_len`")
         work = solved.workload
-    promised = solved if solved is not None and solved.workload == work else None
-    batch = batch or (promised.predicted.batch if promised else 1)
-    asked = precision or usual_precision(device)
+    asked = precision or pick_precision(device, None if solved is None else solved.costs["precision"])
+    kept = solved is not None and solved.workload == work and solved.costs["precision"] == asked
+    promised = solved if kept else None
+    if with_parent and solved is None:
+        raise UserError("`with_parent` needs an architecture: bench a parent's checkpoint by itself")
+    models = {}
+    if with_parent and solved is not None:
+        at = solved.parent_predicted.batch if batch is None or solved.workload == work else batch
+        models["parent"] = (of_structure("the parent", solved.parent), at)
+    child = of_structure(str(target), solved.structure(), solved) if solved and not is_checkpoint else None
+    models["child"] = (child or of_checkpoint(str(target)), batch or (solved.predicted.batch if solved else 1))
+    predictions = {}
+    if promised is not None:
+        predictions = {"child": promised.predicted, "parent": promised.parent_predicted}
     found: dict[str, Any] = {
         "schema": 1,
         "gpu": gpu,
@@ -62,32 +72,12 @@ def bench(
         "precision": asked,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-
-    def run(make: Callable[[], CausalModel], at: int, prediction: Prediction | None) -> dict[str, Any]:
-        length = work.input_len + work.output_len
-        try:
-            runtimes = {"it": lambda: open_runtime(make(), at, length, asked, consume=True)}
-            measured = serve(runtimes, work, repeats)["it"]
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(f"batch {at} does not fit on {found['device']}: pass a smaller `batch`") from error
-        same = prediction if prediction is not None and prediction.batch == at else None
-        return {
-            "measured": asdict(measured),
-            "predicted": None if same is None else {name: getattr(same, name) for name in COMPARED},
-        }
-
-    def child() -> CausalModel:
-        if solved is None or is_checkpoint:
-            return load_model(str(target), device=device, dtype=DTYPES[asked])
-        return random_model(solved.structure(), device, DTYPES[asked])
-
-    found["child"] = run(child, batch, promised.predicted if promised else None)
+    for who, measured in measure_speeds(models, work, device, asked, repeats).items():
+        theirs = predictions.get(who)
+        same = theirs if theirs is not None and theirs.batch == measured.batch else None
+        told = None if same is None else {name: getattr(same, name) for name in COMPARED}
+        found[who] = {"measured": asdict(measured), "predicted": told}
     if with_parent:
-        if solved is None:
-            raise UserError("`with_parent` needs an architecture: bench a parent's checkpoint by itself")
-        theirs = promised.parent_predicted if promised else None
-        at = theirs.batch if theirs else batch
-        found["parent"] = run(lambda: random_model(solved.parent, device, DTYPES[asked]), at, theirs)
         ours, other = (found[k]["measured"]["tokens_per_second"] for k in ("child", "parent"))
         found["speedup"] = {"measured": ours / other, "predicted": promised.speedup if promised else None}
     return found

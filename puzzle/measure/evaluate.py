@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,20 +10,14 @@ import torch
 from puzzle.base.console import console
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
-from puzzle.base.machine import cpu_name
-from puzzle.base.units import check_positive
+from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, check_positive
 from puzzle.base.workload import Workload
 from puzzle.data.packing import load_tokens
-from puzzle.measure.architecture import architecture_beside
-from puzzle.measure.serve import Served, serve
-from puzzle.parents.opened import HfModel, open_model
+from puzzle.measure.measurable import Measurable, measure_speeds, name_of, of_checkpoint
+from puzzle.measure.serve import Served
+from puzzle.parents.structure import Structure
 from puzzle.runtime.divergence import compare
-from puzzle.runtime.interface import Runtime
-from puzzle.runtime.model import load_model
-from puzzle.runtime.open import DTYPES, open_runtime, usual_precision
-
-MAX_DRIFT = 0.05  # of the parent's speed since the profile; beyond it the speed is measured again
-MAX_ATTEMPTS = 3
+from puzzle.runtime.open import pick_precision
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,7 +54,7 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Every number is measured. device: "cpu", or a GPU's name. speedup, workload: None where speed was not measured."""
+    """Every number is measured. device: "cpu", or a GPU's name. precision: of the speed. speedup, workload: None where speed was not measured."""
 
     device: str
     precision: str
@@ -77,46 +70,50 @@ class Evaluation:
 
 
 def evaluate(
-    parent_source: str,
-    child_source: str,
+    parent: str | Measurable,
+    child: str | Measurable,
     data: list[str],
     options: EvaluateOptions | None = None,
     *,
     work: Workload | None = None,
     batches: tuple[int, int] | None = None,
 ) -> Evaluation:
-    """work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
-    child's architecture.json names. Raises UserError for models that do not belong together.
+    """parent, child: checkpoints, or opened already. work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
+    child's architecture.json names. Speed is measured in the precision that the child was priced in, where this device
+    has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Raises UserError for models that do not belong together.
     """
     options = options or EvaluateOptions()
     on = pick_device(options.device)
     dtype = compute_dtype(on)
-    parent_model, child_model = open_model(parent_source), open_model(child_source)
-    theirs, ours = parent_model.structure.vocab_size, child_model.structure.vocab_size
+    parent = of_checkpoint(parent) if isinstance(parent, str) else parent
+    child = of_checkpoint(child) if isinstance(child, str) else child
+    theirs, ours = parent.structure.vocab_size, child.structure.vocab_size
     if theirs != ours:
         raise UserError(
-            f"{parent_source} has {theirs} tokens, {child_source} {ours}: a child shares its parent's tokenizer"
+            f"{parent.name} has {theirs} tokens, {child.name} {ours}: a child shares its parent's tokenizer"
         )
+    if parent.tokenizer is None:
+        raise UserError(f"{parent.name} has no tokenizer: give a checkpoint")
     tokens = load_tokens(
         data,
-        parent_model.directory,
-        seq_len=min(options.seq_len, parent_model.structure.max_length),
+        parent.tokenizer,
+        seq_len=min(options.seq_len, parent.structure.max_length),
         num_train=1,
         num_validation=options.sequences,
         text_field=options.text_field,
     )
-    parent = load_model(parent_model, device=on, dtype=dtype)
-    child = load_model(child_model, device=on, dtype=dtype)
+    whole, cut = parent.load(on, dtype), child.load(on, dtype)
     console.print(f"measuring divergence on {tokens.validation.numel():,} held-out tokens")
-    itself = compare(parent, parent, tokens.validation)
-    against = compare(parent, child, tokens.validation)
-    sizes = [_sizes(opened, dtype) for opened in (parent_model, child_model)]
-    del parent, child  # the runtimes want their memory
-    speeds = {} if work is None else _speeds(parent_model, child_model, work, batches, on, options.repeats)
+    itself = compare(whole, whole, tokens.validation)
+    against = compare(whole, cut, tokens.validation)
+    del whole, cut  # the runtimes want their memory
+    precision = pick_precision(on, None if child.solved is None else child.solved.costs["precision"])
+    speeds = {} if work is None else _speeds(parent, child, work, batches, on, precision, options.repeats)
+    sizes = [_sizes(model.structure, precision) for model in (parent, child)]
     fast, slow = speeds.get("child"), speeds.get("parent")
     return Evaluation(
         device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
-        precision=usual_precision(on),
+        precision=precision,
         num_tokens=int(against["num_tokens"]),
         parent=Evaluated(loss=itself["lm_loss"], speed=slow, **sizes[0]),
         child=Evaluated(
@@ -132,60 +129,32 @@ def evaluate(
     )
 
 
-def _sizes(opened: HfModel, dtype: torch.dtype) -> dict[str, int]:
-    structure = opened.structure
+def _sizes(structure: Structure, precision: str) -> dict[str, int]:
+    """Bytes as the runtime holds them in this precision, and as `solve` predicts them."""
     per_token = sum(sub_block.state().per_token for _, _, sub_block in structure)
+    inside, fixed = structure.num_parameters - structure.num_fixed_parameters, structure.num_fixed_parameters
     return {
         "num_parameters": structure.num_parameters,
-        "weight_bytes": structure.num_parameters * dtype.itemsize,
-        "kv_bytes_per_token": per_token * dtype.itemsize,
+        "weight_bytes": inside * PRECISION_BYTES[precision] + fixed * FIXED_BYTES[precision],
+        "kv_bytes_per_token": per_token * PRECISION_BYTES[precision],
     }
 
 
 def _speeds(
-    parent: HfModel,
-    child: HfModel,
+    parent: Measurable,
+    child: Measurable,
     work: Workload,
     batches: tuple[int, int] | None,
     device: torch.device,
+    precision: str,
     repeats: int,
 ) -> dict[str, Served]:
     """Of both, each at its batch."""
-    solved = architecture_beside(child.directory)
+    solved, expected = child.solved, None
     at = batches or ((solved.parent_predicted.batch, solved.predicted.batch) if solved else (1, 1))
     console.print(f"measuring speed: {work.input_len} tokens in, {work.output_len} out, batch {at[0]} and {at[1]}")
-    here = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    expected = None
-    if solved and batches is None and solved.workload == work and solved.costs["device"] == here:
-        expected = solved.parent_predicted.tokens_per_second
-    precision, length = usual_precision(device), work.input_len + work.output_len
-    dtype = DTYPES[precision]
-
-    def maker(opened: HfModel, batch: int) -> Callable[[], Runtime]:
-        return lambda: open_runtime(
-            load_model(opened, device=device, dtype=dtype), batch, length, precision, consume=True
-        )
-
-    return _steady({"parent": maker(parent, at[0]), "child": maker(child, at[1])}, work, repeats, expected)
-
-
-def _steady(
-    runtimes: dict[str, Callable[[], Runtime]], work: Workload, repeats: int, expected: float | None
-) -> dict[str, Served]:
-    """Speeds, measured while the machine runs as fast as when it was profiled.
-
-    expected: the parent's tokens/s according to the profile; None measures once. The parent alone decides whether to
-    measure again: the attempt with the least drift of the parent counts, whatever the child did.
-    """
-    attempts: list[dict[str, Served]] = []
-    while True:
-        attempts.append(serve(runtimes, work, repeats))
-        if expected is None:
-            return attempts[0]
-        drifts = [abs(found["parent"].tokens_per_second / expected - 1) for found in attempts]
-        if drifts[-1] <= MAX_DRIFT or len(attempts) == MAX_ATTEMPTS:
-            return attempts[drifts.index(min(drifts))]
-        now = attempts[-1]["parent"].tokens_per_second
-        console.print(
-            f"the parent runs at {now:.5g} tokens/s now, {expected:.5g} when this machine was profiled: measuring again"
-        )
+    if solved and batches is None and solved.workload == work:
+        priced = (solved.costs["device"], solved.costs["precision"])
+        expected = solved.parent_predicted.tokens_per_second if priced == (name_of(device), precision) else None
+    both = {"parent": (parent, at[0]), "child": (child, at[1])}
+    return measure_speeds(both, work, device, precision, repeats, expected)

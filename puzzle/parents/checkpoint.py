@@ -114,7 +114,7 @@ class Checkpoint:
         Reading whole weights would take minutes for a large parent; training moves every weight of every tensor, so
         these samples tell two checkpoints of one shape apart.
         """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, allow_nan=False).encode())
         for path in sorted(set(self._files.values())):
             header = read_header(path)
             with open(path, "rb") as handle:
@@ -122,7 +122,7 @@ class Checkpoint:
                 for name in sorted(n for n in header if n != "__metadata__"):
                     entry = header[name]
                     begin, end = entry["data_offsets"]
-                    digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+                    digest.update(json.dumps([name, entry["dtype"], entry["shape"]], allow_nan=False).encode())
                     for start in (begin, max(begin, end - SAMPLE_BYTES)):
                         handle.seek(base + start)
                         digest.update(handle.read(min(SAMPLE_BYTES, end - start)))

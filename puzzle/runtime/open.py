@@ -13,17 +13,21 @@ from puzzle.runtime.plain import PlainRuntime
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of what is not quantised
 
 
-def usual_precision(device: torch.device) -> str:
-    return "bf16" if device.type == "cuda" else "float32"
+RUN_HERE = {"cpu": ("float32",), "cuda": ("bf16", "fp8")}  # precisions by device, the usual one first
+
+
+def pick_precision(device: torch.device, priced: str | None = None) -> str:
+    """The one that was priced, where the device has a runtime for it; else the usual one."""
+    return priced if priced in RUN_HERE[device.type] else RUN_HERE[device.type][0]
 
 
 def open_runtime(model: CausalModel, batch: int, max_length: int, precision: str, *, consume: bool = False) -> Runtime:
     """consume: the model is used up where that spares memory. Raises UserError for a precision that the device has no runtime for."""
     device = model.embedding.weight.device
     if device.type != "cuda":
-        if precision != "float32":
+        if precision not in RUN_HERE["cpu"]:
             raise UserError(f"precision {precision} has no runtime on a CPU: float32 has")
         return PlainRuntime(model, batch, max_length)
-    if precision not in ("bf16", "fp8"):
+    if precision not in RUN_HERE["cuda"]:
         raise UserError(f"precision {precision} has no runtime on a GPU: bf16 and fp8 have")
     return FastRuntime(model, batch, max_length, fp8=precision == "fp8", consume=consume)

@@ -8,7 +8,7 @@ own continuation: if the reference's most likely token is the engine's at every 
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError, nearest
+from puzzle.base.files import json_text
 from puzzle.export.checkpoint import outdated_code
 from puzzle.runtime.model import CausalModel
 from puzzle.serving.reference import Export, find_export, load_reference, tokenize
@@ -95,7 +96,7 @@ class ServeCheck:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "equal": self.equal}
+        return {**asdict(self), "delta": self.delta if math.isfinite(self.delta) else None, "equal": self.equal}
 
 
 class EngineFailed(Exception):
@@ -201,7 +202,7 @@ def run_engine(job: dict[str, Any], python: Path) -> dict[str, Any]:
     engine = job["engine"]
     with tempfile.TemporaryDirectory(prefix="puzzle-serve-check-") as name:
         directory = Path(name)
-        (directory / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        (directory / "job.json").write_text(json_text(job), encoding="utf-8")
         # A script's own directory is searched first for imports: from a copy, no file of ours hides a library.
         worker = shutil.copy(Path(__file__).with_name("worker.py"), directory)
         command = [str(python), worker, str(directory / "job.json"), str(directory / "result.npz")]

@@ -88,6 +88,16 @@ def test_names_are_unambiguous(layer):
             assert sum(kind.stand_in(block.sub_block, name) is not None for kind in kinds().values()) == 1, name
 
 
+@pytest.mark.parametrize(
+    ("heads", "fewer"),
+    [(1, []), (2, [1]), (3, [1]), (7, [1]), (8, [4, 2, 1]), (10, [5, 2, 1]), (12, [6, 3, 1]), (32, [16, 8, 4, 2, 1])],
+)
+def test_fewer_kv_heads_fit_the_parent(heads, fewer):
+    """Halves down to one; where the heads do not halve, the next divisor below."""
+    names = Gqa.stand_ins(Gqa(hidden_size=32, num_attention_heads=heads, num_key_value_heads=heads, head_dim=4))
+    assert names == [*(f"kv{count}" for count in fewer), "window-128"]
+
+
 def test_replacements_are_what_is_offered_by_default(layer):
     for slot, block in layer.items():
         offered = [(v.name, v.sub_block) for v in block.sub_block.replacements()]

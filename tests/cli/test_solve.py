@@ -63,7 +63,7 @@ def test_limits_hold_together(puzzle, own_library):
         (["--also", "32/8:ttft=1s,ttft=2s"], ["'ttft=2s' is no new limit"]),
         (["--also", "32/8:beauty=2x"], ["'beauty=2x'", "throughput, latency, ttft, tpot"]),
         (["--also", "32/8:ttft=-1s"], ["--ttft -1s", "above 0"]),
-        (["--also", "32/8@3:ttft=1s"], ["batch 3 is not in the costs"]),
+        (["--also", "32/8@5:ttft=1s"], ["batch 5 is not in the costs"]),
         (["--pareto", "beauty"], ["--pareto beauty", "throughput, latency, memory"]),
         (["--pareto", "memory", "--points", "1"], ["--points 1"]),
     ],

@@ -136,9 +136,9 @@ def test_from_solve_to_a_fused_child(puzzle, one_line_error, costly, parent, cor
     assert record["fuse"] is None
     assert "predicted" in (tmp_path / "fused/README.md").read_text()
     for arguments, wanted in (
-        (("--fusion-dependency", dependency), "--fusion-dependency is the price of --fusion"),
-        (("--fusion", "--pareto", "throughput"), "--fusion solves for one optimum"),
-        (("--fusion", "--baseline", "greedy"), "--fusion solves for one optimum"),
+        (("--fusion-dependency", dependency), "--fusion-dependency is not used without --fusion"),
+        (("--fusion", "--pareto", "throughput"), "--fusion is not used with --pareto"),
+        (("--fusion", "--baseline", "greedy"), "--fusion is not used with --baseline"),
         (("--fusion", "--fusion-dependency", tmp_path / "none.json"), "does not exist"),
     ):
         one_line_error(puzzle("solve", copy, "--throughput", "2x", *arguments, *SOLVE), wanted)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from puzzle.blocklib.variant import search_spaces
+from puzzle.measure.architecture import read_architecture
 from puzzle.parents.known import STRUCTURES
 from puzzle.profile.cost_table import PACKAGED, CostTable
 from puzzle.profile.parts import ends_of, priced_as
@@ -73,3 +74,17 @@ def test_a_library_that_no_table_covers(puzzle, library, tmp_path):
     done = puzzle("solve", library, "--throughput", "2x", "--gpu", "h100", "--out", tmp_path / "other")
     assert done.exit_code == 2, done.output
     assert "holds this library's sub-blocks: run `puzzle profile LIBRARY --gpu h100`" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("rule", ["greedy", "no-op"])
+def test_a_baseline_proves_nothing(puzzle, synthetic, rule, tmp_path):
+    """Its bound and gap are null; what is written is JSON to the letter, and is read back."""
+    arguments = ("--throughput", "3x", "--gpu", "h100", "--input-len", 256, "--output-len", 128, "--out", tmp_path)
+    goal = ("solve", synthetic("reference"), *arguments, "--baseline", rule)
+    assert "nothing proven" in puzzle(*goal).output
+    done = puzzle(*goal, "--json")
+    assert done.exit_code == 0, done.output
+    for text in (done.stdout, (tmp_path / "architecture.json").read_text()):
+        found = json.loads(text, parse_constant=pytest.fail)
+        assert (found["status"], found["bound"], found["gap"]) == ("feasible", None, None)
+    assert read_architecture(tmp_path).bound is None

@@ -1,0 +1,102 @@
+"""What `evaluate` and `bench` measure: a parent or a child, wherever it comes from, and its speed on the runtime that was priced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from puzzle.base.console import console
+from puzzle.base.errors import UserError
+from puzzle.base.machine import cpu_name
+from puzzle.base.workload import Workload
+from puzzle.measure.architecture import Architecture, architecture_beside
+from puzzle.measure.serve import Served, serve
+from puzzle.parents.opened import open_model
+from puzzle.parents.structure import Structure
+from puzzle.runtime.interface import Runtime
+from puzzle.runtime.model import CausalModel, load_model, random_model
+from puzzle.runtime.open import DTYPES, open_runtime
+
+MAX_DRIFT = 0.05  # of the parent's speed since the profile; beyond it the speed is measured again
+MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurable:
+    """solved: what was promised for it. tokenizer: its directory; None of a model with random weights. load: on a device, in a
+    dtype."""
+
+    name: str
+    structure: Structure
+    tokenizer: Path | None
+    solved: Architecture | None
+    load: Callable[[torch.device, torch.dtype], CausalModel]
+
+
+def of_checkpoint(source: str) -> Measurable:
+    """A Hugging Face checkpoint, or hub id. Raises UserError as `open_model` does."""
+    opened = open_model(source)
+    return Measurable(
+        name=source,
+        structure=opened.structure,
+        tokenizer=opened.directory,
+        solved=architecture_beside(opened.directory),
+        load=lambda device, dtype: load_model(opened, device=device, dtype=dtype),
+    )
+
+
+def of_structure(name: str, structure: Structure, solved: Architecture | None = None) -> Measurable:
+    """Random weights: they take the time and the memory of any others."""
+    return Measurable(
+        name=name,
+        structure=structure,
+        tokenizer=None,
+        solved=solved,
+        load=lambda device, dtype: random_model(structure, device, dtype),
+    )
+
+
+def name_of(device: torch.device) -> str:
+    """As cost tables call it."""
+    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def measure_speeds(
+    models: Mapping[str, tuple[Measurable, int]],
+    work: Workload,
+    device: torch.device,
+    precision: str,
+    repeats: int,
+    expected: float | None = None,
+) -> dict[str, Served]:
+    """Of every model at its batch, on the runtime that this device's prices come from.
+
+    expected: tokens/s of models["parent"] according to a profile of this machine, which is measured again when it drifted since;
+    None measures once. The parent alone decides: the attempt with the least drift counts, whatever the child did. Raises
+    UserError for a precision without a runtime here, and for what does not fit.
+    """
+    length = work.input_len + work.output_len
+
+    def maker(model: Measurable, batch: int) -> Callable[[], Runtime]:
+        return lambda: open_runtime(model.load(device, DTYPES[precision]), batch, length, precision, consume=True)
+
+    runtimes = {who: maker(*one) for who, one in models.items()}
+    attempts: list[dict[str, Served]] = []
+    try:
+        while True:
+            attempts.append(serve(runtimes, work, repeats))
+            if expected is None:
+                return attempts[0]
+            drifts = [abs(found["parent"].tokens_per_second / expected - 1) for found in attempts]
+            if drifts[-1] <= MAX_DRIFT or len(attempts) == MAX_ATTEMPTS:
+                return attempts[drifts.index(min(drifts))]
+            now = attempts[-1]["parent"].tokens_per_second
+            console.print(
+                f"the parent runs at {now:.5g} tokens/s now, {expected:.5g} when this machine was profiled: measuring again"
+            )
+    except torch.cuda.OutOfMemoryError as error:
+        asked = ", ".join(f"{batch} of the {who}" for who, (_, batch) in models.items())
+        raise UserError(f"a batch ({asked}) does not fit on {name_of(device)}: pass a smaller `batch`") from error
