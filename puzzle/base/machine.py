@@ -52,7 +52,7 @@ def available_memory(root: Path = Path("/")) -> int:
             free = [int(line.split()[1]) * 1024]
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and "memory" not in controllers.split(","):
             continue
         limit, used, freed = (
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from puzzle.base.lock import holding
-from puzzle.base.units import parse_bytes, parse_count
+from puzzle.base.units import parse_count
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
@@ -34,9 +34,7 @@ MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequenc
 @click.option("--calibration-sequences", type=int, default=64, help="For initialisation.")
 @click.option("--validation-sequences", type=int, default=16, help="Held out, for the losses reported.")
 @click.option("--group-size", type=int, help="Layers trained together (default: as many as fit).")
-@click.option(
-    "--memory-limit", metavar="BYTES", help="Most GPU memory, or on a CPU most of the process's memory, e.g. 80GB."
-)
+@options.memory_limit
 @click.option("--score/--no-score", default=True, help="Score the blocks after training.")
 @click.option(
     "--score-sequences", type=int, callback=options.positive, default=64, help="Held-out sequences for the scores."
@@ -51,7 +49,7 @@ def build_library_command(
     data: tuple[str, ...],
     out: Path,
     tokens: str,
-    memory_limit: str | None,
+    memory_limit: int | None,
     score: bool,
     score_sequences: int,
     joint: bool,
@@ -71,12 +69,11 @@ def build_library_command(
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
     """
     num_tokens = parse_count("tokens", tokens, least=0)
-    limit = parse_bytes(memory_limit, "memory_limit") if memory_limit else None
     from puzzle.cli.report import library_summary, print_library, print_plan
     from puzzle.library.build import BuildOptions, build_library
     from puzzle.library.score import ScoreOptions, score_library
 
-    wanted = BuildOptions(data=list(data), out=out, tokens=num_tokens, memory_limit=limit, **chosen)
+    wanted = BuildOptions(data=list(data), out=out, tokens=num_tokens, memory_limit=memory_limit, **chosen)
     if dry_run:
         facts = planned(source, wanted)
         options.print_json(facts) if as_json else print_plan(facts)
@@ -84,7 +81,7 @@ def build_library_command(
     with holding(out):
         build_library(source, wanted)
         if score:
-            same = {name: chosen[name] for name in ("seq_len", "text_field", "device")} | {"memory_limit": limit}
+            same = {name: chosen[name] for name in ("seq_len", "text_field", "device")} | {"memory_limit": memory_limit}
             score_library(out, list(data), ScoreOptions(sequences=score_sequences, joint=joint, **same), parent=source)
     summary = library_summary(out)
     options.print_json(summary) if as_json else print_library(summary)

@@ -63,5 +63,18 @@ def positive(_: click.Context, option: click.Parameter, value: float | None) -> 
     return value
 
 
+def num_bytes(_: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """A callback of options: '80GB' -> 80·10⁹. Raises UserError for what is no amount of memory."""
+    return None if text is None else units.parse_bytes(text, option.name)
+
+
+memory_limit = click.option(
+    "--memory-limit",
+    metavar="BYTES",
+    callback=num_bytes,
+    help="Most GPU memory, or on a CPU most of the whole process's memory, e.g. 80GB.",
+)
+
+
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json_text(value))

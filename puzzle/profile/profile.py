@@ -122,9 +122,9 @@ def profile(
     fp8 = precision == "fp8"
     stem = f"{subject.name}-fp8" if fp8 else subject.name
     path, partial = out / f"{stem}.csv", out / f"{stem}.partial.csv"
+    check_writable(out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
     timer: Timer = CpuTimer(structure, grid) if gpu == "cpu" else GpuTimer(structure, grid, where, fp8)
     done = _read_done(partial, timer.facts)
     every = targets(structure, subject.offered, grid)

@@ -21,6 +21,7 @@ from puzzle.measure.evaluate import EvaluateOptions
 from puzzle.profile.profile import ProfileOptions
 
 KINDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}  # of values
+LISTS = ("build.attention", "build.ffn", "build.layers", "goal.pinned", "goal.alike")  # names or ranges
 SHARED = ("data", "out", "text_field", "device")  # one value for all stages, outside the sections
 
 
@@ -125,8 +126,8 @@ def _typed(value: Any, wanted: Any, key: str) -> Any:
     if wanted not in KINDS:
         raise UserError(f"{key} cannot be given in a recipe")
     number, inside = isinstance(value, int | float | str) and not isinstance(value, bool), "." in key
-    if wanted is str and inside and isinstance(value, list) and value:  # as the command line has it: 0.5,none
-        return ",".join(_typed(one, str, key) for one in value)
+    if key in LISTS and isinstance(value, list) and value and not any(isinstance(one, list) for one in value):
+        return ",".join(_typed(one, str, key) for one in value)  # as the command line has it: 0.5,none
     try:
         if wanted is bool and isinstance(value, bool):
             return value

@@ -70,7 +70,7 @@ def test_output_directories(puzzle, one_line_error, own_library, parent, corpus,
     for out in (tmp_path / "file", tmp_path / "file/below"):
         done = puzzle("build-library", parent, "--data", corpus, "--out", out, "--seq-len", 32)
         assert done.exit_code == 2, done.output
-        assert "error: cannot write" in done.stderr
+        assert f"error: --out {tmp_path}/file is a file: give a directory" in done.stderr
 
 
 OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options fill

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from puzzle.base.errors import UserError
 from puzzle.data.tokenizer import load_tokenizer, separator_id, tokenizer_hash
@@ -39,3 +42,14 @@ def test_a_directory_without_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=f"no tokenizer can be loaded from {tmp_path} .*put tokenizer.json beside"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("told", ["README.md", "puzzle/export/card.py"])
+def test_a_childs_tokenizer_loads_as_told_without_a_question(child, monkeypatch, told):
+    """Unasked, transformers wants the child's own config first and waits 15 s for a yes."""
+    line = re.search(r"AutoTokenizer\.from_pretrained\(.*?\)", (Path(__file__).parents[2] / told).read_text())[0]
+    asked = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    loaded = eval(re.sub('"(child|PATH)"', "child", line), {"AutoTokenizer": AutoTokenizer, "child": child})
+    assert not asked
+    assert loaded.get_vocab() == load_tokenizer(child).get_vocab()
