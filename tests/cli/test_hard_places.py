@@ -55,7 +55,7 @@ BUILD = "build-library P --data D --out O --tokens 512 --seq-len 32 --batch-size
         (f"solve L {' '.join(map(str, SOLVE))} --out O", 200),
         ("solve L --gpu cpu --input-len 16 --output-len 16 --pareto throughput --points 3 --out O", 200),
         ("export C --out O", 20_000),
-        ("export C --out O.gguf", 200),
+        ("export C --format gguf --out O.gguf", 200),
         ("fuse C --data D --dependency-only --seq-len 32 --sequences 2 --out O.json", 200),
         (HEAL, 200),
         (HEAL, 20_000),  # run.json and the log fit, a checkpoint does not
