@@ -10,10 +10,11 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
-from puzzle.solver.problem import Problem
+from puzzle.solver.problem import Constraint, Problem
 from puzzle.solver.solution import Solution
 from puzzle.solver.solve import lower_bound, solve
 
@@ -58,3 +59,41 @@ def best_between(
         if found[low].choice and found[low].objective < had:
             best = low
     return best, found
+
+
+def relaxed_between(one: Problem, other: Problem, fixed: Mapping[str, float]) -> Problem:
+    """A problem that every choice of `one`, `other` and those numbered between them meets, for `best_between`.
+
+    The two differ in amounts and upper limits alone. Each limit becomes a resource of its own, called by its place: the amount as
+    a share of the limit, where it is smaller. That bounds those between where amounts are linear in the number, and limits linear
+    through 0 or constant: shares are monotone then. fixed {place: the least share that no choice changes}. Stages are dropped.
+    """
+    limits = list(zip(one.constraints, other.constraints, strict=True))
+
+    def least(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+        return {
+            str(n): min(a.get(x.resource, 0.0) / most(x), b.get(y.resource, 0.0) / most(y))
+            for n, (x, y) in enumerate(limits)
+        }
+
+    layers = tuple(
+        replace(
+            la,
+            variants=tuple(
+                replace(v, resources=least(v.resources, w.resources))
+                for v, w in zip(la.variants, lb.variants, strict=True)
+            ),
+        )
+        for la, lb in zip(one.layers, other.layers, strict=True)
+    )
+    pairs = tuple(
+        replace(p, resources=least(p.resources, q.resources)) for p, q in zip(one.pairs, other.pairs, strict=True)
+    )
+    constraints = tuple(replace(c, resource=str(n), max=1.0) for n, (c, _) in enumerate(limits))
+    return replace(one, layers=layers, pairs=pairs, constraints=constraints, fixed=fixed, stages=None)
+
+
+def most(limit: Constraint) -> float:
+    """The upper side, which every limit here has."""
+    assert limit.max is not None
+    return limit.max

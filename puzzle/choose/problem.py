@@ -25,6 +25,7 @@ from puzzle.measure.architecture import Prediction
 from puzzle.parents.structure import Layer as SubBlocks
 from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import EngineModel
+from puzzle.solver.interval import most, relaxed_between
 from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, ProblemError, Stages, Variant
 from puzzle.solver.solution import Solution
 
@@ -125,42 +126,14 @@ class Selection:
         )
 
     def relaxed(self, low: int, high: int) -> Problem:
-        """What every choice at a batch from `low` to `high` meets, measured batches at most at the ends: each limit's amount as a share of
-        the limit, where it is smaller. Amounts are linear in the batch there, limits too or constant, so their shares are
-        monotone; what no choice changes is looked at for every batch."""
-        one, other = self.problem(low), self.problem(high)
+        """What every choice at a batch from `low` to `high` meets, measured batches at most at the ends: amounts are linear in the
+        batch there, but for what no choice changes, which is looked at for every batch."""
+        one = self.problem(low)
         if low == high:
             return one
-        limits = list(zip(one.constraints, other.constraints, strict=True))
-
-        def least(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-            return {
-                str(n): min(a.get(x.resource, 0.0) / _most(x), b.get(y.resource, 0.0) / _most(y))
-                for n, (x, y) in enumerate(limits)
-            }
-
-        layers = tuple(
-            replace(
-                la,
-                variants=tuple(
-                    replace(v, resources=least(v.resources, w.resources))
-                    for v, w in zip(la.variants, lb.variants, strict=True)
-                ),
-            )
-            for la, lb in zip(one.layers, other.layers, strict=True)
-        )
-        pairs = tuple(
-            replace(p, resources=least(p.resources, q.resources)) for p, q in zip(one.pairs, other.pairs, strict=True)
-        )
-        fixed = [[self._fixed(b)[c.resource] / _most(c) for c in self.constraints(b)] for b in range(low, high + 1)]
-        return replace(
-            one,
-            layers=layers,
-            pairs=pairs,
-            constraints=tuple(replace(c, resource=str(n), max=1.0) for n, (c, _) in enumerate(limits)),
-            fixed={str(n): min(values) for n, values in enumerate(zip(*fixed, strict=True))},
-            stages=None,
-        )
+        shares = [[self._fixed(b)[c.resource] / most(c) for c in self.constraints(b)] for b in range(low, high + 1)]
+        fixed = {str(n): min(values) for n, values in enumerate(zip(*shares, strict=True))}
+        return relaxed_between(one, self.problem(high), fixed)
 
     def _layers_at(self, batch: int) -> tuple[Layer, ...]:
         if batch not in self.known:
@@ -265,8 +238,3 @@ def select(library: Library, table: CostTable | EngineModel, request: Request, *
         limits = {**goal.limits, "memory": Target(value=float(card), relative=False)}
         request = replace(request, goal=replace(goal, limits=limits))
     return Selection(library, costs, request, parent, others, batch)
-
-
-def _most(limit: Constraint) -> float:
-    assert limit.max is not None
-    return limit.max

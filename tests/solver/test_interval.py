@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle.solver.interval import best_between
+from puzzle.solver.interval import best_between, relaxed_between
 from puzzle.solver.problem import Constraint, Layer, Problem, Variant
 from puzzle.solver.solve import brute_force
 
@@ -36,28 +35,7 @@ def family(layers, speed: float, room: float):
         )
 
     def relaxed(low: int, high: int) -> Problem:
-        one, other = problem(low), problem(high)
-        sides = list(zip(one.constraints, other.constraints, strict=True))
-        return replace(
-            one,
-            layers=tuple(
-                replace(
-                    la,
-                    variants=tuple(
-                        replace(
-                            v,
-                            resources={
-                                c.resource: min(v.resources[c.resource] / c.max, w.resources[d.resource] / d.max)
-                                for c, d in sides
-                            },
-                        )
-                        for v, w in zip(la.variants, lb.variants, strict=True)
-                    ),
-                )
-                for la, lb in zip(one.layers, other.layers, strict=True)
-            ),
-            constraints=tuple(replace(c, max=1.0) for c, _ in sides),
-        )
+        return relaxed_between(problem(low), problem(high), {})
 
     return problem, relaxed
 
