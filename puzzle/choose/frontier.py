@@ -15,13 +15,12 @@ from typing import Any
 from puzzle.base.console import progress
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, json_text, read_json, write_json
-from puzzle.choose.goal import BY_OPTION, Target
+from puzzle.choose.goal import AXES, BY_OPTION, Target
 from puzzle.choose.problem import Selection
 from puzzle.choose.solve import choose
 from puzzle.parents.structure import Layer
 from puzzle.solver.solution import Solution
 
-AXES = {"throughput": "tokens/s", "latency": "seconds", "memory": "bytes"}
 FIELDS = ("value", "batch", "score", "tokens_per_second", "latency_seconds", "memory_bytes", "layers")
 
 

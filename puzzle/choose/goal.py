@@ -151,6 +151,11 @@ LIMITS = (
     ),
 )
 BY_OPTION = {limit.option: limit for limit in LIMITS}
+AXES = {
+    "throughput": "tokens/s",
+    "latency": "seconds",
+    "memory": "bytes",
+}  # of a frontier, which sets this limit itself
 
 
 def parse_target(limit: Limit, text: str) -> Target:

@@ -13,13 +13,11 @@ from puzzle.base.errors import UserError, writing
 from puzzle.base.files import check_writable
 from puzzle.base.machine import GPUS
 from puzzle.base.workload import Workload
-from puzzle.choose.goal import LIMITS, GoalOptions
+from puzzle.choose.goal import AXES, LIMITS, GoalOptions
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
-
-AXES = ("throughput", "latency", "memory")  # of the frontier, which sets the limit of this name itself
 
 
 def _is_axis(axis: str, given: Mapping[str, Any]) -> bool:
