@@ -64,17 +64,12 @@ class Checkpoint:
     def names(self) -> set[str]:
         return set(self._files)
 
-    def dtypes(self) -> dict[str, str]:
-        """Name and dtype of every tensor, as safetensors names it ("BF16"), from the headers alone."""
-        return {name: entry["dtype"] for name, entry in self._entries()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor, from the headers alone."""
-        return {name: tuple(entry["shape"]) for name, entry in self._entries()}
-
-    def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What the headers say of every tensor by name: "shape", and "dtype" as safetensors calls it ("BF16")."""
+        found: dict[str, dict[str, Any]] = {}
         for path in sorted(set(self._files.values())):
-            yield from ((name, entry) for name, entry in read_header(path).items() if name in self._files)
+            found |= {name: entry for name, entry in read_header(path).items() if name in self._files}
+        return found
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """One tensor on the CPU, or its rows from begin to end. Raises UserError when it is missing, unreadable, or holds NaN or

@@ -91,24 +91,24 @@ class HfModel:
 
     def check_shapes(self) -> None:
         """Raise UserError when a weight is missing or of the wrong shape or dtype. Reads headers alone."""
-        found, dtypes = self.checkpoint.shapes(), self.checkpoint.dtypes()
+        entries = self.checkpoint.entries()
         for name, shape in self.shapes().items():
-            if name not in found:
+            if name not in entries:
                 raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
-            if dtypes[name] not in READ:
+            dtype, found = entries[name]["dtype"], tuple(entries[name]["shape"])
+            if dtype not in READ:
                 raise UserError(
-                    f"weight {name} in {self.directory} is stored as {dtypes[name]}: quantised weights are not read; "
+                    f"weight {name} in {self.directory} is stored as {dtype}: quantised weights are not read; "
                     f"dequantise the checkpoint to {' or '.join(READ)}"
                 )
-            if found[name] != shape:
+            if found != shape:
                 raise UserError(
-                    f"weight {name} in {self.directory} has shape {list(found[name])}, config.json asks for "
+                    f"weight {name} in {self.directory} has shape {list(found)}, config.json asks for "
                     f"{list(shape)}: the config does not belong to these weights"
                 )
 
     def check(self) -> None:
-        """The same, and for NaN or infinity. Reads every weight once."""
-        self.check_shapes()
+        """Raise UserError for NaN or infinity. Reads every weight once."""
         for name in self.shapes():
             self.checkpoint.tensor(name)
 
