@@ -152,6 +152,6 @@ def describe(plan: BuildPlan, seconds: float, spaces: Spaces, device: str) -> di
             "flops": plan.flops,
             "num_tokens": plan.num_tokens,
             "seconds": round(seconds, 1),
-            "tokens_per_second": round(plan.num_tokens / seconds, 1),
+            "tokens_per_second": round(plan.num_tokens / seconds, 1) if seconds else 0.0,
         },
     }
