@@ -89,6 +89,7 @@ OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options
 NO_FLAG = {  # fields that no option fills
     "build-library": {"snapshot_seconds"},
     "score": {"seq_len", "batch_size"},
+    "profile": {"precision"},  # --fp8 says it
     "heal": {"child", "max_skipped"},
 }
 KEYS_OF_BLENDS = {"sources", "name", "path", "messages"}  # of a file, not options
