@@ -13,7 +13,7 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 if TYPE_CHECKING:
-    from puzzle.library.build import BuildOptions
+    pass
 
 
 MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequences joint"),)
@@ -70,12 +70,14 @@ def build_library_command(
     """
     num_tokens = parse_count("tokens", tokens, least=0)
     from puzzle.cli.report import library_summary, print_library, print_plan
-    from puzzle.library.build import BuildOptions, build_library
+    from puzzle.library.build import Builder, BuildOptions, build_library
+    from puzzle.library.estimate import plan_of
     from puzzle.library.score import ScoreOptions, score_library
+    from puzzle.parents.opened import open_model
 
     wanted = BuildOptions(data=list(data), out=out, tokens=num_tokens, memory_limit=memory_limit, **chosen)
     if dry_run:
-        facts = planned(source, wanted)
+        facts = plan_of(Builder(open_model(source), wanted))
         options.print_json(facts) if as_json else print_plan(facts)
         return
     with holding(out):
@@ -85,15 +87,3 @@ def build_library_command(
             score_library(out, list(data), ScoreOptions(sequences=score_sequences, joint=joint, **same), parent=source)
     summary = library_summary(out)
     options.print_json(summary) if as_json else print_library(summary)
-
-
-def planned(parent: str, wanted: BuildOptions) -> dict[str, Any]:
-    """What a build would take, for --dry-run."""
-    from puzzle.library.build import Builder
-    from puzzle.library.estimate import predict_seconds
-    from puzzle.library.plan import describe
-    from puzzle.parents.opened import open_model
-
-    builder = Builder(open_model(parent), wanted)
-    plan = builder.plan()
-    return describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))

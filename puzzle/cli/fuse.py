@@ -16,8 +16,8 @@ def _runs_are_known(given: Mapping[str, Any]) -> bool:
     """By hand, or as the child was solved for."""
     from puzzle.measure.architecture import architecture_beside
 
-    if given["runs_text"] is not None:
-        return given["runs_text"] != "auto"
+    if given["runs"] is not None:
+        return given["runs"] != "auto"
     child = given["child"]
     solved = architecture_beside(child if child.is_dir() else child.parent)
     return solved is not None and bool(solved.fuse)
@@ -27,7 +27,7 @@ MODES = (
     Mode(
         "with `dependency_only`",
         lambda p: p["dependency_only"],
-        unused="runs_text norm max_dependency keep_last max_width dependency_file max_shard dry_run force",
+        unused="runs norm max_dependency keep_last max_width dependency_file max_shard dry_run force",
     ),
     Mode(
         "with runs that are named or were solved for (`runs` auto chooses others)",
@@ -45,7 +45,6 @@ MODES = (
 @click.option("--out", type=options.PATH, metavar="DIR", help="New directory; FILE.json with --dependency-only.")
 @click.option(
     "--runs",
-    "runs_text",
     metavar="RUNS",
     help="By hand: 3-5,8-11. solved: as CHILD was solved for. auto: chosen by dependency. Default: solved where `puzzle solve --fusion` made CHILD, else auto.",
 )
@@ -100,9 +99,9 @@ def fuse_command(child: Path, as_json: bool, **wanted: Any) -> None:
       puzzle fuse parent --data /usr/lib/python3.11 --dependency-only --out dependency.json
     """
     from puzzle.cli.report import print_fusion
-    from puzzle.fuse.verb import Wanted, fuse_verb
+    from puzzle.fuse.verb import FuseOptions, fuse_verb
 
-    done = fuse_verb(child, Wanted(**wanted))
+    done = fuse_verb(child, FuseOptions(**wanted))
     options.print_json({"schema": 1, **done}) if as_json else print_fusion(done)
     for path in done["written"]:
         click.echo(f"wrote {path}", err=True)

@@ -84,7 +84,8 @@ def profile_command(
 
     if gpu == "cpu" and chosen["rounds"] is None:
         chosen["rounds"] = 3
-    grid = stage.ProfileOptions(gpu=gpu, **chosen).grid()
+    asked = stage.ProfileOptions(gpu=gpu, precision="fp8" if fp8 else None, **chosen)
+    grid = asked.grid()
     if library is not None:
         subject = stage.subject_of(Library.open(library))
     else:
@@ -98,7 +99,7 @@ def profile_command(
         )
         return
     folder = out or (library / "costs" if library is not None else Path("costs"))
-    path, facts = stage.profile(subject, gpu=gpu, out=folder / gpu, grid=grid, precision="fp8" if fp8 else None)
+    path, facts = stage.profile(subject, gpu=gpu, out=folder / gpu, grid=grid, precision=asked.precision)
     options.print_json({"costs": str(path), **facts}) if as_json else click.echo(
         f"wrote {path}: {facts['points']} points, {facts['points_per_minute']:g} a minute", err=True
     )

@@ -3,7 +3,7 @@ with measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from puzzle.measure.evaluate import Evaluation
     from puzzle.measure.serve import Served
 
+ROAD = (("seconds", seconds_text), ("memory_bytes", bytes_text), ("disk_bytes", bytes_text))  # figures of a stage
 COMPARED = ("", "parent", "child")
 Row = tuple[str, Any, Any]  # of these columns
 
@@ -137,19 +138,25 @@ def print_solutions(value: dict[str, Any]) -> None:
 
 def print_result(result: dict[str, Any]) -> None:
     """Promise against delivery."""
+
+    def told(value: float | None, text: Callable[[float], str]) -> str:
+        return "not measured" if value is None else text(value)
+
     predicted, measured = result["predicted"], result["measured"]
     parent, child = result["parent"], result["child"]
-    parents = f"{parent['predicted_tokens_per_second']:.5g}", f"{parent['tokens_per_second']:.5g}"
+    parents = f"{parent['predicted_tokens_per_second']:.5g}", told(parent["tokens_per_second"], "{:.5g}".format)
     rows = [
-        ("speed-up", f"{predicted['speedup']:.3g}x", f"{measured['speedup']:.3g}x"),
-        ("tokens/s", f"{predicted['tokens_per_second']:.5g}", f"{measured['tokens_per_second']:.5g}"),
+        ("speed-up", f"{predicted['speedup']:.3g}x", told(measured["speedup"], "{:.3g}x".format)),
+        ("tokens/s", f"{predicted['tokens_per_second']:.5g}", told(measured["tokens_per_second"], "{:.5g}".format)),
         ("the parent's tokens/s", *parents),
-        ("weights and KV cache", bytes_text(predicted["memory_bytes"]), bytes_text(measured["memory_bytes"])),
+        ("weights and KV cache", bytes_text(predicted["memory_bytes"]), told(measured["memory_bytes"], bytes_text)),
         ("KV bytes per token", predicted["kv_bytes_per_token"], measured["kv_bytes_per_token"]),
         ("KL to the parent, nats/token", f"{child['sum_of_scores']:.4f} (sum of scores)", f"{child['kl']:.4f}"),
         ("held-out loss", f"parent {parent['loss']:.4f}", f"{child['loss']:.4f}"),
     ]
     print_table("promised and delivered", ("", "predicted", "measured"), rows)
+    for name, path in result["exports"].items():
+        console.print(f"export {name}: {path}", markup=False)
 
 
 def print_plan(facts: dict[str, Any]) -> None:
@@ -168,6 +175,16 @@ def print_plan(facts: dict[str, Any]) -> None:
     }
     for name, text in figures.items():
         console.print(f"{name:<17} {text}")
+
+
+def print_road(facts: dict[str, Any]) -> None:
+    """The --dry-run of a road; every figure is predicted."""
+    print_plan(facts["build"])
+    rows = [
+        (name, *("–" if row[key] is None else text(row[key]) for key, text in ROAD))
+        for name, row in facts["stages"].items()
+    ]
+    print_table("stages (predicted; –: next to nothing)", ("stage", "time", "memory", "disk"), rows)
 
 
 def library_summary(root: Path) -> dict[str, Any]:

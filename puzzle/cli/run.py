@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from puzzle.cli import options
-from puzzle.cli.build_library import planned
 
 
 @click.command("run")
@@ -17,21 +16,21 @@ from puzzle.cli.build_library import planned
 @click.option("--out", type=options.PATH, required=True, metavar="RUN", help="Run directory; new or to continue.")
 @options.data
 @click.option("--throughput", help="Overrides the recipe's goal.")
-@click.option("--dry-run", is_flag=True, help="Print what the library build takes; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print time, memory and disk of every stage; write nothing.")
 @options.as_json
 def run_command(
     recipe: Path, out: Path, data: tuple[str, ...], throughput: str | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Go the whole road of RECIPE: library, scores, profile, solve, export, evaluate. Resumable.
+    """Go the whole road of RECIPE: library, scores, profile, solve, fuse, heal, export, evaluate. Resumable.
 
-    Ends with RUN/result.json: what was promised beside what was measured.
+    All of it is checked before anything is built. Ends with RUN/result.json: what was promised beside what was measured.
 
     \b
     Example:
       puzzle run examples/quickstart.yaml --data /usr/lib/python3.11 --out runs/quickstart
     """
     from puzzle.choose.goal import GoalOptions
-    from puzzle.run.recipe import naming, read_recipe
+    from puzzle.run.recipe import read_recipe
 
     over: dict[str, Any] = {} if throughput is None else {"throughput": throughput}
     GoalOptions(**over).read()
@@ -39,14 +38,12 @@ def run_command(
     if data:
         wanted.data = list(data)
     wanted.goal = replace(wanted.goal, **over)
-    from puzzle.cli.report import print_plan, print_result, print_solution
+    from puzzle.cli.report import print_result, print_road, print_solution
     from puzzle.run.pipeline import Run
 
     if dry_run:
-        build = Run(wanted, out).build_options()
-        with naming("build"):
-            facts = planned(wanted.parent, build)
-        options.print_json(facts) if as_json else print_plan(facts)
+        facts = Run(wanted, out).plan()
+        options.print_json({"schema": 1, **facts}) if as_json else print_road(facts)
         return
     result = Run(wanted, out, print_solution).run()
     options.print_json({"schema": 1, **result}) if as_json else print_result(result)

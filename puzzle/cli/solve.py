@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import click
 
 from puzzle.base.errors import UserError, writing
 from puzzle.base.files import check_writable
-from puzzle.base.machine import GPUS
 from puzzle.base.workload import Workload
 from puzzle.choose.goal import AXES, LIMITS, GoalOptions
 from puzzle.cli import options
@@ -96,19 +96,10 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @options.as_json
 def solve_command(
     library: Path | None,
-    also: tuple[str, ...],
-    fusion: bool,
-    fusion_dependency: Path | None,
     gpu: str | None,
-    shapes: str | None,
-    same_batch: bool,
-    engine: str,
     input_len: int,
     output_len: int,
-    backend: str,
-    time_limit: float | None,
     baseline: str | None,
-    explain: bool,
     pareto: str | None,
     points: int,
     diverse: int | None,
@@ -134,37 +125,26 @@ def solve_command(
       puzzle solve --problem problem.json --out solution.json
     """
     if problem is not None:
-        _solve_file(problem, out or Path("solution.json"), backend, time_limit, as_json)
+        _solve_file(problem, out or Path("solution.json"), wanted["backend"], wanted["time_limit"], as_json)
         return
     if library is None:
         raise UserError("nothing to solve: name a LIBRARY (see `puzzle build-library`), or pass `problem` problem.json")
     if gpu is None:
         raise UserError("`gpu` is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
-    from puzzle.choose.fusion import Fusion
-    from puzzle.choose.problem import Request, select
+    from puzzle.choose.options import SolveOptions
+    from puzzle.choose.problem import select
     from puzzle.choose.solve import open_costs, solve_library
-    from puzzle.choose.workloads import parse_also
     from puzzle.library.manifest import Library
     from puzzle.measure.architecture import write_architecture
 
-    others = tuple(parse_also(text) for text in also)
-    goal = GoalOptions(**wanted).goal(may_be_empty=bool(pareto or others))
+    asked = SolveOptions(**{field.name: wanted.pop(field.name) for field in fields(SolveOptions)})
+    asked.check()
+    goal = GoalOptions(**wanted).goal(may_be_empty=bool(pareto or asked.also))
     opened = Library.open(library)
     target = out or library / "solution"
     check_writable(target)
-    costs = open_costs(opened, gpu, shapes, engine)
-    request = Request(
-        work=Workload(input_len=input_len, output_len=output_len),
-        goal=goal,
-        also=others,
-        backend=backend,
-        time_limit=time_limit,
-        baseline=baseline,
-        explain=explain,
-        fusion=Fusion.open(opened, fusion_dependency) if fusion else None,
-        same_batch=same_batch,
-        card=_card(gpu),
-    )
+    costs = open_costs(opened, gpu, asked.shapes, asked.engine)
+    request = asked.request(opened, gpu, Workload(input_len=input_len, output_len=output_len), goal, baseline)
     if request.card is not None and "memory" not in goal.limits:
         click.echo(f"within the {gpu}'s {request.card / 1e9:g} GB; pass --memory for another limit", err=True)
     from puzzle.cli.report import print_diverse, print_frontier, print_prices, print_runs, print_solution
@@ -197,12 +177,6 @@ def solve_command(
         print_runs(solved)
         print_prices(solved)
         click.echo(f"wrote {target / 'architecture.json'}", err=True)
-
-
-def _card(gpu: str) -> int | None:
-    """Bytes of a known GPU."""
-    card = GPUS.get(gpu.split("-")[0])
-    return None if card is None else card.memory_bytes
 
 
 def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from puzzle.base.errors import UserError, nearest
+from puzzle.base.units import parse_bytes
 
 FORMATS = ("hf", "nemotron-nas", "gguf")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,3 +100,37 @@ def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None
         readable = " or ".join(ENGINES[engine].formats)
         raise UserError(f"`engine` {engine} does not read `format` {format}: pass `format` {readable}")
     return format, engine
+
+
+def check_dtype(format: str, dtype: str | None) -> None:
+    """Raise UserError for a dtype that the format has no tensors of; None keeps the checkpoint's own."""
+    known = [*DTYPES, *(["q8_0"] if format == "gguf" else [])]
+    if dtype is not None and dtype not in known:
+        raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """One export, as `puzzle export` takes it. Raises UserError for names that are not known or do not go together."""
+
+    format: str | None = None
+    engine: str | None = None
+    dtype: str | None = None
+    licence: str | None = None
+    max_shard: str = "4GiB"
+
+    def __post_init__(self) -> None:
+        format, _ = self.picked
+        check_dtype(format, self.dtype)
+        parse_bytes(self.max_shard, "max_shard")
+        if format == "gguf" and self.max_shard != "4GiB":
+            raise UserError("`max_shard` is not used with `format` gguf: leave it out")
+
+    @property
+    def picked(self) -> tuple[str, str | None]:
+        return pick_format(self.format, self.engine)
+
+    @property
+    def name(self) -> str:
+        """Of the place where it goes among other exports: what was asked for, as in mlx, or gguf-q8_0."""
+        return "-".join(filter(None, (self.engine, self.format, self.dtype))) or "hf"

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from puzzle.base.console import console
-from puzzle.base.errors import UserError, first_line, nearest, writing
+from puzzle.base.errors import UserError, first_line, writing
 from puzzle.base.files import SCHEMA, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
-from puzzle.export.engines import ENGINES, pick_format
+from puzzle.export.engines import ENGINES, check_dtype, pick_format
 from puzzle.export.gguf import export_gguf
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
@@ -95,9 +95,7 @@ def export(
         raise UserError(
             f"`out` {out} is a gguf file's name, and `format` is {format}: pass `format` gguf, or a directory"
         )
-    known = list(_GGUF_DTYPES if format == "gguf" else DTYPES)
-    if dtype is not None and dtype not in known:
-        raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
+    check_dtype(format, dtype)
     if dtype in DTYPES:
         child = with_dtype(child, DTYPES[dtype])
     elif format != "hf":

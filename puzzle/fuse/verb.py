@@ -10,7 +10,7 @@ from typing import Any
 from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, claim_output, write_json
-from puzzle.base.units import parse_bytes, parse_count
+from puzzle.base.units import check_positive, parse_bytes, parse_count
 from puzzle.export.child import Child
 from puzzle.export.write import Source, open_source
 from puzzle.fuse.matrix import Dependency, check_matplotlib, draw_heat_map, read_dependency
@@ -21,31 +21,37 @@ from puzzle.fuse.stage import describe, fuse_child, open_walker, pick_runs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """The options of `puzzle fuse`, as typed."""
+class FuseOptions:
+    """runs: by hand ("3-5,8-11"), "solved", "auto", or None: as the child was solved for, else auto. max_width: channels, or "4x" the
+    parent's. dependency_file: in place of data. dependency_only: measure, fuse nothing. The rest as `puzzle fuse --help` says."""
 
-    library: Path | None
-    data: tuple[str, ...]
-    out: Path | None
-    runs_text: str | None
-    norm: Norm
-    max_dependency: float
-    keep_last: bool
-    max_width: str | None
-    sequences: int
-    seq_len: int
-    dependency_file: Path | None
-    dependency_only: bool
-    heat_map: Path | None
-    parallel_blocks: bool
-    max_shard: str
-    dry_run: bool
-    force: bool
-    text_field: str
-    device: str
+    library: Path | None = None
+    data: tuple[str, ...] = ()
+    out: Path | None = None
+    runs: str | None = None
+    norm: Norm = "own"
+    max_dependency: float = 0.1
+    keep_last: bool = True
+    max_width: str | None = None
+    sequences: int = 16
+    seq_len: int = 512
+    dependency_file: Path | None = None
+    dependency_only: bool = False
+    heat_map: Path | None = None
+    parallel_blocks: bool = False
+    max_shard: str = "4GiB"
+    dry_run: bool = False
+    force: bool = False
+    text_field: str = "text"
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Raise UserError for values that no child could be fused with."""
+        check_positive(self, "sequences", "seq_len", "max_dependency")
+        parse_bytes(self.max_shard, "max_shard")
 
 
-def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
+def fuse_verb(source: Path, wanted: FuseOptions) -> dict[str, Any]:
     """{"child", "written": [paths], "dependency_only"} and what `stage.describe` gives; "parallel" with --parallel-blocks.
 
     Everything that can be wrong with the options is said before anything is measured. Raises UserError.
@@ -95,7 +101,7 @@ def fuse_verb(source: Path, wanted: Wanted) -> dict[str, Any]:
     return found | ({} if report is None else {"parallel": report})
 
 
-def _dependency_only(source: Path, opened: Source, wanted: Wanted) -> dict[str, Any]:
+def _dependency_only(source: Path, opened: Source, wanted: FuseOptions) -> dict[str, Any]:
     if not wanted.data:
         raise UserError("`dependency_only` is measured on text: pass `data`")
     out = wanted.out
@@ -110,7 +116,7 @@ def _dependency_only(source: Path, opened: Source, wanted: Wanted) -> dict[str, 
     return found | ({} if report is None else {"parallel": report})
 
 
-def _rule(child: Child, wanted: Wanted) -> Rule:
+def _rule(child: Child, wanted: FuseOptions) -> Rule:
     width, text = None, wanted.max_width
     if text is not None:
         times = re.fullmatch(r"\s*([0-9.]+)\s*x\s*", text)
@@ -121,9 +127,9 @@ def _rule(child: Child, wanted: Wanted) -> Rule:
     return Rule(max_dependency=wanted.max_dependency, keep_last=wanted.keep_last, max_width=width)
 
 
-def _given(source: Path, opened: Source, wanted: Wanted) -> list[Run] | None:
+def _given(source: Path, opened: Source, wanted: FuseOptions) -> list[Run] | None:
     """Runs by hand or as the child was solved for; None when they are to be chosen by dependency."""
-    text = wanted.runs_text
+    text = wanted.runs
     if text == "auto":
         return None
     if text is not None and text != "solved":
@@ -141,7 +147,7 @@ def _given(source: Path, opened: Source, wanted: Wanted) -> list[Run] | None:
     return None
 
 
-def _measured(opened: Source, wanted: Wanted) -> tuple[Dependency | None, dict[str, Any] | None]:
+def _measured(opened: Source, wanted: FuseOptions) -> tuple[Dependency | None, dict[str, Any] | None]:
     """The dependency, from text or from a file, and the report on blocks in parallel."""
     if wanted.dependency_file is not None:
         return read_dependency(wanted.dependency_file, len(opened.child.layers)), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import ParentBlock
 from puzzle.blocklib.variant import PARENT, variant_of
 from puzzle.library.build import Builder
-from puzzle.library.plan import BuildPlan, training_flops
+from puzzle.library.plan import BuildPlan, describe, training_flops
 
 NUM_STEPS = 3
 
@@ -45,6 +46,12 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
     seconds = (time.perf_counter() - begin) / NUM_STEPS
     flops = {i: training_flops(structure.layers[i], space, recipe.seq_len) for i, space in builder.spaces.items()}
     return seconds * sum(flops.values()) / flops[first] * recipe.num_steps
+
+
+def plan_of(builder: Builder) -> dict[str, Any]:
+    """What a build would take, for --dry-run."""
+    plan = builder.plan()
+    return describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
 
 
 def _wait(device: torch.device) -> None:

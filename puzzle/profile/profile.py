@@ -72,9 +72,10 @@ def subject_named(name: str, structure: Structure) -> Subject:
 
 @dataclass(kw_only=True, slots=True)
 class ProfileOptions:
-    """gpu: "cpu", or this machine's GPU. The rest as `grid.Grid` has it; None: as is usual there. prefill: prompt lengths."""
+    """gpu: "cpu", or this machine's GPU. precision: of weights and caches. The rest as `grid.Grid` has it; None: as is usual there. prefill: prompt lengths."""
 
     gpu: str = "cpu"
+    precision: str | None = None
     batches: tuple[int, ...] | None = None
     prefill: tuple[int, ...] | None = None
     contexts: tuple[int, ...] | None = None
@@ -85,8 +86,20 @@ class ProfileOptions:
         check_positive(self, "batches", "prefill", "contexts", "seconds", "rounds")
 
     def grid(self) -> Grid:
-        given = {name: value for name, value in asdict(self).items() if name != "gpu" and value is not None}
+        given = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("gpu", "precision") and value is not None
+        }
         return (cpu_grid if self.gpu == "cpu" else gpu_grid)(**given)
+
+
+def check_precision(gpu: str, precision: str | None) -> None:
+    """Raise UserError for a precision that has no runtime there; None is the usual one."""
+    if precision not in (None, *(("float32",) if gpu == "cpu" else ("bf16", "fp8"))):
+        raise UserError(
+            f"precision {precision} cannot be profiled on {gpu}: float32 can on a CPU, bf16 and fp8 on a GPU"
+        )
 
 
 def count_points(subject: Subject, grid: Grid) -> int:
@@ -115,10 +128,7 @@ def profile(
         check_gpu(gpu)
     if gpu == "cpu" and grid.capacity - 1 > structure.max_length:
         raise UserError(f"`contexts` up to {grid.capacity - 1} exceed the parent's context of {structure.max_length}")
-    if precision not in (None, "float32" if gpu == "cpu" else "bf16", *(() if gpu == "cpu" else ("fp8",))):
-        raise UserError(
-            f"precision {precision} cannot be profiled on {gpu}: float32 can on a CPU, bf16 and fp8 on a GPU"
-        )
+    check_precision(gpu, precision)
     fp8 = precision == "fp8"
     stem = f"{subject.name}-fp8" if fp8 else subject.name
     path, partial = out / f"{stem}.csv", out / f"{stem}.partial.csv"

@@ -1,32 +1,37 @@
 """The whole road as one resumable call: `puzzle run RECIPE.yaml --out RUN`.
 
-RUN/library, RUN/solution/architecture.json, RUN/child and, last, RUN/result.json.
+RUN/library, RUN/solution/architecture.json, RUN/child and, where the recipe asks for them, RUN/fused, RUN/healed and
+RUN/exports/NAME; RUN/stages.json, what is done, and last RUN/result.json. Everything is checked before anything is built.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from puzzle.base.console import console
 from puzzle.base.errors import UserError
-from puzzle.base.files import check_writable, content_hash, read_json, write_json
+from puzzle.base.files import content_hash, file_hash, read_json, write_json
 from puzzle.base.lock import holding
 from puzzle.base.machine import cpu_name
-from puzzle.base.units import seconds_text
-from puzzle.choose.problem import Request
+from puzzle.base.units import parse_bytes, seconds_text
 from puzzle.choose.solve import open_costs, solve_library
 from puzzle.export.write import export, open_source
-from puzzle.library.build import BuildOptions, build_library
-from puzzle.library.manifest import Library
+from puzzle.fuse.verb import fuse_verb
+from puzzle.heal.run import heal
+from puzzle.heal.settings import HealOptions
+from puzzle.library.build import Builder, BuildOptions, build_library
+from puzzle.library.manifest import Library, scores_path
 from puzzle.library.score import score_library
-from puzzle.measure.architecture import Architecture, write_architecture
+from puzzle.measure.architecture import Architecture, read_architecture, write_architecture
 from puzzle.measure.evaluate import Evaluation, evaluate
 from puzzle.profile.profile import profile, subject_of
+from puzzle.run.check import check_disk, check_road, grid_of, is_measured
+from puzzle.run.plan import disk_of, plan_road
 from puzzle.run.recipe import Recipe, naming
 
 Show = Callable[[Architecture], None]
@@ -38,81 +43,169 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path, show: Show = lambda solved: None):
         """show: what is done with the solution as soon as it is known."""
         self.recipe, self.out, self.show = recipe, out, show
-        with naming("goal"):
-            self.goal = recipe.goal.goal()
-        self.work = recipe.workload
+        if not recipe.data:
+            raise UserError("no data: add 'data:' to the recipe or pass `data`")
         self.shared: dict[str, Any] = {
             "text_field": recipe.text_field,
             "device": recipe.device,
         }  # options of several stages
-        self.seconds: dict[str, float] = {}
-        if not recipe.data:
-            raise UserError("no data: add 'data:' to the recipe or pass `data`")
-        check_writable(out)
+        self.library = out / "library"
+        self.marks: dict[
+            str, dict[str, Any]
+        ] = {}  # of stages: the "key" of what they begin from, "seconds" once they are done
 
-    @contextmanager
-    def _stage(self, name: str, *sections: str) -> Iterator[None]:
-        """sections: of the recipe, whose options it takes."""
+    def check(self) -> Builder:
+        """Raises UserError for all that can be known to be wrong beforehand."""
+        builder = check_road(self.recipe, self.build_options(), self.heal_options(self.recipe.parent), self.out)
+        check_disk(self.out, disk_of(self.recipe, builder))
+        return builder
+
+    def plan(self) -> dict[str, Any]:
+        """As `plan_road`, after the check."""
+        return plan_road(self.recipe, self.check(), self.heal_options(self.recipe.parent))
+
+    def build_options(self) -> BuildOptions:
+        return replace(self.recipe.build, data=self.recipe.data, out=self.library, **self.shared)
+
+    def heal_options(self, child: str) -> HealOptions | None:
+        asked = self.recipe.heal
+        if asked is None:
+            return None
+        data = self.recipe.data if asked.blend is None else []
+        teacher = asked.teacher or (self.recipe.parent if asked.needs_teacher else None)
+        return replace(asked, child=child, teacher=teacher, data=data, out=self.out / "healed", **self.shared)
+
+    def _stage(self, name: str, key: str, done: Path | None, work: Callable[[], Any], *sections: str) -> None:
+        """Do `work`, unless its file or directory `done` is there and was made from the same `key`; None: it knows by itself.
+        What was made from another one is removed first. sections: of the recipe, whose options it takes."""
         console.rule(f"[bold]{name}", align="left")
-        begin = time.monotonic()
+        mark = self.marks.get(name, {})
+        if done is not None:
+            if mark.get("key") == key and "seconds" in mark and done.exists():
+                console.print("done already")
+                return
+            if mark and mark["key"] != key:
+                for old in (done, done.with_name(f"{done.name}.heal")):
+                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        same, begin = mark.get("key") == key, time.monotonic()
+        self._mark(name, {"key": key} | (mark if same else {}))
         with naming(*sections):
-            yield
-        self.seconds[name] = round(time.monotonic() - begin, 1)
+            work()
+        spent = round(time.monotonic() - begin, 1)
+        self._mark(
+            name, {"key": key, "seconds": max(spent, mark.get("seconds", 0.0)) if same and done is None else spent}
+        )
+
+    def _mark(self, name: str, mark: dict[str, Any]) -> None:
+        self.marks[name] = mark
+        write_json(self.out / "stages.json", {"stages": self.marks})
 
     def run(self) -> dict[str, Any]:
         """All stages; returns result.json's content."""
-        recipe, library, begin = self.recipe, self.out / "library", time.monotonic()
+        recipe, library, out, begin = self.recipe, self.library, self.out, time.monotonic()
+        self.check()
+        path = out / "stages.json"
+        self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
+        build, score = self.build_options(), replace(recipe.score, **self.shared)
+        options = content_hash([str(build), str(score), recipe.data])
         with holding(library):
-            with self._stage("build-library", "build"):
-                build_library(recipe.parent, self.build_options())
-            with self._stage("score", "score"):
-                score_library(library, recipe.data, replace(recipe.score, **self.shared))
-        with self._stage("profile", "profile", "workload"):
-            self._profile(library)
-        with self._stage("solve", "goal", "workload", "profile"):
+            self._stage("build-library", options, None, lambda: build_library(recipe.parent, build), "build")
+            self._stage("score", options, None, lambda: score_library(library, recipe.data, score), "score")
+        if is_measured(recipe):
             opened = Library.open(library)
-            costs = open_costs(opened, recipe.profile.gpu, None)
-            solved = solve_library(opened, costs, Request(work=self.work, goal=self.goal))
-            write_architecture(self.out / "solution" / "architecture.json", solved)
-            self.show(solved)
-        with self._stage("export"):
-            export(open_source(library, self.out / "solution"), self.out / "child", force=True)
-        with self._stage("evaluate", "evaluate", "workload"):
-            device = "cpu" if recipe.profile.gpu == "cpu" else recipe.device  # the one that was profiled
-            parent = Library.open(library).parent_source()
-            options = replace(recipe.evaluate, **self.shared | {"device": device})
-            measured = evaluate(parent, str(self.out / "child"), recipe.data, options, work=self.work)
-        result = self._result(solved, measured)
-        write_json(self.out / "result.json", result)
-        console.print(f"done in {seconds_text(time.monotonic() - begin)}: {self.out / 'result.json'}")
+            grid, gpu, precision = grid_of(recipe), recipe.profile.gpu, recipe.profile.precision
+            facts = [opened.facts[name] for name in ("layers", "structure", "parent")]
+            key = content_hash([asdict(grid), *facts, gpu, precision, cpu_name()])
+            self._stage(
+                "profile",
+                key,
+                library / "costs" / gpu / f"{self._costs_name(opened)}.csv",
+                lambda: profile(
+                    subject_of(opened), gpu=gpu, out=library / "costs" / gpu, grid=grid, precision=precision
+                ),
+                "profile",
+                "workload",
+            )
+        solved = self._solve()
+        self.show(solved)
+        child, key = out / "child", content_hash([file_hash(out / "solution" / "architecture.json")])
+        source = out / "solution"
+        self._stage("child", key, child, lambda: export(open_source(library, source), child, force=True))
+        if recipe.fuse is not None:
+            child, key = self._fuse(child, key)
+        healing = self.heal_options(str(child))
+        if healing is not None:
+            key = content_hash([key, str(healing)])
+            self._stage("heal", key, healing.out, lambda: heal(healing), "heal")
+            child = healing.out
+        exports = {one.name: child if one.name == "hf" else out / "exports" / one.name for one in recipe.export}
+        for one in recipe.export:
+            if one.name == "hf":
+                continue
+            said = {"format": one.format, "engine": one.engine, "dtype": one.dtype, "licence": one.licence}
+            size, target = parse_bytes(one.max_shard), exports[one.name]
+
+            def write(
+                source: Path = child, target: Path = target, size: int = size, said: dict[str, Any] = said
+            ) -> None:
+                export(open_source(source), target, max_shard_bytes=size, force=True, **said)
+
+            self._stage(f"export {one.name}", content_hash([key, said, size]), target, write, "export")
+        measured: list[Evaluation] = []
+        self._stage("evaluate", key, None, lambda: measured.append(self._evaluate(child)), "evaluate", "workload")
+        result = self._result(solved, measured[0], {name: str(path.relative_to(out)) for name, path in exports.items()})
+        write_json(out / "result.json", result)
+        console.print(f"done in {seconds_text(time.monotonic() - begin)}: {out / 'result.json'}")
         return result
 
-    def build_options(self) -> BuildOptions:
-        return replace(self.recipe.build, data=self.recipe.data, out=self.out / "library", **self.shared)
+    def _costs_name(self, library: Library) -> str:
+        return f"{library.name}-fp8" if self.recipe.profile.precision == "fp8" else library.name
 
-    def _profile(self, library: Path) -> None:
-        """Profile the workload's own lengths, unless this machine has done so for this very library."""
-        options, work = self.recipe.profile, self.work
-        steps = tuple(sorted({work.input_len, work.input_len + max(0, work.output_len - 2)}))
-        grid = replace(options, prefill=options.prefill or (work.input_len,), contexts=options.contexts or steps).grid()
-        opened = Library.open(library)
-        facts = opened.facts
-        key = content_hash(
-            [asdict(grid), facts["layers"], facts["structure"], facts["parent"], options.gpu, cpu_name()]
-        )
-        mark = library / "costs" / options.gpu / "profile.json"
-        if mark.is_file() and read_json(mark, "puzzle profile").get("key") == key:
-            console.print("already profiled on this machine")
-            return
-        profile(subject_of(opened), gpu=options.gpu, out=library / "costs" / options.gpu, grid=grid)
-        write_json(mark, {"key": key})
+    def _solve(self) -> Architecture:
+        recipe, library = self.recipe, Library.open(self.library)
+        gpu, asked, target = recipe.profile.gpu, recipe.solve, self.out / "solution" / "architecture.json"
+        with naming("goal", "solve", "workload", "profile"):
+            name = asked.shapes or (self._costs_name(library) if is_measured(recipe) else None)
+            costs = open_costs(library, gpu, name, asked.engine)
+            goal = recipe.goal.goal(may_be_empty=bool(asked.also))
+            request = asked.request(library, gpu, recipe.workload, goal)
+        scores = [file_hash(scores_path(self.library, layer)) for layer in library.layers]
+        facts = [
+            file_hash(self.library / "library.json"),
+            scores,
+            costs.hash,
+            str(goal),
+            str(asked),
+            str(recipe.workload),
+        ]
 
-    def _result(self, solved: Architecture, measured: Evaluation) -> dict[str, Any]:
+        def solve() -> None:
+            write_architecture(target, solve_library(library, costs, request))
+
+        self._stage("solve", content_hash([*facts, gpu]), target, solve, "goal", "solve", "workload", "profile")
+        return read_architecture(target)
+
+    def _fuse(self, child: Path, key: str) -> tuple[Path, str]:
+        assert self.recipe.fuse is not None
+        fused, wanted = self.out / "fused", self.recipe.fuse
+        wanted = replace(wanted, data=tuple(self.recipe.data), out=fused, force=True, **self.shared)
+        key = content_hash([key, str(wanted)])
+        self._stage("fuse", key, fused, lambda: fuse_verb(child, wanted), "fuse")
+        return fused, key
+
+    def _evaluate(self, child: Path) -> Evaluation:
+        """On the device that was profiled; a serving engine's speed is not ours to measure."""
+        recipe = self.recipe
+        device = recipe.device if not is_measured(recipe) else "cpu" if recipe.profile.gpu == "cpu" else "cuda"
+        parent = Library.open(self.library).parent_source()
+        options = replace(recipe.evaluate, **self.shared | {"device": device})
+        work = recipe.workload if is_measured(recipe) else None
+        return evaluate(parent, str(child), recipe.data, options, work=work)
+
+    def _result(self, solved: Architecture, measured: Evaluation, exports: dict[str, str]) -> dict[str, Any]:
         parent, child = measured.parent, measured.child
         slow, fast = parent.speed, child.speed
-        assert slow is not None, "speed was asked for"
-        assert fast is not None
-        return {
+        result = {
             "requested": {**solved.goal, **asdict(solved.workload)},
             "predicted": {
                 "speedup": solved.speedup,
@@ -122,18 +215,18 @@ class Run:
             },
             "measured": {
                 "speedup": measured.speedup,
-                "tokens_per_second": fast.tokens_per_second,
-                "memory_bytes": fast.memory_bytes,
+                "tokens_per_second": None if fast is None else fast.tokens_per_second,
+                "memory_bytes": None if fast is None else fast.memory_bytes,
                 "kv_bytes_per_token": child.kv_bytes_per_token,
             },
             "parent": {
                 "loss": parent.loss,
                 "predicted_tokens_per_second": solved.parent_predicted.tokens_per_second,
-                "tokens_per_second": slow.tokens_per_second,
-                "memory_bytes": slow.memory_bytes,
+                "tokens_per_second": None if slow is None else slow.tokens_per_second,
+                "memory_bytes": None if slow is None else slow.memory_bytes,
                 "kv_bytes_per_token": parent.kv_bytes_per_token,
                 "num_parameters": parent.num_parameters,
-                "batch": slow.batch,
+                "batch": solved.parent_predicted.batch if slow is None else slow.batch,
             },
             "child": {
                 "loss": child.loss,
@@ -142,8 +235,14 @@ class Run:
                 "sum_of_scores": solved.objective,
                 "top1_agreement": child.top1_agreement,
                 "num_parameters": child.num_parameters,
-                "batch": fast.batch,
+                "batch": solved.predicted.batch if fast is None else fast.batch,
             },
+            "exports": exports,
             "device": cpu_name() if measured.device == "cpu" else measured.device,
-            "seconds": self.seconds,
+            "precision": measured.precision,
+            "seconds": {name: mark["seconds"] for name, mark in self.marks.items()},
         }
+        if self.recipe.heal is not None:
+            record = read_json(self.out / "healed" / "heal.json", "puzzle run")
+            result["healed"] = {name: record[name] for name in ("before", "after", "num_tokens", "seconds")}
+        return result

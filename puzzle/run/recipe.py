@@ -8,26 +8,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.workload import Workload
 from puzzle.choose.goal import GoalOptions
+from puzzle.choose.options import SolveOptions
+from puzzle.export.engines import ENGINES, ExportOptions
+from puzzle.fuse.verb import FuseOptions
+from puzzle.heal.settings import HealOptions
 from puzzle.library.build import BuildOptions
 from puzzle.library.score import ScoreOptions
 from puzzle.measure.evaluate import EvaluateOptions
 from puzzle.profile.profile import ProfileOptions
 
+Options = TypeVar("Options")
 KINDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}  # of values
 LISTS = ("build.attention", "build.ffn", "build.layers", "goal.pinned", "goal.alike")  # names or ranges
 SHARED = ("data", "out", "text_field", "device")  # one value for all stages, outside the sections
+OF_THE_RUN = ("child", "library", "force", "dry_run", "dependency_only")  # what the road itself says
 
 
 @dataclass(kw_only=True, slots=True)
 class Recipe:
-    """parent and data: paths relative to the recipe file, or absolute; a parent may be a hub id."""
+    """parent and data: paths relative to the recipe file, or absolute; a parent may be a hub id. fuse, heal: None leaves the stage
+    out. export: what is written of the child at the end of the road."""
 
     parent: str
     data: list[str] = field(default_factory=list)
@@ -38,10 +45,18 @@ class Recipe:
     profile: ProfileOptions = field(default_factory=ProfileOptions)
     goal: GoalOptions = field(default_factory=GoalOptions)
     workload: Workload = field(default_factory=lambda: Workload(input_len=128, output_len=128))
+    solve: SolveOptions = field(default_factory=SolveOptions)
+    fuse: FuseOptions | None = None
+    heal: HealOptions | None = None
+    export: tuple[ExportOptions, ...] = (ExportOptions(format="hf"),)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
 
-SECTIONS = ("build", "score", "profile", "goal", "workload", "evaluate")
+SECTIONS = ("build", "score", "profile", "goal", "workload", "solve", "fuse", "heal", "evaluate")
+OPTIONAL = {
+    "fuse": FuseOptions(),
+    "heal": HealOptions(child="", out=Path()),
+}  # stages that a recipe without them leaves out
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -65,18 +80,15 @@ def _recipe(raw: dict[str, Any], here: Path) -> Recipe:
     """here: what paths are relative to."""
     _refuse_unknown(raw, [f.name for f in fields(Recipe)], "")
     hints = get_type_hints(Recipe)
-    values: dict[str, Any] = {key: _typed(raw[key], hints[key], key) for key in raw if key not in (*SECTIONS, "data")}
+    values: dict[str, Any] = {
+        key: _typed(raw[key], hints[key], key) for key in raw if key not in (*SECTIONS, "data", "export")
+    }
     recipe = Recipe(**values, data=_data(raw.get("data"), here))
+    if raw.get("export") is not None:
+        recipe.export = _exports(raw["export"], here)
     for name in SECTIONS:
-        section, usual = raw.get(name), getattr(recipe, name)
-        section = {} if section is None else section
-        if not isinstance(section, dict):
-            raise UserError(f"'{name}' is {section!r}, it must be a section of keys and values")
-        _refuse_unknown(section, _keys(type(usual)), f"{name}.")
-        hints = get_type_hints(type(usual))
-        typed = {key: _typed(value, hints[key], f"{name}.{key}") for key, value in section.items()}
-        with naming(name):
-            setattr(recipe, name, replace(usual, **typed))
+        if raw.get(name) is not None:
+            setattr(recipe, name, _section(raw[name], getattr(recipe, name) or OPTIONAL[name], name, here))
     with naming("goal"):
         recipe.goal.read()
     if "seq_len" not in (raw.get("evaluate") or {}):
@@ -86,11 +98,38 @@ def _recipe(raw: dict[str, Any], here: Path) -> Recipe:
     return recipe
 
 
+def _section(raw: Any, usual: Options, name: str, here: Path) -> Options:
+    """`usual` with what a section says."""
+    if not isinstance(raw, dict):
+        raise UserError(f"'{name}' is {raw!r}, it must be a section of keys and values")
+    _refuse_unknown(raw, _keys(type(usual)), f"{name}.")
+    hints = get_type_hints(type(usual))
+    typed = {key: _typed(value, hints[key], f"{name}.{key}", here) for key, value in raw.items()}
+    with naming(name):
+        return replace(usual, **typed)  # type: ignore[type-var]
+
+
+def _exports(raw: Any, here: Path) -> tuple[ExportOptions, ...]:
+    """A list of formats and engines by name, or as sections with more to say; one alone needs no list."""
+    found = []
+    for one in raw if isinstance(raw, list) else [raw]:
+        if isinstance(one, str):
+            one = {"engine" if one in ENGINES else "format": one}
+        found.append(_section(one, ExportOptions(), "export", here))
+    names = [one.name for one in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"export has '{name}' twice: leave one out")
+    if not found:
+        raise UserError("export is empty: name at least one format, such as hf")
+    return tuple(found)
+
+
 @contextmanager
 def naming(*sections: str) -> Iterator[None]:
     """Errors inside name the options of these sections as a recipe does: `seq_len` is build.seq_len."""
-    hints = get_type_hints(Recipe)
-    known = {key: f"{name}.{key}" for name in reversed(sections) for key in _keys(hints[name])}
+    classes = {name: _plain(hint) for name, hint in get_type_hints(Recipe).items()}
+    known = {key: f"{name}.{key}" for name in reversed(sections) for key in _keys(classes[name])}
     try:
         yield
     except UserError as error:
@@ -99,7 +138,7 @@ def naming(*sections: str) -> Iterator[None]:
 
 def _keys(options: type[Any]) -> list[str]:
     """What a section may hold."""
-    return [f.name for f in fields(options) if f.name not in SHARED]
+    return [f.name for f in fields(options) if f.name not in (*SHARED, *OF_THE_RUN)]
 
 
 def _refuse_unknown(section: dict[str, Any], known: list[str], prefix: str) -> None:
@@ -115,14 +154,28 @@ def _data(value: Any, here: Path) -> list[str]:
     return [str(here / one) if (here / one).exists() else one for one in listed]
 
 
-def _typed(value: Any, wanted: Any, key: str) -> Any:
+def _plain(wanted: Any) -> Any:
+    """int of `int | None`, and the class of `tuple[Class, ...]`."""
+    if get_origin(wanted) in (Union, types.UnionType):
+        wanted = next(one for one in get_args(wanted) if one is not type(None))
+    return get_args(wanted)[0] if get_origin(wanted) is tuple else wanted
+
+
+def _typed(value: Any, wanted: Any, key: str, here: Path = Path()) -> Any:
     """YAML reads 1e6 as text and 2 as a number where we want the other: convert to the field's declared type."""
     if get_origin(wanted) in (Union, types.UnionType):
         if value is None:
             return None
         wanted = next(one for one in get_args(wanted) if one is not type(None))
     if get_origin(wanted) is tuple:
-        return tuple(_typed(one, int, key) for one in (value if isinstance(value, list) else [value]))
+        each = get_args(wanted)[0]
+        return tuple(_typed(one, each, key) for one in (value if isinstance(value, list) else [value]))
+    if get_origin(wanted) is Literal:
+        if value not in get_args(wanted):
+            raise UserError(f"{key} is {value!r}, it must be {' or '.join(get_args(wanted))}")
+        return value
+    if wanted is Path:
+        return here / _typed(value, str, key)
     if wanted not in KINDS:
         raise UserError(f"{key} cannot be given in a recipe")
     number, inside = isinstance(value, int | float | str) and not isinstance(value, bool), "." in key

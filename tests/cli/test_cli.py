@@ -77,9 +77,9 @@ OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options
     "build-library": ("library.build.BuildOptions",),
     "score": ("library.score.ScoreOptions",),
     "profile": ("profile.profile.ProfileOptions",),
-    "solve": ("choose.goal.GoalOptions", "base.workload.Workload"),
+    "solve": ("choose.goal.GoalOptions", "choose.options.SolveOptions", "base.workload.Workload"),
     "export": (),
-    "fuse": ("fuse.verb.Wanted", "fuse.runs.Rule"),
+    "fuse": ("fuse.verb.FuseOptions", "fuse.runs.Rule"),
     "heal": ("heal.settings.HealOptions",),
     "serve-check": (),
     "evaluate": ("measure.evaluate.EvaluateOptions", "base.workload.Workload"),
@@ -89,6 +89,7 @@ OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options
 NO_FLAG = {  # fields that no option fills
     "build-library": {"snapshot_seconds"},
     "score": {"seq_len", "batch_size"},
+    "profile": {"precision"},  # --fp8 says it
     "heal": {"child", "max_skipped"},
 }
 KEYS_OF_BLENDS = {"sources", "name", "path", "messages"}  # of a file, not options

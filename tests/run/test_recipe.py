@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -12,11 +13,14 @@ import yaml
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.choose.goal import GoalOptions
+from puzzle.choose.options import SolveOptions
+from puzzle.fuse.verb import FuseOptions
+from puzzle.heal.settings import HealOptions
 from puzzle.library.build import BuildOptions
 from puzzle.library.score import ScoreOptions
 from puzzle.measure.evaluate import EvaluateOptions
 from puzzle.profile.profile import ProfileOptions
-from puzzle.run.recipe import SHARED, Recipe, naming, read_recipe
+from puzzle.run.recipe import OF_THE_RUN, OPTIONAL, SHARED, Recipe, naming, read_recipe
 
 SECTIONS = {
     "build": BuildOptions,
@@ -24,10 +28,24 @@ SECTIONS = {
     "profile": ProfileOptions,
     "goal": GoalOptions,
     "workload": Workload,
+    "solve": SolveOptions,
+    "fuse": FuseOptions,
+    "heal": HealOptions,
     "evaluate": EvaluateOptions,
 }
-RIGHT = {int: 3, float: 0.5, bool: True, str: "3", tuple: [1, 2]}  # a value of every type that sections hold
-KEYS = [(section, field.name) for section, cls in SECTIONS.items() for field in fields(cls) if field.name not in SHARED]
+RIGHT = {
+    int: 3,
+    float: 0.5,
+    bool: True,
+    str: "3",
+    tuple: [1, 2],
+    Path: "/x/y",
+    Literal: "last",
+}  # a value of every type that sections hold
+NO_KEYS = (*SHARED, *OF_THE_RUN)
+KEYS = [
+    (section, field.name) for section, cls in SECTIONS.items() for field in fields(cls) if field.name not in NO_KEYS
+]
 
 
 def type_of(section: str, key: str) -> type:
@@ -50,8 +68,8 @@ def write(tmp_path):
 
 def test_sections_are_the_stages_option_classes():
     hints = get_type_hints(Recipe)
-    assert {name: hints[name] for name in SECTIONS} == SECTIONS
-    assert hints.keys() == {"parent", "data", "text_field", "device", *SECTIONS}
+    assert {name: hints[name] for name in SECTIONS} == SECTIONS | {n: SECTIONS[n] | None for n in OPTIONAL}
+    assert hints.keys() == {"parent", "data", "text_field", "device", "export", *SECTIONS}
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS)
@@ -60,7 +78,10 @@ def test_every_field_is_a_key(write, section, key):
     right = RIGHT[type_of(section, key)]
     found = getattr(read_recipe(write(**{section: {key: right}})), section)
     assert type(found) is SECTIONS[section]
-    assert getattr(found, key) == (tuple(right) if isinstance(right, list) else right)
+    if isinstance(right, list):
+        each = get_args(get_type_hints(SECTIONS[section])[key])
+        right = tuple(map(str if str in each else int, right))
+    assert getattr(found, key) == (Path(right) if type_of(section, key) is Path else right)
     for wrong in ({"a": 1}, [[1]]):
         with pytest.raises(UserError, match=rf"^recipe .*r\.yaml: {section}\.{key} is .*, it must be [a-z ]+$"):
             read_recipe(write(**{section: {key: wrong}}))
@@ -69,7 +90,7 @@ def test_every_field_is_a_key(write, section, key):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_unknown_keys_are_refused(write, section):
     """Also those that all stages share, which stand outside the sections."""
-    shared = [field.name for field in fields(SECTIONS[section]) if field.name in SHARED]
+    shared = [field.name for field in fields(SECTIONS[section]) if field.name in NO_KEYS]
     for key in ("nonsense", *shared):
         with pytest.raises(UserError, match=f"unknown key '{section}.{key}'; (known: |did you mean )"):
             read_recipe(write(**{section: {key: "x"}}))

@@ -1,0 +1,196 @@
+"""Everything of a recipe that can be wrong is said before anything is built: hours later it would cost them."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from puzzle.base.device import check_gpu
+from puzzle.base.errors import UserError
+from puzzle.base.files import check_writable
+from puzzle.base.units import bytes_text, parse_layers
+from puzzle.base.workload import Workload
+from puzzle.blocklib.gqa import Gqa
+from puzzle.choose.goal import Goal
+from puzzle.data.mixture import Stage
+from puzzle.data.packing import load_tokens
+from puzzle.export.child import Child, no_tensors
+from puzzle.export.engines import ANY_DECILM_READER, ENGINES, ExportOptions
+from puzzle.export.refuse import refuse
+from puzzle.export.sources import child_of_checkpoint
+from puzzle.fuse.matrix import read_dependency
+from puzzle.heal.parallel import running_ranks
+from puzzle.heal.prepare import open_models
+from puzzle.heal.run import read_data
+from puzzle.heal.settings import HealOptions
+from puzzle.library.build import Builder, BuildOptions
+from puzzle.parents.opened import HfModel, open_model
+from puzzle.profile.grid import Grid
+from puzzle.profile.profile import check_precision
+from puzzle.run.recipe import Recipe, naming
+
+
+def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, out: Path) -> Builder:
+    """Raises UserError, with the recipe's key, for the first thing that some stage would refuse. Reads the parent's
+    configuration and the first texts; writes nothing. Returns the build, planned.
+
+    heal: with the parent as the child that there is not yet.
+    """
+    check_writable(out)
+    with naming("goal", "workload"):
+        goal = recipe.goal.goal(may_be_empty=bool(recipe.solve.also))
+    with naming("solve"):
+        recipe.solve.check()
+    with naming("profile"):
+        if is_measured(recipe):
+            check_precision(recipe.profile.gpu, recipe.profile.precision)
+            if recipe.profile.gpu != "cpu":
+                check_gpu(recipe.profile.gpu)
+    if recipe.fuse is not None:
+        with naming("fuse"):
+            recipe.fuse.check()
+    if heal is not None:
+        with naming("heal"):
+            heal.check()
+    opened = open_model(recipe.parent)
+    with naming("build"):
+        builder = Builder(opened, build)
+        builder.plan()
+    with naming("goal", "workload", "solve", "profile"):
+        _check_goal(recipe, goal, opened)
+    if is_measured(recipe):
+        with naming("profile"):
+            _check_grid(recipe)
+    _check_exports(recipe.export, builder)
+    _check_data(recipe, heal, opened)
+    return builder
+
+
+def is_measured(recipe: Recipe) -> bool:
+    """Whether costs are measured here; those of a serving engine come from its fitted model."""
+    return recipe.solve.engine == "puzzle"
+
+
+def workloads(recipe: Recipe) -> list[Workload]:
+    """That of the recipe first, then further ones."""
+    return [recipe.workload, *(also.work for also in recipe.solve.others())]
+
+
+def grid_of(recipe: Recipe) -> Grid:
+    """What is profiled: the workloads' own lengths, where the recipe names none."""
+    options, works = recipe.profile, workloads(recipe)
+    ends = {at for w in works for at in (w.input_len, w.input_len + max(0, w.output_len - 2))}
+    prefill = options.prefill or tuple(sorted({w.input_len for w in works}))
+    return replace(options, prefill=prefill, contexts=options.contexts or tuple(sorted(ends))).grid()
+
+
+def _check_goal(recipe: Recipe, goal: Goal, opened: HfModel) -> None:
+    structure, asked = opened.structure, recipe.solve
+    for work in workloads(recipe):
+        if work.input_len + work.output_len > structure.max_length:
+            raise UserError(
+                f"`input_len` {work.input_len} + `output_len` {work.output_len} exceed the parent's context of "
+                f"{structure.max_length}"
+            )
+    for option, text in (("pinned", goal.pinned), ("alike", goal.alike)):
+        if text is not None:
+            parse_layers(option, text, structure.num_layers)
+    if goal.stages is not None and not 1 <= goal.stages <= structure.num_layers:
+        raise UserError(f"`stages` {goal.stages}: the parent has {structure.num_layers} layers")
+    attending = sum(any(isinstance(block, Gqa) for block in layer.values()) for layer in structure.layers)
+    if goal.keep_attention is not None and goal.keep_attention > attending:
+        raise UserError(f"`keep_attention` {goal.keep_attention}: the parent has {attending} layers with attention")
+    if asked.fusion_dependency is not None:
+        read_dependency(asked.fusion_dependency, structure.num_layers)
+
+
+def _check_grid(recipe: Recipe) -> None:
+    """The batches and, on a CPU, where nothing is extrapolated, the lengths that will be asked for are measured."""
+    grid, options = grid_of(recipe), recipe.profile
+    for told, batch in [
+        ("goal.concurrency", recipe.goal.concurrency),
+        *((f"solve.also {also.name}", also.batch) for also in recipe.solve.others()),
+    ]:
+        if batch is not None and not min(grid.batches) <= batch <= max(grid.batches):
+            raise UserError(
+                f"{told}: a batch of {batch} lies outside `batches`, which cover {min(grid.batches)} to "
+                f"{max(grid.batches)}: add it there"
+            )
+    if options.gpu != "cpu":
+        return
+    for work in workloads(recipe):
+        last = work.input_len + max(0, work.output_len - 2)
+        for name, least, most in (("prefill", work.input_len, work.input_len), ("contexts", work.input_len, last)):
+            given = getattr(options, name)
+            if given is not None and not min(given) <= least <= most <= max(given):
+                told = ",".join(map(str, given))
+                raise UserError(
+                    f"`{name}` {told} do not span this workload's {least} to {most}: add them, or leave it out"
+                )
+
+
+def _check_exports(exports: tuple[ExportOptions, ...], builder: Builder) -> None:
+    """What no child of this library could be exported as, and what one of its choices could not."""
+    whole = child_of_checkpoint(builder.parent)
+    for one in exports:
+        format, engine = one.picked
+        if format == "gguf" and importlib.util.find_spec("gguf") is None:
+            raise UserError(f"export {one.name} needs the package gguf: pip install gguf")
+        if format == "hf":
+            continue
+        target = ANY_DECILM_READER if engine is None else ENGINES[engine]
+        _refused(whole, one, "the parent itself", target, format)
+        tried = set()
+        for index, slots in builder.spaces.items():
+            for slot, space in slots.items():
+                for name, sub_block in space.items():
+                    if (slot, sub_block) not in tried:
+                        tried.add((slot, sub_block))
+                        layers = list(whole.layers)
+                        layers[index] = layers[index].put(slot, sub_block, no_tensors)
+                        told = f"'{name}', which build.{slot} offers"
+                        _refused(replace(whole, layers=tuple(layers)), one, told, target, format)
+
+
+def _refused(child: Child, one: ExportOptions, told: str, target, format: str) -> None:
+    try:
+        refuse(child, target, format)
+    except UserError as error:
+        raise UserError(f"export {one.name} cannot take {told}: {error}") from error
+
+
+def _check_data(recipe: Recipe, heal: HealOptions | None, opened: HfModel) -> None:
+    """That there is text, of every source, and enough of it for a sequence of the longest kind."""
+    longest = max(recipe.build.seq_len, recipe.score.seq_len or 0, recipe.evaluate.seq_len)
+    load_tokens(
+        recipe.data,
+        opened.directory,
+        seq_len=min(longest, opened.structure.max_length),
+        num_train=1,
+        num_validation=1,
+        text_field=recipe.text_field,
+    )
+    if heal is None:
+        return
+    with naming("heal"), running_ranks(heal.device) as ranks:
+        stages = heal.plan_stages()
+        models = open_models(heal, stages, ranks)
+        one_step = [Stage(seq_len=s.seq_len, batch_size=s.batch_size, num_steps=1) for s in stages]
+        read_data(replace(heal, validation_sequences=1, allow_repeats=True), one_step, models)
+
+
+def check_disk(out: Path, needed: dict[str, int]) -> None:
+    """Raise UserError where the stages' files do not fit. needed: bytes of each stage, less what is there already."""
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    free, held = shutil.disk_usage(there).free, sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    total = max(0, sum(needed.values()) - held)
+    if total > free:
+        stages = ", ".join(f"{name} {bytes_text(count)}" for name, count in needed.items() if count)
+        raise UserError(
+            f"{out} needs {bytes_text(total)} of disk ({stages}; predicted) and {bytes_text(free)} are free: free some "
+            "space, or choose another place"
+        )

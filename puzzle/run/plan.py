@@ -1,0 +1,105 @@
+"""What the stages of a road will take: time, memory and disk of each, for --dry-run. All of it is predicted.
+
+Time is that of a few timed steps of the build (`library.estimate`), and of the others by their FLOPs at that rate; the healing's
+is timed on the parent, since there is no child yet. Sizes of a child are those of its parent, than which none is larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from puzzle.blocklib.variant import PARENT
+from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
+from puzzle.heal.settings import HealOptions
+from puzzle.library.build import Builder
+from puzzle.library.estimate import plan_of
+from puzzle.library.plan import forward_flops
+from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
+from puzzle.run.check import grid_of, is_measured
+from puzzle.run.recipe import Recipe
+
+Row = dict[str, float | int | None]  # of a stage: "seconds", "memory_bytes", "disk_bytes"; None: next to nothing
+
+
+def disk_of(recipe: Recipe, builder: Builder) -> dict[str, int]:
+    """Bytes that each stage leaves or holds for a while."""
+    structure, size = builder.structure, builder.stored_dtype.itemsize
+    checkpoint = structure.num_parameters * size
+    found = {"build-library": builder.plan().disk_bytes, "child": checkpoint}
+    if recipe.fuse is not None:
+        found["fuse"] = checkpoint
+    if recipe.heal is not None:
+        states = KEPT_CHECKPOINTS * CHECKPOINT_BYTES * structure.num_parameters
+        found["heal"] = checkpoint + states
+    for one in recipe.export:
+        if one.name != "hf":
+            found[f"export {one.name}"] = checkpoint * (2 if one.dtype == "float32" and size == 2 else 1)
+    return found
+
+
+def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dict[str, Any]:
+    """{"build": the plan of the build, "stages": {name: Row}}"""
+    build = plan_of(builder)
+    predicted, disk = build["predicted"], disk_of(recipe, builder)
+    rate = predicted["flops"] / predicted["seconds"] if predicted["seconds"] else None
+    structure, spaces, itemsize = builder.structure, builder.spaces, builder.dtype.itemsize
+    weights, score, held_out = structure.num_parameters * itemsize, recipe.score, recipe.evaluate
+
+    def seconds(flops: float) -> float | None:
+        return None if rate is None else round(flops / rate, 1)
+
+    def forward(seq_len: int) -> float:
+        """FLOPs per token of the whole parent."""
+        layers = sum(forward_flops(sub_block, seq_len) for _, _, sub_block in structure)
+        return layers + 2 * structure.vocab_size * structure.hidden_size
+
+    length = score.seq_len or recipe.build.seq_len
+    passes = sum(
+        (structure.num_layers - index) / structure.num_layers * _replacements(space, score.joint)
+        for index, space in spaces.items()
+    )
+    streams = 2 * score.sequences * length * structure.hidden_size * itemsize
+    stages: dict[str, Row] = {
+        "build-library": {
+            "seconds": predicted["seconds"],
+            "memory_bytes": predicted["peak_memory_bytes"],
+            "disk_bytes": disk["build-library"],
+        },
+        "score": _row(seconds((passes + 1) * score.sequences * length * forward(length)), weights + streams),
+    }
+    if is_measured(recipe):
+        grid = grid_of(recipe)
+        offered = dict.fromkeys(
+            (s, b) for slots in spaces.values() for s, space in slots.items() for b in space.values()
+        )
+        own = dict.fromkeys((slot, sub_block) for _, slot, sub_block in structure)
+        subject = Subject(name="parent", structure=structure.timed(), offered=tuple(own | offered))
+        each = grid.seconds if recipe.profile.gpu == "cpu" else SECONDS_PER_POINT
+        cache = sum(b.state().per_token for _, _, b in structure) * grid.capacity * max(grid.batches) * itemsize
+        stages["profile"] = _row(round(count_points(subject, grid) * grid.rounds * each, 1), weights + cache)
+    stages |= {"solve": _row(None, None), "child": _row(None, None, disk["child"])}
+    if recipe.fuse is not None:
+        tokens = recipe.fuse.sequences * recipe.fuse.seq_len
+        flops = tokens * forward(recipe.fuse.seq_len) * structure.num_layers / 2
+        stages["fuse"] = _row(seconds(flops), weights, disk["fuse"])
+    if heal is not None:
+        taken = plan_heal(heal)["predicted"]
+        stages["heal"] = _row(taken["seconds"], taken["peak_memory_bytes"], disk["heal"])
+    stages |= {name: _row(None, None, disk[name]) for name in disk if name.startswith("export ")}
+    flops = 3 * held_out.sequences * held_out.seq_len * forward(held_out.seq_len)
+    stages["evaluate"] = _row(seconds(flops), 2 * weights)
+    return {"build": build, "stages": stages}
+
+
+def _replacements(space: Mapping[str, Mapping[str, object]], joint: bool) -> int:
+    """How many scores a layer has."""
+    counts = [sum(name != PARENT for name in names) for names in space.values()]
+    together = 1
+    for count in counts:
+        together *= count
+    return sum(counts) + (together if joint and len(counts) > 1 else 0)
+
+
+def _row(seconds: float | None, memory: int | None, disk: int | None = None) -> Row:
+    return {"seconds": seconds, "memory_bytes": memory, "disk_bytes": disk}

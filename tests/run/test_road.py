@@ -1,0 +1,236 @@
+"""`puzzle run` with every stage: checked first, planned, killed anywhere and gone on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from puzzle.base import device
+from puzzle.run import check
+from puzzle.run.recipe import read_recipe
+from puzzle.runtime.model import load_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def write(parent, corpus, tmp_path):
+    """A small recipe of every stage, with these sections changed; None leaves one out."""
+    whole = {
+        "parent": str(parent),
+        "data": str(corpus),
+        "device": "cpu",
+        "build": {
+            "attention": "kv1,none", "ffn": "0.5,none", "tokens": 1024, "seq_len": 32, "batch_size": 4,
+            "validation_sequences": 4, "calibration_sequences": 8,
+        },
+        "score": {"sequences": 4},
+        "profile": {"gpu": "cpu", "batches": [1, 2], "seconds": 0.005, "rounds": 1},
+        "goal": {"throughput": "1.2x"},
+        "workload": {"input_len": 8, "output_len": 8},
+        "solve": {"also": ["16/8@1:latency=100%"], "explain": True},
+        "heal": {"tokens": 1024, "seq_len": 32, "batch_size": 4, "validation_sequences": 4, "save_every": 2},
+        "export": ["hf", "nemotron-nas"],
+        "evaluate": {"sequences": 4, "repeats": 1},
+    }  # fmt: skip
+
+    def recipe(**changed) -> Path:
+        for name, value in changed.items():
+            whole[name] = whole.get(name, {}) | value if isinstance(value, dict) else value
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({name: value for name, value in whole.items() if value is not None}))
+        return path
+
+    return recipe
+
+
+def test_every_stage(puzzle, write, tmp_path):
+    out = tmp_path / "run"
+    recipe = write(profile={"precision": "float32"})
+    done = puzzle("run", recipe, "--out", out, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads((out / "result.json").read_text())
+    names = ["build-library", "score", "profile", "solve", "child", "heal", "export nemotron-nas", "evaluate"]
+    assert list(result["seconds"]) == names
+    assert result["exports"] == {"hf": "healed", "nemotron-nas": "exports/nemotron-nas"}
+    assert result["healed"]["after"]["kl"] < result["healed"]["before"]["kl"]
+    assert result["healed"]["after"].keys() >= {"kl", "loss"} <= result["healed"]["before"].keys()
+    assert set(result["predicted"]) == set(result["measured"])
+    assert result["predicted"]["memory_bytes"] == result["measured"]["memory_bytes"]
+    solved = json.loads((out / "solution" / "architecture.json").read_text())
+    assert solved["also"]
+    assert solved["prices"]
+    healed, written = (load_model(out / path) for path in result["exports"].values())
+    ids = torch.arange(2, 40)[None]
+    assert torch.equal(healed(ids), written(ids))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = puzzle("run", recipe, "--out", out)
+    assert again.exit_code == 0, again.output
+    assert again.stderr.count("done already") == 5
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    later = json.loads((out / "result.json").read_text())["seconds"]
+    assert all(later[name] == result["seconds"][name] for name in names[2:-1])
+    # other healing: the healed child and what was exported of it are made anew, nothing before them
+    assert puzzle("run", write(heal={"lr": 1e-3}), "--out", out).exit_code == 0
+    changed = {path.relative_to(out).parts[0] for path, at in before.items() if path.stat().st_mtime_ns != at}
+    assert changed == {"healed", "exports"}
+
+
+def test_fused_and_without_heal(puzzle, write, tmp_path):
+    """Rows without attention become one layer; what the recipe leaves out is left out."""
+    recipe = write(
+        build={"attention": "none", "ffn": "0.5"}, goal={"throughput": None, "params": "57%"},
+        fuse={"max_dependency": 1.9, "keep_last": False, "sequences": 4, "seq_len": 32}, heal=None, export=None,
+    )  # fmt: skip
+    done = puzzle("run", recipe, "--out", tmp_path / "run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    assert found["exports"] == {"hf": "fused"}
+    assert "healed" not in found
+    assert load_model(tmp_path / "run" / "fused").structure.num_layers < 4
+
+
+@pytest.mark.parametrize("stage", ["profile", "child", "heal", "export nemotron-nas"])
+def test_killed_in_any_stage_and_run_again(puzzle, write, tmp_path, stage):
+    """The same child as of a run that was left alone, and nothing half-written."""
+    out, recipe = tmp_path / "run", write(profile={"seconds": 0.001})
+    marks, environment = out / "stages.json", os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "puzzle", "run", str(recipe), "--out", str(out)],
+        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < until:
+        if marks.is_file() and stage in json.loads(marks.read_text())["stages"]:
+            break
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
+    process.wait()
+    done = puzzle("run", recipe, "--out", out, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads(done.stdout)
+    assert result["healed"]["num_tokens"] == 1024
+    assert {path.name for path in out.iterdir()} == {
+        "library", "solution", "child", "healed", "exports", "stages.json", "result.json",
+    }  # fmt: skip
+    ids = torch.arange(2, 40)[None]
+    healed, written = (load_model(out / path) for path in result["exports"].values())
+    assert torch.equal(healed(ids), written(ids))
+
+
+BAD = [
+    ({"profile": {"gpu": "h100"}}, "profile.gpu h100: no CUDA device can be used here"),
+    ({"profile": {"precision": "fp8"}}, "precision fp8 cannot be profiled on cpu"),
+    ({"profile": {"contexts": [64, 128]}}, "profile.contexts 64,128 do not span this workload's 8 to 14"),
+    ({"goal": {"cached_tokens": "1M"}}, "goal.cached_tokens needs goal.memory"),
+    ({"goal": {"pinned": "3-9"}}, "goal.pinned 3-9: '3-9' is outside the parent's layers 0-3"),
+    ({"goal": {"keep_attention": 5}}, "goal.keep_attention 5: the parent has 4 layers with attention"),
+    ({"goal": {"stages": 5}}, "goal.stages 5: the parent has 4 layers"),
+    ({"goal": {"concurrency": 64}}, "goal.concurrency: a batch of 64 lies outside profile.batches, which cover 1 to 2"),
+    ({"workload": {"input_len": 9999}}, "workload.input_len 9999 + workload.output_len 8 exceed"),
+    ({"solve": {"also": ["16/8@9:latency=1s"]}}, "a batch of 9 lies outside profile.batches"),
+    ({"solve": {"also": ["16:latency=1s"]}}, "solve.also 16:latency=1s: write"),
+    ({"solve": {"backend": "xyz"}}, "solve.backend xyz: known: ortools, pulp"),
+    ({"solve": {"fusion_dependency": "/x.json"}}, "solve.fusion_dependency is not used without solve.fusion"),
+    ({"solve": {"baseline": "greedy"}}, "unknown key 'solve.baseline'"),
+    ({"fuse": {"sequences": 0}}, "fuse.sequences 0: must be above 0"),
+    ({"fuse": {"norm": "both"}}, "fuse.norm is 'both', it must be own or last"),
+    ({"heal": {"kl_weight": 0, "cosine_weight": 0}}, "nothing to learn from"),
+    ({"heal": {"accumulate": 3}}, "heal.accumulate 3"),
+    ({"heal": {"seq_len": 4096}}, "use a smaller heal.seq_len"),
+    ({"heal": {"blend": "/nowhere.yaml"}}, "heal.blend /nowhere.yaml does not exist"),
+    ({"export": "onnx"}, "unknown format 'onnx'"),
+    ({"export": ["hf", "hf"]}, "export has 'hf' twice"),
+    ({"export": [{"format": "gguf", "dtype": "int4"}]}, "dtype int4 with"),
+    ({"build": {"attention": "kv1,window-16"}, "export": "sglang"}, "export sglang cannot take 'window-16', which build.attention"),
+    ({"data": "/nowhere"}, "/nowhere does not exist"),
+    ({"evaluate": {"seq_len": 256}, "data": "short.txt"}, "less than one sequence of 256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "told"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_what_is_wrong_is_said_before_anything_is_built(puzzle, one_line_error, write, tmp_path, changed, told):
+    (tmp_path / "short.txt").write_text("a few words only\n" * 4)
+    recipe = write(**changed)
+    for extra in ((), ("--dry-run",)):
+        one_line_error(puzzle("run", recipe, "--out", tmp_path / "run", *extra), told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_that_lacks_the_family(puzzle, one_line_error, write, tmp_path):
+    from tiny_parents import write_tiny_parent
+
+    write_tiny_parent("gemma3", tmp_path / "gemma")
+    recipe = write(parent=str(tmp_path / "gemma"), export="vllm")
+    one_line_error(puzzle("run", recipe, "--out", tmp_path / "run"), "export vllm cannot take the parent itself")
+
+
+def test_a_disk_that_is_too_small(puzzle, one_line_error, write, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    done = puzzle("run", write(), "--out", tmp_path / "run")
+    one_line_error(done, "of disk (build-library ", "heal ", "export nemotron-nas ", "97.7 KiB are free")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_of_every_stage(puzzle, write, tmp_path):
+    recipe = write(fuse={})
+    done = puzzle("run", recipe, "--out", tmp_path / "run", "--dry-run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    stages = json.loads(done.stdout)["stages"]
+    assert list(stages) == [
+        "build-library", "score", "profile", "solve", "child", "fuse", "heal", "export nemotron-nas", "evaluate",
+    ]  # fmt: skip
+    for name in ("build-library", "heal"):
+        assert min(stages[name].values()) > 0
+    for name in ("score", "profile", "fuse", "evaluate"):
+        assert stages[name]["seconds"] > 0 or stages[name]["seconds"] == 0.0
+        assert stages[name]["memory_bytes"] > 0
+    shown = puzzle("run", recipe, "--out", tmp_path / "run", "--dry-run")
+    assert "export nemotron-nas" in shown.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_for_a_gpu(puzzle, one_line_error, parent, corpus, tmp_path):
+    """Read as it stands; without its GPU refused before anything; its dry parts with the tiny parent on a CPU."""
+    example = ROOT / "examples" / "smollm2_h100.yaml"
+    found = read_recipe(example)
+    assert (found.build.tokens, found.heal.tokens, found.profile.precision) == (8_000_000, 10_000_000, "bf16")
+    assert [one.name for one in found.export] == ["hf"]
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(parent)
+    given = ("--data", corpus, "--out", tmp_path / "run")
+    copy = Path(shutil.copy(example, tmp_path))
+    if not torch.cuda.is_available():
+        one_line_error(puzzle("run", copy, *given), "profile.gpu h100: no CUDA device can be used here")
+    raw = yaml.safe_load(example.read_text())
+    raw["profile"], raw["workload"] = {"gpu": "cpu"}, {"input_len": 16, "output_len": 8}
+    raw["build"] |= {"seq_len": 64}
+    raw["heal"] |= {"seq_len": 64}
+    copy.write_text(yaml.safe_dump(raw))
+    done = puzzle("run", copy, *given, "--dry-run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_gpu_is_asked_for_where_it_is_measured(write, monkeypatch, tmp_path):
+    """A serving engine's costs come from its fitted model: then no GPU is needed here."""
+    from puzzle.run.pipeline import Run
+
+    asked = []
+    monkeypatch.setattr(check, "check_gpu", asked.append)
+    given = {"profile": {"gpu": "h100"}, "workload": {"input_len": 16}, "export": "hf"}
+    Run(read_recipe(write(**given)), tmp_path / "run").check()
+    assert asked == ["h100"]
+    Run(read_recipe(write(**given, solve={"engine": "vllm"})), tmp_path / "run").check()
+    assert asked == ["h100"]
+    assert device.check_gpu is not check.check_gpu
