@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from puzzle.base.device import side_stream
+
 Call = Callable[[], Any]
 L2_MULTIPLE = 4  # the copies together are this many times the L2
 MAX_SAMPLES = 400
@@ -65,14 +67,14 @@ class Graph:
     def __init__(self, call: Call, device: torch.device, warm_ups: int = 2, rounds: int = 1):
         self.call, self.rounds, self.graph = call, rounds, None
         if device.type == "cuda":
-            side = torch.cuda.Stream(device)
+            side = side_stream(device)
             side.wait_stream(torch.cuda.current_stream(device))  # operands may still be in the making
             with torch.cuda.stream(side):
                 for _ in range(warm_ups):
                     call()
             torch.cuda.current_stream(device).wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):
                 self._calls()
 
     def _calls(self) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from puzzle.base.device import side_stream
+
 WARM_UP = 2  # eager calls first: they allocate optimiser states and let libraries choose their kernels
 
 
@@ -32,7 +34,7 @@ class Replayed:
             return self._function(x)
         self._calls += 1
         if self._calls <= WARM_UP:
-            side = torch.cuda.Stream()
+            side = side_stream(x.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 out = self._function(x)
@@ -43,7 +45,7 @@ class Replayed:
             self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what the warm-up's stream holds cannot serve the graph
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=side_stream(x.device)):
                 self._output = self._function(self._input)
         assert self._input is not None
         assert self._output is not None

@@ -73,7 +73,7 @@ def gpu_grid(
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     prefill: Sequence[int] = (128, 512, 2048, 8192, 32768),
     contexts: Sequence[int] = (128, 512, 2048, 4096, 8192, 32768, 131072),
-    seconds: float = 0.025,
+    seconds: float = 0.015,
     rounds: int = 1,
 ) -> Grid:
     """Batch 1 to 512, contexts to 128k; prompts of at most 32,768 tokens together."""
