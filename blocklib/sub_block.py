@@ -47,13 +47,16 @@ class State:
     reach: int | None = None
     per_sequence: int = 0
 
-    def elements(self, num_tokens: int) -> int:
-        """Of one sequence of `num_tokens`."""
-        return self.per_token * self.kept(num_tokens) + self.per_sequence
+    def elements(self, num_tokens: int, page: int = 1) -> int:
+        """Of one sequence of `num_tokens`, in a cache of pages of `page` tokens."""
+        return self.per_token * self.kept(num_tokens, page) + self.per_sequence
 
-    def kept(self, num_tokens: int) -> int:
-        """Tokens of `num_tokens` that are kept."""
-        return num_tokens if self.reach is None else min(num_tokens, self.reach)
+    def kept(self, num_tokens: int, page: int = 1) -> int:
+        """Tokens of `num_tokens` that are kept, in whole pages; a window that moves on touches one page more than it fills."""
+        pages = -(-num_tokens // page)
+        if self.reach is not None:
+            pages = min(pages, -(-self.reach // page) + (page > 1))
+        return pages * page
 
     def __bool__(self) -> bool:
         return self.per_token > 0 or self.per_sequence > 0

@@ -59,7 +59,9 @@ def decode_attention_reference(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(
+        do_not_specialize=["splits"]
+    )  # one kernel for all numbers of stretches: a compilation takes half a second
     def split_kernel(
         q_ptr, cache_ptr, table_ptr, lengths_ptr, out_ptr, part_ptr, lse_ptr,
         q_stride_b, q_stride_n, cache_stride_block, cache_stride_kv, cache_stride_head, table_stride,
@@ -117,7 +119,7 @@ if triton is not None:
         else:
             tl.store(out_ptr + rows[:, None] * D + d[None, :], found.to(out_ptr.dtype.element_ty), mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["splits"])
     def merge_kernel(
         part_ptr, lse_ptr, out_ptr, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
         PDL: tl.constexpr,

@@ -196,12 +196,12 @@ def fake_costs():
 def write_fake_costs(library: Path) -> None:
     """Replace the measured times by round numbers, so that goals have known answers: a unit of time per 1000 weights."""
     from puzzle.blocklib.sub_block import parse_key
-    from puzzle.profile.parts import WHOLE, Embedding, Head
+    from puzzle.profile.parts import Embedding, Head, Whole
 
     path = next((library / "costs" / "cpu").glob("*.csv"))
     with open(path, newline="") as handle:
         rows = list(csv.DictReader(handle))
-    kept = [row for row in rows if row["part"] != WHOLE.key()]
+    kept = [row for row in rows if Whole.parse(row["part"]) is None]
     ends = (Embedding.name, Head.name)
     for row in kept:
         size = 100 if row["part"].split()[0] in ends else parse_key(row["part"]).num_parameters

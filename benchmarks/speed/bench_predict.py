@@ -2,8 +2,8 @@
 
 Architectures have the layers of the named shapes, each with a random attention (any variant, or none) and FFN (any width, wide
 ones as fusion makes them, linear, none); every fourth has a run of attention-free layers. Weights are random. A decode step is
-the median of CUDA-graph replays at a fixed context; prefill likewise. The prediction is the table's sum of medians; nothing is
-fitted. Writes a row per point and, with --plot, a scatter plot; a point that does not fit in memory is left out. --fp8: weights
+the median of CUDA-graph replays at a fixed context; prefill likewise. The prediction is the table's sum of medians,
+corrected by its whole parent as `solve` does it; nothing is fitted. Writes a row per point and, with --plot, a scatter plot; a point that does not fit in memory is left out. --fp8: weights
 of sub-blocks and KV cache in fp8, against the table of the same name. --measured takes measured times from an earlier CSV and
 needs no GPU.
 
@@ -27,6 +27,7 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.variant import variant_of
@@ -73,14 +74,23 @@ def sub_block_of(parent: SubBlock, name: str) -> SubBlock:
     return variant_of(parent, name).sub_block
 
 
-def predicted_seconds(costs: CostTable, structure: Structure, phase: str, batch: int, context: int) -> float:
-    """The sum of all parts; between measured batches a decode step is linear in the batch."""
+def predicted_seconds(
+    costs: CostTable, parent: Structure, structure: Structure, phase: str, batch: int, context: int
+) -> float:
+    """The sum of all parts as the whole parent corrects it, which is what `solve` promises; between measured batches a decode step is
+    linear."""
     low, high = around(costs.batches, batch) if phase == "decode" else (batch, batch)
     if low < high:
-        less, more = (predicted_seconds(costs, structure, phase, b, context) for b in (low, high))
+        less, more = (predicted_seconds(costs, parent, structure, phase, b, context) for b in (low, high))
         return less + (more - less) * (batch - low) / (high - low)
     parts = [*(sub_block for _, _, sub_block in structure), *ends_of(structure)]
-    return sum(costs.seconds(part, phase, batch, context) for part in parts)
+    if phase == "decode":
+        running = sum(not isinstance(sub_block, NoOp) for _, _, sub_block in structure)
+        return sum(costs.seconds(p, phase, batch, context) for p in parts) + running * costs.between_parts(
+            parent, batch
+        )
+    factor = costs.whole_over_parts(parent, phase, batch, context)
+    return factor * sum(costs.seconds(part, phase, batch, context) for part in parts)
 
 
 @click.command()
@@ -119,7 +129,7 @@ def main(
     device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
     def add(number: int, phase: str, batch: int, context: int, measured: float) -> None:
-        predicted = predicted_seconds(costs, children[number], phase, batch, context)
+        predicted = predicted_seconds(costs, parent, children[number], phase, batch, context)
         error = predicted / measured - 1
         errors[phase].append(abs(error))
         cells = [number, phase, batch, context, f"{predicted:.6g}", f"{measured:.6g}", f"{error:.4f}", device_name]
@@ -154,7 +164,7 @@ def predict_again(measured: Path, costs: CostTable, children: list[Structure], o
     errors: dict[str, list[float]] = {}
     for row in rows:
         point = row["phase"], int(row["batch"]), int(row["context"])
-        predicted = predicted_seconds(costs, children[int(row["architecture"])], *point)
+        predicted = predicted_seconds(costs, children[0], children[int(row["architecture"])], *point)
         error = predicted / float(row["measured_s"]) - 1
         row |= {"predicted_s": f"{predicted:.6g}", "error": f"{error:.4f}"}
         errors.setdefault(row["phase"], []).append(abs(error))

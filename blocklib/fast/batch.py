@@ -16,12 +16,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from puzzle.base.workload import PAGE
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import MissingFace, Normed
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.swiglu import linear, to_fp8
-
-PAGE = 64  # tokens of one page
 
 Stream = tuple[Tensor, Tensor | None]  # (delta, residual), each [M, H]; no residual before the first sub-block
 

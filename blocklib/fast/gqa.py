@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.blocklib.fast.batch import PAGE, Batch, Fast, Product, Stream, num_pages
+from puzzle.base.workload import PAGE
+from puzzle.blocklib.fast.batch import Batch, Fast, Product, Stream
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.plain.gqa import Attention
 from puzzle.blocklib.plain.part import causal_mask, rotate
@@ -18,15 +19,9 @@ from puzzle.kernels.decode_attention import decode_attention
 from puzzle.kernels.rope_kv import rope_kv
 
 
-def kept_pages(num_pages: int, window: int | None) -> int:
-    """Pages of a sequence that a layer keeps, of `num_pages`: with a window only those that it can see."""
-    return num_pages if window is None else min(num_pages, -(-window // PAGE) + 1)
-
-
 def cache_elements(sub_block: Gqa, batch: int, num_tokens: int) -> int:
     """Elements of the cache of `batch` sequences of `num_tokens`, in whole pages."""
-    pages = kept_pages(num_pages(num_tokens), sub_block.window)
-    return 2 * batch * pages * PAGE * sub_block.num_key_value_heads * sub_block.head_dim
+    return batch * sub_block.state().elements(num_tokens, PAGE)
 
 
 class FastAttention(Fast):
@@ -47,7 +42,7 @@ class FastAttention(Fast):
         if rope.rotary_dim < self.dim:
             self.order = paired(self.dim, rope.rotary_dim).to(weight.device)
         self.table = batch.table
-        ring = kept_pages(batch.table.shape[1], self.window)
+        ring = part.sub_block.state().kept(batch.table.shape[1] * PAGE, PAGE) // PAGE
         if ring < batch.table.shape[1]:
             inside = torch.arange(batch.table.shape[1], dtype=torch.int32, device=self.table.device) % ring
             first = torch.arange(batch.size, dtype=torch.int32, device=self.table.device) * ring

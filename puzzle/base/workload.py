@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from puzzle.base.errors import UserError
 
+PAGE = 64  # tokens of a page of the caches on a GPU
 PREFILL_ROWS = 16384  # prompt tokens that go through the runtime on a GPU together: more gain nothing but memory
 
 

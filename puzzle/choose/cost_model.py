@@ -1,6 +1,7 @@
 """Seconds, bytes and parameters of any architecture made of one library's sub-blocks. Needs no torch.
 
-The cost of a model is the sum of its measured parts times one factor, measured on the whole parent (see `profile.cost_table`).
+The cost of a model is the sum of its measured parts as the whole parent corrects it (see `profile.cost_table`): times a factor, and in
+decode on a GPU with what lies between two sub-blocks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from puzzle.base.errors import UserError
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import PREFILL_ROWS, Workload
+from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
@@ -33,15 +35,15 @@ class CostModel:
         self.bytes_per_element = PRECISION_BYTES[table.precision]
         self.batches = table.batches
         self.ends: list[Part] = ends_of(structure)
-        parent: list[Part] = [*(sub_block for _, _, sub_block in structure), *self.ends]
         middle = work.input_len + work.output_len // 2
         self._factors = {
             b: (
-                table.whole_over_parts(parent, "prefill", b, work.input_len),
-                table.whole_over_parts(parent, "decode", b, middle),
+                table.whole_over_parts(structure, "prefill", b, work.input_len),
+                table.whole_over_parts(structure, "decode", b, middle),
             )
             for b in self.batches
         }
+        self._between = {b: table.between_parts(structure, b) for b in self.batches}
         self._seconds: dict[tuple[Part, int], tuple[float, float]] = {}
         self._workspace: dict[int, int] = {}
 
@@ -61,6 +63,8 @@ class CostModel:
                     prefill * self.table.seconds(part, "prefill", batch, self.work.input_len),
                     decode * self.table.decode_seconds(part, batch, self.work),
                 )
+                if isinstance(part, SubBlock) and not isinstance(part, NoOp):
+                    found = (found[0], max(0.0, found[1] + self._between[batch] * (self.work.output_len - 1)))
             else:
                 less, more = self.part_seconds(part, low), self.part_seconds(part, high)
                 share = (batch - low) / (high - low)
@@ -94,7 +98,9 @@ class CostModel:
 
     def bytes_of(self, sub_block: SubBlock, batch: int) -> int:
         """Of its weights, and of what `batch` whole requests keep."""
-        return self.bytes_per_element * (sub_block.num_parameters + sub_block.state().elements(self.length) * batch)
+        return self.bytes_per_element * (
+            sub_block.num_parameters + sub_block.state().elements(self.length, self.table.page) * batch
+        )
 
     def runs(self, layer: Layer, index: int) -> list[SubBlock]:
         """What layer `index` runs: its own sub-blocks, or what an engine's export makes of them."""
@@ -126,7 +132,7 @@ class CostModel:
         total = 0.0
         for part in self.runs(layer, index):
             state = part.state()
-            kept = state.per_token * num_tokens * state.kept(self.length) / self.length
+            kept = state.per_token * num_tokens * state.kept(self.length, self.table.page) / self.length
             total += part.num_parameters + kept + state.per_sequence * num_tokens / self.length
         return self.bytes_per_element * total
 

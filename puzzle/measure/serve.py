@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,11 +32,12 @@ class Served:
 class _Serving:
     """One runtime with its prompts, ready to be timed again and again."""
 
-    def __init__(self, runtime: Runtime, work: Workload):
-        self.runtime, self.work, self.held = runtime, work, 0
-        on_gpu = runtime.device.type == "cuda"
-        if on_gpu:
-            self.held = torch.cuda.memory_allocated(runtime.device)
+    def __init__(self, make: Callable[[], Runtime], work: Workload):
+        before = _allocated()  # what others hold, who are no part of this
+        self.runtime = runtime = make()
+        self.work, self.before, self.held = work, before, 0
+        if runtime.device.type == "cuda":
+            self.held = _allocated() - before
             torch.cuda.reset_peak_memory_stats(runtime.device)
         generator = torch.Generator().manual_seed(0)
         size = (len(runtime.ids), work.input_len)
@@ -59,7 +61,7 @@ class _Serving:
     def result(self, times: list[tuple[float, float]]) -> Served:
         runtime, work, batch = self.runtime, self.work, len(self.runtime.ids)
         prefill, decode = (median(t[i] for t in times) for i in (0, 1))
-        workspace = torch.cuda.max_memory_allocated(runtime.device) - self.held if self.held else 0
+        workspace = torch.cuda.max_memory_allocated(runtime.device) - self.before - self.held if self.held else 0
         return Served(
             batch=batch,
             tokens_per_second=batch * work.output_len / median(a + b for a, b in times),
@@ -75,6 +77,15 @@ class _Serving:
             torch.cuda.synchronize(self.runtime.device)
 
 
+def _allocated() -> int:
+    """Bytes of the GPU that tensors hold; 0 without one. What only circles of references hold, as graphs' calls do, goes first."""
+    if not torch.cuda.is_available():
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
 def serve(runtimes: Mapping[str, Callable[[], Runtime]], work: Workload, repeats: int = 3) -> dict[str, Served]:
     """Time every runtime on one workload. On a CPU they take turns, after one that warms up, so that a slow minute falls on all
     alike; on a GPU one is made when the one before has gone, so that each has the card's memory to itself."""
@@ -82,9 +93,9 @@ def serve(runtimes: Mapping[str, Callable[[], Runtime]], work: Workload, repeats
     found: dict[str, Served] = {}
     while makers:
         names = list(makers)
-        together = {names[0]: _Serving(makers.pop(names[0])(), work)}
+        together = {names[0]: _Serving(makers.pop(names[0]), work)}
         if next(iter(together.values())).runtime.device.type != "cuda":
-            together |= {name: _Serving(makers.pop(name)(), work) for name in names[1:]}
+            together |= {name: _Serving(makers.pop(name), work) for name in names[1:]}
             for serving in together.values():
                 serving.once()
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in together}
@@ -93,6 +104,5 @@ def serve(runtimes: Mapping[str, Callable[[], Runtime]], work: Workload, repeats
                 times[name].append(serving.once())
         found |= {name: serving.result(times[name]) for name, serving in together.items()}
         del together, serving
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _allocated()
     return found

@@ -10,17 +10,17 @@ import csv
 import io
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from puzzle.base.errors import UserError, nearest, writing
 from puzzle.base.files import file_hash, write_text
-from puzzle.base.workload import PREFILL_ROWS, Workload
+from puzzle.base.workload import PAGE, PREFILL_ROWS, Workload
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
-from puzzle.parents.structure import Layer
-from puzzle.profile.parts import WHOLE, Ends, Part, priced_as
+from puzzle.parents.structure import Layer, Structure
+from puzzle.profile.parts import Ends, Part, Whole, ends_of, priced_as
 
 PACKAGED = Path(__file__).parent / "costs"
 
@@ -86,6 +86,7 @@ class CostTable:
         self._points: dict[Key, list[tuple[int, float]]] = {}
         self._workspace: dict[tuple[str, str], dict[int, int]] = {}  # part, phase -> rows: bytes
         self._rows: dict[str, bool] = {}
+        self._whole: Whole | None = None
         self.extrapolated: dict[Key, tuple[int, int, str]] = {}  # asked for at least, at most; what was measured
         try:
             with open(path, newline="", encoding="utf-8") as handle:
@@ -123,10 +124,16 @@ class CostTable:
             raise UserError(f"cost table {self.path} line {number} is in {precision}, those before in {self.precision}")
         if fits:  # a point without samples did not fit in memory
             self._points.setdefault(key, []).append((context, seconds))
+            self._whole = self._whole or Whole.parse(key[0])
             by_rows = self._workspace.setdefault(key[:2], {})
             num_rows = key[2] * context if key[1] == "prefill" else key[2]
             by_rows[num_rows] = max(by_rows.get(num_rows, 0), workspace)
         self.device, self.precision = device, precision
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page of the caches where it was measured."""
+        return 1 if self.strict else PAGE
 
     @property
     def hash(self) -> str:
@@ -154,14 +161,11 @@ class CostTable:
             if phase == "prefill":
                 if isinstance(part, Ends):
                     return self.seconds(part, "decode", batch, 0)
-                known = self._known(name, phase, 1)
-                # the runtime takes no more tokens together than were measured
-                whole, rest = divmod(batch * context, known[-1][0])
-                return whole * known[-1][1] + (self._at(known, rest, (name, phase, batch)) if rest else 0.0)
+                return self._grouped(self._prefill_by_rows, name, batch, context)
             return self._known(name, phase, batch)[0][1]
+        if phase == "prefill" and not self.strict:
+            return self._grouped(self._prefill, name, batch, context)
         key = (name, phase, batch)
-        if key not in self._points and phase == "prefill":
-            return self._prefill(name, batch, context)
         return self._at(self._known(*key), context, key)
 
     def workspace(self, part: Part, batch: int, input_len: int) -> int:
@@ -190,16 +194,29 @@ class CostTable:
             )
         return points
 
+    def _grouped(self, one: Callable[[str, int, int], float], name: str, batch: int, context: int) -> float:
+        """Seconds of a prefill whose prompts go through in groups, as the runtime on a GPU takes them. one: of one group."""
+        together = max(1, PREFILL_ROWS // context)
+        groups, rest = divmod(batch, together)
+        return groups * one(name, together, context) + (one(name, rest, context) if rest else 0.0)
+
+    def _prefill_by_rows(self, name: str, batch: int, context: int) -> float:
+        """A group of more rows than were measured counts as several."""
+        known = self._known(name, "prefill", 1)
+        whole, rest = divmod(batch * context, known[-1][0])
+        return whole * known[-1][1] + (self._at(known, rest, (name, "prefill", batch)) if rest else 0.0)
+
     def _prefill(self, name: str, batch: int, context: int) -> float:
-        """Attention over more prompts than were measured together: in proportion to the largest batch measured."""
+        """Attention of one group: linear between measured numbers of prompts, in proportion beyond them."""
         measured = sorted(key[2] for key in self._points if key[:2] == (name, "prefill"))
         fitting = [b for b in measured if self._points[name, "prefill", b][-1][0] >= context] or measured[:1]
         if not fitting:
             self._known(name, "prefill", batch)
-        below = [b for b in fitting if b <= batch]
-        nearest_batch = max(below) if below else fitting[0]
-        points = self._points[name, "prefill", nearest_batch]
-        return self._at(points, context, (name, "prefill", batch)) * batch / nearest_batch
+        low, high = around(fitting, min(max(batch, fitting[0]), fitting[-1]))
+        less, more = (self._at(self._points[name, "prefill", b], context, (name, "prefill", b)) for b in (low, high))
+        if low == high:
+            return less * batch / low
+        return less + (more - less) * (batch - low) / (high - low)
 
     def _at(self, points: list[tuple[int, float]], context: int, key: Key) -> float:
         """Linear between measured points; marked as extrapolated outside."""
@@ -225,16 +242,44 @@ class CostTable:
         (left, low), (right, high) = points[at - 1], points[at]
         return low + (high - low) * (context - left) / (right - left)
 
-    def whole_over_parts(self, parent: Sequence[Part], phase: str, batch: int, context: int) -> float:
-        """Measured whole parent over the sum of its parts, at the measured point nearest to `context`; 1 when the
-        table has no whole. Children are predicted as this factor times the sum of their parts: it carries what
-        no part shows alone (cold instruction caches, dispatch between parts).
+    def whole_over_parts(self, parent: Structure, phase: str, batch: int, context: int) -> float:
+        """Measured whole parent (or its first layers) over the sum of its parts, at the point nearest to `batch` sequences of
+        `context`; 1 when the table has no whole, and for decode steps on a GPU (`between_parts`). Children are predicted as
+        this factor times the sum of their parts: it carries what no part shows alone (on a CPU cold instruction caches and dispatch
+        between parts; on a GPU the clocks of sustained work, parts being timed in bursts).
         """
-        points = self._points.get((WHOLE.key(), phase, batch))
-        if not points:
+        if phase == "decode" and not self.strict:
             return 1.0
-        at, seconds = min(points, key=lambda p: abs(p[0] - context))
-        return seconds / sum(self.seconds(part, phase, batch, at) for part in parent)
+        if not self.strict:
+            batch = min(batch, max(1, PREFILL_ROWS // context))  # that go through together
+        found = self._whole_and_parts(parent, phase, batch, context)
+        return 1.0 if found is None else found[0] / found[1]
+
+    def between_parts(self, parent: Structure, batch: int) -> float:
+        """Seconds that a decode step on a GPU takes longer than its parts, for each sub-block that does something: what lies
+        between two of them. Measured on small models it is the same 2 µs whatever the sub-blocks. 0 where no whole was measured,
+        and on a CPU (`whole_over_parts`)."""
+        found = None if self.strict else self._whole_and_parts(parent, "decode", batch, 1)
+        return 0.0 if found is None else (found[0] - found[1]) / found[2]
+
+    def _whole_and_parts(
+        self, parent: Structure, phase: str, batch: int, context: int
+    ) -> tuple[float, float, int] | None:
+        """Seconds of the whole and of its parts together, and how many sub-blocks these are. None: not measured."""
+        if self._whole is None:
+            return None
+        key = self._whole.key(), phase
+        known = [(k[2], at, s) for k, points in self._points.items() if k[:2] == key for at, s in points]
+        if phase == "decode":
+            known = [point for point in known if point[0] == batch]
+        if not known:
+            return None
+        size, at, seconds = min(
+            known, key=lambda p: (abs(math.log(p[0] * p[1] / (batch * context))), abs(p[1] - context))
+        )
+        layers = [list(layer.values()) for layer in parent.layers[: self._whole.num_layers]]
+        parts: list[Part] = [part for layer in layers for part in layer if not isinstance(part, NoOp)]
+        return seconds, sum(self.seconds(p, phase, size, at) for p in (*parts, *ends_of(parent))), len(parts)
 
     def decode_seconds(self, part: Part, batch: int, work: Workload) -> float:
         """All decode steps of a batch: the prompt gives the first token, output_len - 1 steps the rest."""

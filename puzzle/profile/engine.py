@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -119,13 +118,19 @@ class EngineModel:
         structure, base = self.parent
         return lowered(layer, structure, base, self.engine, first=first)
 
+    page = 1  # tokens of a page of the caches; an engine's rounding is in what its memory limit leaves
+
     def workspace(self, part: Part, batch: int, input_len: int) -> int:
         """0: an engine takes a share of the card for itself, which the memory limit has to leave."""
         return 0
 
-    def whole_over_parts(self, parent: Sequence[Part], phase: str, batch: int, context: int) -> float:
+    def whole_over_parts(self, parent: Structure, phase: str, batch: int, context: int) -> float:
         """1: the overheads are in the parts."""
         return 1.0
+
+    def between_parts(self, parent: Structure, batch: int) -> float:
+        """0: likewise."""
+        return 0.0
 
 
 def open_engine(engine: str, gpu: str, parent: tuple[Structure, Layer] | None = None) -> EngineModel:

@@ -3,20 +3,23 @@
 Copies follow each other as a model's layers do: the stream of one is the input of the next, and by the time a copy's turn
 comes again its weights have left the cache (the L2 of an H100 holds 50 MB). What depends on a number of rows alone is loaded once
 per part; what keeps a state is put together anew for every point, with caches cut from one pool that is filled once. A first pass
-through one sub-block compiles its kernels and shows how much memory it works with.
+through one sub-block compiles its kernels and shows how much memory it works with. Parts are timed in bursts too short to lower
+the clocks, and the whole parent as it is served: a factor takes the one to the other.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.base.machine import cpu_name
-from puzzle.blocklib.fast.batch import PAGE, Batch, CachePool, Fast, Stream, make_fast, new_batch
+from puzzle.base.workload import PAGE
+from puzzle.blocklib.fast.batch import Batch, CachePool, Fast, Stream, make_fast, new_batch
 from puzzle.blocklib.fast.gqa import cache_elements
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.plain.part import Part as Module
@@ -26,19 +29,13 @@ from puzzle.kernels.swiglu import linear
 from puzzle.kernels.timer import Graph, Timing, num_copies, rounds_for, time_replays
 from puzzle.parents.structure import Structure
 from puzzle.profile.grid import At, Grid, Target
-from puzzle.profile.parts import Embedding
-from puzzle.runtime.fast import rope_tables
-from puzzle.runtime.model import random_part
+from puzzle.profile.parts import Embedding, Whole
+from puzzle.runtime.fast import FastRuntime, rope_tables
+from puzzle.runtime.model import CausalModel, random_model, random_part
 
 MAX_WEIGHT_BYTES = 24 * 2**30  # of one chain
 MAX_COPIES = 24
-SETTLE_ROWS = 1024  # with so many rows sustained products may lower the clocks; with 256 a chain of products alone is throttled as
-# no model is: 15 ms promised for 13
-STEADY, SETTLE_SECONDS, SETTLED_SECONDS = (
-    0.01,
-    0.05,
-    0.1,
-)  # what differs by more a moment later is timed for longer, later on
+WHOLE_SECONDS = 0.1
 LONG_SECONDS, LONG_SAMPLES = 4e-3, 3  # no cache matters to a sub-block that takes that long: one copy, a few samples
 MAX_SPREAD, RETRIES = 0.06, 3  # a point is timed again while its p80 lies this far above its p20
 POOL_ROOM = 20 * 2**30  # left beside the pool, for weights and what prefill works with
@@ -67,6 +64,7 @@ class GpuTimer:
         self.modules: list[Module] = []  # of what keeps a state
         self.weights: list[Tensor] = []  # of an embedding or a head
         self.parts: list[Fast] = []  # of what goes by rows
+        self.stack: CausalModel  # of the whole
         self.weight_bytes = 0  # of one copy
         self.pool: CachePool | None = None
         hidden = structure.hidden_size
@@ -96,6 +94,10 @@ class GpuTimer:
         if not keeps_state:
             self.pool = None
         self._release()
+        if isinstance(part, Whole):
+            first = self.structure.layers[: part.num_layers]
+            self.stack = random_model(self.structure.with_layers(first), self.device, self.dtype)
+            return
         if not isinstance(part, SubBlock):
             vocab, hidden = self.structure.vocab_size, self.structure.hidden_size
             self.weight_bytes = vocab * hidden * self.dtype.itemsize
@@ -132,6 +134,8 @@ class GpuTimer:
 
     def time(self, at: At) -> tuple[Timing, int] | None:
         try:
+            if isinstance(self.target.part, Whole):
+                return self._whole(at)
             if isinstance(self.target.part, SubBlock):
                 return self._time(self.target.part, at)
             return self._fixed(at.batch)
@@ -170,7 +174,20 @@ class GpuTimer:
         run = chain(parts, state, phase, delta, residual)
         guess = len(parts) * (least + SECONDS_PER_SUB_BLOCK)
         workspace = self._workspace(chain(parts[:1], state, phase, delta, residual))
-        return self._measured(run, len(parts), guess, num_rows >= SETTLE_ROWS, workspace)
+        return self._measured(run, len(parts), guess, workspace)
+
+    def _whole(self, at: At) -> tuple[Timing, int]:
+        """The parent's layers as they are served: at clocks that sustained work leaves, with what lies between two steps."""
+        runtime = FastRuntime(self.stack, at.batch, at.context + 1, fp8=self.fp8)
+        call: Callable[[], object] = runtime.step_in_place
+        if at.phase == "prefill":
+            prompts = torch.randint(0, self.structure.vocab_size, (at.batch, at.context), device=self.device)
+            call = partial(runtime.prefill, prompts)
+        else:
+            runtime.randomize()
+            runtime.at(at.context)
+        replay = runtime.replayed(call, warm_ups=1)
+        return time_replays(replay, 1, self.device, WHOLE_SECONDS, LONG_SAMPLES), 0
 
     def _fixed(self, batch: int) -> tuple[Timing, int]:
         """The embedding's rows, or final norm, head and argmax."""
@@ -189,25 +206,17 @@ class GpuTimer:
 
         read = 0 if only_rows else self.weight_bytes
         guess = len(self.weights) * (read / BYTES_PER_SECOND + SECONDS_PER_SUB_BLOCK)
-        return self._measured(run, len(self.weights), guess, False, self._workspace(run))
+        return self._measured(run, len(self.weights), guess, self._workspace(run))
 
-    def _measured(
-        self, run: Callable[[], object], length: int, guess: float, settles: bool, workspace: int
-    ) -> tuple[Timing, int]:
-        """Of one of the `length` links of `run`. guess: seconds of one run, roughly; settles: whether it may lower the clocks."""
+    def _measured(self, run: Callable[[], object], length: int, guess: float, workspace: int) -> tuple[Timing, int]:
+        """Of one of the `length` links of `run`. guess: seconds of one run, roughly."""
         if workspace > 2**30:  # the graph has memory of its own
             self._release()
         graph = Graph(run, self.device, warm_ups=0, rounds=rounds_for(guess) if self.on_gpu else 1)
         least = self.grid.min_samples if guess < LONG_SECONDS else min(self.grid.min_samples, LONG_SAMPLES)
-
-        def timed(seconds: float, settle: float = 0.0) -> Timing:
-            return time_replays(graph.replay, length * graph.rounds, self.device, seconds, least, settle)
-
-        if settles and self.on_gpu:
-            return settled(timed, self.grid.seconds), workspace
-        found: list[Timing] = []
+        calls, found = length * graph.rounds, []
         while True:
-            found.append(timed(self.grid.seconds))
+            found.append(time_replays(graph.replay, calls, self.device, self.grid.seconds, least))
             best = min(found, key=lambda timing: timing.p80 - timing.p20)
             if best.p80 - best.p20 <= MAX_SPREAD * best.p50 or len(found) == RETRIES:
                 return best, workspace
@@ -221,16 +230,6 @@ class GpuTimer:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-
-
-def settled(timed: Callable[..., Timing], seconds: float) -> Timing:
-    """Of work that may lower the clocks: what it takes after a moment of it, and where that is not what it took at first, over a
-    window as long as the clocks swing (an 8B parent's FFN of 2,048 rows: 1.00 ms at first, 1.10 after 50 ms, 1.14 after 150).
-    timed(seconds, settle): a timing after `settle` seconds of the same work."""
-    first, then = timed(seconds), timed(seconds, SETTLE_SECONDS / 2)
-    if abs(then.p50 / first.p50 - 1) <= STEADY:
-        return then
-    return timed(SETTLED_SECONDS)
 
 
 def fast_copies(modules: Sequence[Module], batch: Batch) -> list[Fast]:

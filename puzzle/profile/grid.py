@@ -7,14 +7,20 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from puzzle.base.errors import UserError
+from puzzle.base.workload import PREFILL_ROWS
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.variant import default_names, variant_of
 from puzzle.parents.structure import Structure
-from puzzle.profile.parts import WHOLE, Ends, Part, ends_of, priced_as
+from puzzle.profile.parts import Ends, Part, Whole, ends_of, priced_as
 
 MAX_WIDE_BYTES = 12 * 2**30  # of one FFN in bf16: wider ones are not measured
+WHOLE_WEIGHT_BYTES, WHOLE_CACHE_BYTES = (
+    12 * 2**30,
+    32 * 2**30,
+)  # in bf16: as many layers as fit stand for the whole parent on a GPU
+WHOLE_TOKENS = 1024  # of a sequence there: the measured length nearest to it
 OFFERED = ("kv4", "kv2", "kv1", "window-128", "window-1024")  # where no library says: beside the default ones
 
 
@@ -30,6 +36,7 @@ class At(NamedTuple):
 class Grid:
     """batches: in decode. contexts: cached tokens before a decode step. prompts: (batch, length) in prefill. rows: of what depends on
     a number of rows alone, in prefill. by_rows: whether such parts are measured by rows, once for all batches and contexts.
+    whole: whether the parent is measured as a whole too, at all points, or where parts go by rows at one per number of rows.
     wide: FFN widths as multiples of the parent's, what fusion makes. seconds, min_samples: spent on a point in each of `rounds`
     walks over all points, so that a slow minute does not sit on one part."""
 
@@ -38,7 +45,7 @@ class Grid:
     prompts: tuple[tuple[int, int], ...]
     rows: tuple[int, ...] = ()
     by_rows: bool = False
-    whole: bool = False  # whether the whole parent is measured too
+    whole: bool = False
     wide: tuple[int, ...] = ()
     seconds: float
     min_samples: int
@@ -76,13 +83,15 @@ def gpu_grid(
     seconds: float = 0.015,
     rounds: int = 1,
 ) -> Grid:
-    """Batch 1 to 512, contexts to 128k; prompts of at most 32,768 tokens together."""
+    """Batch 1 to 512, contexts to 128k; as many prompts together as the runtime takes, and fewer."""
+    prompts = [(b, t) for t in prefill for b in (1, 4, 16, 64, 256) if b * t < PREFILL_ROWS]
     return Grid(
         batches=tuple(batches),
         contexts=tuple(contexts),
-        prompts=tuple((b, t) for b in (1, 4, 16, 64, 256) for t in prefill if b * t <= 32768),
+        prompts=(*prompts, *((max(1, PREFILL_ROWS // t), t) for t in prefill)),
         rows=(128, 256, 512, 1024, 2048, 4096, 8192, 16384),
         by_rows=True,
+        whole=True,
         wide=(2, 4, 8, 16),
         seconds=seconds,
         min_samples=5,
@@ -111,8 +120,9 @@ def targets(structure: Structure, offered: Iterable[tuple[str, SubBlock]], grid:
         if not isinstance(part, NoOp) and priced_as(part) not in found:
             found[priced_as(part)] = Target(part=part, slot=slot, points=_points(part, structure, grid))
 
-    for part in (WHOLE, *ends_of(structure)) if grid.whole else ():
-        add(part)
+    if grid.whole and not grid.by_rows:
+        for part in (Whole(), *ends_of(structure)):
+            add(part)
     for slot, sub_block in offered:
         add(sub_block.timed(), slot)
     for slot, sub_block in structure.usual.items():
@@ -122,7 +132,26 @@ def targets(structure: Structure, offered: Iterable[tuple[str, SubBlock]], grid:
                 add(wide.timed(), slot)
     for end in ends_of(structure):
         add(end)
+    if grid.whole and grid.by_rows:
+        add(whole_of(structure, grid))
     return list(found.values())
+
+
+def whole_of(structure: Structure, grid: Grid) -> Whole:
+    """What stands for the whole on a GPU: all layers, or the first ones that fit beside the caches of the largest batch."""
+    weights = cached = count = 0
+    for layer in structure.layers:
+        for sub_block in layer.values():
+            weights += 2 * sub_block.num_parameters
+            cached += 2 * max(grid.batches) * sub_block.state().elements(_whole_context(grid, structure) + 1)
+        if count and (weights > WHOLE_WEIGHT_BYTES or cached > WHOLE_CACHE_BYTES):
+            break
+        count += 1
+    return Whole(None if count == structure.num_layers else count)
+
+
+def _whole_context(grid: Grid, structure: Structure) -> int:
+    return min(structure.max_length, min(grid.contexts, key=lambda context: abs(context - WHOLE_TOKENS)))
 
 
 def _points(part: Part, structure: Structure, grid: Grid) -> tuple[At, ...]:
@@ -132,6 +161,13 @@ def _points(part: Part, structure: Structure, grid: Grid) -> tuple[At, ...]:
         decode = [At("decode", b, 0) for b in grid.batches]
         return (*decode, *(At("prefill", 1, rows) for rows in grid.rows))
     longest = structure.max_length
+    if grid.by_rows and isinstance(part, Whole):
+        prompts: dict[int, tuple[int, int]] = {}  # by their tokens together
+        for b, t in sorted(grid.prompts, key=lambda prompt: -abs(prompt[1] - WHOLE_TOKENS)):
+            if t <= longest:
+                prompts[b * t] = b, t
+        decode = [At("decode", b, _whole_context(grid, structure)) for b in grid.batches]
+        return (*decode, *(At("prefill", b, t) for b, t in sorted(set(prompts.values()))))
     contexts = sorted({min(c, longest) for c in grid.contexts})
     decode = [At("decode", b, c) for c in contexts for b in grid.batches]
     return (*decode, *(At("prefill", b, t) for b, t in grid.prompts if t <= longest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, TypeAlias
@@ -32,14 +33,24 @@ class Head(Ends):
     name: ClassVar[str] = "head"
 
 
+@dataclass(frozen=True, slots=True)
 class Whole:
-    """The whole parent, which the sum of its parts is held against on a CPU."""
+    """The parent, or its first layers with embedding and head where all would be too large: what the sum of its parts is held
+    against. num_layers: None for all."""
+
+    num_layers: int | None = None
+    NAME: ClassVar[str] = "model parent"
 
     def key(self) -> str:
-        return "model parent"
+        return self.NAME if self.num_layers is None else f"{self.NAME} first {self.num_layers}"
+
+    @classmethod
+    def parse(cls, key: str) -> Whole | None:
+        """None for the key of another part."""
+        found = re.fullmatch(rf"{cls.NAME}(?: first (\d+))?", key)
+        return None if found is None else cls(int(found[1]) if found[1] else None)
 
 
-WHOLE = Whole()
 Part: TypeAlias = SubBlock | Ends | Whole
 
 

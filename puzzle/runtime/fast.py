@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from puzzle.base.workload import PREFILL_ROWS
-from puzzle.blocklib.fast.batch import PAGE, Fast, RopeTable, Stream, Tables, make_fast, new_batch, num_pages
+from puzzle.base.workload import PAGE, PREFILL_ROWS
+from puzzle.blocklib.fast.batch import Fast, RopeTable, Stream, Tables, make_fast, new_batch, num_pages
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.kernels.rmsnorm import rms_norm

@@ -8,6 +8,7 @@ import torch
 from puzzle.base.workload import Workload
 from puzzle.blocklib.variant import PARENT, variant_of
 from puzzle.measure.serve import serve
+from puzzle.parents.known import known_structure
 from puzzle.parents.opened import open_model
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import load_model, random_model
@@ -55,3 +56,21 @@ def test_runtimes_take_turns(parent):
     found = serve({name: make(name) for name in ("a", "b")}, Workload(input_len=4, output_len=3), repeats=2)
     assert calls == ["a", "b"] * 3
     assert list(found) == ["a", "b"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU counts memory")
+def test_memory_is_of_one_model_alone():
+    """What models before it held, and what is held beside it, is not counted."""
+    structure, device = known_structure("reference"), torch.device("cuda")
+    beside = torch.zeros(2**28, dtype=torch.uint8, device=device)
+
+    def make() -> FastRuntime:
+        return FastRuntime(random_model(structure, device, torch.bfloat16), 256, 192, consume=True)
+
+    work = Workload(input_len=128, output_len=64)
+    found = serve({"first": make, "second": make, "third": make}, work, repeats=1)
+    sizes = [served.memory_bytes for served in found.values()]
+    state = sum(sub_block.state().per_token for _, _, sub_block in structure) * 2 * 256 * 192
+    assert 0 < sizes[0] - state < 400e6
+    assert max(sizes) - min(sizes) < 100e6, sizes
+    assert len(beside) == 2**28

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 from puzzle.base.errors import UserError
-from puzzle.base.workload import PREFILL_ROWS, Workload
+from puzzle.base.workload import PAGE, PREFILL_ROWS, Workload
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.sub_block import State
 from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.parents.known import known_structure
 from puzzle.profile.cost_table import CostRow, CostTable, find_costs, write_costs
-from puzzle.profile.parts import Embedding, priced_as
+from puzzle.profile.parts import Embedding, Whole, ends_of, priced_as
 
 FFN = SwiGLU(hidden_size=8, intermediate_size=24, norm_eps=1e-5)
 ATTENTION = Gqa(hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=2, norm_eps=1e-5)
@@ -94,3 +96,46 @@ def test_decode_seconds_walk_over_the_context(tmp_path):
     rows = [replace(ROW, part=priced_as(ATTENTION), context=c, p50_s=float(c)) for c in (0, 10, 30)]
     costs = table(tmp_path / "x.csv", [*rows, ROW])
     assert costs.decode_seconds(ATTENTION, 1, Workload(input_len=8, output_len=5)) == pytest.approx(8 + 9 + 10 + 11)
+
+
+def test_what_the_whole_adds_on_a_gpu(tmp_path):
+    """A factor on prefill, and in decode as much again for each sub-block that runs; the first two of three layers were measured."""
+    parent = replace(known_structure("reference"), hidden_size=8, vocab_size=16)
+    parent = parent.with_layers([{"attention": ATTENTION, "ffn": FFN}] * 3)
+    attention, whole = priced_as(ATTENTION), Whole(2).key()
+    seconds = {priced_as(FFN): 1.0, attention: 2.0, whole: 11.0} | {end.key(): 0.5 for end in ends_of(parent)}
+    decode = [
+        replace(ROW, part=part, batch=4, context=8 if part in (attention, whole) else 0, p50_s=s)
+        for part, s in seconds.items()
+    ]
+    both = [replace(row, batch=2) for row in decode if row.part not in (attention, whole)]
+    prefill = [
+        replace(ROW, part=part, phase="prefill", batch=b, context=t, p50_s=s)
+        for part, b, t, s in ((priced_as(FFN), 1, 16, 4.0), (attention, 2, 8, 5.0), (whole, 2, 8, 38.0))
+    ]
+    costs = table(tmp_path / "t.csv", [*decode, *both, *prefill])
+    assert costs.whole_over_parts(parent, "decode", 4, 8) == 1.0
+    assert costs.between_parts(parent, 4) == pytest.approx((11.0 - 7.0) / 4)
+    assert costs.between_parts(parent, 2) == 0.0  # not measured there
+    assert costs.whole_over_parts(parent, "prefill", 2, 8) == pytest.approx(38.0 / (2 * 9.0 + 1.0))
+    assert costs.page == PAGE
+
+
+def test_prompts_go_through_in_groups(tmp_path):
+    """As the runtime takes them: PREFILL_ROWS tokens at most together; between measured numbers of prompts linear."""
+    length = PREFILL_ROWS // 4
+    rows = [
+        replace(ROW, part=priced_as(ATTENTION), phase="prefill", batch=b, context=length, p50_s=s)
+        for b, s in {1: 1.0, 3: 5.0, 4: 6.0}.items()
+    ]
+    costs = table(tmp_path / "t.csv", [*rows, ROW])
+    wanted = {1: 1.0, 2: 3.0, 4: 6.0, 5: 7.0, 8: 12.0, 10: 15.0}
+    assert {b: costs.seconds(ATTENTION, "prefill", b, length) for b in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("reach", "num_tokens", "page", "kept"),
+    [(None, 100, 1, 100), (None, 100, 64, 128), (128, 100, 64, 128), (128, 500, 64, 192), (130, 500, 64, 256), (128, 500, 1, 128)],
+)  # fmt: skip
+def test_pages_that_are_kept(reach, num_tokens, page, kept):
+    assert State(per_token=3, reach=reach, per_sequence=5).elements(num_tokens, page) == 3 * kept + 5

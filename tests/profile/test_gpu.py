@@ -16,6 +16,6 @@ def test_a_noisy_point_is_timed_again(monkeypatch):
     monkeypatch.setattr(gpu, "time_replays", lambda *_: timings.pop(0))
     timer = object.__new__(GpuTimer)
     timer.device, timer.on_gpu, timer.grid = torch.device("cpu"), False, SimpleNamespace(seconds=0.0, min_samples=1)
-    timing, workspace = timer._measured(lambda: None, 1, 1.0, 0.0, 7)
+    timing, workspace = timer._measured(lambda: None, 1, 1.0, 7)
     assert (timing.p20, workspace) == (1.9, 7)
     assert timings == []

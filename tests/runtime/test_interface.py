@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.fast.batch import PAGE
+from puzzle.base.workload import PAGE
 from puzzle.blocklib.gqa import Gqa
 from puzzle.parents.opened import open_model
 from puzzle.parents.rope import Rope
