@@ -132,8 +132,8 @@ class CostTable:
 
     @property
     def page(self) -> int:
-        """Tokens of a page of the caches where it was measured."""
-        return 1 if self.strict else PAGE
+        """Tokens of a page of the caches where it was measured: the plain runtime, in float32, has none."""
+        return 1 if self.precision == "float32" else PAGE
 
     @property
     def hash(self) -> str:

@@ -53,6 +53,7 @@ class Run:
         self.marks: dict[
             str, dict[str, Any]
         ] = {}  # of stages: the "key" of what they begin from, "seconds" once they are done
+        self.gone: list[str] = []  # stages of this recipe; another one may have had more
 
     def check(self) -> Builder:
         """Raises UserError for all that can be known to be wrong beforehand."""
@@ -79,6 +80,7 @@ class Run:
         """Do `work`, unless its file or directory `done` is there and was made from the same `key`; None: it knows by itself.
         What was made from another one is removed first. sections: of the recipe, whose options it takes."""
         console.rule(f"[bold]{name}", align="left")
+        self.gone.append(name)
         mark = self.marks.get(name, {})
         if done is not None:
             if mark.get("key") == key and "seconds" in mark and done.exists():
@@ -240,7 +242,7 @@ class Run:
             "exports": exports,
             "device": cpu_name() if measured.device == "cpu" else measured.device,
             "precision": measured.precision,
-            "seconds": {name: mark["seconds"] for name, mark in self.marks.items()},
+            "seconds": {name: self.marks[name]["seconds"] for name in self.gone},
         }
         if self.recipe.heal is not None:
             record = read_json(self.out / "healed" / "heal.json", "puzzle run")
