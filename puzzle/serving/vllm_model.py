@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
-from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -33,38 +32,17 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.sub_block import Normed
 from puzzle.blocklib.vllm.place import Place, rms_norm
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, MATRICES, MODULES, NORMS, hf_name
 from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Layer, Structure
-from puzzle.serving.vllm_plugin import ServedConfig
+from puzzle.serving.vllm_plugin import ServedConfig, attentions, check_version, logger
 
-logger = init_logger(f"vllm.{__name__}")
-READ_AGAINST = ((0, 26), (0, 32))  # the oldest and the newest vLLM whose sources this file was read against
 PER_GROUP_SINCE = (0, 29)  # FlashAttention plans with the KV heads of the layers that it plans for
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 STACKED = {".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v"),
            ".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}  # fmt: skip
-
-
-def check_version(version: str) -> tuple[int, int]:
-    """(major, minor) of vLLM's version. Raises ValueError for one before READ_AGAINST; one after it is warned of."""
-    numbers = version.split(".")[:2]
-    found = (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and "".join(numbers).isdigit() else (0, 0)
-    oldest, newest = (".".join(map(str, bound)) for bound in READ_AGAINST)
-    if found < READ_AGAINST[0]:
-        raise ValueError(f"vLLM {version}: puzzle's plug-in serves children in vLLM {oldest} to {newest}: update vLLM")
-    if found > READ_AGAINST[1]:
-        logger.warning(
-            "vLLM %s: puzzle's plug-in was read against vLLM %s to %s; `puzzle serve-check CHILD --engine vllm` says whether this one "
-            "computes the same",
-            version,
-            oldest,
-            newest,
-        )
-    return found
 
 
 def plan_each_group_by_its_own_kv_heads() -> None:
@@ -149,9 +127,7 @@ class PuzzleLayer(nn.Module):
         return added, stream
 
 
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
-)
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class PuzzleModel(nn.Module):
     """Embedding, layers and final norm."""
 
@@ -224,8 +200,12 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: ServedConfig = vllm_config.model_config.hf_config
-        self.structure, self.tied, self.quantised = config.structure(), config.tie_word_embeddings, bool(vllm_config.quant_config)
-        kv_heads = {sub_block.num_key_value_heads for _, _, sub_block in self.structure if isinstance(sub_block, Gqa)}
+        self.structure, self.tied, self.quantised = (
+            config.structure(),
+            config.tie_word_embeddings,
+            bool(vllm_config.quant_config),
+        )
+        kv_heads = {attention.num_key_value_heads for attention in attentions(self.structure)}
         if check_version(vllm.__version__) < PER_GROUP_SINCE and len(kv_heads) > 1:
             plan_each_group_by_its_own_kv_heads()
         self.model = PuzzleModel(
@@ -266,13 +246,17 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
         def noted() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
                 if self.tied and name == HEAD:
-                    raise ValueError(f"the checkpoint has {HEAD}, and config.json says that the embedding stands for it")
+                    raise ValueError(
+                        f"the checkpoint has {HEAD}, and config.json says that the embedding stands for it"
+                    )
                 seen.add(name)
                 yield name, tensor
 
         done = AutoWeightsLoader(self).load_weights(noted(), mapper=WeightsMapper(orig_to_new_stacked=STACKED))
         if not self.loaded and (missing := sorted(missing_tensors(self.structure, self.tied, seen))):
-            raise ValueError(f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all): export the child again")
+            raise ValueError(
+                f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all): export the child again"
+            )
         self.loaded = True
         return done
 

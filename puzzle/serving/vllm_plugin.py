@@ -6,6 +6,7 @@ both of which come with this package: no code of the checkpoint runs, with or wi
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -14,6 +15,9 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.parents.child import child as read_child
 from puzzle.parents.structure import Structure
 
+logger = logging.getLogger("vllm.puzzle")  # below vLLM's own, whose handlers it has
+READ_AGAINST = ((0, 26), (0, 32))  # the oldest and the newest vLLM whose sources the plug-in was read against
+ARCHITECTURE = "PuzzleForCausalLM"
 # What single layers have of their own, by which vLLM must not judge all of them: it would cut every cache to a window, or stretch the
 # context by a RoPE's factor (`max_position_embeddings` has it already).
 OF_LAYERS = ("per_layer_config", "sliding_window", "rope", "ropes", "auto_map")
@@ -48,19 +52,64 @@ def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of config.json that hold for the whole model, and what vLLM derives from the others: the most KV heads of any layer,
     for what is sized once (each layer's cache is sized by its own)."""
     structure = read_child(config)
-    attends = [sub_block for _, _, sub_block in structure if isinstance(sub_block, Gqa)]
     found = {name: value for name, value in config.items() if name not in OF_LAYERS}
     return found | {
-        "num_key_value_heads": max([a.num_key_value_heads for a in attends] or [config["num_key_value_heads"]]),
+        "num_key_value_heads": max(
+            [a.num_key_value_heads for a in attentions(structure)] or [config["num_key_value_heads"]]
+        ),
         "max_position_embeddings": structure.max_length,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "child": config,
     }
 
 
+def attentions(structure: Structure) -> list[Gqa]:
+    return [sub_block for _, _, sub_block in structure if isinstance(sub_block, Gqa)]
+
+
+class EngineSettings:
+    """What vLLM asks of an architecture before it starts (its `VerifyAndUpdateConfig`)."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Raises ValueError for a vLLM that is too old, or for hf-overrides."""
+        from vllm import __version__
+
+        check_version(__version__)
+        model_config.hf_config.structure()
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """A child without any attention has no cache, whose prefixes vLLM would look for."""
+        if not attentions(vllm_config.model_config.hf_config.structure()):
+            vllm_config.cache_config.enable_prefix_caching = False
+
+
+def check_version(version: str) -> tuple[int, int]:
+    """(major, minor) of vLLM's version. Raises ValueError for one before READ_AGAINST; one after it is warned of."""
+    numbers = version.split(".")[:2]
+    found = (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and "".join(numbers).isdigit() else (0, 0)
+    oldest, newest = (".".join(map(str, bound)) for bound in READ_AGAINST)
+    if found < READ_AGAINST[0]:
+        raise ValueError(
+            f"vLLM {version}: puzzle's plug-in serves children in vLLM {oldest} to {newest}: install one of these"
+        )
+    if found > READ_AGAINST[1]:
+        logger.warning(
+            "vLLM %s: puzzle's plug-in was read against vLLM %s to %s; `puzzle serve-check CHILD --engine vllm` says whether this one "
+            "computes the same",
+            version,
+            oldest,
+            newest,
+        )
+    return found
+
+
 def register() -> None:
     """Make children known to this process's transformers and vLLM. May be called again."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
-    ModelRegistry.register_model("PuzzleForCausalLM", "puzzle.serving.vllm_model:PuzzleForCausalLM")
+    ModelRegistry.register_model(ARCHITECTURE, "puzzle.serving.vllm_model:PuzzleForCausalLM")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = EngineSettings
