@@ -128,7 +128,7 @@ FAMILIES: dict[str, Tiny] = {
         with_windows(MIXED.but({"qk_norm": "head", "scale": 0.15, **BOTH}, {"activation": "gelu_tanh", **BOTH}), short={"rope": "local"}),
         ropes={"default": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}, "local": {"rope_type": "default", "rope_theta": 10000.0}},
         tied=True,
-        around={"norm_offset": True, "embedding_scale": 16.0},
+        around={"norm_offset": True, "embedding_scale": 3.0},
     ),
     "olmo3": replace(with_windows(MIXED.but({"qk_norm": "all", "norm": "after"}, {"norm": "after"})), rope=YARN),
     "granite": replace(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.utils import set_weight_attrs
 
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.vllm.place import Place, rms_norm
@@ -20,7 +21,7 @@ class SharedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.offset, self.num_ranks = sub_block.norm_eps, int(sub_block.norm_offset), num_ranks
         self.part = get_tensor_model_parallel_rank() * num_parts // num_ranks
-        self.weight.weight_loader = self.load
+        set_weight_attrs(self.weight, {"weight_loader": self.load})
 
     def load(self, weight: nn.Parameter, whole: Tensor) -> None:
         weight.data.copy_(whole.narrow(0, self.part * len(weight), len(weight)))
@@ -36,12 +37,8 @@ class VllmAttention(nn.Module):
 
     def __init__(self, sub_block: Gqa, place: Place):
         super().__init__()
-        heads, kv_heads, dim, ranks = (
-            sub_block.num_attention_heads,
-            sub_block.num_key_value_heads,
-            sub_block.head_dim,
-            place.num_ranks,
-        )
+        heads, kv_heads = sub_block.num_attention_heads, sub_block.num_key_value_heads
+        dim, ranks = sub_block.head_dim, place.num_ranks
         place.check_divides(heads, "num_attention_heads")
         if max(kv_heads, ranks) % min(kv_heads, ranks):
             place.check_divides(kv_heads, "num_key_value_heads")
@@ -53,16 +50,12 @@ class VllmAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             heads * dim, sub_block.hidden_size, bias=sub_block.o_bias, **place.layer("o_proj")
         )
-        self.by_head = sub_block.qk_norm == "head"
-        self.normed = sub_block.qk_norm is not None
+        self.normed, self.by_head = sub_block.qk_norm is not None, sub_block.qk_norm == "head"
         for name, size, parts in (("q_norm", self.sizes[0], ranks), ("k_norm", self.sizes[1], min(kv_heads, ranks))):
-            if self.by_head:
-                self.add_module(name, rms_norm(dim, sub_block))
+            if self.by_head or (self.normed and ranks == 1):
+                self.add_module(name, rms_norm(dim if self.by_head else size, sub_block))
             elif self.normed:
-                whole = ranks == 1
-                self.add_module(
-                    name, rms_norm(size, sub_block) if whole else SharedRMSNorm(size, sub_block, ranks, parts)
-                )
+                self.add_module(name, SharedRMSNorm(size, sub_block, ranks, parts))
         self.rotary_emb = None if sub_block.rope is None else place.ropes[sub_block.rope]
         self.attn = Attention(
             own,
@@ -74,15 +67,16 @@ class VllmAttention(nn.Module):
             **place.layer("attn"),
         )
 
-    def norm(self, x: Tensor, norm: nn.Module) -> Tensor:
+    def norm(self, x: Tensor, name: str) -> Tensor:
         """Of each head, or of all together. [T, heads · D] -> [T, heads · D]"""
+        norm = getattr(self, name)
         return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2) if self.by_head else norm(x.contiguous())
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(x)
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.normed:
-            q, k = self.norm(q, self.q_norm), self.norm(k, self.k_norm)
+            q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
         if self.rotary_emb is not None:
             q, k = self.rotary_emb(positions, q, k)
         out, _ = self.o_proj(self.attn(q, k, v))

@@ -34,10 +34,17 @@ from vllm.sequence import IntermediateTensors
 
 from puzzle.blocklib.sub_block import Normed
 from puzzle.blocklib.vllm.place import Place, rms_norm
-from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, MATRICES, MODULES, NORMS, hf_name
+from puzzle.parents.names import MATRICES, MODULES, NORMS
 from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Layer, Structure
-from puzzle.serving.vllm_plugin import ServedConfig, attentions, check_version, logger
+from puzzle.serving.vllm_plugin import (
+    ServedConfig,
+    attentions,
+    check_version,
+    logger,
+    missing_tensors,
+    wanted_tensors,
+)
 
 PER_GROUP_SINCE = (0, 29)  # FlashAttention plans with the KV heads of the layers that it plans for
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -182,8 +189,10 @@ class PuzzleModel(nn.Module):
             assert intermediate_tensors is not None
             added, stream = intermediate_tensors["added"], intermediate_tensors["stream"]
         else:
-            assert inputs_embeds is not None or input_ids is not None
-            added, stream = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds, None
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = self.embed_input_ids(input_ids)
+            added, stream = inputs_embeds, None
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             added, stream = layer(positions, added, stream)
         if not get_pp_group().is_last_rank:
@@ -200,11 +209,7 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: ServedConfig = vllm_config.model_config.hf_config
-        self.structure, self.tied, self.quantised = (
-            config.structure(),
-            config.tie_word_embeddings,
-            bool(vllm_config.quant_config),
-        )
+        self.structure, self.tied = config.structure(), config.tie_word_embeddings
         kv_heads = {attention.num_key_value_heads for attention in attentions(self.structure)}
         if check_version(vllm.__version__) < PER_GROUP_SINCE and len(kv_heads) > 1:
             plan_each_group_by_its_own_kv_heads()
@@ -241,28 +246,21 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint, whole the first time. Raises ValueError for a tensor that is missing, or that the child has no place for."""
-        seen: set[str] = set()
+        wanted, seen = wanted_tensors(self.structure, self.tied), set()
 
         def noted() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
-                if self.tied and name == HEAD:
+                if name.endswith((".weight", ".bias")) and name not in wanted:  # vLLM's loader would skip a bias
                     raise ValueError(
-                        f"the checkpoint has {HEAD}, and config.json says that the embedding stands for it"
+                        f"the checkpoint has {name}, for which config.json has no place: export the child again"
                     )
                 seen.add(name)
                 yield name, tensor
 
         done = AutoWeightsLoader(self).load_weights(noted(), mapper=WeightsMapper(orig_to_new_stacked=STACKED))
-        if not self.loaded and (missing := sorted(missing_tensors(self.structure, self.tied, seen))):
+        if not self.loaded and (missing := sorted(missing_tensors(wanted, seen))):
             raise ValueError(
                 f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all): export the child again"
             )
         self.loaded = True
         return done
-
-
-def missing_tensors(structure: Structure, tied: bool, seen: set[str]) -> set[str]:
-    """What a checkpoint with the tensors `seen` lacks of the child. A quantised matrix may be called weight_packed, say."""
-    wanted = {hf_name(i, slot, sub_block, name) for i, slot, sub_block in structure for name in sub_block.tensors()}
-    wanted |= {EMBEDDING, FINAL_NORM} | (set() if tied else {HEAD})
-    return {name for name in wanted - seen if not any(found.startswith(f"{name}_") for found in seen)}

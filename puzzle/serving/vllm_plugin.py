@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from puzzle.blocklib.gqa import Gqa
 from puzzle.parents.child import child as read_child
+from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
 from puzzle.parents.structure import Structure
 
 logger = logging.getLogger("vllm.puzzle")  # below vLLM's own, whose handlers it has
@@ -21,6 +22,13 @@ ARCHITECTURE = "PuzzleForCausalLM"
 # What single layers have of their own, by which vLLM must not judge all of them: it would cut every cache to a window, or stretch the
 # context by a RoPE's factor (`max_position_embeddings` has it already).
 OF_LAYERS = ("per_layer_config", "sliding_window", "rope", "ropes", "auto_map")
+MAY_CHANGE = (
+    "architectures",
+    "dtype",
+    "quantization_config",
+    "tie_word_embeddings",
+    "transformers_version",
+)  # by vLLM itself
 
 
 class ServedConfig(PreTrainedConfig):
@@ -35,17 +43,14 @@ class ServedConfig(PreTrainedConfig):
         return super().from_dict(seen_by_engine(config_dict.get("child") or config_dict), **kwargs)
 
     def structure(self) -> Structure:
-        """Raises UserError for a value that is not config.json's any more: `--hf-overrides` would be half followed."""
+        """Raises ValueError for a value that is not config.json's any more: `--hf-overrides` would be half followed."""
         for name, value in seen_by_engine(self.child).items():
-            if name in self.child and name not in CHANGED_BY_ENGINE and getattr(self, name, value) != value:
+            if name in self.child and name not in MAY_CHANGE and getattr(self, name, value) != value:
                 raise ValueError(
-                    f"{name} {getattr(self, name)} where config.json of the child says {value}: children take no hf-overrides; edit "
+                    f"{name} {getattr(self, name)} where config.json has {self.child[name]}: a child takes no hf-overrides; edit its "
                     f"config.json"
                 )
         return read_child(self.child)
-
-
-CHANGED_BY_ENGINE = ("architectures", "dtype", "quantization_config", "tie_word_embeddings", "transformers_version")
 
 
 def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +70,17 @@ def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
 
 def attentions(structure: Structure) -> list[Gqa]:
     return [sub_block for _, _, sub_block in structure if isinstance(sub_block, Gqa)]
+
+
+def wanted_tensors(structure: Structure, tied: bool) -> set[str]:
+    """Names of all tensors that a checkpoint of the child has."""
+    found = {hf_name(i, slot, sub_block, name) for i, slot, sub_block in structure for name in sub_block.tensors()}
+    return found | {EMBEDDING, FINAL_NORM} | (set() if tied else {HEAD})
+
+
+def missing_tensors(wanted: set[str], seen: set[str]) -> set[str]:
+    """What a checkpoint with the tensors `seen` lacks. A quantised matrix may be called weight_packed."""
+    return {name for name in wanted - seen if f"{name}_packed" not in seen}
 
 
 class EngineSettings:
