@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -47,6 +48,8 @@ from puzzle.serving.vllm_plugin import (
 )
 
 PER_GROUP_SINCE = (0, 29)  # FlashAttention plans with the KV heads of the layers that it plans for
+# Backends that take each layer's own (ROCM_AITER_FA does not, in 0.26 to 0.32).
+PER_LAYER = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 STACKED = {".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v"),
            ".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}  # fmt: skip
@@ -68,6 +71,16 @@ def plan_each_group_by_its_own_kv_heads() -> None:
 
     Builder.__init__ = init
     Builder.mended_by_puzzle = True
+
+
+def check_backends(model: nn.Module) -> None:
+    """Raise ValueError for an attention backend of which nobody read that it takes each layer's own number of KV heads."""
+    used = {part.attn_backend.get_name() for part in model.modules() if isinstance(part, Attention)}
+    if unread := sorted(used - set(PER_LAYER)):
+        raise ValueError(
+            f"this child's layers differ in KV heads, which attention backend {unread[0]} may take from the whole model: pass "
+            f"--attention-backend {' or '.join(PER_LAYER)}"
+        )
 
 
 class PuzzleRotary(RotaryEmbedding):
@@ -216,6 +229,8 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
         self.model = PuzzleModel(
             vllm_config=vllm_config, structure=self.structure, prefix=maybe_prefix(prefix, "model")
         )
+        if len(kv_heads) > 1:
+            check_backends(self.model)
         self.lm_head: nn.Module = PPMissingLayer()
         if get_pp_group().is_last_rank:
             head = ParallelLMHead(

@@ -174,9 +174,9 @@ def main() -> None:
     except ImportError as error:
         print(error, file=sys.stderr)
         sys.exit(3)
+    logits, tokens, text_ids = run(job)
     import numpy
 
-    logits, tokens, text_ids = run(job)
     version = job["engine"]
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
