@@ -1,6 +1,6 @@
 # `make quickstart` runs the main job; `make test` the whole suite; `make check` format, lint and types;
 # `make test-versions` tries the oldest and the newest of every dependency in each Python (environments in .versions/);
-# `make test-serving` installs vLLM, llama.cpp and mlx-lm into .engines/ (half an hour) and runs twelve tiny children in each;
+# `make test-serving` installs vLLM, llama.cpp and mlx-lm into .engines/ (half an hour) and runs tiny children in each;
 # `make results` writes docs/results.md from benchmarks/results/.
 PYTHON ?= python3
 VENV := .venv

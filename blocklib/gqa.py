@@ -28,6 +28,7 @@ class Gqa(Normed):
     kind: ClassVar[str] = "gqa"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.gqa:Attention"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.gqa:FastAttention"
+    on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.gqa:VllmAttention"
 
     num_attention_heads: int = size("q")
     num_key_value_heads: int = size("kv", config="num_key_value_heads")

@@ -19,6 +19,7 @@ class Linear(Normed):
     kind: ClassVar[str] = "linear"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.linear:LinearMap"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.linear:FastLinear"
+    on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.linear:VllmLinear"
 
     def inner_tensors(self) -> dict[str, tuple[int, ...]]:
         return {"linear.weight": (self.hidden_size, self.hidden_size)}

@@ -28,6 +28,9 @@ class NoOp(SubBlock):
     def fast(self, part: Any, batch: Any) -> None:
         return None
 
+    def in_vllm(self, place: Any) -> None:
+        return None
+
     def words(self, parent: SubBlock) -> str:
         return "none"
 

@@ -7,7 +7,7 @@
 
 A line like these is a sub-block's key, the one text form: cost tables, library.json, architecture.json. Each kind is a
 file of its own in this folder, or a module under the entry-point group `puzzle.blocks`; its module in plain PyTorch has the
-same name in `plain/`, the one on our kernels in `fast/`. A face that a kind lacks raises `MissingFace`; nothing guesses.
+same name in `plain/`, the one on our kernels in `fast/`, the one in vLLM's layers in `vllm/`. A face that a kind lacks raises `MissingFace`; nothing guesses.
 
 Letters: H hidden_size, B sequences, T tokens.
 """
@@ -115,12 +115,14 @@ def size(key: str, *, config: str | None = None, default: Any = MISSING, choices
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubBlock:
-    """The base of all kinds. kind: the first word of its key. plain, on_kernels: "module:class" of its module in plain PyTorch (a
-    `plain.part.Part`) and on our kernels (a `fast.batch.Fast`), imported when they are wanted; None: it has none."""
+    """The base of all kinds. kind: the first word of its key. plain, on_kernels, on_vllm: "module:class" of its module in plain
+    PyTorch (a `plain.part.Part`), on our kernels (a `fast.batch.Fast`) and in vLLM's layers (`vllm/place.py`), imported when they are
+    wanted; None: it has none."""
 
     kind: ClassVar[str]
     plain: ClassVar[str | None] = None
     on_kernels: ClassVar[str | None] = None
+    on_vllm: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that its field cannot have: whatever made it, a misspelt one would mean something else."""
@@ -154,6 +156,10 @@ class SubBlock:
     def fast(self, part: Any, batch: Any) -> Any:
         """The plain module `part` on our kernels, in this batch (`fast.batch.Fast`), its state made; None: nothing to run."""
         return _imported(self.on_kernels, self.kind, "path on our kernels")(part, batch)
+
+    def in_vllm(self, place: Any) -> Any:
+        """What stands between its norms, in vLLM's layers at this place (`vllm.place.Place`); None: nothing to run."""
+        return _imported(self.on_vllm, self.kind, "face in vLLM")(self, place)
 
     @classmethod
     def stand_ins(cls, parent: SubBlock) -> list[str]:

@@ -26,6 +26,7 @@ class SwiGLU(Normed):
     kind: ClassVar[str] = "swiglu"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.swiglu:GatedFfn"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.swiglu:FastSwiGLU"
+    on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.swiglu:VllmGatedFfn"
 
     intermediate_size: int = size("f", config="intermediate_size")
     activation: str = size("act", default="silu", choices=("silu", "gelu_tanh"))

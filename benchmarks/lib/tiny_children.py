@@ -1,7 +1,8 @@
-"""Twelve tiny children that hold, between them, every kind of layer: for the matrix of engines and for tests.
+"""Twelve tiny children that hold, between them, every kind of layer, and one of each family that is unlike Llama: for the matrix
+of engines and for tests.
 
     python benchmarks/lib/tiny_children.py DIRECTORY        (writes them all as --format hf: DIRECTORY/<name>)
-    from tiny_children import CHILDREN, tiny_child, write_tiny_child
+    from tiny_children import CHILDREN, FAMILIES, tiny_child, write_tiny_child
 
 Random weights of fixed seeds, scaled so that greedy text varies and its margins are wide; a byte-level tokenizer of 384
 tokens. hidden_size 256 and head_dim 32: the smallest that all engines' kernels take. About 15 MB each in float32.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NO_OP
-from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, ChildLayer
 from puzzle.export.hf import write_hf
@@ -33,7 +34,8 @@ from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Structure
 
 HIDDEN, VOCAB, CONTEXT, EPS = 256, 384, 512, 1e-5
-LLAMA3 = {
+PLAIN: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3: dict[str, object] = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
     "factor": 8.0,
@@ -58,18 +60,23 @@ def width(channels: int) -> SwiGLU:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiny:
-    """layers: (attention, FFN) each. base: what config.json's global values describe."""
+    """layers: (attention, FFN) each. base: what config.json's global values describe. ropes: by name, where there is not one alone,
+    `rope`; around: other fields of `Structure`."""
 
     layers: tuple[tuple[SubBlock, SubBlock], ...]
     base: tuple[Gqa, SwiGLU] = BLOCK
     tied: bool = False
     rope: dict[str, object] | None = None
+    ropes: dict[str, dict[str, object]] | None = None
+    around: Mapping[str, Any] = field(default_factory=dict)
 
     def but(self, attention: Mapping[str, Any] | None = None, ffn: Mapping[str, Any] | None = None) -> Tiny:
-        """With other values of these fields in every attention and every FFN."""
+        """With other values of these fields in every attention and every FFN; those of norms in every linear map too."""
+        norms = {f.name for f in fields(Normed)}
 
         def changed(sub_block: SubBlock) -> SubBlock:
-            values = {Gqa: attention, SwiGLU: ffn}.get(type(sub_block))
+            linear = {name: value for name, value in (ffn or {}).items() if name in norms}
+            values = {Gqa: attention, SwiGLU: ffn, Linear: linear}.get(type(sub_block))
             return replace(sub_block, **values) if values else sub_block
 
         pairs = [(changed(a), changed(f)) for a, f in (self.base, *self.layers)]
@@ -90,6 +97,46 @@ CHILDREN: dict[str, Tiny] = {
     "llama3-rope": Tiny(layers=(BLOCK, (kv(1), width(256)), (NO_OP, FFN), BLOCK), rope=LLAMA3),
     "window": Tiny(layers=(BLOCK, (replace(FULL, window=16), FFN), (kv(2), FFN))),
 }
+# What layers have of their own, whatever the family: KV heads, nothing, one matrix, widths.
+MIXED = Tiny(layers=((NO_OP, FFN), BLOCK, (kv(2), LINEAR), (LINEAR, width(352)), (kv(1), NO_OP), (NO_OP, NO_OP), BLOCK))
+BOTH = {"norm": "both", "norm_offset": True}
+SCALED = {"residual_scale": 0.4}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "attention_factor": 1.2,
+}
+
+
+def with_windows(tiny: Tiny, **own: Mapping[str, Any]) -> Tiny:
+    """Layers 1 and 4 with a window of 16, layer 2 with one of 64; own: other fields of these two and of that one."""
+    changes = {
+        1: {"window": 16, **own.get("short", {})},
+        4: {"window": 16, **own.get("short", {})},
+        2: {"window": 64, **own.get("long", {})},
+    }
+    pairs = ((replace(a, **changes[i]) if i in changes else a, f) for i, (a, f) in enumerate(tiny.layers))  # type: ignore[arg-type]
+    return replace(tiny, layers=tuple(pairs))
+
+
+FAMILIES: dict[str, Tiny] = {
+    "qwen3": replace(MIXED.but({"qk_norm": "head"}), tied=True),
+    "qwen2": MIXED.but({"qkv_bias": True}),
+    "gemma3": replace(
+        with_windows(MIXED.but({"qk_norm": "head", "scale": 0.15, **BOTH}, {"activation": "gelu_tanh", **BOTH}), short={"rope": "local"}),
+        ropes={"default": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}, "local": {"rope_type": "default", "rope_theta": 10000.0}},
+        tied=True,
+        around={"norm_offset": True, "embedding_scale": 3.0},
+    ),
+    "olmo3": replace(with_windows(MIXED.but({"qk_norm": "all", "norm": "after"}, {"norm": "after"})), rope=YARN),
+    "granite": replace(
+        MIXED.but({"scale": 0.1, **SCALED}, SCALED), around={"embedding_scale": 3.0, "logits_divisor": 2.5}
+    ),
+    "smollm3": with_windows(MIXED, long={"rope": None}),
+    "biases": MIXED.but({"qkv_bias": True, "o_bias": True}, {"bias": True}),
+}  # fmt: skip
 
 
 def random_tensors(sub_block: SubBlock, seed: str) -> dict[str, Tensor]:
@@ -98,7 +145,8 @@ def random_tensors(sub_block: SubBlock, seed: str) -> dict[str, Tensor]:
     found = {}
     for name, dims in sub_block.tensors().items():
         noise = torch.randn(dims, generator=generator)
-        found[name] = 1 + 0.2 * noise if "norm" in name else 0.1 * noise if len(dims) == 1 else noise / dims[1] ** 0.5
+        one = 0 if getattr(sub_block, "norm_offset", False) else 1  # which such a norm adds itself
+        found[name] = one + 0.2 * noise if "norm" in name else 0.1 * noise if len(dims) == 1 else noise / dims[1] ** 0.5
     return found
 
 
@@ -108,11 +156,10 @@ def random_matrix(seed: str, rows: int, scale: float) -> Tensor:
 
 def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
     """A child of these layers in memory, float32; `name` seeds its weights."""
-    rope = Rope(
-        head_dim=tiny.base[0].head_dim,
-        max_length=CONTEXT,
-        parameters=tiny.rope or {"rope_type": "default", "rope_theta": 10000.0},
-    )
+    ropes = {
+        name: Rope(head_dim=tiny.base[0].head_dim, max_length=CONTEXT, parameters=parameters)
+        for name, parameters in (tiny.ropes or {"default": tiny.rope or PLAIN}).items()
+    }
     layers = tuple(
         ChildLayer(
             slots={"attention": attention, "ffn": ffn},
@@ -135,8 +182,9 @@ def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
             max_length=CONTEXT,
             tied=tiny.tied,
             layers=(),
-            ropes={"default": rope},
+            ropes=ropes,
             norm_eps=EPS,
+            **tiny.around,
         ),
         base=dict(zip(("attention", "ffn"), tiny.base, strict=True)),
         bos_token_id=0,
@@ -149,14 +197,16 @@ def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
         licence="apache-2.0",
         kept={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1},
         read_embedding=embedding,
-        read_final_norm=lambda: 1 + 0.2 * random_matrix(f"{name} norm", 1, 1.0)[0],
+        read_final_norm=lambda: (
+            (0 if tiny.around.get("norm_offset") else 1) + 0.2 * random_matrix(f"{name} norm", 1, 1.0)[0]
+        ),
         read_head=embedding if tiny.tied else partial(random_matrix, f"{name} head", VOCAB, 0.2),
     )
 
 
 def tiny_child(name: str, tokenizer: Path | None = None) -> Child:
-    """One of CHILDREN in memory."""
-    return build(name, CHILDREN[name], tokenizer)
+    """One of CHILDREN or FAMILIES in memory."""
+    return build(name, (CHILDREN | FAMILIES)[name], tokenizer)
 
 
 def write_tokenizer(directory: Path) -> Path:
@@ -179,7 +229,7 @@ def write_tokenizer(directory: Path) -> Path:
 
 
 def write_tiny_child(name: str, out: Path) -> Path:
-    """One of CHILDREN as `--format hf` writes it, with a tokenizer (kept in out's parent, `tokenizer/`)."""
+    """One of CHILDREN or FAMILIES as `--format hf` writes it, with a tokenizer (kept in out's parent, `tokenizer/`)."""
     tokenizer = out.parent / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file():
         write_tokenizer(tokenizer)
@@ -191,5 +241,5 @@ def write_tiny_child(name: str, out: Path) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    for child_name in CHILDREN:
+    for child_name in CHILDREN | FAMILIES:
         print(write_tiny_child(child_name, Path(sys.argv[1]) / child_name))

@@ -1,4 +1,4 @@
-"""Twelve tiny heterogeneous children in four real engines: the same logits and the same greedy text, or refused.
+"""Tiny heterogeneous children in four real engines: the same logits and the same greedy text, or refused.
 
     python benchmarks/serving/serving_matrix.py [--engines hf vllm llama.cpp mlx] [--children NAME ...] --out benchmarks/results/serving_matrix.csv
 
@@ -7,7 +7,9 @@ float32 and loaded by the engine in its own environment (benchmarks/lib/serving_
 The engine's logits of a prompt of 192 tokens and 64 greedy tokens are compared with puzzle's own forward of the child
 as it was *before* lowering. A cell passes when max |Δlogit| / std <= 1e-3, all 64 tokens are the same and the engine's
 tokenizer encodes a Python text as Hugging Face's does; or when the export is refused with a clear line. `hf` is tested
-in both formats that transformers reads. Exit code 1 when a cell fails.
+in both formats that transformers reads; vLLM in the format of its own reader and, through puzzle's plug-in, in `hf`, which is
+not lowered.
+Exit code 1 when a cell fails.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from puzzle.base.machine import cpu_name
 from puzzle.export.write import Source, export
 from puzzle.serving.check import EngineFailed, serve_check
 from serving_environments import python_of, require
-from tiny_children import CHILDREN, tiny_child, write_tiny_child
+from tiny_children import CHILDREN, FAMILIES, tiny_child, write_tiny_child
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "serving_matrix.csv"
 CELLS = (
     ("hf", "hf"),
     ("hf", "nemotron-nas"),
+    ("vllm", "hf"),
     ("vllm", "nemotron-nas"),
     ("llama.cpp", "gguf"),
     ("mlx", "nemotron-nas"),
@@ -45,7 +48,7 @@ def run_cell(name: str, engine: str, format: str, directory: Path) -> dict[str, 
     row: dict[str, Any] = {"child": name, "engine": engine, "format": format}
     try:
         source = Source(child=tiny_child(name, directory / "tokenizer"), solved=None, facts=None, measured=None)
-        target = None if engine == "hf" else engine
+        target = None if "hf" in (engine, format) else engine
         written = export(source, directory / f"{name}-{engine}-{format}", format=format, engine=target, force=True)
     except UserError as error:
         return {**row, "verdict": "refused", "why": str(error)}
@@ -69,8 +72,9 @@ def run_cell(name: str, engine: str, format: str, directory: Path) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engines = list(dict.fromkeys(engine for engine, _ in CELLS))
+    children = list(CHILDREN | FAMILIES)
     parser.add_argument("--engines", nargs="+", default=engines, choices=engines)
-    parser.add_argument("--children", nargs="+", default=list(CHILDREN), choices=list(CHILDREN))
+    parser.add_argument("--children", nargs="+", default=children, choices=children)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     require(engine for engine in arguments.engines if engine != "hf")

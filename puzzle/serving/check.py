@@ -30,7 +30,7 @@ from puzzle.serving.reference import Export, find_export, load_reference, tokeni
 ENGINES = {"hf": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
 READS = {
     "hf": ("hf", "nemotron-nas", "parent"),
-    "vllm": ("nemotron-nas", "parent"),
+    "vllm": ("nemotron-nas", "hf", "parent"),  # hf through the plug-in
     "llama.cpp": ("gguf",),
     "mlx": ("nemotron-nas", "parent"),
 }
@@ -133,6 +133,7 @@ def serve_check(
     job = {
         "engine": engine,
         "path": str(export.path),
+        "format": export.format,
         "prompt": prompt,
         "num_tokens": num_tokens,
         "threads": threads,
@@ -214,6 +215,11 @@ def run_engine(job: dict[str, Any], python: Path) -> dict[str, Any]:
             raise UserError(
                 f"{ENGINES[engine]} is not installed in {python} ({done.stderr.strip()}): {INSTALL[engine]}, or give "
                 f"`python` of the environment that has it (`make test-serving` sets up .engines/{engine}/bin/python)"
+            )
+        if done.returncode == 4:
+            raise UserError(
+                f"{ENGINES[engine]} in {python} has no puzzle plug-in, which serves hf exports: install puzzle-nas there, or write the "
+                f"export with `puzzle export ... --engine {engine}`"
             )
         if done.returncode:
             raise EngineFailed(f"{ENGINES[engine]} failed on {job['path']}: {last_words(done.stderr, done.returncode)}")

@@ -2,11 +2,11 @@
 
 This file imports nothing of puzzle: an engine's environment need not have it, only numpy and the engine.
 
-job:    {"engine": "hf" | "vllm" | "llama.cpp" | "mlx", "path": export, "prompt": [token ids], "num_tokens": N,
-         "threads": T, "text": str | null}
+job:    {"engine": "hf" | "vllm" | "llama.cpp" | "mlx", "path": export, "format": "hf" | "nemotron-nas" | "gguf" | "parent",
+         "prompt": [token ids], "num_tokens": N, "threads": T, "text": str | null}
 result: logits [len(prompt), vocab_size] float32, tokens [N] (greedy, never stopping at EOS), text_ids (`text` in the
         engine's own tokenizer, empty when it has none), version
-Exit code 3 and one line on standard error: the engine is not installed in this Python.
+Exit code 3 and one line on standard error: the engine is not installed in this Python; 4: vLLM is, puzzle's plug-in is not.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("OMP_NUM_THREADS", str(job["threads"]))
+    if job["format"] == "hf" and not importlib.metadata.entry_points(group="vllm.general_plugins", name="puzzle"):
+        sys.exit(4)
     import numpy
     from vllm import LLM, SamplingParams
 
     prompt, count = job["prompt"], job["num_tokens"]
     engine = LLM(
         model=job["path"],
-        trust_remote_code=True,
+        trust_remote_code=job["format"] != "hf",  # which the plug-in reads without
         dtype="float32",
         skip_tokenizer_init=not job["text"],
         max_model_len=len(prompt) + count,
@@ -172,9 +174,9 @@ def main() -> None:
     except ImportError as error:
         print(error, file=sys.stderr)
         sys.exit(3)
+    logits, tokens, text_ids = run(job)
     import numpy
 
-    logits, tokens, text_ids = run(job)
     version = job["engine"]
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -65,10 +65,22 @@ def test_an_engine_that_is_not_there(child, tmp_path, puzzle):
     assert "give the engine's Python interpreter" in " ".join(done.output.split())
 
 
+def test_a_vllm_without_the_plug_in(child, tmp_path, puzzle):
+    (tmp_path / "vllm.py").touch()
+    bare = tmp_path / "python"  # an interpreter with vLLM alone
+    bare.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys._base_executable} -S "$@"\n')
+    bare.chmod(0o755)
+    done = puzzle("serve-check", child, "--engine", "vllm", "--python", bare)
+    assert done.exit_code == 2, done.output
+    message = " ".join(done.output.split())
+    assert "has no puzzle plug-in, which serves hf exports: install puzzle-nas there" in message
+    assert "puzzle export ... --engine vllm" in message
+
+
 def test_wrong_questions(child, tmp_path, puzzle):
     with pytest.raises(UserError, match=r"`engine` vlm: did you mean 'vllm'"):
         serve_check(child, "vlm")
-    for engine in ("vllm", "llama.cpp", "mlx"):
+    for engine in ("llama.cpp", "mlx"):
         assert "hf" not in READS[engine]
         with pytest.raises(UserError, match=f"is a hf export, which .* does not read: .*--engine {engine}"):
             serve_check(child, engine)
