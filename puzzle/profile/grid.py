@@ -31,7 +31,7 @@ class Grid:
     """batches: in decode. contexts: cached tokens before a decode step. prompts: (batch, length) in prefill. rows: of what depends on
     a number of rows alone, in prefill. by_rows: whether such parts are measured by rows, once for all batches and contexts.
     wide: FFN widths as multiples of the parent's, what fusion makes. seconds, min_samples: spent on a point in each of `rounds`
-    walks over all points, so that a slow minute does not sit on one part."""
+    walks over all points, so that a slow minute does not sit on one part; a steady machine is spared the later ones."""
 
     batches: tuple[int, ...]
     contexts: tuple[int, ...]

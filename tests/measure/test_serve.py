@@ -7,7 +7,7 @@ import torch
 
 from puzzle.base.workload import Workload
 from puzzle.blocklib.variant import PARENT, variant_of
-from puzzle.measure.serve import serve
+from puzzle.measure.serve import _Serving, serve
 from puzzle.parents.opened import open_model
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import load_model, random_model
@@ -52,6 +52,17 @@ def test_runtimes_take_turns(parent):
         runtime.prefill = lambda prompts: (calls.append(name), real(prompts))[1]
         return lambda: runtime
 
-    found = serve({name: make(name) for name in ("a", "b")}, Workload(input_len=4, output_len=3), repeats=2)
+    work = Workload(input_len=4, output_len=3)
+    found = serve({name: make(name) for name in ("a", "b")}, work, repeats=2)
     assert calls == ["a", "b"] * 3
     assert list(found) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("walls", "calls"), [([9, 9.1, 5], 2), ([9, 8, 8.1, 5], 3), ([9, 8, 7, 6, 5], 4)])
+def test_no_more_repeats_than_it_takes(parent, monkeypatch, walls, calls):
+    """Two in a row that agree end the measurement."""
+    left = list(walls)
+    monkeypatch.setattr(_Serving, "once", lambda self: (1.0, left.pop(0)))
+    model = load_model(parent)
+    serve({"a": lambda: open_runtime(model, 1, 8, "float32")}, Workload(input_len=4, output_len=3), repeats=4)
+    assert len(walls) - len(left) == calls
