@@ -110,7 +110,9 @@ def print_evaluation(result: Evaluation) -> None:
 def print_continuations(found: dict[str, Any]) -> None:
     """Prompts in bold, and how both models go on."""
     title = f"sampled at temperature {found['temperature']}, seed {found['seed']}"
-    table = Table("parent", "child", title=title, title_justify="left", show_lines=True)
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for who in ("parent", "child"):
+        table.add_column(who, overflow="fold")
     for text in found["texts"]:
         table.add_row(*(Text.assemble((text["prompt"], "bold"), text[who]) for who in ("parent", "child")))
     console.print(table)

@@ -139,7 +139,8 @@ def profile(
     timer: Timer = CpuTimer(structure, grid) if gpu == "cpu" else GpuTimer(structure, grid, where, fp8)
     done = _read_done(partial, timer.facts)
     every = targets(structure, subject.offered, grid)
-    begin, drift, measured, conditions = time.perf_counter(), [], 0, [_conditions(where)]
+    begin, measured, conditions = time.perf_counter(), 0, [_conditions(where)]
+    drift: list[float] = []
     with progress("profile", grid.rounds * sum(len(t.points) for t in every)) as bar, torch.inference_mode():
         for number in range(grid.rounds):
             if drift and max(drift) <= STEADY * min(drift):
