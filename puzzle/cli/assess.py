@@ -57,7 +57,12 @@ MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len outp
     callback=options.numbers,
     help="Batch of parent and child (default: the child's architecture.json).",
 )
-@click.option("--repeats", type=int, default=3, help="Timed runs of each; the median counts.")
+@click.option(
+    "--repeats", type=int, default=3, help="Timed runs of each; the median counts, and two that agree are enough."
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Show how both continue it, sampled. Repeatable."
+)
 @click.option("--no-speed", is_flag=True, help="Measure divergence and sizes only.")
 @options.text_field
 @options.device

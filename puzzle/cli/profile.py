@@ -36,7 +36,9 @@ MODES = (
     help="Cached tokens before a decode step. Default: 64 to 512, 128 to 131072.",
 )
 @click.option("--seconds", type=float, help="Spent on a point in each round. Default: 0.2, 0.025.")
-@click.option("--rounds", type=int, help="Walks over the whole grid; medians count. Default: 3, 1.")
+@click.option(
+    "--rounds", type=int, help="Walks over the whole grid, until the machine is steady; medians count. Default: 3, 1."
+)
 @click.option("--shapes", metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
 @click.option("--fp8", is_flag=True, help="On a GPU: weights and KV cache in fp8.")
 @click.option("--engine", help="Fit this serving engine's overheads instead (with --fit).")

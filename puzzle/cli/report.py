@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from puzzle.base.console import console
 from puzzle.base.units import bytes_text, seconds_text
@@ -102,6 +103,19 @@ def print_evaluation(result: Evaluation) -> None:
     if parent.speed is not None and child.speed is not None and result.speedup is not None:
         rows += _speed_rows(parent.speed, child.speed, ("speed-up", result.speedup))
     print_table(f"measured on {result.device} ({result.precision}), {result.num_tokens:,} tokens", COMPARED, rows)
+    if result.continuations is not None:
+        print_continuations(result.continuations)
+
+
+def print_continuations(found: dict[str, Any]) -> None:
+    """Prompts in bold, and how both models go on."""
+    title = f"sampled at temperature {found['temperature']}, seed {found['seed']}"
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for who in ("parent", "child"):
+        table.add_column(who, overflow="fold")
+    for text in found["texts"]:
+        table.add_row(*(Text.assemble((text["prompt"], "bold"), text[who]) for who in ("parent", "child")))
+    console.print(table)
 
 
 def print_prices(solved: Architecture) -> None:
@@ -155,6 +169,8 @@ def print_result(result: dict[str, Any]) -> None:
         ("held-out loss", f"parent {parent['loss']:.4f}", f"{child['loss']:.4f}"),
     ]
     print_table("promised and delivered", ("", "predicted", "measured"), rows)
+    if "continuations" in result:
+        print_continuations(result["continuations"])
     for name, path in result["exports"].items():
         console.print(f"export {name}: {path}", markup=False)
 

@@ -13,6 +13,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, check_positive
 from puzzle.base.workload import Workload
 from puzzle.data.packing import load_tokens
+from puzzle.measure.continuations import continuations, encode
 from puzzle.measure.measurable import Measurable, measure_speeds, name_of, of_checkpoint
 from puzzle.measure.serve import Served
 from puzzle.parents.structure import Structure
@@ -22,16 +23,20 @@ from puzzle.runtime.open import pick_precision
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateOptions:
-    """sequences: held-out ones, of seq_len tokens. repeats: of the speed measurement."""
+    """sequences: held-out ones, of seq_len tokens. repeats: of the speed measurement. prompts: that both models continue."""
 
     sequences: int = 64
     seq_len: int = 1024
     repeats: int = 3
+    prompts: tuple[str, ...] = ()
     text_field: str = "text"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         check_positive(self, "sequences", "seq_len", "repeats")
+        for prompt in self.prompts:
+            if not prompt.strip():
+                raise UserError(f"`prompts` has an empty one ({prompt!r}): write how a text begins")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +59,8 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Every number is measured. device: "cpu", or a GPU's name. precision: of the speed. speedup, workload: None where speed was not measured."""
+    """Every number is measured. device: "cpu", or a GPU's name. precision: of the speed. speedup, workload: None where speed was not measured.
+    continuations: as `continuations.continuations` has them; None without prompts."""
 
     device: str
     precision: str
@@ -63,6 +69,7 @@ class Evaluation:
     child: Evaluated
     speedup: float | None = None
     workload: Workload | None = None
+    continuations: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self) | {"parent": self.parent.to_json(), "child": self.child.to_json()}
@@ -102,10 +109,14 @@ def evaluate(
         num_validation=options.sequences,
         text_field=options.text_field,
     )
+    if options.prompts:  # wrong ones are refused before anything is measured
+        encode(options.prompts, parent.tokenizer, parent.structure)
     whole, cut = parent.load(on, dtype), child.load(on, dtype)
     console.print(f"measuring divergence on {tokens.validation.numel():,} held-out tokens")
-    itself = compare(whole, whole, tokens.validation)
     against = compare(whole, cut, tokens.validation)
+    models = {"parent": whole, "child": cut}
+    said = continuations(models, options.prompts, parent.tokenizer) if options.prompts else None
+    del models
     del whole, cut  # the runtimes want their memory
     precision = pick_precision(on, None if child.solved is None else child.solved.costs["precision"])
     speeds = {} if work is None else _speeds(parent, child, work, batches, on, precision, options.repeats)
@@ -115,7 +126,7 @@ def evaluate(
         device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
         precision=precision,
         num_tokens=int(against["num_tokens"]),
-        parent=Evaluated(loss=itself["lm_loss"], speed=slow, **sizes[0]),
+        parent=Evaluated(loss=against["parent_loss"], speed=slow, **sizes[0]),
         child=Evaluated(
             loss=against["lm_loss"],
             kl=against["kl"],
@@ -126,6 +137,7 @@ def evaluate(
         ),
         speedup=fast.tokens_per_second / slow.tokens_per_second if fast and slow else None,
         workload=work,
+        continuations=said,
     )
 
 

@@ -13,6 +13,8 @@ import torch
 from puzzle.base.workload import Workload
 from puzzle.runtime.interface import Runtime
 
+STEADY = 0.02  # two timings in a row that differ by less need no third
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
@@ -45,6 +47,10 @@ class _Serving:
         runtime.at(work.input_len)
         self.first = runtime.replayed(lambda: runtime.prefill(self.prompts), warm_ups=1)
         self.step = runtime.replayed(runtime.step)
+
+    def warm_up(self) -> None:
+        self.first()
+        self.step()
 
     def once(self) -> tuple[float, float]:
         """Seconds of the prefill and of all decode steps."""
@@ -87,7 +93,7 @@ def _allocated() -> int:
 
 
 def serve(runtimes: Mapping[str, Callable[[], Runtime]], work: Workload, repeats: int = 3) -> dict[str, Served]:
-    """Time every runtime on one workload. On a CPU they take turns, after one that warms up, so that a slow minute falls on all
+    """Time every runtime on one workload, `repeats` times or until it is steady. On a CPU they take turns, after one that warms up, so that a slow minute falls on all
     alike; on a GPU one is made when the one before has gone, so that each has the card's memory to itself."""
     makers = dict(runtimes)
     found: dict[str, Served] = {}
@@ -97,12 +103,19 @@ def serve(runtimes: Mapping[str, Callable[[], Runtime]], work: Workload, repeats
         if next(iter(together.values())).runtime.device.type != "cuda":
             together |= {name: _Serving(makers.pop(name), work) for name in names[1:]}
             for serving in together.values():
-                serving.once()
+                serving.warm_up()
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in together}
         for _ in range(repeats):
             for name, serving in together.items():
                 times[name].append(serving.once())
+            if all(_steady([sum(once) for once in each]) for each in times.values()):
+                break
         found |= {name: serving.result(times[name]) for name, serving in together.items()}
         del together, serving
         _allocated()
     return found
+
+
+def _steady(seconds: list[float]) -> bool:
+    """Whether the last two agree."""
+    return len(seconds) > 1 and abs(seconds[-1] / seconds[-2] - 1) < STEADY

@@ -38,7 +38,7 @@ class Grid:
     a number of rows alone, in prefill. by_rows: whether such parts are measured by rows, once for all batches and contexts.
     whole: whether the parent is measured as a whole too, at all points, or where parts go by rows at one per number of rows.
     wide: FFN widths as multiples of the parent's, what fusion makes. seconds, min_samples: spent on a point in each of `rounds`
-    walks over all points, so that a slow minute does not sit on one part."""
+    walks over all points, so that a slow minute does not sit on one part; a steady machine is spared the later ones."""
 
     batches: tuple[int, ...]
     contexts: tuple[int, ...]

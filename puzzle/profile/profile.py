@@ -32,6 +32,7 @@ from puzzle.profile.cpu import CpuTimer
 from puzzle.profile.gpu import GpuTimer
 from puzzle.profile.grid import At, Grid, Target, cpu_grid, gpu_grid, offered_by, targets
 
+STEADY = 1.1  # the slowest over the fastest of a fixed piece of work through a round: no further round is needed
 SECONDS_PER_POINT = 0.1  # on a GPU, with compiling: 4,329 points took 443 s on an H100
 
 
@@ -138,9 +139,12 @@ def profile(
     timer: Timer = CpuTimer(structure, grid) if gpu == "cpu" else GpuTimer(structure, grid, where, fp8)
     done = _read_done(partial, timer.facts)
     every = targets(structure, subject.offered, grid)
-    begin, drift, measured, conditions = time.perf_counter(), [], 0, [_conditions(where)]
+    begin, measured, conditions = time.perf_counter(), 0, [_conditions(where)]
+    drift: list[float] = []
     with progress("profile", grid.rounds * sum(len(t.points) for t in every)) as bar, torch.inference_mode():
         for number in range(grid.rounds):
+            if drift and max(drift) <= STEADY * min(drift):
+                break
             for target in every:
                 left = [at for at in target.points if done[target.key, at] <= number]
                 bar.advance(len(target.points) - len(left))

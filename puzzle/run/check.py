@@ -26,6 +26,7 @@ from puzzle.heal.prepare import open_models
 from puzzle.heal.run import read_data
 from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder, BuildOptions
+from puzzle.measure.continuations import encode
 from puzzle.parents.opened import HfModel, open_model
 from puzzle.profile.grid import Grid
 from puzzle.profile.profile import check_precision
@@ -172,6 +173,9 @@ def _check_data(recipe: Recipe, heal: HealOptions | None, opened: HfModel) -> No
         num_validation=1,
         text_field=recipe.text_field,
     )
+    if recipe.evaluate.prompts:
+        with naming("evaluate"):
+            encode(recipe.evaluate.prompts, opened.directory, opened.structure)
     if heal is None:
         return
     with naming("heal"), running_ranks(heal.device) as ranks:

@@ -244,6 +244,8 @@ class Run:
             "precision": measured.precision,
             "seconds": {name: self.marks[name]["seconds"] for name in self.gone},
         }
+        if measured.continuations is not None:
+            result["continuations"] = measured.continuations
         if self.recipe.heal is not None:
             record = read_json(self.out / "healed" / "heal.json", "puzzle run")
             result["healed"] = {name: record[name] for name in ("before", "after", "num_tokens", "seconds")}

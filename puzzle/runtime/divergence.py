@@ -62,9 +62,11 @@ class Divergence:
 
 @torch.no_grad()
 def compare(parent: CausalModel, child: CausalModel, sequences: Tensor, batch_size: int = 8) -> dict[str, float]:
-    """Divergence of a whole child from its parent on sequences [S, T]."""
-    meter = Divergence()
+    """Divergence of a whole child from its parent on sequences [S, T]; "parent_loss" is the parent's own LM loss."""
+    meter, itself = Divergence(), Divergence()
     for ids in sequences.split(batch_size):
         ids = ids.long().to(parent.head_weight.device)
-        meter.add(parent, parent.hidden(ids), child, child.hidden(ids), ids)
-    return meter.result()
+        hidden = parent.hidden(ids)
+        itself.add(parent, hidden, parent, hidden, ids)
+        meter.add(parent, hidden, child, child.hidden(ids), ids)
+    return meter.result() | {"parent_loss": itself.result()["lm_loss"]}

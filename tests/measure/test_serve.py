@@ -7,7 +7,7 @@ import torch
 
 from puzzle.base.workload import Workload
 from puzzle.blocklib.variant import PARENT, variant_of
-from puzzle.measure.serve import serve
+from puzzle.measure.serve import _Serving, serve
 from puzzle.parents.known import known_structure
 from puzzle.parents.opened import open_model
 from puzzle.runtime.fast import FastRuntime
@@ -53,7 +53,8 @@ def test_runtimes_take_turns(parent):
         runtime.prefill = lambda prompts: (calls.append(name), real(prompts))[1]
         return lambda: runtime
 
-    found = serve({name: make(name) for name in ("a", "b")}, Workload(input_len=4, output_len=3), repeats=2)
+    work = Workload(input_len=4, output_len=3)
+    found = serve({name: make(name) for name in ("a", "b")}, work, repeats=2)
     assert calls == ["a", "b"] * 3
     assert list(found) == ["a", "b"]
 
@@ -74,3 +75,13 @@ def test_memory_is_of_one_model_alone():
     assert 0 < sizes[0] - state < 400e6
     assert max(sizes) - min(sizes) < 100e6, sizes
     assert len(beside) == 2**28
+
+
+@pytest.mark.parametrize(("walls", "calls"), [([9, 9.1, 5], 2), ([9, 8, 8.1, 5], 3), ([9, 8, 7, 6, 5], 4)])
+def test_no_more_repeats_than_it_takes(parent, monkeypatch, walls, calls):
+    """Two in a row that agree end the measurement."""
+    left = list(walls)
+    monkeypatch.setattr(_Serving, "once", lambda self: (1.0, left.pop(0)))
+    model = load_model(parent)
+    serve({"a": lambda: open_runtime(model, 1, 8, "float32")}, Workload(input_len=4, output_len=3), repeats=4)
+    assert len(walls) - len(left) == calls

@@ -17,6 +17,7 @@ from puzzle.blocklib.variant import search_spaces
 from puzzle.library.manifest import Library
 from puzzle.parents.known import known_structure
 from puzzle.profile.cost_table import CostTable
+from puzzle.profile.cpu import CpuTimer
 from puzzle.profile.gpu import GpuTimer
 from puzzle.profile.grid import Grid, gpu_grid
 from puzzle.profile.profile import Subject, count_points, profile, subject_named, subject_of
@@ -166,3 +167,13 @@ def test_dry_run_counts_what_would_be_measured(puzzle):
     assert done.exit_code == 0
     named = subject_named("llama-3.1-8b", known_structure("llama-3.1-8b"))
     assert json.loads(done.stdout)["points"] == count_points(named, gpu_grid())
+
+
+@pytest.mark.parametrize(("references", "rounds"), [([1.0, 1.09], 1), ([1.0, 1.2], 3), ([1.2, 1.0], 3)])
+def test_a_steady_machine_is_walked_once(subject, tmp_path, monkeypatch, references, rounds):
+    """Further rounds are for a machine whose speed changed while it was profiled."""
+    grid = Grid(batches=(1,), contexts=(8,), prompts=((1, 8),), seconds=1e-4, min_samples=1, rounds=3)
+    shown = iter([*references, *[1.0] * 99])
+    monkeypatch.setattr(CpuTimer, "reference", lambda self: next(shown))
+    _, facts = profile(subject, gpu="cpu", out=tmp_path, grid=grid)
+    assert facts["measured_now"] == rounds * facts["points"]

@@ -128,7 +128,35 @@ def test_killed_in_any_stage_and_run_again(puzzle, write, tmp_path, stage):
     assert torch.equal(healed(ids), written(ids))
 
 
+def test_the_quickstart(puzzle, parent, corpus, tmp_path):
+    """Every stage and option of the shipped recipe, with small numbers; the terminal ends with promise and continuations."""
+    recipe = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+    few = {"tokens": 512, "seq_len": 32, "batch_size": 2, "validation_sequences": 2}
+    smaller = {
+        "build": few | {"calibration_sequences": 2}, "score": {"sequences": 2}, "heal": few, "goal": {"throughput": "1.1x"},
+        "profile": {"batches": [1, 2], "seconds": 0.005}, "workload": {"input_len": 8, "output_len": 8},
+        "evaluate": {"sequences": 2, "seq_len": 32},
+    }  # fmt: skip
+    assert set(recipe) == {"parent", *smaller}
+    for name, values in smaller.items():
+        recipe[name] |= values
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"parent": str(parent)}))
+    done = puzzle("run", path, "--data", corpus, "--out", tmp_path / "run")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["healed"]["num_tokens"] == 512
+    texts = result["continuations"]["texts"]
+    assert [text["prompt"] for text in texts] == recipe["evaluate"]["prompts"]
+    assert len(texts) == 3
+    ends = done.stderr[done.stderr.index("promised and delivered") :]
+    assert "sampled at temperature 0.7, seed 0" in ends
+    assert "def main(" in ends
+
+
 BAD = [
+    ({"evaluate": {"prompts": ["import os", " "]}}, "evaluate.prompts has an empty one (' ')"),
+    ({"evaluate": {"prompts": ["ab " * 200]}}, "evaluate.prompts has one of 401 tokens: with 48 more they exceed"),
     ({"profile": {"gpu": "h100"}}, "profile.gpu h100: no CUDA device can be used here"),
     ({"profile": {"precision": "fp8"}}, "precision fp8 cannot be profiled on cpu"),
     ({"profile": {"contexts": [64, 128]}}, "profile.contexts 64,128 do not span this workload's 8 to 14"),
