@@ -18,8 +18,9 @@ from torch import Tensor
 
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import MissingFace, Normed
+from puzzle.kernels.fp8 import to_fp8
 from puzzle.kernels.rmsnorm import rms_norm
-from puzzle.kernels.swiglu import linear, to_fp8
+from puzzle.kernels.swiglu import linear
 
 PAGE = 64  # tokens of one page
 
