@@ -12,13 +12,12 @@ FP8_MAX = 448.0  # largest finite float8_e4m3fn
 ROWS = 1024  # dequantised together: a weight is never held twice in float32
 
 
-def to_fp8(x: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, K] -> float8_e4m3fn [N, K] and scale [N] float32: largest magnitude of a row / 448, 1 for a row of zeros.
 
-    scale_dtype: scales are numbers that it has. A value x comes back within max(|x| / 16, scale / 1024): half a step of 3 bits,
-    or of the smallest number.
+    A value x comes back within max(|x| / 16, scale / 1024): half a step of 3 bits, or of the smallest number.
     """
-    scale = (x.abs().amax(dim=1).float() / FP8_MAX).to(scale_dtype).float()
+    scale = x.abs().amax(dim=1).float() / FP8_MAX
     scale = torch.where(scale > 0, scale, 1.0)
     return (x / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 

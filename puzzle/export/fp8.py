@@ -1,13 +1,12 @@
 """`--dtype fp8` and `--kv-dtype fp8`: a checkpoint in the compressed-tensors layout, which stock vLLM and SGLang read.
 
-    weights      every matrix of a layer in float8_e4m3fn, NAME_scale [N, 1] in bf16 per output channel
+    weights      every matrix of a layer in float8_e4m3fn, NAME_scale [N, 1] in float32 per output channel
     activations  quantised by the engine as they come, per token
     cache        self_attn.k_scale and v_scale [1] per layer in float32, where `kv_dtype` is fp8
     the rest     embedding, LM head, norms and biases in bf16
 
 Engines run q, k and v as one matrix, and gate and up: a layer's matrices are all in fp8, each row with its own scale, so that they
-share one precision. Scales are in bf16, in which transformers holds them anyway: whatever a reader computes in, it has the same
-weights, and a child in fp8 written in fp8 again is the same to the bit. The layout: vllm/model_executor/layers/quantization/compressed_tensors and compressed_tensors 0.15 to 0.20.
+share one precision. The layout: vllm/model_executor/layers/quantization/compressed_tensors and compressed_tensors 0.15 to 0.20.
 """
 
 from __future__ import annotations
@@ -81,8 +80,7 @@ def in_fp8(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 def _finite(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(rows).all():
         raise UserError(f"`dtype` fp8: weight {name} has NaN or infinite values: build its block again")
-    values, scale = to_fp8(rows, torch.bfloat16)
-    return values, scale.bfloat16()
+    return to_fp8(rows)
 
 
 def cache_tensors(child: Child, scales: Scales) -> Iterator[tuple[str, Tensor]]:

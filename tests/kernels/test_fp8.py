@@ -20,15 +20,13 @@ def rows(shape, dtype, seed=0):
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (37, 129), (1025, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
-def test_the_nearest_number_of_fp8(shape, dtype, scale_dtype):
+def test_the_nearest_number_of_fp8(shape, dtype):
     x = rows(shape, dtype)
-    values, scale = to_fp8(x, scale_dtype)
+    values, scale = to_fp8(x)
     assert (values.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, (shape[0],))
-    assert torch.equal(scale, scale.to(scale_dtype).float())
     assert scale[0] == 1
     largest = x.double().abs().amax(dim=1)[1:]
-    assert ((scale[1:].double() * FP8_MAX / largest - 1).abs() < (1e-6 if scale_dtype == torch.float32 else 2**-8)).all()
+    assert ((scale[1:].double() * FP8_MAX / largest - 1).abs() < 1e-6).all()
     wanted = (x.double() / scale.double()[:, None]).clamp(-FP8_MAX, FP8_MAX)
     nearest = (NUMBERS - wanted[..., None]).abs().amin(dim=-1) if x.numel() < 10_000 else None
     if nearest is not None:
@@ -39,9 +37,9 @@ def test_the_nearest_number_of_fp8(shape, dtype, scale_dtype):
 
 
 def test_what_came_from_fp8_goes_back_the_same():
-    values, scale = to_fp8(rows((65, 33), torch.float32), torch.bfloat16)
-    again, same = to_fp8(from_fp8(values, scale[:, None]), torch.bfloat16)
-    assert torch.equal(scale, same)
+    values, scale = to_fp8(rows((65, 33), torch.float32))
+    again, same = to_fp8(from_fp8(values, scale[:, None]))
+    assert ((scale / same - 1).abs() < 2**-23).all()
     assert torch.equal(values.view(torch.uint8), again.view(torch.uint8))
 
 
