@@ -134,6 +134,8 @@ def _compressed_tensors(said: _Words) -> Fp8 | None:
         elif weights.said.get("block_structure"):
             weights.refuse("block_structure")
     if not ways:
+        if not said.said.get("kv_cache_scheme"):
+            said.refuse("config_groups")
         return None
     if said.said.get("format") != "float-quantized":
         said.refuse("format")

@@ -192,7 +192,7 @@ def test_the_whole_road(parent, corpus, build_options, tmp_path, puzzle):
         done = puzzle("evaluate", source, tmp_path / name, "--data", corpus, "--sequences", 8, "--seq-len", 64, "--no-speed", "--json")  # fmt: skip
         assert done.exit_code == 0, done.output
         kl[name] = json.loads(done.stdout)["child"]["kl"]
-    assert 0 < kl["child"]
+    assert kl["child"] > 0
     assert abs(kl["child-fp8"] - kl["child"]) < 0.1 * kl["child"] + 0.01
     for name in ("child", "healed"):
         assert {t.dtype for t in load_file(tmp_path / name / "model.safetensors").values()} == {torch.bfloat16}
