@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import csv
 import datetime
+import sys
 import tempfile
 from pathlib import Path
 
 import click
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from fp8_served import round_activations, round_cache
 from puzzle.base.device import compute_dtype, pick_device

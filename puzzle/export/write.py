@@ -117,7 +117,8 @@ def export(
     whole = child
     child, lowerings = lower(child, engine, format, kv_bytes=1 if kv_dtype else None)
     hub = None if push_to_hub is None else open_hub(push_to_hub)
-    measured = measured or source.measured
+    if dtype != "fp8":  # what stands beside a child was measured before its weights were rounded
+        measured = measured or source.measured
     written = dtype or str(child.dtype).removeprefix("torch.")
     scales = {}
     if kv_dtype is not None:

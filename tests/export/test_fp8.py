@@ -202,6 +202,23 @@ def test_refused(words, message, parent, tmp_path, puzzle, one_line_error):
     assert not list(tmp_path.iterdir())
 
 
+def test_serve_check_says_why_it_cannot(parent, tmp_path, puzzle, one_line_error):
+    export(open_source(parent), tmp_path / "child", dtype="fp8")
+    done = puzzle("serve-check", tmp_path / "child", "--engine", "hf")
+    one_line_error(done, "is in fp8: an engine rounds its activations or cache as they come", "check the same child in bf16")
+
+
+def test_a_measurement_is_of_the_child_that_was_measured(parent, tmp_path):
+    """An evaluation.json beside the child in bf16 does not go to its card in fp8."""
+    found = {"loss": 1.0, "kl": 0.5, "kl_stderr": 0.1, "top1_agreement": 0.9, "num_parameters": 7}
+    measured = {"child": found, "parent": found, "device": "cpu", "dtype": "float32", "num_tokens": 100}
+    export(open_source(parent), tmp_path / "child", measured=measured)
+    for dtype, told in ((None, True), ("fp8", False)):
+        export(open_source(tmp_path / "child"), tmp_path / "again", dtype=dtype, force=True)
+        assert ("## Measured" in (tmp_path / "again" / "README.md").read_text()) == told
+        assert (tmp_path / "again" / "evaluation.json").is_file() == told
+
+
 def test_no_tokenizer(tiny, corpus, tmp_path):
     child = replace(tiny.tiny_child("kv-heads"), tokenizer=None)
     with pytest.raises(UserError, match="`kv_dtype` fp8: kv-heads has no tokenizer"):
