@@ -125,7 +125,7 @@ def test_in_transformers(format, parent, tmp_path):
         import compressed_tensors  # noqa: F401
         from transformers import CompressedTensorsConfig
     except ImportError:
-        with pytest.raises(ImportError, match="compressed-tensors"):
+        with pytest.raises(ImportError, match=r"compressed.tensors"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "child", **options)
         return
     dense = CompressedTensorsConfig(dequantize=True)
@@ -135,7 +135,7 @@ def test_in_transformers(format, parent, tmp_path):
     assert (theirs - ours).abs().max() < 1e-5 * ours.std()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "child", **options)  # activations rounded too
     with torch.no_grad():
-        assert (model(IDS).logits - ours).abs().max() < 1.0 * ours.std()
+        assert (model(IDS).logits - ours).abs().mean() < 0.3 * ours.std()
 
 
 @pytest.mark.parametrize("dtype", [None, "fp8"])
