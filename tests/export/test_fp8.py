@@ -205,7 +205,9 @@ def test_refused(words, message, parent, tmp_path, puzzle, one_line_error):
 def test_serve_check_says_why_it_cannot(parent, tmp_path, puzzle, one_line_error):
     export(open_source(parent), tmp_path / "child", dtype="fp8")
     done = puzzle("serve-check", tmp_path / "child", "--engine", "hf")
-    one_line_error(done, "is in fp8: an engine rounds its activations or cache as they come", "check the same child in bf16")
+    one_line_error(
+        done, "is in fp8: an engine rounds its activations or cache as they come", "check the same child in bf16"
+    )
 
 
 def test_a_measurement_is_of_the_child_that_was_measured(parent, tmp_path):
