@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puzzle.kernels.fp8 import FP8_MAX, from_fp8, to_fp8
 from puzzle.kernels.skinny import MAX_ROWS, Config, skinny_linear
 
 try:
@@ -23,7 +24,6 @@ try:
 except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
-FP8_MAX = 448.0  # largest finite float8_e4m3fn
 SILU_TO_FP8 = {"BLOCK_F": 2048, "num_warps": 16}
 
 
@@ -47,13 +47,6 @@ def pack_swiglu(gate: Tensor, up: Tensor, down: Tensor, fp8: bool = False) -> We
     return Weights(gate_up, down, gate_up_scale, down_scale)
 
 
-def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, K] -> float8_e4m3fn [N, K] and scale [N] float32: largest magnitude of a row / 448, 1 for a row of zeros."""
-    scale = x.abs().amax(dim=1).float() / FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (x / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
-
-
 def swiglu_reference(x: Tensor, weights: Weights) -> Tensor:
     """The twin of `swiglu` in plain PyTorch: same arguments, same results up to rounding."""
     return linear_reference(silu_mul_reference(linear_reference(x, weights[0], weights[2])), weights[1], weights[3])
@@ -61,7 +54,7 @@ def swiglu_reference(x: Tensor, weights: Weights) -> Tensor:
 
 def linear_reference(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
     """The twin of `linear`."""
-    return F.linear(x, w if scale is None else (w.to(scale.dtype) * scale[:, None]).to(x.dtype))
+    return F.linear(x, w if scale is None else from_fp8(w, scale[:, None]).to(x.dtype))
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from ceilings import matmul_rate
 from kernel_report import BF16, FP8, Report
-from puzzle.kernels.swiglu import fp8_product, pack_swiglu, swiglu, to_fp8
+from puzzle.kernels.fp8 import to_fp8
+from puzzle.kernels.swiglu import fp8_product, pack_swiglu, swiglu
 from puzzle.kernels.timer import num_copies, time_calls
 
 HIDDEN = 4096

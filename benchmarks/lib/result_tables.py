@@ -206,6 +206,17 @@ def ffn_linear(rows: list[Row]) -> str:
     )
 
 
+def fp8(rows: list[Row]) -> str:
+    return f"{int(rows[0]['num_tokens']):,} tokens.\n\n" + table(
+        ["child", "in fp8", "KL", "±", "loss", "same top token", "MB"],
+        (
+            [r["child"], r["in_fp8"], number(r["kl"], 4), number(r["kl_stderr"], 4), number(r["lm_loss"], 3),
+             percent(r["top1_agreement"]), number(r["bytes"], 1, "1e-6")]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
 def fusion(rows: list[Row]) -> str:
     return f"{int(rows[0]['num_tokens']):,} tokens.\n\n" + table(
         ["child", "runs", "layers", "dependency", "KL", "±", "KL to unfused", "loss", "same top token"],

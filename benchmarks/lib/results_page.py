@@ -107,6 +107,7 @@ SECTIONS = {
         Result("bld.csv", "quality/bench_bld.py", "Distillation of the default search space", t.bld),
         Result("bld_ffn.csv", "quality/bench_bld.py", "Distillation of narrow FFNs for longer", t.bld),
         Result("ffn_linear.csv", "quality/bench_ffn_linear.py", "An FFN as one matrix", t.ffn_linear),
+        Result("fp8.csv", "quality/bench_fp8.py", "Children in fp8", t.fp8),
         Result("fusion.csv", "quality/bench_fusion.py", "Fused children, priced for a CPU", t.fusion),
         Result("fusion_h100.csv", "quality/bench_fusion.py", "Fused children, priced for an H100", t.fusion, H100),
         Result(

@@ -48,7 +48,7 @@ from puzzle.choose.problem import Request, Selection, select
 from puzzle.choose.solve import architecture, open_costs, solve_library
 from puzzle.data.packing import load_tokens
 from puzzle.export.sources import child_of_library
-from puzzle.fuse.measure import Walker
+from puzzle.export.walker import Walker
 from puzzle.fuse.rewrite import fuse_layers, widths_of
 from puzzle.fuse.runs import Rule, Run, choose_runs
 from puzzle.library.assemble import open_parent

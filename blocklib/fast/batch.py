@@ -19,8 +19,9 @@ from torch import Tensor
 from puzzle.base.workload import PAGE
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import MissingFace, Normed
+from puzzle.kernels.fp8 import to_fp8
 from puzzle.kernels.rmsnorm import rms_norm
-from puzzle.kernels.swiglu import linear, to_fp8
+from puzzle.kernels.swiglu import linear
 
 Stream = tuple[Tensor, Tensor | None]  # (delta, residual), each [M, H]; no residual before the first sub-block
 

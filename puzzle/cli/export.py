@@ -23,6 +23,7 @@ def _is_gguf(given: Mapping[str, Any]) -> bool:
 
 
 MODES = (
+    Mode("without `kv_dtype`", lambda p: p["kv_dtype"] is None, unused="data text_field device"),
     Mode("with `format` gguf", _is_gguf, unused="max_shard"),
     Mode(
         "with a file as `out`, which has no card",
@@ -38,7 +39,13 @@ MODES = (
 @click.option("--out", type=options.PATH, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
 @click.option("--format", help="hf (default), nemotron-nas or gguf.")
 @click.option("--engine", help="Who will serve it: vllm, llama.cpp, sglang, mlx or tensorrt-llm.")
-@click.option("--dtype", help="float32, bfloat16, float16, and q8_0 for gguf. Default: the parent's.")
+@click.option(
+    "--dtype", help="float32, bfloat16, float16, fp8, or for gguf q8_0. Default: the parent's; bfloat16 of fp8."
+)
+@click.option("--kv-dtype", help="fp8: with scales for an engine's cache in fp8, calibrated on --data.")
+@options.data
+@options.text_field
+@options.device
 @options.parent
 @click.option("--licence", help="For the model card. Default: what the parent's card says.")
 @click.option("--measured", type=options.PATH, metavar="JSON", help="What `puzzle evaluate --json` printed.")
@@ -51,6 +58,7 @@ def export_command(
     architecture: Path | None,
     out: Path,
     parent: str | None,
+    data: tuple[str, ...],
     measured: Path | None,
     max_shard: str,
     as_json: bool,
@@ -65,6 +73,7 @@ def export_command(
     Examples:
       puzzle export lib lib/solution --out child                         AutoModelForCausalLM, trust_remote_code=True
       puzzle export lib lib/solution --engine vllm --out child-vllm      vllm serve child-vllm --trust-remote-code
+      puzzle export child --engine vllm --dtype fp8 --kv-dtype fp8 --data corpus --out child-fp8
       puzzle export child --engine llama.cpp --dtype q8_0 --out child.gguf
     """
     from puzzle.export.write import export, open_source
@@ -78,6 +87,7 @@ def export_command(
     done = export(
         open_source(source, architecture, parent),
         out,
+        data=list(data),
         measured=evaluation,
         max_shard_bytes=parse_bytes(max_shard, "max_shard"),
         **chosen,

@@ -29,6 +29,7 @@ class CardFacts:
     solved: Architecture | None
     format: str = "hf"
     engine: str | None = None
+    kv_dtype: str | None = None
     file: str | None = None
     lowerings: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
@@ -89,8 +90,23 @@ def _origin(card: CardFacts) -> str:
     )
     return (
         f"Made by [puzzle](https://pypi.org/project/puzzle-nas/) {__version__}{goal}. Format {card.format}, "
-        f"{card.dtype}, {card.child.num_parameters:,} parameters. {licence}"
+        f"{card.dtype}, {card.child.num_parameters:,} parameters. {licence}{_quantised(card)}"
     )
+
+
+def _quantised(card: CardFacts) -> str:
+    """What is in fp8, and how to know what that costs."""
+    told = ""
+    if card.dtype == "fp8":
+        told = (
+            "Every matrix of a layer is float8_e4m3fn with a scale per output channel (compressed-tensors, float-quantized); engines "
+            "quantise activations per token as they come. Embedding, LM head, norms and biases are bf16. What the weights' "
+            "rounding costs is the KL that `puzzle evaluate PARENT PATH` measures, beside that of the same child in bf16; it "
+            "leaves activations as they are."
+        )
+    if card.kv_dtype is not None:
+        told += f"{' ' if told else ''}The cache is meant for fp8: scales of keys and values, one per layer, come from text."
+    return f"\n\n{told}" if told else ""
 
 
 def _picture(child: Child, solved: Architecture | None) -> str:
@@ -163,7 +179,8 @@ def _recipe(facts: dict[str, Any]) -> str:
     )
 
 
-_TRANSFORMERS = """transformers ≥ 5.14:
+FENCE = "\n```"
+_TRANSFORMERS = """:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -183,6 +200,22 @@ _COMMANDS = {
 }
 
 
+_CACHE = {"vllm": " --kv-cache-dtype fp8", "sglang": " --kv-cache-dtype fp8_e4m3"}  # where the checkpoint has scales
+
+
+def _command(card: CardFacts, engine: str) -> str:
+    """With the dtype of the cache, where its scales are there."""
+    found = _COMMANDS[engine]
+    return found if card.kv_dtype is None else f"{found.removesuffix(FENCE)}{_CACHE[engine]}{FENCE}"
+
+
+def _transformers(card: CardFacts) -> str:
+    needs = "transformers ≥ 5.14"
+    if "fp8" in (card.dtype, card.kv_dtype):
+        needs += f" and compressed-tensors ≥ {0.18 if card.kv_dtype else 0.15} (`pip install compressed-tensors`)"
+    return f"{needs}{_TRANSFORMERS}"
+
+
 def _serve(card: CardFacts) -> list[str]:
     """Exact commands of the engines that read this very checkpoint."""
     if card.format == "gguf":
@@ -191,8 +224,8 @@ def _serve(card: CardFacts) -> list[str]:
         again = (
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
-        return [_TRANSFORMERS, again]
+        return [_transformers(card), again]
     engines = [card.engine] if card.engine else list(card.also)
     rest = [name for name in _COMMANDS if name not in engines]
     again = f"For {', '.join(rest)}: write the child again with `puzzle export … --engine` and that name."
-    return [*(_COMMANDS[name] for name in engines), _TRANSFORMERS, *([again] if rest else [])]
+    return [*(_command(card, name) for name in engines), _transformers(card), *([again] if rest else [])]

@@ -78,7 +78,7 @@ class ChildLayer:
 class Child:
     """A whole child. around: what stands around its layers, with no layers. base: what its config's global values describe.
 
-    dtype: of the tensors that the reads return.
+    dtype: of the tensors that the reads return, or, where the source is in fp8, what `tensors` makes of the float32 that they do.
     """
 
     name: str  # for messages and the card
@@ -96,6 +96,7 @@ class Child:
     read_embedding: Callable[[], Tensor]  # [V, H]
     read_final_norm: Callable[[], Tensor]  # [H]
     read_head: Callable[[], Tensor]  # [V, H]; the embedding when tied
+    dequantised: bool = False  # reads may give float32 for what was stored in fp8
     kept: Mapping[str, Any] = field(default_factory=dict)  # fields of the parent's config.json that a child's may keep
 
     @property
@@ -131,6 +132,9 @@ class Child:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor), sub-block after sub-block; a tied head is left out."""
+        if self.dequantised:
+            yield from with_dtype(self, self.dtype).tensors()
+            return
         yield EMBEDDING, self.read_embedding()
         for index, layer in enumerate(self.layers):
             for slot, sub_block in layer.slots.items():
@@ -192,6 +196,7 @@ def with_dtype(child: Child, dtype: torch.dtype) -> Child:
         child,
         layers=layers,
         dtype=dtype,
+        dequantised=False,
         read_embedding=lambda: cast(embedding()),
         read_final_norm=lambda: cast(final_norm()),
         read_head=lambda: cast(head()),

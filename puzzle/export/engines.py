@@ -16,6 +16,7 @@ from puzzle.base.units import parse_bytes
 
 FORMATS = ("hf", "nemotron-nas", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
+OTHER_DTYPES = {"gguf": ("q8_0",)}  # by format; fp8 else
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +26,7 @@ class Engine:
     first_layer: what layer 0 may have in place of softmax attention. attention_bias: "split" (q, k, v and o apart),
     "joint" (all four or none) or "none". windows: "one size" means that layers with a window share its length.
     any_head_dim: head_dim may differ from hidden_size / num_attention_heads. any_width: in nemotron-nas too, FFN widths need no
-    multiple of WIDTH_STEP (in gguf they never do).
+    multiple of WIDTH_STEP (in gguf they never do). fp8: it reads weights in fp8 of the compressed-tensors layout.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Engine:
     windows: Literal["one size", "none"] = "none"
     any_head_dim: bool = True
     any_width: bool = False
+    fp8: bool = False
 
 
 ENGINES = {
@@ -52,6 +54,7 @@ ENGINES = {
             first_layer="softmax attention",  # the residual stream starts in the first input_layernorm
             windows="one size",  # layer_types and sliding_window, read by its LlamaAttention
             any_width=True,
+            fp8=True,
         ),
         Engine(
             name="llama.cpp",
@@ -74,13 +77,14 @@ ENGINES = {
             attention_bias="joint",
             first_layer="softmax attention",
             equal_kv_heads=True,
+            fp8=True,
         ),
         Engine(name="tensorrt-llm", ffn_bias=False, attention_bias="none"),
     )
 }
 
 # `--format nemotron-nas` without --engine: what the format itself has words for.
-ANY_DECILM_READER = Engine(name="nemotron-nas")
+ANY_DECILM_READER = Engine(name="nemotron-nas", fp8=True)
 
 
 def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None]:
@@ -102,11 +106,20 @@ def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None
     return format, engine
 
 
-def check_dtype(format: str, dtype: str | None) -> None:
-    """Raise UserError for a dtype that the format has no tensors of; None keeps the checkpoint's own."""
-    known = [*DTYPES, *(["q8_0"] if format == "gguf" else [])]
+def check_dtypes(format: str, engine: str | None, dtype: str | None, kv_dtype: str | None) -> None:
+    """Raise UserError for a dtype of weights or cache that the format has no tensors of, or that the engine does not read; None
+    keeps the checkpoint's own."""
+    known = [*DTYPES, *OTHER_DTYPES.get(format, ("fp8",))]
     if dtype is not None and dtype not in known:
         raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
+    if kv_dtype not in (None, "fp8"):
+        raise UserError(f"`kv_dtype` {kv_dtype}: fp8 is; left out, an engine's cache is as its activations are")
+    for name in [n for n, value in (("dtype", dtype), ("kv_dtype", kv_dtype)) if value == "fp8"]:
+        if format == "gguf" or (engine is not None and not ENGINES[engine].fp8):
+            readers = " or ".join(other.name for other in ENGINES.values() if other.fp8)
+            raise UserError(
+                f"`{name}` fp8: {engine} reads none of compressed-tensors: use `engine` {readers}, or `format` hf"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,12 +129,13 @@ class ExportOptions:
     format: str | None = None
     engine: str | None = None
     dtype: str | None = None
+    kv_dtype: str | None = None
     licence: str | None = None
     max_shard: str = "4GiB"
 
     def __post_init__(self) -> None:
-        format, _ = self.picked
-        check_dtype(format, self.dtype)
+        format, engine = self.picked
+        check_dtypes(format, engine, self.dtype, self.kv_dtype)
         parse_bytes(self.max_shard, "max_shard")
         if format == "gguf" and self.max_shard != "4GiB":
             raise UserError("`max_shard` is not used with `format` gguf: leave it out")
@@ -132,5 +146,6 @@ class ExportOptions:
 
     @property
     def name(self) -> str:
-        """Of the place where it goes among other exports: what was asked for, as in mlx, or gguf-q8_0."""
-        return "-".join(filter(None, (self.engine, self.format, self.dtype))) or "hf"
+        """Of the place where it goes among other exports: what was asked for, as in mlx, gguf-q8_0, or vllm-fp8-kv-fp8."""
+        cache = self.kv_dtype and f"kv-{self.kv_dtype}"
+        return "-".join(filter(None, (self.engine, self.format, self.dtype, cache))) or "hf"

@@ -49,8 +49,11 @@ class Lowering:
         return f"{self.name}: {where}: {self.what} ({', '.join(costs) or 'costs nothing'})"
 
 
-def lower(child: Child, engine: str | None, format: str) -> tuple[Child, list[Lowering]]:
-    """The child as `engine` takes it in `format`, and what that took. engine None: any reader of the format.
+def lower(
+    child: Child, engine: str | None, format: str, *, kv_bytes: int | None = None
+) -> tuple[Child, list[Lowering]]:
+    """The child as `engine` takes it in `format`, and what that took. engine None: any reader of the format. kv_bytes: of an element
+    of the cache; None: as the weights have.
 
     Raises UserError, naming layer, sub-block and engine, for a shape that has no exact rewrite.
     """
@@ -70,7 +73,7 @@ def lower(child: Child, engine: str | None, format: str) -> tuple[Child, list[Lo
                     layers=tuple(dict.fromkeys(layers)),
                     what=what,
                     num_parameters=child.num_parameters - before.num_parameters,
-                    kv_bytes_per_token=extra_kv * child.dtype.itemsize,
+                    kv_bytes_per_token=extra_kv * (kv_bytes or child.dtype.itemsize),
                 )
             )
     return child, done

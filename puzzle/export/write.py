@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from puzzle.base.console import console
+from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError, first_line, writing
 from puzzle.base.files import SCHEMA, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
-from puzzle.export.engines import ENGINES, check_dtype, pick_format
+from puzzle.export.engines import ENGINES, check_dtypes, pick_format
+from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, quantization_config
 from puzzle.export.gguf import export_gguf
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
@@ -46,6 +49,7 @@ class Exported:
     format: str
     engine: str | None
     dtype: str
+    kv_dtype: str | None
     lowerings: tuple[Lowering, ...]
 
 
@@ -76,6 +80,10 @@ def export(
     format: str | None = None,
     engine: str | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
+    data: list[str] | None = None,
+    text_field: str = "text",
+    device: str = "auto",
     licence: str | None = None,
     measured: dict[str, Any] | None = None,
     force: bool = False,
@@ -85,8 +93,9 @@ def export(
     """Write the child to `out`, sub-block by sub-block, and say what it took.
 
     format: hf, nemotron-nas or gguf; engine: the one that will read it. Either may be left out (`pick_format`).
-    dtype: float32, bfloat16 or float16, and q8_0 for gguf; None keeps the checkpoint's own. measured: what `puzzle
-    evaluate --json` printed, for the card. out: a directory; with gguf also a file name that ends in .gguf.
+    dtype: float32, bfloat16, float16 or fp8, and q8_0 for gguf; None keeps the checkpoint's own, bf16 of one in fp8. kv_dtype: fp8
+    calibrates the cache's scales on `data`. measured: what `puzzle evaluate --json` printed, for the card. out: a directory;
+    with gguf also a file name that ends in .gguf.
     Raises UserError before anything is written when the engine cannot take the child.
     """
     format, engine = pick_format(format, engine)
@@ -95,15 +104,26 @@ def export(
         raise UserError(
             f"`out` {out} is a gguf file's name, and `format` is {format}: pass `format` gguf, or a directory"
         )
-    check_dtype(format, dtype)
+    check_dtypes(format, engine, dtype, kv_dtype)
+    if kv_dtype is not None and not data:
+        raise UserError("`kv_dtype` fp8: the cache's scales are calibrated on text: pass `data`")
     if dtype in DTYPES:
         child = with_dtype(child, DTYPES[dtype])
+    elif dtype == "fp8":
+        check_kinds(child)
+        child = replace(child, dtype=torch.bfloat16, dequantised=False)  # `in_fp8` wants what the reads give
     elif format != "hf":
         child = with_dtype(child, child.dtype)  # one dtype for all: engines compute in what they find
-    child, lowerings = lower(child, engine, format)
+    whole = child
+    child, lowerings = lower(child, engine, format, kv_bytes=1 if kv_dtype else None)
     hub = None if push_to_hub is None else open_hub(push_to_hub)
-    measured = measured or source.measured
+    if dtype != "fp8":  # what stands beside a child was measured before its weights were rounded
+        measured = measured or source.measured
     written = dtype or str(child.dtype).removeprefix("torch.")
+    scales = {}
+    if kv_dtype is not None:
+        on = pick_device(device)
+        scales = calibrate(whole, data or [], text_field, on, compute_dtype(on))
     card = child_card(
         CardFacts(
             child=child,
@@ -111,10 +131,13 @@ def export(
             format=format,
             engine=engine,
             dtype=written,
+            kv_dtype=kv_dtype,
             file=_gguf_name(out, written) if format == "gguf" else None,
             licence=child.licence,
             lowerings=tuple(str(lowering) for lowering in lowerings),
-            also=tuple(takers(child)) if format == "nemotron-nas" and engine is None else (),
+            also=tuple(takers(child, fp8="fp8" in (dtype, kv_dtype)))
+            if format == "nemotron-nas" and engine is None
+            else (),
             solved=source.solved,
             facts=source.facts,
             measured=measured,
@@ -127,10 +150,16 @@ def export(
         _write_gguf(child, out, written, card, force)
     else:
         decilm = format == "nemotron-nas"
+        config = decilm_config(child, engine) if decilm else hf_config(child, child.dtype)
+        tensors = decilm_tensors(child, engine) if decilm else child.tensors()
+        if "fp8" in (dtype, kv_dtype):
+            config["quantization_config"] = quantization_config(dtype == "fp8", kv_dtype == "fp8")
         write_checkpoint(
             out,
-            config=decilm_config(child, engine) if decilm else hf_config(child, child.dtype),
-            tensors=decilm_tensors(child, engine) if decilm else child.tensors(),
+            config=config,
+            tensors=chain(
+                in_fp8(tensors) if dtype == "fp8" else tensors, cache_tensors(child, scales) if scales else ()
+            ),
             tokenizer_from=child.tokenizer,
             generation_config=child.generation_config,
             card=card,
@@ -143,13 +172,13 @@ def export(
         console.print(f"lowered for {engine or format}: {lowering}", markup=False, soft_wrap=True)
     if hub is not None and push_to_hub is not None:
         _push(hub, push_to_hub, out)
-    return Exported(out=out, format=format, engine=engine, dtype=written, lowerings=tuple(lowerings))
+    return Exported(out=out, format=format, engine=engine, dtype=written, kv_dtype=kv_dtype, lowerings=tuple(lowerings))
 
 
-def takers(child: Child) -> list[str]:
+def takers(child: Child, fp8: bool) -> list[str]:
     """Engines that read this very nemotron-nas checkpoint: those for which nothing would be written differently."""
     found = []
-    for name in ENGINES:  # all read this format
+    for name in [name for name, engine in ENGINES.items() if engine.fp8 or not fp8]:  # all read this format
         try:
             _, lowerings = lower(child, name, "nemotron-nas")
         except UserError:

@@ -18,9 +18,9 @@ from puzzle.data.packing import load_tokens
 from puzzle.export.card import plain_card
 from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
+from puzzle.export.walker import Walker
 from puzzle.export.write import Source, open_source
 from puzzle.fuse.matrix import Dependency
-from puzzle.fuse.measure import Walker
 from puzzle.fuse.rewrite import Norm, fuse_layers, widths_of
 from puzzle.fuse.runs import Rule, Run, choose_runs, members, stretches, width_of, worst
 

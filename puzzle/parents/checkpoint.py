@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puzzle.base.errors import UserError
+from puzzle.kernels.fp8 import from_fp8
+from puzzle.parents.fp8 import Fp8, fp8_of
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SAMPLE_BYTES = 4096
@@ -22,10 +24,12 @@ CHUNK = 2**24  # elements looked at together: `isfinite` needs several copies of
 
 
 class Checkpoint:
-    """A directory with config.json and safetensors, tensors read one by one.
+    """A directory with config.json and safetensors, tensors read one by one. fp8: how its quantised weights are stored, if any are.
 
-    Raises UserError when the directory, its config or its weights are missing or broken.
+    Raises UserError when the directory, its config or its weights are missing or broken, or quantised in a way that is not read.
     """
+
+    fp8: Fp8 | None
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -33,6 +37,10 @@ class Checkpoint:
             wrong = "is a file" if directory.is_file() else "does not exist"
             raise UserError(f"model directory {directory} {wrong}: give a local directory or a hub id")
         self.config = self.read("config.json")
+        try:
+            self.fp8 = fp8_of(self.config)
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from error
         index, path = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.is_file():
             self._files = {name: directory / file for name, file in self.read(index.name).get("weight_map", {}).items()}
@@ -72,19 +80,31 @@ class Checkpoint:
         return found
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor on the CPU, or its rows from begin to end. Raises UserError when it is missing, unreadable, or holds NaN or
-        infinity.
+        """One tensor on the CPU, or its rows from begin to end; one in fp8 in float32, times its scales. Raises UserError when it
+        is missing, unreadable, or holds NaN or infinity.
 
         The file is opened anew: one kept open stays mapped, each page that was read counts as resident until it is closed, and
         a pass over a 16 GB checkpoint would end with 16 GB resident.
         """
         with self._opened(name) as handle:
-            value = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows[0] : rows[1]]
+            whole = handle.get_slice(name)
+            value = handle.get_tensor(name) if rows is None else whole[rows[0] : rows[1]]
+            shape = whole.get_shape()
+        if value.dtype == torch.float8_e4m3fn:
+            value = self._dequantised(name, value, shape[0], 0 if rows is None else rows[0])
         bad = sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHUNK))
         if bad:
             path = self._files[name]
             raise UserError(f"weight {name} in {path} has {bad} NaN or infinite values: the checkpoint is damaged")
         return value
+
+    def _dequantised(self, name: str, weight: Tensor, num_rows: int, first: int) -> Tensor:
+        """weight: rows of a stored one of `num_rows`, from `first`."""
+        if self.fp8 is None:
+            raise UserError(f"weight {name} in {self.directory} is in fp8, and config.json has no quantization_config")
+        with self._opened(scale := self.fp8.scale_of(name)) as handle:
+            table, block = self.fp8.as_table(handle.get_tensor(scale), num_rows)
+        return from_fp8(weight, table, block, first)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of one tensor, without reading it. Raises UserError when it is missing."""

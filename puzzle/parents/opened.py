@@ -16,6 +16,7 @@ from puzzle.blocklib.sub_block import ParentBlock
 from puzzle.data.tokenizer import TOKENIZER_FILES
 from puzzle.parents.checkpoint import LICENCE_FILES, Checkpoint
 from puzzle.parents.family import FAMILIES, NEEDED, Family, refuse
+from puzzle.parents.fp8 import STORED
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD
 from puzzle.parents.structure import Layer, Structure
 
@@ -26,6 +27,7 @@ NEUTRAL = {  # fields that change no output: of training, of generation, and wha
     "no_rope_layer_interval", "num_hidden_layers", "sliding_window_pattern",
 }  # fmt: skip
 READ = ("BF16", "F16", "F32", "F64")  # dtypes of weights, as safetensors names them
+QUANTISED = ("quantization_config", "compression_config")  # which `Checkpoint` has read
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 OWN_CONFIGS = ("puzzle", "nemotron-nas")  # whose config classes come with the checkpoint, which stays unread
 
@@ -49,7 +51,7 @@ class HfModel:
         return self.checkpoint.config
 
     def block(self, layer: int, slot: str) -> ParentBlock:
-        """One sub-block with its weights, in the checkpoint's dtype, on the CPU."""
+        """One sub-block with its weights, in the checkpoint's dtype (float32 for those in fp8), on the CPU."""
         sub_block = self.structure.layers[layer][slot]
         return ParentBlock(sub_block=sub_block, weights=self.weights(layer, slot))
 
@@ -91,12 +93,20 @@ class HfModel:
 
     def check_shapes(self) -> None:
         """Raise UserError when a weight is missing or of the wrong shape or dtype. Reads headers alone."""
-        entries = self.checkpoint.entries()
-        for name, shape in self.shapes().items():
+        entries, fp8 = self.checkpoint.entries(), self.checkpoint.fp8
+        wanted = self.shapes()
+        if fp8 is not None and all(entries[name]["dtype"] != STORED for name in wanted.keys() & entries.keys()):
+            raise UserError(
+                f"quantization_config in {self.directory}/config.json says fp8, and no weight is stored as {STORED}: take it out, or "
+                "download the checkpoint again"
+            )
+        for name, shape in wanted.items():
             if name not in entries:
                 raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
             dtype, found = entries[name]["dtype"], tuple(entries[name]["shape"])
-            if dtype not in READ:
+            if dtype == STORED and fp8 is not None:
+                fp8.check(name, entries)
+            elif dtype not in READ:
                 raise UserError(
                     f"weight {name} in {self.directory} is stored as {dtype}: quantised weights are not read; "
                     f"dequantise the checkpoint to {' or '.join(READ)}"
@@ -189,7 +199,6 @@ class _Noted(dict[str, Any]):
 
 def _check_all_read(config: _Noted, raw: dict[str, Any], model_type: str) -> None:
     """Raise UserError for a field that transformers understands and our family does not, unless it has its default value."""
-    refuse(raw, quantization_config="quantised weights", compression_config="quantised weights")
     if model_type in OWN_CONFIGS:
         return
     from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -205,7 +214,7 @@ def _check_all_read(config: _Noted, raw: dict[str, Any], model_type: str) -> Non
 
 def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
     """config.json with what transformers' own class for it adds and rewrites: defaults, today's names for yesterday's fields."""
-    raw = checkpoint.config
+    raw = {k: v for k, v in checkpoint.config.items() if k not in QUANTISED}
     if missing := [name for name in NEEDED if name not in raw]:
         raise UserError(f"{checkpoint.directory}/config.json lacks '{missing[0]}': download the checkpoint again")
     if model_type in OWN_CONFIGS:

@@ -144,7 +144,9 @@ class Run:
         for one in recipe.export:
             if one.name == "hf":
                 continue
-            said = {"format": one.format, "engine": one.engine, "dtype": one.dtype, "licence": one.licence}
+            said = {n: getattr(one, n) for n in ("format", "engine", "dtype", "kv_dtype", "licence")}
+            if one.kv_dtype is not None:
+                said |= {"data": recipe.data, "text_field": recipe.text_field, "device": recipe.device}
             size, target = parse_bytes(one.max_shard), exports[one.name]
 
             def write(

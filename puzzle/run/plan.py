@@ -19,6 +19,12 @@ from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
 from puzzle.run.check import grid_of, is_measured
 from puzzle.run.recipe import Recipe
 
+EXPORT_BYTES = {
+    "float32": (4, 4),
+    "bfloat16": (2, 2),
+    "float16": (2, 2),
+    "fp8": (1, 2),
+}  # of a parameter in a layer, and outside
 Row = dict[str, float | int | None]  # of a stage: "seconds", "memory_bytes", "disk_bytes"; None: next to nothing
 
 
@@ -34,7 +40,8 @@ def disk_of(recipe: Recipe, builder: Builder) -> dict[str, int]:
         found["heal"] = checkpoint + states
     for one in recipe.export:
         if one.name != "hf":
-            found[f"export {one.name}"] = checkpoint * (2 if one.dtype == "float32" and size == 2 else 1)
+            fixed, each = structure.num_fixed_parameters, EXPORT_BYTES.get(one.dtype or "", (size, size))
+            found[f"export {one.name}"] = (structure.num_parameters - fixed) * each[0] + fixed * each[1]
     return found
 
 

@@ -126,6 +126,11 @@ def serve_check(
             f"{export.path} is a {export.format} export, which {ENGINES[engine]} does not read: "
             f"write it with `puzzle export ... --format {wanted}`"
         )
+    if export.rounds:
+        raise UserError(
+            f"{export.path} is in fp8: an engine rounds its activations or cache as they come, which no logits of ours hold to "
+            "1e-3: check the same child in bf16, and compare this one by its KL (`puzzle evaluate`)"
+        )
     compared = find_export(reference) if reference is not None else export
     model = load_reference(compared)
     text_ids = tokenize(compared, TEXT)

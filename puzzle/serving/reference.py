@@ -35,13 +35,15 @@ FORMATS = {"puzzle": "hf", "nemotron-nas": "nemotron-nas"}
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """path: the directory or .gguf file; format: hf, nemotron-nas, gguf, or parent (a supported checkpoint that we did not
-    write); dtype: what an engine computes in: float32, or for .gguf files the type of their matrices."""
+    write); dtype: what an engine computes in: float32, or for .gguf files the type of their matrices. rounds: in fp8, to which
+    engines round activations or cache as they come."""
 
     path: Path
     format: str
     dtype: str
     vocab_size: int
     max_length: int
+    rounds: bool = False
 
 
 def find_export(path: Path) -> Export:
@@ -62,6 +64,7 @@ def find_export(path: Path) -> Export:
         dtype="float32",
         vocab_size=int(config["vocab_size"]),
         max_length=int(config.get("max_position_embeddings", 2048)),
+        rounds=bool(config.get("quantization_config")),
     )
 
 

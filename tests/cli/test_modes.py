@@ -26,6 +26,7 @@ CASES = [
     ("solve", ("lib", "--gpu", "cpu"), "without --fusion"),
     ("solve", ("lib", "--gpu", "h100", "--engine", "vllm"), "with --engine"),
     ("solve", ("lib", "--gpu", "cpu"), "without --stages"),
+    ("export", ("child", "--out", "x"), "without --kv-dtype"),
     ("export", ("lib", "sol", "--out", "x", "--engine", "llama.cpp"), "with --format gguf"),
     ("export", ("child", "--out", "x.gguf", "--format", "gguf"), "with a file as --out, which has no card"),
     ("fuse", ("child", "--dependency-only", "--data", "x", "--out", "d.json"), "with --dependency-only"),

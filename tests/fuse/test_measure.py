@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from puzzle.fuse.measure import Walker, measure_dependency, parallel_divergence, parallel_report
+from puzzle.export.walker import Walker
+from puzzle.fuse.measure import measure_dependency, parallel_divergence, parallel_report
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import load_model

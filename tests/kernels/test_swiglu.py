@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from puzzle.kernels import swiglu as module
-from puzzle.kernels.swiglu import linear, pack_swiglu, rows_to_fp8, silu_mul, silu_mul_to_fp8, swiglu, to_fp8
+from puzzle.kernels.fp8 import to_fp8
+from puzzle.kernels.swiglu import linear, pack_swiglu, rows_to_fp8, silu_mul, silu_mul_to_fp8, swiglu
 
 
 def weights(hidden, width, device, dtype):

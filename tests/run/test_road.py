@@ -100,6 +100,20 @@ def test_fused_and_without_heal(puzzle, write, tmp_path):
     assert load_model(tmp_path / "run" / "fused").structure.num_layers < 4
 
 
+def test_an_export_in_fp8(puzzle, write, tmp_path):
+    """The cache's scales come from the recipe's own data; disk is counted as fp8 takes it."""
+    exports = [{"format": "hf", "dtype": "fp8", "kv_dtype": "fp8"}]
+    done = puzzle("run", write(heal=None, export=exports), "--out", tmp_path / "run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["exports"] == {"hf-fp8-kv-fp8": "exports/hf-fp8-kv-fp8"}
+    child, written = tmp_path / "run" / "child", tmp_path / "run" / "exports" / "hf-fp8-kv-fp8"
+    assert json.loads((written / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    ids = torch.arange(2, 34)[None]
+    exact, rounded = load_model(child)(ids), load_model(written)(ids)
+    assert 0 < (exact - rounded).abs().mean() < 0.2 * exact.std()
+
+
 @pytest.mark.parametrize("stage", ["profile", "child", "heal", "export nemotron-nas"])
 def test_killed_in_any_stage_and_run_again(puzzle, write, tmp_path, stage):
     """The same child as of a run that was left alone, and nothing half-written."""
