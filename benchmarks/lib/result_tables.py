@@ -117,6 +117,30 @@ def predict(rows: list[Row]) -> str:
     return head + table(["phase", "batch", "tokens", "points", "mean error", "largest"], lines)
 
 
+def road(rows: list[Row]) -> str:
+    names = ("promised", "run", "evaluate", "bench")
+    lines = [
+        [
+            f"{r['goal']}x", *(f"{number(r[name], 3)}x" for name in names), number(r["promised_tokens_per_second"], 0),
+            number(r["tokens_per_second"], 0), *(f"{float(r[k]) / 1e9:.3f}" for k in ("predicted_memory_bytes", "memory_bytes")),
+            number(r["sum_of_scores"], 3), number(r["kl"], 3), number(r["loss"], 3), r["healed_tokens"],
+        ]
+        for r in rows
+    ]  # fmt: skip
+    first = rows[0]
+    stages = ", ".join(
+        f"{name} {float(first[f'{name}_s']):.0f} s"
+        for name in ("build", "score", "profile", "heal", "evaluate")
+        if first[f"{name}_s"]
+    )
+    head = f"The speed-up as `solve` promises it and as three verbs measure it; the parent's loss is {number(first['parent_loss'], 3)}. "
+    head += f"Stages of the first goal: {stages}.\n\n"
+    columns = [
+        "goal", *names, "tokens/s promised", "by run", "GB predicted", "measured", "sum of scores", "KL", "loss", "healed with tokens",
+    ]  # fmt: skip
+    return head + table(columns, lines)
+
+
 def bench(value: dict[str, Any]) -> str:
     lines = []
     for model in ("parent", "child"):

@@ -79,6 +79,7 @@ SECTIONS = {
         Result("block_loss.csv", "kernels/bench_block_loss.py", "Block loss", t.ways("rows", "hidden")),
     ),
     "Speed": (
+        Result("road.csv", "speed/bench_road.py", "Promised and delivered: SmolLM2 on one H100", t.road),
         Result("parent_decode.csv", "speed/bench_parent_decode.py", "The intact parent", t.parent_decode),
         Result("predict.csv", "speed/bench_predict.py", "Predicted times, bf16", t.predict, picture="predict.png"),
         Result("predict_fp8.csv", "speed/bench_predict.py", "Predicted times, fp8", t.predict),
