@@ -8,7 +8,7 @@ A row says what the engine's own reader of the format does, found by reading it:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from puzzle.base.errors import UserError, nearest
@@ -143,6 +143,11 @@ class ExportOptions:
     @property
     def picked(self) -> tuple[str, str | None]:
         return pick_format(self.format, self.engine)
+
+    @property
+    def is_the_child(self) -> bool:
+        """Whether nothing is asked for that the child of a run has not already."""
+        return replace(self, format="hf") == ExportOptions(format="hf") and self.picked[0] == "hf"
 
     @property
     def name(self) -> str:
