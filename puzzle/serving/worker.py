@@ -62,8 +62,8 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     from vllm.platforms import current_platform
 
     prompt, count, on_cpu = job["prompt"], job["num_tokens"], current_platform.is_cpu()
-    batch = job.get("batch", {}).get("cpu" if on_cpu else "gpu")
-    prompts = batch["prompts"] if batch else [prompt]
+    batch = job.get("batch", {}).get("cpu" if on_cpu else "gpu", {"prompts": [], "num_tokens": 0})
+    lengths = [len(prompt) + count, *(len(one) + batch["num_tokens"] for one in batch["prompts"])]
     settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
     if not on_cpu:  # decoding in CUDA graphs, as it is served; not compiled, which takes minutes
         settings = {"dtype": "bfloat16", "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
@@ -71,14 +71,14 @@ def run_vllm(job: dict[str, Any]) -> Answer:
         model=job["path"],
         trust_remote_code=job["format"] != "hf",  # which the plug-in reads without
         skip_tokenizer_init=not job["text"],
-        max_model_len=max(len(prompt) + count, *(len(one) + batch["num_tokens"] for one in prompts if batch)),
-        max_num_seqs=max(2, len(prompts)),
+        max_model_len=max(lengths),
+        max_num_seqs=max(2, len(batch["prompts"])),
         max_logprobs=-1,
         enable_prefix_caching=False,
         **settings,
     )
     text_ids = engine.get_tokenizer().encode(job["text"], add_special_tokens=False) if job["text"] else []
-    found = vllm_batch(engine, batch, settings["dtype"], on_cpu) if batch else {}
+    found = vllm_batch(engine, batch, settings["dtype"], on_cpu) if batch["prompts"] else {}
     if not on_cpu:
         return numpy.zeros((0, 0), numpy.float32), [], list(text_ids), found
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)

@@ -22,7 +22,7 @@ REPEATED = "layers 1, 2: KV heads repeated, so that all layers have as many (+81
 
 @pytest.fixture
 def child(tiny, tmp_path):
-    """4, 2, 1 and 4 KV heads, in float32."""
+    """4, 1, 2 and 4 KV heads, in float32."""
     write_hf(tiny.tiny_child("kv-heads"), tmp_path / "child", card="")
     return tmp_path / "child"
 
