@@ -23,6 +23,7 @@ from puzzle.base.workload import Workload
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.export.engines import ENGINES as SERVING
+from puzzle.export.engines import engine_named
 from puzzle.export.lower import lowered
 from puzzle.parents.structure import Layer, Structure
 from puzzle.profile.parts import Embedding, Ends, Head, Part
@@ -113,7 +114,7 @@ class EngineModel:
 
         Engines without a row in `puzzle.export.engines` get the sub-blocks as they are.
         """
-        if self.engine not in SERVING or self.parent is None:
+        if self.engine.partition("==")[0] not in SERVING or self.parent is None:
             return list(layer.values())
         structure, base = self.parent
         return lowered(layer, structure, base, self.engine, first=first)
@@ -134,25 +135,29 @@ class EngineModel:
 
 
 def open_engine(engine: str, gpu: str, parent: tuple[Structure, Layer] | None = None) -> EngineModel:
-    """The shipped fit of `engine` on `gpu`. Raises UserError when there is none, listing those there are."""
+    """The shipped fit of `engine` on `gpu`. An engine's version changes what its export holds, not the constants.
+
+    Raises UserError when there is none, listing those there are, and for a version that is not known.
+    """
+    fitted = engine_named(engine).name if "==" in engine else engine
     known = sorted(p.parent.name for p in ENGINES.glob("*/fit.json"))
-    name = f"{engine}-{gpu}"
+    name = f"{fitted}-{gpu}"
     if name not in known:
         raise UserError(
             f"`engine` {engine} on `gpu` {gpu} has not been fitted ({nearest(name, known)}): measure some architectures "
-            f"and run `puzzle profile --engine {engine} --gpu {gpu} --fit FILE.csv`"
+            f"and run `puzzle profile --engine {fitted} --gpu {gpu} --fit FILE.csv`"
         )
-    return read_fit(ENGINES / name / "fit.json", parent)
+    return read_fit(ENGINES / name / "fit.json", parent, engine)
 
 
-def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None) -> EngineModel:
-    """Raises UserError for a file that is no fit."""
+def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: str | None = None) -> EngineModel:
+    """engine: with its version; None: as the file names it. Raises UserError for a file that is no fit."""
     value = read_json(path, "puzzle profile --engine ... --fit")
     try:
         names = {f.name for f in fields(Constants)}
         constants = Constants(**{k: float(v) for k, v in value["constants"].items() if k in names})
         more = {"device": value["device"], "precision": value["precision"], "parent": parent}
-        return EngineModel(value["engine"], value["gpu"], constants, **more)
+        return EngineModel(engine or value["engine"], value["gpu"], constants, **more)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no engine fit ({error}): fit again") from error
 

@@ -17,7 +17,7 @@ from puzzle.choose.goal import Goal, check_steps
 from puzzle.data.mixture import Stage
 from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, ExportOptions
+from puzzle.export.engines import ANY_DECILM_READER, ExportOptions, engine_named
 from puzzle.export.refuse import refuse
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import read_dependency
@@ -163,7 +163,7 @@ def _check_exports(exports: tuple[ExportOptions, ...], builder: Builder) -> None
             raise UserError(f"export {one.name} needs the package gguf: pip install gguf")
         if format == "hf":
             continue
-        target = ANY_DECILM_READER if engine is None else ENGINES[engine]
+        target = ANY_DECILM_READER if engine is None else engine_named(engine)
         _refused(whole, one, "the parent itself", target, format)
         tried = set()
         for index, slots in builder.spaces.items():

@@ -125,7 +125,7 @@ def _exports(raw: Any, here: Path) -> tuple[ExportOptions, ...]:
     found = []
     for one in raw if isinstance(raw, list) else [raw]:
         if isinstance(one, str):
-            one = {"engine" if one in ENGINES else "format": one}
+            one = {"engine" if one.partition("==")[0] in ENGINES else "format": one}
         found.append(_section(one, ExportOptions(), "export", here))
     names = [one.name for one in found]
     for name in names:
