@@ -38,7 +38,7 @@ def write(parent, corpus, tmp_path):
         "profile": {"gpu": "cpu", "batches": [1, 2], "seconds": 0.005, "rounds": 1},
         "goal": {"throughput": "1.2x"},
         "workload": {"input_len": 8, "output_len": 8},
-        "solve": {"also": ["16/8@1:latency=100%"], "explain": True},
+        "solve": {"also": ["16/8@1:latency=400%"], "explain": True},
         "heal": {"tokens": 1024, "seq_len": 32, "batch_size": 4, "validation_sequences": 4, "save_every": 2},
         "export": ["hf", "nemotron-nas"],
         "evaluate": {"sequences": 4, "repeats": 1},
