@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from puzzle.base.errors import UserError
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import PREFILL_ROWS, Workload
 from puzzle.blocklib.none import NoOp
@@ -27,11 +26,7 @@ class CostModel:
     def __init__(self, library: Library, table: CostTable | EngineModel, work: Workload):
         self.library, self.table, self.work = library, table, work
         structure = library.structure
-        if work.input_len + work.output_len > structure.max_length:
-            raise UserError(
-                f"`input_len` {work.input_len} + `output_len` {work.output_len} exceed the parent's context of "
-                f"{structure.max_length}"
-            )
+        work.check_fits(structure.max_length)
         self.bytes_per_element = PRECISION_BYTES[table.precision]
         self.batches = table.batches
         self.ends: list[Part] = ends_of(structure)

@@ -220,8 +220,7 @@ def limits_of(one: Demand, batch: int) -> list[Constraint]:
 def select(library: Library, table: CostTable | EngineModel, request: Request, *, free: bool = False) -> Selection:
     """free: the batch is free whatever the goal. Raises UserError for a workload or a batch that the costs do not cover."""
     costs, goal = CostModel(library, table, request.work), request.goal
-    for one, work in ((goal, request.work), *((also.goal, also.work) for also in request.also)):
-        check_steps(one, work)
+    check_steps(goal, request.work)
     memory = goal.limits.get("memory")
     card = request.card if memory is None or memory.relative else int(memory.value)
     parent = costs.best_parent(card)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.choose.cost_model import CostModel
-from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target
+from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target, check_steps
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
 from puzzle.profile.cost_table import CostTable
@@ -48,6 +48,7 @@ def parse_also(text: str) -> AlsoAsked:
     try:
         work = Workload(input_len=int(found[1]), output_len=int(found[2]))
         goal = GoalOptions(**limits).goal()  # type: ignore[arg-type]
+        check_steps(goal, work)
     except UserError as error:
         raise UserError(f"`also` {text}: {error}") from error
     batch = int(found[3]) if found[3] else None

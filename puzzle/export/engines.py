@@ -213,7 +213,7 @@ class ExportOptions:
     @property
     def is_the_child(self) -> bool:
         """Whether nothing is asked for that the child of a run has not already."""
-        return replace(self, format="hf") == ExportOptions(format="hf") and self.picked[0] == "hf"
+        return self.picked[0] == "hf" and self == ExportOptions(format=self.format)
 
     @property
     def name(self) -> str:

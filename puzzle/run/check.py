@@ -40,7 +40,7 @@ def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, ou
 
     heal: with the parent as the child that there is not yet.
     """
-    check_writable(out)
+    check_run_directory(out)
     with naming("goal", "workload"):
         goal = recipe.goal.goal(may_be_empty=bool(recipe.solve.also))
     with naming("solve"):
@@ -101,11 +101,7 @@ def _check_goal(recipe: Recipe, goal: Goal, opened: HfModel) -> None:
     structure, asked = opened.structure, recipe.solve
     check_steps(goal, recipe.workload)
     for work in workloads(recipe):
-        if work.input_len + work.output_len > structure.max_length:
-            raise UserError(
-                f"`input_len` {work.input_len} + `output_len` {work.output_len} exceed the parent's context of "
-                f"{structure.max_length}"
-            )
+        work.check_fits(structure.max_length)
     for option, text in (("pinned", goal.pinned), ("alike", goal.alike)):
         if text is not None:
             parse_layers(option, text, structure.num_layers)

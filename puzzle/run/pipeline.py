@@ -30,7 +30,7 @@ from puzzle.library.score import score_library
 from puzzle.measure.architecture import Architecture, read_architecture, write_architecture
 from puzzle.measure.evaluate import Evaluation, evaluate
 from puzzle.profile.profile import profile, subject_of
-from puzzle.run.check import check_disk, check_road, check_run_directory, grid_of, is_measured
+from puzzle.run.check import check_disk, check_road, grid_of, is_measured
 from puzzle.run.plan import disk_of, plan_road
 from puzzle.run.recipe import Recipe, naming
 
@@ -57,7 +57,6 @@ class Run:
 
     def check(self) -> Builder:
         """Raises UserError for all that can be known to be wrong beforehand."""
-        check_run_directory(self.out)
         builder = check_road(self.recipe, self.build_options(), self.heal_options(self.recipe.parent), self.out)
         check_disk(self.out, disk_of(self.recipe, builder))
         return builder

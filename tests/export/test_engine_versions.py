@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from puzzle.base.errors import UserError
-from puzzle.export.engines import ENGINES, engine_named, release
+from puzzle.export.engines import ENGINES, ExportOptions, engine_named, release
 from puzzle.export.hf import write_hf
 from puzzle.export.lower import lower
 from puzzle.parents.opened import open_model
@@ -126,3 +126,21 @@ def test_every_card_says_which_vllm_serves(child, tmp_path, puzzle):
         assert done.exit_code == 0, done.output
         assert (BEFORE in " ".join(done.output.split())) == bool(words)
         assert told in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "same"),
+    [
+        ({}, True),
+        ({"format": "hf"}, True),
+        ({"format": "hf", "licence": "mit"}, False),
+        ({"format": "hf", "dtype": "float32"}, False),
+        ({"format": "nemotron-nas"}, False),
+        ({"engine": "mlx"}, False),
+        ({"engine": "vllm==0.26"}, False),
+        ({"format": "gguf", "dtype": "q8_0"}, False),
+    ],
+)
+def test_what_a_run_has_already(said, same):
+    """An export that asks for nothing more is the run's own child; any other one is written."""
+    assert ExportOptions(**said).is_the_child is same

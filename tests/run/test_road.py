@@ -182,6 +182,7 @@ BAD = [
     ({"workload": {"input_len": 9999}}, "workload.input_len 9999 + workload.output_len 8 exceed"),
     ({"solve": {"also": ["16/8@9:latency=1s"]}}, "a batch of 9 lies outside profile.batches"),
     ({"solve": {"also": ["16:latency=1s"]}}, "solve.also 16:latency=1s: write"),
+    ({"solve": {"also": ["16/1@2:tpot=50%"]}}, "solve.also 16/1@2:tpot=50%: `tpot` is the time per later token"),
     ({"solve": {"backend": "xyz"}}, "solve.backend xyz: known: ortools, pulp"),
     ({"solve": {"fusion_dependency": "/x.json"}}, "solve.fusion_dependency is not used without solve.fusion"),
     ({"solve": {"baseline": "greedy"}}, "unknown key 'solve.baseline'"),
