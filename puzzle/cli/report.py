@@ -79,6 +79,12 @@ def print_solution(solved: Architecture) -> None:
         )
     for line in (*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)):
         console.print(f"extrapolated: {line}", markup=False)
+    if (pace := solved.host_pace) is not None:
+        console.print(
+            f"the engine's own Python sets the child's pace from batch {pace['from_batch']} on: at {pace['batch']} its share of a step is "
+            f"{pace['host_ms']:.3g} ms, the device's {pace['device_ms']:.3g} ms (the longer one counts)",
+            markup=False,
+        )
     for also in solved.also:
         work, mine, own = also.workload, also.predicted, also.parent_predicted
         console.print(

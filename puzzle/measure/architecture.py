@@ -73,7 +73,8 @@ class Architecture:
     the prices. status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
     bound, gap: None of a baseline, which proves nothing. speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
     that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one
-    since. objective_per_batch: {batch: sum of scores}. prices: what looser limits would buy, where it was asked for."""
+    since. objective_per_batch: {batch: sum of scores}. host_pace: where a serving engine's own Python sets the child's pace
+    (`CostModel.host_pace`); None: nowhere. prices: what looser limits would buy, where it was asked for."""
 
     parent_fingerprint: str
     parent: Structure
@@ -99,6 +100,7 @@ class Architecture:
     fusion: Mapping[str, Any] | None = None
     objective_per_batch: Mapping[str, float] | None = None
     prices: tuple[Mapping[str, Any], ...] | None = None
+    host_pace: Mapping[str, float] | None = None
     synthetic_scores: bool = False
     puzzle: str = ""
 
