@@ -7,6 +7,7 @@ decode on a GPU with what lies between two sub-blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from puzzle.base.errors import UserError
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
@@ -47,6 +48,15 @@ class CostModel:
         self.has_host = table.host_seconds(self.batches[-1]) > 0
         self._seconds: dict[tuple[Part, int], tuple[float, float]] = {}
         self._workspace: dict[int, int] = {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Where prices come from, for architecture.json; of an engine also its export's format and its room on the card."""
+        table = self.table
+        found = {"device": table.device, "precision": table.precision, "sha256": table.hash}
+        if isinstance(table, EngineModel):
+            found |= {"format": table.format, "room_bytes": table.room_bytes}
+        return found
 
     @property
     def length(self) -> int:

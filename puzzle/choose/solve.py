@@ -175,7 +175,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         layers=tuple(cell.choices(costs.table.precision) for cell in cells),
         goal=selection.goal.plain(),
         workload=costs.work,
-        costs={"device": costs.table.device, "precision": costs.table.precision, "sha256": costs.table.hash},
+        costs=costs.facts,
         status=solution.status,
         objective=solution.objective,
         bound=finite(solution.bound),

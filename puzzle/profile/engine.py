@@ -58,7 +58,8 @@ class Constants:
 class EngineModel:
     """Seconds of sub-blocks in one engine on one GPU. Every figure that it gives is predicted. parent: the parent's structure and
     what most of its layers have, which say what the engine's export makes of a layer; None: layers stay as they are. largest_batch: that
-    was measured. room_bytes: of the card, for weights and caches; None: not measured."""
+    was measured. room_bytes: of the card, for weights and caches; None: not measured. format: of the export that was measured, whose rewriting counts.
+    """
 
     def __init__(
         self,
@@ -71,13 +72,14 @@ class EngineModel:
         parent: tuple[Structure, Layer] | None = None,
         largest_batch: int = BATCHES[-1],
         room_bytes: int | None = None,
+        format: str = "nemotron-nas",
     ):
         facts = gpu_facts(gpu)
         self.engine, self.gpu, self.constants = engine, gpu, constants
         self.bandwidth, self.flops = facts.bandwidth, facts.bf16_flops
         self.device = f"{device or gpu}, {engine}"
         self.precision, self.parent = precision, parent
-        self.room_bytes = room_bytes
+        self.room_bytes, self.format = room_bytes, format
         self.weight_bytes = 1 if precision == "fp8" else 2
         self.batches = [b for b in BATCHES if b < largest_batch] + [largest_batch]
         self.extrapolated: dict[tuple[str, str, int], tuple[int, int, str]] = {}  # a fitted model has no points
@@ -131,9 +133,9 @@ class EngineModel:
     def lowered(self, layer: Layer, first: bool) -> list[SubBlock]:
         """What a layer becomes in this engine's export (`puzzle.export.lower`). first: layer 0.
 
-        Engines without a row in `puzzle.export.engines` get the sub-blocks as they are.
+        Engines without a row in `puzzle.export.engines`, and vLLM's plug-in, get the sub-blocks as they are.
         """
-        if self.engine not in SERVING or self.parent is None:
+        if self.engine not in SERVING or self.parent is None or self.format == "hf":
             return list(layer.values())
         structure, base = self.parent
         return lowered(layer, structure, base, self.engine, first=first)
@@ -169,7 +171,9 @@ def open_engine(
     own = {} if measured is None else {p.parent.name: p for p in sorted((measured / gpu / engine).glob("*/fit.json"))}
     unnamed = [p for n, p in own.items() if not n.endswith("-fp8")]
     if name is None and len(unnamed) > 1:
-        raise UserError(f"several fits of `engine` {engine} on `gpu` {gpu}: {', '.join(own)}; pass `shapes` with one of them")
+        raise UserError(
+            f"several fits of `engine` {engine} on `gpu` {gpu}: {', '.join(own)}; pass `shapes` with one of them"
+        )
     if name is None and unnamed:
         return read_fit(unnamed[0], parent)
     if name in own:
@@ -195,7 +199,7 @@ def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None) -> Engin
         constants = Constants(**{k: float(v) for k, v in value["constants"].items() if k in names})
         more = {"device": value["device"], "precision": value["precision"], "parent": parent}
         if "largest_batch" in value:  # earlier ones were measured up to 256
-            more |= {"largest_batch": int(value["largest_batch"]), "room_bytes": value["room_bytes"]}
+            more |= {name: value[name] for name in ("largest_batch", "room_bytes", "format")}
         return EngineModel(value["engine"], value["gpu"], constants, **more)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no engine fit ({error}): fit again") from error

@@ -28,7 +28,11 @@ from puzzle.profile.engine import Constants, EngineModel, parts_of, read_archite
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
 MAX_STEPS = 200
 HOST_GAIN = 0.5  # of the squared error that is left, where the host's constants are kept
-COLUMNS = {"decode_step": ("decode_step_ms", 1e-3), "prefill": ("prefill_ms", 1e-3), "throughput": ("output_tokens_per_s", 1.0)}
+COLUMNS = {
+    "decode_step": ("decode_step_ms", 1e-3),
+    "prefill": ("prefill_ms", 1e-3),
+    "throughput": ("output_tokens_per_s", 1.0),
+}
 WHAT = tuple(COLUMNS)
 HOST = ("host", "host_sequence")
 REQUEST = 5e-5  # seconds, the usual value where prefills were measured
@@ -212,6 +216,7 @@ def fit_engine(engine: str, path: Path, out: Path | None = None, *, gpu: str) ->
         **{key: described[key] for key in ("gpu", "device", "versions", "precision", "date")},
         "largest_batch": model.batches[-1],
         "room_bytes": described.get("room_bytes"),
+        "format": described.get("format", "nemotron-nas"),
         "constants": asdict(model.constants),
         "errors": summary(compared(model, described, measured)),
         "leave_one_out": summary(rows),

@@ -53,8 +53,9 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """Which vLLM, and how it runs. python: of its environment; None: this one. reader: the format that it is given. precision: of
-    weights and caches; float32 alone on a CPU. utilization: the share of the card that it takes. repeats: medians of as many runs."""
+    """Which vLLM, and how it runs. python: of its environment; None: this one. reader: the format that it is given; "parent" is what vLLM's own
+    models read. precision: of
+    weights and, on a GPU, caches. utilization: the share of the card that it takes. repeats: medians of as many runs."""
 
     gpu: str
     python: Path | None = None
@@ -67,7 +68,7 @@ class Engine:
         known = ("float32", "bf16", "fp8") if self.gpu == "cpu" else ("bf16", "fp8")
         if self.precision not in known:
             raise UserError(f"precision {self.precision} on {self.gpu}: {', '.join(known)} can be measured in vLLM")
-        if self.reader not in READERS:
+        if self.reader not in (*READERS, "parent"):
             raise UserError(f"`format` {self.reader}: vLLM reads {' and '.join(READERS)}")
 
 
@@ -123,7 +124,7 @@ def measured(path: Path, vocab_size: int, points: Sequence[Point], how: Engine, 
         "reader": how.reader,
         "random": random,
         "dtype": DTYPES[how.precision],
-        "kv_dtype": "fp8" if how.precision == "fp8" and how.gpu != "cpu" else None,
+        "kv_dtype": "fp8" if random and how.precision == "fp8" and how.gpu != "cpu" else None,
         "utilization": how.utilization,
         "max_model_len": max(p.work.input_len + p.work.output_len for p in points) + SPREAD,
         "max_num_seqs": max(p.batch for p in points),

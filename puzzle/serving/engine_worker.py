@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -48,7 +49,7 @@ def prepare(reader: str, oldest: list[int], newest: list[int]) -> str | None:
         from vllm.model_executor.models.nemotron_nas import DeciLMForCausalLM
 
         ModelRegistry.register_model("DeciLMForCausalLM", DeciLMForCausalLM)  # spares a process that looks at it
-    elif not importlib.metadata.entry_points(group="vllm.general_plugins", name="puzzle"):
+    elif reader == "hf" and not importlib.metadata.entry_points(group="vllm.general_plugins", name="puzzle"):
         try:  # on PYTHONPATH, not installed
             from puzzle.serving.vllm_plugin import register
         except ImportError:
@@ -100,7 +101,7 @@ def facts_of(llm: Any) -> dict[str, Any]:
         "versions": f"vLLM {vllm.__version__}, torch {torch.__version__}"
         + (", CUDA graphs, no torch.compile" if gpu else ", eager"),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "weight_bytes": sum(weights[0].values()),
+        "weight_bytes": sum(weights[0].values()) if gpu else None,  # on a CPU vLLM packs them where nobody counts
         "cache_bytes": sum(tensor.size for tensor in cache.kv_cache_tensors),
         "cached_tokens": tokens,
         "card_bytes": total,
@@ -136,7 +137,7 @@ def run(llm: Any, prompts: list[list[int]], num_tokens: int) -> tuple[float, lis
         raise RuntimeError(f"{ended} of {len(prompts)} requests came back")
     whole = times[-1] - times[0]
     times[0] = begin
-    return whole, [after - before for before, after in zip(times, times[1:], strict=False)], first
+    return whole, [after - before for before, after in itertools.pairwise(times)], first
 
 
 def step_of(steps: list[float], first: int, num_tokens: int) -> float:
