@@ -53,7 +53,7 @@ class CostModel:
     def facts(self) -> dict[str, Any]:
         """Where prices come from, for architecture.json; of an engine also its export's format and its room on the card."""
         table = self.table
-        found = {"device": table.device, "precision": table.precision, "sha256": table.hash}
+        found: dict[str, Any] = {"device": table.device, "precision": table.precision, "sha256": table.hash}
         if isinstance(table, EngineModel):
             found |= {"format": table.format, "room_bytes": table.room_bytes}
         return found

@@ -37,6 +37,7 @@ ENGINE = "vllm"
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "float32": "float32"}  # of activations, by precision
 UTILIZATION = 0.9  # of the card that vLLM takes
 READERS = ("hf", "nemotron-nas")  # formats: the first by the plug-in
+SEQUENCES = 256  # that a GPU's vLLM makes ready for, whatever is asked of it: its workspace is the same in all runs
 SPREAD = 8  # tokens that a sequence may be longer than asked for
 
 
@@ -127,7 +128,7 @@ def measured(path: Path, vocab_size: int, points: Sequence[Point], how: Engine, 
         "kv_dtype": "fp8" if random and how.precision == "fp8" and how.gpu != "cpu" else None,
         "utilization": how.utilization,
         "max_model_len": max(p.work.input_len + p.work.output_len for p in points) + SPREAD,
-        "max_num_seqs": max(p.batch for p in points),
+        "max_num_seqs": max(SEQUENCES if how.gpu != "cpu" else 1, *(p.batch for p in points)),
         "points": [p.to_json() for p in points],
         "vocab_size": vocab_size,
         "repeats": how.repeats,

@@ -111,22 +111,14 @@ def facts_of(llm: Any) -> dict[str, Any]:
 
 
 def run(llm: Any, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[float], int]:
-    """(seconds of the whole, of each of the engine's steps, how many of these came before the first sequence ended)."""
+    """(seconds of the whole, of each of the engine's steps, how many of these came before the first sequence ended): what
+    `LLM.generate` does, with a clock."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
 
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=num_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,  # as `LLM.generate` asks
-    )
-    engine, times, first = llm.llm_engine, [time.perf_counter()], 0
-    for number, prompt in enumerate(prompts):
-        engine.add_request(f"{len(prompts)}-{num_tokens}-{times[0]}-{number}", {"prompt_token_ids": prompt}, sampling)
-    begin = time.perf_counter()
-    ended = 0
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+    engine, start, first, ended = llm.llm_engine, time.perf_counter(), 0, 0
+    llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    times = [time.perf_counter()]
     while engine.has_unfinished_requests():
         finished = engine.step()
         times.append(time.perf_counter())
@@ -135,9 +127,7 @@ def run(llm: Any, prompts: list[list[int]], num_tokens: int) -> tuple[float, lis
         ended += len(finished)
     if ended != len(prompts):
         raise RuntimeError(f"{ended} of {len(prompts)} requests came back")
-    whole = times[-1] - times[0]
-    times[0] = begin
-    return whole, [after - before for before, after in itertools.pairwise(times)], first
+    return times[-1] - start, [after - before for before, after in itertools.pairwise(times)], first
 
 
 def step_of(steps: list[float], first: int, num_tokens: int) -> float:
