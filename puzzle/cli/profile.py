@@ -18,10 +18,10 @@ MODES = (
         lambda p: p["engine"] is not None and p["fit_path"] is not None,
         uses="gpu engine fit_path out as_json",
     ),
-    Mode("with `run`", lambda p: p["run"], unused="prefill seconds rounds fit_path"),
+    Mode("with `run`", lambda p: p["run"], unused="prefill seconds rounds"),
     Mode("without `run`", lambda p: not p["run"], unused="python reader"),
     Mode("with `shapes`", lambda p: p["shapes"] is not None, unused="library"),
-    Mode("with `gpu` cpu", lambda p: p["gpu"] == "cpu" and not p["run"], unused="fp8"),
+    Mode("with `gpu` cpu and no `run`", lambda p: p["gpu"] == "cpu" and not p["run"], unused="fp8"),
 )
 
 

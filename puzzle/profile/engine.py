@@ -110,7 +110,7 @@ class EngineModel:
         state = part.state()
         if state.per_sequence:
             raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
-        seconds = self._matmul(part.num_matrix_parameters, rows, share, self.weight_bytes)
+        seconds = self._matmul(_num_weights(part), rows, share, self.weight_bytes)
         if not state:
             return own.ffn + seconds
         seconds, reach = own.attention + seconds, state.kept(context)
@@ -153,6 +153,12 @@ class EngineModel:
     def between_parts(self, parent: Structure, batch: int) -> float:
         """0: likewise."""
         return 0.0
+
+
+@cache
+def _num_weights(part: SubBlock) -> int:
+    """A fit asks for it a million times."""
+    return part.num_matrix_parameters
 
 
 def open_engine(

@@ -5,7 +5,7 @@ together) and output_tokens_per_s; architectures.json beside it says what each a
 errors, in the logarithms of the constants, drawn to their usual values by a weak prior (Levenberg 1944, Marquardt 1963).
 
 Whether the engine's own Python sets the pace anywhere is found by fitting twice, without its two constants and with them, from the
-line below all decode steps over the batch: they stay where they halve the squared error, else there is nothing that shows them.
+line below all decode steps over the batch: they stay where they halve these steps' squared error, else there is nothing that shows them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from puzzle.profile.engine import Constants, EngineModel, parts_of, read_archite
 
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
 MAX_STEPS = 200
-HOST_GAIN = 0.5  # of the squared error that is left, where the host's constants are kept
+HOST_GAIN = 0.5  # of decode steps' squared error may be left, where the host's constants are kept
 COLUMNS = {
     "decode_step": ("decode_step_ms", 1e-3),
     "prefill": ("prefill_ms", 1e-3),
@@ -102,11 +102,21 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
     start = asdict(Constants())
     if any(m.what == "prefill" for m in measured):
         start["request"] = REQUEST
-    without, error = _least(engine, described, measured, start)
+    without = _least(engine, described, measured, start)
     if (floor := _floor(measured)) is None:
         return without
-    model, paced = _least(engine, described, measured, start | dict(zip(HOST, floor, strict=True)))
-    return model if paced < HOST_GAIN * error else without
+    paced = _least(engine, described, measured, start | dict(zip(HOST, floor, strict=True)))
+
+    def error(model: EngineModel) -> float:
+        steps = [m for m in measured if m.what == "decode_step"]
+        return sum(_error(model, described, m) ** 2 for m in steps)
+
+    return paced if error(paced) < HOST_GAIN * error(without) else without
+
+
+def _error(model: EngineModel, described: dict[str, Any], m: Measurement) -> float:
+    """Relative, in logarithms."""
+    return math.log(predicted(model, described["architectures"][m.architecture], m) / m.value)
 
 
 def _floor(measured: Sequence[Measurement]) -> tuple[float, float] | None:
@@ -127,8 +137,8 @@ def _floor(measured: Sequence[Measurement]) -> tuple[float, float] | None:
 
 def _least(
     engine: str, described: dict[str, Any], measured: Sequence[Measurement], start: dict[str, float]
-) -> tuple[EngineModel, float]:
-    """(the model, its squared error) of the constants of `start` that are above 0; the others stay 0."""
+) -> EngineModel:
+    """Of all constants of `start` that are above 0; the others stay 0."""
     names = [name for name, value in start.items() if value > 0]
     usual = np.log(np.array([start[name] for name in names]))
     largest = max(m.batch for m in measured)
@@ -140,8 +150,7 @@ def _least(
 
     def residuals(x: np.ndarray) -> np.ndarray:
         now = model(x)
-        errors = [math.log(predicted(now, described["architectures"][m.architecture], m) / m.value) for m in measured]
-        return np.concatenate([errors, PRIOR * (x - usual)])
+        return np.concatenate([[_error(now, described, m) for m in measured], PRIOR * (x - usual)])
 
     x, damping = usual, 1e-3
     error = residuals(x)
@@ -151,7 +160,7 @@ def _least(
         step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -slope.T @ error)
         trial = residuals(x + step)
         if trial @ trial < error @ error:
-            done = error @ error - trial @ trial < 1e-12
+            done = error @ error - trial @ trial < 1e-12 + 1e-6 * (trial @ trial)
             x, error, damping = x + step, trial, damping / 3
             if done:
                 break
@@ -159,7 +168,7 @@ def _least(
             damping *= 4
             if damping > 1e9:
                 break
-    return model(x), float(error @ error)
+    return model(x)
 
 
 def compared(model: EngineModel, described: dict[str, Any], measured: Sequence[Measurement]) -> list[dict[str, Any]]:

@@ -50,11 +50,15 @@ def prepare(reader: str, oldest: list[int], newest: list[int]) -> str | None:
 
         ModelRegistry.register_model("DeciLMForCausalLM", DeciLMForCausalLM)  # spares a process that looks at it
     elif reader == "hf" and not importlib.metadata.entry_points(group="vllm.general_plugins", name="puzzle"):
-        try:  # on PYTHONPATH, not installed
-            from puzzle.serving.vllm_plugin import register
-        except ImportError:
+        if importlib.util.find_spec("puzzle") is None:
             return "plug-in"
+        from vllm import ModelRegistry
+
+        from puzzle.serving.vllm_model import PuzzleForCausalLM  # on PYTHONPATH, not installed
+        from puzzle.serving.vllm_plugin import ARCHITECTURE, register
+
         register()
+        ModelRegistry.register_model(ARCHITECTURE, PuzzleForCausalLM)  # spares a process that looks at it
     return None
 
 
