@@ -76,7 +76,9 @@ def bench_engine(
     }
     at = batch or (solved.predicted.batch if solved else 1)
     if export is not None:
-        lines = measured(export.path, export.vocab_size, [Point(batch=at, work=work)], how, random=False)
+        lines = measured(
+            export.path, export.vocab_size, export.max_length, [Point(batch=at, work=work)], how, random=False
+        )
         found["child"] = _measured(list(lines), at, work)
     else:
         assert solved is not None

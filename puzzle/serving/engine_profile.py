@@ -33,7 +33,7 @@ from puzzle.profile.engine import Constants, EngineModel, read_architectures
 from puzzle.profile.engine_fit import fit_engine
 from puzzle.profile.parts import Head, ends_of, priced_as
 from puzzle.serving.check import EngineFailed
-from puzzle.serving.engine_run import ENGINE, SPREAD, Engine, Point, check_engine, measured_random
+from puzzle.serving.engine_run import ENGINE, Engine, Point, check_engine, measured_random
 
 GRIDS = {"cpu": ((1, 4, 16), (32, 96), 24), "": ((1, 16, 64, 128, 256), (128, 1024, 2048), 64)}  # by `gpu`
 TOKENS = 2**16  # of a longer prompt's batch together
@@ -59,7 +59,7 @@ class EngineGrid:
         usual = GRIDS.get(gpu, GRIDS[""])
         batches, contexts = self.batches or usual[0], self.contexts or usual[1]
         num_tokens = self.output_len or usual[2]
-        longest = max_length - num_tokens - SPREAD
+        longest = max_length - num_tokens
         if longest < 1:
             raise UserError(f"{num_tokens} tokens of a request do not fit the parent's context of {max_length}")
         lengths = sorted({min(c, longest) for c in contexts})

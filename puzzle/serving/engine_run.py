@@ -38,7 +38,7 @@ DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "float32": "float32"}  # of act
 UTILIZATION = 0.9  # of the card that vLLM takes
 READERS = ("hf", "nemotron-nas")  # formats: the first by the plug-in
 SEQUENCES = 256  # that a GPU's vLLM makes ready for, whatever is asked of it: its workspace is the same in all runs
-SPREAD = 8  # tokens that a sequence may be longer than asked for
+PAGES = 128  # tokens: whole pages of any engine, so that a sequence of full length leaves none half filled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,11 +115,17 @@ def write_random(structure: Structure, base: Layer, how: Engine, directory: Path
     write_json(directory / "config.json", config)
 
 
-def measured(path: Path, vocab_size: int, points: Sequence[Point], how: Engine, *, random: bool) -> Iterator[dict]:
-    """What the engine says of itself, {"engine": facts}, then for every point {"point", "measured"}, as they come.
+def measured(
+    path: Path, vocab_size: int, max_length: int, points: Sequence[Point], how: Engine, *, random: bool
+) -> Iterator[dict]:
+    """What the engine says of itself, {"engine": facts}, then for every point {"point", "measured"}, as they come. max_length: the most
+    tokens that the model takes.
 
     Raises UserError where there is no vLLM, none that was read, no plug-in, or another GPU than `how.gpu`; EngineFailed where vLLM fails.
     """
+    longest = max(p.work.input_len + p.work.output_len for p in points)
+    if longest > max_length:
+        raise UserError(f"{longest} tokens of a request exceed the model's context of {max_length}")
     job = {
         "path": str(path),
         "reader": how.reader,
@@ -127,7 +133,7 @@ def measured(path: Path, vocab_size: int, points: Sequence[Point], how: Engine, 
         "dtype": DTYPES[how.precision],
         "kv_dtype": "fp8" if random and how.precision == "fp8" and how.gpu != "cpu" else None,
         "utilization": how.utilization,
-        "max_model_len": max(p.work.input_len + p.work.output_len for p in points) + SPREAD,
+        "max_model_len": min(max_length, -(-longest // PAGES) * PAGES),
         "max_num_seqs": max(SEQUENCES if how.gpu != "cpu" else 1, *(p.batch for p in points)),
         "points": [p.to_json() for p in points],
         "vocab_size": vocab_size,
@@ -204,9 +210,7 @@ def _check_device(here: str, gpu: str) -> None:
 
 def measured_random(structure: Structure, base: Layer, points: Sequence[Point], how: Engine) -> Iterator[dict]:
     """`measured` of a structure with random weights."""
-    longest = max(p.work.input_len + p.work.output_len for p in points) + SPREAD
-    if longest > structure.max_length:
-        raise UserError(f"{longest} tokens of a request exceed the parent's context of {structure.max_length}")
     with tempfile.TemporaryDirectory(prefix="puzzle-random-") as name:
         write_random(structure, base, how, Path(name))
-        yield from measured(Path(name), structure.vocab_size, points, how, random=True)
+        sizes = structure.vocab_size, structure.max_length
+        yield from measured(Path(name), *sizes, points, how, random=True)

@@ -88,6 +88,14 @@ def start(job: dict[str, Any]) -> Any:
     )
 
 
+def held(model: Any) -> tuple[int, int]:
+    """Bytes of the weights and of the caches, what layers share counted once."""
+    found = [module.kv_cache for module in model.modules() if hasattr(module, "kv_cache")]
+    caches = [cache for one in found for cache in (one if isinstance(one, list | tuple) else [one])]
+    stores = {c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in caches}
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()), sum(stores.values())
+
+
 def facts_of(llm: Any) -> dict[str, Any]:
     """What the engine says of itself. cached_tokens: that its cache holds, in sequences of max_model_len."""
     import torch
@@ -97,16 +105,14 @@ def facts_of(llm: Any) -> dict[str, Any]:
     engine, gpu = llm.llm_engine, torch.cuda.is_available()
     cache = engine.engine_core.engine_core.scheduler.kv_cache_config
     tokens = get_kv_cache_capacity(engine.vllm_config, cache)[0] if cache.kv_cache_groups else 0
-    weights: list[Any] = llm.apply_model(
-        lambda model: {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    )
+    ((weights, caches),) = llm.apply_model(held)
     free, total = torch.cuda.mem_get_info() if gpu else (0, 0)
     return {
         "versions": f"vLLM {vllm.__version__}, torch {torch.__version__}"
         + (", CUDA graphs, no torch.compile" if gpu else ", eager"),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "weight_bytes": sum(weights[0].values()) if gpu else None,  # on a CPU vLLM packs them where nobody counts
-        "cache_bytes": sum(tensor.size for tensor in cache.kv_cache_tensors),
+        "weight_bytes": weights if gpu else None,  # on a CPU vLLM packs them where nobody counts
+        "cache_bytes": caches,
         "cached_tokens": tokens,
         "card_bytes": total,
         "used_bytes": total - free,
