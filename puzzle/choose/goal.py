@@ -68,6 +68,12 @@ def _steps(work: Workload) -> int:
     return max(1, work.output_len - 1)
 
 
+def check_steps(goal: Goal, work: Workload) -> None:
+    """Raise UserError for a limit on decode steps of requests that have none."""
+    if "tpot" in goal.limits and work.output_len < 2:
+        raise UserError("`tpot` is the time per later token, and `output_len` 1 has none: limit `ttft` or `latency`")
+
+
 def read_rate(option: str, text: str) -> float:
     """'500' or '500tok/s'. Raises UserError unless positive."""
     value = _number(text, {"": 1, "tok/s": 1, "tokens/s": 1})

@@ -16,6 +16,7 @@ from puzzle.choose.workloads import AlsoAsked, parse_also
 from puzzle.library.manifest import Library
 
 BACKENDS = ("ortools", "pulp")
+ENGINE_SHARE = 0.92  # of the card that a serving engine takes: vLLM's gpu_memory_utilization unless told otherwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class SolveOptions:
 
     def request(self, library: Library, gpu: str, work: Workload, goal: Goal, baseline: str | None = None) -> Request:
         """gpu: whose card holds the child where it is a known one. Raises UserError for a dependency that is not this parent's."""
-        card = GPUS.get(gpu.split("-")[0])
+        card, share = GPUS.get(gpu.split("-")[0]), 1.0 if self.engine == "puzzle" else ENGINE_SHARE
         return Request(
             work=work,
             goal=goal,
@@ -58,5 +59,5 @@ class SolveOptions:
             explain=self.explain,
             fusion=Fusion.open(library, self.fusion_dependency) if self.fusion else None,
             same_batch=self.same_batch,
-            card=None if card is None else card.memory_bytes,
+            card=None if card is None else int(share * card.memory_bytes),
         )

@@ -18,7 +18,7 @@ from puzzle.base.workload import Workload
 from puzzle.choose.cells import Cell, layer_cells
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.fusion import Fusion
-from puzzle.choose.goal import LIMITS, Goal, Target, host_label
+from puzzle.choose.goal import LIMITS, Goal, Target, check_steps, host_label
 from puzzle.choose.workloads import AlsoAsked, Demand, demand
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
@@ -223,6 +223,8 @@ def limits_of(one: Demand, batch: int) -> list[Constraint]:
 def select(library: Library, table: CostTable | EngineModel, request: Request, *, free: bool = False) -> Selection:
     """free: the batch is free whatever the goal. Raises UserError for a workload or a batch that the costs do not cover."""
     costs, goal = CostModel(library, table, request.work), request.goal
+    for one, work in ((goal, request.work), *((also.goal, also.work) for also in request.also)):
+        check_steps(one, work)
     memory = goal.limits.get("memory")
     card = request.card if memory is None or memory.relative else int(memory.value)
     parent = costs.best_parent(card)

@@ -79,7 +79,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--gpu", help="Whose costs: cpu, or a GPU that has been profiled.")
 @click.option("--shapes", help="Which of several cost tables, or of an engine's fits.")
 @click.option("--same-batch", is_flag=True, help="2x means of the parent at the child's batch, not at its own best.")
-@click.option("--engine", default="puzzle", help="Who serves: our runtime, or vllm (fitted).")
+@click.option("--engine", default="puzzle", help="Who serves: our runtime, or vllm (fitted), also vllm==0.26.")
 @options.input_len
 @options.output_len
 @click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools")

@@ -79,6 +79,12 @@ def measure_speeds(
     UserError for a precision without a runtime here, and for what does not fit.
     """
     length = work.input_len + work.output_len
+    for model, _ in models.values():
+        if length > model.structure.max_length:
+            raise UserError(
+                f"`input_len` {work.input_len} + `output_len` {work.output_len} exceed the context of {model.name}, "
+                f"{model.structure.max_length}"
+            )
 
     def maker(model: Measurable, batch: int) -> Callable[[], Runtime]:
         return lambda: open_runtime(model.load(device, DTYPES[precision]), batch, length, precision, consume=True)

@@ -27,6 +27,7 @@ from puzzle.base.workload import Workload
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.export.engines import ENGINES as SERVING
+from puzzle.export.engines import engine_named
 from puzzle.export.lower import lowered
 from puzzle.parents.structure import Layer, Structure
 from puzzle.profile.parts import Embedding, Ends, Head, Part
@@ -135,7 +136,9 @@ class EngineModel:
 
         Engines without a row in `puzzle.export.engines`, and vLLM's plug-in, get the sub-blocks as they are.
         """
-        if self.engine not in SERVING or self.parent is None or self.format == "hf":
+        name, _, version = self.engine.partition("==")
+        plug_in = self.format == "hf" and not version  # an export for a version is as its own reader takes it
+        if name not in SERVING or self.parent is None or plug_in:
             return list(layer.values())
         structure, base = self.parent
         return lowered(layer, structure, base, self.engine, first=first)
@@ -172,33 +175,35 @@ def open_engine(
     """A fit of `engine` on `gpu`: one of the user's own (`measured`/gpu/engine/NAME/fit.json), else a shipped one.
 
     name: which of several; None: the only one of the user's that is not in fp8, else the shipped one that has no name. Raises UserError
-    when there is none, listing those there are, and for several of which none was named.
+    when there is none, listing those there are, for several of which none was named, and for a version of the engine that is not known; a
+    version changes what its export holds, not the constants.
     """
-    own = {} if measured is None else {p.parent.name: p for p in sorted((measured / gpu / engine).glob("*/fit.json"))}
+    fitted = engine_named(engine).name if "==" in engine else engine
+    own = {} if measured is None else {p.parent.name: p for p in sorted((measured / gpu / fitted).glob("*/fit.json"))}
     unnamed = [p for n, p in own.items() if not n.endswith("-fp8")]
     if name is None and len(unnamed) > 1:
         raise UserError(
             f"several fits of `engine` {engine} on `gpu` {gpu}: {', '.join(own)}; pass `shapes` with one of them"
         )
     if name is None and unnamed:
-        return read_fit(unnamed[0], parent)
+        return read_fit(unnamed[0], parent, engine)
     if name in own:
-        return read_fit(own[name], parent)
-    stem = "-".join(filter(None, (engine, gpu, name)))
+        return read_fit(own[name], parent, engine)
+    stem = "-".join(filter(None, (fitted, gpu, name)))
     shipped = {p.parent.name: p for p in sorted(ENGINES.glob("*/fit.json"))}
     if stem in shipped:
-        return read_fit(shipped[stem], parent)
-    names = [*own, *(n.removeprefix(f"{engine}-{gpu}-") for n in shipped if n.startswith(f"{engine}-{gpu}-"))]
+        return read_fit(shipped[stem], parent, engine)
+    names = [*own, *(n.removeprefix(f"{fitted}-{gpu}-") for n in shipped if n.startswith(f"{fitted}-{gpu}-"))]
     if name is not None and names:
         raise UserError(f"`shapes` {name}: the fits of `engine` {engine} on `gpu` {gpu} are {', '.join(names)}")
     raise UserError(
         f"`engine` {engine} on `gpu` {gpu} has not been fitted ({nearest(stem, list(shipped))}): run `puzzle profile LIBRARY --engine "
-        f"{engine} --gpu {gpu} --run` on that machine, or measure some architectures and pass --fit FILE.csv in its place"
+        f"{fitted} --gpu {gpu} --run` on that machine, or measure some architectures and pass --fit FILE.csv in its place"
     )
 
 
-def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None) -> EngineModel:
-    """Raises UserError for a file that is no fit."""
+def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: str | None = None) -> EngineModel:
+    """engine: with its version; None: as the file names it. Raises UserError for a file that is no fit."""
     value = read_json(path, "puzzle profile --engine ... --fit")
     try:
         names = {f.name for f in fields(Constants)}
@@ -206,7 +211,7 @@ def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None) -> Engin
         more = {"device": value["device"], "precision": value["precision"], "parent": parent}
         if "largest_batch" in value:  # earlier ones were measured up to 256
             more |= {name: value[name] for name in ("largest_batch", "room_bytes", "format")}
-        return EngineModel(value["engine"], value["gpu"], constants, **more)
+        return EngineModel(engine or value["engine"], value["gpu"], constants, **more)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no engine fit ({error}): fit again") from error
 

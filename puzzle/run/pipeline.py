@@ -30,7 +30,7 @@ from puzzle.library.score import score_library
 from puzzle.measure.architecture import Architecture, read_architecture, write_architecture
 from puzzle.measure.evaluate import Evaluation, evaluate
 from puzzle.profile.profile import profile, subject_of
-from puzzle.run.check import check_disk, check_road, grid_of, is_measured
+from puzzle.run.check import check_disk, check_road, check_run_directory, grid_of, is_measured
 from puzzle.run.plan import disk_of, plan_road
 from puzzle.run.recipe import Recipe, naming
 
@@ -57,6 +57,7 @@ class Run:
 
     def check(self) -> Builder:
         """Raises UserError for all that can be known to be wrong beforehand."""
+        check_run_directory(self.out)
         builder = check_road(self.recipe, self.build_options(), self.heal_options(self.recipe.parent), self.out)
         check_disk(self.out, disk_of(self.recipe, builder))
         return builder
@@ -108,6 +109,7 @@ class Run:
         self.check()
         path = out / "stages.json"
         self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
+        write_json(path, {"stages": self.marks})  # what is in the directory from now on is ours
         build, score = self.build_options(), replace(recipe.score, **self.shared)
         options = content_hash([str(build), str(score), recipe.data])
         with holding(library):
@@ -140,9 +142,9 @@ class Run:
             key = content_hash([key, str(healing)])
             self._stage("heal", key, healing.out, lambda: heal(healing), "heal")
             child = healing.out
-        exports = {one.name: child if one.name == "hf" else out / "exports" / one.name for one in recipe.export}
+        exports = {one.name: child if one.is_the_child else out / "exports" / one.name for one in recipe.export}
         for one in recipe.export:
-            if one.name == "hf":
+            if one.is_the_child:
                 continue
             said = {n: getattr(one, n) for n in ("format", "engine", "dtype", "kv_dtype", "licence")}
             if one.kv_dtype is not None:

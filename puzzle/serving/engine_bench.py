@@ -65,7 +65,8 @@ def bench_engine(
     )
     work = work or (solved.workload if solved else None)
     assert work is not None
-    kept = solved is not None and solved.workload == work and costs["device"].endswith(f", {ENGINE}")
+    served = costs.get("device", "").rpartition(", ")[2].partition("==")[0]
+    kept = solved is not None and solved.workload == work and served == ENGINE
     promised = solved if kept and priced == precision else None
     found: dict[str, Any] = {
         "schema": 1,

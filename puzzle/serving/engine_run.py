@@ -35,7 +35,7 @@ from puzzle.serving.vllm_plugin import READ_AGAINST
 
 ENGINE = "vllm"
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "float32": "float32"}  # of activations, by precision
-UTILIZATION = 0.9  # of the card that vLLM takes
+UTILIZATION = 0.92  # of the card that vLLM takes: its own default
 READERS = ("hf", "nemotron-nas")  # formats: the first by the plug-in
 SEQUENCES = 256  # that a GPU's vLLM makes ready for, whatever is asked of it: its workspace is the same in all runs
 PAGES = 128  # tokens: whole pages of any engine, so that a sequence of full length leaves none half filled

@@ -73,6 +73,20 @@ def test_solve_prices_an_engine_without_a_table(puzzle, library, tmp_path):
     solved = json.loads(done.stdout)
     assert "vllm" in solved["costs"]["device"]
     assert solved["speedup"] >= 1.05
+    old = puzzle(
+        "solve", library, "--throughput", "1.05x", *["vllm==0.26" if word == "vllm" else word for word in arguments]
+    )
+    assert old.exit_code == 0, old.output
+    dearer = json.loads(old.stdout)
+    assert "vllm==0.26" in dearer["costs"]["device"]
+    assert dearer["predicted"]["kv_bytes_per_token"] >= solved["predicted"]["kv_bytes_per_token"]
+    for engine, told in (
+        ("vllm==0.17", "what vllm takes was read in 0.18 to 0.32 alone"),
+        ("vllm==new", "'new' is no release"),
+    ):
+        refused = puzzle("solve", library, "--throughput", "2x", "--gpu", "h100", "--engine", engine)
+        assert refused.exit_code == 2
+        assert f"--engine {engine}: {told}" in " ".join(refused.output.split())
     unknown = puzzle("solve", library, "--throughput", "2x", "--gpu", "h100", "--engine", "tgi")
     assert unknown.exit_code == 2
     assert "vllm-h100" in unknown.output
