@@ -37,6 +37,7 @@ from typing import Any
 import click
 
 LIBRARY_SCRIPT = Path(__file__).resolve().parents[1] / "lib" / "synthetic_library.py"
+OFFERED = ("--attention", "kv4,kv2,kv1,none", "--ffn", "none,0.75,0.5,0.25,0.1")  # what both readers serve as it is
 STEPS = ("profile", "solve", "bench", "table")
 GOALS = ("1.5x", "2x", "3x")
 LEAST = 75  # seconds left without which no bench is started
@@ -118,7 +119,7 @@ class Run:
         """With made-up scores and the fits that were measured."""
         path = self.work / "libraries" / name
         if not (path / "library.json").is_file():
-            subprocess.run([sys.executable, LIBRARY_SCRIPT, name, path], check=True)
+            subprocess.run([sys.executable, LIBRARY_SCRIPT, name, path, *OFFERED], check=True)
             (path / "costs").symlink_to((self.work / "costs").absolute())
         return path
 
