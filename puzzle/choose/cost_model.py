@@ -7,6 +7,7 @@ decode on a GPU with what lies between two sub-blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import PREFILL_ROWS, Workload
@@ -39,8 +40,18 @@ class CostModel:
             for b in self.batches
         }
         self._between = {b: table.between_parts(structure, b) for b in self.batches}
+        self.has_host = table.host_seconds(self.batches[-1]) > 0
         self._seconds: dict[tuple[Part, int], tuple[float, float]] = {}
         self._workspace: dict[int, int] = {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Where prices come from, for architecture.json; of an engine also its export's format and its room on the card."""
+        table = self.table
+        found: dict[str, Any] = {"device": table.device, "precision": table.precision, "sha256": table.hash}
+        if isinstance(table, EngineModel):
+            found |= {"format": table.format, "room_bytes": table.room_bytes}
+        return found
 
     @property
     def length(self) -> int:
@@ -70,6 +81,10 @@ class CostModel:
     def around(self, batch: int) -> tuple[int, int]:
         """The measured batches next to this one. Raises UserError beyond them."""
         return around(self.batches, batch)
+
+    def host_seconds(self, batch: int) -> float:
+        """The least that all decode steps take, at the pace of an engine's own Python; 0 where it never sets one."""
+        return self.table.host_seconds(batch) * (self.work.output_len - 1)
 
     @property
     def every_batch(self) -> range:
@@ -104,7 +119,7 @@ class CostModel:
     def resources(self, layer: Layer, batch: int, index: int = 1) -> dict[str, float]:
         """Seconds, bytes and parameters of one layer. index: of the layer; engines treat the first, 0, differently."""
         runs = self.runs(layer, index)
-        return self._timed([self.part_seconds(part, batch) for part in runs]) | {
+        return self._timed([self.part_seconds(part, batch) for part in runs], 0.0) | {
             "memory_bytes": sum(self.bytes_of(part, batch) for part in runs),
             "num_parameters": sum(sub_block.num_parameters for sub_block in layer.values()),
         }
@@ -112,15 +127,17 @@ class CostModel:
     def fixed(self, batch: int) -> dict[str, float]:
         """The same of what no choice changes: embedding, final norm, LM head, workspace."""
         count = self.library.structure.num_fixed_parameters
-        return self._timed([self.part_seconds(part, batch) for part in self.ends]) | {
+        return self._timed([self.part_seconds(part, batch) for part in self.ends], self.host_seconds(batch)) | {
             "memory_bytes": count * FIXED_BYTES[self.table.precision] + self.workspace(batch),
             "num_parameters": count,
         }
 
-    @staticmethod
-    def _timed(parts: list[tuple[float, float]]) -> dict[str, float]:
+    def _timed(self, parts: list[tuple[float, float]], host: float) -> dict[str, float]:
+        """Seconds at the device's pace and, of an engine that may set its own, with decode steps at that one: a limit on time is one
+        on both, each a sum over layers."""
         prefill, decode = sum(p for p, _ in parts), sum(d for _, d in parts)
-        return {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
+        found = {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
+        return found | ({"host_seconds": prefill + host, "host_decode_seconds": host} if self.has_host else {})
 
     def cached_bytes(self, layer: Layer, num_tokens: int, index: int = 1) -> float:
         """Bytes of one layer's weights and of what it keeps for `num_tokens` tokens in sequences of the workload's length."""
@@ -131,14 +148,42 @@ class CostModel:
             total += part.num_parameters + kept + state.per_sequence * num_tokens / self.length
         return self.bytes_per_element * total
 
-    def predict(self, layers: Sequence[Layer], batch: int, change: Mapping[str, float] | None = None) -> Prediction:
-        """Of the whole model. change: what fusing layers adds to the resources (`puzzle.choose.fusion`)."""
+    def device_seconds(
+        self, runs: Sequence[Part], batch: int, change: Mapping[str, float] | None = None
+    ) -> tuple[float, float]:
+        """(prefill, all decode steps) of a whole model of these sub-blocks at the device's pace. change: as `predict` has it."""
         change = change or {}
         prefill, decode = change.get("prefill_seconds", 0.0), change.get("decode_seconds", 0.0)
-        runs = [part for index, layer in enumerate(layers) for part in self.runs(layer, index)]
         for part in (*runs, *self.ends):
             first, rest = self.part_seconds(part, batch)
             prefill, decode = prefill + first, decode + rest
+        return prefill, decode
+
+    def host_pace(
+        self, layers: Sequence[Layer], batch: int, change: Mapping[str, float] | None = None
+    ) -> dict[str, float] | None:
+        """From which batch on the engine's own Python sets the pace of decode steps, and milliseconds of a step at `batch` of each;
+        None where the device does up to the largest batch."""
+        if not self.has_host or self.work.output_len == 1:
+            return None
+        runs = [part for index, layer in enumerate(layers) for part in self.runs(layer, index)]
+        paced = [b for b in self.every_batch if self.host_seconds(b) > self.device_seconds(runs, b, change)[1]]
+        if not paced:
+            return None
+        scale = 1e3 / (self.work.output_len - 1)
+        return {
+            "from_batch": paced[0],
+            "batch": batch,
+            "host_ms": scale * self.host_seconds(batch),
+            "device_ms": scale * self.device_seconds(runs, batch, change)[1],
+        }
+
+    def predict(self, layers: Sequence[Layer], batch: int, change: Mapping[str, float] | None = None) -> Prediction:
+        """Of the whole model. change: what fusing layers adds to the resources (`puzzle.choose.fusion`)."""
+        change = change or {}
+        runs = [part for index, layer in enumerate(layers) for part in self.runs(layer, index)]
+        prefill, decode = self.device_seconds(runs, batch, change)
+        decode = max(decode, self.host_seconds(batch))
         fixed = self.fixed(batch)
         own = sum(sub_block.num_parameters for layer in layers for sub_block in layer.values())
         return Prediction(

@@ -57,6 +57,11 @@ class Limit:
     larger: bool = False
     of_workload: bool = True
 
+    @property
+    def paced(self) -> bool:
+        """Whether an engine's own Python may be what takes that long."""
+        return self.resource in ("seconds", "decode_seconds")
+
 
 def _steps(work: Workload) -> int:
     """Decode steps of a request."""
@@ -156,6 +161,13 @@ LIMITS = (
         of_workload=False,
     ),
 )
+
+
+def host_label(label: str) -> str:
+    """What the same limit is called where an engine's own Python may set the pace."""
+    return f"{label} (host)"
+
+
 BY_OPTION = {limit.option: limit for limit in LIMITS}
 AXES = {
     "throughput": "tokens/s",

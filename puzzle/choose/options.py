@@ -21,7 +21,7 @@ ENGINE_SHARE = 0.92  # of the card that a serving engine takes: vLLM's gpu_memor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolveOptions:
-    """also: further workloads. fusion_dependency: a dependency.json of the parent. shapes: which of several cost tables. engine:
+    """also: further workloads. fusion_dependency: a dependency.json of the parent. shapes: which of several cost tables, or fits. engine:
     who serves; "puzzle" is our own runtime, whose costs are measured. The rest as `Request` has it."""
 
     also: tuple[str, ...] = ()
@@ -42,8 +42,6 @@ class SolveOptions:
             raise UserError(f"`backend` {self.backend}: {nearest(self.backend, list(BACKENDS))}")
         if self.fusion_dependency is not None and not self.fusion:
             raise UserError("`fusion_dependency` is not used without `fusion`: leave it out")
-        if self.shapes is not None and self.engine != "puzzle":
-            raise UserError("`shapes` is not used with `engine`: leave it out")
 
     def others(self) -> tuple[AlsoAsked, ...]:
         return tuple(parse_also(text) for text in self.also)

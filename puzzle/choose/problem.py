@@ -18,7 +18,7 @@ from puzzle.base.workload import Workload
 from puzzle.choose.cells import Cell, layer_cells
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.fusion import Fusion
-from puzzle.choose.goal import LIMITS, Goal, Target, check_steps
+from puzzle.choose.goal import LIMITS, Goal, Target, check_steps, host_label
 from puzzle.choose.workloads import AlsoAsked, Demand, demand
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
@@ -214,6 +214,9 @@ def limits_of(one: Demand, batch: int) -> list[Constraint]:
             most = limit.bound(target.absolute(limit.own(one.parent)), batch, one.costs.work)
             suffix = one.suffix if limit.of_workload else ""
             found.append(Constraint(resource=limit.resource + suffix, max=float(most), name=limit.option + one.suffix))
+            if one.costs.has_host and limit.paced:
+                name = host_label(limit.option + one.suffix)
+                found.append(Constraint(resource=f"host_{limit.resource}{suffix}", max=float(most), name=name))
     return found
 
 

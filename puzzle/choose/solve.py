@@ -16,7 +16,7 @@ from puzzle.base.files import finite
 from puzzle.blocklib.none import NoOp
 from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
-from puzzle.choose.goal import LIMITS
+from puzzle.choose.goal import LIMITS, host_label
 from puzzle.choose.infeasible import why_infeasible
 from puzzle.choose.problem import Request, Selection, select
 from puzzle.choose.workloads import Demand
@@ -118,6 +118,7 @@ def _telling(selection: Selection) -> dict[str, Problem]:
     """The problems that say how far a limit could go: at every measured batch and, where all but throughput can be met at one and
     not at the next, at the last batch between where it can, which is the fastest."""
     labels = {limit.option + one.suffix for limit in LIMITS if limit.larger for one in selection.demands}
+    labels |= {host_label(label) for label in labels}
     problems = selection.problems()
 
     def can_be_met(batch: int) -> bool:
@@ -174,7 +175,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         layers=tuple(cell.choices(costs.table.precision) for cell in cells),
         goal=selection.goal.plain(),
         workload=costs.work,
-        costs={"device": costs.table.device, "precision": costs.table.precision, "sha256": costs.table.hash},
+        costs=costs.facts,
         status=solution.status,
         objective=solution.objective,
         bound=finite(solution.bound),
@@ -188,15 +189,19 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         speedup_at_same_batch=child.tokens_per_second / same.tokens_per_second,
         extrapolated=tuple(sorted({*costs.extrapolated(layers, batch), *costs.extrapolated(whole, parent.batch)})),
         also=tuple(_also(selection, one, cells, batch) for one in selection.others),
+        host_pace=costs.host_pace(layers, batch, _change(selection, costs, cells, batch)),
     )
     return found if selection.fusion is None else _fused(selection, found, solution, cells, batch)
 
 
 def predicted(selection: Selection, costs: CostModel, cells: Sequence[Cell], batch: int) -> Prediction:
     """Of the child as it will run: fused, where it was solved so."""
+    return costs.predict([cell.sub_blocks for cell in cells], batch, _change(selection, costs, cells, batch))
+
+
+def _change(selection: Selection, costs: CostModel, cells: Sequence[Cell], batch: int) -> dict[str, float] | None:
     fusion = selection.fusion
-    change = None if fusion is None else fusion.change(fusion.runs(cells), cells, costs, batch)
-    return costs.predict([cell.sub_blocks for cell in cells], batch, change)
+    return None if fusion is None else fusion.change(fusion.runs(cells), cells, costs, batch)
 
 
 def _fused(
@@ -237,6 +242,6 @@ def open_costs(library: Library, gpu: str, name: str | None, engine: str = "puzz
     """Measured costs of our own runtime, or the fitted model of a serving engine."""
     structure = library.structure
     if engine != "puzzle":
-        return open_engine(engine, gpu, (structure, structure.usual))
+        return open_engine(engine, gpu, (structure, structure.usual), name=name, measured=library.root / "costs")
     head: list[Part] = [end for end in ends_of(structure) if isinstance(end, Head)]
     return find_costs(gpu, name, [library.root / "costs", PACKAGED], [*library.sub_blocks(), *head])

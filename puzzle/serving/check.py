@@ -293,5 +293,6 @@ def run_engine(job: dict[str, Any], python: Path) -> dict[str, Any]:
 def last_words(stderr: str, code: int) -> str:
     """The line of an engine's output that says what went wrong: the last error, else the last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip(" .")]
+    lines = [line for line in lines if not line.startswith("For further information visit")]  # pydantic's last one
     errors = [line for line in lines if "Error" in line or "error" in line]
     return (errors or lines or [f"exit code {code}"])[-1]

@@ -94,6 +94,32 @@ def test_the_whole_is_the_sum_of_its_layers_as_exported(tiny_library):
     assert costs.cached_bytes(layers[0], 100, 0) == 2 * (gated + dummy + 64 * 100)
 
 
+def test_an_engine_measured_through_the_plug_in_has_no_rewriting(tiny_library):
+    structure = tiny_library.structure
+    model = EngineModel("vllm", "h100", Constants(), parent=(structure, structure.usual), format="hf")
+    layer = picked("linear", "none")
+    assert CostModel(tiny_library, model, WORK).runs(layer, 0) == [LINEAR, NO_OP]
+
+
+def test_an_engine_takes_no_less_than_its_host(tiny_library):
+    """A decode step is the longer of the device's and the host's; limits on time hold for both."""
+    fast = priced(tiny_library, "vllm")
+    slow = priced(tiny_library, "vllm", Constants(host=1e-4, host_sequence=1e-5))
+    layers = tiny_library.structure.layers
+    device, both = ([c.predict(layers, b) for b in (1, 64)] for c in (fast, slow))
+    assert both[0] == device[0]
+    assert both[1].tpot_seconds == pytest.approx(1e-4 + 64e-5)
+    assert both[1].ttft_seconds == device[1].ttft_seconds
+    assert fast.host_pace(layers, 64) is None
+    pace = slow.host_pace(layers, 64)
+    assert slow.predict(layers, pace["from_batch"]).tpot_seconds > fast.predict(layers, pace["from_batch"]).tpot_seconds
+    assert slow.predict(layers, pace["from_batch"] - 1) == fast.predict(layers, pace["from_batch"] - 1)
+    assert pace["host_ms"] == pytest.approx(0.74)
+    parts = [slow.fixed(64), *(slow.resources(layer, 64, i) for i, layer in enumerate(layers))]
+    assert sum(p["host_seconds"] for p in parts) == pytest.approx(both[1].latency_seconds)
+    assert sum(p["host_decode_seconds"] for p in parts) == pytest.approx(15 * both[1].tpot_seconds)
+
+
 def test_the_export_has_as_many_parameters_as_the_price_says(tiny_library):
     """Told from sizes alone, and as `puzzle export` rewrites it: the same matrices."""
     names = (PARENT, "linear", "none")
