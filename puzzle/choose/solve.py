@@ -18,6 +18,7 @@ from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.goal import LIMITS
 from puzzle.choose.infeasible import why_infeasible
+from puzzle.choose.precision import Precisions, Way
 from puzzle.choose.problem import Request, Selection, select
 from puzzle.choose.workloads import Demand
 from puzzle.library.manifest import Library
@@ -56,12 +57,16 @@ BASELINES: dict[str, Rule] = {
 }
 
 
-def solve_library(library: Library, table: CostTable | EngineModel, request: Request) -> Architecture:
+def solve_library(library: Library, table: CostTable | EngineModel | Precisions, request: Request) -> Architecture:
     """Raises UserError when the goal cannot be met, with what can be."""
-    selection = select(library, table, request)
-    best, solutions = choose(selection)
-    if best is None:
-        raise UserError(_why_none(selection, solutions))
+    first, *more = table.ways if isinstance(table, Precisions) else [table]
+    selections = [select(library, first, request)]
+    selections += [selections[0].chosen_by(way) for way in more if isinstance(way, Way)]
+    answers = [(selection, *choose(selection)) for selection in selections]
+    met = [(selection, best, solutions) for selection, best, solutions in answers if best is not None]
+    if not met:  # the last way is that with most to choose from
+        raise UserError(_why_none(answers[-1][0], answers[-1][2]))
+    selection, best, solutions = min(met, key=lambda answer: answer[2][answer[1]].objective)
     found = best, solutions[best]
     batch, solution = found if request.baseline is not None else _faster(selection, *found)
     bought = [asdict(price) for price in prices(selection.problem(batch), solution)] if request.explain else None
@@ -163,9 +168,9 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
     """One solution at one batch size, with what is promised for it."""
     library, costs, parent = selection.library, selection.costs, selection.parent
     cells, whole = selection.chosen(solution), library.structure.layers
-    child = predicted(selection, costs, cells, batch)
-    same = costs.predict(whole, batch)
-    layers = [cell.sub_blocks for cell in cells]
+    child, own = predicted(selection, costs, cells, batch), selection.whole.table
+    same = selection.whole.predict(whole, batch)
+    extrapolated = [*_extrapolated(costs, cells, batch), *selection.whole.extrapolated(whole, parent.batch)]
     found = Architecture(
         puzzle=__version__,
         parent_fingerprint=library.fingerprint,
@@ -174,7 +179,8 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         layers=tuple(cell.choices(costs.table.precision) for cell in cells),
         goal=selection.goal.plain(),
         workload=costs.work,
-        costs={"device": costs.table.device, "precision": costs.table.precision, "sha256": costs.table.hash},
+        costs={"device": own.device, "precision": own.precision, "sha256": own.hash},
+        kv_dtype=None if selection.way is None else costs.way.cache,
         status=solution.status,
         objective=solution.objective,
         bound=finite(solution.bound),
@@ -186,7 +192,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         parent_predicted=parent,
         speedup=child.tokens_per_second / parent.tokens_per_second,
         speedup_at_same_batch=child.tokens_per_second / same.tokens_per_second,
-        extrapolated=tuple(sorted({*costs.extrapolated(layers, batch), *costs.extrapolated(whole, parent.batch)})),
+        extrapolated=tuple(sorted(set(extrapolated))),
         also=tuple(_also(selection, one, cells, batch) for one in selection.others),
     )
     return found if selection.fusion is None else _fused(selection, found, solution, cells, batch)
@@ -196,7 +202,11 @@ def predicted(selection: Selection, costs: CostModel, cells: Sequence[Cell], bat
     """Of the child as it will run: fused, where it was solved so."""
     fusion = selection.fusion
     change = None if fusion is None else fusion.change(fusion.runs(cells), cells, costs, batch)
-    return costs.predict([cell.sub_blocks for cell in cells], batch, change)
+    return costs.predict([cell.sub_blocks for cell in cells], batch, change, [cell.precisions for cell in cells])
+
+
+def _extrapolated(costs: CostModel, cells: Sequence[Cell], batch: int) -> list[str]:
+    return costs.extrapolated([cell.sub_blocks for cell in cells], batch, [cell.precisions for cell in cells])
 
 
 def _fused(
@@ -229,7 +239,7 @@ def _also(selection: Selection, one: Demand, cells: Sequence[Cell], batch: int) 
         predicted=child,
         parent_predicted=one.parent,
         speedup=child.tokens_per_second / one.parent.tokens_per_second,
-        extrapolated=tuple(one.costs.extrapolated([cell.sub_blocks for cell in cells], one.at(batch))),
+        extrapolated=tuple(_extrapolated(one.costs, cells, one.at(batch))),
     )
 
 
@@ -240,3 +250,36 @@ def open_costs(library: Library, gpu: str, name: str | None, engine: str = "puzz
         return open_engine(engine, gpu, (structure, structure.usual))
     head: list[Part] = [end for end in ends_of(structure) if isinstance(end, Head)]
     return find_costs(gpu, name, [library.root / "costs", PACKAGED], [*library.sub_blocks(), *head])
+
+
+def open_precisions(library: Library, gpu: str, name: str | None, wanted: Sequence[str]) -> Precisions:
+    """The tables NAME and NAME-fp8 of one device. name: in bf16. Raises UserError where one is missing, or is in another precision."""
+    tables, usual = {}, name
+    if usual is None:
+        found = open_costs(library, gpu, None)
+        assert isinstance(found, CostTable)
+        usual = found.path.stem if found.precision != "fp8" else found.path.stem.removesuffix("-fp8")
+    for precision in wanted:
+        stem = usual if precision == "bf16" else f"{usual}-{precision}"
+        flag = " --fp8" if precision == "fp8" else ""
+        try:
+            table = open_costs(library, gpu, stem)
+        except UserError as error:
+            raise UserError(
+                f"`precision` {precision} has no cost table '{stem}' for `gpu` {gpu}: run `puzzle profile LIBRARY --gpu {gpu}{flag}` "
+                "on that machine"
+            ) from error
+        assert isinstance(table, CostTable)
+        if table.precision != precision:
+            raise UserError(f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} is in {table.precision}")
+        lacking = next((part for part in library.sub_blocks() if not table.has(part)), None)
+        if lacking is not None:
+            raise UserError(
+                f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} has no '{lacking.timed().key()}': run "
+                f"`puzzle profile LIBRARY --gpu {gpu}{flag}` on that machine"
+            )
+        tables[precision] = table
+    devices = sorted({table.device for table in tables.values()})
+    if len(devices) > 1:
+        raise UserError(f"`precision` {','.join(wanted)}: the cost tables '{usual}' are of {' and '.join(devices)}")
+    return Precisions(tables=tables)

@@ -70,7 +70,7 @@ def print_solution(solved: Architecture) -> None:
         ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
         ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
     ]
-    print_table(f"predicted on {solved.costs['device']} ({solved.costs['precision']})", COMPARED, rows)
+    print_table(f"predicted on {solved.costs['device']} ({solved.precision})", COMPARED, rows)
     limit = solved.goal["memory"]
     if isinstance(limit, float) and parent.memory_bytes > limit:
         console.print(

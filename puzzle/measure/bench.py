@@ -53,6 +53,8 @@ def bench(
         work = solved.workload
     asked = precision or pick_precision(device, None if solved is None else solved.costs["precision"])
     kept = solved is not None and solved.workload == work and solved.costs["precision"] == asked
+    if precision is not None and solved is not None and solved.kv_dtype is not None:
+        kept = False  # all in one precision is not what was solved for
     promised = solved if kept else None
     if with_parent and solved is None:
         raise UserError("`with_parent` needs an architecture: bench a parent's checkpoint by itself")
@@ -69,10 +71,10 @@ def bench(
         "schema": 1,
         "gpu": gpu,
         "workload": asdict(work),
-        "precision": asked,
+        "precision": solved.precision if promised is not None and solved is not None else asked,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    for who, measured in measure_speeds(models, work, device, asked, repeats).items():
+    for who, measured in measure_speeds(models, work, device, asked, repeats, as_solved=precision is None).items():
         theirs = predictions.get(who)
         same = theirs if theirs is not None and theirs.batch == measured.batch else None
         told = None if same is None else {name: getattr(same, name) for name in COMPARED}
