@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from puzzle.blocklib.plain.gqa import Attention
 from puzzle.blocklib.plain.part import Part, Ropes
+from puzzle.blocklib.sub_block import MissingFace
 from puzzle.kernels.fp8 import from_fp8, to_fp8
 
 
@@ -25,11 +26,13 @@ def round_activations(module: nn.Module) -> None:
 
 
 def weights_in_fp8(part: Part) -> Part:
-    """A copy with weights and activations rounded."""
+    """A copy with weights and activations rounded. Raises MissingFace for a kind with matrices that are no linear layers."""
     found = deepcopy(part)
-    for module in found.modules():
-        if isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(rounded(module.weight.data), requires_grad=False)
+    linear = [module for module in found.modules() if isinstance(module, nn.Linear)]
+    if len(linear) != sum(parameter.ndim > 1 for parameter in found.parameters()):
+        raise MissingFace(part.sub_block.kind, "form in fp8")
+    for module in linear:
+        module.weight = nn.Parameter(rounded(module.weight.data), requires_grad=False)
     round_activations(found)
     return found
 

@@ -191,10 +191,11 @@ def _as_solved(
         raise UserError(f"{told}: pass `kv_dtype` fp8 with `data`, or the `dtype` of all weights")
     if not solved.fp8_weights:
         return source, None
-    try:
-        check_dtypes(format, engine, "fp8", kv_dtype)
-    except UserError as error:
-        raise UserError(f"{told}, and {error}, or pass the `dtype` of all weights") from error
+    if format == "gguf" or (engine is not None and not ENGINES[engine].fp8):
+        readers = " or ".join(other.name for other in ENGINES.values() if other.fp8)
+        raise UserError(
+            f"{told}, and {engine} reads no fp8: use `engine` {readers}, or `format` hf, or pass the `dtype` of all weights"
+        )
     layers = source.child.layers
     if not solved.matches([layer.slots for layer in layers]):
         raise UserError(f"{told}, and has been fused or rewritten since: pass the `dtype` of all weights")
