@@ -70,7 +70,7 @@ def synthetic(library: Library, gpu: str, shapes: str, like: str) -> None:
         values: dict = dict(row) | {k: int(row[k]) for k in ("batch", "context", "num_samples", "workspace_bytes")}
         values |= {k: float(row[k]) for k in ("p20_s", "p50_s", "p80_s")}
         plain.append(CostRow(**values))
-        scaled = {k: values[k] * median(group) for k in ("p20_s", "p50_s", "p80_s")}
+        scaled = {k: float(values[k]) * median(group) for k in ("p20_s", "p50_s", "p80_s")}
         quantised.append(replace(plain[-1], precision="fp8", **scaled))
     for name, rows in ((shapes, plain), (f"{shapes}-fp8", quantised)):
         write_costs(library.root / "costs" / table.path.parent.name / f"{name}.csv", rows)
@@ -117,7 +117,7 @@ def main(root: Path, gpu: str, shapes: str | None, like: str | None, data: tuple
     costs = {way: SolveOptions(precision=way).costs(library, gpu, shapes) for way in WAYS}
     usual = costs["bf16"]
     assert isinstance(usual, Precisions)
-    request = SolveOptions().request(library, gpu, work, GoalOptions(throughput="1x").goal())
+    request = SolveOptions().request(library, gpu, work, GoalOptions(throughput="1x").goal())  # type: ignore[call-arg]
     best = select(library, usual.ways[0], request).parent
     rows = []
     for speed, memory, way in product(map(float, speeds.split(",")), map(float, memories.split(",")), WAYS):
@@ -139,9 +139,8 @@ def main(root: Path, gpu: str, shapes: str | None, like: str | None, data: tuple
         }
         row |= {"fp8_attention": "", "fp8_ffn": "", "cache": "", "replaced": ""}
         try:
-            solved = solve_library(
-                library, costs[way], SolveOptions().request(library, gpu, work, GoalOptions(**limits).goal())
-            )  # type: ignore[arg-type]
+            goal = GoalOptions(**limits).goal()  # type: ignore[arg-type]
+            solved = solve_library(library, costs[way], SolveOptions().request(library, gpu, work, goal))
         except UserError as error:
             print(speed, memory, way, error, file=sys.stderr)
         else:

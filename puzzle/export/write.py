@@ -16,7 +16,7 @@ from puzzle.base.files import SCHEMA, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
-from puzzle.export.engines import ENGINES, check_dtypes, pick_format
+from puzzle.export.engines import ENGINES, FP8_READERS, check_dtypes, pick_format, reads_fp8
 from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, kept_in_bf16, quantization_config
 from puzzle.export.gguf import export_gguf
 from puzzle.export.hf import hf_config
@@ -191,11 +191,8 @@ def _as_solved(
         raise UserError(f"{told}: pass `kv_dtype` fp8 with `data`, or the `dtype` of all weights")
     if not solved.fp8_weights:
         return source, None
-    if format == "gguf" or (engine is not None and not ENGINES[engine].fp8):
-        readers = " or ".join(other.name for other in ENGINES.values() if other.fp8)
-        raise UserError(
-            f"{told}, and {engine} reads no fp8: use `engine` {readers}, or `format` hf, or pass the `dtype` of all weights"
-        )
+    if not reads_fp8(format, engine):
+        raise UserError(f"{told}, and {engine} reads no fp8: {FP8_READERS}, or pass the `dtype` of all weights")
     layers = source.child.layers
     if not solved.matches([layer.slots for layer in layers]):
         raise UserError(f"{told}, and has been fused or rewritten since: pass the `dtype` of all weights")

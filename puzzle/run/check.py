@@ -17,7 +17,7 @@ from puzzle.choose.goal import Goal
 from puzzle.data.mixture import Stage
 from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, ExportOptions, check_dtypes
+from puzzle.export.engines import ANY_DECILM_READER, ENGINES, ExportOptions, reads_fp8
 from puzzle.export.refuse import refuse
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import read_dependency
@@ -146,13 +146,10 @@ def _check_exports(exports: tuple[ExportOptions, ...], builder: Builder, fp8: bo
     whole = child_of_checkpoint(builder.parent)
     for one in exports:
         format, engine = one.picked
-        if fp8 and one.dtype is None:
-            try:
-                check_dtypes(format, engine, "fp8", "fp8")
-            except UserError as error:
-                raise UserError(
-                    f"export {one.name}: solve.precision may choose fp8: {error}, or give it a dtype"
-                ) from error
+        if fp8 and one.dtype is None and not reads_fp8(format, engine):
+            raise UserError(
+                f"export {one.name}: solve.precision may choose fp8, which {engine} does not read: give it a dtype"
+            )
         if format == "gguf" and importlib.util.find_spec("gguf") is None:
             raise UserError(f"export {one.name} needs the package gguf: pip install gguf")
         if format == "hf":

@@ -11,7 +11,6 @@ import pytest
 
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
-from puzzle.blocklib.none import NoOp
 from puzzle.choose.cells import layer_cells
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.goal import GoalOptions
@@ -20,44 +19,14 @@ from puzzle.choose.problem import Request
 from puzzle.choose.solve import open_precisions, solve_library
 from puzzle.library.manifest import Library, scores_path
 from puzzle.measure.architecture import read_architecture
-from puzzle.profile.cost_table import CostRow, CostTable, write_costs
-from puzzle.profile.parts import ends_of
+from puzzle.profile.cost_table import CostTable
 
 WORK = Workload(input_len=16, output_len=9)
 SOLVE = ("--gpu", "h100", "--input-len", 16, "--output-len", 9)
-FACTS = {"num_samples": 9, "device": "a GPU", "versions": "none", "date": "2026-11-27"}
-
-
-def seconds_of(part, precision: str, phase: str, batch: int, context: int) -> float:
-    """Weights are read at their size, prompts take their rows; a decode step of attention also reads what is cached."""
-    share = {"bf16": 1.0, "fp8": 0.5}[precision]
-    if not hasattr(part, "num_parameters"):
-        return 1e-5
-    rows = batch * context if phase == "prefill" else batch
-    weights = (share * part.num_parameters + 40 * rows + 300) * 1e-8
-    read = part.state().per_token * batch * context if phase == "decode" else 0
-    return weights + share * read * 1e-8
-
-
-def write_table(library: Library, precision: str, name: str, **changed) -> None:
-    rows = []
-    for part in [*library.sub_blocks(), *ends_of(library.structure)]:
-        if isinstance(part, NoOp):
-            continue
-        by_rows = not hasattr(part, "by_rows") or part.by_rows
-        key = part.timed().key() if hasattr(part, "timed") else part.key()
-        points = [("decode", b, c) for b in (1, 4) for c in ((0,) if by_rows else (8, 16, 64))]
-        points += [("prefill", b, c) for b in (1, 4) for c in (16, 64)] if hasattr(part, "state") else []
-        for phase, batch, context in points:
-            value = seconds_of(part, precision, phase, batch, context)
-            times = dict.fromkeys(("p20_s", "p50_s", "p80_s"), value)
-            point = {"part": key, "precision": precision, "phase": phase, "batch": batch, "context": context}
-            rows.append(CostRow(**point, **times, **FACTS | changed))
-    write_costs(library.root / "costs" / "h100-test" / f"{name}.csv", rows)
 
 
 @pytest.fixture
-def precise(own_library) -> Library:
+def precise(own_library, gpu_table) -> Library:
     """Layer 0 may lose its attention or half of its FFN; every sub-block may be in fp8, at a cost that differs by layer."""
     path = own_library / "library.json"
     facts = json.loads(path.read_text())
@@ -73,7 +42,7 @@ def precise(own_library) -> Library:
         scores_path(own_library, layer).write_text(json.dumps({"schema": 1, "key": "", "scores": scores}))
     library = Library.open(own_library)
     for precision in ("bf16", "fp8"):
-        write_table(library, precision, "tiny" if precision == "bf16" else "tiny-fp8")
+        gpu_table(library, precision, "tiny" if precision == "bf16" else "tiny-fp8")
     return library
 
 
@@ -148,7 +117,7 @@ def test_never_worse_than_one_precision(precise, memory, tpot, backend):
     assert found["fp8", "bf16"] == pytest.approx(found["bf16", "fp8"], abs=1e-12)
 
 
-def test_prices(precise):
+def test_prices(precise, gpu_seconds):
     """Time and bytes of weights in their own precision, of what is cached in the cache's."""
     both = tables(precise).tables
     attention, ffn = precise.structure.layers[0].values()
@@ -156,13 +125,14 @@ def test_prices(precise):
     for own, cache in itertools.product(both, repeat=2):
         costs = CostModel(precise, Way(tables=both, cache=cache), WORK)
         prefill, decode = costs.part_seconds(attention, 4, own)
-        assert prefill == pytest.approx(seconds_of(attention, own, "prefill", 4, 16))
-        weights = seconds_of(attention, own, "decode", 4, 0)
+        assert prefill == pytest.approx(gpu_seconds(attention, own, "prefill", 4, 16))
+        weights = gpu_seconds(attention, own, "decode", 4, 0)
         read = [
-            seconds_of(attention, cache, "decode", 4, c) - seconds_of(attention, cache, "decode", 4, 0) for c in context
+            gpu_seconds(attention, cache, "decode", 4, c) - gpu_seconds(attention, cache, "decode", 4, 0)
+            for c in context
         ]
         assert decode == pytest.approx(steps * weights + sum(read))
-        assert costs.part_seconds(ffn, 4, own)[1] == pytest.approx(steps * seconds_of(ffn, own, "decode", 4, 0))
+        assert costs.part_seconds(ffn, 4, own)[1] == pytest.approx(steps * gpu_seconds(ffn, own, "decode", 4, 0))
         sizes = {"bf16": 2, "fp8": 1}
         cached = attention.state().elements(25, both["bf16"].page) * 4
         assert costs.bytes_of(attention, 4, own) == sizes[own] * attention.num_parameters + sizes[cache] * cached
@@ -229,12 +199,12 @@ def test_refused(puzzle, one_line_error, precise, tmp_path, words, message):
     assert not (tmp_path / "s" / "architecture.json").exists()
 
 
-def test_what_has_no_price_or_score(puzzle, one_line_error, precise, tmp_path):
+def test_what_has_no_price_or_score(puzzle, one_line_error, precise, gpu_table, tmp_path):
     words = ("--memory", "70%", *SOLVE, "--out", tmp_path / "s", "--precision", "bf16,fp8")
     cpu = tuple("cpu" if word == "h100" else word for word in words)
     one_line_error(puzzle("solve", precise.root, *cpu), "--precision bf16", "--gpu cpu is in float32")
     table = precise.root / "costs/h100-test/tiny-fp8.csv"
-    write_table(precise, "fp8", "tiny-fp8", device="another GPU")
+    gpu_table(precise, "fp8", "tiny-fp8", device="another GPU")
     one_line_error(puzzle("solve", precise.root, *words), "'tiny' are of a GPU and another GPU")
     with open(table, newline="") as handle:
         rows = [CostTable(table).path, *csv.DictReader(handle)][1:]
@@ -250,7 +220,7 @@ def test_what_has_no_price_or_score(puzzle, one_line_error, precise, tmp_path):
     one_line_error(
         puzzle("solve", precise.root, *words), "--precision fp8 has no cost table 'tiny-fp8'", "--gpu h100 --fp8"
     )
-    write_table(precise, "fp8", "tiny-fp8")
+    gpu_table(precise, "fp8", "tiny-fp8")
     path = scores_path(precise.root, 2)
     scores = json.loads(path.read_text())["scores"]
     path.write_text(
