@@ -66,12 +66,12 @@ def synthetic(library: Library, gpu: str, shapes: str, like: str) -> None:
     plain, quantised = [], []
     for row in rows_of(table):
         kind = row["part"].split()[0]
-        group = ratios.get((kind, row["phase"], row["batch"])) or ratios.get((kind, row["phase"])) or [1.0]
+        scale = ratios.get((kind, row["phase"], row["batch"])) or ratios.get((kind, row["phase"])) or [1.0]
         values: dict = dict(row) | {k: int(row[k]) for k in ("batch", "context", "num_samples", "workspace_bytes")}
         values |= {k: float(row[k]) for k in ("p20_s", "p50_s", "p80_s")}
         plain.append(CostRow(**values))
-        scaled = {k: float(values[k]) * median(group) for k in ("p20_s", "p50_s", "p80_s")}
-        quantised.append(replace(plain[-1], precision="fp8", **scaled))
+        scaled = {k: float(values[k]) * median(scale) for k in ("p20_s", "p50_s", "p80_s")}
+        quantised.append(replace(plain[-1], precision="fp8", **scaled))  # type: ignore[arg-type]
     for name, rows in ((shapes, plain), (f"{shapes}-fp8", quantised)):
         write_costs(library.root / "costs" / table.path.parent.name / f"{name}.csv", rows)
 

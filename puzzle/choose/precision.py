@@ -43,9 +43,9 @@ class Precisions:
 
     @property
     def ways(self) -> list[Way]:
-        """The plain ones first, then those in which weights have any precision."""
+        """The plain ones first, then those in which weights have any precision, with the smallest cache last."""
         plain = [Way(tables={name: table}, cache=name) for name, table in self.tables.items()]
-        return plain if len(plain) == 1 else [*plain, *(Way(tables=self.tables, cache=name) for name in self.tables)]
+        return plain if len(plain) == 1 else [*plain, *(Way(tables=self.tables, cache=name) for name in PRECISIONS)]
 
     @property
     def hash(self) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.goal import LIMITS
 from puzzle.choose.infeasible import why_infeasible
-from puzzle.choose.precision import Precisions, Way
+from puzzle.choose.precision import Precisions
 from puzzle.choose.problem import Request, Selection, select
 from puzzle.choose.workloads import Demand
 from puzzle.library.manifest import Library
@@ -60,15 +61,20 @@ BASELINES: dict[str, Rule] = {
 def solve_library(library: Library, table: CostTable | EngineModel | Precisions, request: Request) -> Architecture:
     """Raises UserError when the goal cannot be met, with what can be."""
     first, *more = table.ways if isinstance(table, Precisions) else [table]
-    selections = [select(library, first, request)]
-    selections += [selections[0].chosen_by(way) for way in more if isinstance(way, Way)]
-    answers = [(selection, *choose(selection)) for selection in selections]
-    met = [(selection, best, solutions) for selection, best, solutions in answers if best is not None]
-    if not met:  # the last way is that with most to choose from
-        raise UserError(_why_none(answers[-1][0], answers[-1][2]))
-    selection, best, solutions = min(met, key=lambda answer: answer[2][answer[1]].objective)
-    found = best, solutions[best]
-    batch, solution = found if request.baseline is not None else _faster(selection, *found)
+    share = None if request.time_limit is None else request.time_limit / (1 + len(more))
+    selection = select(library, first, replace(request, time_limit=share))
+    best, solutions = choose(selection)
+    for way in more:
+        other = selection.chosen_by(way)  # type: ignore[arg-type]
+        found = choose(other, math.inf if best is None else solutions[best].objective)
+        if best is None or (found[0] is not None and found[1][found[0]].objective < solutions[best].objective):
+            selection, (best, solutions) = other, found
+    if best is None:  # of the last way, which has most to choose from
+        told = replace(selection.request, time_limit=request.time_limit)
+        raise UserError(_why_none(replace(selection, request=told, known={}), solutions))
+    batch, solution = best, solutions[best]
+    if request.baseline is None:
+        batch, solution = _faster(selection, batch, solution)
     bought = [asdict(price) for price in prices(selection.problem(batch), solution)] if request.explain else None
     return replace(
         architecture(selection, batch, solution),
@@ -94,13 +100,13 @@ def solve_diverse(
     return [architecture(selection, best, solution) for solution in found]
 
 
-def choose(selection: Selection) -> tuple[int | None, dict[int, Solution]]:
+def choose(selection: Selection, cutoff: float = math.inf) -> tuple[int | None, dict[int, Solution]]:
     """(best batch or None, solution per batch that was looked at), by the solver over all batches or by a simple rule over
-    `Selection.batches`."""
+    `Selection.batches`. cutoff: a score that an answer by the solver has to be below."""
     request = selection.request
     try:
         if request.baseline is None:
-            how = {"backend": request.backend, "time_limit": request.time_limit}
+            how = {"backend": request.backend, "time_limit": request.time_limit, "cutoff": cutoff}
             return best_between(selection.batches, selection.problem, selection.relaxed, **how)
         rule = BASELINES[request.baseline]
         solutions = {batch: rule(selection, selection.problem(batch)) for batch in selection.batches}
