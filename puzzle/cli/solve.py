@@ -46,7 +46,7 @@ MODES = (
     ),
     Mode("without `fusion`", lambda p: not p["fusion"], unused="fusion_dependency"),
     Mode("with `engine`", lambda p: p["engine"] != "puzzle", unused="shapes"),
-    Mode("with `precision`", lambda p: p["precision"] is not None, unused="pareto diverse fusion fusion_dependency"),
+    Mode("with `precision`", lambda p: p["precision"] is not None, unused="pareto diverse fusion"),
     Mode("without `stages`", lambda p: p["stages"] is None, unused="stage_tolerance"),
 )
 
