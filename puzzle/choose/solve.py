@@ -64,15 +64,20 @@ def solve_library(library: Library, table: CostTable | EngineModel | Precisions,
     share = None if request.time_limit is None else request.time_limit / (1 + len(more))
     selection = select(library, first, replace(request, time_limit=share))
     best, solutions = choose(selection)
+    every = list(solutions.values())
     for way in more:
         other = selection.chosen_by(way)  # type: ignore[arg-type]
         found = choose(other, math.inf if best is None else solutions[best].objective)
+        every += found[1].values()
         if best is None or (found[0] is not None and found[1][found[0]].objective < solutions[best].objective):
             selection, (best, solutions) = other, found
     if best is None:  # of the last way, which has most to choose from
         told = replace(selection.request, time_limit=request.time_limit)
         raise UserError(_why_none(replace(selection, request=told, known={}), solutions))
     batch, solution = best, solutions[best]
+    unproven = [other.bound for other in every if other.status in ("feasible", "time_limit")]
+    if more and unproven:  # another way may have had something better
+        solution = replace(solution, status="feasible", bound=min(unproven))
     if request.baseline is None:
         batch, solution = _faster(selection, batch, solution)
     bought = [asdict(price) for price in prices(selection.problem(batch), solution)] if request.explain else None

@@ -5,21 +5,24 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
+from puzzle.choose import solve
 from puzzle.choose.cells import layer_cells
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.goal import GoalOptions
 from puzzle.choose.precision import Precisions, Way
 from puzzle.choose.problem import Request
-from puzzle.choose.solve import open_precisions, solve_library
+from puzzle.choose.solve import choose, open_precisions, solve_library
 from puzzle.library.manifest import Library, scores_path
 from puzzle.measure.architecture import read_architecture
 from puzzle.profile.cost_table import CostTable
+from puzzle.solver.solution import no_solution
 
 WORK = Workload(input_len=16, output_len=9)
 SOLVE = ("--gpu", "h100", "--input-len", 16, "--output-len", 9)
@@ -252,3 +255,18 @@ def test_an_earlier_architecture(precise, tmp_path, puzzle):
     found = read_architecture(path)
     assert (found.kv_dtype, found.precision, found.fp8_weights) == (None, "bf16", frozenset())
     assert replace(found, kv_dtype="fp8").precision.startswith("parent bf16; child 0 of 7")
+
+
+def test_a_way_that_was_not_finished(precise, monkeypatch):
+    """Leaves the answer of another one unproven, down to its own bound."""
+
+    def cut(selection, cutoff=math.inf):
+        if len(selection.costs.way.tables) == 1:
+            return choose(selection, cutoff)
+        return None, {4: no_solution("time_limit", 0.001, 1.0, "none")}
+
+    monkeypatch.setattr(solve, "choose", cut)
+    request = Request(work=WORK, goal=GoalOptions(memory="60%", concurrency=4).goal(), time_limit=9.0)
+    found = solve_library(precise, tables(precise), request)
+    assert (found.status, found.bound) == ("feasible", 0.001)
+    assert found.objective > 0.001
