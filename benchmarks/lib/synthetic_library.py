@@ -59,11 +59,16 @@ def scores(num_layers: int, spaces: dict[str, Space], layer: int, chance: random
 @click.argument("name")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=0)
-def main(name: str, out: Path, seed: int) -> None:
+@click.option(
+    "--attention", default=ATTENTION, help="What is offered; KV heads that do not divide the parent's are left out."
+)
+@click.option("--ffn", default=FFN)
+def main(name: str, out: Path, seed: int, attention: str, ffn: str) -> None:
     structure = known_structure(name)
     most = max(layer["attention"].num_key_value_heads for layer in structure.layers)
-    heads = [v for v in ATTENTION.split(",") if not v.startswith("kv") or int(v[2:]) < most]
-    spaces = search_spaces(dict(enumerate(structure.layers)), {"attention": ",".join(heads), "ffn": FFN})
+    every = attention.split(",")
+    heads = [v for v in every if not v.startswith("kv") or (int(v[2:]) < most and most % int(v[2:]) == 0)]
+    spaces = search_spaces(dict(enumerate(structure.layers)), {"attention": ",".join(heads), "ffn": ffn})
     chosen = {
         str(layer): {
             slot: {variant: sub_block.key() for variant, sub_block in space.items() if variant != PARENT}

@@ -12,16 +12,10 @@ from torch import Tensor
 
 from puzzle.base.workload import PAGE
 from puzzle.blocklib.fast.batch import Batch, Fast, Product, Stream
-from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.plain.gqa import Attention
 from puzzle.blocklib.plain.part import causal_mask, rotate
 from puzzle.kernels.decode_attention import decode_attention
 from puzzle.kernels.rope_kv import rope_kv
-
-
-def cache_elements(sub_block: Gqa, batch: int, num_tokens: int) -> int:
-    """Elements of the cache of `batch` sequences of `num_tokens`, in whole pages."""
-    return batch * sub_block.state().elements(num_tokens, PAGE)
 
 
 class FastAttention(Fast):

@@ -21,3 +21,10 @@ class Workload:
         for name in ("input_len", "output_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{name}` {getattr(self, name)}: a workload has at least 1 token")
+
+    def check_fits(self, max_length: int, context: str = "the parent's context of") -> None:
+        """Raise UserError where a request has more tokens than `max_length`, which is what `context` says."""
+        if self.input_len + self.output_len > max_length:
+            raise UserError(
+                f"`input_len` {self.input_len} + `output_len` {self.output_len} exceed {context} {max_length}"
+            )

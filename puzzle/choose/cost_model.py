@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from puzzle.base.errors import UserError
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import PREFILL_ROWS, Workload
 from puzzle.blocklib.gqa import Gqa
@@ -25,6 +25,7 @@ from puzzle.profile.engine import EngineModel
 from puzzle.profile.parts import Part, ends_of, priced_as
 
 ByUse = Mapping[str, str]  # of one layer: the precision of the weights in each slot
+Placed = tuple[SubBlock, str]  # what runs, and the precision of its weights
 
 
 class CostModel:
@@ -35,11 +36,7 @@ class CostModel:
         self.way = table if isinstance(table, Way) else Way(tables={table.precision: table}, cache=table.precision)
         self.library, self.table, self.work = library, self.way.first, work
         structure = library.structure
-        if work.input_len + work.output_len > structure.max_length:
-            raise UserError(
-                f"`input_len` {work.input_len} + `output_len` {work.output_len} exceed the parent's context of "
-                f"{structure.max_length}"
-            )
+        work.check_fits(structure.max_length)
         self.bytes_per_element = PRECISION_BYTES[self.table.precision]
         self.batches = self.way.batches
         self.ends: list[Part] = ends_of(structure)
@@ -53,8 +50,18 @@ class CostModel:
             for name, one, b in every
         }
         self._between = {(name, b): one.between_parts(structure, b) for name, one, b in every}
+        self.has_host = self.table.host_seconds(self.batches[-1]) > 0
         self._seconds: dict[tuple[Part, int, str], tuple[float, float]] = {}
         self._workspace: dict[int, int] = {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Where prices come from, for architecture.json; of an engine also its export's format and its room on the card."""
+        table = self.table
+        found: dict[str, Any] = {"device": table.device, "precision": table.precision, "sha256": table.hash}
+        if isinstance(table, EngineModel):
+            found |= {"format": table.format, "room_bytes": table.room_bytes}
+        return found
 
     @property
     def length(self) -> int:
@@ -101,6 +108,10 @@ class CostModel:
         """The measured batches next to this one. Raises UserError beyond them."""
         return around(self.batches, batch)
 
+    def host_seconds(self, batch: int) -> float:
+        """The least that all decode steps take, at the pace of an engine's own Python; 0 where it never sets one."""
+        return self.table.host_seconds(batch) * (self.work.output_len - 1)
+
     @property
     def every_batch(self) -> range:
         """All batch sizes that have a price."""
@@ -132,7 +143,7 @@ class CostModel:
         """What layer `index` runs: its own sub-blocks, or what an engine's export makes of them."""
         return self.table.lowered(layer, first=index == 0)
 
-    def placed(self, layer: Layer, index: int, precisions: ByUse | None) -> list[tuple[SubBlock, str]]:
+    def placed(self, layer: Layer, index: int, precisions: ByUse | None) -> list[Placed]:
         """What layer `index` runs, each with the precision of its weights. Engines, which rewrite layers, have but one."""
         if not precisions:
             return [(part, self.table.precision) for part in self.runs(layer, index)]
@@ -141,7 +152,7 @@ class CostModel:
     def resources(self, layer: Layer, batch: int, index: int = 1, precisions: ByUse | None = None) -> dict[str, float]:
         """Seconds, bytes and parameters of one layer. index: of the layer; engines treat the first, 0, differently."""
         runs = self.placed(layer, index, precisions)
-        return self._timed([self.part_seconds(part, batch, own) for part, own in runs]) | {
+        return self._timed([self.part_seconds(part, batch, own) for part, own in runs], 0.0) | {
             "memory_bytes": sum(self.bytes_of(part, batch, own) for part, own in runs),
             "num_parameters": sum(sub_block.num_parameters for sub_block in layer.values()),
         }
@@ -149,15 +160,17 @@ class CostModel:
     def fixed(self, batch: int) -> dict[str, float]:
         """The same of what no choice changes: embedding, final norm, LM head, workspace."""
         count = self.library.structure.num_fixed_parameters
-        return self._timed([self.part_seconds(part, batch) for part in self.ends]) | {
+        return self._timed([self.part_seconds(part, batch) for part in self.ends], self.host_seconds(batch)) | {
             "memory_bytes": count * FIXED_BYTES[self.table.precision] + self.workspace(batch),
             "num_parameters": count,
         }
 
-    @staticmethod
-    def _timed(parts: list[tuple[float, float]]) -> dict[str, float]:
+    def _timed(self, parts: list[tuple[float, float]], host: float) -> dict[str, float]:
+        """Seconds at the device's pace and, of an engine that may set its own, with decode steps at that one: a limit on time is one
+        on both, each a sum over layers."""
         prefill, decode = sum(p for p, _ in parts), sum(d for _, d in parts)
-        return {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
+        found = {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
+        return found | ({"host_seconds": prefill + host, "host_decode_seconds": host} if self.has_host else {})
 
     def cached_bytes(self, layer: Layer, num_tokens: int, index: int = 1, precisions: ByUse | None = None) -> float:
         """Bytes of one layer's weights and of what it keeps for `num_tokens` tokens in sequences of the workload's length."""
@@ -169,6 +182,36 @@ class CostModel:
             total += PRECISION_BYTES[own] * part.num_parameters + PRECISION_BYTES[self.way.cache] * kept
         return total
 
+    def device_seconds(
+        self, runs: Sequence[Placed], batch: int, change: Mapping[str, float] | None = None
+    ) -> tuple[float, float]:
+        """(prefill, all decode steps) of a whole model of these sub-blocks at the device's pace. change: as `predict` has it."""
+        change = change or {}
+        prefill, decode = change.get("prefill_seconds", 0.0), change.get("decode_seconds", 0.0)
+        for part, own in (*runs, *((end, self.table.precision) for end in self.ends)):
+            first, rest = self.part_seconds(part, batch, own)
+            prefill, decode = prefill + first, decode + rest
+        return prefill, decode
+
+    def host_pace(
+        self, layers: Sequence[Layer], batch: int, change: Mapping[str, float] | None = None
+    ) -> dict[str, float] | None:
+        """From which batch on the engine's own Python sets the pace of decode steps, and milliseconds of a step at `batch` of each;
+        None where the device does up to the largest batch."""
+        if not self.has_host or self.work.output_len == 1:
+            return None
+        runs = self._all(layers, None)
+        paced = [b for b in self.every_batch if self.host_seconds(b) > self.device_seconds(runs, b, change)[1]]
+        if not paced:
+            return None
+        scale = 1e3 / (self.work.output_len - 1)
+        return {
+            "from_batch": paced[0],
+            "batch": batch,
+            "host_ms": scale * self.host_seconds(batch),
+            "device_ms": scale * self.device_seconds(runs, batch, change)[1],
+        }
+
     def predict(
         self,
         layers: Sequence[Layer],
@@ -178,11 +221,9 @@ class CostModel:
     ) -> Prediction:
         """Of the whole model. change: what fusing layers adds to the resources (`puzzle.choose.fusion`)."""
         change = change or {}
-        prefill, decode = change.get("prefill_seconds", 0.0), change.get("decode_seconds", 0.0)
         runs = self._all(layers, precisions)
-        for part, own in (*runs, *((end, self.table.precision) for end in self.ends)):
-            first, rest = self.part_seconds(part, batch, own)
-            prefill, decode = prefill + first, decode + rest
+        prefill, decode = self.device_seconds(runs, batch, change)
+        decode = max(decode, self.host_seconds(batch))
         fixed = self.fixed(batch)
         inside = sum(sub_block.num_parameters for layer in layers for sub_block in layer.values())
         return Prediction(
@@ -198,7 +239,7 @@ class CostModel:
             num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0)) + inside,
         )
 
-    def _all(self, layers: Sequence[Layer], precisions: Sequence[ByUse] | None) -> list[tuple[SubBlock, str]]:
+    def _all(self, layers: Sequence[Layer], precisions: Sequence[ByUse] | None) -> list[Placed]:
         """What the whole model runs, with precisions."""
         by_layer: Sequence[ByUse | None] = precisions or [None] * len(layers)
         together = enumerate(zip(layers, by_layer, strict=True))

@@ -40,7 +40,8 @@ from puzzle.profile.engine import EngineModel
 from puzzle.profile.parts import priced_as
 from puzzle.solver.problem import Pair
 
-CHANGED = ("seconds", "prefill_seconds", "decode_seconds", "memory_bytes", "num_parameters", "cached_bytes")
+TIMES = ("seconds", "prefill_seconds", "decode_seconds", "host_seconds", "host_decode_seconds")
+CHANGED = (*TIMES, "memory_bytes", "num_parameters", "cached_bytes")
 Seconds = tuple[float, float]  # prefill, all decode steps
 
 
@@ -132,6 +133,8 @@ class WideFfn:
             "seconds": prefill + decode,
             "prefill_seconds": prefill,
             "decode_seconds": decode,
+            "host_seconds": prefill,  # decode steps at an engine's own pace stay as they are
+            "host_decode_seconds": 0.0,
             "memory_bytes": size,
             "num_parameters": -dropped,
             "cached_bytes": size,

@@ -57,10 +57,21 @@ class Limit:
     larger: bool = False
     of_workload: bool = True
 
+    @property
+    def paced(self) -> bool:
+        """Whether an engine's own Python may be what takes that long."""
+        return self.resource in ("seconds", "decode_seconds")
+
 
 def _steps(work: Workload) -> int:
     """Decode steps of a request."""
     return max(1, work.output_len - 1)
+
+
+def check_steps(goal: Goal, work: Workload) -> None:
+    """Raise UserError for a limit on decode steps of requests that have none."""
+    if "tpot" in goal.limits and work.output_len < 2:
+        raise UserError("`tpot` is the time per later token, and `output_len` 1 has none: limit `ttft` or `latency`")
 
 
 def read_rate(option: str, text: str) -> float:
@@ -150,6 +161,13 @@ LIMITS = (
         of_workload=False,
     ),
 )
+
+
+def host_label(label: str) -> str:
+    """What the same limit is called where an engine's own Python may set the pace."""
+    return f"{label} (host)"
+
+
 BY_OPTION = {limit.option: limit for limit in LIMITS}
 AXES = {
     "throughput": "tokens/s",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from puzzle.choose.goal import BY_OPTION, Limit
+from puzzle.choose.goal import BY_OPTION, Limit, host_label
 from puzzle.choose.workloads import Demand
 from puzzle.solver.explain import nearest, smallest_conflict
 from puzzle.solver.problem import Problem
@@ -27,10 +27,12 @@ def why_infeasible(problems: Mapping[str, Problem], demands: Sequence[Demand]) -
     assert limits is not None, "the problems were found infeasible"
     words: dict[str, Words] = {}
     for one in demands:
-        words |= {option + one.suffix: _words(BY_OPTION[option], one) for option in one.goal.limits}
+        for option in one.goal.limits:
+            words[option + one.suffix] = own = _words(BY_OPTION[option], one)
+            words[host_label(option + one.suffix)] = replace(own, text=_at_host_pace(own.text))
     words |= _structure(demands[0])
     reach = {int(b): nearest(problem, limits) for b, problem in problems.items()}
-    typed = " and ".join(words[label].typed for label in limits)
+    typed = " and ".join(dict.fromkeys(words[label].typed for label in limits))
     found = [text for label in limits if (text := _reach(label, words[label], reach)) is not None]
     if not found:
         return (
@@ -58,6 +60,10 @@ def _words(limit: Limit, one: Demand) -> Words:
         limit.larger,
         lambda batch, amount: limit.reached(amount, one.at(batch), work),
     )
+
+
+def _at_host_pace(text: Callable[[float], str]) -> Callable[[float], str]:
+    return lambda value: f"{text(value)}, since the engine's own Python sets the pace"
 
 
 def _structure(main: Demand) -> dict[str, Words]:

@@ -20,11 +20,12 @@ from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import EngineModel
 
 BACKENDS = ("ortools", "pulp")
+ENGINE_SHARE = 0.92  # of the card that a serving engine takes: vLLM's gpu_memory_utilization unless told otherwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolveOptions:
-    """also: further workloads. fusion_dependency: a dependency.json of the parent. shapes: which of several cost tables. engine:
+    """also: further workloads. fusion_dependency: a dependency.json of the parent. shapes: which of several cost tables, or fits. engine:
     who serves; "puzzle" is our own runtime, whose costs are measured. precision: that weights and cache may have, the parent's first
     (None: that of the cost table). The rest as `Request` has it."""
 
@@ -47,8 +48,6 @@ class SolveOptions:
             raise UserError(f"`backend` {self.backend}: {nearest(self.backend, list(BACKENDS))}")
         if self.fusion_dependency is not None and not self.fusion:
             raise UserError("`fusion_dependency` is not used without `fusion`: leave it out")
-        if self.shapes is not None and self.engine != "puzzle":
-            raise UserError("`shapes` is not used with `engine`: leave it out")
         if self.precision is not None:
             parse_precision(self.precision)
             unpriced = "fusion" if self.fusion else "engine" if self.engine != "puzzle" else None
@@ -61,7 +60,7 @@ class SolveOptions:
         return () if self.precision is None else parse_precision(self.precision)
 
     def costs(self, library: Library, gpu: str, name: str | None) -> CostTable | EngineModel | Precisions:
-        """The prices that are asked for. name: of the cost table."""
+        """The prices that are asked for. name: of the cost table, or of an engine's fit."""
         if self.precision is not None:
             return open_precisions(library, gpu, name, self.precisions)
         return open_costs(library, gpu, name, self.engine)
@@ -71,7 +70,7 @@ class SolveOptions:
 
     def request(self, library: Library, gpu: str, work: Workload, goal: Goal, baseline: str | None = None) -> Request:
         """gpu: whose card holds the child where it is a known one. Raises UserError for a dependency that is not this parent's."""
-        card = GPUS.get(gpu.split("-")[0])
+        card, share = GPUS.get(gpu.split("-")[0]), 1.0 if self.engine == "puzzle" else ENGINE_SHARE
         return Request(
             work=work,
             goal=goal,
@@ -82,5 +81,5 @@ class SolveOptions:
             explain=self.explain,
             fusion=Fusion.open(library, self.fusion_dependency) if self.fusion else None,
             same_batch=self.same_batch,
-            card=None if card is None else card.memory_bytes,
+            card=None if card is None else int(share * card.memory_bytes),
         )

@@ -18,7 +18,7 @@ from puzzle.base.workload import Workload
 from puzzle.choose.cells import Cell, layer_cells
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.fusion import Fusion
-from puzzle.choose.goal import LIMITS, Goal, Target
+from puzzle.choose.goal import LIMITS, Goal, Target, check_steps, host_label
 from puzzle.choose.precision import Way
 from puzzle.choose.workloads import AlsoAsked, Demand, demand
 from puzzle.library.manifest import Library
@@ -223,6 +223,9 @@ def limits_of(one: Demand, batch: int) -> list[Constraint]:
             most = limit.bound(target.absolute(limit.own(one.parent)), batch, one.costs.work)
             suffix = one.suffix if limit.of_workload else ""
             found.append(Constraint(resource=limit.resource + suffix, max=float(most), name=limit.option + one.suffix))
+            if one.costs.has_host and limit.paced:
+                name = host_label(limit.option + one.suffix)
+                found.append(Constraint(resource=f"host_{limit.resource}{suffix}", max=float(most), name=name))
     return found
 
 
@@ -231,6 +234,7 @@ def select(
 ) -> Selection:
     """free: the batch is free whatever the goal. Raises UserError for a workload or a batch that the costs do not cover."""
     costs, goal = CostModel(library, table, request.work), request.goal
+    check_steps(goal, request.work)
     memory = goal.limits.get("memory")
     card = request.card if memory is None or memory.relative else int(memory.value)
     parent = costs.best_parent(card)

@@ -17,7 +17,7 @@ from puzzle.base.files import finite
 from puzzle.blocklib.none import NoOp
 from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
-from puzzle.choose.goal import LIMITS
+from puzzle.choose.goal import LIMITS, host_label
 from puzzle.choose.infeasible import why_infeasible
 from puzzle.choose.precision import Precisions
 from puzzle.choose.problem import Request, Selection, select
@@ -134,6 +134,7 @@ def _telling(selection: Selection) -> dict[str, Problem]:
     """The problems that say how far a limit could go: at every measured batch and, where all but throughput can be met at one and
     not at the next, at the last batch between where it can, which is the fastest."""
     labels = {limit.option + one.suffix for limit in LIMITS if limit.larger for one in selection.demands}
+    labels |= {host_label(label) for label in labels}
     problems = selection.problems()
 
     def can_be_met(batch: int) -> bool:
@@ -179,7 +180,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
     """One solution at one batch size, with what is promised for it."""
     library, costs, parent = selection.library, selection.costs, selection.parent
     cells, whole = selection.chosen(solution), library.structure.layers
-    child, own = predicted(selection, costs, cells, batch), selection.whole.table
+    child, layers = predicted(selection, costs, cells, batch), [cell.sub_blocks for cell in cells]
     same = selection.whole.predict(whole, batch)
     extrapolated = [*_extrapolated(costs, cells, batch), *selection.whole.extrapolated(whole, parent.batch)]
     found = Architecture(
@@ -190,7 +191,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         layers=tuple(cell.choices(costs.table.precision) for cell in cells),
         goal=selection.goal.plain(),
         workload=costs.work,
-        costs={"device": own.device, "precision": own.precision, "sha256": own.hash},
+        costs=selection.whole.facts,
         kv_dtype=None if selection.way is None else costs.way.cache,
         status=solution.status,
         objective=solution.objective,
@@ -205,15 +206,20 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         speedup_at_same_batch=child.tokens_per_second / same.tokens_per_second,
         extrapolated=tuple(sorted(set(extrapolated))),
         also=tuple(_also(selection, one, cells, batch) for one in selection.others),
+        host_pace=costs.host_pace(layers, batch, _change(selection, costs, cells, batch)),
     )
     return found if selection.fusion is None else _fused(selection, found, solution, cells, batch)
 
 
 def predicted(selection: Selection, costs: CostModel, cells: Sequence[Cell], batch: int) -> Prediction:
     """Of the child as it will run: fused, where it was solved so."""
+    layers, change = [cell.sub_blocks for cell in cells], _change(selection, costs, cells, batch)
+    return costs.predict(layers, batch, change, [cell.precisions for cell in cells])
+
+
+def _change(selection: Selection, costs: CostModel, cells: Sequence[Cell], batch: int) -> dict[str, float] | None:
     fusion = selection.fusion
-    change = None if fusion is None else fusion.change(fusion.runs(cells), cells, costs, batch)
-    return costs.predict([cell.sub_blocks for cell in cells], batch, change, [cell.precisions for cell in cells])
+    return None if fusion is None else fusion.change(fusion.runs(cells), cells, costs, batch)
 
 
 def _extrapolated(costs: CostModel, cells: Sequence[Cell], batch: int) -> list[str]:
@@ -258,7 +264,7 @@ def open_costs(library: Library, gpu: str, name: str | None, engine: str = "puzz
     """Measured costs of our own runtime, or the fitted model of a serving engine."""
     structure = library.structure
     if engine != "puzzle":
-        return open_engine(engine, gpu, (structure, structure.usual))
+        return open_engine(engine, gpu, (structure, structure.usual), name=name, measured=library.root / "costs")
     head: list[Part] = [end for end in ends_of(structure) if isinstance(end, Head)]
     return find_costs(gpu, name, [library.root / "costs", PACKAGED], [*library.sub_blocks(), *head])
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.choose.cost_model import CostModel
-from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target
+from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target, check_steps
 from puzzle.choose.precision import Way
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
@@ -18,7 +18,14 @@ from puzzle.profile.engine import EngineModel
 
 # Limits that may be given for a further workload: memory is one for all, and holds in each.
 ALSO_LIMITS = tuple(limit.option for limit in LIMITS if limit.of_workload and limit.option != "memory")
-TIMED = ("seconds", "prefill_seconds", "decode_seconds", "memory_bytes")  # resources that differ between workloads
+TIMED = (
+    "seconds",
+    "prefill_seconds",
+    "decode_seconds",
+    "host_seconds",
+    "host_decode_seconds",
+    "memory_bytes",
+)  # resources that differ between workloads
 EXAMPLE = "INPUT/OUTPUT[@BATCH]:LIMIT=GOAL,... such as 1024/64@8:ttft=300ms,throughput=1.5x"
 
 
@@ -49,6 +56,7 @@ def parse_also(text: str) -> AlsoAsked:
     try:
         work = Workload(input_len=int(found[1]), output_len=int(found[2]))
         goal = GoalOptions(**limits).goal()  # type: ignore[arg-type]
+        check_steps(goal, work)
     except UserError as error:
         raise UserError(f"`also` {text}: {error}") from error
     batch = int(found[3]) if found[3] else None
@@ -72,7 +80,7 @@ class Demand:
         return self.batch or batch
 
     def timed(self, resources: Mapping[str, float]) -> dict[str, float]:
-        return {name + self.suffix: resources[name] for name in TIMED}
+        return {name + self.suffix: resources[name] for name in TIMED if name in resources}
 
 
 def demand(also: AlsoAsked, library: Library, table: CostTable | EngineModel | Way, memory: int | None) -> Demand:

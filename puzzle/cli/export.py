@@ -38,7 +38,9 @@ MODES = (
 @click.argument("architecture", type=options.PATH, required=False)
 @click.option("--out", type=options.PATH, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
 @click.option("--format", help="hf (default), nemotron-nas or gguf.")
-@click.option("--engine", help="Who will serve it: vllm, llama.cpp, sglang, mlx or tensorrt-llm.")
+@click.option(
+    "--engine", metavar="NAME[==VERSION]", help="Who will serve it: vllm, llama.cpp, sglang, mlx, tensorrt-llm."
+)
 @click.option(
     "--dtype",
     help="float32, bfloat16, float16, fp8, or for gguf q8_0. Default: as solved with --precision, else the parent's; bfloat16 of fp8.",
@@ -75,6 +77,7 @@ def export_command(
       puzzle export lib lib/solution --out child                         AutoModelForCausalLM, trust_remote_code=True
       puzzle export lib lib/solution --engine vllm --out child-vllm      vllm serve child-vllm --trust-remote-code
       puzzle export child --engine vllm --dtype fp8 --kv-dtype fp8 --data corpus --out child-fp8
+      puzzle export child --engine vllm==0.26 --out child-026            for a vLLM that gets mixed KV heads wrong
       puzzle export child --engine llama.cpp --dtype q8_0 --out child.gguf
     """
     from puzzle.export.write import export, open_source

@@ -68,6 +68,10 @@ def num_bytes(_: click.Context, option: click.Parameter, text: str | None) -> in
     return None if text is None else units.parse_bytes(text, option.name)
 
 
+engine_python = click.option("--python", type=PATH, help="Python of the environment that has the engine.")
+engine_reader = click.option(
+    "--format", "reader", default="hf", metavar="FORMAT", help="What vLLM reads: hf (by the plug-in) or nemotron-nas."
+)
 memory_limit = click.option(
     "--memory-limit",
     metavar="BYTES",

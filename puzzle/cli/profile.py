@@ -18,8 +18,10 @@ MODES = (
         lambda p: p["engine"] is not None and p["fit_path"] is not None,
         uses="gpu engine fit_path out as_json",
     ),
+    Mode("with `run`", lambda p: p["run"], unused="prefill seconds rounds"),
+    Mode("without `run`", lambda p: not p["run"], unused="python reader"),
     Mode("with `shapes`", lambda p: p["shapes"] is not None, unused="library"),
-    Mode("with `gpu` cpu", lambda p: p["gpu"] == "cpu", unused="fp8"),
+    Mode("with `gpu` cpu and no `run`", lambda p: p["gpu"] == "cpu" and not p["run"], unused="fp8"),
 )
 
 
@@ -41,9 +43,14 @@ MODES = (
 )
 @click.option("--shapes", metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
 @click.option("--fp8", is_flag=True, help="On a GPU: weights and KV cache in fp8.")
-@click.option("--engine", help="Fit this serving engine's overheads instead (with --fit).")
+@click.option("--engine", help="Fit this serving engine's overheads instead (with --run or --fit).")
+@click.option(
+    "--run", is_flag=True, help="Measure architectures of the parent's shapes in the engine that is installed."
+)
+@options.engine_python
+@options.engine_reader
 @click.option("--fit", "fit_path", type=options.PATH, metavar="FILE.csv", help="What it measured.")
-@click.option("--out", type=options.PATH, help="Where the fit goes; default: fit.json beside FILE.csv.")
+@click.option("--out", type=options.PATH, help="Where it goes: costs, or a fit (default: beside FILE.csv).")
 @click.option("--dry-run", is_flag=True, help="Print the number of points and the time; measure nothing.")
 @options.as_json
 def profile_command(
@@ -52,6 +59,9 @@ def profile_command(
     shapes: str | None,
     fp8: bool,
     engine: str | None,
+    run: bool,
+    python: Path | None,
+    reader: str,
     fit_path: Path | None,
     out: Path | None,
     dry_run: bool,
@@ -63,17 +73,24 @@ def profile_command(
     Writes LIBRARY/costs/GPU/NAME.csv, which `puzzle solve` reads. Finished points survive an interruption, and those that do not
     fit in memory are recorded as such.
 
+    With --engine vllm --run, six architectures with random weights run in vLLM, each in a process of its own, and a model of it is
+    fitted to them: COSTS/GPU/vllm/NAME/fit.json, which `puzzle solve --engine vllm` reads.
+
     \b
     Examples:
       puzzle profile lib --gpu cpu
       puzzle profile lib --gpu cpu --batches 1,32 --prefill 512 --contexts 512,768 --dry-run
       puzzle profile lib --gpu h100
       puzzle profile --shapes llama-3.1-8b --gpu h100 --out costs
+      puzzle profile lib --engine vllm --gpu h100 --run
+      puzzle profile --shapes llama-3.1-8b --engine vllm --gpu h100 --run --fp8 --python .engines/vllm/bin/python
       puzzle profile --engine vllm --gpu h100 --fit measured.csv
     """
-    if engine is not None or fit_path is not None:
+    if not run and (engine is not None or fit_path is not None):
         if engine is None or fit_path is None:
-            raise UserError("`engine` and `fit` go together: name the engine and the CSV of what it measured")
+            raise UserError(
+                "`engine` goes with `run`, which measures it here, or with `fit` and the CSV of what it measured"
+            )
         _fit(engine, gpu, fit_path, out, as_json)
         return
     if (library is None) == (shapes is None):
@@ -84,6 +101,10 @@ def profile_command(
     from puzzle.parents.known import known_structure
     from puzzle.profile import profile as stage
 
+    if run:
+        lengths = {name: chosen[name] for name in ("batches", "contexts")}
+        _run(engine, library, shapes, gpu, fp8, python, reader, lengths, out, dry_run, as_json)
+        return
     if gpu == "cpu" and chosen["rounds"] is None:
         chosen["rounds"] = 3
     asked = stage.ProfileOptions(gpu=gpu, precision="fp8" if fp8 else None, **chosen)
@@ -105,6 +126,44 @@ def profile_command(
     options.print_json({"costs": str(path), **facts}) if as_json else click.echo(
         f"wrote {path}: {facts['points']} points, {facts['points_per_minute']:g} a minute", err=True
     )
+
+
+def _run(
+    engine: str | None,
+    library: Path | None,
+    shapes: str | None,
+    gpu: str,
+    fp8: bool,
+    python: Path | None,
+    reader: str,
+    grid: dict[str, Any],
+    out: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from puzzle.cli.report import print_fit
+    from puzzle.library.manifest import Library
+    from puzzle.parents.known import known_structure
+    from puzzle.serving import engine_profile as stage
+    from puzzle.serving.engine_run import Engine
+
+    if engine is None:
+        raise UserError("`run` needs `engine`: name the one that is installed, such as --engine vllm")
+    opened = None if library is None else Library.open(library)
+    name, structure = (shapes, known_structure(shapes or "")) if opened is None else (opened.name, opened.structure)
+    precision = "fp8" if fp8 else "float32" if gpu == "cpu" else "bf16"
+    how, asked = Engine(gpu=gpu, python=python, reader=reader, precision=precision), stage.EngineGrid(**grid)
+    folder = (out or (library / "costs" if library else Path("costs"))) / gpu / engine / f"{name}{'-fp8' * fp8}"
+    if dry_run:
+        points = len(asked.points(gpu, structure.max_length))
+        names = list(stage.architectures(stage.fitting(structure, how)))
+        facts = {"architectures": names, "points": points, "out": str(folder)}
+        told = f"{len(names)} architectures ({', '.join(names)}), {points} points each, into {folder}"
+        options.print_json(facts) if as_json else click.echo(told, err=True)
+        return
+    value = stage.profile_engine(engine, structure, how, folder, asked)
+    options.print_json({"schema": 1, **value}) if as_json else print_fit(value)
+    click.echo(f"wrote {folder / 'fit.json'}", err=True)
 
 
 def _fit(engine: str, gpu: str, path: Path, out: Path | None, as_json: bool) -> None:

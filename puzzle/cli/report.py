@@ -70,6 +70,8 @@ def print_solution(solved: Architecture) -> None:
         ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
         ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
     ]
+    if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
+        rows.append(("tokens that its cache holds", solved.cached_tokens(solved.parent, parent), tokens))
     print_table(f"predicted on {solved.costs['device']} ({solved.precision})", COMPARED, rows)
     limit = solved.goal["memory"]
     if isinstance(limit, float) and parent.memory_bytes > limit:
@@ -79,6 +81,12 @@ def print_solution(solved: Architecture) -> None:
         )
     for line in (*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)):
         console.print(f"extrapolated: {line}", markup=False)
+    if (pace := solved.host_pace) is not None:
+        console.print(
+            f"the engine's own Python sets the child's pace from batch {pace['from_batch']} on: at {pace['batch']} its share of a step is "
+            f"{pace['host_ms']:.3g} ms, the device's {pace['device_ms']:.3g} ms (the longer one counts)",
+            markup=False,
+        )
     for also in solved.also:
         work, mine, own = also.workload, also.predicted, also.parent_predicted
         console.print(
@@ -293,6 +301,13 @@ def print_fit(value: dict[str, Any]) -> None:
     for name, constant in value["constants"].items():
         unit = "of the datasheet" if constant > 1e-2 else "s"
         console.print(f"{name:<10} {constant:.4g} {unit}", markup=False)
+    host, sequence = (value["constants"].get(name, 0.0) for name in ("host", "host_sequence"))
+    console.print(
+        f"the engine's own Python takes {1e3 * host:.3g} ms a step and {1e3 * sequence:.3g} ms a sequence, and sets the pace where the "
+        "device takes less"
+        if host
+        else f"the engine's own Python sets the pace nowhere up to {value['largest_batch']} sequences, as far as was measured"
+    )
     rows = []
     for what, found in value["errors"].items():
         if isinstance(found, dict):

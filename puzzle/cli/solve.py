@@ -45,7 +45,6 @@ MODES = (
         unused="backend time_limit explain fusion fusion_dependency",
     ),
     Mode("without `fusion`", lambda p: not p["fusion"], unused="fusion_dependency"),
-    Mode("with `engine`", lambda p: p["engine"] != "puzzle", unused="shapes"),
     Mode("with `precision`", lambda p: p["precision"] is not None, unused="pareto diverse fusion"),
     Mode("without `stages`", lambda p: p["stages"] is None, unused="stage_tolerance"),
 )
@@ -79,9 +78,9 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Charge fused FFNs for it: of the parent, by `puzzle fuse --dependency-only`.",
 )
 @click.option("--gpu", help="Whose costs: cpu, or a GPU that has been profiled.")
-@click.option("--shapes", help="Which of several cost tables.")
+@click.option("--shapes", help="Which of several cost tables, or of an engine's fits.")
 @click.option("--same-batch", is_flag=True, help="2x means of the parent at the child's batch, not at its own best.")
-@click.option("--engine", default="puzzle", help="Who serves: our runtime, or vllm (fitted).")
+@click.option("--engine", default="puzzle", help="Who serves: our runtime, or vllm (fitted), also vllm==0.26.")
 @click.option(
     "--precision", metavar="NAMES", help="Let weights and cache have any of these, bf16,fp8; the parent has the first."
 )
@@ -122,6 +121,7 @@ def solve_command(
       puzzle solve lib --throughput 2x --gpu cpu --input-len 128 --output-len 128
       puzzle solve lib --throughput 1.5x --memory 60% --keep-attention 8 --gpu cpu --explain
       puzzle solve lib --throughput 2x --gpu h100 --engine vllm --memory 80GB
+      puzzle solve lib --throughput 2x --gpu h100 --engine vllm --shapes llama-3.1-8b-fp8
       puzzle solve lib --throughput 2x --precision bf16,fp8 --gpu h100
       puzzle solve lib --pareto throughput --points 20 --gpu cpu --out frontier
       puzzle solve lib --throughput 2x --also 256/16@1:ttft=50% --gpu cpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from puzzle.base.console import console
@@ -62,7 +63,13 @@ def documents(source: Source, seed: int) -> Iterator[str]:
         except NotText as error:
             if path in named:
                 raise
-            console.print(f"left out: {error}", markup=False, soft_wrap=True)
+            _tell(f"left out: {error}")
+
+
+@cache
+def _tell(line: str) -> None:
+    """Once, however many stages read the same files."""
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _hub_documents(name: str, text_field: str) -> Iterator[str]:

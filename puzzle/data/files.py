@@ -47,6 +47,8 @@ def list_files(place: str) -> list[tuple[str, Path]] | None:
 
     Raises UserError for a place that does not exist or has no text, and for a table of a kind that is not read.
     """
+    if not place:
+        raise UserError("`data` is empty: give a directory, a glob, a file, or a datasets name")
     path, suffixes = Path(place), TEXT_SUFFIXES | TABLE_SUFFIXES
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if kind_of(p) in suffixes and p.is_file()]
@@ -81,7 +83,12 @@ def _readable(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
 
 def in_seeded_order(files: list[tuple[str, Path]], seed: int) -> list[Path]:
     """The paths of (name, path), in an order that `seed` and the names alone determine."""
-    return [path for _, path in sorted(files, key=lambda f: hashlib.sha256(f"{seed}:{f[0]}".encode()).digest())]
+    return [
+        path
+        for _, path in sorted(
+            files, key=lambda f: hashlib.sha256(f"{seed}:{f[0]}".encode(errors="surrogateescape")).digest()
+        )
+    ]
 
 
 def is_table(path: Path) -> bool:

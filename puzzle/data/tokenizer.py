@@ -44,6 +44,13 @@ def tokenizer_hash(directory: Path) -> str:
     return content_hash([(found.name, file_hash(found)) for found in tokenizer_files(directory)])
 
 
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two checkpoints give the same words the same numbers. Raises UserError where one of them has no tokenizer."""
+    if tokenizer_hash(one) == tokenizer_hash(other):
+        return True
+    return bool(load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab())
+
+
 def vocabulary(directory: Path) -> int | None:
     """The checkpoint's `vocab_size`; None where its config.json says none."""
     path = directory / "config.json"

@@ -10,6 +10,7 @@ from puzzle import __version__
 from puzzle.base.files import json_text
 from puzzle.base.units import bytes_text
 from puzzle.export.child import Child
+from puzzle.export.engines import ENGINES, served_by
 from puzzle.export.picture import picture
 from puzzle.measure.architecture import Architecture
 
@@ -205,13 +206,19 @@ _COMMANDS = {
 }
 
 
+_PLUG_IN = (
+    f"vLLM {ENGINES['vllm'].plug_in} to {(ENGINES['vllm'].read or ('',))[-1]}, through puzzle's plug-in (`pip install 'puzzle-nas[vllm]'`), "
+    "whatever the layers' numbers of KV heads:\n\n```\nvllm serve PATH\n```"
+)
 _CACHE = {"vllm": " --kv-cache-dtype fp8", "sglang": " --kv-cache-dtype fp8_e4m3"}  # where the checkpoint has scales
 
 
 def _command(card: CardFacts, engine: str) -> str:
-    """With the dtype of the cache, where its scales are there."""
-    found = _COMMANDS[engine]
-    return found if card.kv_dtype is None else f"{found.removesuffix(FENCE)}{_CACHE[engine]}{FENCE}"
+    """With the dtype of the cache, where its scales are there, and the versions that serve it."""
+    found, versions = _COMMANDS[engine], served_by(ENGINES[engine], card.child.kv_heads)
+    if card.kv_dtype is not None:
+        found = f"{found.removesuffix(FENCE)}{_CACHE[engine]}{FENCE}"
+    return f"{found}\n\n{versions[0].upper()}{versions[1:]}." if versions else found
 
 
 def _transformers(card: CardFacts) -> str:
@@ -229,7 +236,7 @@ def _serve(card: CardFacts) -> list[str]:
         again = (
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
-        return [_transformers(card), again]
+        return [_transformers(card), _PLUG_IN, again]
     engines = [card.engine] if card.engine else list(card.also)
     rest = [name for name in _COMMANDS if name not in engines]
     again = f"For {', '.join(rest)}: write the child again with `puzzle export … --engine` and that name."

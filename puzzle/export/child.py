@@ -167,6 +167,13 @@ class Child:
         return sum(sub_block.state().per_token for layer in self.layers for sub_block in layer.slots.values())
 
     @property
+    def kv_heads(self) -> list[int]:
+        """The numbers of KV heads that its layers have, each once."""
+        return sorted(
+            {layer.attention.num_key_value_heads for layer in self.layers if isinstance(layer.attention, Gqa)}
+        )
+
+    @property
     def layer_origins(self) -> list[int] | None:
         """Per layer, the last layer of the parent that it stands for; None when nothing ever changed their number."""
         if all(layer.parent_layer is None for layer in self.layers):

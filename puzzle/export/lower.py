@@ -18,7 +18,7 @@ from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, ChildLayer, Read, Tensors, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, Engine
+from puzzle.export.engines import ANY_DECILM_READER, Engine, engine_named
 from puzzle.export.refuse import refuse
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 from puzzle.parents.structure import Layer, Structure
@@ -33,17 +33,21 @@ Rewritten = tuple[Child, list[int]]  # the child, and the layers (before any low
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lowering:
-    """What one rewrite did. layers: of the child before any lowering; costs are of the whole child, 0 when free."""
+    """What one rewrite did. layers: of the child before any lowering; costs are of the whole child, 0 when free.
+    kv_bytes_before: per token, of the child before this one."""
 
     name: str
     layers: tuple[int, ...]
     what: str
     num_parameters: int
     kv_bytes_per_token: int
+    kv_bytes_before: int
 
     def __str__(self) -> str:
         costs = [f"{self.num_parameters:+,} parameters"] if self.num_parameters else []
-        costs += [f"{self.kv_bytes_per_token:+,} bytes of KV cache per token"] if self.kv_bytes_per_token else []
+        if self.kv_bytes_per_token:
+            after = self.kv_bytes_before + self.kv_bytes_per_token
+            costs.append(f"KV cache {self.kv_bytes_before:,} to {after:,} bytes per token")
         plural = "s" if len(self.layers) > 1 else ""
         where = f"layer{plural} {', '.join(map(str, self.layers))}"
         return f"{self.name}: {where}: {self.what} ({', '.join(costs) or 'costs nothing'})"
@@ -59,21 +63,23 @@ def lower(
     """
     if engine is None and format == "hf":
         return child, []
-    target = ANY_DECILM_READER if engine is None else ENGINES[engine]
+    target = ANY_DECILM_READER if engine is None else engine_named(engine)
     refuse(child, target, format)
     done: list[Lowering] = []
     for name, what, rewrite in _plan(target, format):
         before = child
         child, layers = rewrite(before)
         if layers:
-            extra_kv = child.kv_elements_per_token - before.kv_elements_per_token
+            element = kv_bytes or child.dtype.itemsize
+            held, holds = before.kv_elements_per_token, child.kv_elements_per_token
             done.append(
                 Lowering(
                     name=name,
                     layers=tuple(dict.fromkeys(layers)),
                     what=what,
                     num_parameters=child.num_parameters - before.num_parameters,
-                    kv_bytes_per_token=extra_kv * (kv_bytes or child.dtype.itemsize),
+                    kv_bytes_per_token=(holds - held) * element,
+                    kv_bytes_before=held * element,
                 )
             )
     return child, done
@@ -118,7 +124,7 @@ def lowered(layer: Layer, structure: Structure, base: Layer, engine: str, *, fir
         bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype=None, tokenizer=None, generation_config=None,  # type: ignore[arg-type]
         parent_name="", licence=None, read_embedding=no_tensors, read_final_norm=no_tensors, read_head=no_tensors,  # type: ignore[arg-type]
     )  # fmt: skip
-    target = ENGINES[engine]
+    target = engine_named(engine)
     for name, _, rewrite in _plan(target, target.formats[0]):
         if not (first and name == "drop-empty-layers"):
             child, _ = rewrite(child)
@@ -232,8 +238,7 @@ def zero_output_bias(child: Child) -> Rewritten:
 
 def equal_kv_heads(child: Child) -> Rewritten:
     """Each layer's KV heads repeated to the least common multiple: query head h reads KV head h // (H/K) as before."""
-    counts = [layer.attention.num_key_value_heads for layer in child.layers if isinstance(layer.attention, Gqa)]
-    most = math.lcm(*counts) if counts else 1
+    most = math.lcm(*child.kv_heads)
 
     def repeated(read: Read, times: int, head_dim: int) -> Read:
         def tensors() -> Tensors:

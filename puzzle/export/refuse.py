@@ -92,7 +92,7 @@ def _unlike_llama(sub_block: SubBlock) -> str | None:
 
 def _others(engine: Engine, able: Callable[[Engine], bool]) -> str:
     """ "--engine a, b or c" that can, and hf, which always can."""
-    names = [other.name for other in ENGINES.values() if other is not engine and able(other)]
+    names = [other.name for other in ENGINES.values() if other.name != engine.name and able(other)]
     listed = " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
     return f"`engine` {listed}, or `format` hf" if listed else "`format` hf"
 

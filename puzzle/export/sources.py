@@ -13,7 +13,7 @@ from puzzle.export.child import Child, ChildLayer
 from puzzle.library.manifest import Library, Replacement
 from puzzle.library.store import BlockStore
 from puzzle.parents.names import FINAL_NORM
-from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.opened import HfModel, check_special, open_model
 
 KEPT = ("hidden_act", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
 
@@ -36,6 +36,8 @@ def child_of_checkpoint(source: str | Path | HfModel) -> Child:
     opened = source if isinstance(source, HfModel) else open_model(source)
     config, structure, checkpoint = opened.config, opened.structure, opened.checkpoint
     generation = "generation_config.json"
+    settings = checkpoint.read(generation) if (opened.directory / generation).is_file() else None
+    check_special(settings or {}, structure.vocab_size, generation)
     origins = _layer_origins(opened)
     return Child(
         name=Path(opened.source).absolute().name,
@@ -56,7 +58,7 @@ def child_of_checkpoint(source: str | Path | HfModel) -> Child:
         dtype=checkpoint.dtype(FINAL_NORM),
         dequantised=checkpoint.fp8 is not None,
         tokenizer=opened.directory,
-        generation_config=checkpoint.read(generation) if (opened.directory / generation).is_file() else None,
+        generation_config=settings,
         parent_name=config.get("parent_name") or Path(opened.source).absolute().name,
         licence=licence_of(opened.directory),
         kept={name: config[name] for name in KEPT if name in config},

@@ -16,7 +16,16 @@ from puzzle.base.files import SCHEMA, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
-from puzzle.export.engines import ENGINES, FP8_READERS, check_dtypes, pick_format, reads_fp8
+from puzzle.export.engines import (
+    ENGINES,
+    FP8_READERS,
+    check_dtypes,
+    engine_named,
+    pick_format,
+    reads_fp8,
+    served_by,
+    wrong_before,
+)
 from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, kept_in_bf16, quantization_config
 from puzzle.export.gguf import export_gguf
 from puzzle.export.hf import hf_config
@@ -100,6 +109,7 @@ def export(
     Raises UserError before anything is written when the engine cannot take the child.
     """
     format, engine = pick_format(format, engine)
+    name = engine and engine_named(engine).name
     if dtype is None and source.solved is not None and source.solved.kv_dtype is not None:
         source, dtype = _as_solved(source, source.solved, format, engine, kv_dtype)
     child = source.child if licence is None else replace(source.child, licence=licence)
@@ -127,20 +137,20 @@ def export(
     if kv_dtype is not None:
         on = pick_device(device)
         scales = calibrate(whole, data or [], text_field, on, compute_dtype(on))
+    any_reader = format == "nemotron-nas" and engine is None
+    readers = takers(child, fp8="fp8" in (dtype, kv_dtype)) if any_reader else [name] if name else []
     card = child_card(
         CardFacts(
             child=child,
             original=source.child,
             format=format,
-            engine=engine,
+            engine=name,
             dtype=written,
             kv_dtype=kv_dtype,
             file=_gguf_name(out, written) if format == "gguf" else None,
             licence=child.licence,
             lowerings=tuple(str(lowering) for lowering in lowerings),
-            also=tuple(takers(child, fp8="fp8" in (dtype, kv_dtype)))
-            if format == "nemotron-nas" and engine is None
-            else (),
+            also=tuple(readers) if any_reader else (),
             solved=source.solved,
             facts=source.facts,
             measured=measured,
@@ -153,8 +163,8 @@ def export(
         _write_gguf(child, out, written, card, force)
     else:
         decilm = format == "nemotron-nas"
-        config = decilm_config(child, engine) if decilm else hf_config(child, child.dtype)
-        tensors = decilm_tensors(child, engine) if decilm else child.tensors()
+        config = decilm_config(child, name) if decilm else hf_config(child, child.dtype)
+        tensors = decilm_tensors(child, name) if decilm else child.tensors()
         kept = kept_in_bf16(child)
         if "fp8" in (dtype, kv_dtype):
             config["quantization_config"] = quantization_config(dtype == "fp8", kv_dtype == "fp8", kept)
@@ -174,6 +184,9 @@ def export(
         )
     for lowering in lowerings:
         console.print(f"lowered for {engine or format}: {lowering}", markup=False, soft_wrap=True)
+    for one in readers if engine == name else ():  # whoever names a version knows
+        if wrong_before(ENGINES[one], child.kv_heads):
+            console.print(f"{one}: {served_by(ENGINES[one], child.kv_heads)}", markup=False, soft_wrap=True)
     if hub is not None and push_to_hub is not None:
         _push(hub, push_to_hub, out)
     return Exported(out=out, format=format, engine=engine, dtype=written, kv_dtype=kv_dtype, lowerings=tuple(lowerings))

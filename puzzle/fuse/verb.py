@@ -11,6 +11,7 @@ from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, claim_output, write_json
 from puzzle.base.units import check_positive, parse_bytes, parse_count
+from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child
 from puzzle.export.write import Source, open_source
 from puzzle.fuse.matrix import Dependency, check_matplotlib, draw_heat_map, read_dependency
@@ -18,6 +19,7 @@ from puzzle.fuse.measure import measure_dependency, parallel_report
 from puzzle.fuse.rewrite import Norm
 from puzzle.fuse.runs import Rule, Run, parse_runs
 from puzzle.fuse.stage import describe, fuse_child, open_walker, pick_runs
+from puzzle.parents.structure import Structure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,14 @@ class FuseOptions:
         """Raise UserError for values that no child could be fused with."""
         check_positive(self, "sequences", "seq_len", "max_dependency")
         parse_bytes(self.max_shard, "max_shard")
+
+    def check_for(self, parent: Structure) -> None:
+        """The same for any child of this parent."""
+        if self.runs not in (None, "auto", "solved"):
+            parse_runs(self.runs, parent.num_layers)
+        widths = [b.intermediate_size for _, _, b in parent if isinstance(b, SwiGLU)]
+        if self.max_width is not None:
+            channels(self.max_width, max(widths, default=1))
 
 
 def fuse_verb(source: Path, wanted: FuseOptions) -> dict[str, Any]:
@@ -117,14 +127,17 @@ def _dependency_only(source: Path, opened: Source, wanted: FuseOptions) -> dict[
 
 
 def _rule(child: Child, wanted: FuseOptions) -> Rule:
-    width, text = None, wanted.max_width
-    if text is not None:
-        times = re.fullmatch(r"\s*([0-9.]+)\s*x\s*", text)
-        try:
-            width = int(float(times[1]) * child.ffn.intermediate_size) if times else parse_count("max_width", text)
-        except ValueError:
-            raise UserError(f"`max_width` {text}: write channels such as 28672, or 4x the parent's") from None
+    width = None if wanted.max_width is None else channels(wanted.max_width, child.ffn.intermediate_size)
     return Rule(max_dependency=wanted.max_dependency, keep_last=wanted.keep_last, max_width=width)
+
+
+def channels(text: str, own: int) -> int:
+    """A `max_width` in channels. own: the parent's. Raises UserError for what is neither a number nor a multiple."""
+    times = re.fullmatch(r"\s*([0-9.]+)\s*x\s*", text)
+    try:
+        return int(float(times[1]) * own) if times else parse_count("max_width", text)
+    except ValueError:
+        raise UserError(f"`max_width` {text}: write channels such as 28672, or 4x the parent's") from None
 
 
 def _given(source: Path, opened: Source, wanted: FuseOptions) -> list[Run] | None:

@@ -10,7 +10,7 @@ from torch import nn
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.data.mixture import Stage
-from puzzle.data.tokenizer import load_tokenizer, tokenizer_hash
+from puzzle.data.tokenizer import same_tokenizer
 from puzzle.heal.loss import Learner, Teacher, Weights
 from puzzle.heal.parallel import Ranks, shard
 from puzzle.heal.settings import HealOptions
@@ -67,9 +67,7 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
 
 
 def _same_tokenizer(options: HealOptions, child: HfModel, teacher: HfModel) -> None:
-    if tokenizer_hash(child.directory) == tokenizer_hash(teacher.directory):
-        return
-    if load_tokenizer(child.directory).get_vocab() != load_tokenizer(teacher.directory).get_vocab():
+    if not same_tokenizer(child.directory, teacher.directory):
         raise UserError(
             f"`teacher` {options.teacher} has another tokenizer than {options.child}: logits of different words cannot be "
             "compared; let it write completions and learn from those with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"

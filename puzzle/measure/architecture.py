@@ -13,6 +13,7 @@ from typing import Any
 
 from puzzle.base.errors import UserError
 from puzzle.base.files import read_any, read_json, write_json
+from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import Workload
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock, parse_key
@@ -70,18 +71,19 @@ class Also:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """goal: limits as they were asked for, by the names of `puzzle.choose.goal.LIMITS`. costs: {"device", "precision", "sha256"} of
-    the prices. status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
+    the prices, of an engine's also {"format", "room_bytes"}. status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
     kv_dtype: what is cached, where precision was chosen; None: as the costs' precision, which the parent's figures are in.
     bound, gap: None of a baseline, which proves nothing. speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
     that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one
-    since. objective_per_batch: {batch: sum of scores}. prices: what looser limits would buy, where it was asked for."""
+    since. objective_per_batch: {batch: sum of scores}. host_pace: where a serving engine's own Python sets the child's pace
+    (`CostModel.host_pace`); None: nowhere. prices: what looser limits would buy, where it was asked for."""
 
     parent_fingerprint: str
     parent: Structure
     layers: tuple[Chosen, ...]
     goal: Mapping[str, Any]
     workload: Workload
-    costs: Mapping[str, str]
+    costs: Mapping[str, Any]
     status: str
     objective: float
     bound: float | None
@@ -101,6 +103,7 @@ class Architecture:
     objective_per_batch: Mapping[str, float] | None = None
     prices: tuple[Mapping[str, Any], ...] | None = None
     kv_dtype: str | None = None
+    host_pace: Mapping[str, float] | None = None
     synthetic_scores: bool = False
     puzzle: str = ""
 
@@ -151,6 +154,18 @@ class Architecture:
             found += [*layers[begin:first], dict.fromkeys(layers[last], NO_OP) | {"ffn": wide}]
             begin = last + 1
         return self.parent.with_layers([*found, *layers[begin:]])
+
+    def cached_tokens(self, structure: Structure, predicted: Prediction) -> int | None:
+        """That a serving engine's cache holds beside the weights of `structure`, in sequences of the workload's length, given the room
+        that it had on the card for both; None where that was not measured or no token is kept."""
+        room, precision = self.costs.get("room_bytes"), self.costs["precision"]
+        own = sum(sub_block.num_parameters for _, _, sub_block in structure)
+        weights = PRECISION_BYTES[precision] * own + FIXED_BYTES[precision] * structure.num_fixed_parameters
+        cache = predicted.memory_bytes - predicted.workspace_bytes - weights
+        if room is None or cache <= 0:
+            return None
+        tokens = predicted.batch * (self.workload.input_len + self.workload.output_len)
+        return max(0, int((room - weights) * tokens / cache))
 
     def after_fusing(self, runs: Iterable[tuple[int, int]]) -> Architecture:
         """With what `puzzle fuse` has made one. runs: by the numbers of the child's layers before, which earlier ones changed."""

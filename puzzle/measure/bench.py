@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from puzzle.base.console import console
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.measure.architecture import architecture_path, read_architecture
-from puzzle.measure.measurable import measure_speeds, of_checkpoint, of_structure
+from puzzle.measure.measurable import measure_speeds, name_of, of_checkpoint, of_structure
 from puzzle.runtime.open import pick_precision
 
 COMPARED = ("tokens_per_second", "ttft_seconds", "tpot_seconds", "memory_bytes", "workspace_bytes")
@@ -34,7 +35,8 @@ def bench(
     """Measured figures of `target`, and of its parent if asked for, with the predictions of an architecture.json there.
 
     target: architecture.json or its directory, or a checkpoint. work, batch, precision: by default those of the architecture, as far
-    as this device has a runtime for it. Predictions stand beside what was measured where workload, precision and batch are theirs.
+    as this device has a runtime for it. Predictions stand beside what was measured where device, workload, precision and batch are
+    theirs.
     Raises UserError for what is neither, or without the GPU that is named.
     """
     device = torch.device("cpu" if gpu == "cpu" else "cuda")
@@ -52,9 +54,13 @@ def bench(
             raise UserError(f"{target} has no architecture.json with a workload: pass `input_len` and `output_len`")
         work = solved.workload
     asked = precision or pick_precision(device, None if solved is None else solved.costs["precision"])
+    here = name_of(device)
     kept = solved is not None and solved.workload == work and solved.costs["precision"] == asked
     if precision is not None and solved is not None and solved.kv_dtype is not None:
         kept = False  # all in one precision is not what was solved for
+    if kept and solved is not None and solved.costs["device"] != here:
+        console.print(f"promised for {solved.costs['device']}, measured on {here}: no prediction is held against it")
+        kept = False
     promised = solved if kept else None
     if with_parent and solved is None:
         raise UserError("`with_parent` needs an architecture: bench a parent's checkpoint by itself")

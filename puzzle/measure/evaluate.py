@@ -13,6 +13,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, check_positive
 from puzzle.base.workload import Workload
 from puzzle.data.packing import load_tokens
+from puzzle.data.tokenizer import same_tokenizer
 from puzzle.measure.continuations import continuations, encode
 from puzzle.measure.measurable import Measurable, measure_speeds, name_of, of_checkpoint
 from puzzle.measure.serve import Served
@@ -35,6 +36,9 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "sequences", "seq_len", "repeats")
+        for name in ("sequences", "seq_len"):
+            if getattr(self, name) < 2:
+                raise UserError(f"`{name}` 1: an error of the mean and a next token take 2 at least")
         for prompt in self.prompts:
             if not prompt.strip():
                 raise UserError(f"`prompts` has an empty one ({prompt!r}): write how a text begins")
@@ -100,8 +104,17 @@ def evaluate(
         raise UserError(
             f"{parent.name} has {theirs} tokens, {child.name} {ours}: a child shares its parent's tokenizer"
         )
+    wide, narrow = parent.structure.hidden_size, child.structure.hidden_size
+    if wide != narrow:
+        raise UserError(
+            f"{parent.name} has hidden_size {wide}, {child.name} {narrow}: no child of it, and their logits are not compared"
+        )
     if parent.tokenizer is None:
         raise UserError(f"{parent.name} has no tokenizer: give a checkpoint")
+    if child.tokenizer is not None and not same_tokenizer(parent.tokenizer, child.tokenizer):
+        raise UserError(
+            f"{child.name} has another tokenizer than {parent.name}: logits of different words cannot be compared"
+        )
     tokens = load_tokens(
         data,
         parent.tokenizer,

@@ -95,6 +95,8 @@ def measure_speeds(
     UserError for a precision without a runtime here, and for what does not fit.
     """
     length = work.input_len + work.output_len
+    for model, _ in models.values():
+        work.check_fits(model.structure.max_length, f"the context of {model.name},")
 
     def maker(model: Measurable, batch: int) -> Callable[[], Runtime]:
         fp8 = model.fp8(device) if as_solved else None

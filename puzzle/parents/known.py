@@ -42,6 +42,7 @@ STRUCTURES = {
     # one GPU's share of eight: query heads, KV heads, FFN channels and vocabulary divided, hidden size whole
     "llama-3.1-405b-tp8": _llama(126, 16384, 16, 1, 128, 6656, 16032),
     "qwen3-8b": _llama(36, 4096, 32, 8, 128, 12288, 151936, norms=True, length=40960),
+    "smollm2-135m": _llama(30, 576, 9, 3, 64, 1536, 49152, tied=True, length=8192),
     "reference": _llama(16, 256, 8, 4, 32, 704, 4096, tied=True, length=1024),
 }
 

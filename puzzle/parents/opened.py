@@ -154,7 +154,7 @@ def open_model(source: str | Path) -> HfModel:
         structure = known.structure(config)
         base = structure.usual if known.base is None else known.base(config)
         _check_all_read(config, checkpoint.config, model_type)
-        _check_special(config, structure.vocab_size)
+        check_special(config, structure.vocab_size)
     except KeyError as error:
         raise UserError(f"{directory}/config.json lacks {error}: download the checkpoint again") from error
     except UserError as error:
@@ -173,12 +173,13 @@ def _own_head(checkpoint: Checkpoint) -> bool:
     return not torch.equal(checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD))
 
 
-def _check_special(config: dict[str, Any], vocab_size: int) -> None:
+def check_special(config: dict[str, Any], vocab_size: int, file: str = "config.json") -> None:
+    """Raise UserError for a special token that no row of the embedding is for."""
     for name in SPECIAL:
         value = config.get(name)
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, int) and one >= vocab_size:
-                raise UserError(f"{name} = {one} in config.json lies outside vocab_size {vocab_size}: correct it")
+                raise UserError(f"{name} = {one} in {file} lies outside vocab_size {vocab_size}: correct it")
 
 
 class _Noted(dict[str, Any]):
@@ -219,6 +220,11 @@ def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
         raise UserError(f"{checkpoint.directory}/config.json lacks '{missing[0]}': download the checkpoint again")
     if model_type in OWN_CONFIGS:
         return _Noted(raw)
+    for name in NEEDED:
+        if not isinstance(raw[name], int) or raw[name] < 1:
+            raise UserError(
+                f"{checkpoint.directory}/config.json has {name} = {raw[name]!r}, no number above 0: correct it"
+            )
     from transformers import CONFIG_MAPPING
 
     try:

@@ -29,6 +29,10 @@ _WORDS = {  # of rope_parameters, beside those that every kind has
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
 }  # fmt: skip
 KINDS = tuple(_WORDS)
+_KINDS_OF: dict[str, tuple[type, ...]] = {
+    "rope_type": (str, type(None)), "type": (str, type(None)), "truncate": (bool,), "short_factor": (list, tuple),
+    "long_factor": (list, tuple),
+}  # fmt: skip
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -48,6 +52,13 @@ class Rope:
             raise UserError(f"RoPE of type '{self.kind}' has the parameter '{unknown[0]}', which is not understood")
         if "rope_theta" not in self.parameters:
             raise UserError(f"RoPE of type '{self.kind}' has no rope_theta: download the checkpoint again")
+        for word, value in self.parameters.items():
+            if not isinstance(value, _KINDS_OF.get(word, (int, float, type(None)))) or isinstance(value, bool) != (
+                word == "truncate"
+            ):
+                raise UserError(
+                    f"RoPE of type '{self.kind}' has {word} = {value!r}, which is no such value: correct config.json"
+                )
         if any(self.parameters.get(word) is not None for word in ("short_mscale", "long_mscale")):
             raise UserError("RoPE of type 'longrope' with short_mscale or long_mscale is not supported")
 

@@ -1,11 +1,14 @@
-"""What a serving engine takes: a roofline per sub-block and the engine's own overheads, with eight fitted constants.
+"""What a serving engine takes: a roofline per sub-block and the engine's own overheads, with eleven fitted constants.
 
-    decode step = step + sequence·b + Σ_layers [ (attention | ffn) + matmul(weights, b) + b·c·kv_bytes / (kv·BW) ]
-    matmul(w, m) = ( (2w / (weights·BW))⁴ + (2wm / (matmul·FLOPS))⁴ )^¼        w weights in bfloat16, m rows
-    prefill = the same with m = b·T rows at prefill·FLOPS, plus causal attention 2·b·T²·N·D / (prefill·FLOPS)
+    decode step = max( device step, host + host_sequence·b )
+    device step = step + sequence·b + Σ_layers [ (attention | ffn) + matmul(weights, b) + b·c·kv_bytes / (kv·BW) ]
+    matmul(w, m) = ( (B·w / (weights·BW))⁴ + (2wm / (matmul·FLOPS))⁴ )^¼        w weights of B bytes, m rows
+    prefill = the same with m = b·T rows at prefill·FLOPS, plus causal attention 2·b·T²·N·D / (prefill·FLOPS), and request·b
 
-b sequences, c cached tokens, T prompt tokens, N query heads, D head_dim; BW and FLOPS from the GPU's datasheet. The fourth
-power rounds the corner of the roofline (Williams et al. 2009): near it neither resource is fully used. Needs no torch.
+b sequences, c cached tokens, T prompt tokens, N query heads, D head_dim; BW and FLOPS from the GPU's datasheet, FLOPS of matrices in
+fp8 twice those of bf16. The fourth power rounds the corner of the roofline (Williams et al. 2009): near it neither resource is fully
+used. The maximum is an engine that plans the next step while the device computes this one: where its own Python takes longer, it sets
+the pace, and no choice of sub-blocks makes a step faster. Needs no torch.
 The interface is that of `cost_table.CostTable`, so that `solve` prices an engine as it prices our runtime.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 
 from puzzle.base.errors import UserError, nearest
@@ -23,6 +27,7 @@ from puzzle.base.workload import Workload
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.export.engines import ENGINES as SERVING
+from puzzle.export.engines import engine_named
 from puzzle.export.lower import lowered
 from puzzle.parents.structure import Layer, Structure
 from puzzle.profile.parts import Embedding, Ends, Head, Part
@@ -34,7 +39,9 @@ BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # measured up to 256 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Constants:
     """weights, kv: shares of the memory bandwidth that reading them reaches; matmul, prefill: shares of the FLOPS in decode
-    and in prefill. step, attention, ffn, sequence: seconds of overhead per step, per sub-block, per sequence and step."""
+    and in prefill. step, attention, ffn, sequence: seconds of overhead per step, per sub-block, per sequence and step. host,
+    host_sequence: seconds of the engine's own Python per step, per sequence and step; 0 where no measurement showed it. request: per
+    prompt."""
 
     weights: float = 0.85
     kv: float = 0.8
@@ -44,11 +51,16 @@ class Constants:
     attention: float = 2.5e-5
     ffn: float = 5e-6
     sequence: float = 2e-6
+    host: float = 0.0
+    host_sequence: float = 0.0
+    request: float = 0.0
 
 
 class EngineModel:
     """Seconds of sub-blocks in one engine on one GPU. Every figure that it gives is predicted. parent: the parent's structure and
-    what most of its layers have, which say what the engine's export makes of a layer; None: layers stay as they are."""
+    what most of its layers have, which say what the engine's export makes of a layer; None: layers stay as they are. largest_batch: that
+    was measured. room_bytes: of the card, for weights and caches; None: not measured. format: of the export that was measured, whose rewriting counts.
+    """
 
     def __init__(
         self,
@@ -59,22 +71,28 @@ class EngineModel:
         device: str = "",
         precision: str = "bf16",
         parent: tuple[Structure, Layer] | None = None,
+        largest_batch: int = BATCHES[-1],
+        room_bytes: int | None = None,
+        format: str = "nemotron-nas",
     ):
         facts = gpu_facts(gpu)
         self.engine, self.gpu, self.constants = engine, gpu, constants
         self.bandwidth, self.flops = facts.bandwidth, facts.bf16_flops
         self.device = f"{device or gpu}, {engine}"
         self.precision, self.parent = precision, parent
-        self.batches = list(BATCHES)
+        self.room_bytes, self.format = room_bytes, format
+        self.weight_bytes = 1 if precision == "fp8" else 2
+        self.batches = [b for b in BATCHES if b < largest_batch] + [largest_batch]
         self.extrapolated: dict[tuple[str, str, int], tuple[int, int, str]] = {}  # a fitted model has no points
 
     @property
     def hash(self) -> str:
         return content_hash({"engine": self.engine, "gpu": self.gpu, **asdict(self.constants)})
 
-    def _matmul(self, weights: float, rows: float, share: float) -> float:
-        read = 2 * weights / (self.constants.weights * self.bandwidth)
-        compute = 2 * weights * rows / (share * self.flops)
+    def _matmul(self, weights: float, rows: float, share: float, size: int) -> float:
+        """size: bytes of a weight."""
+        read = size * weights / (self.constants.weights * self.bandwidth)
+        compute = 2 * weights * rows / (share * self.flops * 2 / size)
         return (read**4 + compute**4) ** 0.25
 
     def seconds(self, part: Part, phase: str, batch: int, context: int) -> float:
@@ -87,18 +105,23 @@ class EngineModel:
         own, prompt = self.constants, phase == "prefill"
         rows, share = (batch * context, own.prefill) if prompt else (batch, own.matmul)
         if isinstance(part, Head):
-            return own.step + own.sequence * batch + self._matmul(part.hidden_size * part.vocab_size, batch, own.matmul)
+            overhead = own.step + own.sequence * batch + (own.request * batch if prompt else 0.0)
+            return overhead + self._matmul(part.hidden_size * part.vocab_size, batch, own.matmul, 2)
         assert isinstance(part, SubBlock)
         state = part.state()
         if state.per_sequence:
             raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
-        seconds = self._matmul(part.num_matrix_parameters, rows, share)
+        seconds = self._matmul(_num_weights(part), rows, share, self.weight_bytes)
         if not state:
             return own.ffn + seconds
         seconds, reach = own.attention + seconds, state.kept(context)
         if prompt:  # half of the scores, by causality
             return seconds + batch * context * part.mixing_flops(reach) / 2 / (share * self.flops)
-        return seconds + 2 * state.per_token * batch * reach / (own.kv * self.bandwidth)
+        return seconds + self.weight_bytes * state.per_token * batch * reach / (own.kv * self.bandwidth)
+
+    def host_seconds(self, batch: int) -> float:
+        """The least that a decode step of `batch` sequences takes, whatever the device has to do."""
+        return self.constants.host + self.constants.host_sequence * batch
 
     def decode_seconds(self, part: Part, batch: int, work: Workload) -> float:
         """All decode steps: the time is linear in the context on either side of a window's reach."""
@@ -111,9 +134,11 @@ class EngineModel:
     def lowered(self, layer: Layer, first: bool) -> list[SubBlock]:
         """What a layer becomes in this engine's export (`puzzle.export.lower`). first: layer 0.
 
-        Engines without a row in `puzzle.export.engines` get the sub-blocks as they are.
+        Engines without a row in `puzzle.export.engines`, and vLLM's plug-in, get the sub-blocks as they are.
         """
-        if self.engine not in SERVING or self.parent is None:
+        name, _, version = self.engine.partition("==")
+        plug_in = self.format == "hf" and not version  # an export for a version is as its own reader takes it
+        if name not in SERVING or self.parent is None or plug_in:
             return list(layer.values())
         structure, base = self.parent
         return lowered(layer, structure, base, self.engine, first=first)
@@ -133,26 +158,60 @@ class EngineModel:
         return 0.0
 
 
-def open_engine(engine: str, gpu: str, parent: tuple[Structure, Layer] | None = None) -> EngineModel:
-    """The shipped fit of `engine` on `gpu`. Raises UserError when there is none, listing those there are."""
-    known = sorted(p.parent.name for p in ENGINES.glob("*/fit.json"))
-    name = f"{engine}-{gpu}"
-    if name not in known:
+@cache
+def _num_weights(part: SubBlock) -> int:
+    """A fit asks for it a million times."""
+    return part.num_matrix_parameters
+
+
+def open_engine(
+    engine: str,
+    gpu: str,
+    parent: tuple[Structure, Layer] | None = None,
+    *,
+    name: str | None = None,
+    measured: Path | None = None,
+) -> EngineModel:
+    """A fit of `engine` on `gpu`: one of the user's own (`measured`/gpu/engine/NAME/fit.json), else a shipped one.
+
+    name: which of several; None: the only one of the user's that is not in fp8, else the shipped one that has no name. Raises UserError
+    when there is none, listing those there are, for several of which none was named, and for a version of the engine that is not known; a
+    version changes what its export holds, not the constants.
+    """
+    fitted = engine_named(engine).name if "==" in engine else engine
+    own = {} if measured is None else {p.parent.name: p for p in sorted((measured / gpu / fitted).glob("*/fit.json"))}
+    unnamed = [p for n, p in own.items() if not n.endswith("-fp8")]
+    if name is None and len(unnamed) > 1:
         raise UserError(
-            f"`engine` {engine} on `gpu` {gpu} has not been fitted ({nearest(name, known)}): measure some architectures "
-            f"and run `puzzle profile --engine {engine} --gpu {gpu} --fit FILE.csv`"
+            f"several fits of `engine` {engine} on `gpu` {gpu}: {', '.join(own)}; pass `shapes` with one of them"
         )
-    return read_fit(ENGINES / name / "fit.json", parent)
+    if name is None and unnamed:
+        return read_fit(unnamed[0], parent, engine)
+    if name in own:
+        return read_fit(own[name], parent, engine)
+    stem = "-".join(filter(None, (fitted, gpu, name)))
+    shipped = {p.parent.name: p for p in sorted(ENGINES.glob("*/fit.json"))}
+    if stem in shipped:
+        return read_fit(shipped[stem], parent, engine)
+    names = [*own, *(n.removeprefix(f"{fitted}-{gpu}-") for n in shipped if n.startswith(f"{fitted}-{gpu}-"))]
+    if name is not None and names:
+        raise UserError(f"`shapes` {name}: the fits of `engine` {engine} on `gpu` {gpu} are {', '.join(names)}")
+    raise UserError(
+        f"`engine` {engine} on `gpu` {gpu} has not been fitted ({nearest(stem, list(shipped))}): run `puzzle profile LIBRARY --engine "
+        f"{fitted} --gpu {gpu} --run` on that machine, or measure some architectures and pass --fit FILE.csv in its place"
+    )
 
 
-def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None) -> EngineModel:
-    """Raises UserError for a file that is no fit."""
+def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: str | None = None) -> EngineModel:
+    """engine: with its version; None: as the file names it. Raises UserError for a file that is no fit."""
     value = read_json(path, "puzzle profile --engine ... --fit")
     try:
         names = {f.name for f in fields(Constants)}
         constants = Constants(**{k: float(v) for k, v in value["constants"].items() if k in names})
         more = {"device": value["device"], "precision": value["precision"], "parent": parent}
-        return EngineModel(value["engine"], value["gpu"], constants, **more)
+        if "largest_batch" in value:  # earlier ones were measured up to 256
+            more |= {name: value[name] for name in ("largest_batch", "room_bytes", "format")}
+        return EngineModel(engine or value["engine"], value["gpu"], constants, **more)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no engine fit ({error}): fit again") from error
 
@@ -178,10 +237,15 @@ def read_architectures(path: Path) -> dict:
     return value
 
 
-def parts_of(architecture: dict) -> list[tuple[Part, int]]:
+def parts_of(architecture: dict) -> tuple[tuple[Part, int], ...]:
     """What an entry of architectures.json is made of, each with how often. Raises UserError for a key that is not understood."""
-    found = re.fullmatch(r"head h(\d+) v(\d+)", architecture["head"])
+    return _parts(architecture["head"], tuple(architecture["sub_blocks"].items()))
+
+
+@cache
+def _parts(head: str, sub_blocks: tuple[tuple[str, int], ...]) -> tuple[tuple[Part, int], ...]:
+    found = re.fullmatch(r"head h(\d+) v(\d+)", head)
     if found is None:
-        raise UserError(f"'{architecture['head']}' is no head: write it as 'head h4096 v128256'")
-    head: Ends = Head(hidden_size=int(found[1]), vocab_size=int(found[2]))
-    return [*((parse_key(key), count) for key, count in architecture["sub_blocks"].items()), (head, 1)]
+        raise UserError(f"'{head}' is no head: write it as 'head h4096 v128256'")
+    last: Ends = Head(hidden_size=int(found[1]), vocab_size=int(found[2]))
+    return (*((parse_key(key), count) for key, count in sub_blocks), (last, 1))

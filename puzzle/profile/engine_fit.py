@@ -1,8 +1,11 @@
 """Fit an engine's constants to measured serving figures: `puzzle profile --engine vllm --gpu h100 --fit FILE.csv`.
 
-FILE.csv has a row per measurement: architecture, num_seqs, input_len, output_len and decode_step_ms or output_tokens_per_s
-(or both); architectures.json beside it says what each architecture is made of. Levenberg-Marquardt on relative errors, in
-the logarithms of the constants, drawn to their usual values by a weak prior (Levenberg 1944, Marquardt 1963).
+FILE.csv has a row per measurement: architecture, num_seqs, input_len, output_len and any of decode_step_ms, prefill_ms (of all prompts
+together) and output_tokens_per_s; architectures.json beside it says what each architecture is made of. Levenberg-Marquardt on relative
+errors, in the logarithms of the constants, drawn to their usual values by a weak prior (Levenberg 1944, Marquardt 1963).
+
+Whether the engine's own Python sets the pace anywhere is found by fitting twice, without its two constants and with them, from the
+line below all decode steps over the batch: they stay where they halve these steps' squared error, else there is nothing that shows them.
 """
 
 from __future__ import annotations
@@ -24,12 +27,20 @@ from puzzle.profile.engine import Constants, EngineModel, parts_of, read_archite
 
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
 MAX_STEPS = 200
-WHAT = ("decode_step", "throughput")
+HOST_GAIN = 0.5  # of decode steps' squared error may be left, where the host's constants are kept
+COLUMNS = {
+    "decode_step": ("decode_step_ms", 1e-3),
+    "prefill": ("prefill_ms", 1e-3),
+    "throughput": ("output_tokens_per_s", 1.0),
+}
+WHAT = tuple(COLUMNS)
+HOST = ("host", "host_sequence")
+REQUEST = 5e-5  # seconds, the usual value where prefills were measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """value: seconds of a decode step, or output tokens per second of the whole batch, prefill included."""
+    """value: seconds of a decode step or of all prompts, or output tokens per second of the whole batch, prefill included."""
 
     architecture: str
     what: str
@@ -48,7 +59,7 @@ def read_measurements(path: Path, known: Sequence[str]) -> list[Measurement]:
     except OSError as error:
         raise UserError(f"`fit` {path} cannot be read ({error.strerror}): give a CSV of measurements") from error
     if len(found) < 8:
-        raise UserError(f"`fit` {path} has {len(found)} measurements: eight constants need at least 8")
+        raise UserError(f"`fit` {path} has {len(found)} measurements: the constants need at least 8")
     return found
 
 
@@ -56,8 +67,8 @@ def _row(path: Path, number: int, row: dict[str, str], known: Sequence[str]) -> 
     try:
         name, batch = row["architecture"], int(row["num_seqs"])
         work = Workload(input_len=int(row["input_len"]), output_len=int(row["output_len"]))
-        values = [row["decode_step_ms"] or "", row["output_tokens_per_s"] or ""]
-        numbers = [float(text) * scale if text else None for text, scale in zip(values, (1e-3, 1.0), strict=True)]
+        row["decode_step_ms"], row["output_tokens_per_s"]  # columns that are always there
+        numbers = [float(row[name]) * scale if row.get(name) else None for name, scale in COLUMNS.values()]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"`fit` {path} line {number} is broken ({error}): see puzzle/profile/engine_fit.py") from error
     if name not in known:
@@ -77,29 +88,69 @@ def predicted(model: EngineModel, parts: dict[str, Any], one: Measurement) -> fl
     work, batch = one.work, one.batch
     if one.what == "decode_step":
         context = work.input_len + work.output_len // 2
-        return sum(n * model.seconds(part, "decode", batch, context) for part, n in counted)
-    total = sum(
-        n * (model.seconds(part, "prefill", batch, work.input_len) + model.decode_seconds(part, batch, work))
-        for part, n in counted
-    )
-    return batch * work.output_len / total
+        device = sum(n * model.seconds(part, "decode", batch, context) for part, n in counted)
+        return max(device, model.host_seconds(batch))
+    prefill = sum(n * model.seconds(part, "prefill", batch, work.input_len) for part, n in counted)
+    if one.what == "prefill":
+        return prefill
+    decode = sum(n * model.decode_seconds(part, batch, work) for part, n in counted)
+    return batch * work.output_len / (prefill + max(decode, (work.output_len - 1) * model.host_seconds(batch)))
 
 
 def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement]) -> EngineModel:
-    """The constants of least squared relative error."""
-    usual = np.log(np.array(list(asdict(Constants()).values())))
-    names = list(asdict(Constants()))
+    """The constants of least squared relative error; those of the host are 0 where they do not show."""
+    start = asdict(Constants())
+    if any(m.what == "prefill" for m in measured):
+        start["request"] = REQUEST
+    without = _least(engine, described, measured, start)
+    if (floor := _floor(measured)) is None:
+        return without
+    paced = _least(engine, described, measured, start | dict(zip(HOST, floor, strict=True)))
+
+    def error(model: EngineModel) -> float:
+        steps = [m for m in measured if m.what == "decode_step"]
+        return sum(_error(model, described, m) ** 2 for m in steps)
+
+    return paced if error(paced) < HOST_GAIN * error(without) else without
+
+
+def _error(model: EngineModel, described: dict[str, Any], m: Measurement) -> float:
+    """Relative, in logarithms."""
+    return math.log(predicted(model, described["architectures"][m.architecture], m) / m.value)
+
+
+def _floor(measured: Sequence[Measurement]) -> tuple[float, float] | None:
+    """Seconds per step and per sequence that no decode step is below: the least measured at every batch, by least squares. None for
+    steps of fewer than three batches, of which a line says nothing."""
+    least: dict[int, float] = {}
+    for m in measured:
+        if m.what == "decode_step":
+            least[m.batch] = min(m.value, least.get(m.batch, math.inf))
+    if len(least) < 3:
+        return None
+    # relative errors: a step of one sequence counts as much as one of many
+    weights = 1 / np.array(list(least.values()))
+    line = np.stack([weights, weights * np.array(list(least))], axis=1)
+    (step, sequence), *_ = np.linalg.lstsq(line, np.ones(len(least)), rcond=None)
+    return max(float(step), 1e-5), max(float(sequence), 1e-7)
+
+
+def _least(
+    engine: str, described: dict[str, Any], measured: Sequence[Measurement], start: dict[str, float]
+) -> EngineModel:
+    """Of all constants of `start` that are above 0; the others stay 0."""
+    names = [name for name, value in start.items() if value > 0]
+    usual = np.log(np.array([start[name] for name in names]))
+    largest = max(m.batch for m in measured)
 
     def model(x: np.ndarray) -> EngineModel:
-        constants = Constants(**dict(zip(names, np.exp(x).tolist(), strict=True)))
-        return EngineModel(
-            engine, described["gpu"], constants, device=described["device"], precision=described["precision"]
-        )
+        constants = Constants(**start | dict(zip(names, np.exp(x).tolist(), strict=True)))
+        told = {key: described[key] for key in ("device", "precision")}
+        return EngineModel(engine, described["gpu"], constants, largest_batch=largest, **told)
 
     def residuals(x: np.ndarray) -> np.ndarray:
         now = model(x)
-        errors = [math.log(predicted(now, described["architectures"][m.architecture], m) / m.value) for m in measured]
-        return np.concatenate([errors, PRIOR * (x - usual)])
+        return np.concatenate([[_error(now, described, m) for m in measured], PRIOR * (x - usual)])
 
     x, damping = usual, 1e-3
     error = residuals(x)
@@ -109,7 +160,7 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
         step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -slope.T @ error)
         trial = residuals(x + step)
         if trial @ trial < error @ error:
-            done = error @ error - trial @ trial < 1e-12
+            done = error @ error - trial @ trial < 1e-12 + 1e-6 * (trial @ trial)
             x, error, damping = x + step, trial, damping / 3
             if done:
                 break
@@ -172,6 +223,9 @@ def fit_engine(engine: str, path: Path, out: Path | None = None, *, gpu: str) ->
     value = {
         "engine": engine,
         **{key: described[key] for key in ("gpu", "device", "versions", "precision", "date")},
+        "largest_batch": model.batches[-1],
+        "room_bytes": described.get("room_bytes"),
+        "format": described.get("format", "nemotron-nas"),
         "constants": asdict(model.constants),
         "errors": summary(compared(model, described, measured)),
         "leave_one_out": summary(rows),

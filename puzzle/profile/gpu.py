@@ -20,7 +20,6 @@ from torch import Tensor
 from puzzle.base.machine import cpu_name
 from puzzle.base.workload import PAGE
 from puzzle.blocklib.fast.batch import Batch, CachePool, Fast, Stream, make_fast, new_batch
-from puzzle.blocklib.fast.gqa import cache_elements
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.plain.part import Part as Module
 from puzzle.blocklib.sub_block import MissingFace, SubBlock
@@ -64,7 +63,7 @@ class GpuTimer:
         self.modules: list[Module] = []  # of what keeps a state
         self.weights: list[Tensor] = []  # of an embedding or a head
         self.parts: list[Fast] = []  # of what goes by rows
-        self.stack: CausalModel  # of the whole
+        self.stack: CausalModel | None = None  # of the whole
         self.weight_bytes = 0  # of one copy
         self.pool: CachePool | None = None
         hidden = structure.hidden_size
@@ -88,7 +87,7 @@ class GpuTimer:
         return True
 
     def _load(self, target: Target) -> None:
-        self.target, self.modules, self.parts, self.weights = target, [], [], []
+        self.target, self.modules, self.parts, self.weights, self.stack = target, [], [], [], None
         part = target.part
         keeps_state = isinstance(part, SubBlock) and not part.by_rows
         if not keeps_state:
@@ -153,7 +152,7 @@ class GpuTimer:
             if not isinstance(sub_block, Gqa):
                 raise MissingFace(sub_block.kind, "profile on a GPU of what it keeps between tokens")
             length = context + 1 if phase == "decode" else context
-            cache_bytes = cache_elements(sub_block, batch, length) * (1 if self.fp8 else self.dtype.itemsize)
+            cache_bytes = batch * sub_block.state().elements(length, PAGE) * (1 if self.fp8 else self.dtype.itemsize)
             count = min(len(self.modules), num_copies(self.weight_bytes + cache_bytes, self.device, MAX_COPIES))
             if self.pool is not None:
                 if cache_bytes > self.pool.num_bytes:
@@ -178,6 +177,7 @@ class GpuTimer:
 
     def _whole(self, at: At) -> tuple[Timing, int]:
         """The parent's layers as they are served: at clocks that sustained work leaves, with what lies between two steps."""
+        assert self.stack is not None
         runtime = FastRuntime(self.stack, at.batch, at.context + 1, fp8=self.fp8)
         call: Callable[[], object] = runtime.step_in_place
         if at.phase == "prefill":

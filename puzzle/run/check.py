@@ -13,11 +13,11 @@ from puzzle.base.files import check_writable
 from puzzle.base.units import bytes_text, parse_layers
 from puzzle.base.workload import Workload
 from puzzle.blocklib.gqa import Gqa
-from puzzle.choose.goal import Goal
+from puzzle.choose.goal import Goal, check_steps
 from puzzle.data.mixture import Stage
 from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, ExportOptions, reads_fp8
+from puzzle.export.engines import ANY_DECILM_READER, ExportOptions, engine_named, reads_fp8
 from puzzle.export.refuse import refuse
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import read_dependency
@@ -28,6 +28,7 @@ from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder, BuildOptions
 from puzzle.measure.continuations import encode
 from puzzle.parents.opened import HfModel, open_model
+from puzzle.profile.cost_table import PACKAGED, find_costs
 from puzzle.profile.grid import Grid
 from puzzle.profile.profile import check_precision
 from puzzle.run.recipe import Recipe, naming
@@ -39,7 +40,7 @@ def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, ou
 
     heal: with the parent as the child that there is not yet.
     """
-    check_writable(out)
+    check_run_directory(out)
     with naming("goal", "workload"):
         goal = recipe.goal.goal(may_be_empty=bool(recipe.solve.also))
     with naming("solve"):
@@ -56,6 +57,8 @@ def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, ou
     if recipe.fuse is not None:
         with naming("fuse"):
             recipe.fuse.check()
+            if recipe.fuse.runs == "solved" and not recipe.solve.fusion:
+                raise UserError("`runs` solved: nothing is solved for fusion; set `fusion` true, or leave it out")
     if heal is not None:
         with naming("heal"):
             heal.check()
@@ -71,6 +74,13 @@ def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, ou
     _check_exports(recipe.export, builder, "fp8" in recipe.solve.precisions)
     _check_data(recipe, heal, opened)
     return builder
+
+
+def check_run_directory(out: Path) -> None:
+    """Raise UserError for a directory that holds something and no run: stages replace what they find."""
+    check_writable(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "stages.json").is_file():
+        raise UserError(f"`out` {out} is not empty and holds no run (no stages.json): choose another directory")
 
 
 def is_measured(recipe: Recipe) -> bool:
@@ -98,12 +108,9 @@ def grid_of(recipe: Recipe) -> Grid:
 
 def _check_goal(recipe: Recipe, goal: Goal, opened: HfModel) -> None:
     structure, asked = opened.structure, recipe.solve
+    check_steps(goal, recipe.workload)
     for work in workloads(recipe):
-        if work.input_len + work.output_len > structure.max_length:
-            raise UserError(
-                f"`input_len` {work.input_len} + `output_len` {work.output_len} exceed the parent's context of "
-                f"{structure.max_length}"
-            )
+        work.check_fits(structure.max_length)
     for option, text in (("pinned", goal.pinned), ("alike", goal.alike)):
         if text is not None:
             parse_layers(option, text, structure.num_layers)
@@ -112,6 +119,17 @@ def _check_goal(recipe: Recipe, goal: Goal, opened: HfModel) -> None:
     attending = sum(any(isinstance(block, Gqa) for block in layer.values()) for layer in structure.layers)
     if goal.keep_attention is not None and goal.keep_attention > attending:
         raise UserError(f"`keep_attention` {goal.keep_attention}: the parent has {attending} layers with attention")
+    own = Path(recipe.parent).name
+    if asked.shapes not in (None, own, f"{own}-fp8") and is_measured(recipe):
+        try:
+            find_costs(recipe.profile.gpu, asked.shapes, [PACKAGED])
+        except UserError as error:
+            raise UserError(
+                f"`shapes` {asked.shapes}: the costs that are measured here are called {own}: leave it out"
+            ) from error
+    if recipe.fuse is not None:
+        with naming("fuse"):
+            recipe.fuse.check_for(structure)
     if asked.fusion_dependency is not None:
         read_dependency(asked.fusion_dependency, structure.num_layers)
 
@@ -154,7 +172,7 @@ def _check_exports(exports: tuple[ExportOptions, ...], builder: Builder, fp8: bo
             raise UserError(f"export {one.name} needs the package gguf: pip install gguf")
         if format == "hf":
             continue
-        target = ANY_DECILM_READER if engine is None else ENGINES[engine]
+        target = ANY_DECILM_READER if engine is None else engine_named(engine)
         _refused(whole, one, "the parent itself", target, format)
         tried = set()
         for index, slots in builder.spaces.items():

@@ -109,6 +109,7 @@ class Run:
         self.check()
         path = out / "stages.json"
         self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
+        write_json(path, {"stages": self.marks})  # what is in the directory from now on is ours
         precisions = recipe.solve.precisions
         score = replace(recipe.score, fp8=recipe.score.fp8 or "fp8" in precisions, **self.shared)
         build = self.build_options()
@@ -146,9 +147,9 @@ class Run:
                 healed, child = child, out / "quantised"
                 again = partial(export, open_source(healed), child, force=True, **self._as_solved(solved))
                 self._stage("quantised", key, child, again)
-        exports = {one.name: child if one.name == "hf" else out / "exports" / one.name for one in recipe.export}
+        exports = {one.name: child if one.is_the_child else out / "exports" / one.name for one in recipe.export}
         for one in recipe.export:
-            if one.name == "hf":
+            if one.is_the_child:
                 continue
             said = {n: getattr(one, n) for n in ("format", "engine", "dtype", "kv_dtype", "licence")}
             if one.dtype is None and one.kv_dtype is None:

@@ -66,11 +66,22 @@ OPTIONAL = {
 }  # stages that a recipe without them leaves out
 
 
+class _EveryKeyOnce(yaml.SafeLoader):
+    """YAML's last value of a key that stands twice would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> Recipe:
     """Raises UserError, in one line that names the key, for a missing file, broken YAML, an unknown key (with the nearest known
     one), a wrong type or an impossible value."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _EveryKeyOnce)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read ({error}): see examples/quickstart.yaml") from error
     except yaml.YAMLError as error:
@@ -121,7 +132,7 @@ def _exports(raw: Any, here: Path) -> tuple[ExportOptions, ...]:
     found = []
     for one in raw if isinstance(raw, list) else [raw]:
         if isinstance(one, str):
-            one = {"engine" if one in ENGINES else "format": one}
+            one = {"engine" if one.partition("==")[0] in ENGINES else "format": one}
         found.append(_section(one, ExportOptions(), "export", here))
     names = [one.name for one in found]
     for name in names:

@@ -1,6 +1,7 @@
-"""Does an engine compute what the exported child should: logits of a prompt and 64 greedy tokens, engine against ours.
+"""Does an engine compute what the exported child should: log-probabilities of a prompt and 64 greedy tokens, engine against ours.
 
-The engine runs in a process of its own, in this Python or in another one (`worker.py`), in float32 where it can.
+The engine runs in a process of its own, in this Python or in another one (`worker.py`), in float32 where it can. vLLM also gets many
+prompts at once (`batch.py`), on a GPU in bf16 and these alone.
 The reference is puzzle's own forward in float32 on the CPU: of the export itself, or of the child before any rewriting
 for an engine when `reference` names its `--format hf` export. Greedy tokens are checked in one pass over the engine's
 own continuation: if the reference's most likely token is the engine's at every place, both generate the same text.
@@ -21,10 +22,14 @@ import numpy
 import torch
 from torch import Tensor
 
+from puzzle.base.device import device_memory, pick_device
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.files import json_text
 from puzzle.export.checkpoint import outdated_code
+from puzzle.export.engines import ENGINES as TABLE
+from puzzle.export.engines import release, served_by, wrong_before
 from puzzle.runtime.model import CausalModel
+from puzzle.serving.batch import Batch, compare_batch, plan_batches
 from puzzle.serving.reference import Export, find_export, load_reference, tokenize
 
 ENGINES = {"hf": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
@@ -40,7 +45,7 @@ INSTALL = {
     "llama.cpp": "pip install llama-cpp-python",
     "mlx": "pip install mlx-lm (on Linux: 'mlx[cpu]' mlx-lm)",
 }
-# max |Δlogit| / std: engines compute in float32, but llama.cpp rounds activations to the type of the weights.
+# max |Δ log p| / std of the logits: engines compute in float32, but llama.cpp rounds activations to the type of the weights.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "q8_0": 5e-1}
 PROMPT_LENGTH = 192  # tokens: longer than the shortest window that puzzle offers
 TEXT = '''def area(shapes: list["Shape"], *, scale: float = 1.0) -> float:
@@ -61,27 +66,32 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeCheck:
-    """delta: max |Δlogit| / std over the prompt; num_same: greedy tokens that are the reference's too, counted up to the
-    first other one; near_tie: that one's logit is within twice the tolerance of the reference's best; same_text: whether
-    the engine's tokenizer encodes TEXT as Hugging Face's does (None: no tokenizer to compare); hint: what may have gone
-    wrong and how to go on."""
+    """delta: max |Δ log p| / std over the prompt, None where the batch alone was run; num_same: greedy tokens that are the
+    reference's too, counted up to the first other one; near_tie: that one's logit is within twice the tolerance of the
+    reference's best; batch: many prompts at once (vLLM); same_text: whether the engine's tokenizer encodes TEXT as Hugging Face's
+    does (None: no tokenizer to compare); hint: what may have gone wrong and how to go on; served_by: which versions of the
+    engine serve the export, where that depends on more than was run here."""
 
     engine: str
     version: str
     path: str
     reference: str
-    delta: float
+    device: str
+    delta: float | None
     tolerance: float
     num_same: int
     num_tokens: int
     near_tie: bool
     same_text: bool | None
+    batch: Batch | None = None
     hint: str | None = None
+    served_by: str | None = None
 
     @property
     def equal(self) -> bool:
         tokens = self.num_same == self.num_tokens or self.near_tie
-        return self.delta <= self.tolerance and tokens and self.same_text is not False
+        one = self.delta is None or (self.delta <= self.tolerance and tokens)
+        return one and (self.batch is None or self.batch.equal) and self.same_text is not False
 
     @property
     def verdict(self) -> str:
@@ -89,14 +99,25 @@ class ServeCheck:
         tokens = f"{self.num_same} of {self.num_tokens} greedy tokens the same"
         tokens += ", then a near tie" if self.near_tie else ""
         text = {True: "same tokenizer", False: "OTHER TOKENS for the same text", None: "no tokenizer compared"}
-        return (
-            f"{'equal' if self.equal else 'DIFFERENT'}: {self.version}: max |Δlogit|/std {self.delta:.1e} (at most "
-            f"{self.tolerance:g}), {tokens}, {text[self.same_text]}"
-            + ("" if self.equal or self.hint is None else f"; {self.hint}")
+        one = (
+            "" if self.delta is None else f"max |Δ log p|/std {self.delta:.1e} (at most {self.tolerance:g}), {tokens}, "
         )
+        parts = [
+            f"{'equal' if self.equal else 'DIFFERENT'}: {self.version} on {self.device}: {one}{text[self.same_text]}",
+            None if self.batch is None else self.batch.verdict,
+            None if self.equal else self.hint,
+            self.served_by,
+        ]
+        return "; ".join(filter(None, parts))
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "delta": self.delta if math.isfinite(self.delta) else None, "equal": self.equal}
+        batch = None if self.batch is None else {**_finite(asdict(self.batch)), "equal": self.batch.equal}
+        return {**_finite(asdict(self)), "batch": batch, "equal": self.equal}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """None for numbers that JSON has no words for."""
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
 
 
 class EngineFailed(Exception):
@@ -135,7 +156,7 @@ def serve_check(
     model = load_reference(compared)
     text_ids = tokenize(compared, TEXT)
     prompt = make_prompt(export, text_ids, num_tokens)
-    job = {
+    job: dict[str, Any] = {
         "engine": engine,
         "path": str(export.path),
         "format": export.format,
@@ -144,23 +165,60 @@ def serve_check(
         "threads": threads,
         "text": TEXT if text_ids else None,
     }
+    if engine == "vllm":
+        job["batch"] = plan_batches(export)
     hint = outdated_code(export.path) if engine == "hf" else None
     try:
         found = run_engine(job, python or Path(sys.executable))
     except EngineFailed as error:
         raise EngineFailed(f"{error}; {hint}") if hint else error from None
     tolerance = TOLERANCE[export.dtype if engine == "llama.cpp" else "float32"]
+    version, device = str(found["version"]), str(found.get("device", "cpu"))
+    one: dict[str, Any] = {"delta": None, "num_same": 0, "near_tie": False}
+    if len(found["logits"]):
+        one = compare(model, prompt, torch.from_numpy(found["logits"]), found["tokens"].tolist(), tolerance)
+    batch = None
+    if "after" in found:
+        if found["after"].shape[1] != export.vocab_size:
+            raise EngineFailed(f"{found['after'].shape[1]} words instead of {export.vocab_size}")
+        prompts = job["batch"]["cpu" if device == "cpu" else "gpu"]["prompts"]
+        batch = compare_batch(model, prompts, found, tolerance, _place(model))
+    cause = mixed_kv_heads(export, engine, version)
     return ServeCheck(
         engine=engine,
-        version=str(found["version"]),
+        version=version,
+        device=device,
         path=str(path),
         reference=str(reference or path),
         tolerance=tolerance,
-        num_tokens=num_tokens,
+        num_tokens=num_tokens if len(found["logits"]) else 0,
         same_text=text_ids == found["text_ids"].tolist() if text_ids else None,
-        hint=hint,
-        **compare(model, prompt, torch.from_numpy(found["logits"]), found["tokens"].tolist(), tolerance),
+        batch=batch,
+        hint=hint if device == "cpu" else cause,
+        served_by=cause and served_by(TABLE[engine], export.kv_heads) if device == "cpu" else None,
+        **one,
     )
+
+
+def mixed_kv_heads(export: Export, engine: str, version: str) -> str | None:
+    """Why this version of an engine may be wrong on a GPU where the export's layers differ in KV heads, and the way out.
+
+    version: its distribution's name and version; one that is no release is not known to be right.
+    """
+    first = wrong_before(TABLE[engine], export.kv_heads) if engine in TABLE else None
+    if first is None or (release(version.split()[-1]) or (0,)) >= (release(first) or ()):
+        return None
+    return (
+        f"{version} takes the KV heads of one layer for all when it plans FlashAttention 3 (mended in {first}: its pull requests "
+        f"53002, 53336), and this export's {served_by(TABLE[engine], export.kv_heads)}"
+    )
+
+
+def _place(model: CausalModel) -> torch.device:
+    """The GPU of this process where the reference fits, else the CPU."""
+    device = pick_device("auto")
+    fits = device.type == "cuda" and 1.2 * model.weight_bytes < device_memory(device, None)
+    return device if fits else torch.device("cpu")
 
 
 def make_prompt(export: Export, text_ids: list[int], num_tokens: int) -> list[int]:
@@ -178,14 +236,14 @@ def make_prompt(export: Export, text_ids: list[int], num_tokens: int) -> list[in
 def compare(
     model: CausalModel, prompt: list[int], logits: Tensor, tokens: list[int], tolerance: float
 ) -> dict[str, Any]:
-    """The measured fields of ServeCheck. logits [len(prompt), V] of the engine, tokens: its greedy continuation."""
+    """The measured fields of ServeCheck. logits [len(prompt), V] of the engine, or log p, tokens: its greedy continuation."""
     with torch.no_grad():
         ours = model(torch.tensor([prompt + tokens[:-1]]))[0]
-    before = ours[: len(prompt)]
+    before = ours[: len(prompt)].log_softmax(-1)
     if logits.shape != before.shape:
         raise EngineFailed(f"logits of shape {list(logits.shape)} instead of {list(before.shape)}")
-    std = before.std()
-    difference = ((logits - before).abs().max() / std).item()
+    std = ours[: len(prompt)].std()
+    difference = ((logits.log_softmax(-1) - before).abs().max() / std).item()
     steps = ours[len(prompt) - 1 :]
     wrong = (steps.argmax(dim=-1) != torch.tensor(tokens)).nonzero().flatten().tolist()
     num_same = wrong[0] if wrong else len(tokens)
@@ -235,5 +293,6 @@ def run_engine(job: dict[str, Any], python: Path) -> dict[str, Any]:
 def last_words(stderr: str, code: int) -> str:
     """The line of an engine's output that says what went wrong: the last error, else the last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip(" .")]
+    lines = [line for line in lines if not line.startswith("For further information visit")]  # pydantic's last one
     errors = [line for line in lines if "Error" in line or "error" in line]
     return (errors or lines or [f"exit code {code}"])[-1]

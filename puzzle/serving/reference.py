@@ -36,7 +36,7 @@ FORMATS = {"puzzle": "hf", "nemotron-nas": "nemotron-nas"}
 class Export:
     """path: the directory or .gguf file; format: hf, nemotron-nas, gguf, or parent (a supported checkpoint that we did not
     write); dtype: what an engine computes in: float32, or for .gguf files the type of their matrices. rounds: in fp8, to which
-    engines round activations or cache as they come."""
+    engines round activations or cache as they come. kv_heads: of its layers with attention, as nemotron-nas says it."""
 
     path: Path
     format: str
@@ -44,6 +44,7 @@ class Export:
     vocab_size: int
     max_length: int
     rounds: bool = False
+    kv_heads: tuple[int, ...] = ()
 
 
 def find_export(path: Path) -> Export:
@@ -65,6 +66,11 @@ def find_export(path: Path) -> Export:
         vocab_size=int(config["vocab_size"]),
         max_length=int(config.get("max_position_embeddings", 2048)),
         rounds=bool(config.get("quantization_config")),
+        kv_heads=tuple(
+            int(config["num_attention_heads"]) // one["attention"]["n_heads_in_group"]
+            for one in config.get("block_configs", ())
+            if one["attention"].get("n_heads_in_group")
+        ),
     )
 
 

@@ -3,9 +3,13 @@
 This file imports nothing of puzzle: an engine's environment need not have it, only numpy and the engine.
 
 job:    {"engine": "hf" | "vllm" | "llama.cpp" | "mlx", "path": export, "format": "hf" | "nemotron-nas" | "gguf" | "parent",
-         "prompt": [token ids], "num_tokens": N, "threads": T, "text": str | null}
-result: logits [len(prompt), vocab_size] float32, tokens [N] (greedy, never stopping at EOS), text_ids (`text` in the
-        engine's own tokenizer, empty when it has none), version
+         "prompt": [token ids], "num_tokens": N, "threads": T, "text": str | null,
+        "batch": {"cpu" | "gpu": {"prompts": [[token ids]], "num_tokens": N, "top": K}} (vllm alone, may be left out)}
+result: logits [len(prompt), vocab_size] float32, or log-probabilities, tokens [N] (greedy, never stopping at EOS), text_ids (`text`
+        in the engine's own tokenizer, empty when it has none), version
+        of a batch of P prompts, all at once: device ("cpu" or the GPU's name), dtype, after [P, vocab_size] log-probabilities after
+        each prompt, texts [P, N] greedy, words [P, N, K] the likeliest at each step, during [P, N, K] their log-probabilities
+        On a GPU vLLM runs in bf16, as FlashAttention does, and the batch alone: logits and tokens are empty.
 Exit code 3 and one line on standard error: the engine is not installed in this Python; 4: vLLM is, puzzle's plug-in is not.
 """
 
@@ -20,7 +24,9 @@ import os
 import sys
 from typing import Any
 
-Answer = tuple[Any, list[int], list[int]]  # logits, greedy tokens, the text's token ids
+Answer = tuple[
+    Any, list[int], list[int], dict[str, Any]
+]  # logits, greedy tokens, the text's token ids, a batch's arrays
 
 
 def run_hf(job: dict[str, Any]) -> Answer:
@@ -41,7 +47,7 @@ def run_hf(job: dict[str, Any]) -> Answer:
     if job["text"]:
         tokenizer = AutoTokenizer.from_pretrained(job["path"], trust_remote_code=True)
         text_ids = tokenizer(job["text"], add_special_tokens=False)["input_ids"]
-    return logits.numpy(), tokens[0, ids.shape[1] :].tolist(), text_ids
+    return logits.numpy(), tokens[0, ids.shape[1] :].tolist(), text_ids, {}
 
 
 def run_vllm(job: dict[str, Any]) -> Answer:
@@ -53,32 +59,72 @@ def run_vllm(job: dict[str, Any]) -> Answer:
         sys.exit(4)
     import numpy
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
 
-    prompt, count = job["prompt"], job["num_tokens"]
+    prompt, count, on_cpu = job["prompt"], job["num_tokens"], current_platform.is_cpu()
+    batch = job.get("batch", {}).get("cpu" if on_cpu else "gpu", {"prompts": [], "num_tokens": 0})
+    lengths = [len(prompt) + count, *(len(one) + batch["num_tokens"] for one in batch["prompts"])]
+    settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+    if not on_cpu:  # decoding in CUDA graphs, as it is served; not compiled, which takes minutes
+        settings = {"dtype": "bfloat16", "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
     engine = LLM(
         model=job["path"],
         trust_remote_code=job["format"] != "hf",  # which the plug-in reads without
-        dtype="float32",
         skip_tokenizer_init=not job["text"],
-        max_model_len=len(prompt) + count,
-        max_num_seqs=2,
+        max_model_len=max(lengths),
+        max_num_seqs=max(2, len(batch["prompts"])),
         max_logprobs=-1,
-        logprobs_mode="raw_logits",
-        enforce_eager=True,
         enable_prefix_caching=False,
+        **settings,
     )
+    text_ids = engine.get_tokenizer().encode(job["text"], add_special_tokens=False) if job["text"] else []
+    found = vllm_batch(engine, batch, settings["dtype"], on_cpu) if batch["prompts"] else {}
+    if not on_cpu:
+        return numpy.zeros((0, 0), numpy.float32), [], list(text_ids), found
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, ignore_eos=True, detokenize=False)
-    rows = []
     # Row i of prompt_logprobs belongs to the prediction of token i, so one token more shows the last position too.
     (answer,) = engine.generate([{"prompt_token_ids": [*prompt, prompt[0]]}], scored, use_tqdm=False)
-    for entry in answer.prompt_logprobs[1:]:
-        row = numpy.full(max(entry) + 1, numpy.nan, numpy.float32)
-        row[list(entry)] = [value.logprob for value in entry.values()]
-        rows.append(row)
+    rows = [whole_row(entry) for entry in answer.prompt_logprobs[1:]]
     (answer,) = engine.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
-    text_ids = engine.get_tokenizer().encode(job["text"], add_special_tokens=False) if job["text"] else []
-    return numpy.stack(rows), list(answer.outputs[0].token_ids), list(text_ids)
+    return numpy.stack(rows), list(answer.outputs[0].token_ids), list(text_ids), found
+
+
+def whole_row(entry: dict[int, Any]) -> Any:
+    """Log-probabilities [vocab_size] of vLLM's {token: Logprob}."""
+    import numpy
+
+    row = numpy.full(max(entry) + 1, numpy.nan, numpy.float32)
+    row[list(entry)] = [value.logprob for value in entry.values()]
+    return row
+
+
+def vllm_batch(engine: Any, batch: dict[str, Any], dtype: str, on_cpu: bool) -> dict[str, Any]:
+    import numpy
+    import torch
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": prompt} for prompt in batch["prompts"]]
+    common: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+    answers = engine.generate(prompts, SamplingParams(max_tokens=1, logprobs=-1, **common), use_tqdm=False)
+    after = numpy.stack([whole_row(answer.outputs[0].logprobs[0]) for answer in answers])
+    asked = SamplingParams(max_tokens=batch["num_tokens"], logprobs=batch["top"], **common)
+    outputs = [answer.outputs[0] for answer in engine.generate(prompts, asked, use_tqdm=False)]
+    steps = [
+        [
+            sorted(((v.logprob, token) for token, v in step.items()), reverse=True)[: batch["top"]]
+            for step in one.logprobs
+        ]
+        for one in outputs
+    ]
+    return {
+        "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
+        "dtype": dtype,
+        "after": after,
+        "texts": numpy.array([list(one.token_ids) for one in outputs], numpy.int64),
+        "words": numpy.array([[[token for _, token in step] for step in one] for one in steps], numpy.int64),
+        "during": numpy.array([[[value for value, _ in step] for step in one] for one in steps], numpy.float32),
+    }
 
 
 def run_mlx(job: dict[str, Any]) -> Answer:
@@ -102,7 +148,7 @@ def run_mlx(job: dict[str, Any]) -> Answer:
     if job["text"]:
         tokenizer = load_tokenizer(Path(job["path"]), {"trust_remote_code": True})
         text_ids = tokenizer.encode(job["text"], add_special_tokens=False)
-    return numpy.array(logits.astype(mx.float32)), tokens, list(text_ids)
+    return numpy.array(logits.astype(mx.float32)), tokens, list(text_ids), {}
 
 
 def run_llama_cpp(job: dict[str, Any]) -> Answer:
@@ -153,7 +199,7 @@ def run_llama_cpp(job: dict[str, Any]) -> Answer:
         room = (lib.llama_token * (len(text) + 8))()
         num = lib.llama_tokenize(vocab, text, len(text), room, len(room), False, False)
         text_ids = list(room[:num])
-    return logits, tokens, text_ids
+    return logits, tokens, text_ids, {}
 
 
 ENGINES = {  # how each runs, its module, and names of that one's distribution, the last of which counts
@@ -174,14 +220,14 @@ def main() -> None:
     except ImportError as error:
         print(error, file=sys.stderr)
         sys.exit(3)
-    logits, tokens, text_ids = run(job)
+    logits, tokens, text_ids, batch = run(job)
     import numpy
 
     version = job["engine"]
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = f"{name} {importlib.metadata.version(name)}"
-    numpy.savez(result_path, logits=logits, tokens=tokens, text_ids=text_ids, version=version)
+    numpy.savez(result_path, logits=logits, tokens=tokens, text_ids=text_ids, version=version, **batch)
 
 
 if __name__ == "__main__":

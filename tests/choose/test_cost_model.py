@@ -21,7 +21,7 @@ from puzzle.profile.engine import Constants, EngineModel, open_engine
 from tiny_children import FFN, FULL, LINEAR, Tiny, build, kv, tiny_child, width
 
 SPACE = {
-    "attention": {PARENT: FULL, "linear": LINEAR, "none": NO_OP},
+    "attention": {PARENT: FULL, "kv1": kv(1), "linear": LINEAR, "none": NO_OP},
     "ffn": {PARENT: FFN, "linear": LINEAR, "none": NO_OP},
 }
 WORK = Workload(input_len=16, output_len=16)
@@ -55,6 +55,10 @@ def picked(attention: str, ffn: str):
         ("vllm", 1, "linear", "none", [SMALL]),
         ("vllm", 0, "linear", "none", [DUMMY, SMALL]),
         ("vllm", 1, "linear", PARENT, [SMALL, replace(FFN, bias=True)]),
+        ("vllm", 1, "kv1", PARENT, [DUMMY, FFN]),
+        ("vllm==0.26", 1, "kv1", PARENT, [FULL, FFN]),  # KV heads repeated
+        ("vllm==0.26", 0, "none", PARENT, [FULL, FFN]),  # the dummy's too
+        ("vllm==0.29", 1, "kv1", PARENT, [DUMMY, FFN]),
         ("llama.cpp", 0, "none", PARENT, [LINEAR, FFN]),
         ("llama.cpp", 1, "linear", "none", [LINEAR, width(256)]),
         ("mlx", 0, "none", "linear", [LINEAR]),
@@ -90,12 +94,40 @@ def test_the_whole_is_the_sum_of_its_layers_as_exported(tiny_library):
     assert costs.cached_bytes(layers[0], 100, 0) == 2 * (gated + dummy + 64 * 100)
 
 
+def test_an_engine_measured_through_the_plug_in_has_no_rewriting(tiny_library):
+    structure = tiny_library.structure
+    model = EngineModel("vllm", "h100", Constants(), parent=(structure, structure.usual), format="hf")
+    layer = picked("linear", "none")
+    assert CostModel(tiny_library, model, WORK).runs(layer, 0) == [LINEAR, NO_OP]
+
+
+def test_an_engine_takes_no_less_than_its_host(tiny_library):
+    """A decode step is the longer of the device's and the host's; limits on time hold for both."""
+    fast = priced(tiny_library, "vllm")
+    slow = priced(tiny_library, "vllm", Constants(host=1e-4, host_sequence=1e-5))
+    layers = tiny_library.structure.layers
+    device, both = ([c.predict(layers, b) for b in (1, 64)] for c in (fast, slow))
+    assert both[0] == device[0]
+    assert both[1].tpot_seconds == pytest.approx(1e-4 + 64e-5)
+    assert both[1].ttft_seconds == device[1].ttft_seconds
+    assert fast.host_pace(layers, 64) is None
+    pace = slow.host_pace(layers, 64)
+    assert slow.predict(layers, pace["from_batch"]).tpot_seconds > fast.predict(layers, pace["from_batch"]).tpot_seconds
+    assert slow.predict(layers, pace["from_batch"] - 1) == fast.predict(layers, pace["from_batch"] - 1)
+    assert pace["host_ms"] == pytest.approx(0.74)
+    parts = [slow.fixed(64), *(slow.resources(layer, 64, i) for i, layer in enumerate(layers))]
+    assert sum(p["host_seconds"] for p in parts) == pytest.approx(both[1].latency_seconds)
+    assert sum(p["host_decode_seconds"] for p in parts) == pytest.approx(15 * both[1].tpot_seconds)
+
+
 def test_the_export_has_as_many_parameters_as_the_price_says(tiny_library):
     """Told from sizes alone, and as `puzzle export` rewrites it: the same matrices."""
     names = (PARENT, "linear", "none")
-    for engine, format in (("vllm", "nemotron-nas"), ("llama.cpp", "gguf"), ("mlx", "nemotron-nas")):
+    engines = (("vllm", "nemotron-nas"), ("vllm==0.26", "nemotron-nas"), ("llama.cpp", "gguf"), ("mlx", "nemotron-nas"))
+    for engine, format in engines:
+        attentions = (*names, "kv1") if "vllm" in engine else names
         costs = priced(tiny_library, engine)
-        for first, second in itertools.product(itertools.product(names, repeat=2), repeat=2):
+        for first, second in itertools.product(itertools.product(attentions, names), repeat=2):
             if first == ("none", "none") or all(name != PARENT for name in (first[0], second[0])):
                 continue  # an empty layer 0, and children without attention, are rare enough to be priced roughly
             layers = [picked(*pick) for pick in (first, second)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,8 @@ from puzzle.choose.goal import BY_OPTION, GoalOptions
 from puzzle.choose.problem import Request, select
 from puzzle.choose.solve import open_costs, solve_library
 from puzzle.library.manifest import Library
+from puzzle.measure.architecture import read_architecture, write_architecture
+from puzzle.profile.engine import Constants, EngineModel
 from puzzle.solver.solve import solve
 
 SOLVE = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16)
@@ -112,3 +116,32 @@ def test_the_fastest_child_may_have_a_batch_between(own_library):
     times = float(re.search(r"reaches ([\d.]+)x", str(caught.value))[1])
     goal = GoalOptions(throughput=f"{times * 0.99}x", **wanted).goal()
     assert solve_library(library, costs, Request(work=work, goal=goal)).predicted.batch == 3
+
+
+def test_solve_does_not_promise_past_an_engines_host(own_library):
+    """What the device alone would allow is refused, with what the host allows; what is promised, it allows."""
+    library, work = Library.open(own_library), Workload(input_len=16, output_len=16)
+    table = EngineModel("vllm", "h100", Constants(host=1e-3, host_sequence=1e-4), largest_batch=16)
+
+    def asked(**goal):
+        return Request(work=work, goal=GoalOptions(concurrency=8, **goal).goal())
+
+    with pytest.raises(
+        UserError, match=r"`tpot` 0.001 s cannot be met: .*0.0018 s, since the engine's own Python sets the pace"
+    ):
+        solve_library(library, table, asked(tpot="1ms"))
+    with pytest.raises(
+        UserError, match=r"`throughput` 1.2x cannot be met: the fastest child reaches 1.*since the engine's own Py"
+    ):
+        solve_library(library, table, asked(throughput="1.2x"))
+    found = solve_library(library, table, asked(throughput="1x"))
+    assert found.predicted.tpot_seconds == pytest.approx(1e-3 + 8e-4)
+    assert found.speedup == pytest.approx(1, abs=0.02)
+    assert found.host_pace["from_batch"] == 1
+    assert read_architecture_again(found) == found
+
+
+def read_architecture_again(found):
+    with tempfile.TemporaryDirectory() as name:
+        write_architecture(Path(name) / "architecture.json", found)
+        return read_architecture(Path(name))

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from tiny_parents import write_tiny_parent
+
 SOLVE = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16)
+
+
+def test_models_that_do_not_belong_together(puzzle, one_line_error, parent, corpus, tmp_path):
+    wide, other = tmp_path / "wide", tmp_path / "other"
+    vocab_size = json.loads((parent / "config.json").read_text())["vocab_size"]
+    write_tiny_parent("llama", wide, hidden_size=72, vocab_size=vocab_size)
+    asked = ("--data", corpus, "--sequences", 2, "--seq-len", 32)
+    one_line_error(puzzle("evaluate", parent, wide, *asked, "--no-speed"), "no child of it")
+    shutil.copytree(parent, other)
+    value = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = value["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(value))
+    one_line_error(puzzle("evaluate", parent, other, *asked, "--no-speed"), "has another tokenizer than")
+    one_line_error(
+        puzzle("evaluate", parent, parent, *asked, "--input-len", 8000, "--output-len", 8), "exceed the context of"
+    )
+    one_line_error(puzzle("evaluate", parent, parent, "--data", "", "--no-speed"), "--data is empty")
 
 
 def test_evaluate_measures_both(puzzle, own_library, parent, corpus, tmp_path):

@@ -75,9 +75,9 @@ def test_what_is_printed(tiny):
     _, done = lower(tiny.tiny_child("no-attention-first"), "sglang", "nemotron-nas")
     assert [str(item) for item in done] == [
         "zero-attention: layer 0: no attention in the first layer: attention with one KV head and a zero output "
-        "(+147,712 parameters, +256 bytes of KV cache per token)",
+        "(+147,712 parameters, KV cache 1,536 to 1,792 bytes per token)",
         "equal-kv-heads: layers 0, 1: KV heads repeated, so that all layers have as many "
-        "(+81,920 parameters, +1,280 bytes of KV cache per token)",
+        "(+81,920 parameters, KV cache 1,792 to 3,072 bytes per token)",
     ]
     _, done = lower(tiny.tiny_child("empty-layers"), "vllm", "nemotron-nas")
     assert [str(item) for item in done] == [

@@ -51,6 +51,17 @@ def test_promised_and_delivered_side_by_side(puzzle, solved):
         assert found[who]["measured"]["memory_bytes"] == found[who]["predicted"]["memory_bytes"]
 
 
+def test_another_device_has_no_prediction(puzzle, solved, tmp_path):
+    """What was promised for one machine is not held against another."""
+    value = json.loads((solved / "architecture.json").read_text())
+    value["costs"]["device"] = "a card of long ago"
+    (tmp_path / "architecture.json").write_text(json.dumps(value))
+    done = puzzle("bench", tmp_path, "--gpu", "cpu", "--repeats", 1, "--json")
+    assert done.exit_code == 0, done.output
+    assert "promised for a card of long ago, measured on" in done.stderr.replace("\n", " ")
+    assert json.loads(done.stdout)["child"]["predicted"] is None
+
+
 def test_another_workload_has_no_prediction(puzzle, solved):
     """Shapes come from the architecture; what it promised was for its own workload, and is not held against another."""
     work = ("--input-len", 16, "--output-len", 4, "--batch", 2, "--repeats", 1)

@@ -142,6 +142,13 @@ DAMAGED = {
     "an empty tensor": (lambda d: reweigh(d, empty), r"mlp.up_proj.weight in .* has shape \[0\], config.json asks for"),
     "a missing tensor": (lambda d: reweigh(d, lambda w: w.pop("model.norm.weight")), "lacks the weight model.norm.weight"),
     "an end beyond the vocabulary": (lambda d: configure(d, eos_token_id=[1, 99999]), "eos_token_id = 99999 in config.json lies outside"),
+    "an end beyond the vocabulary in the settings": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [1, 99999]}'),
+        "eos_token_id = 99999 in generation_config.json lies outside",
+    ),
+    "a frequency that is text": (
+        lambda d: configure(d, rope_parameters={"rope_type": "default", "rope_theta": "x"}), "rope_theta"),
+    "no layers": (lambda d: configure(d, num_hidden_layers=-1), "num_hidden_layers = -1, no number above 0"),
     "broken generation settings": (lambda d: (d / "generation_config.json").write_text("{"), "generation_config.json is not valid JSON"),
     "generation settings that are a list": (lambda d: (d / "generation_config.json").write_text("[]"), "holds list, not an object"),
     "an index without a map": (

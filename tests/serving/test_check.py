@@ -115,8 +115,12 @@ def test_comparison(child):
             tokens.append(int(model(torch.tensor([prompt + tokens]))[0, -1].argmax()))
     same = compare(model, prompt, logits, tokens, 1e-3)
     assert same == {"delta": 0.0, "num_same": 8, "near_tie": False}
-    shifted = compare(model, prompt, logits + 0.01 * logits.std(), tokens, 1e-3)
-    assert shifted["delta"] == pytest.approx(0.01, rel=1e-3)
+    assert (
+        compare(model, prompt, logits.log_softmax(-1) + 1, tokens, 1e-3)["delta"] < 1e-5
+    )  # a constant changes no log p
+    moved = logits.clone()
+    moved[3, logits[3].argmin()] += 0.01 * logits.std()
+    assert compare(model, prompt, moved, tokens, 1e-3)["delta"] == pytest.approx(0.01, rel=1e-2)
     other = compare(model, prompt, logits, [*tokens[:3], (tokens[3] + 1) % 384, *tokens[4:]], 1e-3)
     assert (other["num_same"], other["near_tie"]) == (3, False)
     lost = compare(model, prompt, torch.full_like(logits, float("nan")), tokens, 1e-3)

@@ -139,6 +139,7 @@ def test_the_engine_computes_the_same(engine, tmp_path, name):
     (path / "modeling_puzzle.py").unlink()  # which vLLM does not need
     check = serve_check(path, "vllm", python=engine, num_tokens=16)
     assert check.equal, check.verdict
+    assert (check.batch.num_prompts, check.batch.same_texts) == (8, 8)
 
 
 MENDED = """

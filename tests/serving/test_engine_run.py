@@ -1,0 +1,207 @@
+"""vLLM measured: refusals, resuming and the promise beside a bench with a stand-in for vLLM, and vLLM itself where it is set up."""
+
+from __future__ import annotations
+
+import csv
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from puzzle.base.errors import UserError
+from puzzle.base.workload import Workload
+from puzzle.parents.known import known_structure
+from puzzle.profile.engine import Constants
+from puzzle.serving.check import EngineFailed
+from puzzle.serving.engine_profile import EngineGrid, architectures, described, fitting, profile_engine
+from puzzle.serving.engine_run import Engine, Point, measured_random, write_random
+from puzzle.serving.engine_worker import step_of
+from serving_environments import python_of
+
+TINY = known_structure("reference")
+TRUE = Constants(step=1e-4, attention=2e-5, ffn=1e-5, host=1e-3, host_sequence=3e-4, request=2e-5)
+STAND_IN = """#!{python}
+import json, os, sys
+from puzzle.parents.child import child
+from puzzle.profile.engine import Constants, EngineModel
+from puzzle.profile.parts import ends_of
+job = json.load(open(sys.argv[2]))
+def say(**facts):
+    print("puzzle: " + json.dumps(facts), flush=True)
+mode = open({mode!r}).read()
+if mode in ("missing", "plug-in", "version"):
+    say(refused=mode, version="0.25.1")
+    sys.exit()
+structure = child(json.load(open(os.path.join(job["path"], "config.json"))))
+print("INFO vLLM says much", flush=True)
+if mode == "crash" and structure.num_layers == 2:
+    sys.exit("RuntimeError: CUDA out of memory")
+say(engine=dict(versions="vLLM 0.26.0", device="cpu" if mode != "gpu" else "NVIDIA H100 80GB HBM3", weight_bytes=10**9, cache_bytes=3 * 10**9,
+    cached_tokens=10**6, card_bytes=8 * 10**10, used_bytes=5 * 10**9), start_seconds=1.0)
+model = EngineModel("vllm", "cpu", {constants!r})
+parts = [*(part for _, _, part in structure), *ends_of(structure)]
+for point in job["points"]:
+    b, t, n = (point[k] for k in ("num_seqs", "input_len", "output_len"))
+    step = max(model.host_seconds(b), sum(model.seconds(part, "decode", b, t + n // 2) for part in parts))
+    prefill = sum(model.seconds(part, "prefill", b, t) for part in parts)
+    say(point=point, measured=dict(prefill=prefill, step=step, whole=prefill + step * (n - 1)))
+say(done=True)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """(a Python of an environment with a vLLM whose times are known, what to call to change how it behaves)."""
+    mode, python = tmp_path / "mode", tmp_path / "python"
+    mode.write_text("")
+    python.write_text(STAND_IN.format(python=sys.executable, mode=str(mode), constants=TRUE))
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return python, mode.write_text
+
+
+def test_a_step_is_the_median_while_all_decode():
+    prompts, all_decode, some = [0.5] * 4, [0.01] * 20, [0.005] * 3
+    assert step_of([*prompts, *all_decode, *some], 24, 24) == 0.01
+    assert step_of([0.5], 0, 1) == 0.5
+
+
+def test_architectures_tell_the_constants_apart():
+    found = architectures(TINY)
+    assert list(found) == ["parent", "ffn_half", "attention_none", "kv_heads_fewest", "mixed", "first_layers"]
+    kinds = {name: described(one, Engine(gpu="h100"))["sub_blocks"] for name, one in found.items()}
+    assert kinds["attention_none"] == {"gqa h256 q8 kv4 d32": 10, "swiglu h256 f704": 16}
+    assert kinds["kv_heads_fewest"] == {"gqa h256 q8 kv1 d32": 16, "swiglu h256 f704": 16}
+    assert kinds["first_layers"] == {"gqa h256 q8 kv4 d32": 2, "swiglu h256 f704": 2}
+    big = known_structure("llama-3.3-70b")
+    assert (
+        8
+        <= fitting(big, Engine(gpu="h100")).num_layers
+        < fitting(big, Engine(gpu="h100", precision="fp8")).num_layers
+        < 80
+    )
+    points = [(p.batch, p.work.input_len) for p in EngineGrid().points("h100", 131072)]
+    assert points == [(1, 128), (16, 128), (64, 128), (128, 128), (256, 128), (64, 1024), (16, 2048)]
+    assert [p.work.input_len for p in EngineGrid(contexts=(64, 9999)).points("h100", 1024)][-1] == 1024 - 64
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [
+        ("missing", "vLLM is not installed in"),
+        (
+            "plug-in",
+            "has no puzzle plug-in, which serves hf exports: install puzzle-nas there, or pass --format nemotron-nas",
+        ),
+        ("version", "vLLM 0.25.1 in"),
+        ("gpu", "--gpu cpu: vLLM runs on NVIDIA H100 80GB HBM3 here"),
+    ],
+)
+def test_refusals(puzzle, one_line_error, stand_in, tmp_path, mode, wanted):
+    python, behave = stand_in
+    behave(mode)
+    asked = ("--engine", "vllm", "--gpu", "cpu", "--run", "--python", python, "--out", tmp_path / "costs")
+    one_line_error(puzzle("profile", "--shapes", "reference", *asked), wanted)
+    assert not list((tmp_path / "costs").rglob("*.csv"))
+
+
+def test_refusals_before_vllm(puzzle, one_line_error, tmp_path):
+    shapes = ("profile", "--shapes", "reference", "--gpu", "cpu")
+    one_line_error(puzzle(*shapes, "--engine", "sglang", "--run"), "--engine sglang: vllm alone can be measured")
+    one_line_error(puzzle(*shapes, "--run"), "--run needs --engine")
+    one_line_error(puzzle(*shapes, "--engine", "vllm"), "--engine goes with --run")
+    one_line_error(puzzle(*shapes, "--engine", "vllm", "--run", "--format", "gguf"), "--format gguf: vLLM reads hf and")
+    nowhere = ("--engine", "vllm", "--run", "--python", tmp_path / "nope", "--out", tmp_path)
+    one_line_error(puzzle(*shapes, *nowhere), "nope: No such file")
+    one_line_error(puzzle("bench", tmp_path, "--gpu", "cpu", "--engine", "vllm"), "is neither a checkpoint nor an arch")
+    with pytest.raises(UserError, match="precision float32 on h100"):
+        Engine(gpu="h100", precision="float32")
+
+
+def test_what_is_measured_stays(stand_in, tmp_path):
+    """A crash loses one architecture; the next call measures what is missing, and the fit sees the host's pace."""
+    python, behave = stand_in
+    how, folder = Engine(gpu="cpu", python=python, precision="float32"), tmp_path / "costs"
+    grid = EngineGrid(batches=(1, 4, 16, 64), contexts=(32, 256), output_len=32)
+    behave("crash")
+    with pytest.raises(UserError, match=r"1 of the architectures failed in vLLM .first_layers: .*out of memory"):
+        profile_engine("vllm", TINY, how, folder, grid)
+    rows = list(csv.DictReader((folder / "measured.csv").read_text().splitlines()))
+    assert {r["architecture"] for r in rows} == set(architectures(TINY)) - {"first_layers"}
+    assert not (folder / "fit.json").exists()
+    behave("")
+    text = (folder / "measured.csv").read_text()
+    (folder / "measured.csv").write_text(text + "first_layers,1,3")  # as a killed call leaves it
+    value = profile_engine("vllm", TINY, how, folder, grid)
+    assert (folder / "measured.csv").read_text().startswith(text)
+    assert len((folder / "measured.csv").read_text().splitlines()) == 1 + 6 * 5
+    for name in ("prefill", "host", "host_sequence"):
+        assert value["constants"][name] == pytest.approx(getattr(TRUE, name), rel=0.05), name
+    assert (value["largest_batch"], value["format"]) == (64, "hf")
+    wide = EngineGrid(batches=(2,), contexts=(32,), output_len=32)
+    with pytest.raises(UserError, match="holds figures of another parent's 'parent': give another `out`"):
+        profile_engine("vllm", TINY.with_layers(TINY.layers[:8]), how, folder, wide)
+    with pytest.raises(UserError, match="holds figures of precision 'float32', and this is 'fp8'"):
+        profile_engine("vllm", TINY, Engine(gpu="cpu", python=python, precision="fp8"), folder, wide)
+
+
+def test_a_promise_and_its_measurement(puzzle, stand_in, synthetic, tmp_path):
+    python, _ = stand_in
+    out = tmp_path / "costs"
+    asked = ("--engine", "vllm", "--gpu", "cpu", "--python", python)
+    done = puzzle("profile", "--shapes", "reference", *asked, "--run", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "the engine's own Python takes" in done.output
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for path in synthetic("reference").iterdir():
+        (mine / path.name).symlink_to(path)
+    (mine / "costs").symlink_to(out)
+    work = ("--input-len", 64, "--output-len", 32, "--concurrency", 8)
+    done = puzzle("solve", mine, "--params", "80%", "--gpu", "cpu", "--engine", "vllm", *work, "--out", tmp_path / "s")
+    assert done.exit_code == 0, done.output
+    assert "own Python sets the child's pace from batch" in done.output.replace("\n", " ")
+    done = puzzle("bench", tmp_path / "s", *asked, "--with-parent", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["child"]["measured"]["cached_tokens"] == 10**6
+    for who in ("child", "parent"):
+        measured, promised = found[who]["measured"], found[who]["predicted"]
+        for name in ("tokens_per_second", "ttft_seconds", "tpot_seconds"):
+            assert measured[name] == pytest.approx(promised[name], rel=0.02), (who, name)
+    assert found["speedup"]["measured"] == pytest.approx(found["speedup"]["predicted"], rel=0.02)
+    printed = puzzle("bench", tmp_path / "s", *asked)
+    assert "tokens that its cache holds" in printed.output
+
+
+def needs_vllm():
+    if not python_of("vllm").is_file():
+        pytest.skip("no .engines/vllm: run benchmarks/lib/serving_environments.py vllm")
+
+
+@pytest.mark.parametrize(("precision", "reader"), [("float32", "hf"), ("fp8", "hf"), ("fp8", "nemotron-nas")])
+def test_in_vllm(precision, reader, monkeypatch):
+    needs_vllm()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    how = Engine(gpu="cpu", python=python_of("vllm"), precision=precision, reader=reader)
+    points = [Point(batch=b, work=Workload(input_len=16, output_len=8)) for b in (1, 4)]
+    child = architectures(TINY)["mixed"]
+    engine, *rest = measured_random(child, TINY.usual, points, how)
+    assert engine["engine"]["cached_tokens"] > 4 * 24
+    assert [line["point"]["num_seqs"] for line in rest] == [1, 4]
+    assert all(0 < line["measured"]["step"] < line["measured"]["whole"] for line in rest)
+
+
+def test_vllm_that_fails_says_why(monkeypatch, tmp_path):
+    needs_vllm()
+    how = Engine(gpu="cpu", python=python_of("vllm"), precision="float32")
+    write_random(TINY, TINY.usual, how, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    monkeypatch.setattr(
+        "puzzle.serving.engine_run.hf_config",
+        lambda *_: json.loads(text) | {"auto_map": 0, "per_layer_config": {"99": {}}},
+    )
+    with pytest.raises(EngineFailed, match="per_layer_config has an entry for layer 99"):
+        list(measured_random(TINY, TINY.usual, [Point(batch=1, work=Workload(input_len=4, output_len=2))], how))
