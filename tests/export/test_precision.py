@@ -175,6 +175,10 @@ def test_on_a_gpu_it_runs_as_solved(precise, own_library, tmp_path, puzzle, one_
         "--json",
     )
     assert json.loads(done.stdout)["precision"] == "float32"
+    one_line_error(
+        puzzle("bench", own_library / "solution", "--gpu", "h100", "--engine", "vllm"),
+        "solved for parent bf16; child 4 of 7 sub-blocks fp8, cache bf16, and random weights have one precision: pass --fp8",
+    )
 
 
 def test_the_cache_in_fp8(precise, own_library, corpus, tmp_path, puzzle, one_line_error):
