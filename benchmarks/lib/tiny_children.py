@@ -2,7 +2,7 @@
 of engines and for tests.
 
     python benchmarks/lib/tiny_children.py DIRECTORY        (writes them all as --format hf: DIRECTORY/<name>)
-    from tiny_children import CHILDREN, FAMILIES, tiny_child, write_tiny_child
+    from tiny_children import CHILDREN, FAMILIES, on_gpu, tiny_child, write_tiny_child
 
 Random weights of fixed seeds, scaled so that greedy text varies and its margins are wide; a byte-level tokenizer of 384
 tokens. hidden_size 256 and head_dim 32: the smallest that all engines' kernels take. About 15 MB each in float32.
@@ -60,7 +60,7 @@ def width(channels: int) -> SwiGLU:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiny:
-    """layers: (attention, FFN) each. base: what config.json's global values describe. ropes: by name, where there is not one alone,
+    """layers: (attention, FFN) each; context: the most tokens. base: what config.json's global values describe. ropes: by name, where there is not one alone,
     `rope`; around: other fields of `Structure`."""
 
     layers: tuple[tuple[SubBlock, SubBlock], ...]
@@ -69,6 +69,7 @@ class Tiny:
     rope: dict[str, object] | None = None
     ropes: dict[str, dict[str, object]] | None = None
     around: Mapping[str, Any] = field(default_factory=dict)
+    context: int = CONTEXT
 
     def but(self, attention: Mapping[str, Any] | None = None, ffn: Mapping[str, Any] | None = None) -> Tiny:
         """With other values of these fields in every attention and every FFN; those of norms in every linear map too."""
@@ -154,10 +155,15 @@ def random_matrix(seed: str, rows: int, scale: float) -> Tensor:
     return scale * torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(crc32(seed.encode())))
 
 
+def on_gpu(tiny: Tiny) -> Tiny:
+    """The same with heads of 64, the narrowest of FlashAttention 3, and room for prompts of 3,000 tokens."""
+    return replace(tiny.but({"head_dim": 64}), context=4096)
+
+
 def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
     """A child of these layers in memory, float32; `name` seeds its weights."""
     ropes = {
-        name: Rope(head_dim=tiny.base[0].head_dim, max_length=CONTEXT, parameters=parameters)
+        name: Rope(head_dim=tiny.base[0].head_dim, max_length=tiny.context, parameters=parameters)
         for name, parameters in (tiny.ropes or {"default": tiny.rope or PLAIN}).items()
     }
     layers = tuple(
@@ -179,7 +185,7 @@ def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
         around=Structure(
             hidden_size=HIDDEN,
             vocab_size=VOCAB,
-            max_length=CONTEXT,
+            max_length=tiny.context,
             tied=tiny.tied,
             layers=(),
             ropes=ropes,
@@ -204,9 +210,10 @@ def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
     )
 
 
-def tiny_child(name: str, tokenizer: Path | None = None) -> Child:
-    """One of CHILDREN or FAMILIES in memory."""
-    return build(name, (CHILDREN | FAMILIES)[name], tokenizer)
+def tiny_child(name: str, tokenizer: Path | None = None, *, gpu: bool = False) -> Child:
+    """One of CHILDREN or FAMILIES in memory; gpu: as `on_gpu` makes it."""
+    tiny = (CHILDREN | FAMILIES)[name]
+    return build(name, on_gpu(tiny) if gpu else tiny, tokenizer)
 
 
 def write_tokenizer(directory: Path) -> Path:
@@ -228,12 +235,12 @@ def write_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def write_tiny_child(name: str, out: Path) -> Path:
-    """One of CHILDREN or FAMILIES as `--format hf` writes it, with a tokenizer (kept in out's parent, `tokenizer/`)."""
+def write_tiny_child(name: str, out: Path, *, gpu: bool = False) -> Path:
+    """`tiny_child` as `--format hf` writes it, with a tokenizer (kept in out's parent, `tokenizer/`)."""
     tokenizer = out.parent / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file():
         write_tokenizer(tokenizer)
-    child = tiny_child(name, tokenizer)
+    child = tiny_child(name, tokenizer, gpu=gpu)
     write_hf(child, out, f"---\nlicense: {child.licence}\n---\n# {name}\n", force=True)
     return out
 

@@ -79,10 +79,11 @@ class Run:
     gpu: str
     python: Path | None
     end: float
+    only: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> tuple[Shapes, ...]:
-        return TINY if self.gpu == "cpu" else SHAPES
+        return tuple(one for one in (TINY if self.gpu == "cpu" else SHAPES) if not self.only or one.key in self.only)
 
     @property
     def engine(self) -> list[str]:
@@ -214,19 +215,20 @@ def rows_of(found: dict[str, Any], lowered: str) -> list[dict[str, Any]]:
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--gpu", default="h100", help="cpu: the rehearsal, at the reference parent's shapes.")
 @click.option("--python", type=click.Path(path_type=Path), help="Of vLLM's environment, where it is not this one.")
+@click.option("--only", multiple=True, help="Of these shapes alone, as llama-3.1-8b-fp8: several GPUs share WORK.")
 @click.option("--minutes", type=float, default=8.0, help="After which a call ends.")
 @click.option("--unpack", type=click.Path(path_type=Path), help="A packed WORK to go on from, if it is there.")
 @click.option("--pack", type=click.Path(path_type=Path), help="Where WORK goes as one file at the end.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("engine_promise.csv"), help="Of the table.")
 def main(
-    steps: tuple[str, ...], work: Path, gpu: str, python: Path | None, minutes: float, unpack: Path | None,
+    steps: tuple[str, ...], work: Path, gpu: str, python: Path | None, only: tuple[str, ...], minutes: float, unpack: Path | None,
     pack: Path | None, out: Path,
 ) -> None:  # fmt: skip
     if unpack is not None and unpack.is_file():
         with tarfile.open(unpack) as archive:
             archive.extractall(work, filter="data")
     work.mkdir(parents=True, exist_ok=True)
-    run = Run(work, gpu, python, time.monotonic() + 60 * minutes)
+    run = Run(work, gpu, python, time.monotonic() + 60 * minutes, only)
     try:
         for step in steps:
             done = run.table(out) if step == "table" else getattr(run, step)()

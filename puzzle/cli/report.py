@@ -18,6 +18,7 @@ from puzzle.choose.frontier import terminal_plot
 from puzzle.export.picture import picture
 from puzzle.library.manifest import Library, score_name, scores_path
 from puzzle.measure.architecture import Architecture, Prediction
+from puzzle.profile.engine import SHARES
 
 if TYPE_CHECKING:
     from puzzle.measure.evaluate import Evaluation
@@ -299,8 +300,8 @@ def print_fusion(found: dict[str, Any]) -> None:
 def print_fit(value: dict[str, Any]) -> None:
     """Constants of an engine, and how far its predictions are from what was measured."""
     for name, constant in value["constants"].items():
-        unit = "of the datasheet" if constant > 1e-2 else "s"
-        console.print(f"{name:<10} {constant:.4g} {unit}", markup=False)
+        unit = "of the datasheet" if name in SHARES else "tokens" if name == "tail" else "s"
+        console.print(f"{name:<13} {constant:.4g} {unit}", markup=False)
     host, sequence = (value["constants"].get(name, 0.0) for name in ("host", "host_sequence"))
     console.print(
         f"the engine's own Python takes {1e3 * host:.3g} ms a step and {1e3 * sequence:.3g} ms a sequence, and sets the pace where the "

@@ -1,14 +1,16 @@
-"""What a serving engine takes: a roofline per sub-block and the engine's own overheads, with eleven fitted constants.
+"""What a serving engine takes: a roofline per sub-block and the engine's own overheads, with thirteen fitted constants.
 
     decode step = max( device step, host + host_sequence·b )
-    device step = step + sequence·b + Σ_layers [ (attention | ffn) + matmul(weights, b) + b·c·kv_bytes / (kv·BW) ]
+    device step = step + sequence·b + Σ_layers [ (attention | ffn) + matmul(weights, b) + b·(c + tail)·kv_bytes / (kv·BW) ]
     matmul(w, m) = ( (B·w / (weights·BW))⁴ + (2wm / (matmul·FLOPS))⁴ )^¼        w weights of B bytes, m rows
-    prefill = the same with m = b·T rows at prefill·FLOPS, plus causal attention 2·b·T²·N·D / (prefill·FLOPS), and request·b
+    prefill = the same with m = b·T rows at prefill·FLOPS, causal attention 2·b·T²·N·D / (prefill·FLOPS) in place of the cache, at least
+              `launch` for each sub-block, and request·b
 
 b sequences, c cached tokens, T prompt tokens, N query heads, D head_dim; BW and FLOPS from the GPU's datasheet, FLOPS of matrices in
 fp8 twice those of bf16. The fourth power rounds the corner of the roofline (Williams et al. 2009): near it neither resource is fully
 used. The maximum is an engine that plans the next step while the device computes this one: where its own Python takes longer, it sets
-the pace, and no choice of sub-blocks makes a step faster. Needs no torch.
+the pace, and no choice of sub-blocks makes a step faster. A prompt's kernels are launched one by one, so that a sub-block takes as
+long as that even where the device has little to do. Needs no torch.
 The interface is that of `cost_table.CostTable`, so that `solve` prices an engine as it prices our runtime.
 """
 
@@ -34,14 +36,16 @@ from puzzle.profile.parts import Embedding, Ends, Head, Part
 
 ENGINES = Path(__file__).parent / "engines"
 BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # measured up to 256 sequences
+SHARES = ("weights", "kv", "matmul", "prefill")  # constants that are shares of the datasheet's figures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Constants:
     """weights, kv: shares of the memory bandwidth that reading them reaches; matmul, prefill: shares of the FLOPS in decode
-    and in prefill. step, attention, ffn, sequence: seconds of overhead per step, per sub-block, per sequence and step. host,
-    host_sequence: seconds of the engine's own Python per step, per sequence and step; 0 where no measurement showed it. request: per
-    prompt."""
+    and in prefill. step, attention, ffn, sequence: seconds of overhead per step, per sub-block, per sequence and step. tail: cached
+    tokens more that a sequence costs, whose last tile the attention kernel never fills. host, host_sequence: seconds of the engine's own
+    Python per step, per sequence and step; 0 where no measurement showed it. launch: seconds that a sub-block's kernels of a prompt take
+    to be launched. request: per prompt."""
 
     weights: float = 0.85
     kv: float = 0.8
@@ -51,8 +55,10 @@ class Constants:
     attention: float = 2.5e-5
     ffn: float = 5e-6
     sequence: float = 2e-6
+    tail: float = 0.0
     host: float = 0.0
     host_sequence: float = 0.0
+    launch: float = 0.0
     request: float = 0.0
 
 
@@ -112,12 +118,11 @@ class EngineModel:
         if state.per_sequence:
             raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
         seconds = self._matmul(_num_weights(part), rows, share, self.weight_bytes)
-        if not state:
-            return own.ffn + seconds
-        seconds, reach = own.attention + seconds, state.kept(context)
+        seconds, reach = seconds + (own.attention if state else own.ffn), state.kept(context)
         if prompt:  # half of the scores, by causality
-            return seconds + batch * context * part.mixing_flops(reach) / 2 / (share * self.flops)
-        return seconds + self.weight_bytes * state.per_token * batch * reach / (own.kv * self.bandwidth)
+            scores = batch * context * part.mixing_flops(reach) / 2 if state else 0.0
+            return max(own.launch, seconds + scores / (share * self.flops))
+        return seconds + self.weight_bytes * state.per_token * batch * (reach + own.tail) / (own.kv * self.bandwidth)
 
     def host_seconds(self, batch: int) -> float:
         """The least that a decode step of `batch` sequences takes, whatever the device has to do."""

@@ -2,7 +2,9 @@
 
 FILE.csv has a row per measurement: architecture, num_seqs, input_len, output_len and any of decode_step_ms, prefill_ms (of all prompts
 together) and output_tokens_per_s; architectures.json beside it says what each architecture is made of. Levenberg-Marquardt on relative
-errors, in the logarithms of the constants, drawn to their usual values by a weak prior (Levenberg 1944, Marquardt 1963).
+errors (Levenberg 1944, Marquardt 1963), in the logarithms of the constants and, of shares, which no engine has more than 1 of, in those
+of the odds, drawn to their usual values by a weak prior. An error far above HICCUP counts by its logarithm (Black & Rangarajan 1996,
+Lorentzian), so that one run that something held up spoils no constant.
 
 Whether the engine's own Python sets the pace anywhere is found by fitting twice, without its two constants and with them, from the
 line below all decode steps over the batch: they stay where they halve these steps' squared error, else there is nothing that shows them.
@@ -23,9 +25,10 @@ import numpy as np
 from puzzle.base.errors import UserError
 from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
-from puzzle.profile.engine import Constants, EngineModel, parts_of, read_architectures
+from puzzle.profile.engine import SHARES, Constants, EngineModel, parts_of, read_architectures
 
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
+HICCUP = 0.1  # relative error
 MAX_STEPS = 200
 HOST_GAIN = 0.5  # of decode steps' squared error may be left, where the host's constants are kept
 COLUMNS = {
@@ -35,7 +38,8 @@ COLUMNS = {
 }
 WHAT = tuple(COLUMNS)
 HOST = ("host", "host_sequence")
-REQUEST = 5e-5  # seconds, the usual value where prefills were measured
+USUAL = {"tail": 64.0}
+USUAL_PREFILL = {"request": 5e-5, "launch": 1e-4}  # seconds, where prefills were measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,9 +103,9 @@ def predicted(model: EngineModel, parts: dict[str, Any], one: Measurement) -> fl
 
 def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement]) -> EngineModel:
     """The constants of least squared relative error; those of the host are 0 where they do not show."""
-    start = asdict(Constants())
+    start = asdict(Constants()) | USUAL
     if any(m.what == "prefill" for m in measured):
-        start["request"] = REQUEST
+        start |= USUAL_PREFILL
     without = _least(engine, described, measured, start)
     if (floor := _floor(measured)) is None:
         return without
@@ -109,7 +113,7 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
 
     def error(model: EngineModel) -> float:
         steps = [m for m in measured if m.what == "decode_step"]
-        return sum(_error(model, described, m) ** 2 for m in steps)
+        return sum(_counted(_error(model, described, m)) ** 2 for m in steps)
 
     return paced if error(paced) < HOST_GAIN * error(without) else without
 
@@ -117,6 +121,11 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
 def _error(model: EngineModel, described: dict[str, Any], m: Measurement) -> float:
     """Relative, in logarithms."""
     return math.log(predicted(model, described["architectures"][m.architecture], m) / m.value)
+
+
+def _counted(error: float) -> float:
+    """Its square grows by the logarithm beyond HICCUP."""
+    return math.copysign(HICCUP * math.sqrt(math.log1p((error / HICCUP) ** 2)), error)
 
 
 def _floor(measured: Sequence[Measurement]) -> tuple[float, float] | None:
@@ -140,17 +149,20 @@ def _least(
 ) -> EngineModel:
     """Of all constants of `start` that are above 0; the others stay 0."""
     names = [name for name, value in start.items() if value > 0]
-    usual = np.log(np.array([start[name] for name in names]))
+    odds = np.array([name in SHARES for name in names])
+    usual = np.array([start[name] for name in names])
+    usual = np.log(usual / np.where(odds, 1 - usual, 1.0))
     largest = max(m.batch for m in measured)
 
     def model(x: np.ndarray) -> EngineModel:
-        constants = Constants(**start | dict(zip(names, np.exp(x).tolist(), strict=True)))
+        values = np.exp(x) / np.where(odds, 1 + np.exp(x), 1.0)
+        constants = Constants(**start | dict(zip(names, values.tolist(), strict=True)))
         told = {key: described[key] for key in ("device", "precision")}
         return EngineModel(engine, described["gpu"], constants, largest_batch=largest, **told)
 
     def residuals(x: np.ndarray) -> np.ndarray:
         now = model(x)
-        return np.concatenate([[_error(now, described, m) for m in measured], PRIOR * (x - usual)])
+        return np.concatenate([[_counted(_error(now, described, m)) for m in measured], PRIOR * (x - usual)])
 
     x, damping = usual, 1e-3
     error = residuals(x)
@@ -183,13 +195,14 @@ def compared(model: EngineModel, described: dict[str, Any], measured: Sequence[M
 
 
 def leave_one_out(engine: str, described: dict[str, Any], measured: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Each architecture predicted by a fit on the others: a row per measurement."""
-    rows = []
+    """Each architecture predicted by a fit on the others: a row per measurement. One without which nothing shows the host's pace is
+    there to measure that alone, and is not left out."""
+    rows, paced = [], fit(engine, described, measured).constants.host > 0
     for name in described["architectures"]:
         held = [m for m in measured if m.architecture == name]
         rest = [m for m in measured if m.architecture != name]
-        if held and rest:
-            rows += compared(fit(engine, described, rest), described, held)
+        if held and rest and ((others := fit(engine, described, rest)).constants.host > 0) == paced:
+            rows += compared(others, described, held)
     return rows
 
 
