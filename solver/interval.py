@@ -26,8 +26,10 @@ def best_between(
     *,
     backend: str = "ortools",
     time_limit: float | None = None,
+    cutoff: float = math.inf,
 ) -> tuple[int | None, dict[int, Solution]]:
     """(number of the least objective or None, the solutions of all that were solved). time_limit: seconds for all of them.
+    cutoff: nothing that is not below it is looked for.
 
     ends: rising numbers; the first stretches end before each. relaxed(low, high): a problem that every choice of the problems
     low to high (which cross no end) meets, at no higher score.
@@ -45,7 +47,7 @@ def best_between(
         add(low, after - 1)
     while stretches:
         bound, low, high = heapq.heappop(stretches)
-        had = math.inf if best is None else found[best].objective
+        had = cutoff if best is None else found[best].objective
         left = None if time_limit is None else time_limit - (time.monotonic() - begin)
         if bound >= had or (left is not None and left <= 0 and found):
             break
@@ -54,8 +56,8 @@ def best_between(
             add(low, middle)
             add(middle + 1, high)
             continue
-        cutoff = None if best is None else had
-        found[low] = solve(problem(low), backend, None if left is None else max(0.01, left), cutoff)
+        known = None if had == math.inf else had
+        found[low] = solve(problem(low), backend, None if left is None else max(0.01, left), known)
         if found[low].choice and found[low].objective < had:
             best = low
     return best, found

@@ -1,4 +1,4 @@
-"""A plain model as an engine runs a child in fp8: activations rounded per token, cached keys and values with their scales."""
+"""A plain model as an engine runs a child in fp8: cached keys and values with their scales."""
 
 from __future__ import annotations
 
@@ -6,25 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from puzzle.blocklib.plain.gqa import Attention
-from puzzle.kernels.fp8 import FP8_MAX, from_fp8, to_fp8
+from puzzle.kernels.fp8 import FP8_MAX
 from puzzle.parents.checkpoint import Checkpoint
 from puzzle.runtime.model import CausalModel
-
-
-def round_activations(model: CausalModel) -> None:
-    """What every matrix of a layer reads, token by token."""
-
-    def rounded(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        x = inputs[0]
-        values, scale = to_fp8(x.flatten(0, -2))
-        return (from_fp8(values, scale[:, None]).view(x.shape).to(x.dtype),)
-
-    for module in model.blocks.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(rounded)
 
 
 def round_cache(model: CausalModel, checkpoint: Path) -> None:

@@ -25,8 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from fp8_served import round_activations, round_cache
+from fp8_served import round_cache
 from puzzle.base.device import compute_dtype, pick_device
+from puzzle.blocklib.plain.fp8 import round_activations
 from puzzle.data.packing import load_tokens
 from puzzle.export.write import export, open_source
 from puzzle.measure.measurable import name_of
@@ -68,7 +69,7 @@ def main(children: tuple[Path, ...], parent: Path, data: tuple[str, ...], out: P
                 path = paths["bf16" if what == "bf16" else "fp8"]
                 model = load_model(path, device=on, dtype=dtype)
                 if what in ("activations", "cache"):
-                    round_activations(model)
+                    round_activations(model.blocks)
                 if what == "cache":
                     round_cache(model, path)
                 found = compare(whole, model, tokens.validation)

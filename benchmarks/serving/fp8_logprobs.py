@@ -29,8 +29,9 @@ def reference(child: Path, out: Path, bf16: Path | None, longest: int) -> None:
     import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-    from fp8_served import round_activations, round_cache
+    from fp8_served import round_cache
     from puzzle.base.device import pick_device
+    from puzzle.blocklib.plain.fp8 import round_activations
     from puzzle.parents.opened import open_model
     from puzzle.runtime.model import load_model
 
@@ -50,7 +51,7 @@ def reference(child: Path, out: Path, bf16: Path | None, longest: int) -> None:
     for kind in kinds:
         model = load_model(bf16 if kind == "bf16" and bf16 else child, device=on, dtype=torch.float32)
         if kind in ("activations", "cache"):
-            round_activations(model)
+            round_activations(model.blocks)
         if kind == "cache":
             round_cache(model, child)
         last, texts = [], []

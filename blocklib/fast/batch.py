@@ -63,8 +63,8 @@ class CachePool:
 @dataclass(kw_only=True, slots=True)
 class Batch:
     """What the layers of one static batch share. positions, lengths [B] int32: of the token in hand, and with it.
-    table [B, P] int32: pages of each sequence, in order. ropes: float32. fp8: weights of sub-blocks and cached keys and
-    values are float8_e4m3fn, the weights with a scale per row. pool: where caches come from, if not from new memory full of
+    table [B, P] int32: pages of each sequence, in order. ropes: float32. fp8, fp8_cache: weights of the sub-block that is made, and
+    cached keys and values, are float8_e4m3fn, the weights with a scale per row. pool: where caches come from, if not from new memory full of
     zeros."""
 
     positions: Tensor
@@ -73,6 +73,7 @@ class Batch:
     ropes: Tables
     max_length: int
     fp8: bool = False
+    fp8_cache: bool = False
     rows: slice = field(default_factory=lambda: slice(None))  # of the layers' page tables: which sequences these are
     pool: CachePool | None = None
 
@@ -102,11 +103,12 @@ def num_pages(num_tokens: int) -> int:
 
 
 def new_batch(size: int, max_length: int, ropes: Tables, device: torch.device | str, fp8: bool = False) -> Batch:
-    """ropes: of at least `num_pages(max_length) * PAGE` positions."""
+    """ropes: of at least `num_pages(max_length) * PAGE` positions. fp8: of weights and cache."""
     pages = num_pages(max_length)
     positions = torch.zeros(size, dtype=torch.int32, device=device)
     table = torch.arange(size * pages, dtype=torch.int32, device=device).view(size, pages)
-    return Batch(positions=positions, lengths=positions + 1, table=table, ropes=ropes, max_length=max_length, fp8=fp8)
+    shared = {"positions": positions, "lengths": positions + 1, "table": table, "ropes": ropes}
+    return Batch(**shared, max_length=max_length, fp8=fp8, fp8_cache=fp8)  # type: ignore[arg-type]
 
 
 class Product:

@@ -45,7 +45,7 @@ class FastAttention(Fast):
         if batch.pool is not None:
             self.cache = batch.pool.take(shape)
         else:
-            kept = torch.float8_e4m3fn if batch.fp8 else weight.dtype
+            kept = torch.float8_e4m3fn if batch.fp8_cache else weight.dtype
             self.cache = torch.zeros(shape, dtype=kept, device=weight.device)
 
     def randomize(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from puzzle.base.errors import UserError
@@ -11,23 +11,28 @@ from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.variant import PARENT
-from puzzle.library.manifest import Library, score_name
+from puzzle.choose.precision import Way
+from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, score_name
 from puzzle.measure.architecture import Choice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """variants, sub_blocks: by slot. score: nats per token. fused: its FFN is to be one with the next layer's."""
+    """variants, sub_blocks: by slot. score: nats per token. fused: its FFN is to be one with the next layer's. precisions: by slot,
+    where they are chosen."""
 
     variants: Mapping[str, str]
     sub_blocks: Mapping[str, SubBlock]
     score: float
     fused: bool = False
+    precisions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """What the solver calls it; nobody reads it back."""
-        return "|".join(self.variants.values()) + ("+" if self.fused else "")
+        own = self.precisions
+        words = (f"{name}:{own[slot]}" if slot in own else name for slot, name in self.variants.items())
+        return "|".join(words) + ("+" if self.fused else "")
 
     @property
     def is_parent(self) -> bool:
@@ -49,18 +54,45 @@ class Cell:
         return replace(self, fused=True)
 
     def choices(self, precision: str) -> dict[str, Choice]:
+        """precision: of what has none of its own."""
         return {
-            slot: Choice(variant=name, sub_block=self.sub_blocks[slot], precision=precision)
+            slot: Choice(variant=name, sub_block=self.sub_blocks[slot], precision=self.precisions.get(slot, precision))
             for slot, name in self.variants.items()
         }
 
 
-def layer_cells(library: Library) -> list[list[Cell]]:
+def layer_cells(library: Library, way: Way | None = None) -> list[list[Cell]]:
     """Per layer, every combination with its score: the joint one where it was measured, else the sum of its parts.
 
-    Raises UserError for a variant that was not scored.
+    way: where precision is chosen, every combination in every precision; its score has what fp8 costs the parent's own sub-blocks
+    beside. Raises UserError for what was not scored.
     """
-    return [_cells(library, layer) for layer in range(library.num_layers)]
+    cells = [_cells(library, layer) for layer in range(library.num_layers)]
+    if way is None:
+        return cells
+    return [
+        [other for cell in found for other in _in_precisions(library, n, cell, way)] for n, found in enumerate(cells)
+    ]
+
+
+def _in_precisions(library: Library, layer: int, cell: Cell, way: Way) -> list[Cell]:
+    def charged(slot: str, name: str) -> float:
+        found = library.scores(layer).get(score_name({slot: name}))
+        if found is None:
+            told = score_name({slot: name})
+            raise UserError(f"layer {layer} {told} has no score: run `puzzle score {library.root} --fp8`")
+        return found["kl"]
+
+    weighty = [slot for slot, sub_block in cell.sub_blocks.items() if not isinstance(sub_block, NoOp)]
+    kept = [slot for slot in weighty if cell.sub_blocks[slot].state() and way.cache == "fp8"]
+    score = cell.score + sum(charged(slot, FP8_CACHE) for slot in kept)
+    found = []
+    for names in product(way.tables, repeat=len(weighty)):
+        chosen = dict(zip(weighty, names, strict=True))
+        more = sum(charged(slot, FP8_WEIGHTS) for slot, name in chosen.items() if name == "fp8")
+        precisions = dict.fromkeys(cell.variants, next(iter(way.tables))) | chosen
+        found.append(replace(cell, score=score + more, precisions=precisions))
+    return found
 
 
 def _cells(library: Library, layer: int) -> list[Cell]:

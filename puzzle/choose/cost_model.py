@@ -1,18 +1,22 @@
 """Seconds, bytes and parameters of any architecture made of one library's sub-blocks. Needs no torch.
 
 The cost of a model is the sum of its measured parts as the whole parent corrects it (see `profile.cost_table`): times a factor, and in
-decode on a GPU with what lies between two sub-blocks.
+decode on a GPU with what lies between two sub-blocks. Where weights are in one precision and the cache is in another, a decode step of
+attention takes what the cache's table says, plus what the weights' takes more, or less, with nothing cached.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import PREFILL_ROWS, Workload
+from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
+from puzzle.choose.precision import Way
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
 from puzzle.parents.structure import Layer
@@ -20,28 +24,34 @@ from puzzle.profile.cost_table import CostTable, around
 from puzzle.profile.engine import EngineModel
 from puzzle.profile.parts import Part, ends_of, priced_as
 
+ByUse = Mapping[str, str]  # of one layer: the precision of the weights in each slot
+Placed = tuple[SubBlock, str]  # what runs, and the precision of its weights
+
 
 class CostModel:
-    """Seconds and bytes of architectures made of one library's sub-blocks, for one workload."""
+    """Seconds and bytes of architectures made of one library's sub-blocks, for one workload. table: of one precision, or a way to
+    choose between several; `precisions` of sub-blocks that are not given are those of its first table."""
 
-    def __init__(self, library: Library, table: CostTable | EngineModel, work: Workload):
-        self.library, self.table, self.work = library, table, work
+    def __init__(self, library: Library, table: CostTable | EngineModel | Way, work: Workload):
+        self.way = table if isinstance(table, Way) else Way(tables={table.precision: table}, cache=table.precision)
+        self.library, self.table, self.work = library, self.way.first, work
         structure = library.structure
         work.check_fits(structure.max_length)
-        self.bytes_per_element = PRECISION_BYTES[table.precision]
-        self.batches = table.batches
+        self.bytes_per_element = PRECISION_BYTES[self.table.precision]
+        self.batches = self.way.batches
         self.ends: list[Part] = ends_of(structure)
         middle = work.input_len + work.output_len // 2
+        every = [(name, one, b) for name, one in self.way.tables.items() for b in self.batches]
         self._factors = {
-            b: (
-                table.whole_over_parts(structure, "prefill", b, work.input_len),
-                table.whole_over_parts(structure, "decode", b, middle),
+            (name, b): (
+                one.whole_over_parts(structure, "prefill", b, work.input_len),
+                one.whole_over_parts(structure, "decode", b, middle),
             )
-            for b in self.batches
+            for name, one, b in every
         }
-        self._between = {b: table.between_parts(structure, b) for b in self.batches}
-        self.has_host = table.host_seconds(self.batches[-1]) > 0
-        self._seconds: dict[tuple[Part, int], tuple[float, float]] = {}
+        self._between = {(name, b): one.between_parts(structure, b) for name, one, b in every}
+        self.has_host = self.table.host_seconds(self.batches[-1]) > 0
+        self._seconds: dict[tuple[Part, int, str], tuple[float, float]] = {}
         self._workspace: dict[int, int] = {}
 
     @property
@@ -58,25 +68,41 @@ class CostModel:
         """Tokens of a request, prompt and answer."""
         return self.work.input_len + self.work.output_len
 
-    def part_seconds(self, part: Part, batch: int) -> tuple[float, float]:
+    def part_seconds(self, part: Part, batch: int, precision: str | None = None) -> tuple[float, float]:
         """(prefill, all decode steps) of one part in this workload, the whole-over-parts factor included; linear in the batch
         between those that were measured."""
-        if (part, batch) not in self._seconds:
+        own = precision or self.table.precision
+        key = (part, batch, own)
+        if key not in self._seconds:
             low, high = self.around(batch)
             if low == high:
-                prefill, decode = self._factors[batch]
+                prefill, decode = self._factors[own, batch]
                 found = (
-                    prefill * self.table.seconds(part, "prefill", batch, self.work.input_len),
-                    decode * self.table.decode_seconds(part, batch, self.work),
+                    prefill * self.way.tables[own].seconds(part, "prefill", batch, self.work.input_len),
+                    decode * self._decode_seconds(part, batch, own),
                 )
                 if isinstance(part, SubBlock) and not isinstance(part, NoOp):
-                    found = (found[0], max(0.0, found[1] + self._between[batch] * (self.work.output_len - 1)))
+                    found = (found[0], max(0.0, found[1] + self._between[own, batch] * (self.work.output_len - 1)))
             else:
-                less, more = self.part_seconds(part, low), self.part_seconds(part, high)
+                less, more = self.part_seconds(part, low, own), self.part_seconds(part, high, own)
                 share = (batch - low) / (high - low)
                 found = (less[0] + (more[0] - less[0]) * share, less[1] + (more[1] - less[1]) * share)
-            self._seconds[part, batch] = found
-        return self._seconds[part, batch]
+            self._seconds[key] = found
+        return self._seconds[key]
+
+    def _decode_seconds(self, part: Part, batch: int, precision: str) -> float:
+        """All decode steps, as the tables have them."""
+        own, kept = self.way.tables[precision], self.way.tables[self.way.cache]
+        if own is kept or not isinstance(part, SubBlock) or not part.state():
+            return own.decode_seconds(part, batch, self.work)
+        assert isinstance(own, CostTable)
+        assert isinstance(kept, CostTable)
+        whole = (
+            replace(part, window=None) if isinstance(part, Gqa) else part
+        )  # a window may be full at any measured context
+        alike = whole if own.has(whole) and kept.has(whole) else part
+        weights = own.empty_seconds(alike, batch) - kept.empty_seconds(alike, batch)
+        return max(0.0, kept.decode_seconds(part, batch, self.work) + weights * (self.work.output_len - 1))
 
     def around(self, batch: int) -> tuple[int, int]:
         """The measured batches next to this one. Raises UserError beyond them."""
@@ -102,25 +128,32 @@ class CostModel:
         workspaces were not measured."""
         if batch not in self._workspace:
             parts: list[Part] = [*self.library.sub_blocks(), *self.ends]
-            found = max(self.table.workspace(part, batch, self.work.input_len) for part in parts)
+            tables = self.way.tables.values()
+            found = max(table.workspace(part, batch, self.work.input_len) for table in tables for part in parts)
             self._workspace[batch] = found + self.stream(batch) if found else 0
         return self._workspace[batch]
 
-    def bytes_of(self, sub_block: SubBlock, batch: int) -> int:
+    def bytes_of(self, sub_block: SubBlock, batch: int, precision: str | None = None) -> int:
         """Of its weights, and of what `batch` whole requests keep."""
-        return self.bytes_per_element * (
-            sub_block.num_parameters + sub_block.state().elements(self.length, self.table.page) * batch
-        )
+        weights, kept = PRECISION_BYTES[precision or self.table.precision], PRECISION_BYTES[self.way.cache]
+        elements = sub_block.state().elements(self.length, self.table.page) * batch
+        return weights * sub_block.num_parameters + kept * elements
 
     def runs(self, layer: Layer, index: int) -> list[SubBlock]:
         """What layer `index` runs: its own sub-blocks, or what an engine's export makes of them."""
         return self.table.lowered(layer, first=index == 0)
 
-    def resources(self, layer: Layer, batch: int, index: int = 1) -> dict[str, float]:
+    def placed(self, layer: Layer, index: int, precisions: ByUse | None) -> list[Placed]:
+        """What layer `index` runs, each with the precision of its weights. Engines, which rewrite layers, have but one."""
+        if not precisions:
+            return [(part, self.table.precision) for part in self.runs(layer, index)]
+        return [(part, precisions[slot]) for slot, part in layer.items()]
+
+    def resources(self, layer: Layer, batch: int, index: int = 1, precisions: ByUse | None = None) -> dict[str, float]:
         """Seconds, bytes and parameters of one layer. index: of the layer; engines treat the first, 0, differently."""
-        runs = self.runs(layer, index)
-        return self._timed([self.part_seconds(part, batch) for part in runs], 0.0) | {
-            "memory_bytes": sum(self.bytes_of(part, batch) for part in runs),
+        runs = self.placed(layer, index, precisions)
+        return self._timed([self.part_seconds(part, batch, own) for part, own in runs], 0.0) | {
+            "memory_bytes": sum(self.bytes_of(part, batch, own) for part, own in runs),
             "num_parameters": sum(sub_block.num_parameters for sub_block in layer.values()),
         }
 
@@ -139,23 +172,24 @@ class CostModel:
         found = {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
         return found | ({"host_seconds": prefill + host, "host_decode_seconds": host} if self.has_host else {})
 
-    def cached_bytes(self, layer: Layer, num_tokens: int, index: int = 1) -> float:
+    def cached_bytes(self, layer: Layer, num_tokens: int, index: int = 1, precisions: ByUse | None = None) -> float:
         """Bytes of one layer's weights and of what it keeps for `num_tokens` tokens in sequences of the workload's length."""
         total = 0.0
-        for part in self.runs(layer, index):
+        for part, own in self.placed(layer, index, precisions):
             state = part.state()
             kept = state.per_token * num_tokens * state.kept(self.length, self.table.page) / self.length
-            total += part.num_parameters + kept + state.per_sequence * num_tokens / self.length
-        return self.bytes_per_element * total
+            kept += state.per_sequence * num_tokens / self.length
+            total += PRECISION_BYTES[own] * part.num_parameters + PRECISION_BYTES[self.way.cache] * kept
+        return total
 
     def device_seconds(
-        self, runs: Sequence[Part], batch: int, change: Mapping[str, float] | None = None
+        self, runs: Sequence[Placed], batch: int, change: Mapping[str, float] | None = None
     ) -> tuple[float, float]:
         """(prefill, all decode steps) of a whole model of these sub-blocks at the device's pace. change: as `predict` has it."""
         change = change or {}
         prefill, decode = change.get("prefill_seconds", 0.0), change.get("decode_seconds", 0.0)
-        for part in (*runs, *self.ends):
-            first, rest = self.part_seconds(part, batch)
+        for part, own in (*runs, *((end, self.table.precision) for end in self.ends)):
+            first, rest = self.part_seconds(part, batch, own)
             prefill, decode = prefill + first, decode + rest
         return prefill, decode
 
@@ -166,7 +200,7 @@ class CostModel:
         None where the device does up to the largest batch."""
         if not self.has_host or self.work.output_len == 1:
             return None
-        runs = [part for index, layer in enumerate(layers) for part in self.runs(layer, index)]
+        runs = self._all(layers, None)
         paced = [b for b in self.every_batch if self.host_seconds(b) > self.device_seconds(runs, b, change)[1]]
         if not paced:
             return None
@@ -178,14 +212,20 @@ class CostModel:
             "device_ms": scale * self.device_seconds(runs, batch, change)[1],
         }
 
-    def predict(self, layers: Sequence[Layer], batch: int, change: Mapping[str, float] | None = None) -> Prediction:
+    def predict(
+        self,
+        layers: Sequence[Layer],
+        batch: int,
+        change: Mapping[str, float] | None = None,
+        precisions: Sequence[ByUse] | None = None,
+    ) -> Prediction:
         """Of the whole model. change: what fusing layers adds to the resources (`puzzle.choose.fusion`)."""
         change = change or {}
-        runs = [part for index, layer in enumerate(layers) for part in self.runs(layer, index)]
+        runs = self._all(layers, precisions)
         prefill, decode = self.device_seconds(runs, batch, change)
         decode = max(decode, self.host_seconds(batch))
         fixed = self.fixed(batch)
-        own = sum(sub_block.num_parameters for layer in layers for sub_block in layer.values())
+        inside = sum(sub_block.num_parameters for layer in layers for sub_block in layer.values())
         return Prediction(
             batch=batch,
             tokens_per_second=batch * self.work.output_len / (prefill + decode),
@@ -193,20 +233,28 @@ class CostModel:
             ttft_seconds=prefill,
             tpot_seconds=decode / max(1, self.work.output_len - 1),
             memory_bytes=int(fixed["memory_bytes"] + change.get("memory_bytes", 0))
-            + sum(self.bytes_of(part, batch) for part in runs),
+            + sum(self.bytes_of(part, batch, own) for part, own in runs),
             workspace_bytes=self.workspace(batch) + int(change.get("workspace_bytes", 0)),
-            kv_bytes_per_token=self.bytes_per_element * sum(part.state().per_token for part in runs),
-            num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0)) + own,
+            kv_bytes_per_token=PRECISION_BYTES[self.way.cache] * sum(part.state().per_token for part, _ in runs),
+            num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0)) + inside,
         )
 
-    def extrapolated(self, layers: Sequence[Layer], batch: int) -> list[str]:
+    def _all(self, layers: Sequence[Layer], precisions: Sequence[ByUse] | None) -> list[Placed]:
+        """What the whole model runs, with precisions."""
+        by_layer: Sequence[ByUse | None] = precisions or [None] * len(layers)
+        together = enumerate(zip(layers, by_layer, strict=True))
+        return [one for index, (layer, own) in together for one in self.placed(layer, index, own)]
+
+    def extrapolated(self, layers: Sequence[Layer], batch: int, precisions: Sequence[ByUse] | None = None) -> list[str]:
         """Which times of this architecture lie beyond the measured points, one line each."""
-        runs = {priced_as(part) for index, layer in enumerate(layers) for part in self.runs(layer, index)}
-        parts, found = runs | {priced_as(part) for part in self.ends}, []
-        for (part, phase, at), (low, high, measured) in sorted(self.table.extrapolated.items()):
-            if part in parts and at in self.around(batch):
-                asked = f"{low}" if low == high else f"{low} to {high}"
-                found.append(f"{phase} of '{part}', batch {at}, tokens {asked} (measured: {measured})")
+        parts, found = {(priced_as(end), self.table.precision) for end in self.ends}, []
+        parts |= {(priced_as(p), n) for p, own in self._all(layers, precisions) for n in (own, self.way.cache)}
+        for name, table in self.way.tables.items():
+            told = f" in {name}" if len(self.way.tables) > 1 else ""
+            for (part, phase, at), (low, high, measured) in sorted(table.extrapolated.items()):
+                if (part, name) in parts and at in self.around(batch):
+                    asked = f"{low}" if low == high else f"{low} to {high}"
+                    found.append(f"{phase} of '{part}'{told}, batch {at}, tokens {asked} (measured: {measured})")
         return found
 
     def best_parent(self, memory: int | None) -> Prediction:

@@ -11,9 +11,13 @@ from puzzle.base.units import check_positive
 from puzzle.base.workload import Workload
 from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import Goal
+from puzzle.choose.precision import Precisions, parse_precision
 from puzzle.choose.problem import Request
+from puzzle.choose.solve import open_costs, open_precisions
 from puzzle.choose.workloads import AlsoAsked, parse_also
 from puzzle.library.manifest import Library
+from puzzle.profile.cost_table import CostTable
+from puzzle.profile.engine import EngineModel
 
 BACKENDS = ("ortools", "pulp")
 ENGINE_SHARE = 0.92  # of the card that a serving engine takes: vLLM's gpu_memory_utilization unless told otherwise
@@ -22,7 +26,8 @@ ENGINE_SHARE = 0.92  # of the card that a serving engine takes: vLLM's gpu_memor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolveOptions:
     """also: further workloads. fusion_dependency: a dependency.json of the parent. shapes: which of several cost tables, or fits. engine:
-    who serves; "puzzle" is our own runtime, whose costs are measured. The rest as `Request` has it."""
+    who serves; "puzzle" is our own runtime, whose costs are measured. precision: that weights and cache may have, the parent's first
+    (None: that of the cost table). The rest as `Request` has it."""
 
     also: tuple[str, ...] = ()
     fusion: bool = False
@@ -30,6 +35,7 @@ class SolveOptions:
     shapes: str | None = None
     same_batch: bool = False
     engine: str = "puzzle"
+    precision: str | None = None
     backend: str = "ortools"
     time_limit: float | None = None
     explain: bool = False
@@ -42,6 +48,22 @@ class SolveOptions:
             raise UserError(f"`backend` {self.backend}: {nearest(self.backend, list(BACKENDS))}")
         if self.fusion_dependency is not None and not self.fusion:
             raise UserError("`fusion_dependency` is not used without `fusion`: leave it out")
+        if self.precision is not None:
+            parse_precision(self.precision)
+            unpriced = "fusion" if self.fusion else "engine" if self.engine != "puzzle" else None
+            if unpriced is not None:
+                raise UserError(f"`{unpriced}` has no price with `precision`: leave one of them out")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those to choose from; none where precision is no choice."""
+        return () if self.precision is None else parse_precision(self.precision)
+
+    def costs(self, library: Library, gpu: str, name: str | None) -> CostTable | EngineModel | Precisions:
+        """The prices that are asked for. name: of the cost table, or of an engine's fit."""
+        if self.precision is not None:
+            return open_precisions(library, gpu, name, self.precisions)
+        return open_costs(library, gpu, name, self.engine)
 
     def others(self) -> tuple[AlsoAsked, ...]:
         return tuple(parse_also(text) for text in self.also)

@@ -19,10 +19,10 @@ from puzzle.choose.cells import Cell, layer_cells
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import LIMITS, Goal, Target, check_steps, host_label
+from puzzle.choose.precision import Way
 from puzzle.choose.workloads import AlsoAsked, Demand, demand
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
-from puzzle.parents.structure import Layer as SubBlocks
 from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import EngineModel
 from puzzle.solver.interval import most, relaxed_between
@@ -56,17 +56,24 @@ def layer_label(index: int) -> str:
 @dataclass(frozen=True)
 class Selection:
     """A request on a library at one set of costs, ready to be posed at any batch size. parent: at its best batch, or at the one
-    that is asked for. others: further workloads. batch: the only one; None: any."""
+    that is asked for. others: further workloads. batch: the only one; None: any. whole: prices of the parent."""
 
     library: Library
     costs: CostModel
     request: Request
     parent: Prediction
+    whole: CostModel
     others: tuple[Demand, ...] = ()
     batch: int | None = None
+    way: Way | None = None  # where precision is chosen
     known: dict[int, tuple[Layer, ...]] = field(
         default_factory=dict, compare=False
     )  # the layers of a problem, by batch
+
+    def chosen_by(self, way: Way) -> Selection:
+        """The same request, with the same parent, at another way's prices."""
+        others = tuple(replace(one, costs=CostModel(self.library, way, one.costs.work)) for one in self.others)
+        return replace(self, costs=CostModel(self.library, way, self.costs.work), others=others, way=way, known={})
 
     @property
     def goal(self) -> Goal:
@@ -85,7 +92,7 @@ class Selection:
     def cells(self) -> list[dict[str, Cell]]:
         """Per layer, what it may choose, by the solver's name for it; with fusion also the twins."""
         found = []
-        for cells in layer_cells(self.library):
+        for cells in layer_cells(self.library, self.way):
             twins = [] if self.fusion is None else [cell.twin() for cell in cells if cell.lone_ffn is not None]
             found.append({cell.name: cell for cell in (*cells, *twins)})
         return found
@@ -111,14 +118,14 @@ class Selection:
         goal, fixed = self.goal, self._fixed(batch)
         pinned = self._layers("pinned", goal.pinned)
         alike = self._layers("alike", goal.alike)
-        whole = [next(name for name, cell in cells.items() if cell.is_parent) for cells in self.cells]
+        whole = [tuple(name for name, cell in cells.items() if cell.is_parent) for cells in self.cells]
         return Problem(
             layers=self._layers_at(batch) if choice is None else self._priced(batch, choice),
             constraints=self.constraints(batch),
             counts=self._counts(),
             pairs=self._pairs(batch) if choice is None else (),
             fixed=fixed,
-            pins={layer_label(i): (whole[i],) for i in pinned},
+            pins={layer_label(i): whole[i] for i in pinned},
             equal=(tuple(layer_label(i) for i in alike),) if alike else (),
             stages=None
             if goal.stages is None
@@ -141,16 +148,17 @@ class Selection:
         return self.known[batch]
 
     def _priced(self, batch: int, choice: Mapping[str, str] | None = None) -> tuple[Layer, ...]:
-        seen: dict[tuple[tuple[object, ...], bool], dict[str, float]] = {}
+        seen: dict[tuple[object, ...], dict[str, float]] = {}
         layers = []
         for index, cells in enumerate(self.cells):
             variants, label = [], layer_label(index)
             for name, cell in cells.items():
                 if choice is not None and choice[label] != name:
                     continue
-                key = (tuple(cell.sub_blocks.items()), index == 0)  # an engine may treat the first layer differently
+                first = index == 0  # an engine may treat the first layer differently
+                key = (tuple(cell.sub_blocks.items()), tuple(cell.precisions.items()), first)
                 if key not in seen:
-                    seen[key] = self._resources(cell.sub_blocks, batch, index)
+                    seen[key] = self._resources(cell, batch, index)
                 variants.append(Variant(name=name, score=cell.score, resources=seen[key]))
             layers.append(Layer(name=label, variants=tuple(variants)))
         return tuple(layers)
@@ -162,12 +170,13 @@ class Selection:
             fixed |= other.timed(other.costs.fixed(other.at(batch)))
         return fixed | {"cached_bytes": fixed["memory_bytes"]}
 
-    def _resources(self, layer: SubBlocks, batch: int, index: int) -> dict[str, float]:
-        found = self.costs.resources(layer, batch, index)
+    def _resources(self, cell: Cell, batch: int, index: int) -> dict[str, float]:
+        layer, own = cell.sub_blocks, cell.precisions
+        found = self.costs.resources(layer, batch, index, own)
         for other in self.others:
-            found |= other.timed(other.costs.resources(layer, other.at(batch), index))
+            found |= other.timed(other.costs.resources(layer, other.at(batch), index, own))
         if self.goal.cached_tokens is not None:
-            found["cached_bytes"] = self.costs.cached_bytes(layer, self.goal.cached_tokens, index)
+            found["cached_bytes"] = self.costs.cached_bytes(layer, self.goal.cached_tokens, index, own)
         return found
 
     def _pairs(self, batch: int) -> tuple[Pair, ...]:
@@ -184,7 +193,7 @@ class Selection:
         """The limits of all workloads; those of further ones carry their suffix."""
         demands = self.demands
         if self.request.same_batch:
-            there = self.costs.predict(self.library.structure.layers, batch)
+            there = self.whole.predict(self.library.structure.layers, batch)
             demands = (replace(demands[0], parent=there), *demands[1:])
         found = [c for one in demands for c in limits_of(one, one.at(batch))]
         goal = self.goal
@@ -220,7 +229,9 @@ def limits_of(one: Demand, batch: int) -> list[Constraint]:
     return found
 
 
-def select(library: Library, table: CostTable | EngineModel, request: Request, *, free: bool = False) -> Selection:
+def select(
+    library: Library, table: CostTable | EngineModel | Way, request: Request, *, free: bool = False
+) -> Selection:
     """free: the batch is free whatever the goal. Raises UserError for a workload or a batch that the costs do not cover."""
     costs, goal = CostModel(library, table, request.work), request.goal
     check_steps(goal, request.work)
@@ -241,4 +252,4 @@ def select(library: Library, table: CostTable | EngineModel, request: Request, *
     if memory is None and card is not None:
         limits = {**goal.limits, "memory": Target(value=float(card), relative=False)}
         request = replace(request, goal=replace(goal, limits=limits))
-    return Selection(library, costs, request, parent, others, batch)
+    return Selection(library, costs, request, parent, costs, others, batch, table if isinstance(table, Way) else None)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,6 +19,7 @@ from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.goal import LIMITS, host_label
 from puzzle.choose.infeasible import why_infeasible
+from puzzle.choose.precision import Precisions
 from puzzle.choose.problem import Request, Selection, select
 from puzzle.choose.workloads import Demand
 from puzzle.library.manifest import Library
@@ -56,14 +58,28 @@ BASELINES: dict[str, Rule] = {
 }
 
 
-def solve_library(library: Library, table: CostTable | EngineModel, request: Request) -> Architecture:
+def solve_library(library: Library, table: CostTable | EngineModel | Precisions, request: Request) -> Architecture:
     """Raises UserError when the goal cannot be met, with what can be."""
-    selection = select(library, table, request)
+    first, *more = table.ways if isinstance(table, Precisions) else [table]
+    share = None if request.time_limit is None else request.time_limit / (1 + len(more))
+    selection = select(library, first, replace(request, time_limit=share))
     best, solutions = choose(selection)
-    if best is None:
-        raise UserError(_why_none(selection, solutions))
-    found = best, solutions[best]
-    batch, solution = found if request.baseline is not None else _faster(selection, *found)
+    every = list(solutions.values())
+    for way in more:
+        other = selection.chosen_by(way)  # type: ignore[arg-type]
+        found = choose(other, math.inf if best is None else solutions[best].objective)
+        every += found[1].values()
+        if best is None or (found[0] is not None and found[1][found[0]].objective < solutions[best].objective):
+            selection, (best, solutions) = other, found
+    if best is None:  # of the last way, which has most to choose from
+        told = replace(selection.request, time_limit=request.time_limit)
+        raise UserError(_why_none(replace(selection, request=told, known={}), solutions))
+    batch, solution = best, solutions[best]
+    unproven = [other.bound for other in every if other.status in ("feasible", "time_limit")]
+    if more and unproven:  # another way may have had something better
+        solution = replace(solution, status="feasible", bound=min(unproven))
+    if request.baseline is None:
+        batch, solution = _faster(selection, batch, solution)
     bought = [asdict(price) for price in prices(selection.problem(batch), solution)] if request.explain else None
     return replace(
         architecture(selection, batch, solution),
@@ -89,13 +105,13 @@ def solve_diverse(
     return [architecture(selection, best, solution) for solution in found]
 
 
-def choose(selection: Selection) -> tuple[int | None, dict[int, Solution]]:
+def choose(selection: Selection, cutoff: float = math.inf) -> tuple[int | None, dict[int, Solution]]:
     """(best batch or None, solution per batch that was looked at), by the solver over all batches or by a simple rule over
-    `Selection.batches`."""
+    `Selection.batches`. cutoff: a score that an answer by the solver has to be below."""
     request = selection.request
     try:
         if request.baseline is None:
-            how = {"backend": request.backend, "time_limit": request.time_limit}
+            how = {"backend": request.backend, "time_limit": request.time_limit, "cutoff": cutoff}
             return best_between(selection.batches, selection.problem, selection.relaxed, **how)
         rule = BASELINES[request.baseline]
         solutions = {batch: rule(selection, selection.problem(batch)) for batch in selection.batches}
@@ -164,9 +180,9 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
     """One solution at one batch size, with what is promised for it."""
     library, costs, parent = selection.library, selection.costs, selection.parent
     cells, whole = selection.chosen(solution), library.structure.layers
-    child = predicted(selection, costs, cells, batch)
-    same = costs.predict(whole, batch)
-    layers = [cell.sub_blocks for cell in cells]
+    child, layers = predicted(selection, costs, cells, batch), [cell.sub_blocks for cell in cells]
+    same = selection.whole.predict(whole, batch)
+    extrapolated = [*_extrapolated(costs, cells, batch), *selection.whole.extrapolated(whole, parent.batch)]
     found = Architecture(
         puzzle=__version__,
         parent_fingerprint=library.fingerprint,
@@ -175,7 +191,8 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         layers=tuple(cell.choices(costs.table.precision) for cell in cells),
         goal=selection.goal.plain(),
         workload=costs.work,
-        costs=costs.facts,
+        costs=selection.whole.facts,
+        kv_dtype=None if selection.way is None else costs.way.cache,
         status=solution.status,
         objective=solution.objective,
         bound=finite(solution.bound),
@@ -187,7 +204,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         parent_predicted=parent,
         speedup=child.tokens_per_second / parent.tokens_per_second,
         speedup_at_same_batch=child.tokens_per_second / same.tokens_per_second,
-        extrapolated=tuple(sorted({*costs.extrapolated(layers, batch), *costs.extrapolated(whole, parent.batch)})),
+        extrapolated=tuple(sorted(set(extrapolated))),
         also=tuple(_also(selection, one, cells, batch) for one in selection.others),
         host_pace=costs.host_pace(layers, batch, _change(selection, costs, cells, batch)),
     )
@@ -196,12 +213,17 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
 
 def predicted(selection: Selection, costs: CostModel, cells: Sequence[Cell], batch: int) -> Prediction:
     """Of the child as it will run: fused, where it was solved so."""
-    return costs.predict([cell.sub_blocks for cell in cells], batch, _change(selection, costs, cells, batch))
+    layers, change = [cell.sub_blocks for cell in cells], _change(selection, costs, cells, batch)
+    return costs.predict(layers, batch, change, [cell.precisions for cell in cells])
 
 
 def _change(selection: Selection, costs: CostModel, cells: Sequence[Cell], batch: int) -> dict[str, float] | None:
     fusion = selection.fusion
     return None if fusion is None else fusion.change(fusion.runs(cells), cells, costs, batch)
+
+
+def _extrapolated(costs: CostModel, cells: Sequence[Cell], batch: int) -> list[str]:
+    return costs.extrapolated([cell.sub_blocks for cell in cells], batch, [cell.precisions for cell in cells])
 
 
 def _fused(
@@ -234,7 +256,7 @@ def _also(selection: Selection, one: Demand, cells: Sequence[Cell], batch: int) 
         predicted=child,
         parent_predicted=one.parent,
         speedup=child.tokens_per_second / one.parent.tokens_per_second,
-        extrapolated=tuple(one.costs.extrapolated([cell.sub_blocks for cell in cells], one.at(batch))),
+        extrapolated=tuple(_extrapolated(one.costs, cells, one.at(batch))),
     )
 
 
@@ -245,3 +267,36 @@ def open_costs(library: Library, gpu: str, name: str | None, engine: str = "puzz
         return open_engine(engine, gpu, (structure, structure.usual), name=name, measured=library.root / "costs")
     head: list[Part] = [end for end in ends_of(structure) if isinstance(end, Head)]
     return find_costs(gpu, name, [library.root / "costs", PACKAGED], [*library.sub_blocks(), *head])
+
+
+def open_precisions(library: Library, gpu: str, name: str | None, wanted: Sequence[str]) -> Precisions:
+    """The tables NAME and NAME-fp8 of one device. name: in bf16. Raises UserError where one is missing, or is in another precision."""
+    tables, usual = {}, name
+    if usual is None:
+        found = open_costs(library, gpu, None)
+        assert isinstance(found, CostTable)
+        usual = found.path.stem if found.precision != "fp8" else found.path.stem.removesuffix("-fp8")
+    for precision in wanted:
+        stem = usual if precision == "bf16" else f"{usual}-{precision}"
+        flag = " --fp8" if precision == "fp8" else ""
+        try:
+            table = open_costs(library, gpu, stem)
+        except UserError as error:
+            raise UserError(
+                f"`precision` {precision} has no cost table '{stem}' for `gpu` {gpu}: run `puzzle profile LIBRARY --gpu {gpu}{flag}` "
+                "on that machine"
+            ) from error
+        assert isinstance(table, CostTable)
+        if table.precision != precision:
+            raise UserError(f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} is in {table.precision}")
+        lacking = next((part for part in library.sub_blocks() if not table.has(part)), None)
+        if lacking is not None:
+            raise UserError(
+                f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} has no '{lacking.timed().key()}': run "
+                f"`puzzle profile LIBRARY --gpu {gpu}{flag}` on that machine"
+            )
+        tables[precision] = table
+    devices = sorted({table.device for table in tables.values()})
+    if len(devices) > 1:
+        raise UserError(f"`precision` {','.join(wanted)}: the cost tables '{usual}' are of {' and '.join(devices)}")
+    return Precisions(tables=tables)

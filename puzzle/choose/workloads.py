@@ -10,6 +10,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target, check_steps
+from puzzle.choose.precision import Way
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
 from puzzle.profile.cost_table import CostTable
@@ -82,7 +83,7 @@ class Demand:
         return {name + self.suffix: resources[name] for name in TIMED if name in resources}
 
 
-def demand(also: AlsoAsked, library: Library, table: CostTable | EngineModel, memory: int | None) -> Demand:
+def demand(also: AlsoAsked, library: Library, table: CostTable | EngineModel | Way, memory: int | None) -> Demand:
     """memory: the main workload's limit in bytes, which holds here too. Raises UserError for a batch beyond those measured."""
     costs = CostModel(library, table, also.work)
     if also.batch is not None and also.batch not in costs.every_batch:

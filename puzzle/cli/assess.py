@@ -18,6 +18,7 @@ from puzzle.cli.modes import Mode, Verb
 @options.parent
 @click.option("--sequences", type=int, default=64, help="Held-out sequences.")
 @click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
+@click.option("--fp8", is_flag=True, help="Also score the parent's own blocks in fp8, for `puzzle solve --precision`.")
 @options.memory_limit
 @options.text_field
 @options.device

@@ -42,7 +42,8 @@ MODES = (
     "--engine", metavar="NAME[==VERSION]", help="Who will serve it: vllm, llama.cpp, sglang, mlx, tensorrt-llm."
 )
 @click.option(
-    "--dtype", help="float32, bfloat16, float16, fp8, or for gguf q8_0. Default: the parent's; bfloat16 of fp8."
+    "--dtype",
+    help="float32, bfloat16, float16, fp8, or for gguf q8_0. Default: as solved with --precision, else the parent's; bfloat16 of fp8.",
 )
 @click.option("--kv-dtype", help="fp8: with scales for an engine's cache in fp8, calibrated on --data.")
 @options.data

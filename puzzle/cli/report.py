@@ -73,7 +73,7 @@ def print_solution(solved: Architecture) -> None:
     ]
     if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
         rows.append(("tokens that its cache holds", solved.cached_tokens(solved.parent, parent), tokens))
-    print_table(f"predicted on {solved.costs['device']} ({solved.costs['precision']})", COMPARED, rows)
+    print_table(f"predicted on {solved.costs['device']} ({solved.precision})", COMPARED, rows)
     limit = solved.goal["memory"]
     if isinstance(limit, float) and parent.memory_bytes > limit:
         console.print(

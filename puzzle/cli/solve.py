@@ -45,6 +45,7 @@ MODES = (
         unused="backend time_limit explain fusion fusion_dependency",
     ),
     Mode("without `fusion`", lambda p: not p["fusion"], unused="fusion_dependency"),
+    Mode("with `precision`", lambda p: p["precision"] is not None, unused="pareto diverse fusion"),
     Mode("without `stages`", lambda p: p["stages"] is None, unused="stage_tolerance"),
 )
 
@@ -80,6 +81,9 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--shapes", help="Which of several cost tables, or of an engine's fits.")
 @click.option("--same-batch", is_flag=True, help="2x means of the parent at the child's batch, not at its own best.")
 @click.option("--engine", default="puzzle", help="Who serves: our runtime, or vllm (fitted), also vllm==0.26.")
+@click.option(
+    "--precision", metavar="NAMES", help="Let weights and cache have any of these, bf16,fp8; the parent has the first."
+)
 @options.input_len
 @options.output_len
 @click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools")
@@ -118,6 +122,7 @@ def solve_command(
       puzzle solve lib --throughput 1.5x --memory 60% --keep-attention 8 --gpu cpu --explain
       puzzle solve lib --throughput 2x --gpu h100 --engine vllm --memory 80GB
       puzzle solve lib --throughput 2x --gpu h100 --engine vllm --shapes llama-3.1-8b-fp8
+      puzzle solve lib --throughput 2x --precision bf16,fp8 --gpu h100
       puzzle solve lib --pareto throughput --points 20 --gpu cpu --out frontier
       puzzle solve lib --throughput 2x --also 256/16@1:ttft=50% --gpu cpu
       puzzle solve lib --throughput 2x --fusion --fusion-dependency dependency.json --gpu cpu
@@ -132,8 +137,9 @@ def solve_command(
     if gpu is None:
         raise UserError("`gpu` is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
     from puzzle.choose.options import SolveOptions
+    from puzzle.choose.precision import Precisions
     from puzzle.choose.problem import select
-    from puzzle.choose.solve import open_costs, solve_library
+    from puzzle.choose.solve import solve_library
     from puzzle.library.manifest import Library
     from puzzle.measure.architecture import write_architecture
 
@@ -143,13 +149,14 @@ def solve_command(
     opened = Library.open(library)
     target = out or library / "solution"
     check_writable(target)
-    costs = open_costs(opened, gpu, asked.shapes, asked.engine)
+    costs = asked.costs(opened, gpu, asked.shapes)
     request = asked.request(opened, gpu, Workload(input_len=input_len, output_len=output_len), goal, baseline)
     if request.card is not None and "memory" not in goal.limits:
         click.echo(f"within the {gpu}'s {request.card / 1e9:g} GB; pass --memory for another limit", err=True)
     from puzzle.cli.report import print_diverse, print_frontier, print_prices, print_runs, print_solution
 
     if pareto is not None:
+        assert not isinstance(costs, Precisions)
         from puzzle.choose.frontier import library_frontier
 
         selection = select(opened, costs, request, free=pareto == "throughput")
@@ -159,6 +166,7 @@ def solve_command(
         click.echo(f"wrote {target / 'frontier.csv'}", err=True)
         return
     if diverse is not None:
+        assert not isinstance(costs, Precisions)
         from puzzle.choose.solve import solve_diverse
 
         several = solve_diverse(opened, costs, request, diverse, min_distance)

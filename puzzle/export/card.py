@@ -100,7 +100,7 @@ def _quantised(card: CardFacts) -> str:
     told = ""
     if card.dtype == "fp8":
         told = (
-            "Every matrix of a layer is float8_e4m3fn with a scale per output channel (compressed-tensors, float-quantized); engines "
+            f"Every matrix of a layer{_but(card.child)} is float8_e4m3fn with a scale per output channel (compressed-tensors, float-quantized); engines "
             "quantise activations per token as they come. Embedding, LM head, norms and biases are bf16. What the weights' "
             "rounding costs is the KL that `puzzle evaluate PARENT PATH` measures, beside that of the same child in bf16; it "
             "leaves activations as they are."
@@ -108,6 +108,11 @@ def _quantised(card: CardFacts) -> str:
     if card.kv_dtype is not None:
         told += f"{' ' if told else ''}The cache is meant for fp8: scales of keys and values, one per layer, come from text."
     return f"\n\n{told}" if told else ""
+
+
+def _but(child: Child) -> str:
+    kept = [f"{index} {slot}" for index, layer in enumerate(child.layers) for slot in layer.in_bf16]
+    return f", but for layers {', '.join(kept)}," if kept else ""
 
 
 def _picture(child: Child, solved: Architecture | None) -> str:
@@ -137,7 +142,7 @@ def _predicted(solved: Architecture) -> str:
         ("KV bytes per token", child.kv_bytes_per_token, parent.kv_bytes_per_token),
         ("parameters", f"{child.num_parameters:,}", f"{parent.num_parameters:,}"),
     ]
-    head = f"predicted on {solved.costs['device']}, {solved.costs['precision']}"
+    head = f"predicted on {solved.costs['device']}, {solved.precision}"
     runs = ", ".join(f"{first}-{last}" for first, last in solved.fuse or ())
     fused = f"These figures are for layers {runs} fused, which `puzzle fuse` does.\n\n" if runs else ""
     return (

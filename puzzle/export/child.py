@@ -42,12 +42,19 @@ class ChildLayer:
 
     origin: the layer of the child, before any lowering, that this one stands for; messages name it.
     parent_layer: the last layer of the parent that this one stands for; None: that of its origin's number.
+    bf16: the slots that stay in bf16 where the child is written in fp8.
     """
 
     slots: Layer
     reads: Mapping[str, Read]
     origin: int
     parent_layer: int | None = None
+    bf16: frozenset[str] = frozenset()
+
+    @property
+    def in_bf16(self) -> list[str]:
+        """The slots with matrices that stay in bf16."""
+        return [slot for slot in self.slots if slot in self.bf16 and self.slots[slot].num_matrix_parameters]
 
     @property
     def attention(self) -> SubBlock:

@@ -172,6 +172,14 @@ def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None
     return format, engine
 
 
+FP8_READERS = f"use `engine` {' or '.join(one.name for one in ENGINES.values() if one.fp8)}, or `format` hf"
+
+
+def reads_fp8(format: str, engine: str | None) -> bool:
+    """Whether compressed-tensors are read; by what reads a format where no engine is named."""
+    return format != "gguf" and (engine is None or engine_named(engine).fp8)
+
+
 def check_dtypes(format: str, engine: str | None, dtype: str | None, kv_dtype: str | None) -> None:
     """Raise UserError for a dtype of weights or cache that the format has no tensors of, or that the engine does not read; None
     keeps the checkpoint's own."""
@@ -181,11 +189,8 @@ def check_dtypes(format: str, engine: str | None, dtype: str | None, kv_dtype: s
     if kv_dtype not in (None, "fp8"):
         raise UserError(f"`kv_dtype` {kv_dtype}: fp8 is; left out, an engine's cache is as its activations are")
     for name in [n for n, value in (("dtype", dtype), ("kv_dtype", kv_dtype)) if value == "fp8"]:
-        if format == "gguf" or (engine is not None and not engine_named(engine).fp8):
-            readers = " or ".join(other.name for other in ENGINES.values() if other.fp8)
-            raise UserError(
-                f"`{name}` fp8: {engine} reads none of compressed-tensors: use `engine` {readers}, or `format` hf"
-            )
+        if not reads_fp8(format, engine):
+            raise UserError(f"`{name}` fp8: {engine} reads none of compressed-tensors: {FP8_READERS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

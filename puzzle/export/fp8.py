@@ -5,8 +5,8 @@
     cache        self_attn.k_scale and v_scale [1] per layer in float32, where `kv_dtype` is fp8
     the rest     embedding, LM head, norms and biases in bf16
 
-Engines run q, k and v as one matrix, and gate and up: a layer's matrices are all in fp8, each row with its own scale, so that they
-share one precision. The layout: vllm/model_executor/layers/quantization/compressed_tensors and compressed_tensors 0.15 to 0.20.
+Engines run q, k and v as one matrix, and gate and up: the matrices of a sub-block are all in fp8, each row with its own scale, or all
+in bf16 and named in the section's "ignore". The layout: vllm/model_executor/layers/quantization/compressed_tensors and compressed_tensors 0.15 to 0.20.
 """
 
 from __future__ import annotations
@@ -27,15 +27,27 @@ from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child
 from puzzle.export.walker import Walker
 from puzzle.kernels.fp8 import FP8_MAX, ROWS, to_fp8
-from puzzle.parents.names import MODULES
+from puzzle.parents.names import MODULES, hf_name
 
 SEQUENCES, SEQ_LEN = 64, 512  # that the cache's scales are calibrated on
 
 Scales = dict[int, tuple[float, float]]  # of k and v, by the layer of the child before any lowering
 
 
-def quantization_config(weights: bool, cache: bool) -> dict[str, Any]:
-    """config.json's section. weights, cache: whether they are in fp8."""
+def kept_in_bf16(child: Child) -> list[str]:
+    """The names of all matrices of sub-blocks that stay in bf16."""
+    found = []
+    for index, layer in enumerate(child.layers):
+        for slot in layer.in_bf16:
+            shapes = layer.slots[slot].tensors()
+            found += [
+                hf_name(index, slot, layer.slots[slot], name) for name, shape in shapes.items() if len(shape) == 2
+            ]
+    return found
+
+
+def quantization_config(weights: bool, cache: bool, kept: Iterable[str] = ()) -> dict[str, Any]:
+    """config.json's section. weights, cache: whether they are in fp8. kept: names of matrices in layers that are not."""
     fp8 = {"num_bits": 8, "type": "float", "symmetric": True}
     group = {
         "targets": ["Linear"],
@@ -48,7 +60,7 @@ def quantization_config(weights: bool, cache: bool) -> dict[str, Any]:
         "format": "float-quantized" if weights else "dense",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group} if weights else {},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(name.removesuffix(".weight") for name in kept)],
         "kv_cache_scheme": {**fp8, "strategy": "tensor", "dynamic": False} if cache else None,
     }
 
@@ -63,13 +75,15 @@ def check_kinds(child: Child) -> None:
                 )
 
 
-def in_fp8(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a child with every matrix of a layer, in whatever dtype it comes, as fp8 and its scales, the rest in bf16.
+def in_fp8(tensors: Iterable[tuple[str, Tensor]], kept: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors of a child with every matrix of a layer, in whatever dtype it comes, as fp8 and its scales, the rest in bf16,
+    as are those named in `kept`.
 
     Raises UserError for NaN and infinity.
     """
+    whole = set(kept)
     for name, tensor in tensors:
-        if tensor.ndim != 2 or not name.startswith("model.layers."):
+        if name in whole or tensor.ndim != 2 or not name.startswith("model.layers."):
             yield name, tensor.bfloat16()
             continue
         found = [_finite(name, rows) for rows in tensor.split(ROWS)]

@@ -152,7 +152,8 @@ def linear_attention_as_ffn(child: Child) -> Rewritten:
         if isinstance(layer.attention, Linear):
             touched.append(layer.origin)
             rest = layer.put("attention", NO_OP)
-            layers.append(rest.put("ffn", layer.attention, layer.reads["attention"]))
+            kept = frozenset({"ffn"} if "attention" in layer.bf16 else ())
+            layers.append(replace(rest.put("ffn", layer.attention, layer.reads["attention"]), bf16=kept))
             layer = rest
             if layer.is_empty:
                 continue

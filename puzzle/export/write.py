@@ -16,8 +16,17 @@ from puzzle.base.files import SCHEMA, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
-from puzzle.export.engines import ENGINES, check_dtypes, engine_named, pick_format, served_by, wrong_before
-from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, quantization_config
+from puzzle.export.engines import (
+    ENGINES,
+    FP8_READERS,
+    check_dtypes,
+    engine_named,
+    pick_format,
+    reads_fp8,
+    served_by,
+    wrong_before,
+)
+from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, kept_in_bf16, quantization_config
 from puzzle.export.gguf import export_gguf
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
@@ -93,13 +102,16 @@ def export(
     """Write the child to `out`, sub-block by sub-block, and say what it took.
 
     format: hf, nemotron-nas or gguf; engine: the one that will read it. Either may be left out (`pick_format`).
-    dtype: float32, bfloat16, float16 or fp8, and q8_0 for gguf; None keeps the checkpoint's own, bf16 of one in fp8. kv_dtype: fp8
+    dtype: float32, bfloat16, float16 or fp8, and q8_0 for gguf; None is what was solved for, where precision was chosen, else the
+    checkpoint's own, bf16 of one in fp8. kv_dtype: fp8
     calibrates the cache's scales on `data`. measured: what `puzzle evaluate --json` printed, for the card. out: a directory;
     with gguf also a file name that ends in .gguf.
     Raises UserError before anything is written when the engine cannot take the child.
     """
     format, engine = pick_format(format, engine)
     name = engine and engine_named(engine).name
+    if dtype is None and source.solved is not None and source.solved.kv_dtype is not None:
+        source, dtype = _as_solved(source, source.solved, format, engine, kv_dtype)
     child = source.child if licence is None else replace(source.child, licence=licence)
     if out.suffix == ".gguf" and format != "gguf":
         raise UserError(
@@ -153,13 +165,14 @@ def export(
         decilm = format == "nemotron-nas"
         config = decilm_config(child, name) if decilm else hf_config(child, child.dtype)
         tensors = decilm_tensors(child, name) if decilm else child.tensors()
+        kept = kept_in_bf16(child)
         if "fp8" in (dtype, kv_dtype):
-            config["quantization_config"] = quantization_config(dtype == "fp8", kv_dtype == "fp8")
+            config["quantization_config"] = quantization_config(dtype == "fp8", kv_dtype == "fp8", kept)
         write_checkpoint(
             out,
             config=config,
             tensors=chain(
-                in_fp8(tensors) if dtype == "fp8" else tensors, cache_tensors(child, scales) if scales else ()
+                in_fp8(tensors, kept) if dtype == "fp8" else tensors, cache_tensors(child, scales) if scales else ()
             ),
             tokenizer_from=child.tokenizer,
             generation_config=child.generation_config,
@@ -177,6 +190,30 @@ def export(
     if hub is not None and push_to_hub is not None:
         _push(hub, push_to_hub, out)
     return Exported(out=out, format=format, engine=engine, dtype=written, kv_dtype=kv_dtype, lowerings=tuple(lowerings))
+
+
+def _as_solved(
+    source: Source, solved: Architecture, format: str, engine: str | None, kv_dtype: str | None
+) -> tuple[Source, str | None]:
+    """The source with what stays in bf16 marked, and its dtype: fp8, or None where all weights are as they were.
+
+    Raises UserError where that cannot be written, or needs `kv_dtype` too.
+    """
+    told = f"{source.child.name} was solved for {solved.precision}"
+    if solved.kv_dtype == "fp8" and kv_dtype is None:
+        raise UserError(f"{told}: pass `kv_dtype` fp8 with `data`, or the `dtype` of all weights")
+    if not solved.fp8_weights:
+        return source, None
+    if not reads_fp8(format, engine):
+        raise UserError(f"{told}, and {engine} reads no fp8: {FP8_READERS}, or pass the `dtype` of all weights")
+    layers = source.child.layers
+    if not solved.matches([layer.slots for layer in layers]):
+        raise UserError(f"{told}, and has been fused or rewritten since: pass the `dtype` of all weights")
+    marked = tuple(
+        replace(layer, bf16=frozenset(slot for slot in layer.slots if (index, slot) not in solved.fp8_weights))
+        for index, layer in enumerate(layers)
+    )
+    return replace(source, child=replace(source.child, layers=marked)), "fp8"
 
 
 def takers(child: Child, fp8: bool) -> list[str]:

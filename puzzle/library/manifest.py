@@ -23,6 +23,10 @@ from puzzle.blocklib.variant import PARENT
 from puzzle.parents.structure import Structure
 
 SCHEMA = 2  # of library.json
+FP8_WEIGHTS, FP8_CACHE = (
+    f"{PARENT}@fp8",
+    f"{PARENT}@fp8-cache",
+)  # the parent's own sub-block, as scores/LNN.json calls it
 Space = dict[str, SubBlock]  # what may stand in one place, by variant, the parent's own first
 Replacement = Mapping[str, str]  # {slot: variant}: what stands in for the parent in one layer
 

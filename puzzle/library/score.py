@@ -21,11 +21,15 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
 from puzzle.base.lock import holding
 from puzzle.base.units import check_positive
+from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.plain.fp8 import cache_in_fp8, weights_in_fp8
+from puzzle.blocklib.plain.gqa import Attention
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import load_tokens
 from puzzle.library.assemble import load_variant, open_parent
-from puzzle.library.manifest import Library, Replacement, score_name, scores_path
+from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name, scores_path
 from puzzle.library.plan import scoring_bytes
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
@@ -45,11 +49,13 @@ class Scorer:
         self.ropes = self.model.ropes(sequences.shape[1])
 
     @torch.no_grad()
-    def run(self, data_hash: str, joint: bool) -> None:
-        """Fill scores/LNN.json for every layer; layers already scored on the same data and blocks are kept."""
+    def run(self, data_hash: str, joint: bool, fp8: bool = False) -> None:
+        """Fill scores/LNN.json for every layer; what is already scored on the same data and blocks is kept."""
         self.streams = [self.model.embed(ids) for ids in self.batches]
         self.finals = [self.model.hidden(ids) for ids in self.batches]
         todo = {layer: self._wanted(layer, joint) for layer in self.library.layers}
+        if fp8:
+            todo = {n: [*todo.get(n, ()), *self._quantised(n)] for n in range(self.library.num_layers)}
         with progress("score", sum(len(w) for w in todo.values())) as bar:
             for layer, block in enumerate(self.model.blocks):
                 if layer in todo:
@@ -64,6 +70,12 @@ class Scorer:
         together = [dict(zip(names, choice, strict=True)) for choice in product(*names.values())]
         return [*alone, *together] if joint and len(names) > 1 else alone
 
+    def _quantised(self, layer: int) -> list[Replacement]:
+        """The parent's own sub-blocks with their weights in fp8, and with what they cache in fp8."""
+        own = self.library.structure.layers[layer]
+        weights = [{slot: FP8_WEIGHTS} for slot, sub_block in own.items() if not isinstance(sub_block, NoOp)]
+        return [*weights, *({slot: FP8_CACHE} for slot, sub_block in own.items() if isinstance(sub_block, Gqa))]
+
     def _score_layer(self, layer: int, wanted: list[Replacement], data_hash: str, bar: Bar) -> None:
         path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
         hashes = {
@@ -76,16 +88,22 @@ class Scorer:
             old = read_json(path, "puzzle score")
             found = old["scores"] if old.get("key") == key else {}
 
+        own: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
+
         @cache
         def part(slot: str, name: str) -> Part:
+            if name == FP8_WEIGHTS:
+                return weights_in_fp8(own[slot])
+            if name == FP8_CACHE:
+                assert isinstance(own[slot], Attention)
+                return cache_in_fp8(own[slot])
             return load_variant(self.store, layer, slot, name, spaces[slot][name], self.device, self.dtype)
 
         for replacement in wanted:
             name = score_name(replacement)
             if name not in found:
                 bar.note(f"layer {layer} {name}")
-                parts: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
-                parts |= {slot: part(slot, variant) for slot, variant in replacement.items()}
+                parts = own | {slot: part(slot, variant) for slot, variant in replacement.items()}
                 found[name] = self._score(layer, name, parts)
             bar.advance()
         write_json(path, {"key": key, "scores": found})
@@ -111,12 +129,13 @@ class Scorer:
 @dataclass(kw_only=True, slots=True)
 class ScoreOptions:
     """sequences: held-out ones, of seq_len tokens (None: as in training), batch_size at a time or as many as memory_limit (None:
-    the device) lets; joint: also every combination of a layer's slots."""
+    the device) lets; joint: also every combination of a layer's slots; fp8: also what fp8 costs the parent's own sub-blocks."""
 
     sequences: int = 64
     seq_len: int | None = None
     batch_size: int = 8
     joint: bool = False
+    fp8: bool = False
     memory_limit: int | None = None
     text_field: str = "text"
     device: str = "auto"
@@ -155,5 +174,5 @@ def score_library(
             "all: use fewer `sequences`, a smaller `seq_len` or a larger `memory_limit`"
         )
     with holding(root):
-        Scorer(library, opened, tokens.validation, device, fitting[-1]).run(tokens.hash, options.joint)
+        Scorer(library, opened, tokens.validation, device, fitting[-1]).run(tokens.hash, options.joint, options.fp8)
     return root / "scores"

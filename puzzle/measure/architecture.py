@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import read_any, read_json, write_json
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import Workload
-from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.structure import Layer, Structure
@@ -72,6 +72,7 @@ class Also:
 class Architecture:
     """goal: limits as they were asked for, by the names of `puzzle.choose.goal.LIMITS`. costs: {"device", "precision", "sha256"} of
     the prices, of an engine's also {"format", "room_bytes"}. status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
+    kv_dtype: what is cached, where precision was chosen; None: as the costs' precision, which the parent's figures are in.
     bound, gap: None of a baseline, which proves nothing. speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
     that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one
     since. objective_per_batch: {batch: sum of scores}. host_pace: where a serving engine's own Python sets the child's pace
@@ -101,6 +102,7 @@ class Architecture:
     fusion: Mapping[str, Any] | None = None
     objective_per_batch: Mapping[str, float] | None = None
     prices: tuple[Mapping[str, Any], ...] | None = None
+    kv_dtype: str | None = None
     host_pace: Mapping[str, float] | None = None
     synthetic_scores: bool = False
     puzzle: str = ""
@@ -123,6 +125,25 @@ class Architecture:
     def variants(self) -> list[dict[str, str]]:
         """The names of all choices, per layer and slot."""
         return [{slot: choice.variant for slot, choice in layer.items()} for layer in self.layers]
+
+    @property
+    def fp8_weights(self) -> frozenset[tuple[int, str]]:
+        """Layer and slot of every sub-block whose weights are in fp8."""
+        every = ((index, slot, choice) for index, layer in enumerate(self.layers) for slot, choice in layer.items())
+        return frozenset((index, slot) for index, slot, choice in every if choice.precision == "fp8")
+
+    @property
+    def precision(self) -> str:
+        """What the predictions are for, in words."""
+        if self.kv_dtype is None:
+            return self.costs["precision"]
+        count = sum(not isinstance(choice.sub_block, NoOp) for layer in self.layers for choice in layer.values())
+        quantised = sum(not isinstance(self.layers[i][slot].sub_block, NoOp) for i, slot in self.fp8_weights)
+        return f"parent {self.costs['precision']}; child {quantised} of {count} sub-blocks fp8, cache {self.kv_dtype}"
+
+    def matches(self, layers: Sequence[Layer]) -> bool:
+        """Whether a checkpoint has these layers: neither fused nor rewritten for an engine."""
+        return [dict(layer) for layer in layers] == self.sub_blocks
 
     def structure(self) -> Structure:
         """Of the child as it was priced: a run of layers that is to be fused is one layer with the channels of all."""

@@ -56,6 +56,8 @@ def bench(
     asked = precision or pick_precision(device, None if solved is None else solved.costs["precision"])
     here = name_of(device)
     kept = solved is not None and solved.workload == work and solved.costs["precision"] == asked
+    if precision is not None and solved is not None and solved.kv_dtype is not None:
+        kept = False  # all in one precision is not what was solved for
     if kept and solved is not None and solved.costs["device"] != here:
         console.print(f"promised for {solved.costs['device']}, measured on {here}: no prediction is held against it")
         kept = False
@@ -75,10 +77,10 @@ def bench(
         "schema": 1,
         "gpu": gpu,
         "workload": asdict(work),
-        "precision": asked,
+        "precision": solved.precision if promised is not None and solved is not None else asked,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
-    for who, measured in measure_speeds(models, work, device, asked, repeats).items():
+    for who, measured in measure_speeds(models, work, device, asked, repeats, as_solved=precision is None).items():
         theirs = predictions.get(who)
         same = theirs if theirs is not None and theirs.batch == measured.batch else None
         told = None if same is None else {name: getattr(same, name) for name in COMPARED}

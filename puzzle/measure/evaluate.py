@@ -19,6 +19,7 @@ from puzzle.measure.measurable import Measurable, measure_speeds, name_of, of_ch
 from puzzle.measure.serve import Served
 from puzzle.parents.structure import Structure
 from puzzle.runtime.divergence import compare
+from puzzle.runtime.interface import Fp8
 from puzzle.runtime.open import pick_precision
 
 
@@ -133,11 +134,12 @@ def evaluate(
     del whole, cut  # the runtimes want their memory
     precision = pick_precision(on, None if child.solved is None else child.solved.costs["precision"])
     speeds = {} if work is None else _speeds(parent, child, work, batches, on, precision, options.repeats)
-    sizes = [_sizes(model.structure, precision) for model in (parent, child)]
+    fp8 = child.fp8(on)
+    sizes = [_sizes(parent.structure, precision), _sizes(child.structure, precision, fp8)]
     fast, slow = speeds.get("child"), speeds.get("parent")
     return Evaluation(
         device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
-        precision=precision,
+        precision=precision if fp8 is None or child.solved is None else child.solved.precision,
         num_tokens=int(against["num_tokens"]),
         parent=Evaluated(loss=against["parent_loss"], speed=slow, **sizes[0]),
         child=Evaluated(
@@ -154,14 +156,18 @@ def evaluate(
     )
 
 
-def _sizes(structure: Structure, precision: str) -> dict[str, int]:
-    """Bytes as the runtime holds them in this precision, and as `solve` predicts them."""
-    per_token = sum(sub_block.state().per_token for _, _, sub_block in structure)
-    inside, fixed = structure.num_parameters - structure.num_fixed_parameters, structure.num_fixed_parameters
+def _sizes(structure: Structure, precision: str, fp8: Fp8 | None = None) -> dict[str, int]:
+    """Bytes as the runtime holds them in this precision, but for what is in fp8, and as `solve` predicts them."""
+    weights, per_token = structure.num_fixed_parameters * FIXED_BYTES[precision], 0
+    for layer, slot, sub_block in structure:
+        own = precision if fp8 is None else "fp8" if (layer, slot) in fp8.weights else "bf16"
+        weights += sub_block.num_parameters * PRECISION_BYTES[own]
+        per_token += sub_block.state().per_token
+    cache = precision if fp8 is None else "fp8" if fp8.cache else "bf16"
     return {
         "num_parameters": structure.num_parameters,
-        "weight_bytes": inside * PRECISION_BYTES[precision] + fixed * FIXED_BYTES[precision],
-        "kv_bytes_per_token": per_token * PRECISION_BYTES[precision],
+        "weight_bytes": weights,
+        "kv_bytes_per_token": per_token * PRECISION_BYTES[cache],
     }
 
 

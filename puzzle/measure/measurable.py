@@ -16,7 +16,7 @@ from puzzle.measure.architecture import Architecture, architecture_beside
 from puzzle.measure.serve import Served, serve
 from puzzle.parents.opened import open_model
 from puzzle.parents.structure import Structure
-from puzzle.runtime.interface import Runtime
+from puzzle.runtime.interface import Fp8, Runtime
 from puzzle.runtime.model import CausalModel, load_model, random_model
 from puzzle.runtime.open import DTYPES, open_runtime
 
@@ -34,6 +34,20 @@ class Measurable:
     tokenizer: Path | None
     solved: Architecture | None
     load: Callable[[torch.device, torch.dtype], CausalModel]
+
+    def fp8(self, device: torch.device) -> Fp8 | None:
+        """What of it runs in fp8 on this device, where that was solved for; None where all is in one precision.
+
+        Raises UserError where its layers are no longer those that were solved for.
+        """
+        if self.solved is None or self.solved.kv_dtype is None or device.type != "cuda":
+            return None
+        if not self.solved.matches(self.structure.layers):
+            raise UserError(
+                f"{self.name} has other layers than its architecture.json, which says what is in fp8: measure the child as it "
+                "was before it was fused or rewritten for an engine"
+            )
+        return Fp8(weights=self.solved.fp8_weights, cache=self.solved.kv_dtype == "fp8")
 
 
 def of_checkpoint(source: str) -> Measurable:
@@ -71,8 +85,10 @@ def measure_speeds(
     precision: str,
     repeats: int,
     expected: float | None = None,
+    as_solved: bool = True,
 ) -> dict[str, Served]:
-    """Of every model at its batch, on the runtime that this device's prices come from.
+    """Of every model at its batch, on the runtime that this device's prices come from. as_solved: what was solved for in several
+    precisions runs so, whatever `precision` says.
 
     expected: tokens/s of models["parent"] according to a profile of this machine, which is measured again when it drifted since;
     None measures once. The parent alone decides: the attempt with the least drift counts, whatever the child did. Raises
@@ -83,7 +99,10 @@ def measure_speeds(
         work.check_fits(model.structure.max_length, f"the context of {model.name},")
 
     def maker(model: Measurable, batch: int) -> Callable[[], Runtime]:
-        return lambda: open_runtime(model.load(device, DTYPES[precision]), batch, length, precision, consume=True)
+        fp8 = model.fp8(device) if as_solved else None
+        return lambda: open_runtime(
+            model.load(device, DTYPES[precision]), batch, length, precision, fp8=fp8, consume=True
+        )
 
     runtimes = {who: maker(*one) for who, one in models.items()}
     attempts: list[dict[str, Served]] = []

@@ -285,6 +285,12 @@ class CostTable:
         parts: list[Part] = [part for layer in layers for part in layer if not isinstance(part, NoOp)]
         return seconds, sum(self.seconds(p, phase, size, at) for p in (*parts, *ends_of(parent))), len(parts)
 
+    def empty_seconds(self, part: Part, batch: int) -> float:
+        """Of a decode step with nothing cached yet: on the line through the two shortest measured contexts."""
+        (context, seconds), *later = self._known(priced_as(part), "decode", batch)
+        slope = (later[0][1] - seconds) / (later[0][0] - context) if later else 0.0
+        return max(0.0, seconds - slope * context)
+
     def decode_seconds(self, part: Part, batch: int, work: Workload) -> float:
         """All decode steps of a batch: the prompt gives the first token, output_len - 1 steps the rest."""
         first = work.input_len

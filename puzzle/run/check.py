@@ -17,7 +17,7 @@ from puzzle.choose.goal import Goal, check_steps
 from puzzle.data.mixture import Stage
 from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, ExportOptions, engine_named
+from puzzle.export.engines import ANY_DECILM_READER, ExportOptions, engine_named, reads_fp8
 from puzzle.export.refuse import refuse
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import read_dependency
@@ -45,9 +45,13 @@ def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, ou
         goal = recipe.goal.goal(may_be_empty=bool(recipe.solve.also))
     with naming("solve"):
         recipe.solve.check()
+    if recipe.solve.precisions and (recipe.profile.precision is not None or recipe.fuse is not None):
+        told = "fuse" if recipe.profile.precision is None else "profile.precision"
+        raise UserError(f"{told} is not used with solve.precision: leave it out")
     with naming("profile"):
         if is_measured(recipe):
-            check_precision(recipe.profile.gpu, recipe.profile.precision)
+            for precision in profiled(recipe):
+                check_precision(recipe.profile.gpu, precision)
             if recipe.profile.gpu != "cpu":
                 check_gpu(recipe.profile.gpu)
     if recipe.fuse is not None:
@@ -67,7 +71,7 @@ def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, ou
     if is_measured(recipe):
         with naming("profile"):
             _check_grid(recipe)
-    _check_exports(recipe.export, builder)
+    _check_exports(recipe.export, builder, "fp8" in recipe.solve.precisions)
     _check_data(recipe, heal, opened)
     return builder
 
@@ -82,6 +86,11 @@ def check_run_directory(out: Path) -> None:
 def is_measured(recipe: Recipe) -> bool:
     """Whether costs are measured here; those of a serving engine come from its fitted model."""
     return recipe.solve.engine == "puzzle"
+
+
+def profiled(recipe: Recipe) -> tuple[str | None, ...]:
+    """The precisions that are measured; None is the device's usual one."""
+    return recipe.solve.precisions or (recipe.profile.precision,)
 
 
 def workloads(recipe: Recipe) -> list[Workload]:
@@ -150,11 +159,15 @@ def _check_grid(recipe: Recipe) -> None:
                 )
 
 
-def _check_exports(exports: tuple[ExportOptions, ...], builder: Builder) -> None:
-    """What no child of this library could be exported as, and what one of its choices could not."""
+def _check_exports(exports: tuple[ExportOptions, ...], builder: Builder, fp8: bool) -> None:
+    """What no child of this library could be exported as, and what one of its choices could not. fp8: solve may choose it."""
     whole = child_of_checkpoint(builder.parent)
     for one in exports:
         format, engine = one.picked
+        if fp8 and one.dtype is None and not reads_fp8(format, engine):
+            raise UserError(
+                f"export {one.name}: solve.precision may choose fp8, which {engine} does not read: give it a dtype"
+            )
         if format == "gguf" and importlib.util.find_spec("gguf") is None:
             raise UserError(f"export {one.name} needs the package gguf: pip install gguf")
         if format == "hf":

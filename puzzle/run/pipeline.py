@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from puzzle.base.files import content_hash, file_hash, read_json, write_json
 from puzzle.base.lock import holding
 from puzzle.base.machine import cpu_name
 from puzzle.base.units import parse_bytes, seconds_text
-from puzzle.choose.solve import open_costs, solve_library
+from puzzle.choose.solve import solve_library
 from puzzle.export.write import export, open_source
 from puzzle.fuse.verb import fuse_verb
 from puzzle.heal.run import heal
@@ -30,7 +31,7 @@ from puzzle.library.score import score_library
 from puzzle.measure.architecture import Architecture, read_architecture, write_architecture
 from puzzle.measure.evaluate import Evaluation, evaluate
 from puzzle.profile.profile import profile, subject_of
-from puzzle.run.check import check_disk, check_road, grid_of, is_measured
+from puzzle.run.check import check_disk, check_road, grid_of, is_measured, profiled
 from puzzle.run.plan import disk_of, plan_road
 from puzzle.run.recipe import Recipe, naming
 
@@ -109,31 +110,32 @@ class Run:
         path = out / "stages.json"
         self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
         write_json(path, {"stages": self.marks})  # what is in the directory from now on is ours
-        build, score = self.build_options(), replace(recipe.score, **self.shared)
+        precisions = recipe.solve.precisions
+        score = replace(recipe.score, fp8=recipe.score.fp8 or "fp8" in precisions, **self.shared)
+        build = self.build_options()
         options = content_hash([str(build), str(score), recipe.data])
         with holding(library):
             self._stage("build-library", options, None, lambda: build_library(recipe.parent, build), "build")
             self._stage("score", options, None, lambda: score_library(library, recipe.data, score), "score")
         if is_measured(recipe):
             opened = Library.open(library)
-            grid, gpu, precision = grid_of(recipe), recipe.profile.gpu, recipe.profile.precision
+            grid, gpu = grid_of(recipe), recipe.profile.gpu
             facts = [opened.facts[name] for name in ("layers", "structure", "parent")]
-            key = content_hash([asdict(grid), *facts, gpu, precision, cpu_name()])
-            self._stage(
-                "profile",
-                key,
-                library / "costs" / gpu / f"{self._costs_name(opened)}.csv",
-                lambda: profile(
-                    subject_of(opened), gpu=gpu, out=library / "costs" / gpu, grid=grid, precision=precision
-                ),
-                "profile",
-                "workload",
-            )
+            for precision in profiled(recipe):
+                key = content_hash([asdict(grid), *facts, gpu, precision, cpu_name()])
+                costs = library / "costs" / gpu
+                measure = partial(profile, subject_of(opened), gpu=gpu, out=costs, grid=grid, precision=precision)
+                name = f"profile {precision}" if precisions else "profile"
+                table = costs / f"{self._costs_name(opened, precision)}.csv"
+                self._stage(name, key, table, measure, "profile", "workload")
         solved = self._solve()
         self.show(solved)
         child, key = out / "child", content_hash([file_hash(out / "solution" / "architecture.json")])
-        source = out / "solution"
-        self._stage("child", key, child, lambda: export(open_source(library, source), child, force=True))
+        source = open_source(library, out / "solution")
+        said = self._as_solved(solved)
+        if solved.kv_dtype is not None and recipe.heal is not None:  # nothing is rounded before it is healed
+            said = {"dtype": str(source.child.dtype).removeprefix("torch.")}
+        self._stage("child", key, child, partial(export, source, child, force=True, **said))
         if recipe.fuse is not None:
             child, key = self._fuse(child, key)
         healing = self.heal_options(str(child))
@@ -141,11 +143,17 @@ class Run:
             key = content_hash([key, str(healing)])
             self._stage("heal", key, healing.out, lambda: heal(healing), "heal")
             child = healing.out
+            if solved.kv_dtype is not None:
+                healed, child = child, out / "quantised"
+                again = partial(export, open_source(healed), child, force=True, **self._as_solved(solved))
+                self._stage("quantised", key, child, again)
         exports = {one.name: child if one.is_the_child else out / "exports" / one.name for one in recipe.export}
         for one in recipe.export:
             if one.is_the_child:
                 continue
             said = {n: getattr(one, n) for n in ("format", "engine", "dtype", "kv_dtype", "licence")}
+            if one.dtype is None and one.kv_dtype is None:
+                said |= self._as_solved(solved)
             if one.kv_dtype is not None:
                 said |= {"data": recipe.data, "text_field": recipe.text_field, "device": recipe.device}
             size, target = parse_bytes(one.max_shard), exports[one.name]
@@ -163,15 +171,23 @@ class Run:
         console.print(f"done in {seconds_text(time.monotonic() - begin)}: {out / 'result.json'}")
         return result
 
-    def _costs_name(self, library: Library) -> str:
-        return f"{library.name}-fp8" if self.recipe.profile.precision == "fp8" else library.name
+    def _costs_name(self, library: Library, precision: str | None) -> str:
+        return f"{library.name}-fp8" if precision == "fp8" else library.name
+
+    def _as_solved(self, solved: Architecture) -> dict[str, Any]:
+        """What an export has to be told beside, where the cache is to be in fp8: the text that its scales come from."""
+        if solved.kv_dtype != "fp8":
+            return {}
+        shared = {"text_field": self.recipe.text_field, "device": self.recipe.device}
+        return {"kv_dtype": "fp8", "data": self.recipe.data, **shared}
 
     def _solve(self) -> Architecture:
         recipe, library = self.recipe, Library.open(self.library)
         gpu, asked, target = recipe.profile.gpu, recipe.solve, self.out / "solution" / "architecture.json"
         with naming("goal", "solve", "workload", "profile"):
-            name = asked.shapes or (self._costs_name(library) if is_measured(recipe) else None)
-            costs = open_costs(library, gpu, name, asked.engine)
+            usual = None if asked.precisions else recipe.profile.precision
+            name = asked.shapes or (self._costs_name(library, usual) if is_measured(recipe) else None)
+            costs = asked.costs(library, gpu, name)
             goal = recipe.goal.goal(may_be_empty=bool(asked.also))
             request = asked.request(library, gpu, recipe.workload, goal)
         scores = [file_hash(scores_path(self.library, layer)) for layer in library.layers]

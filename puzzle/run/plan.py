@@ -16,7 +16,7 @@ from puzzle.library.build import Builder
 from puzzle.library.estimate import plan_of
 from puzzle.library.plan import forward_flops
 from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
-from puzzle.run.check import grid_of, is_measured
+from puzzle.run.check import grid_of, is_measured, profiled
 from puzzle.run.recipe import Recipe
 
 EXPORT_BYTES = {
@@ -38,6 +38,8 @@ def disk_of(recipe: Recipe, builder: Builder) -> dict[str, int]:
     if recipe.heal is not None:
         states = KEPT_CHECKPOINTS * CHECKPOINT_BYTES * structure.num_parameters
         found["heal"] = checkpoint + states
+        if recipe.solve.precisions:
+            found["quantised"] = checkpoint
     for one in recipe.export:
         if one.name != "hf":
             fixed, each = structure.num_fixed_parameters, EXPORT_BYTES.get(one.dtype or "", (size, size))
@@ -84,7 +86,9 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
         subject = Subject(name="parent", structure=structure.timed(), offered=tuple(own | offered))
         each = grid.seconds if recipe.profile.gpu == "cpu" else SECONDS_PER_POINT
         cache = sum(b.state().per_token for _, _, b in structure) * grid.capacity * max(grid.batches) * itemsize
-        stages["profile"] = _row(round(count_points(subject, grid) * grid.rounds * each, 1), weights + cache)
+        stages["profile"] = _row(
+            round(count_points(subject, grid) * grid.rounds * each * len(profiled(recipe)), 1), weights + cache
+        )
     stages |= {"solve": _row(None, None), "child": _row(None, None, disk["child"])}
     if recipe.fuse is not None:
         tokens = recipe.fuse.sequences * recipe.fuse.seq_len

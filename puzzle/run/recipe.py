@@ -26,7 +26,14 @@ from puzzle.profile.profile import ProfileOptions
 
 Options = TypeVar("Options")
 KINDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}  # of values
-LISTS = ("build.attention", "build.ffn", "build.layers", "goal.pinned", "goal.alike")  # names or ranges
+LISTS = (
+    "build.attention",
+    "build.ffn",
+    "build.layers",
+    "goal.pinned",
+    "goal.alike",
+    "solve.precision",
+)  # names or ranges
 SHARED = ("data", "out", "text_field", "device")  # one value for all stages, outside the sections
 OF_THE_RUN = ("child", "library", "force", "dry_run", "dependency_only")  # what the road itself says
 

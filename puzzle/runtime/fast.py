@@ -6,6 +6,7 @@ Letters: B batch, T prompt tokens, D head_dim, R rotary dimensions of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from torch import Tensor
 from puzzle.base.workload import PAGE, PREFILL_ROWS
 from puzzle.blocklib.fast.batch import Fast, RopeTable, Stream, Tables, make_fast, new_batch, num_pages
 from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.swiglu import linear
 from puzzle.kernels.timer import Graph
 from puzzle.parents.structure import Structure
-from puzzle.runtime.interface import Runtime, check_lengths
+from puzzle.runtime.interface import Fp8, Runtime, check_lengths
 from puzzle.runtime.model import CausalModel, embed
 
 
@@ -49,23 +51,32 @@ def rope_tables(structure: Structure, sub_blocks: list[SubBlock], length: int, d
 class FastRuntime(Runtime):
     """The sub-blocks of `model` on our kernels, for up to `max_length` tokens of each of `batch` sequences.
 
-    fp8: weights of sub-blocks and caches in float8_e4m3fn. consume: take the sub-blocks out of the model, so that no weight
+    fp8: weights of sub-blocks and caches in float8_e4m3fn, all of them or some. consume: take the sub-blocks out of the model, so that no weight
     is held twice; the model is used up then.
     """
 
-    def __init__(self, model: CausalModel, batch: int, max_length: int, *, fp8: bool = False, consume: bool = False):
+    def __init__(
+        self, model: CausalModel, batch: int, max_length: int, *, fp8: bool | Fp8 = False, consume: bool = False
+    ):
         self.structure, self.max_length = model.structure, max_length
         self.embedding, self.head = model.embedding.weight.data, model.head_weight.data
         self.final_norm, self.device = model.norm.weight.data, model.embedding.weight.device
         if self.structure.norm_offset:
             self.final_norm = (1 + self.final_norm.float()).to(self.final_norm.dtype)
         self.vocab_size, self.weight_bytes = len(self.embedding), model.weight_bytes
-        waiting = [part for _, _, part in model.parts()]
-        tables = rope_tables(self.structure, [part.sub_block for part in waiting], max_length, self.device)
-        self.batch = new_batch(batch, max_length, tables, self.device, fp8)
+        waiting = list(model.parts())
+        tables = rope_tables(self.structure, [part.sub_block for _, _, part in waiting], max_length, self.device)
+        self.batch = new_batch(batch, max_length, tables, self.device, fp8 is True)
+        if isinstance(fp8, Fp8):
+            self.batch.fp8_cache = fp8.cache
         if consume:
             model.blocks = torch.nn.ModuleList()
-        made = [make_fast(waiting.pop(0), self.batch) for _ in range(len(waiting))]
+
+        def make(layer: int, slot: str, part: Part) -> Fast | None:
+            own = fp8 if isinstance(fp8, bool) else (layer, slot) in fp8.weights
+            return make_fast(part, replace(self.batch, fp8=own))
+
+        made = [make(*waiting.pop(0)) for _ in range(len(waiting))]
         self.parts: list[Fast] = [part for part in made if part is not None]
         self.ids = torch.zeros(batch, dtype=torch.long, device=self.device)
 

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError
 from puzzle.parents.structure import Structure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8:
+    """What of a model runs in fp8. weights: the sub-blocks, by layer and slot; cache: keys and values."""
+
+    weights: frozenset[tuple[int, str]]
+    cache: bool
 
 
 class Runtime(ABC):

@@ -6,7 +6,7 @@ import torch
 
 from puzzle.base.errors import UserError
 from puzzle.runtime.fast import FastRuntime
-from puzzle.runtime.interface import Runtime
+from puzzle.runtime.interface import Fp8, Runtime
 from puzzle.runtime.model import CausalModel
 from puzzle.runtime.plain import PlainRuntime
 
@@ -21,8 +21,10 @@ def pick_precision(device: torch.device, priced: str | None = None) -> str:
     return priced if priced in RUN_HERE[device.type] else RUN_HERE[device.type][0]
 
 
-def open_runtime(model: CausalModel, batch: int, max_length: int, precision: str, *, consume: bool = False) -> Runtime:
-    """consume: the model is used up where that spares memory. Raises UserError for a precision that the device has no runtime for."""
+def open_runtime(
+    model: CausalModel, batch: int, max_length: int, precision: str, *, fp8: Fp8 | None = None, consume: bool = False
+) -> Runtime:
+    """fp8: what of it is, where not all is in one precision. consume: the model is used up where that spares memory. Raises UserError for a precision that the device has no runtime for."""
     device = model.embedding.weight.device
     if device.type != "cuda":
         if precision not in RUN_HERE["cpu"]:
@@ -30,4 +32,4 @@ def open_runtime(model: CausalModel, batch: int, max_length: int, precision: str
         return PlainRuntime(model, batch, max_length)
     if precision not in RUN_HERE["cuda"]:
         raise UserError(f"precision {precision} has no runtime on a GPU: bf16 and fp8 have")
-    return FastRuntime(model, batch, max_length, fp8=precision == "fp8", consume=consume)
+    return FastRuntime(model, batch, max_length, fp8=fp8 or precision == "fp8", consume=consume)

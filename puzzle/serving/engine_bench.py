@@ -54,6 +54,10 @@ def bench_engine(
         raise UserError(
             f"{target} is a checkpoint, whose format and precision it says itself: leave `format` and `fp8` out"
         )
+    if export is None and precision is None and solved is not None and solved.kv_dtype is not None:
+        raise UserError(
+            f"{target} was solved for {solved.precision}, and random weights have one precision: pass `fp8`, or export it and give that"
+        )
     costs = {} if solved is None else solved.costs
     usual = "float32" if gpu == "cpu" else "bf16"
     if export is not None:

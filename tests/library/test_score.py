@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 
+from puzzle.blocklib.plain.fp8 import cache_in_fp8, rounded, weights_in_fp8
+from puzzle.blocklib.sub_block import MissingFace
 from puzzle.data.packing import load_tokens
+from puzzle.kernels.fp8 import from_fp8, to_fp8
 from puzzle.library.manifest import Library
 from puzzle.library.score import load_variant
 from puzzle.library.store import BlockStore
@@ -42,3 +45,51 @@ def test_joint_scores(own_library, corpus, puzzle):
     assert done.exit_code == 0, done.output
     scores = json.loads((own_library / "scores/L01.json").read_text())["scores"]
     assert set(scores) == {"attention/none", "ffn/none", "attention/none+ffn/none"}
+
+
+def test_what_fp8_costs_the_parents_own(own_library, parent, corpus, puzzle):
+    """Beside the scores that are there, of every layer: weights and activations rounded, and what is cached."""
+    facts = json.loads((own_library / "library.json").read_text())
+    del facts["layers"]["3"]
+    (own_library / "library.json").write_text(json.dumps(facts))
+    path = own_library / "scores" / "L01.json"
+    before = json.loads(path.read_text())["scores"]
+    done = puzzle("score", own_library, "--data", corpus, "--sequences", 6, "--fp8")
+    assert done.exit_code == 0, done.output
+    names = {"attention/parent@fp8", "attention/parent@fp8-cache", "ffn/parent@fp8"}
+    after = json.loads(path.read_text())["scores"]
+    assert after.keys() == before.keys() | names
+    assert {name: after[name] for name in before} == before
+    assert names == json.loads((own_library / "scores" / "L03.json").read_text())["scores"].keys()
+    opened = open_model(parent)
+    data = load_tokens([str(corpus)], parent, seq_len=64, num_train=1, num_validation=6)
+    whole = load_model(opened)
+    for name, slot, in_fp8 in (
+        ("attention/parent@fp8", "attention", weights_in_fp8),
+        ("attention/parent@fp8-cache", "attention", cache_in_fp8),
+        ("ffn/parent@fp8", "ffn", weights_in_fp8),
+    ):
+        child = load_model(opened)
+        parts = child.blocks[1].parts()
+        child.blocks[1] = Block(parts | {slot: in_fp8(parts[slot])})
+        assert after[name]["kl"] == pytest.approx(compare(whole, child, data.validation)["kl"], rel=1e-3)
+        assert 0 < after[name]["kl"] < 0.1
+
+
+def test_rounding_is_that_of_the_kernels(parent):
+    part = load_model(open_model(parent)).blocks[0].parts()["ffn"]
+    found = weights_in_fp8(part)
+    assert torch.equal(
+        found.up_proj.weight, from_fp8(*(x if x.ndim == 2 else x[:, None] for x in to_fp8(part.up_proj.weight)))
+    )
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(found.up_proj(x), torch.nn.functional.linear(rounded(x), found.up_proj.weight))
+    assert torch.equal(found.norm.weight, part.norm.weight)
+    assert not torch.equal(part.up_proj.weight, found.up_proj.weight)
+
+
+def test_a_kind_whose_matrices_are_no_linear_layers(parent):
+    part = load_model(open_model(parent)).blocks[0].parts()["ffn"]
+    part.mixing = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(MissingFace, match="swiglu"):
+        weights_in_fp8(part)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ import torch
 import yaml
 
 from puzzle.base import device
-from puzzle.run import check
+from puzzle.library.manifest import Library
+from puzzle.measure.architecture import read_architecture
+from puzzle.measure.evaluate import evaluate
+from puzzle.run import check, pipeline
 from puzzle.run.recipe import read_recipe
 from puzzle.runtime.model import load_model
 
@@ -307,3 +311,57 @@ def test_the_gpu_is_asked_for_where_it_is_measured(write, monkeypatch, tmp_path)
     Run(read_recipe(write(**given, solve={"engine": "vllm"})), tmp_path / "run").check()
     assert asked == ["h100"]
     assert device.check_gpu is not check.check_gpu
+
+
+def test_precision_is_chosen(puzzle, write, gpu_table, one_line_error, monkeypatch, tmp_path):
+    """Both tables, what fp8 costs, and a healed child that is rounded after healing; as on a GPU, which is not there."""
+    monkeypatch.setattr(check, "check_gpu", lambda gpu: None)
+
+    def profile(subject, *, gpu, out, grid, precision):
+        name = subject.name + ("-fp8" if precision == "fp8" else "")
+        gpu_table(Library.open(tmp_path / "run" / "library"), precision, name, folder=gpu)
+
+    def evaluated(*given, **named):
+        parent, child, data, options = given
+        return evaluate(parent, child, data, replace(options, device="cpu"), **named)
+
+    monkeypatch.setattr(pipeline, "profile", profile)
+    monkeypatch.setattr(pipeline, "evaluate", evaluated)
+    recipe = write(
+        profile={"gpu": "h100"}, goal={"throughput": None, "memory": "72%"}, export=["hf", "nemotron-nas"],
+        solve={"precision": ["bf16", "fp8"], "also": [], "explain": False},
+    )  # fmt: skip
+    done = puzzle("run", recipe, "--out", tmp_path / "run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert list(result["seconds"]) == [
+        "build-library", "score", "profile bf16", "profile fp8", "solve", "child", "heal", "quantised", "export nemotron-nas", "evaluate",
+    ]  # fmt: skip
+    solved = read_architecture(tmp_path / "run" / "solution")
+    assert solved.fp8_weights
+    assert result["exports"]["hf"] == "quantised"
+    for name in ("quantised", "exports/nemotron-nas"):
+        said = json.loads((tmp_path / "run" / name / "config.json").read_text())["quantization_config"]
+        assert (said["kv_cache_scheme"] is not None) == (solved.kv_dtype == "fp8")
+    for name in ("child", "healed"):
+        assert "quantization_config" not in json.loads((tmp_path / "run" / name / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"profile": {"gpu": "h100", "precision": "fp8"}}, "profile.precision is not used with solve.precision"),
+        ({"profile": {"gpu": "h100"}, "fuse": {"sequences": 4}}, "fuse is not used with solve.precision"),
+        ({"profile": {"gpu": "cpu"}}, "precision bf16 cannot be profiled on cpu"),
+        (
+            {"profile": {"gpu": "h100"}, "export": ["gguf"]},
+            "export gguf: solve.precision may choose fp8, which llama.cpp does not read: give it a dtype",
+        ),
+        ({"solve": {"precision": "bf16,int8"}}, "solve.precision bf16,int8: "),
+    ],
+)
+def test_what_goes_with_no_precision(puzzle, write, one_line_error, monkeypatch, tmp_path, changed, message):
+    monkeypatch.setattr(check, "check_gpu", lambda gpu: None)
+    recipe = write(**{"solve": {"precision": "bf16,fp8", "also": [], "explain": False}, "heal": None, **changed})
+    one_line_error(puzzle("run", recipe, "--out", tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()

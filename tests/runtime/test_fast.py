@@ -7,6 +7,7 @@ import torch
 
 from puzzle.runtime import fast
 from puzzle.runtime.fast import FastRuntime
+from puzzle.runtime.interface import Fp8
 from puzzle.runtime.plain import PlainRuntime
 
 
@@ -37,3 +38,27 @@ def test_fp8_stays_close(mixed):
     assert runtimes[1].state_bytes * 4 == runtimes[0].state_bytes
     difference = (found[1] - found[0]).norm() / found[0].norm()
     assert 1e-4 < difference < 0.2
+
+
+def test_each_sub_block_in_its_own_precision(mixed):
+    """All of them named is the whole in fp8, none is none of it; the cache goes by itself."""
+    prompts = torch.randint(0, 384, (2, 30), generator=torch.Generator().manual_seed(3))
+    every = frozenset((layer, slot) for layer, slot, _ in mixed.parts())
+
+    def logits(fp8) -> tuple[torch.Tensor, int]:
+        runtime, seen = FastRuntime(mixed, 2, 40, fp8=fp8), []
+        runtime.prefill(prompts)
+        runtime._next = lambda stream: seen.append(stream[0] + stream[1]) or torch.zeros(2, dtype=torch.long)  # type: ignore[method-assign]
+        runtime.step_in_place()
+        return seen[0], runtime.state_bytes
+
+    whole, none = logits(True), logits(False)
+    assert torch.equal(logits(Fp8(weights=every, cache=True))[0], whole[0])
+    assert torch.equal(logits(Fp8(weights=frozenset(), cache=False))[0], none[0])
+    cached, weighted, one = (
+        logits(Fp8(weights=w, cache=c)) for w, c in ((frozenset(), True), (every, False), ({(3, "ffn")}, False))
+    )
+    assert (cached[1], weighted[1]) == (whole[1], none[1])
+    found = [none[0], whole[0], cached[0], weighted[0], one[0]]
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    assert all((other - none[0]).norm() < 0.2 * none[0].norm() for other in found)

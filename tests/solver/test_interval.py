@@ -48,6 +48,11 @@ def test_as_good_as_trying_all(layers, speed, room, last):
     least = min((s.objective for s in every.values() if s.choice), default=None)
     best, found = best_between([1, last], problem, relaxed)
     assert (best is None) == (least is None)
+    if least is not None:  # a cutoff asks for something better
+        assert best_between([1, last], problem, relaxed, cutoff=least)[0] is None
+        again, solved = best_between([1, last], problem, relaxed, cutoff=least + 1.0)
+        assert again is not None
+        assert solved[again].objective == pytest.approx(least, abs=1e-9)
     if best is not None:
         assert found[best].objective == pytest.approx(least, abs=1e-9)
         assert not problem(best).violated(found[best].choice)
