@@ -19,6 +19,7 @@ from puzzle.serving.reference import Export
 
 TIMES_PLAIN = 1.2
 LIKELIEST = 20
+WORKSPACE = 8 * 2**30  # bytes of an engine's activations, CUDA graphs and context
 
 
 class Size(NamedTuple):
@@ -82,6 +83,18 @@ def plan_batches(export: Export) -> dict[str, dict[str, Any]]:
         top = min(LIKELIEST, export.vocab_size)
         found[device] = {"prompts": prompts, "num_tokens": size.new_tokens, "top": top}
     return found
+
+
+def gpu_bytes(model: CausalModel, batch: dict[str, Any]) -> int:
+    """What an engine in bf16 may take of a GPU for `batch` (one of `plan_batches`): others may be at work there. Weights, caches four
+    times over, since an engine pads layers to equal pages, and WORKSPACE."""
+    tokens = sum(len(prompt) + batch["num_tokens"] for prompt in batch["prompts"])
+    per_token = sum(part.sub_block.state().per_token for block in model.blocks for part in block.parts().values())  # type: ignore[operator]
+    return (
+        int(1.1 * model.weight_bytes * 2 / model.embedding.weight.element_size())
+        + 4 * 2 * per_token * tokens
+        + WORKSPACE
+    )
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from puzzle.export.checkpoint import outdated_code
 from puzzle.export.engines import ENGINES as TABLE
 from puzzle.export.engines import release, served_by, wrong_before
 from puzzle.runtime.model import CausalModel
-from puzzle.serving.batch import Batch, compare_batch, plan_batches
+from puzzle.serving.batch import Batch, compare_batch, gpu_bytes, plan_batches
 from puzzle.serving.reference import Export, find_export, load_reference, tokenize
 
 ENGINES = {"hf": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
@@ -167,6 +167,7 @@ def serve_check(
     }
     if engine == "vllm":
         job["batch"] = plan_batches(export)
+        job["gpu_bytes"] = gpu_bytes(model, job["batch"]["gpu"])
     hint = outdated_code(export.path) if engine == "hf" else None
     try:
         found = run_engine(job, python or Path(sys.executable))

@@ -10,7 +10,7 @@ import torch
 from puzzle.export.engines import ENGINES
 from puzzle.export.write import export, open_source
 from puzzle.serving import batch, check
-from puzzle.serving.batch import SIZES, Size, plan_batches
+from puzzle.serving.batch import SIZES, WORKSPACE, Size, gpu_bytes, plan_batches
 from puzzle.serving.check import EngineFailed, serve_check
 from puzzle.serving.reference import find_export, load_reference
 from tiny_children import write_tiny_child
@@ -140,3 +140,13 @@ def test_prompts_fit_the_child(exports):
     assert (min(lengths), max(lengths), len(lengths)) == (17, 3000, 32)
     assert find_export(exports / "mixed").kv_heads == (4, 1, 2, 4)
     assert ENGINES["vllm"].mixed_kv_heads == "0.29"
+
+
+def test_an_engine_may_take_what_the_batch_needs_of_a_gpu(exports):
+    """Weights in bf16, caches with room for padding, and a workspace: not the whole card, where others may be at work."""
+    export = find_export(exports / "mixed")
+    model, batch = load_reference(export), plan_batches(export)["gpu"]
+    tokens = sum(len(prompt) + batch["num_tokens"] for prompt in batch["prompts"])
+    cache = sum(2 * 32 * heads for heads in export.kv_heads) * 2 * tokens
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 2
+    assert gpu_bytes(model, batch) == pytest.approx(1.1 * weights + 4 * cache + WORKSPACE, rel=1e-6)
