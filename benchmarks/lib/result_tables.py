@@ -361,6 +361,25 @@ def serving_matrix(rows: list[Row]) -> str:
     return head + table(["child", *(f"{engine}, {format}" for engine, format in engines)], lines)
 
 
+def engine_promise(rows: list[Row]) -> str:
+    lines = []
+    for (shapes, precision, model, format), found in groups(rows, "shapes", "precision", "model", "format").items():
+        by = {r["what"]: r for r in found}
+        off = [
+            f"{100 * (float(r['measured_over_promised']) - 1):+.1f} %"
+            for r in by.values()
+            if r["measured_over_promised"]
+        ]
+        tokens = by["tokens_per_second"]
+        lines.append(
+            [shapes, precision, model, format, number(tokens["promised"], 0), number(tokens["measured"], 0), *off]
+        )
+    columns = ["shapes", "weights", "model", "format", "tokens/s promised", "measured"]
+    return "Measured less promised:\n\n" + table(
+        [*columns, "tokens/s", "first token", "later tokens", "memory", "cached tokens"], lines
+    )
+
+
 def export(rows: list[Row]) -> str:
     return table(
         ["format", "layers", "child, GB", "written, GB", "peak memory, GB", "seconds", "killed at, GB", "left under its name"],

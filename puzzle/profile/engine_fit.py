@@ -7,7 +7,8 @@ of the odds, drawn to their usual values by a weak prior. An error far above HIC
 Lorentzian), so that one run that something held up spoils no constant.
 
 Whether the engine's own Python sets the pace anywhere is found by fitting twice, without its two constants and with them, from the
-line below all decode steps over the batch: they stay where they halve these steps' squared error, else there is nothing that shows them.
+line below all decode steps over the batch: they stay where they lower Schwarz's criterion (1978) of the decode steps, else there is
+nothing that shows them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from puzzle.profile.engine import SHARES, Constants, EngineModel, parts_of, read
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
 HICCUP = 0.1  # relative error
 MAX_STEPS = 200
-HOST_GAIN = 0.5  # of decode steps' squared error may be left, where the host's constants are kept
 COLUMNS = {
     "decode_step": ("decode_step_ms", 1e-3),
     "prefill": ("prefill_ms", 1e-3),
@@ -111,11 +111,13 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
         return without
     paced = _least(engine, described, measured, start | dict(zip(HOST, floor, strict=True)))
 
-    def error(model: EngineModel) -> float:
-        steps = [m for m in measured if m.what == "decode_step"]
-        return sum(_counted(_error(model, described, m)) ** 2 for m in steps)
+    steps = [m for m in measured if m.what == "decode_step"]
 
-    return paced if error(paced) < HOST_GAIN * error(without) else without
+    def criterion(model: EngineModel, num_constants: int) -> float:
+        error = sum(_counted(_error(model, described, m)) ** 2 for m in steps)
+        return len(steps) * math.log(error) + num_constants * math.log(len(steps))
+
+    return paced if criterion(paced, len(HOST)) < criterion(without, 0) else without
 
 
 def _error(model: EngineModel, described: dict[str, Any], m: Measurement) -> float:
