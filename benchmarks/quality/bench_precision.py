@@ -161,10 +161,10 @@ def main(root: Path, gpu: str, shapes: str | None, like: str | None, data: tuple
             }
         rows.append(row | {"device": name_of(on), "date": datetime.date.today().isoformat()})
         print(*rows[-1].values(), flush=True)
-    with open(out, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        with open(out, "w", newline="", encoding="utf-8") as handle:  # as they come
+            writer = csv.DictWriter(handle, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

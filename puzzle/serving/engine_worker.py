@@ -30,7 +30,7 @@ SHORT, TIMES = 0.5, 5  # seconds of prompts together, below which they run again
 
 
 def say(**facts: Any) -> None:
-    print("\npuzzle: " + json.dumps(facts), flush=True)
+    print("\npuzzle: " + json.dumps(facts, allow_nan=False), flush=True)
 
 
 def prepare(reader: str, oldest: list[int], newest: list[int]) -> str | None:

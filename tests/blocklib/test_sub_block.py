@@ -27,7 +27,8 @@ from puzzle.blocklib.sub_block import (
 from puzzle.blocklib.swiglu import SwiGLU
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
-WORDS = st.from_regex(r"[a-z_]+[a-z_0-9]*", fullmatch=True)
+OTHERS = ("no", "none", "nan", "inf", "infinity")  # read back as what is no name, and refused
+WORDS = st.from_regex(r"[a-z_]+[a-z_0-9]*", fullmatch=True).filter(lambda word: word not in OTHERS)
 VALUES = {  # of every field of every kind, by its annotation; by its name where not all words will do
     "int": st.integers(1, 10**6),
     "int | None": st.none() | st.integers(1, 10**6),
