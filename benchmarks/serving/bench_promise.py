@@ -37,7 +37,8 @@ from typing import Any
 import click
 
 LIBRARY_SCRIPT = Path(__file__).resolve().parents[1] / "lib" / "synthetic_library.py"
-OFFERED = ("--attention", "kv4,kv2,kv1,none", "--ffn", "none,0.75,0.5,0.25,0.1")  # what both readers serve as it is
+FFN = "none,0.75,0.5,0.25,0.1"
+KV_HEADS = "kv4,kv2,kv1,none"
 STEPS = ("profile", "solve", "bench", "table")
 GOALS = ("1.5x", "2x", "3x")
 LEAST = 75  # seconds left without which no bench is started
@@ -50,12 +51,15 @@ COMPARED = ("tokens_per_second", "ttft_seconds", "tpot_seconds", "memory_bytes",
 
 @dataclass(frozen=True)
 class Shapes:
-    """goals: a child for each, named by it, and what asks `solve` for it."""
+    """goals: a child for each, named by it, and what asks `solve` for it. attention: what its library offers, from which `kv` names
+    it where another one has the same shapes."""
 
     name: str
     fp8: bool
     goals: tuple[tuple[str, tuple[str, ...]], ...]
     decilm: tuple[str, ...] = ()  # children that are measured as nemotron-nas too
+    attention: str = KV_HEADS
+    kv: str = ""
 
     @property
     def key(self) -> str:
@@ -65,6 +69,9 @@ class Shapes:
 FASTER = tuple((goal, ("--throughput", goal)) for goal in GOALS)
 SHAPES = (
     Shapes("llama-3.1-8b", False, FASTER, ("1.5x", "2x")),
+    Shapes(
+        "llama-3.1-8b", False, FASTER[:1], ("1.5x",), attention="none", kv="-kv8"
+    ),  # which vLLM before 0.29 reads rightly in both
     Shapes("llama-3.1-8b", True, FASTER),
     Shapes("llama-3.3-70b", True, (("70%", ("--params", "70%")),)),
     Shapes("smollm2-135m", False, (("2x", ("--throughput", "2x")),)),
@@ -116,16 +123,17 @@ class Run:
                 return False
         return done
 
-    def library(self, name: str) -> Path:
+    def library(self, one: Shapes) -> Path:
         """With made-up scores and the fits that were measured."""
-        path = self.work / "libraries" / name
+        path = self.work / "libraries" / (one.name + one.kv)
         if not (path / "library.json").is_file():
-            subprocess.run([sys.executable, LIBRARY_SCRIPT, name, path, *OFFERED], check=True)
+            offered = ("--attention", one.attention, "--ffn", FFN)
+            subprocess.run([sys.executable, LIBRARY_SCRIPT, one.name, path, *offered], check=True)
             (path / "costs").symlink_to((self.work / "costs").absolute())
         return path
 
     def solution(self, one: Shapes, child: str) -> Path:
-        return self.work / "children" / f"{one.key}-{child.replace('%', 'percent')}" / "architecture.json"
+        return self.work / "children" / f"{one.key}{one.kv}-{child.replace('%', 'percent')}" / "architecture.json"
 
     def solve(self) -> bool:
         prompt, answer, sequences = WORKLOADS.get(self.gpu, WORKLOADS[""])
@@ -135,7 +143,7 @@ class Run:
                 out = self.solution(one, child)
                 if not out.is_file():
                     asked = (*goal, *work, "--engine", "vllm", "--gpu", self.gpu, "--shapes", one.key)
-                    if self.puzzle("solve", self.library(one.name), *asked, "--out", out.parent, "--json") is None:
+                    if self.puzzle("solve", self.library(one), *asked, "--out", out.parent, "--json") is None:
                         return False
         return True
 
@@ -146,7 +154,7 @@ class Run:
                 children = [child for child, _ in one.goals if format == "hf" or child in one.decilm]
                 for child in children:
                     out = self.work / "bench" / f"{self.solution(one, child).parent.name}-{format}.json"
-                    parent = ["--with-parent"] if child == children[0] and "70b" not in one.name else []
+                    parent = ["--with-parent"] if child == children[0] and "70b" not in one.name and not one.kv else []
                     if out.is_file():
                         continue
                     if self.end - time.monotonic() < LEAST:
@@ -156,7 +164,7 @@ class Run:
                     if said is None:
                         done = False
                         continue
-                    found = json.loads(said) | {"shapes": one.name, "name": child, "format": format}
+                    found = json.loads(said) | {"shapes": one.name, "name": child + one.kv, "format": format}
                     out.parent.mkdir(parents=True, exist_ok=True)
                     out.write_text(json.dumps(found | {"date": time.strftime("%Y-%m-%d")}))
                     for row in rows_of(found | {"date": ""}, lowered=""):
