@@ -163,7 +163,7 @@ def _process(job: dict[str, Any], python: Path) -> Iterator[Iterator[dict[str, A
             try:
                 process = subprocess.Popen(
                     [str(python), worker, str(directory / "job.json")],
-                    stdout=subprocess.PIPE, stderr=log, text=True, errors="replace", env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace", env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 )  # fmt: skip
             except OSError as error:
                 raise UserError(
