@@ -112,7 +112,9 @@ def test_refusals(puzzle, one_line_error, stand_in, tmp_path, mode, wanted):
 
 def test_refusals_before_vllm(puzzle, one_line_error, tmp_path):
     shapes = ("profile", "--shapes", "reference", "--gpu", "cpu")
-    one_line_error(puzzle(*shapes, "--engine", "sglang", "--run"), "--engine sglang: vllm alone can be measured")
+    one_line_error(puzzle(*shapes, "--engine", "sglang", "--run"), "--engine sglang: vllm alone, in the version")
+    for name in ("sglang", "vllm==0.26"):
+        one_line_error(puzzle(*shapes, "--engine", name, "--run", "--dry-run"), f"--engine {name}: vllm alone, in the")
     one_line_error(puzzle(*shapes, "--run"), "--run needs --engine")
     one_line_error(puzzle(*shapes, "--engine", "vllm"), "--engine goes with --run")
     one_line_error(puzzle(*shapes, "--engine", "vllm", "--run", "--format", "gguf"), "--format gguf: vLLM reads hf and")
