@@ -25,6 +25,14 @@ import numpy
 NEW = 16
 
 
+def hf_module(name: str) -> str:
+    """'0.ffn.up_proj' -> 'model.layers.0.mlp.up_proj'"""
+    from puzzle.parents.names import MODULES
+
+    layer, slot, matrix = name.split(".", 2)
+    return f"model.layers.{layer}.{MODULES[slot]}.{matrix}"
+
+
 def reference(child: Path, out: Path, bf16: Path | None, longest: int) -> None:
     import torch
 
@@ -47,11 +55,17 @@ def reference(child: Path, out: Path, bf16: Path | None, longest: int) -> None:
     prompts = [rng.integers(5, structure.vocab_size - 5, size=int(n)) for n in lengths]
     saved: dict[str, Any] = {"lengths": [len(p) for p in prompts], "prompts": numpy.concatenate(prompts)}
     cached = "model.layers.0.self_attn.k_scale" in open_model(child).checkpoint.names
+    stored = open_model(child).checkpoint.names
+    kept = [  # of a child in several precisions: matrices in bf16, whose activations nobody rounds
+        name
+        for name, one in load_model(child).blocks.named_modules()
+        if isinstance(one, torch.nn.Linear) and f"{hf_module(name)}.weight_scale" not in stored
+    ]
     kinds = ["weights", "activations", *(["cache"] if cached else []), *(["bf16"] if bf16 else [])]
     for kind in kinds:
         model = load_model(bf16 if kind == "bf16" and bf16 else child, device=on, dtype=torch.float32)
         if kind in ("activations", "cache"):
-            round_activations(model.blocks)
+            round_activations(model.blocks, kept)
         if kind == "cache":
             round_cache(model, child)
         last, texts = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import deepcopy
 
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ def rounded(x: Tensor) -> Tensor:
     return from_fp8(values, scale[:, None]).view(x.shape).to(x.dtype)
 
 
-def round_activations(module: nn.Module) -> None:
-    """From now on, every matrix in it reads what it reads rounded per token."""
-    for one in module.modules():
-        if isinstance(one, nn.Linear):
+def round_activations(module: nn.Module, kept: Collection[str] = ()) -> None:
+    """From now on, every matrix in it, but for those whose names are in `kept`, reads what it reads rounded per token."""
+    for name, one in module.named_modules():
+        if isinstance(one, nn.Linear) and name not in kept:
             one.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
 
 

@@ -282,6 +282,8 @@ def open_precisions(library: Library, gpu: str, name: str | None, wanted: Sequen
         try:
             table = open_costs(library, gpu, stem)
         except UserError as error:
+            if any(any(root.glob(f"{gpu}*/{stem}.csv")) for root in (library.root / "costs", PACKAGED)):
+                raise  # it is there, and broken
             raise UserError(
                 f"`precision` {precision} has no cost table '{stem}' for `gpu` {gpu}: run `puzzle profile LIBRARY --gpu {gpu}{flag}` "
                 "on that machine"

@@ -145,10 +145,11 @@ def _run(
     from puzzle.library.manifest import Library
     from puzzle.parents.known import known_structure
     from puzzle.serving import engine_profile as stage
-    from puzzle.serving.engine_run import Engine
+    from puzzle.serving.engine_run import Engine, check_engine
 
     if engine is None:
         raise UserError("`run` needs `engine`: name the one that is installed, such as --engine vllm")
+    check_engine(engine)
     opened = None if library is None else Library.open(library)
     name, structure = (shapes, known_structure(shapes or "")) if opened is None else (opened.name, opened.structure)
     precision = "fp8" if fp8 else "float32" if gpu == "cpu" else "bf16"

@@ -312,10 +312,16 @@ def print_fit(value: dict[str, Any]) -> None:
     rows = []
     for what, found in value["errors"].items():
         if isinstance(found, dict):
-            out = value["leave_one_out"].get(what, found)
-            cells = [f"{100 * e:.2f} %" for e in (found["mean"], found["largest"], out["mean"], out["largest"])]
+            out = value["leave_one_out"].get(what)
+            cells = [
+                "–" if one is None else f"{100 * one[e]:.2f} %" for one in (found, out) for e in ("mean", "largest")
+            ]
             rows.append((f"{what.replace('_', ' ')} ({found['num']})", *cells))
     columns = ("", "mean", "largest", "mean, left out", "largest, left out")
     print_table(f"errors of {value['engine']} on {value['device']}", columns, rows)
     left = value["leave_one_out"]
-    console.print(f"pairs of architectures ranked right when left out: {left['pairs_ranked_right']} of {left['pairs']}")
+    if left["pairs"]:
+        told = f"pairs of architectures ranked right when left out: {left['pairs_ranked_right']} of {left['pairs']}"
+    else:
+        told = "no architecture could be left out: nothing says how far the prices of others hold; measure further ones"
+    console.print(told)

@@ -52,7 +52,7 @@ def child_card(card: CardFacts) -> str:
         _origin(card),
         _picture(card.original, card.solved),
     ]
-    parts += [_predicted(card.solved)] if card.solved else []
+    parts += [_predicted(card.solved, _as_solved(card))] if card.solved else []
     parts += [_measured(card.measured)] if card.measured else []
     parts += [_recipe(card.facts)] if card.facts else []
     if card.lowerings:
@@ -131,7 +131,17 @@ def _picture(child: Child, solved: Architecture | None) -> str:
     return f"## Architecture\n\n```\n{drawn}\n```\n\n{head}\n{rows}"
 
 
-def _predicted(solved: Architecture) -> str:
+def _as_solved(card: CardFacts) -> bool:
+    """Whether weights and cache are in the precisions that were chosen; True where none was."""
+    solved = card.solved
+    if solved is None or solved.kv_dtype is None:
+        return True
+    layers = list(enumerate(card.original.layers)) if card.dtype == "fp8" else []
+    fp8 = {(i, slot) for i, layer in layers for slot in layer.slots if slot not in layer.bf16}
+    return fp8 == solved.fp8_weights and (card.kv_dtype == "fp8") == (solved.kv_dtype == "fp8")
+
+
+def _predicted(solved: Architecture, as_solved: bool) -> str:
     child, parent = solved.predicted, solved.parent_predicted
     rows = [
         ("tokens/s", f"{child.tokens_per_second:.5g}", f"{parent.tokens_per_second:.5g}"),
@@ -145,6 +155,7 @@ def _predicted(solved: Architecture) -> str:
     head = f"predicted on {solved.costs['device']}, {solved.precision}"
     runs = ", ".join(f"{first}-{last}" for first, last in solved.fuse or ())
     fused = f"These figures are for layers {runs} fused, which `puzzle fuse` does.\n\n" if runs else ""
+    fused += "" if as_solved else "This checkpoint is in other precisions than those that these figures are for.\n\n"
     return (
         f"## Predicted\n\n{_table(head, rows)}\n\n{fused}"
         f"The sum of the replaced blocks' own KL divergences, measured one at a time, is {solved.objective:.4f} nats "

@@ -12,7 +12,7 @@ import torch
 from puzzle.base.console import console
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError, first_line, writing
-from puzzle.base.files import SCHEMA, read_json
+from puzzle.base.files import SCHEMA, claim_output, read_json
 from puzzle.export.card import CardFacts, child_card
 from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
@@ -135,6 +135,7 @@ def export(
     written = dtype or str(child.dtype).removeprefix("torch.")
     scales = {}
     if kv_dtype is not None:
+        claim_output(out, force)
         on = pick_device(device)
         scales = calibrate(whole, data or [], text_field, on, compute_dtype(on))
     any_reader = format == "nemotron-nas" and engine is None

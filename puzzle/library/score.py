@@ -50,7 +50,13 @@ class Scorer:
 
     @torch.no_grad()
     def run(self, data_hash: str, joint: bool, fp8: bool = False) -> None:
-        """Fill scores/LNN.json for every layer; what is already scored on the same data and blocks is kept."""
+        """Fill scores/LNN.json for every layer; what is already scored on the same data and blocks is kept, the rest removed
+        before anything is measured: scores on different texts do not add up, wherever this is stopped."""
+        self.keys = [self._key(layer, data_hash) for layer in range(self.library.num_layers)]
+        for layer, key in enumerate(self.keys):
+            path = scores_path(self.library.root, layer)
+            if path.is_file() and read_json(path, "puzzle score").get("key") != key:
+                path.unlink()
         self.streams = [self.model.embed(ids) for ids in self.batches]
         self.finals = [self.model.hidden(ids) for ids in self.batches]
         todo = {layer: self._wanted(layer, joint) for layer in self.library.layers}
@@ -59,7 +65,7 @@ class Scorer:
         with progress("score", sum(len(w) for w in todo.values())) as bar:
             for layer, block in enumerate(self.model.blocks):
                 if layer in todo:
-                    self._score_layer(layer, todo[layer], data_hash, bar)
+                    self._score_layer(layer, todo[layer], bar)
                 self.streams = [block(x, self.ropes) for x in self.streams]
 
     def _wanted(self, layer: int, joint: bool) -> list[Replacement]:
@@ -76,17 +82,16 @@ class Scorer:
         weights = [{slot: FP8_WEIGHTS} for slot, sub_block in own.items() if not isinstance(sub_block, NoOp)]
         return [*weights, *({slot: FP8_CACHE} for slot, sub_block in own.items() if isinstance(sub_block, Gqa))]
 
-    def _score_layer(self, layer: int, wanted: list[Replacement], data_hash: str, bar: Bar) -> None:
-        path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
+    def _key(self, layer: int, data_hash: str) -> str:
         hashes = {
             slot: {name: self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT}
-            for slot, space in spaces.items()
+            for slot, space in self.library.spaces[layer].items()
         }
-        key = content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
-        found: dict[str, dict[str, float]] = {}
-        if path.is_file():
-            old = read_json(path, "puzzle score")
-            found = old["scores"] if old.get("key") == key else {}
+        return content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
+
+    def _score_layer(self, layer: int, wanted: list[Replacement], bar: Bar) -> None:
+        path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
+        found: dict[str, dict[str, float]] = read_json(path, "puzzle score")["scores"] if path.is_file() else {}
 
         own: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
 
@@ -106,7 +111,7 @@ class Scorer:
                 parts = own | {slot: part(slot, variant) for slot, variant in replacement.items()}
                 found[name] = self._score(layer, name, parts)
             bar.advance()
-        write_json(path, {"key": key, "scores": found})
+        write_json(path, {"key": self.keys[layer], "scores": found})
 
     def _score(self, layer: int, name: str, parts: dict[str, Part]) -> dict[str, float]:
         """Of the parent with `parts` in one layer, which errors call `name`."""

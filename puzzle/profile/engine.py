@@ -17,19 +17,23 @@ The interface is that of `cost_table.CostTable`, so that `solve` prices an engin
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.files import content_hash, read_json
 from puzzle.base.machine import gpu_facts
+from puzzle.base.units import PRECISION_BYTES
 from puzzle.base.workload import Workload
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.export.engines import ENGINES as SERVING
-from puzzle.export.engines import engine_named
+from puzzle.export.engines import FORMATS, engine_named
 from puzzle.export.lower import lowered
 from puzzle.parents.structure import Layer, Structure
 from puzzle.profile.parts import Embedding, Ends, Head, Part
@@ -190,14 +194,13 @@ def open_engine(
         raise UserError(
             f"several fits of `engine` {engine} on `gpu` {gpu}: {', '.join(own)}; pass `shapes` with one of them"
         )
-    if name is None and unnamed:
-        return read_fit(unnamed[0], parent, engine)
-    if name in own:
-        return read_fit(own[name], parent, engine)
     stem = "-".join(filter(None, (fitted, gpu, name)))
     shipped = {p.parent.name: p for p in sorted(ENGINES.glob("*/fit.json"))}
-    if stem in shipped:
-        return read_fit(shipped[stem], parent, engine)
+    path = unnamed[0] if name is None and unnamed else own.get(name or "", shipped.get(stem))
+    if path is not None:
+        if (model := read_fit(path, parent)).gpu != gpu or model.engine != fitted:
+            raise UserError(f"{path} is a fit of {model.engine} on {model.gpu}, not of {fitted} on {gpu}: fit again")
+        return read_fit(path, parent, engine)
     names = [*own, *(n.removeprefix(f"{fitted}-{gpu}-") for n in shipped if n.startswith(f"{fitted}-{gpu}-"))]
     if name is not None and names:
         raise UserError(f"`shapes` {name}: the fits of `engine` {engine} on `gpu` {gpu} are {', '.join(names)}")
@@ -211,14 +214,29 @@ def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: 
     """engine: with its version; None: as the file names it. Raises UserError for a file that is no fit."""
     value = read_json(path, "puzzle profile --engine ... --fit")
     try:
-        names = {f.name for f in fields(Constants)}
-        constants = Constants(**{k: float(v) for k, v in value["constants"].items() if k in names})
+        given = {f.name: 0.0 for f in fields(Constants) if not f.default} | value[
+            "constants"
+        ]  # earlier ones have fewer
+        constants = Constants(**{f.name: float(given.pop(f.name)) for f in fields(Constants)})
+        wrong = [k for k, v in asdict(constants).items() if not 0 <= v < math.inf or (k in SHARES and not v)]
         more = {"device": value["device"], "precision": value["precision"], "parent": parent}
         if "largest_batch" in value:  # earlier ones were measured up to 256
             more |= {name: value[name] for name in ("largest_batch", "room_bytes", "format")}
+        if wrong or given:
+            raise ValueError(f"constants {', '.join([*wrong, *given])} cannot be")
+        _check_facts(more)
         return EngineModel(engine or value["engine"], value["gpu"], constants, **more)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no engine fit ({error}): fit again") from error
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a fit, or what it is made from, cannot say."""
+    counts = [facts.get(name) for name in ("largest_batch", "room_bytes")]
+    if facts["precision"] not in PRECISION_BYTES or facts.get("format", FORMATS[0]) not in FORMATS:
+        raise ValueError(f"precision {facts['precision']!r}, format {facts.get('format')!r}")
+    if any(n is not None and (type(n) is not int or n < 1) for n in counts) or not isinstance(facts["device"], str):
+        raise ValueError("its device, largest_batch or room_bytes is none")
 
 
 def read_architectures(path: Path) -> dict:
@@ -228,9 +246,11 @@ def read_architectures(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
         for name, parts in value["architectures"].items():
             parts_of(parts)
-            if not all(isinstance(n, int) and n > 0 for n in parts["sub_blocks"].values()):
-                raise UserError(f"{path}: architecture '{name}' has a count that is no positive whole number")
+            if not all(type(n) is int and n > 0 for n in parts["sub_blocks"].values()):
+                raise ValueError(f"'{name}' has a count that is no positive whole number")
         missing = [k for k in ("gpu", "device", "versions", "precision", "date") if k not in value]
+        if not missing:
+            _check_facts(value)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): write what was measured there") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:

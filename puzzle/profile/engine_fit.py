@@ -31,6 +31,7 @@ from puzzle.profile.engine import SHARES, Constants, EngineModel, parts_of, read
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
 HICCUP = 0.1  # relative error
 MAX_STEPS = 200
+MOST = 2**16  # sequences at once: `solve` looks at every batch up to the largest that was measured
 COLUMNS = {
     "decode_step": ("decode_step_ms", 1e-3),
     "prefill": ("prefill_ms", 1e-3),
@@ -60,8 +61,9 @@ def read_measurements(path: Path, known: Sequence[str]) -> list[Measurement]:
         with open(path, newline="", encoding="utf-8") as handle:
             for number, row in enumerate(csv.DictReader(handle), 2):
                 found += _row(path, number, row, known)
-    except OSError as error:
-        raise UserError(f"`fit` {path} cannot be read ({error.strerror}): give a CSV of measurements") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"`fit` {path} cannot be read ({told}): give a CSV of measurements, in UTF-8") from error
     if len(found) < 8:
         raise UserError(f"`fit` {path} has {len(found)} measurements: the constants need at least 8")
     return found
@@ -77,8 +79,8 @@ def _row(path: Path, number: int, row: dict[str, str], known: Sequence[str]) -> 
         raise UserError(f"`fit` {path} line {number} is broken ({error}): see puzzle/profile/engine_fit.py") from error
     if name not in known:
         raise UserError(f"`fit` {path} line {number}: architecture '{name}' is not in architectures.json beside it")
-    if batch < 1 or any(v is not None and not 0 < v < math.inf for v in numbers):
-        raise UserError(f"`fit` {path} line {number}: counts and times must be above 0")
+    if not 1 <= batch <= MOST or any(v is not None and not 0 < v < math.inf for v in numbers):
+        raise UserError(f"`fit` {path} line {number}: counts and times must be above 0, and num_seqs {MOST} at most")
     return [
         Measurement(architecture=name, what=what, batch=batch, work=work, value=value)
         for what, value in zip(WHAT, numbers, strict=True)
@@ -115,7 +117,7 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
 
     def criterion(model: EngineModel, num_constants: int) -> float:
         error = sum(_counted(_error(model, described, m)) ** 2 for m in steps)
-        return len(steps) * math.log(error) + num_constants * math.log(len(steps))
+        return len(steps) * math.log(error or 1e-300) + num_constants * math.log(len(steps))
 
     return paced if criterion(paced, len(HOST)) < criterion(without, 0) else without
 

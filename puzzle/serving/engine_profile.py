@@ -21,7 +21,8 @@ import click
 
 from puzzle.base.console import console
 from puzzle.base.errors import UserError, writing
-from puzzle.base.files import check_writable, write_json
+from puzzle.base.files import write_json, write_text
+from puzzle.base.lock import holding
 from puzzle.base.machine import cpu_name, gpu_facts
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, check_positive
 from puzzle.base.workload import Workload
@@ -137,12 +138,19 @@ def profile_engine(
     """
     check_engine(engine)
     points = (grid or EngineGrid()).points(how.gpu, structure.max_length)
-    check_writable(folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with holding(folder):
+        return _profile(engine, structure, how, folder, points)
+
+
+def _profile(engine: str, structure: Structure, how: Engine, folder: Path, points: list[Point]) -> dict[str, Any]:
     table, facts_path = folder / "measured.csv", folder / "architectures.json"
     rows, failed = _read_rows(table), {}
-    for name, one in architectures(fitting(structure, how)).items():
+    asked = {name: (one, described(one, how)) for name, one in architectures(fitting(structure, how)).items()}
+    own = {"gpu": how.gpu, "precision": how.precision, "format": how.reader}
+    for name in dict.fromkeys(r["architecture"] for r in rows):
+        kept = read_architectures(facts_path)
+        _check_kept(folder, kept, own, name, kept["architectures"].get(name), asked.get(name, (None, None))[1])
+    for name, (one, entry) in asked.items():
         done = {(r["num_seqs"], r["input_len"], r["output_len"]) for r in rows if r["architecture"] == name}
         left = [p for p in points if tuple(map(str, p.to_json().values())) not in done]
         if not left:
@@ -152,7 +160,7 @@ def profile_engine(
             for line in measured_random(one, structure.usual, left, how):
                 if "engine" in line:
                     facts = line["engine"]
-                    _describe(facts_path, facts, how, name, described(one, how))
+                    _describe(facts_path, facts, own, name, entry)
                     click.echo(f"{name}: started in {line['start_seconds']:g} s", err=True)
                     continue
                 rows.append(_row(name, line, facts))
@@ -173,27 +181,26 @@ def profile_engine(
     return fit_engine(engine, table, gpu=how.gpu)
 
 
-def _describe(path: Path, facts: dict[str, Any], how: Engine, name: str, entry: dict[str, Any]) -> None:
+def _describe(path: Path, facts: dict[str, Any], own: dict[str, str], name: str, entry: dict[str, Any]) -> None:
     """Add an architecture to architectures.json. Raises UserError where it tells of another engine, GPU or precision."""
-    device = cpu_name() if how.gpu == "cpu" else facts["device"]
-    told = {
-        "gpu": how.gpu,
-        "device": device,
-        "versions": facts["versions"],
-        "precision": how.precision,
-        "format": how.reader,
-    }
-    found: dict[str, Any] = {"date": datetime.date.today().isoformat()}
+    device = cpu_name() if own["gpu"] == "cpu" else facts["device"]
+    told = own | {"device": device, "versions": facts["versions"]}
+    found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "architectures": {}}
     found |= read_architectures(path) if path.is_file() else {}
+    known = found["architectures"]
+    _check_kept(path.parent, found, told, name, known.get(name, entry), entry)
+    write_json(path, found | told | {"architectures": known | {name: entry}})
+
+
+def _check_kept(folder: Path, found: dict[str, Any], told: dict[str, str], name: str, known: Any, entry: Any) -> None:
+    """Raise UserError where the figures in `folder` are not those of `told`, or of the architecture that `entry` is."""
     for key, value in told.items():
         if found.get(key, value) != value:
             raise UserError(
-                f"{path.parent} holds figures of {key} '{found[key]}', and this is '{value}': give another `out`"
+                f"{folder} holds figures of {key} '{found[key]}', and this is '{value}': give another `out`"
             )
-    known = found.get("architectures", {})
-    if known.get(name, entry) != entry:
-        raise UserError(f"{path.parent} holds figures of another parent's '{name}': give another `out`")
-    write_json(path, found | told | {"architectures": known | {name: entry}})
+    if known is None or known != entry:
+        raise UserError(f"{folder} holds figures of another parent's '{name}': give another `out`")
 
 
 def _row(name: str, line: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
@@ -222,14 +229,17 @@ def _told(row: dict[str, str], found: dict[str, Any]) -> str:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """A last half-written line is cut off."""
+    """A last half-written line is cut off. Raises UserError for a file that nothing here wrote."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode(errors="replace")
     whole = text[: text.rfind("\n") + 1]
+    rows = list(csv.DictReader(whole.splitlines()))
+    if any(list(row) != list(COLUMNS) or None in row.values() for row in rows):
+        raise UserError(f"{path} is not what this command writes: move it away, or give another `out`")
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return list(csv.DictReader(whole.splitlines()))
+        write_text(path, whole)
+    return rows
 
 
 def _append(path: Path, row: dict[str, str]) -> None:

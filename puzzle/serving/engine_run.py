@@ -24,7 +24,6 @@ from puzzle.base.errors import UserError, writing
 from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
 from puzzle.export.child import Child, ChildLayer, no_tensors
-from puzzle.export.engines import ENGINES
 from puzzle.export.fp8 import quantization_config
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import lower
@@ -77,7 +76,7 @@ def check_engine(name: str) -> None:
     """Raise UserError for an engine that nothing here can run."""
     if name != ENGINE:
         raise UserError(
-            f"`engine` {name}: {ENGINE} alone can be measured; others of {', '.join(ENGINES)} only by a CSV of yours"
+            f"`engine` {name}: {ENGINE} alone, in the version that is installed, can be measured; of others fit a CSV of yours"
         )
 
 
@@ -163,7 +162,7 @@ def _process(job: dict[str, Any], python: Path) -> Iterator[Iterator[dict[str, A
             try:
                 process = subprocess.Popen(
                     [str(python), worker, str(directory / "job.json")],
-                    stdout=subprocess.PIPE, stderr=log, text=True, errors="replace", env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace", env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 )  # fmt: skip
             except OSError as error:
                 raise UserError(

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 import types
 from statistics import median
@@ -27,6 +28,16 @@ SETTINGS = {  # engine and caller in one process, nothing from the network, no k
 }  # fmt: skip
 WARM_UP = 2  # tokens
 SHORT, TIMES = 0.5, 5  # seconds of prompts together, below which they run again, and how often
+
+
+def end_with_caller() -> None:
+    """A caller that is killed closes our input; what it left running would slow down whoever measures next."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def say(**facts: Any) -> None:
@@ -171,6 +182,7 @@ def measure(llm: Any, point: dict[str, int], vocab: int, repeats: int, capacity:
 
 
 def main() -> None:
+    end_with_caller()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's own figures are read below

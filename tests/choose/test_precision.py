@@ -219,6 +219,8 @@ def test_what_has_no_price_or_score(puzzle, one_line_error, precise, gpu_table, 
     one_line_error(
         puzzle("solve", precise.root, *words), "--precision fp8: the cost table 'tiny-fp8'", "has no 'swiglu", "--fp8"
     )
+    table.write_text("part,precision\nswiglu,fp8\n")
+    one_line_error(puzzle("solve", precise.root, *words), "tiny-fp8.csv line 2 is broken")
     table.unlink()
     one_line_error(
         puzzle("solve", precise.root, *words), "--precision fp8 has no cost table 'tiny-fp8'", "--gpu h100 --fp8"

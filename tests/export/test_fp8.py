@@ -247,3 +247,14 @@ def test_a_recipe(tmp_path):
     recipe.write_text(yaml.safe_dump({"parent": "p", "export": {"engine": "mlx", "dtype": "fp8"}}))
     with pytest.raises(UserError, match=r"export.dtype fp8: mlx reads none of compressed-tensors"):
         read_recipe(recipe)
+
+
+def test_a_place_in_use_is_refused_before_anything_is_calibrated(
+    own_library, puzzle, one_line_error, tmp_path, monkeypatch
+):
+    (tmp_path / "child").mkdir()
+    (tmp_path / "child" / "mine").write_text("")
+    monkeypatch.setattr("puzzle.export.write.calibrate", None)
+    source = json.loads((own_library / "library.json").read_text())["parent"]["source"]
+    words = ("--kv-dtype", "fp8", "--data", tmp_path, "--out", tmp_path / "child")
+    one_line_error(puzzle("export", own_library / source, *words), "child is not empty")

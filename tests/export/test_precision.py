@@ -110,6 +110,8 @@ def test_one_checkpoint(precise, own_library, tmp_path):
     export(open_source(tmp_path / "child"), tmp_path / "whole", dtype="bfloat16")
     assert "quantization_config" not in json.loads((tmp_path / "whole/config.json").read_text())
     export(open_source(tmp_path / "child"), tmp_path / "all", dtype="fp8")
+    for name, other in (("child", False), ("again", False), ("whole", True), ("all", True)):
+        assert ("other precisions than those" in (tmp_path / name / "README.md").read_text()) == other, name
     assert json.loads((tmp_path / "all/config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
 
 

@@ -12,7 +12,7 @@ from puzzle.blocklib.sub_block import MissingFace
 from puzzle.data.packing import load_tokens
 from puzzle.kernels.fp8 import from_fp8, to_fp8
 from puzzle.library.manifest import Library
-from puzzle.library.score import load_variant
+from puzzle.library.score import Scorer, load_variant
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
@@ -45,6 +45,30 @@ def test_joint_scores(own_library, corpus, puzzle):
     assert done.exit_code == 0, done.output
     scores = json.loads((own_library / "scores/L01.json").read_text())["scores"]
     assert set(scores) == {"attention/none", "ffn/none", "attention/none+ffn/none"}
+
+
+def test_scores_on_other_text_go_first(own_library, corpus, puzzle, one_line_error, tmp_path, monkeypatch):
+    """Wherever a second scoring is stopped, no layer keeps what does not add up with the others; what does is kept."""
+    (tmp_path / "corpus").mkdir()
+    for path in sorted(corpus.iterdir())[:30]:
+        (tmp_path / "corpus" / path.name).write_bytes(path.read_bytes())
+    paths = sorted((own_library / "scores").iterdir())
+    whole, seen = Scorer._score_layer, []
+    before = [path.read_bytes() for path in paths]
+
+    def stopped(self, layer, *more):
+        seen.append(layer)
+        if layer == 2:
+            raise KeyboardInterrupt
+        whole(self, layer, *more)
+
+    monkeypatch.setattr(Scorer, "_score_layer", stopped)
+    puzzle("score", own_library, "--data", corpus, "--sequences", 6)
+    assert [path.read_bytes() for path in paths] == before
+    puzzle("score", own_library, "--data", tmp_path / "corpus", "--sequences", 4)
+    assert (seen, [path.is_file() for path in paths]) == ([0, 1, 2] * 2, [True, True, False, False])
+    done = puzzle("solve", own_library, "--throughput", "1.1x", "--gpu", "cpu", "--input-len", 16, "--output-len", 16)
+    one_line_error(done, "L02.json does not exist", "puzzle score")
 
 
 def test_what_fp8_costs_the_parents_own(own_library, parent, corpus, puzzle):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -117,3 +118,51 @@ def test_fits_of_ones_own_come_first_and_are_named(tmp_path):
     shutil.copytree(tmp_path / "h100" / "vllm" / "mine", tmp_path / "h100" / "vllm" / "second")
     with pytest.raises(UserError, match=r"several fits .* pass `shapes` with one of them"):
         open_engine("vllm", "h100", measured=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "int3"}, "is no engine fit .precision 'int3'"),
+        ({"precision": None}, "precision None"),
+        ({"format": "zzz"}, "format 'zzz'"),
+        ({"room_bytes": "x"}, "largest_batch or room_bytes"),
+        ({"largest_batch": 0}, "largest_batch or room_bytes"),
+        ({"largest_batch": 2.5}, "largest_batch or room_bytes"),
+        ({"device": 5}, "its device"),
+        ({"constants": {"weights": 0.0}}, "constants weights cannot be"),
+        ({"constants": {"step": math.nan}}, "constants step cannot be"),
+        ({"constants": {"kv": -1.0}}, "constants kv cannot be"),
+        ({"constants": {"sea": 1.0}}, "constants sea cannot be"),
+        ({"constants": {"step": "a"}}, "is no engine fit"),
+        ({"constants": []}, "is no engine fit"),
+        ({"gpu": "h200"}, "is a fit of vllm on h200, not of vllm on h100"),
+        ({"engine": "sglang"}, "is a fit of sglang on h100, not of vllm on h100"),
+    ],
+)
+def test_what_is_no_fit(tmp_path, change, message):
+    fit = json.loads((ENGINES / "vllm-h100" / "fit.json").read_text()) | {
+        "largest_batch": 96,
+        "room_bytes": 7,
+        "format": "hf",
+    }
+    own = change.get("constants")
+    change = change | ({"constants": {**fit["constants"], **own}} if isinstance(own, dict) else {})
+    path = tmp_path / "h100" / "vllm" / "mine" / "fit.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(fit | change))
+    with pytest.raises(UserError, match=message):
+        open_engine("vllm", "h100", measured=tmp_path)
+
+
+def test_an_earlier_fit_lacks_what_was_not_fitted(tmp_path):
+    fit = json.loads((ENGINES / "vllm-h100" / "fit.json").read_text())
+    path = tmp_path / "h100" / "vllm" / "mine" / "fit.json"
+    late = {"tail", "host", "host_sequence", "launch", "request"}
+    for dropped, found in ((late, 0.0), ({"step"}, None)):
+        write_json(path, fit | {"constants": {k: v for k, v in fit["constants"].items() if k not in dropped}})
+        if found is None:
+            with pytest.raises(UserError, match=r"is no engine fit .'step'"):
+                open_engine("vllm", "h100", measured=tmp_path)
+        else:
+            assert open_engine("vllm", "h100", measured=tmp_path).constants.tail == found

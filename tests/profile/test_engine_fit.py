@@ -127,12 +127,16 @@ def test_a_fit_finds_where_the_host_sets_the_pace(host):
         (lambda t: t.replace("num_seqs", "sequences"), "line 2 is broken"),
         (lambda t: t.replace("parent,8.03", "mother,8.03", 1), "'mother' is not in architectures.json"),
         (lambda t: t.replace("6.57", "-6.57"), "above 0"),
+        (lambda t: t.replace(",C1,1,", ",C1,99999999999,", 1), "num_seqs 65536 at most"),
         (lambda t: "\n".join(t.splitlines()[:3]), "at least 8"),
+        (lambda t: t + "p" * 200_000, "field larger than"),
+        (lambda t: t.encode("utf-16"), "cannot be read ('utf-8'"),
     ],
 )
 def test_bad_measurements(puzzle, tmp_path, change, wanted):
     (tmp_path / "architectures.json").write_text((SHIPPED / "architectures.json").read_text())
-    (tmp_path / "m.csv").write_text(change((SHIPPED / "measured.csv").read_text()))
+    found = change((SHIPPED / "measured.csv").read_text())
+    (tmp_path / "m.csv").write_bytes(found if isinstance(found, bytes) else found.encode())
     done = puzzle("profile", "--engine", "vllm", "--gpu", "h100", "--fit", tmp_path / "m.csv")
     assert done.exit_code == 2
     assert wanted in done.output
@@ -150,3 +154,26 @@ def test_profile_fits_from_the_command_line(puzzle, tmp_path):
     assert "was measured on h100, not on h200" in other.output
     with pytest.raises(UserError, match="architectures"):
         read_architectures(Path(tmp_path / "measured.csv"))
+
+
+def test_one_architecture_alone(puzzle, tmp_path):
+    """It shows nothing of others, and the report says so."""
+    facts = json.loads((SHIPPED / "architectures.json").read_text())
+    (tmp_path / "architectures.json").write_text(json.dumps(facts))
+    head, *lines = (SHIPPED / "measured.csv").read_text().splitlines()
+    (tmp_path / "m.csv").write_text("\n".join([head, *(x for x in lines if x.startswith("parent,"))]))
+    done = puzzle("profile", "--engine", "vllm", "--gpu", "h100", "--fit", tmp_path / "m.csv")
+    assert done.exit_code == 0, done.output
+    assert "no architecture could be left out" in done.output
+    assert "decode step" in done.output
+    assert "0 of 0" not in done.output
+
+
+def test_a_fit_of_what_is_exactly_as_usual():
+    """No error at all has no logarithm."""
+    usual = EngineModel("made", "h100", Constants(tail=64.0))
+    described = {"gpu": "h100", "device": "made", "precision": "bf16", "architectures": SMALL}
+    work = Workload(input_len=8, output_len=8)
+    made = [Measurement(architecture="parent", what="decode_step", batch=b, work=work, value=1.0) for b in (1, 2, 4, 8)]
+    made = [replace(one, value=predicted(usual, SMALL["parent"], one)) for one in made]
+    assert fit("made", described, made).constants.host == 0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.parents.known import known_structure
 from puzzle.profile.engine import Constants
+from puzzle.serving import engine_run
 from puzzle.serving.check import EngineFailed
 from puzzle.serving.engine_profile import EngineGrid, architectures, described, fitting, profile_engine
 from puzzle.serving.engine_run import Engine, Point, measured_random, write_random
@@ -108,7 +112,9 @@ def test_refusals(puzzle, one_line_error, stand_in, tmp_path, mode, wanted):
 
 def test_refusals_before_vllm(puzzle, one_line_error, tmp_path):
     shapes = ("profile", "--shapes", "reference", "--gpu", "cpu")
-    one_line_error(puzzle(*shapes, "--engine", "sglang", "--run"), "--engine sglang: vllm alone can be measured")
+    one_line_error(puzzle(*shapes, "--engine", "sglang", "--run"), "--engine sglang: vllm alone, in the version")
+    for name in ("sglang", "vllm==0.26"):
+        one_line_error(puzzle(*shapes, "--engine", name, "--run", "--dry-run"), f"--engine {name}: vllm alone, in the")
     one_line_error(puzzle(*shapes, "--run"), "--run needs --engine")
     one_line_error(puzzle(*shapes, "--engine", "vllm"), "--engine goes with --run")
     one_line_error(puzzle(*shapes, "--engine", "vllm", "--run", "--format", "gguf"), "--format gguf: vLLM reads hf and")
@@ -144,6 +150,54 @@ def test_what_is_measured_stays(stand_in, tmp_path):
         profile_engine("vllm", TINY.with_layers(TINY.layers[:8]), how, folder, wide)
     with pytest.raises(UserError, match="holds figures of precision 'float32', and this is 'fp8'"):
         profile_engine("vllm", TINY, Engine(gpu="cpu", python=python, precision="fp8"), folder, wide)
+
+
+def test_a_folder_that_is_complete_is_compared_too(stand_in, tmp_path):
+    """Nothing is left to measure there, so that no engine says whose figures they are."""
+    python, _ = stand_in
+    done, grid = tmp_path / "costs", EngineGrid(batches=(1, 4), contexts=(32,), output_len=8)
+    how = {"gpu": "cpu", "python": python, "precision": "float32"}
+    profile_engine("vllm", TINY, Engine(**how), done, grid)
+    facts = json.loads((done / "architectures.json").read_text())
+    others = {name: entry for name, entry in facts["architectures"].items() if name != "mixed"}
+    foreign = "is not what this command writes: move it away"
+    for number, (structure, more, files, message) in enumerate((
+        (TINY.with_layers(TINY.layers[:8]), {}, {}, "holds figures of another parent's 'parent': give another `out`"),
+        (TINY, {"reader": "nemotron-nas"}, {}, "holds figures of format 'hf', and this is 'nemotron-nas'"),
+        (TINY, {"precision": "fp8"}, {}, "holds figures of precision 'float32', and this is 'fp8'"),
+        (TINY, {}, {"measured.csv": b"architecture,num_seqs\nparent,1\n"}, foreign),
+        (TINY, {}, {"measured.csv": b"\xff\xfe\x00\n\x00\n"}, foreign),
+        (TINY, {}, {"architectures.json": b""}, "does not describe architectures"),
+        (TINY, {}, {"architectures.json": json.dumps(facts | {"architectures": others}).encode()}, "another parent's 'mixed'"),
+    )):  # fmt: skip
+        folder = shutil.copytree(done, tmp_path / str(number))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError, match=message):
+            profile_engine("vllm", structure, Engine(**how | more), folder, grid)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_worker_ends_with_its_caller(tmp_path):
+    """Also where that is killed and can end nothing itself."""
+    worker = Path(engine_run.__file__).with_name("engine_worker.py")
+    code = "import importlib.util as u, sys, time; s = u.spec_from_file_location('w', sys.argv[1]); m = u.module_from_spec(s); "
+    code += "s.loader.exec_module(m); m.end_with_caller(); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(worker)], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(20) == 1
+
+
+def test_two_processes_do_not_measure_into_one_folder(stand_in, tmp_path):
+    python, _ = stand_in
+    folder = tmp_path / "costs"
+    folder.mkdir()
+    with open(folder / ".lock", "a+") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being changed by"):
+            profile_engine("vllm", TINY, Engine(gpu="cpu", python=python, precision="float32"), folder)
 
 
 def test_a_promise_and_its_measurement(puzzle, stand_in, synthetic, tmp_path):
