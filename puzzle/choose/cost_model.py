@@ -56,11 +56,11 @@ class CostModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Where prices come from, for architecture.json; of an engine also its export's format and its room on the card."""
+        """Where prices come from, for architecture.json; of an engine also its export's format and its room on the card and its error."""
         table = self.table
         found: dict[str, Any] = {"device": table.device, "precision": table.precision, "sha256": table.hash}
         if isinstance(table, EngineModel):
-            found |= {"format": table.format, "room_bytes": table.room_bytes}
+            found |= {"format": table.format, "room_bytes": table.room_bytes, "left_out": table.left_out}
         return found
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from puzzle.choose.goal import BY_OPTION, Limit, host_label
 from puzzle.choose.workloads import Demand
-from puzzle.solver.explain import nearest, smallest_conflict
+from puzzle.solver.explain import least, nearest, smallest_conflict, without
 from puzzle.solver.problem import Problem
 
 
@@ -34,11 +34,13 @@ def why_infeasible(problems: Mapping[str, Problem], demands: Sequence[Demand]) -
     reach = {int(b): nearest(problem, limits) for b, problem in problems.items()}
     typed = " and ".join(dict.fromkeys(words[label].typed for label in limits))
     found = [text for label in limits if (text := _reach(label, words[label], reach)) is not None]
+    if not found and (both := _of_both(limits, next(iter(problems.values())))) is not None:
+        found = [_together(problems, both, words[both[1]])]
     if not found:
         return (
             f"{typed} cannot be met: no value of one of them alone would do; relax several, or offer cheaper variants"
         )
-    if len(limits) == 1:
+    if len(found) == 1 and " and " not in typed:
         return f"{typed} cannot be met: {found[0]}; relax it or offer cheaper variants"
     return f"{typed} cannot be met together: with the rest kept, {', or '.join(found)}; relax one, or offer cheaper variants"
 
@@ -47,6 +49,25 @@ def _reach(label: str, words: Words, reach: dict[int, dict[str, tuple[str, float
     """The best over the batch sizes when this limit alone gives way. reach: by batch size, what `nearest` found."""
     values = [words.value(batch, limits[label][1]) for batch, limits in reach.items() if label in limits]
     return words.text((max if words.larger else min)(values)) if values else None
+
+
+def _of_both(limits: Sequence[str], problem: Problem) -> tuple[str, str] | None:
+    """Where they are one limit, on the device's time and on the host's: its label, and its label for the host."""
+    pairs = [(c.label, host_label(c.label)) for c in problem.constraints]
+    known = {c.label for c in problem.constraints}
+    return next((pair for pair in pairs if set(limits) <= set(pair) <= known), None)
+
+
+def _together(problems: Mapping[str, Problem], both: tuple[str, str], words: Words) -> str:
+    """The best over the batch sizes of what each of the two allows by itself: nothing goes beyond it."""
+    found = []
+    for batch, problem in problems.items():
+        limits, rest = [c for c in problem.constraints if c.label in both], without(problem, set(both))
+        amounts = [least(rest, c, "max" if c.max is not None else "min") for c in limits]
+        reached = [words.value(int(batch), amount) for amount in amounts if amount is not None]
+        if len(reached) == len(limits):
+            found.append((min if words.larger else max)(reached))
+    return f"at best, {words.text((max if words.larger else min)(found))}"
 
 
 def _words(limit: Limit, one: Demand) -> Words:

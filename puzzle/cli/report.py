@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROAD = (("seconds", seconds_text), ("memory_bytes", bytes_text), ("disk_bytes", bytes_text))  # figures of a stage
 COMPARED = ("", "parent", "child")
+FIT_ERROR = 0.05  # of an engine's fit, above which it is said
 Row = tuple[str, Any, Any]  # of these columns
 
 
@@ -82,6 +83,11 @@ def print_solution(solved: Architecture) -> None:
         )
     for line in (*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)):
         console.print(f"extrapolated: {line}", markup=False)
+    if (error := solved.costs.get("left_out") or 0) > FIT_ERROR:
+        console.print(
+            f"the fit itself misses {100 * error:.1f} % of the tokens/s of architectures that are left out of it, on average: hold the "
+            "promise for no more exact, or measure the child with `puzzle bench --engine`"
+        )
     if (pace := solved.host_pace) is not None:
         console.print(
             f"the engine's own Python sets the child's pace from batch {pace['from_batch']} on: at {pace['batch']} its share of a step is "

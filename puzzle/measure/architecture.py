@@ -71,7 +71,7 @@ class Also:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """goal: limits as they were asked for, by the names of `puzzle.choose.goal.LIMITS`. costs: {"device", "precision", "sha256"} of
-    the prices, of an engine's also {"format", "room_bytes"}. status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
+    the prices, of an engine's also {"format", "room_bytes", "left_out"} (`EngineModel`). status, objective (the sum of scores), bound, gap, slack, seconds, solver: as `solver.Solution` has them.
     kv_dtype: what is cached, where precision was chosen; None: as the costs' precision, which the parent's figures are in.
     bound, gap: None of a baseline, which proves nothing. speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
     that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one

@@ -3,8 +3,8 @@
 FILE.csv has a row per measurement: architecture, num_seqs, input_len, output_len and any of decode_step_ms, prefill_ms (of all prompts
 together) and output_tokens_per_s; architectures.json beside it says what each architecture is made of. Levenberg-Marquardt on relative
 errors (Levenberg 1944, Marquardt 1963), in the logarithms of the constants and, of shares, which no engine has more than 1 of, in those
-of the odds, drawn to their usual values by a weak prior. An error far above HICCUP counts by its logarithm (Black & Rangarajan 1996,
-Lorentzian), so that one run that something held up spoils no constant.
+of the odds, drawn to their usual values by a weak prior; none falls below LEAST. An error far above HICCUP counts by its logarithm (Black &
+Rangarajan 1996, Lorentzian), so that one run that something held up spoils no constant.
 
 Whether the engine's own Python sets the pace anywhere is found by fitting twice, without its two constants and with them, from the
 line below all decode steps over the batch: they stay where they lower Schwarz's criterion (1978) of the decode steps, else there is
@@ -40,6 +40,7 @@ COLUMNS = {
 WHAT = tuple(COLUMNS)
 HOST = ("host", "host_sequence")
 USUAL = {"tail": 64.0}
+LEAST = {"attention": 6e-6, "ffn": 4e-6}  # seconds: six and four kernels, of which none takes less than a microsecond
 USUAL_PREFILL = {"request": 5e-5, "launch": 1e-4}  # seconds, where prefills were measured
 
 
@@ -154,12 +155,12 @@ def _least(
     """Of all constants of `start` that are above 0; the others stay 0."""
     names = [name for name, value in start.items() if value > 0]
     odds = np.array([name in SHARES for name in names])
-    usual = np.array([start[name] for name in names])
+    usual, least = (np.array([d.get(name, 0.0) for name in names]) for d in (start, LEAST))
     usual = np.log(usual / np.where(odds, 1 - usual, 1.0))
     largest = max(m.batch for m in measured)
 
     def model(x: np.ndarray) -> EngineModel:
-        values = np.exp(x) / np.where(odds, 1 + np.exp(x), 1.0)
+        values = np.maximum(least, np.exp(x) / np.where(odds, 1 + np.exp(x), 1.0))
         constants = Constants(**start | dict(zip(names, values.tolist(), strict=True)))
         told = {key: described[key] for key in ("device", "precision")}
         return EngineModel(engine, described["gpu"], constants, largest_batch=largest, **told)

@@ -27,7 +27,7 @@ SETTINGS = {  # engine and caller in one process, nothing from the network, no k
     "NCCL_SOCKET_IFNAME": "lo", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
 WARM_UP = 2  # tokens
-SHORT, TIMES = 0.5, 5  # seconds of prompts together, below which they run again, and how often
+SHORT, TIMES = 0.5, 5  # seconds of runs together, below which they are repeated, and how often at most
 
 
 def end_with_caller() -> None:
@@ -170,11 +170,12 @@ def measure(llm: Any, point: dict[str, int], vocab: int, repeats: int, capacity:
     rng = numpy.random.default_rng(0)
     prompts = rng.integers(0, vocab, size=(batch, length)).tolist()
     run(llm, prompts, WARM_UP)
-    first, whole, step = [], [], []
-    for _ in range(repeats):
+    first: list[float] = []
+    whole: list[float] = []
+    step = []
+    while len(first) < repeats or (sum(first) < SHORT and len(first) < TIMES):
         first.append(run(llm, prompts, 1)[0])
-        while sum(first) < SHORT and len(first) < TIMES:
-            first.append(run(llm, prompts, 1)[0])
+    while len(whole) < repeats or (sum(whole) < SHORT and len(whole) < TIMES):
         seconds, steps, end = run(llm, prompts, num_tokens)
         whole.append(seconds)
         step.append(step_of(steps, end, num_tokens))

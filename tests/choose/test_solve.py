@@ -134,6 +134,11 @@ def test_solve_does_not_promise_past_an_engines_host(own_library):
         UserError, match=r"`throughput` 1.2x cannot be met: the fastest child reaches 1.*since the engine's own Py"
     ):
         solve_library(library, table, asked(throughput="1.2x"))
+    slow = EngineModel("vllm", "h100", Constants(step=1e-3, host=1e-3, host_sequence=1e-4), largest_batch=16)
+    with pytest.raises(
+        UserError, match=r"1000x cannot be met: at best, the fastest child reaches 1x.*the engine's own Py"
+    ):
+        solve_library(library, slow, asked(throughput="1000x"))  # neither the device nor the host allows it
     found = solve_library(library, table, asked(throughput="1x"))
     assert found.predicted.tpot_seconds == pytest.approx(1e-3 + 8e-4)
     assert found.speedup == pytest.approx(1, abs=0.02)

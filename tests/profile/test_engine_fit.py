@@ -34,6 +34,7 @@ SHIPPED = ENGINES / "vllm-h100"
         ("vllm-h100", "h100", False, 0.02, 0.02),
         ("vllm-h100-llama-3.1-8b", "h100", True, 0.03, 0.04),
         ("vllm-h100-llama-3.1-8b-fp8", "h100", True, 0.04, 0.03),
+        ("vllm-h100-llama-3.3-70b-fp8", "h100", True, 0.012, 0.012),
         ("vllm-cpu", "cpu", False, 0.07, 0.11),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
+from puzzle.cli.report import FIT_ERROR
 from puzzle.parents.known import known_structure
 from puzzle.profile.engine import Constants
 from puzzle.serving import engine_run
@@ -215,7 +216,11 @@ def test_a_promise_and_its_measurement(puzzle, stand_in, synthetic, tmp_path):
     work = ("--input-len", 64, "--output-len", 32, "--concurrency", 8)
     done = puzzle("solve", mine, "--params", "80%", "--gpu", "cpu", "--engine", "vllm", *work, "--out", tmp_path / "s")
     assert done.exit_code == 0, done.output
-    assert "own Python sets the child's pace from batch" in done.output.replace("\n", " ")
+    told = done.output.replace("\n", " ")
+    assert "own Python sets the child's pace from batch" in told
+    fit = json.loads((out / "cpu" / "vllm" / "reference" / "fit.json").read_text())
+    off = fit["leave_one_out"]["throughput"]["mean"]
+    assert (f"misses {100 * off:.1f} % of the tokens/s" in told) == (off > FIT_ERROR)
     done = puzzle("bench", tmp_path / "s", *asked, "--with-parent", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
