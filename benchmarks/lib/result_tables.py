@@ -361,6 +361,19 @@ def serving_matrix(rows: list[Row]) -> str:
     return head + table(["child", *(f"{engine}, {format}" for engine, format in engines)], lines)
 
 
+def serving_matrix_gpu(rows: list[Row]) -> str:
+    engines = list(groups(rows, "engine", "format"))
+    lines = []
+    for (child,), found in groups(rows, "child").items():
+        cells: dict[tuple[str, ...], str] = {
+            (r["engine"], r["format"]): f"{r['after']} ({r['verdict']})" if r["after"] else r["verdict"] for r in found
+        }
+        plain = next(r["plain_after"] for r in found if r["plain_after"])
+        lines.append([child, plain, *(cells[engine] for engine in engines)])
+    head = "Mean |Δ log p| to our float32 after prompts of 17 to 3,000 tokens, 32 at once, in bf16; 'ours': that of our own bf16.\n\n"
+    return head + table(["child", "ours", *(f"{engine}, {format}" for engine, format in engines)], lines)
+
+
 def engine_promise(rows: list[Row]) -> str:
     lines = []
     for (shapes, precision, model, format), found in groups(rows, "shapes", "precision", "model", "format").items():

@@ -135,6 +135,7 @@ SECTIONS = {
     "Serving": (
         Result("serving.csv", "serving/bench_serving.py", "Throughput", t.serving),
         Result("serving_matrix.csv", "serving/serving_matrix.py", "The matrix of engines", t.serving_matrix),
+        Result("serving_matrix_h100.csv", "serving/serving_matrix.py", "vLLM on a GPU", t.serving_matrix_gpu),
         Result("engine_promise.csv", "serving/bench_promise.py", "vLLM and its promise", t.engine_promise),
         Result("export.csv", "serving/bench_export.py", "Memory of an export", t.export),
     ),
