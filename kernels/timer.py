@@ -74,7 +74,9 @@ class Graph:
                     call()
             torch.cuda.current_stream(device).wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):
+            # NCCL's watchdog, another thread, may query events meanwhile
+            mode = "thread_local" if torch.distributed.is_initialized() else "global"
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode=mode):
                 self._calls()
 
     def _calls(self) -> None:
