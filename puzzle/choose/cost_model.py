@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from puzzle.base.machine import several
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, bytes_text
 from puzzle.base.workload import PREFILL_ROWS, Workload
 from puzzle.blocklib.gqa import Gqa
@@ -67,7 +68,8 @@ class CostModel:
     def facts(self) -> dict[str, Any]:
         """Where prices come from, for architecture.json; of an engine also its export's format and its room on the card."""
         table = self.table
-        found: dict[str, Any] = {"device": table.device, "precision": table.precision, "sha256": table.hash}
+        device = several(table.device, self.tp)
+        found: dict[str, Any] = {"device": device, "precision": table.precision, "sha256": table.hash}
         if isinstance(table, EngineModel):
             found |= {"format": table.format, "room_bytes": table.room_bytes}
         return found if self.reduces is None else found | {"all_reduce": self.reduces.facts}

@@ -102,6 +102,5 @@ def _print(found: dict[str, Any]) -> None:
         promised = "–" if told["predicted"] is None else f"{told['predicted']:.3g}x"
         rows.append(("speed-up, each at its best batch", promised, f"{told['measured']:.3g}x"))
     engine = f", {found['child']['measured']['versions']}" if "engine" in found else ""
-    shared = f"{found['tp']} x " if found.get("tp", 1) > 1 else ""
-    title = f"{shared}{found['device']}{engine}, {found['precision']}, {found['workload']}"
+    title = f"{found['device']}{engine}, {found['precision']}, {found['workload']}"
     print_table(title, ("", "predicted", "measured", "measured / predicted"), rows)

@@ -73,9 +73,8 @@ def print_solution(solved: Architecture) -> None:
     ]
     if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
         rows.append(("tokens that its cache holds", solved.cached_tokens(solved.parent, parent), tokens))
-    shared = "" if solved.tp == 1 else f"{solved.tp} x "
     told = "" if solved.tp == 1 else "; memory and KV bytes of each"
-    print_table(f"predicted on {shared}{solved.costs['device']} ({solved.precision}{told})", COMPARED, rows)
+    print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, rows)
     limit = solved.goal["memory"]
     if isinstance(limit, float) and parent.memory_bytes > limit:
         console.print(

@@ -9,11 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from puzzle.base.console import console
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
+from puzzle.base.machine import several
 from puzzle.base.workload import Workload
 from puzzle.blocklib.sub_block import check_tp
 from puzzle.measure.architecture import architecture_path, read_architecture
@@ -59,7 +58,7 @@ def bench(
         if device.type == "cuda":
             check_gpu(gpu)
         asked = precision or pick_precision(device, None if solved is None else solved.costs["precision"])
-        here = name_of(device)
+        here = several(name_of(device), count)
         kept = solved is not None and solved.workload == work and solved.costs["precision"] == asked
         if precision is not None and solved is not None and solved.kv_dtype is not None:
             kept = False  # all in one precision is not what was solved for
@@ -67,9 +66,6 @@ def bench(
             console.print(
                 f"promised for {solved.costs['device']}, measured on {here}: no prediction is held against it"
             )
-            kept = False
-        if kept and solved is not None and solved.tp != count:
-            console.print(f"promised for {solved.tp} GPUs, measured on {count}: no prediction is held against it")
             kept = False
         promised = solved if kept else None
         if with_parent and solved is None:
@@ -92,7 +88,7 @@ def bench(
             "workload": asdict(work),
             "tp": count,
             "precision": solved.precision if promised is not None and solved is not None else asked,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "device": here if device.type == "cuda" else "cpu",
         }
         speeds = measure_speeds(models, work, device, asked, repeats, as_solved=precision is None, ranks=ranks)
         for who, measured in speeds.items():

@@ -118,7 +118,10 @@ class FastRuntime(Runtime):
     def _next(self, stream: Stream) -> Tensor:
         """Final norm, head and argmax of the rows in hand; no divisor of the logits changes which is the largest. -> [B]"""
         normed, _ = rms_norm(*stream, self.final_norm, self.structure.norm_eps)
-        logits = linear(normed, self.head)
+        return self._best(linear(normed, self.head))
+
+    def _best(self, logits: Tensor) -> Tensor:
+        """The likeliest word. logits [B, V], or of this rank's words"""
         return logits.argmax(-1) if self.ranks is None else self.ranks.best(logits)
 
     @torch.inference_mode()
