@@ -88,7 +88,7 @@ def main(latency: str, out: Path | None) -> None:
         recipe = read_recipe(ROOT / "examples" / f"{name}.yaml")
         goals = [recipe.goal]
         if "latency" in recipe.goal.read().limits:
-            goals = [replace(recipe.goal, **{"latency": share}) for share in latency.split(",")]
+            goals = [replace(recipe.goal, **{"latency": one}) for one in latency.split(",")]  # type: ignore[arg-type]
         with tempfile.TemporaryDirectory() as folder:
             offered = {"--attention": recipe.build.attention, "--ffn": recipe.build.ffn}
             words = [word for option, text in offered.items() if text is not None for word in (option, text)]

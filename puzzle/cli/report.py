@@ -228,6 +228,10 @@ def print_shapes(facts: dict[str, Any]) -> None:
     columns = ("stage", f"{facts['gpu']}-hours", "GPUs that hold it", "memory together", "disk")
     print_table(f"{facts['shapes']} by its shapes alone: computed, nothing measured here", columns, rows)
     console.print(f"{total:,.0f} GPU-hours in all, at {facts['mfu']} of the datasheet's bf16 FLOPs (see docs/scale.md)")
+    if facts["activation_bytes"]:
+        console.print(
+            f"between layers the build keeps {bytes_text(facts['activation_bytes'])} of activations in host memory"
+        )
 
 
 def library_summary(root: Path) -> dict[str, Any]:

@@ -43,8 +43,11 @@ def check_weights(recipe: Recipe) -> None:
 
 
 def plan_shapes(recipe: Recipe) -> dict[str, Any]:
-    """{"shapes", "gpu", "mfu", "stages": {name: Row with "gpu_hours" and "gpus", the least that hold it}}. Raises UserError for
-    what can be seen to be wrong without a checkpoint."""
+    """{"shapes", "gpu", "mfu", "activation_bytes", "stages": {name: Row with "gpu_hours" and "gpus", the least that hold it}}.
+
+    activation_bytes: what the build keeps in host memory between one layer and the next. Raises UserError for what can be seen to
+    be wrong without a checkpoint.
+    """
     structure, card = known_structure(recipe.parent), gpu_facts(recipe.profile.gpu.split("-")[0])
     with naming("goal", "workload", "solve", "profile"):
         recipe.solve.check()
@@ -71,7 +74,8 @@ def plan_shapes(recipe: Recipe) -> dict[str, Any]:
         seconds, memory = row["seconds"], row["memory_bytes"]
         row["gpu_hours"] = None if seconds is None else seconds / 3600
         row["gpus"] = None if memory is None else -(-int(memory) // card.memory_bytes)
-    return {"shapes": recipe.parent, "gpu": card.name, "mfu": MFU, "stages": stages}
+    kept = 0 if len(spaces) == 1 else tokens * structure.hidden_size * BYTES
+    return {"shapes": recipe.parent, "gpu": card.name, "mfu": MFU, "activation_bytes": kept, "stages": stages}
 
 
 def _heal(options: HealOptions, structure: Structure, rate: float) -> Row:

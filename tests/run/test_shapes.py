@@ -31,6 +31,7 @@ def test_a_dry_run_needs_no_checkpoint(puzzle, name, tmp_path):
     steps = -(-int(float(recipe["build"]["tokens"])) // (8192 * 4))
     hours = steps * 8192 * 4 * each / (MFU * 989e12) / 3600
     assert stages["build-library"]["gpu_hours"] == pytest.approx(hours)
+    assert found["activation_bytes"] == steps * 8192 * 4 * structure.hidden_size * 2
     assert stages["child"]["disk_bytes"] == 2 * structure.num_parameters
     assert stages["heal"]["memory_bytes"] == 18 * structure.num_parameters
     for row in stages.values():
