@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from puzzle.base.device import side_stream
 
@@ -75,7 +76,7 @@ class Graph:
             torch.cuda.current_stream(device).wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             # NCCL's watchdog, another thread, may query events meanwhile
-            mode = "thread_local" if torch.distributed.is_initialized() else "global"
+            mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
             with torch.cuda.graph(self.graph, stream=side, capture_error_mode=mode):
                 self._calls()
 

@@ -331,6 +331,8 @@ def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[
             continue
         whole = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
         tables = [t for t in whole if name in (None, t.stem)]
+        if name is None:  # tables of shares are for those who run these
+            tables = [t for t in tables if "-tp" not in t.stem or all(CostTable(t).has(part) for part in needs)]
         if len(tables) > 1 and needs:
             opened = [(t, CostTable(t)) for t in tables if not t.stem.endswith("-fp8")]
             holding = [t for t, table in opened if all(table.has(part) for part in needs)]

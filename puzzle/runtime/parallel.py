@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ def joined(tp: int, gpu: str) -> Iterator[tuple[Ranks | None, torch.device]]:
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     yield Ranks(rank=dist.get_rank(), world=tp), device
+    gc.collect()  # NCCL waits for every graph that holds one of its sums
     dist.destroy_process_group()  # not after an error, which ends this process and with it the others: it would wait for them
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.base.workload import PAGE, PREFILL_ROWS
+from puzzle.base.workload import PAGE, PREFILL_ROWS, Workload
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
+from puzzle.choose.cost_model import CostModel
+from puzzle.choose.fusion import WideFfn
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import read_architecture
 from puzzle.parents.known import known_structure
 from puzzle.profile.all_reduce import AllReduceRow, find_all_reduces, read_all_reduces, write_all_reduces
-from puzzle.profile.cost_table import PACKAGED
+from puzzle.profile.cost_table import PACKAGED, CostTable
 from puzzle.profile.parts import Head, ends_of
 from puzzle.profile.profile import subject_named
 
@@ -116,13 +118,21 @@ def test_stages_precision_and_fusion_go_with_it(puzzle, priced, tmp_path):
                 value["scores"][f"{slot}/{name}"] = {"kl": 1e-4}
         path.write_text(json.dumps(value))
     assert library.num_layers == 4
-    for more in (("--stages", 2, "--stage-tolerance", "60%"), ("--precision", "bf16,fp8"), ("--fusion",)):
+    also = ("--also", "16/4@2:ttft=100%")
+    for more in (("--stages", 2, "--stage-tolerance", "60%"), ("--precision", "bf16,fp8"), ("--fusion",), also):
         named = () if "--precision" in more else ("--shapes", "tiny")
         done = puzzle(
             "solve", priced, "--latency", "60%", "--gpu", "h100", "--tp", 2, *named, *WORK, *more, "--out", tmp_path
         )
         assert done.exit_code == 0, done.output
         assert read_architecture(tmp_path).tp == 2
+
+
+def test_a_table_of_shares_is_not_for_one_gpu(puzzle, one_line_error, priced, tmp_path):
+    """Where the library has no other, the tables that ship are looked at."""
+    next(priced.glob("costs/*/tiny.csv")).unlink()
+    done = puzzle("solve", priced, "--latency", "80%", "--gpu", "h100", *WORK, "--out", tmp_path)
+    one_line_error(done, "holds this library's sub-blocks: run `puzzle profile LIBRARY --gpu h100` on that machine")
 
 
 @pytest.mark.parametrize(
@@ -207,3 +217,14 @@ def test_what_is_profiled_of_the_shares():
     keys = {sub_block.timed().key() for _, sub_block in subject.offered}
     assert {"gqa h4096 q4 kv1 d128", "swiglu h4096 f1792", "swiglu h4096 f192", "linear h4096 columns512"} <= keys
     assert subject.structure.vocab_size * 8 == 128256
+
+
+def test_a_fused_ffn_saves_a_norm_and_a_sum(priced):
+    """T of a share is affine here: what two FFNs have twice and their fusion once is its constant, with one sum over ranks."""
+    table = CostTable(next(priced.glob("costs/*/tiny-tp2.csv")))
+    sums = find_all_reduces("h100", TP, [priced / "costs"])
+    costs, batch = CostModel(Library.open(priced), table, Workload(input_len=IN, output_len=OUT), sums), 4
+    found = WideFfn(costs).change((96, 48), batch)
+    constant = (32 + 40 * batch + 300) * 1e-8 + sum_seconds(2 * 32 * batch)
+    assert found["decode_seconds"] == pytest.approx(-(OUT - 1) * constant, rel=1e-6)
+    assert found["memory_bytes"] == -2 * 32
