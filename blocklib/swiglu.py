@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.sub_block import Initialise, Normed, ParentBlock, State, SubBlock, Variant, register, size
+from puzzle.blocklib.sub_block import Initialise, Normed, ParentBlock, State, SubBlock, Variant, divided, register, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,8 @@ class SwiGLU(Normed):
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.swiglu:FastSwiGLU"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.swiglu:VllmGatedFfn"
 
+    added_once: ClassVar[tuple[str, ...]] = ("down_proj.bias",)
+
     intermediate_size: int = size("f", config="intermediate_size")
     activation: str = size("act", default="silu", choices=("silu", "gelu_tanh"))
     bias: bool = size("bias", default=False)
@@ -45,6 +47,9 @@ class SwiGLU(Normed):
 
     def state(self) -> State:
         return State()
+
+    def share(self, tp: int) -> SwiGLU:
+        return replace(self, intermediate_size=divided(self.intermediate_size, tp, "intermediate_size"))
 
     def symbol(self, parent: SubBlock) -> str:
         """Its share of the parent's channels."""

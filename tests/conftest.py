@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import sysconfig
 import tempfile
 from dataclasses import replace
@@ -280,6 +283,32 @@ def poison_tensor(checkpoint: Path, name: str, edit) -> None:
 
 
 @pytest.fixture(scope="session")
+def torchrun():
+    return started
+
+
+def started(processes: int, *arguments: object) -> list[subprocess.Popen]:
+    """As torchrun starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "PYTHONPATH": Path(__file__).parents[1],
+    }
+    shared |= {"OMP_NUM_THREADS": 1}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def synthetic(tmp_path_factory):
     """`synthetic(name)`: a library of a well-known parent with made-up scores. Tests that change it must copy it."""
     from synthetic_library import main
@@ -334,6 +363,20 @@ def write_gpu_table(library, precision: str, name: str, folder: str = "h100-test
 @pytest.fixture(scope="session")
 def gpu_table():
     return write_gpu_table
+
+
+def shares_of(library, tp: int):
+    """What one rank runs of it: for tables of shares."""
+    spaces = tuple(
+        {slot: {name: b.shared(tp) for name, b in names.items()} for slot, names in space.items()}
+        for space in library.spaces
+    )
+    return replace(library, structure=library.structure.share(tp), spaces=spaces)
+
+
+@pytest.fixture(scope="session")
+def shared_library():
+    return shares_of
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,8 @@ def print_solution(solved: Architecture) -> None:
     ]
     if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
         rows.append(("tokens that its cache holds", solved.cached_tokens(solved.parent, parent), tokens))
-    print_table(f"predicted on {solved.costs['device']} ({solved.precision})", COMPARED, rows)
+    told = "" if solved.tp == 1 else "; memory and KV bytes of each"
+    print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, rows)
     limit = solved.goal["memory"]
     if isinstance(limit, float) and parent.memory_bytes > limit:
         console.print(
@@ -210,6 +211,27 @@ def print_road(facts: dict[str, Any]) -> None:
         for name, row in facts["stages"].items()
     ]
     print_table("stages (predicted; –: next to nothing)", ("stage", "time", "memory", "disk"), rows)
+
+
+def print_shapes(facts: dict[str, Any]) -> None:
+    """The --dry-run of a road whose parent is known by its shapes alone; every figure is computed."""
+    rows = [
+        (
+            name,
+            "–" if row["gpu_hours"] is None else f"{row['gpu_hours']:,.2f}",
+            "–" if row["gpus"] is None else row["gpus"],
+            *("–" if row[key] is None else bytes_text(row[key]) for key in ("memory_bytes", "disk_bytes")),
+        )
+        for name, row in facts["stages"].items()
+    ]
+    total = sum(row["gpu_hours"] or 0.0 for row in facts["stages"].values())
+    columns = ("stage", f"{facts['gpu']}-hours", "GPUs that hold it", "memory together", "disk")
+    print_table(f"{facts['shapes']} by its shapes alone: computed, nothing measured here", columns, rows)
+    console.print(f"{total:,.0f} GPU-hours in all, at {facts['mfu']} of the datasheet's bf16 FLOPs (see docs/scale.md)")
+    if facts["activation_bytes"]:
+        console.print(
+            f"between layers the build keeps {bytes_text(facts['activation_bytes'])} of activations in host memory"
+        )
 
 
 def library_summary(root: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.base.machine import cpu_name
 from puzzle.base.workload import Workload
+from puzzle.blocklib.fast.ranks import Ranks
 from puzzle.measure.architecture import Architecture, architecture_beside
 from puzzle.measure.serve import Served, serve
 from puzzle.parents.opened import open_model
@@ -50,26 +51,29 @@ class Measurable:
         return Fp8(weights=self.solved.fp8_weights, cache=self.solved.kv_dtype == "fp8")
 
 
-def of_checkpoint(source: str) -> Measurable:
-    """A Hugging Face checkpoint, or hub id. Raises UserError as `open_model` does."""
+def of_checkpoint(source: str, ranks: Ranks | None = None) -> Measurable:
+    """A Hugging Face checkpoint, or hub id. ranks: of which this process loads one's share. Raises UserError as `open_model` does."""
     opened = open_model(source)
     return Measurable(
         name=source,
         structure=opened.structure,
         tokenizer=opened.directory,
         solved=architecture_beside(opened.directory),
-        load=lambda device, dtype: load_model(opened, device=device, dtype=dtype),
+        load=lambda device, dtype: load_model(opened, device=device, dtype=dtype, ranks=ranks),
     )
 
 
-def of_structure(name: str, structure: Structure, solved: Architecture | None = None) -> Measurable:
-    """Random weights: they take the time and the memory of any others."""
+def of_structure(
+    name: str, structure: Structure, solved: Architecture | None = None, ranks: Ranks | None = None
+) -> Measurable:
+    """Random weights: they take the time and the memory of any others. ranks: as `of_checkpoint` has them."""
+    own = structure if ranks is None else structure.share(ranks.world)
     return Measurable(
         name=name,
         structure=structure,
         tokenizer=None,
         solved=solved,
-        load=lambda device, dtype: random_model(structure, device, dtype),
+        load=lambda device, dtype: random_model(own, device, dtype),
     )
 
 
@@ -86,9 +90,10 @@ def measure_speeds(
     repeats: int,
     expected: float | None = None,
     as_solved: bool = True,
+    ranks: Ranks | None = None,
 ) -> dict[str, Served]:
     """Of every model at its batch, on the runtime that this device's prices come from. as_solved: what was solved for in several
-    precisions runs so, whatever `precision` says.
+    precisions runs so, whatever `precision` says. ranks: whose shares the models load.
 
     expected: tokens/s of models["parent"] according to a profile of this machine, which is measured again when it drifted since;
     None measures once. The parent alone decides: the attempt with the least drift counts, whatever the child did. Raises
@@ -101,7 +106,7 @@ def measure_speeds(
     def maker(model: Measurable, batch: int) -> Callable[[], Runtime]:
         fp8 = model.fp8(device) if as_solved else None
         return lambda: open_runtime(
-            model.load(device, DTYPES[precision]), batch, length, precision, fp8=fp8, consume=True
+            model.load(device, DTYPES[precision]), batch, length, precision, fp8=fp8, consume=True, ranks=ranks
         )
 
     runtimes = {who: maker(*one) for who, one in models.items()}

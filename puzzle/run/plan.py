@@ -2,6 +2,7 @@
 
 Time is that of a few timed steps of the build (`library.estimate`), and of the others by their FLOPs at that rate; the healing's
 is timed on the parent, since there is no child yet. Sizes of a child are those of its parent, than which none is larger.
+Where the parent is the name of known shapes, nothing can be timed: all is computed (`run.shapes`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
 from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder
 from puzzle.library.estimate import plan_of
-from puzzle.library.plan import forward_flops
+from puzzle.library.plan import Spaces, forward_flops
+from puzzle.parents.structure import Structure
 from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
 from puzzle.run.check import grid_of, is_measured, profiled
 from puzzle.run.recipe import Recipe
@@ -28,11 +30,10 @@ EXPORT_BYTES = {
 Row = dict[str, float | int | None]  # of a stage: "seconds", "memory_bytes", "disk_bytes"; None: next to nothing
 
 
-def disk_of(recipe: Recipe, builder: Builder) -> dict[str, int]:
-    """Bytes that each stage leaves or holds for a while."""
-    structure, size = builder.structure, builder.stored_dtype.itemsize
+def disk_of(recipe: Recipe, structure: Structure, size: int, library: int) -> dict[str, int]:
+    """Bytes that each stage leaves or holds for a while. size: bytes of a stored weight; library: of the built one."""
     checkpoint = structure.num_parameters * size
-    found = {"build-library": builder.plan().disk_bytes, "child": checkpoint}
+    found = {"build-library": library, "child": checkpoint}
     if recipe.fuse is not None:
         found["fuse"] = checkpoint
     if recipe.heal is not None:
@@ -50,9 +51,30 @@ def disk_of(recipe: Recipe, builder: Builder) -> dict[str, int]:
 def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dict[str, Any]:
     """{"build": the plan of the build, "stages": {name: Row}}"""
     build = plan_of(builder)
-    predicted, disk = build["predicted"], disk_of(recipe, builder)
+    predicted = build["predicted"]
+    own = {"seconds": predicted["seconds"], "memory_bytes": predicted["peak_memory_bytes"]}
     rate = predicted["flops"] / predicted["seconds"] if predicted["seconds"] else None
-    structure, spaces, itemsize = builder.structure, builder.spaces, builder.dtype.itemsize
+    disk = disk_of(recipe, builder.structure, builder.stored_dtype.itemsize, predicted["disk_bytes"])
+    healing = None
+    if heal is not None:
+        taken = plan_heal(heal)["predicted"]
+        healing = _row(taken["seconds"], taken["peak_memory_bytes"])
+    stages = stages_of(recipe, builder.structure, builder.spaces, builder.dtype.itemsize, rate, own, healing, disk)
+    return {"build": build, "stages": stages}
+
+
+def stages_of(
+    recipe: Recipe,
+    structure: Structure,
+    spaces: Spaces,
+    itemsize: int,
+    rate: float | None,
+    build: Row,
+    heal: Row | None,
+    disk: Mapping[str, int],
+) -> dict[str, Row]:
+    """Every stage in its order. itemsize: bytes of a weight that computes; rate: FLOPs per second, None: none known; build, heal:
+    their seconds and memory; disk: as `disk_of`."""
     weights, score, held_out = structure.num_parameters * itemsize, recipe.score, recipe.evaluate
 
     def seconds(flops: float) -> float | None:
@@ -70,11 +92,7 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
     )
     streams = 2 * score.sequences * length * structure.hidden_size * itemsize
     stages: dict[str, Row] = {
-        "build-library": {
-            "seconds": predicted["seconds"],
-            "memory_bytes": predicted["peak_memory_bytes"],
-            "disk_bytes": disk["build-library"],
-        },
+        "build-library": build | {"disk_bytes": disk["build-library"]},
         "score": _row(seconds((passes + 1) * score.sequences * length * forward(length)), weights + streams),
     }
     if is_measured(recipe):
@@ -83,7 +101,10 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
             (s, b) for slots in spaces.values() for s, space in slots.items() for b in space.values()
         )
         own = dict.fromkeys((slot, sub_block) for _, slot, sub_block in structure)
-        subject = Subject(name="parent", structure=structure.timed(), offered=tuple(own | offered))
+        subject = Subject(name="parent", structure=structure.timed(), offered=tuple(own | offered)).share(
+            recipe.solve.tp
+        )
+        structure = subject.structure
         each = grid.seconds if recipe.profile.gpu == "cpu" else SECONDS_PER_POINT
         cache = sum(b.state().per_token for _, _, b in structure) * grid.capacity * max(grid.batches) * itemsize
         stages["profile"] = _row(
@@ -95,12 +116,11 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
         flops = tokens * forward(recipe.fuse.seq_len) * structure.num_layers / 2
         stages["fuse"] = _row(seconds(flops), weights, disk["fuse"])
     if heal is not None:
-        taken = plan_heal(heal)["predicted"]
-        stages["heal"] = _row(taken["seconds"], taken["peak_memory_bytes"], disk["heal"])
+        stages["heal"] = heal | {"disk_bytes": disk["heal"]}
     stages |= {name: _row(None, None, disk[name]) for name in disk if name.startswith("export ")}
     flops = 3 * held_out.sequences * held_out.seq_len * forward(held_out.seq_len)
     stages["evaluate"] = _row(seconds(flops), 2 * weights)
-    return {"build": build, "stages": stages}
+    return stages
 
 
 def _replacements(space: Mapping[str, Mapping[str, object]], joint: bool) -> int:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from puzzle.blocklib.fast.ranks import Ranks
 from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, blank, loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
@@ -117,24 +118,35 @@ def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 
 def load_model(
-    source: str | Path | HfModel, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: str | Path | HfModel,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None,
 ) -> CausalModel:
-    """A parent or an exported child, whole, on `device`. Raises UserError as `open_model` does."""
+    """A parent or an exported child on `device`, whole or this rank's share. Raises UserError as `open_model` does."""
     opened = source if isinstance(source, HfModel) else open_model(source)
+    structure = opened.structure if ranks is None else opened.structure.share(ranks.world)
 
     def part(layer: int, slot: str, sub_block: SubBlock) -> Part:
-        return loaded(sub_block, {n: t.to(device, dtype) for n, t in opened.weights(layer, slot).items()})
+        weights = opened.weights(layer, slot)
+        if ranks is not None:
+            weights = opened.structure.layers[layer][slot].cut(weights, ranks.rank, ranks.world)
+        return loaded(sub_block, {n: t.to(device, dtype) for n, t in weights.items()})
+
+    def words(table: Tensor) -> Tensor:
+        return (table if ranks is None else ranks.rows(table, structure.vocab_size)).to(device, dtype)
 
     blocks = [
         Block({slot: part(index, slot, sub_block) for slot, sub_block in layer.items()})
-        for index, layer in enumerate(opened.structure.layers)
+        for index, layer in enumerate(structure.layers)
     ]
     model = CausalModel(
-        opened.structure,
-        opened.embedding().to(device, dtype),
+        structure,
+        words(opened.embedding()),
         blocks,
         opened.final_norm().to(device, dtype),
-        None if opened.structure.tied else opened.lm_head().to(device, dtype),
+        None if structure.tied else words(opened.lm_head()),
     )
     return model.requires_grad_(False).eval()
 
