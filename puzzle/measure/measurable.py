@@ -17,7 +17,7 @@ from puzzle.measure.serve import Served, serve
 from puzzle.parents.opened import open_model
 from puzzle.parents.structure import Structure
 from puzzle.runtime.interface import Fp8, Runtime
-from puzzle.runtime.model import CausalModel, load_model, random_model
+from puzzle.runtime.model import CausalModel, Weights, load_model, random_model
 from puzzle.runtime.open import DTYPES, open_runtime
 
 MAX_DRIFT = 0.05  # of the parent's speed since the profile; beyond it the speed is measured again
@@ -26,14 +26,19 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurable:
-    """solved: what was promised for it. tokenizer: its directory; None of a model with random weights. load: on a device, in a
-    dtype."""
+    """solved: what was promised for it. tokenizer: its directory; source: its weights; both None where they are random."""
 
     name: str
     structure: Structure
     tokenizer: Path | None
     solved: Architecture | None
-    load: Callable[[torch.device, torch.dtype], CausalModel]
+    source: Weights | None
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> CausalModel:
+        """Whole, on a device."""
+        if self.source is None:
+            return random_model(self.structure, device, dtype)
+        return load_model(self.source, device=device, dtype=dtype)
 
     def fp8(self, device: torch.device) -> Fp8 | None:
         """What of it runs in fp8 on this device, where that was solved for; None where all is in one precision.
@@ -58,7 +63,7 @@ def of_checkpoint(source: str) -> Measurable:
         structure=opened.structure,
         tokenizer=opened.directory,
         solved=architecture_beside(opened.directory),
-        load=lambda device, dtype: load_model(opened, device=device, dtype=dtype),
+        source=opened,
     )
 
 
@@ -69,7 +74,7 @@ def of_structure(name: str, structure: Structure, solved: Architecture | None = 
         structure=structure,
         tokenizer=None,
         solved=solved,
-        load=lambda device, dtype: random_model(structure, device, dtype),
+        source=None,
     )
 
 

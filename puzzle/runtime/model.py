@@ -7,8 +7,9 @@ times are the same. Letters: B batch, T tokens, H hidden_size, V vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, blank, loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
-from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.opened import open_model
 from puzzle.parents.structure import Structure
 
 
@@ -116,19 +117,41 @@ def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * torch.tensor(scale).to(weight.dtype).item()
 
 
+class Weights(Protocol):
+    """Where a model is read from, a sub-block at a time: a checkpoint, or a child of a library. Tensors come on the CPU, in the
+    dtype they are stored in."""
+
+    @property
+    def structure(self) -> Structure: ...
+
+    def weights(self, layer: int, slot: str) -> dict[str, Tensor]:
+        """{name inside the sub-block: tensor}"""
+        ...
+
+    def embedding(self) -> Tensor: ...
+
+    def final_norm(self) -> Tensor: ...
+
+    def lm_head(self) -> Tensor:
+        """[V, H]; the embedding when tied"""
+        ...
+
+
+def read_block(source: Weights, layer: int, move: Callable[[Tensor], Tensor]) -> Block:
+    """One layer. move: a stored tensor to where, and to the dtype in which, it runs."""
+    parts = {
+        slot: loaded(sub_block, {n: move(t) for n, t in source.weights(layer, slot).items()})
+        for slot, sub_block in source.structure.layers[layer].items()
+    }
+    return Block(parts)
+
+
 def load_model(
-    source: str | Path | HfModel, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: str | Path | Weights, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> CausalModel:
-    """A parent or an exported child, whole, on `device`. Raises UserError as `open_model` does."""
-    opened = source if isinstance(source, HfModel) else open_model(source)
-
-    def part(layer: int, slot: str, sub_block: SubBlock) -> Part:
-        return loaded(sub_block, {n: t.to(device, dtype) for n, t in opened.weights(layer, slot).items()})
-
-    blocks = [
-        Block({slot: part(index, slot, sub_block) for slot, sub_block in layer.items()})
-        for index, layer in enumerate(opened.structure.layers)
-    ]
+    """A parent or a child, whole, on `device`. Raises UserError as `open_model` does."""
+    opened = open_model(source) if isinstance(source, str | Path) else source
+    blocks = [read_block(opened, n, lambda t: t.to(device, dtype)) for n in range(opened.structure.num_layers)]
     model = CausalModel(
         opened.structure,
         opened.embedding().to(device, dtype),

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from puzzle.blocklib.plain.fp8 import cache_in_fp8, rounded, weights_in_fp8
+from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import MissingFace
 from puzzle.data.packing import load_tokens
 from puzzle.kernels.fp8 import from_fp8, to_fp8
+from puzzle.library.assemble import read_variant
 from puzzle.library.manifest import Library
-from puzzle.library.score import load_variant
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
@@ -25,8 +26,8 @@ def test_scores_are_those_of_the_whole_model(library, parent, corpus):
     data = load_tokens([str(corpus)], parent, seq_len=64, num_train=1, num_validation=6)
     whole, child = load_model(opened), load_model(opened)
     sub_block = Library.open(library).spaces[2]["attention"]["kv1"]
-    of = (BlockStore(library), 2, "attention", "kv1", sub_block, torch.device("cpu"), torch.float32)
-    child.blocks[2] = Block({**child.blocks[2].parts(), "attention": load_variant(*of)})
+    tensors = read_variant(BlockStore(library), 2, "attention", "kv1", sub_block)
+    child.blocks[2] = Block({**child.blocks[2].parts(), "attention": loaded(sub_block, tensors)})
     expected = compare(whole, child, data.validation)
     found = json.loads((library / "scores/L02.json").read_text())["scores"]["attention/kv1"]
     assert found["num_tokens"] == expected["num_tokens"]
