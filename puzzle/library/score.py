@@ -261,7 +261,7 @@ class Scoring:
             console.print("all are scored already")
             return
         plan = self.plan(todo)
-        console.print(f"scoring {count} variants, the parent {plan.told(count)}", markup=False)
+        console.print(f"scoring {count} variants, the parent {plan.told(count)}", markup=False, soft_wrap=True)
         Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, todo).run(self.files)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from puzzle.kernels.linear_kl import IGNORE, Chunks, LinearKL, linear_kl, linear_kl_of_many
 from puzzle.runtime.model import CausalModel
+from puzzle.runtime.residency import Residency
+from puzzle.runtime.stream import Layered, Room
 
 LOGITS = Chunks(logits=torch.float32)
 
@@ -91,4 +93,21 @@ def compare(parent: CausalModel, child: CausalModel, sequences: Tensor, batch_si
         hidden = parent.hidden(ids)
         itself.add(parent, hidden, parent, hidden, ids)
         meter.add(parent, hidden, child, child.hidden(ids), ids)
+    return meter.result() | {"parent_loss": itself.result()["lm_loss"]}
+
+
+@torch.no_grad()
+def compare_layered(parent: Layered, child: Layered, sequences: Tensor, plan: Residency) -> dict[str, float]:
+    """`compare`; streamed models read their weights once, while the streams of all sequences wait."""
+    if parent.model is not None and child.model is not None:
+        return compare(parent.model, child.model, sequences, plan.batch_size)
+    batches = [ids.long().to(parent.device) for ids in sequences.split(plan.batch_size)]
+    room = Room(parent.device, plan.on_device)
+    streams = [model.hidden(batches, room) for model in (parent, child)]
+    meter, itself, last, own = Divergence(), Divergence(), parent.last(), child.last()
+    fetched = room.fetched((stream, n) for n in range(len(batches)) for stream in streams)
+    for ids in batches:
+        hidden = next(fetched)
+        itself.add(last, hidden, last, hidden, ids)
+        meter.add(last, hidden, own, next(fetched), ids)
     return meter.result() | {"parent_loss": itself.result()["lm_loss"]}

@@ -157,7 +157,7 @@ class Room:
         """One of these batches, on the device as they come."""
         made = self.stream()
         for number, x in enumerate(batches):
-            self._put(made, number, x)
+            self.put(made, number, x)
         return made
 
     def copy(self, stream: Stream) -> Stream:
@@ -176,7 +176,7 @@ class Room:
         work = [(job, number) for job in jobs for number in range(len(job.source.batches))]
         fetched = self.fetched((job.source, number) for job, number in work)
         for (job, number), x in zip(work, fetched, strict=True):
-            self._put(job.target, number, job.through(x))
+            self.put(job.target, number, job.through(x))
 
     def fetched(self, places: Iterable[tuple[Stream, int]]) -> Iterator[Tensor]:
         """The batches of streams, by number, on the device; the next one comes while the caller works with the one in hand."""
@@ -203,7 +203,8 @@ class Room:
             x.record_stream(current)
         return x
 
-    def _put(self, stream: Stream, number: int, x: Tensor) -> None:
+    def put(self, stream: Stream, number: int, x: Tensor) -> None:
+        """x [B, T, H], on the device, becomes a batch of a stream, or its next one."""
         new = number == len(stream.batches)
         if self.side is None or not stream.on_host:
             stream.batches.append(x) if new else stream.batches.__setitem__(number, x)

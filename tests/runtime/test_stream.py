@@ -11,7 +11,7 @@ import pytest
 
 from puzzle.base import device
 from puzzle.library.plan import scoring
-from puzzle.library.score import Scoring, ScoreOptions, score_library
+from puzzle.library.score import ScoreOptions, Scoring
 from puzzle.runtime import residency
 
 OPTIONS = {"sequences": 4, "device": "cpu"}
@@ -39,9 +39,7 @@ def limit_for(library: Path, parent: Path, corpus: Path, streams: int, **options
 
 
 @pytest.mark.parametrize(("options", "flags"), [({}, ()), ({"fp8": True, "joint": True}, ("--fp8", "--joint"))])
-def test_streamed_scores_are_the_resident_ones_to_the_bit(
-    puzzle, capfd, copied, deep, corpus, options, flags
-):
+def test_streamed_scores_are_the_resident_ones_to_the_bit(puzzle, capfd, copied, deep, corpus, options, flags):
     asked = ("score", copied, "--data", corpus, "--parent", deep, "--sequences", 4, "--device", "cpu", *flags)
     done = puzzle(*asked)
     assert "the parent whole on the device" in done.stderr, (done.output, done.exception)
@@ -56,3 +54,44 @@ def test_streamed_scores_are_the_resident_ones_to_the_bit(
         assert found is not None, done.stderr
         assert [int(x) for x in found.groups()] == [-(-count // streams), streams]
         assert scores(copied) == whole
+
+
+@pytest.fixture
+def light(monkeypatch) -> None:
+    """Of the process that is measured, nothing counts."""
+    monkeypatch.setattr(device, "held_memory", lambda on: 0)
+    monkeypatch.setattr(residency, "held_memory", lambda on: 0)
+
+
+def test_evaluation_streamed_is_that_of_whole_models(puzzle, light, deep, corpus, make_child, tmp_path):
+    """And says that there is no speed, and no continuation, of what does not fit."""
+    child = make_child(deep, tmp_path / "child")
+    asked = ("evaluate", deep, child, "--data", corpus, "--sequences", 4, "--seq-len", 32, "--device", "cpu", "--json")
+    whole = puzzle(*asked, "--no-speed")
+    assert "both models whole on the device" in whole.stderr, (whole.output, whole.exception)
+    limited = (*asked, "--memory-limit", 8_000_000, "--prompt", "def f", "--repeats", 1)
+    done = puzzle(*limited)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "both models layer by layer" in done.stderr
+    assert "does not fit whole into the" in done.stderr
+    assert "no continuations:" in done.stderr
+    assert json.loads(done.stdout) == json.loads(whole.stdout)
+    planned = json.loads(puzzle(*limited, "--dry-run").stdout)
+    assert planned["plan"]["streamed"]
+    assert planned["plan"]["device_bytes"] < 8_000_000
+    assert "does not fit" in planned["no_speed"]
+
+
+def test_dependency_streamed_is_that_of_a_whole_model(puzzle, light, deep, corpus, tmp_path):
+    found = []
+    for limit in (10**9, 6_500_000):
+        out = tmp_path / f"{limit}.json"
+        sizes = ("--sequences", 4, "--seq-len", 32, "--device", "cpu", "--memory-limit", limit)
+        done = puzzle(
+            "fuse", deep, "--data", corpus, "--dependency-only", "--parallel-blocks", *sizes, "--out", out, "--json"
+        )
+        assert done.exit_code == 0, (done.output, done.exception)
+        found.append((json.loads(done.stdout), done.stderr))
+    assert "the model whole on the device" in found[0][1]
+    assert int(re.search(r"layer by layer, (\d+) passes", found[1][1])[1]) > 1, found[1][1]
+    assert found[0][0] | {"written": []} == found[1][0] | {"written": []}
