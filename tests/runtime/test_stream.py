@@ -84,7 +84,7 @@ def test_evaluation_streamed_is_that_of_whole_models(puzzle, light, deep, corpus
 
 def test_dependency_streamed_is_that_of_a_whole_model(puzzle, light, deep, corpus, tmp_path):
     found = []
-    for limit in (10**9, 6_500_000):
+    for limit in (10**9, 5_000_000):
         out = tmp_path / f"{limit}.json"
         sizes = ("--sequences", 4, "--seq-len", 32, "--device", "cpu", "--memory-limit", limit)
         done = puzzle(
