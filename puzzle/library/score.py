@@ -21,6 +21,7 @@ from torch import Tensor
 from puzzle.base.console import Bar, console, progress
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
+from puzzle.base.files import write_json
 from puzzle.base.lock import holding
 from puzzle.base.units import check_positive
 from puzzle.blocklib.gqa import Gqa
@@ -34,15 +35,17 @@ from puzzle.library.assemble import open_parent, read_variant
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
 from puzzle.library.plan import scoring
 from puzzle.library.score_file import ScoreFile
+from puzzle.library.screen import SEQUENCES, compared, estimates, worst
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
 from puzzle.runtime.divergence import Divergence, add_variants
 from puzzle.runtime.model import Block
-from puzzle.runtime.residency import HEAD_GROUP, Memory, Residency, plan_residency
+from puzzle.runtime.residency import HEAD_GROUP, Memory, Passing, Residency, plan_residency
 from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
 
 Parts = dict[str, Part]  # by slot
 Todo = dict[int, list[Replacement]]  # per layer
+SCREENED_AT_ONCE = 2  # sequences, with what their backward pass needs
 
 
 class Scorer:
@@ -177,7 +180,8 @@ class Scorer:
 @dataclass(kw_only=True, slots=True)
 class ScoreOptions:
     """sequences: held-out ones, of seq_len tokens (None: as in training), batch_size at a time or as many as memory_limit (None:
-    the device) lets; joint: also every combination of a layer's slots; fp8: also what fp8 costs the parent's own sub-blocks."""
+    the device) lets; joint: also every combination of a layer's slots; fp8: also what fp8 costs the parent's own sub-blocks;
+    sub_block_screen: the share of all blocks, those with the worst estimate, that are left out."""
 
     sequences: int = 64
     seq_len: int | None = None
@@ -191,6 +195,10 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "sequences", "seq_len", "batch_size", "memory_limit")
+        if self.sub_block_screen is not None and not 0 <= self.sub_block_screen < 1:
+            raise UserError(
+                f"`sub_block_screen` {self.sub_block_screen:g}: the share of all blocks to leave out, at least 0 and below 1"
+            )
 
 
 def wanted(library: Library, joint: bool, fp8: bool) -> Todo:
@@ -254,15 +262,85 @@ class Scoring:
         passing = scoring(self.parent.structure, todo, self.library.spaces, **shape)
         return plan_residency("scoring", passing, self.memory, self.options.batch_size)
 
+    def screen(self) -> None:
+        """Estimate what has no estimate yet, and mark the worst in the files; what has a score already keeps it."""
+        fraction, trained = self.options.sub_block_screen, self.library.layers
+        if fraction is None:
+            return
+        names = {
+            n: [(s, v) for s, space in self.library.spaces[n].items() for v in space if v != PARENT] for n in trained
+        }
+        lacking = [n for n in trained if any(f"{s}/{v}" not in self.files[n].estimates for s, v in names[n])]
+        if lacking:
+            ids = self.tokens.validation[:SEQUENCES]
+            structure, size = self.parent.structure, compute_dtype(self.device).itemsize
+            beside = max(sum(self.library.spaces[n][s][v].num_parameters for s, v in names[n]) for n in lacking)
+            passing = Passing(
+                models=[structure],
+                sequences=len(ids),
+                seq_len=ids.shape[1],
+                compute_bytes=size,
+                spare=structure.num_layers + 2,
+                beside=2 * beside,
+            )
+            plan = plan_residency("screening", passing, self.memory, SCREENED_AT_ONCE)
+            console.print(
+                f"screening on {ids.numel():,} tokens, the parent {plan.told()}", markup=False, soft_wrap=True
+            )
+            model = Layered(self.parent, self.device, compute_dtype(self.device), streamed=plan.streamed)
+            store = BlockStore(self.library.root)
+
+            def read(layer: int) -> Callable[[], dict[str, Parts]]:
+                def parts() -> dict[str, Parts]:
+                    found: dict[str, Parts] = {}
+                    for slot, name in names[layer]:
+                        sub_block = self.library.spaces[layer][slot][name]
+                        tensors = read_variant(store, layer, slot, name, sub_block)
+                        moved = {n: model.reader.move(t) for n, t in tensors.items()}
+                        found.setdefault(slot, {})[name] = loaded(sub_block, moved)
+                    return found
+
+                return parts
+
+            batches = [one.long().to(self.device) for one in ids.split(plan.batch_size)]
+            found = estimates(model, batches, Room(self.device, plan.on_device), lacking, read)
+            for layer in lacking:
+                self.files[layer].estimates = found[layer]
+        dropped = worst({n: self.files[n].estimates for n in trained}, fraction)
+        for layer in trained:
+            file = self.files[layer]
+            file.screened = {name for n, name in dropped if n == layer and name not in file.scores}
+            file.write()
+        left = sum(len(self.files[n].screened) for n in trained)
+        console.print(
+            f"{left} of {sum(map(len, names.values()))} blocks are screened out: they get no score, and `solve` cannot choose them",
+            soft_wrap=True,
+        )
+
+    def compare(self) -> None:
+        """Say and keep how well the estimates order what was scored."""
+        if self.options.sub_block_screen is None:
+            return
+        found, count = compared({n: self.files[n] for n in self.library.layers})
+        told = "cannot be told" if found is None else f"{found:.3f}"
+        console.print(f"Spearman of estimates and scores over {count} blocks: {told}")
+        facts = {"spearman": found, "num_compared": count, "fraction": self.options.sub_block_screen}
+        write_json(
+            self.library.root / "scores" / "screen.json",
+            facts | {"num_sequences": min(SEQUENCES, len(self.tokens.validation))},
+        )
+
     def run(self) -> None:
+        self.screen()
         todo = self.missing()
         count = sum(map(len, todo.values()))
-        if not count:
+        if count:
+            plan = self.plan(todo)
+            console.print(f"scoring {count} variants, the parent {plan.told(count)}", markup=False, soft_wrap=True)
+            Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, todo).run(self.files)
+        else:
             console.print("all are scored already")
-            return
-        plan = self.plan(todo)
-        console.print(f"scoring {count} variants, the parent {plan.told(count)}", markup=False, soft_wrap=True)
-        Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, todo).run(self.files)
+        self.compare()
 
 
 def score_library(
