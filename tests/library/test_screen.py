@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from puzzle.choose.cells import layer_cells
 from puzzle.library.manifest import Library
 from puzzle.library.screen import label_gradient, spearman, worst
 from puzzle.measure.architecture import read_architecture
@@ -64,15 +65,18 @@ def test_screened_blocks_are_never_chosen(puzzle, own_library, corpus, parent, t
     assert len(dropped) == blocks // 2
     assert all(name not in library.scores(n) for n, name in dropped)
     assert sum(row.get("screened", 0) for row in json.loads(done.stdout)["variants"]) == len(dropped)
-    goal = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16, "--pareto", "throughput", "--points", 4)
-    done = puzzle("solve", own_library, *goal, "--out", tmp_path / "frontier")
+    goal = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16, "--throughput", "1.1x")
+    done = puzzle("solve", own_library, *goal, "--out", tmp_path / "solution")
     assert done.exit_code == 0, (done.output, done.exception)
     assert f"{len(dropped)} blocks were screened out" in done.stderr
-    solutions = list((tmp_path / "frontier").rglob("architecture*.json"))
-    assert solutions
-    for path in solutions:
-        for index, layer in enumerate(read_architecture(path).layers):
-            assert not {(index, f"{slot}/{choice.variant}") for slot, choice in layer.items()} & dropped
+    chosen = read_architecture(tmp_path / "solution/architecture.json").layers
+    names = {(n, f"{slot}/{choice.variant}") for n, layer in enumerate(chosen) for slot, choice in layer.items()}
+    assert not names & dropped
+    offered = {
+        (n, f"{s}/{v}") for n, cells in enumerate(layer_cells(library)) for c in cells for s, v in c.variants.items()
+    }
+    assert not offered & dropped
+    assert len(offered) == blocks - len(dropped) + 8  # and the parent's own
     assert puzzle(*score).exit_code == 0  # without the screen, all are scored
     assert not any(library.screened(n) for n in library.layers)
     assert sum(map(len, (library.scores(n) for n in library.layers))) == blocks
