@@ -33,11 +33,12 @@ from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.assemble import open_parent, read_variant
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
-from puzzle.library.plan import scoring
+from puzzle.library.plan import Spaces, scoring
 from puzzle.library.score_file import ScoreFile
 from puzzle.library.screen import SEQUENCES, compared, estimates, worst
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
+from puzzle.parents.structure import Structure
 from puzzle.runtime.divergence import Divergence, add_variants
 from puzzle.runtime.model import Block
 from puzzle.runtime.residency import HEAD_GROUP, Memory, Passing, Residency, plan_residency
@@ -201,15 +202,15 @@ class ScoreOptions:
             )
 
 
-def wanted(library: Library, joint: bool, fp8: bool) -> Todo:
+def wanted(structure: Structure, spaces: Spaces, joint: bool, fp8: bool) -> Todo:
     """Every variant alone and, for joint scores, one of every slot together; and the parent's own in fp8, of every layer."""
     found: Todo = {}
-    for layer in library.layers:
-        names = {slot: [n for n in space if n != PARENT] for slot, space in library.spaces[layer].items()}
+    for layer, offered in spaces.items():
+        names = {slot: [n for n in space if n != PARENT] for slot, space in offered.items()}
         alone: list[Replacement] = [{slot: name} for slot, some in names.items() for name in some]
         together = [dict(zip(names, choice, strict=True)) for choice in product(*names.values())]
         found[layer] = [*alone, *together] if joint and len(names) > 1 else alone
-    for layer, own in enumerate(library.structure.layers if fp8 else ()):
+    for layer, own in enumerate(structure.layers if fp8 else ()):
         weights = [{slot: FP8_WEIGHTS} for slot, sub_block in own.items() if not isinstance(sub_block, NoOp)]
         caches = [{slot: FP8_CACHE} for slot, sub_block in own.items() if isinstance(sub_block, Gqa)]
         found[layer] = [*found.get(layer, ()), *weights, *caches]
@@ -233,7 +234,8 @@ class Scoring:
             text_field=options.text_field,
             seed=library.facts["seed"],
         )
-        self.wanted = wanted(library, options.joint, options.fp8)
+        spaces = {layer: library.spaces[layer] for layer in library.layers}
+        self.wanted = wanted(library.structure, spaces, options.joint, options.fp8)
         self.files = {layer: ScoreFile(library, layer, self.tokens.hash, self.device.type) for layer in self.wanted}
 
     @property

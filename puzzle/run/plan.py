@@ -6,18 +6,18 @@ is timed on the parent, since there is no child yet. Sizes of a child are those 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from puzzle.blocklib.variant import PARENT
 from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
 from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder
 from puzzle.library.estimate import plan_of
-from puzzle.library.plan import forward_flops
+from puzzle.library.plan import forward_flops, scoring
+from puzzle.library.score import wanted
 from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
 from puzzle.run.check import grid_of, is_measured, profiled
 from puzzle.run.recipe import Recipe
+from puzzle.runtime.residency import Memory, plan_residency
 
 EXPORT_BYTES = {
     "float32": (4, 4),
@@ -64,18 +64,19 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
         return layers + 2 * structure.vocab_size * structure.hidden_size
 
     length = score.seq_len or recipe.build.seq_len
-    passes = sum(
-        (structure.num_layers - index) / structure.num_layers * _replacements(space, score.joint)
-        for index, space in spaces.items()
-    )
-    streams = 2 * score.sequences * length * structure.hidden_size * itemsize
+    replaced, count = wanted(structure, spaces, score.joint, score.fp8), structure.num_layers
+    every = {index: spaces.get(index, {}) for index in replaced}
+    passes = sum((count - index) / count * len(some) for index, some in replaced.items())
+    shape = {"sequences": score.sequences, "seq_len": length, "compute_bytes": itemsize}
+    passing, memory = scoring(structure, replaced, every, **shape), Memory.of(builder.device, score.memory_limit)
+    scored = plan_residency("scoring", passing, memory, score.batch_size)
     stages: dict[str, Row] = {
         "build-library": {
             "seconds": predicted["seconds"],
             "memory_bytes": predicted["peak_memory_bytes"],
             "disk_bytes": disk["build-library"],
         },
-        "score": _row(seconds((passes + 1) * score.sequences * length * forward(length)), weights + streams),
+        "score": _row(seconds((passes + 1) * score.sequences * length * forward(length)), scored.device_bytes),
     }
     if is_measured(recipe):
         grid = grid_of(recipe)
@@ -101,15 +102,6 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
     flops = 3 * held_out.sequences * held_out.seq_len * forward(held_out.seq_len)
     stages["evaluate"] = _row(seconds(flops), 2 * weights)
     return {"build": build, "stages": stages}
-
-
-def _replacements(space: Mapping[str, Mapping[str, object]], joint: bool) -> int:
-    """How many scores a layer has."""
-    counts = [sum(name != PARENT for name in names) for names in space.values()]
-    together = 1
-    for count in counts:
-        together *= count
-    return sum(counts) + (together if joint and len(counts) > 1 else 0)
 
 
 def _row(seconds: float | None, memory: int | None, disk: int | None = None) -> Row:

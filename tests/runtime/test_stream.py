@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from puzzle.base import device
+from puzzle.base.errors import UserError
 from puzzle.library.plan import scoring
-from puzzle.library.score import ScoreOptions, Scoring
+from puzzle.library.score import ScoreOptions, Scoring, score_library
+from puzzle.parents.known import known_structure
 from puzzle.runtime import residency
 
 OPTIONS = {"sequences": 4, "device": "cpu"}
@@ -22,10 +27,15 @@ def scores(library: Path) -> dict[str, dict]:
 
 
 @pytest.fixture
-def copied(deep_library, tmp_path, monkeypatch) -> Path:
-    """The library to be scored; of the process that does it, nothing counts."""
+def light(monkeypatch) -> None:
+    """Of the process that is measured, nothing counts."""
     monkeypatch.setattr(device, "held_memory", lambda on: 0)
     monkeypatch.setattr(residency, "held_memory", lambda on: 0)
+
+
+@pytest.fixture
+def copied(deep_library, tmp_path, light) -> Path:
+    """The library to be scored."""
     return shutil.copytree(deep_library, tmp_path / "lib")
 
 
@@ -56,11 +66,85 @@ def test_streamed_scores_are_the_resident_ones_to_the_bit(puzzle, capfd, copied,
         assert scores(copied) == whole
 
 
-@pytest.fixture
-def light(monkeypatch) -> None:
-    """Of the process that is measured, nothing counts."""
-    monkeypatch.setattr(device, "held_memory", lambda on: 0)
-    monkeypatch.setattr(residency, "held_memory", lambda on: 0)
+def test_scoring_is_killed_and_goes_on(copied, deep, corpus, tmp_path):
+    """kill -9 after the first pass: what is written stays, byte for byte, and what is missing is added."""
+    limit = limit_for(copied, deep, corpus, 6)
+    whole = shutil.copytree(copied, tmp_path / "whole")
+    score_library(whole, [str(corpus)], ScoreOptions(**OPTIONS), parent=str(deep))
+    script = f"""
+import sys, torch
+from pathlib import Path
+from puzzle.base import device
+from puzzle.runtime import residency
+from puzzle.library.score import ScoreOptions, score_library
+torch.set_num_threads(1)
+device.held_memory = residency.held_memory = lambda on: 0
+score_library(Path({str(copied)!r}), [{str(corpus)!r}], ScoreOptions(memory_limit={limit}, **{OPTIONS!r}), parent={str(deep)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((copied / "scores").glob("L01.json")):
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    before = scores(copied)
+    assert 0 < sum(map(len, before.values())) < 48
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    after = scores(copied)
+    assert after == scores(whole)
+    assert all(after[name][one] == value for name, found in before.items() for one, value in found.items())
+
+
+def test_a_scoring_that_is_complete_loads_no_parent(puzzle, copied, deep, corpus, monkeypatch):
+    asked = ("score", copied, "--data", corpus, "--parent", deep, "--sequences", 2, "--device", "cpu")
+    planned = json.loads(puzzle(*asked, "--dry-run", "--json").stdout)
+    assert planned["missing"] == 48
+    assert planned["plan"]["passes"] == 12  # a layer each
+    assert not (copied / "scores").exists()
+    assert puzzle(*asked).exit_code == 0
+    monkeypatch.setattr("puzzle.library.score.Scorer", None)
+    assert "all are scored already" in puzzle(*asked).stderr
+    assert json.loads(puzzle(*asked, "--dry-run", "--json").stdout)["missing"] == 0
+
+
+GB = 10**9
+
+
+SEVENTY = known_structure("llama-3.3-70b")
+
+
+@pytest.mark.parametrize(
+    ("card", "host", "wanted", "together"),
+    [
+        (72, 400, 960, range(300, 450)),  # an H100: some streams on it, most in host memory
+        (72, 8, 960, range(40, 70)),  # layers alone go through host memory
+        (280, 0, 960, range(12, 13)),  # whole: the variants of a layer
+    ],
+)
+def test_plans_of_70b(card, host, wanted, together):
+    passing = residency.Passing(
+        models=[SEVENTY], sequences=64, seq_len=1024, compute_bytes=2, spare=3, wanted=wanted, at_once=12, beside=10**9
+    )
+    memory = residency.Memory(device=card * GB, host=host * GB)
+    plan = residency.plan_residency("scoring", passing, memory, 8)
+    assert plan.streamed == (card < 150)
+    assert plan.together in together
+    assert plan.device_bytes <= card * GB
+    assert plan.host_bytes <= host * GB
+
+
+@pytest.mark.parametrize(
+    ("card", "host", "said"),
+    [
+        (5, 400, "scoring 64 sequences of 1024 tokens needs .* in all: use fewer"),
+        (72, 2, "of host memory, where 2.1 GiB are free"),
+    ],
+)
+def test_what_does_not_fit_is_said(card, host, said):
+    passing = residency.Passing(
+        models=[SEVENTY], sequences=64, seq_len=1024, compute_bytes=2, spare=3, wanted=960, at_once=12
+    )
+    with pytest.raises(UserError, match=said):
+        residency.plan_residency("scoring", passing, residency.Memory(device=card * GB, host=host * GB), 8)
 
 
 def test_evaluation_streamed_is_that_of_whole_models(puzzle, light, deep, corpus, make_child, tmp_path):
