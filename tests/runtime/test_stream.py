@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from puzzle.base import device
 from puzzle.base.errors import UserError
 from puzzle.library.plan import scoring
 from puzzle.library.score import ScoreOptions, Scoring, score_library
 from puzzle.parents.known import known_structure
+from puzzle.parents.opened import open_model
 from puzzle.runtime import residency
+from puzzle.runtime.stream import Job, Layered, Room
 
 OPTIONS = {"sequences": 4, "device": "cpu"}
 
@@ -179,3 +182,48 @@ def test_dependency_streamed_is_that_of_a_whole_model(puzzle, light, deep, corpu
     assert "the model whole on the device" in found[0][1]
     assert int(re.search(r"layer by layer, (\d+) passes", found[1][1])[1]) > 1, found[1][1]
     assert found[0][0] | {"written": []} == found[1][0] | {"written": []}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("waiting", [0, 4, 60])
+def test_streams_on_a_gpu(puzzle, copied, deep, corpus, waiting):
+    """Weights through pinned memory, streams on the device, in host memory, or both: the scores are those of the whole parent."""
+    asked = ("score", copied, "--data", corpus, "--parent", deep, "--sequences", 4, "--device", "cuda")
+    assert puzzle(*asked).exit_code == 0
+    whole = scores(copied)
+    shutil.rmtree(copied / "scores")
+    work = Scoring(copied, [str(corpus)], ScoreOptions(sequences=4, device="cuda"), str(deep))
+    passing = scoring(work.parent.structure, work.wanted, work.library.spaces, sequences=4, seq_len=32, compute_bytes=2)
+    limit = int((passing.streamed(4) + waiting * passing.stream_bytes()) / device.PLANNED) + 1000
+    done = puzzle(*asked, "--memory-limit", limit)
+    assert "layer by layer" in done.stderr, (done.output, done.exception)
+    assert scores(copied) == whole
+
+
+def test_batches_come_and_go_in_order():
+    """A room gives back what was put last, whatever waits where, and counts what is on the device."""
+    room = Room(torch.device("cpu"), 1)
+    first = room.filled(torch.full((1, 2), float(n)) for n in range(3))
+    second = room.copy(first)
+    room.run(
+        [Job(first, second, lambda x: x + 10), Job(second, second, lambda x: 2 * x), Job(first, first, lambda x: -x)]
+    )
+    assert [x[0, 0].item() for x in room.fetched((second, n) for n in range(3))] == [20, 22, 24]
+    assert [x[0, 0].item() for x in room.fetched((first, n) for n in range(3))] == [0, -1, -2]
+    room.drop(first, second)
+    assert room.free == 1
+
+
+def test_an_error_of_the_reading_thread_is_told(light, deep, tmp_path):
+    """By the caller's own, one layer ahead or not."""
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(deep, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    model = Layered(open_model(broken), torch.device("cpu"), torch.float32, streamed=True)
+    seen = []
+    with pytest.raises(UserError, match=r"layers\.3\.mlp\.up_proj\.weight .* has 1 NaN"):
+        seen.extend(index for index, _ in model.blocks())
+    assert len(seen) <= 3
