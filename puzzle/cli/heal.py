@@ -52,6 +52,7 @@ MODES = (
 @click.option("--validation-sequences", type=int, default=64, help="Held out, for the evaluations.")
 @click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a single GPU.")
 @click.option("--teacher-device", help="Another device for the teacher, e.g. cuda:1.")
+@options.memory_limit
 @click.option("--tensorboard", type=options.PATH, metavar="DIR", help="Also log there.")
 @click.option("--wandb", metavar="PROJECT", help="Also log to Weights & Biases.")
 @click.option("--force", is_flag=True, help="Replace what is in --out, and an unfinished run with other options.")
@@ -108,7 +109,8 @@ def _print_plan(facts: dict) -> None:
     stages = ", ".join(f"{s['num_steps']} steps of {s['batch_size']} x {s['seq_len']} tokens" for s in facts["stages"])
     click.echo(
         f"{stages} on {facts['processes']} x {facts['device']} in {facts['dtype']}; "
-        f"{facts['trained_parameters']:,} parameters learn, {facts['matching_layers']} layers are compared\n"
+        f"{facts['trained_parameters']:,} parameters learn, {facts['matching_layers']} layers are compared; "
+        f"teacher: {facts['teacher']}\n"
         f"predicted: {seconds_text(found['seconds'])} ({found['tokens_per_second']:,.0f} tokens/s), "
         f"memory {bytes_text(found['peak_memory_bytes'])}, disk {bytes_text(found['disk_bytes'])}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ memory_limit = click.option(
     callback=num_bytes,
     help="Most GPU memory, or on a CPU most of the whole process's memory, e.g. 80GB.",
 )
+
+dry_run = click.option("--dry-run", is_flag=True, help="Print passes and memory; measure and write nothing.")
+
+
+def print_facts(facts: Mapping[str, Any], within: str = "") -> None:
+    """A line each, sizes as people read them."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            print_facts(value, f"{within}{name}.")
+        else:
+            text = units.bytes_text(value) if name.endswith("_bytes") else value
+            click.echo(f"{within}{name}: {text}", err=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -255,9 +255,21 @@ def library_summary(root: Path) -> dict[str, Any]:
         for key in ("validation_loss_before", "validation_loss_after"):
             row[key] = median(r[key] for r in records)
         if scored:
-            row["kl"] = median(library.scores(layer)[score_name({slot: name})]["kl"] for layer in having)
+            told = score_name({slot: name})
+            kls = [library.scores(n)[told]["kl"] for n in having if told not in library.screened(n)]
+            row |= {"kl": median(kls) if kls else None} | (
+                {"screened": len(having) - len(kls)} if len(kls) < len(having) else {}
+            )
         rows.append(row)
     return {"library": str(root), "num_layers": library.num_layers, "layers": library.layers, "variants": rows}
+
+
+def _score(row: dict[str, Any]) -> str:
+    """The median of a variant's scores, and in how many layers it was screened out."""
+    if "kl" not in row:
+        return "not scored"
+    out = f" ({row['screened']} screened out)" if "screened" in row else ""
+    return ("" if row["kl"] is None else f"{row['kl']:.5f}") + out
 
 
 def print_library(summary: dict[str, Any]) -> None:
@@ -265,7 +277,7 @@ def print_library(summary: dict[str, Any]) -> None:
     rows = []
     for row in summary["variants"]:
         losses = f"{row['validation_loss_before']:.4f}", f"{row['validation_loss_after']:.4f}"
-        rows.append((row["slot"], row["variant"], *losses, f"{row['kl']:.5f}" if "kl" in row else "not scored"))
+        rows.append((row["slot"], row["variant"], *losses, _score(row)))
     print_table(title, ("slot", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"), rows, words=2)
 
 

@@ -149,6 +149,10 @@ def solve_command(
     asked.check()
     goal = GoalOptions(**wanted).goal(may_be_empty=bool(pareto or asked.also))
     opened = asked.shared(Library.open(library), gpu)
+    if screened := sum(len(opened.screened(layer)) for layer in opened.layers):
+        click.echo(
+            f"{screened} blocks were screened out when the library was scored: no choice here has them", err=True
+        )
     target = out or library / "solution"
     check_writable(target)
     costs = asked.costs(opened, gpu, asked.shapes)

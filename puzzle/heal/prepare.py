@@ -14,6 +14,7 @@ from puzzle.data.tokenizer import same_tokenizer
 from puzzle.heal.loss import Learner, Teacher, Weights
 from puzzle.heal.parallel import Ranks, shard
 from puzzle.heal.settings import HealOptions
+from puzzle.heal.teacher import StreamedTeacher
 from puzzle.heal.train import Trainer
 from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.model import CausalModel, load_model
@@ -105,15 +106,21 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
     return list(enumerate(origins))
 
 
-def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> Trainer:
-    """Both models in memory, split over the ranks if there are several, and a trainer around them."""
+def build_trainer(
+    options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, ahead: int | None = None
+) -> Trainer:
+    """Both models in memory, split over the ranks if there are several, and a trainer around them. ahead: tokens that a streamed
+    teacher looks at in one pass; None: it is whole."""
     device = ranks.device
     child = load_model(models.child, device=device, dtype=torch.float32)
     child.requires_grad_(True).train()
-    teacher = None
-    if models.teacher is not None:
+    teacher: Teacher | None = None
+    compared = [layer for _, layer in models.pairs]
+    if models.teacher is not None and ahead is not None:
+        teacher = StreamedTeacher(models.teacher, compared, models.teacher_device, models.dtype, ahead)
+    elif models.teacher is not None:
         loaded = load_model(models.teacher, device=models.teacher_device, dtype=models.dtype)
-        teacher = Teacher(loaded, [layer for _, layer in models.pairs])
+        teacher = Teacher(loaded, compared)
     if not options.train_embeddings:
         _freeze(child, None if teacher is None else teacher.model, models.dtype)
     head = None

@@ -24,6 +24,7 @@ from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
+from puzzle.heal.memory import plan_teacher
 from puzzle.heal.parallel import Ranks, running_ranks
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
@@ -87,9 +88,12 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
             work.remove()  # a run killed after its last file was written leaves it
             return record
         claim_output(options.out, options.force)
+    plan = plan_teacher(options, stages, models, ranks)
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
     work.claim(facts, options.force)
-    trainer = build_trainer(options, stages, models, ranks)
+    if plan.tokens is not None:
+        console.print(f"the teacher {plan.told(stages[0].tokens_per_step)}", markup=False, soft_wrap=True)
+    trainer = build_trainer(options, stages, models, ranks, plan.tokens)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
     run.train()
     record = run.record(facts, models)
@@ -126,13 +130,18 @@ class Run:
                 self._evaluate(0)
             self._flushed = time.monotonic()
             for step in range(start, self.num_steps):
-                stage, number, inner = self._place(step)
+                stage, _, inner = self._place(step)
                 if step == start or inner == 0:
-                    self.trainer.begin_stage(stage.seq_len)
-                share = stage.batch_size // self.ranks.world
-                mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-                self._pending.append(self.trainer.step(self.data.mixture.batch(number, inner, mine), step))
+                    coming = range(step, step - inner + stage.num_steps)
+                    self.trainer.begin_stage(stage.seq_len, map(self._batch, coming))
+                self._pending.append(self.trainer.step(self._batch(step), step))
                 self._after(step + 1, bar)
+
+    def _batch(self, step: int) -> Tensor:
+        """Ids and labels [2, B, T] of this rank."""
+        stage, number, inner = self._place(step)
+        share = stage.batch_size // self.ranks.world
+        return self.data.mixture.batch(number, inner, slice(self.ranks.rank * share, (self.ranks.rank + 1) * share))
 
     def _place(self, step: int) -> tuple[Stage, int, int]:
         """(stage, its number, step within it)"""

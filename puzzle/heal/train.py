@@ -8,6 +8,7 @@ part of the weights. Letters: B sequences of this rank, T tokens, S held-out seq
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
 from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
 from puzzle.heal.parallel import Ranks, like_sharded, local
+from puzzle.heal.teacher import StreamedTeacher
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 METRICS = ("loss", "kl", "cosine", "lm", "grad_norm", "skipped", "skipped_in_a_row")
@@ -59,12 +61,21 @@ class Trainer:
             state = {name: torch.zeros_like(part, memory_format=torch.preserve_format) for name in MOMENTS}
             self.optimizer.state[part] = {"step": torch.zeros((), device=self.device), **state}
         self._skipped = torch.zeros(2, device=self.device)  # in all, and in a row
-        one_gpu = self.device.type == "cuda" and ranks.world == 1 and self.teacher_device == self.device
+        self.streamed = teacher if isinstance(teacher, StreamedTeacher) else None
+        one_gpu = (
+            self.streamed is None
+            and self.device.type == "cuda"
+            and ranks.world == 1
+            and self.teacher_device == self.device
+        )
         self._graphed = cuda_graph and one_gpu
 
-    def begin_stage(self, seq_len: int) -> None:
-        """Sequences have this length from now on, to be called before the first step too."""
+    def begin_stage(self, seq_len: int, coming: Iterable[Tensor] = ()) -> None:
+        """Sequences have this length from now on, to be called before the first step too. coming: the batches of all its steps from
+        here on, at which a streamed teacher looks ahead."""
         self._ropes = self._ropes_of(seq_len)  # made here: a CUDA graph cannot copy them from the host
+        ids = (ids for batch in coming for ids in batch[0].chunk(self.accumulate))
+        self._lessons = self._ahead(ids, self._ropes, self.weights)
         self._step = Replayed(self._whole_step)
 
     def _ropes_of(self, seq_len: int) -> tuple[Ropes, Ropes | None]:
@@ -93,7 +104,7 @@ class Trainer:
         total = torch.zeros(4, device=self.device)
         for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
             with self._autocast():
-                found, _ = self._compared(ids, labels, self._ropes, 1 / count, self.weights)
+                found, _ = self._compared(ids, labels, self._ropes, 1 / count, self.weights, self._lessons)
             (found[0] * self.ranks.world).backward()  # FSDP takes the mean over ranks
             total += found.detach()
         gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.model]
@@ -111,12 +122,28 @@ class Trainer:
         self._skipped[1] *= broken
         return torch.cat((self.ranks.sum(total), norm[None], self._skipped))
 
+    def _ahead(
+        self, ids: Iterable[Tensor], ropes: tuple[Ropes, Ropes | None], weights: Weights
+    ) -> Iterator[Shown] | None:
+        """What a streamed teacher shows of these micro-batches; None where it is whole."""
+        if self.streamed is None or ropes[1] is None:
+            return None
+        return self.streamed.ahead(ids, ropes[1], weights.cosine > 0)
+
     def _compared(
-        self, ids: Tensor, labels: Tensor, ropes: tuple[Ropes, Ropes | None], scale: Tensor, weights: Weights
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        ropes: tuple[Ropes, Ropes | None],
+        scale: Tensor,
+        weights: Weights,
+        lessons: Iterator[Shown] | None,
     ) -> tuple[Tensor, Shown | None]:
-        """What the learner returns, and what the teacher showed it."""
+        """What the learner returns, and what the teacher showed it: the next of `lessons`, or now."""
         shown = None
-        if self.teacher is not None:
+        if lessons is not None:
+            shown = next(lessons)
+        elif self.teacher is not None:
             with torch.no_grad():
                 shown = self.teacher(ids.to(self.teacher_device), ropes[1], weights.cosine > 0).to(self.device)
         return self.learner(ids, labels, ropes[0], shown, scale, weights), shown
@@ -136,13 +163,19 @@ class Trainer:
         weights = Weights(kl=float(with_teacher), cosine=float(with_states), lm=1.0)
         one = torch.ones((), device=self.device)
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)
-        for start in range(0, rows.shape[1], batch_size * self.ranks.world):
-            begin = start + self.ranks.rank * batch_size
-            ids, labels = rows[:, begin : begin + batch_size].to(self.device)
-            if not len(ids):  # every rank takes part in every pass: this one with a row that does not count
-                ids, labels = rows[0, :1].to(self.device), torch.full_like(rows[1, :1], IGNORE, device=self.device)
+
+        def batches() -> Iterator[Tensor]:
+            for start in range(0, rows.shape[1], batch_size * self.ranks.world):
+                begin = start + self.ranks.rank * batch_size
+                mine = rows[:, begin : begin + batch_size].to(self.device)
+                if not mine.shape[1]:  # every rank takes part in every pass: this one with a row that does not count
+                    mine = torch.stack((rows[0, :1], torch.full_like(rows[1, :1], IGNORE))).to(self.device)
+                yield mine
+
+        lessons = self._ahead((ids for ids, _ in batches()), ropes, weights)
+        for ids, labels in batches():
             with self._autocast():
-                found, shown = self._compared(ids, labels, ropes, one, weights)
+                found, shown = self._compared(ids, labels, ropes, one, weights, lessons)
                 own = one.new_zeros(())
                 if shown is not None and self.teacher is not None:
                     head = self.teacher.model.head_weight.to(self.device)

@@ -125,6 +125,11 @@ class Library:
         """
         return read_json(scores_path(self.root, layer), f"puzzle score {self.root}")["scores"]
 
+    def screened(self, layer: int) -> frozenset[str]:
+        """Names that `puzzle score --sub-block-screen` left without a score, as hopeless."""
+        path = scores_path(self.root, layer)
+        return frozenset(read_json(path, f"puzzle score {self.root}").get("screened", ()) if path.is_file() else ())
+
     def parent_source(self, override: str | None = None) -> str:
         """Where the parent is: as given by --parent, or as recorded (a hub id, or a path relative to the library)."""
         if override is not None:

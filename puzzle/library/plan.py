@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from puzzle.base.device import PLANNED
@@ -10,8 +10,9 @@ from puzzle.base.errors import UserError
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT
-from puzzle.library.manifest import Space
+from puzzle.library.manifest import Replacement, Space
 from puzzle.parents.structure import Layer, Structure
+from puzzle.runtime.residency import Passing, layer_parameters, widest, workspace_bytes
 
 Spaces = Mapping[int, Mapping[str, Space]]  # per layer and slot
 
@@ -19,14 +20,7 @@ STATE_BYTES = 12  # per trained parameter, all the time: float32 master and Adam
 START_BYTES = 4  # per trained parameter, in host memory: the initial weights, in case training does not improve them
 RESERVED = 1.15  # of the GPU's allocator over what is in use: 27.0 GB for 23.8 GB, benchmarks/results/build_8b.csv
 HOST_BYTES = 10**8  # on a CPU, code and buffers of the libraries that the first steps bring in: 63 MB measured
-LOGITS_BYTES = 28  # float32 ones of both models, and five more alive at once (kernels/linear_kl.py)
-MOST_LOGITS = 2**24 + 2**20
 FLIGHT_BYTES = 12  # per parameter of the one variant that takes its step: float32 gradient, its masked copy, bf16 casts
-
-
-def layer_parameters(layer: Layer) -> int:
-    """Of one parent layer, norms included."""
-    return sum(sub_block.num_parameters for sub_block in layer.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,12 +54,6 @@ def trained(spaces: Mapping[str, Space]) -> list[SubBlock]:
     return [sub_block for space in spaces.values() for name, sub_block in space.items() if name != PARENT]
 
 
-def widest(layer: Layer) -> int:
-    """The longest side of a matrix in the layer."""
-    sides = [side for b in layer.values() for shape in b.tensors().values() if len(shape) > 1 for side in shape]
-    return max(sides, default=0)
-
-
 def calibration_bytes(layer: Layer, hidden: int, recipe: Recipe, compute_bytes: int) -> int:
     """While a layer's variants are initialised: the calibration streams, one batch's statistics in float64, the least
     squares, and a float32 copy of a sub-block."""
@@ -75,20 +63,30 @@ def calibration_bytes(layer: Layer, hidden: int, recipe: Recipe, compute_bytes: 
     return streams + statistics + 6 * 8 * hidden**2 + 4 * layer_parameters(layer)
 
 
-def workspace_bytes(layer: Layer, hidden: int, tokens: int, compute_bytes: int) -> int:
-    """Activations of one variant in flight: the residual streams and targets, and the widest module's saved tensors."""
-    streams = 5 * hidden * compute_bytes + 4 * hidden * 4
-    return tokens * ((4 * widest(layer) + 6 * hidden) * compute_bytes + streams)
-
-
-def scoring_bytes(structure: Structure, num_sequences: int, seq_len: int, batch_size: int, compute_bytes: int) -> int:
-    """While a library is scored: the parent as a whole, what enters a layer and leaves the model, one batch in flight and its
-    logits."""
-    hidden, tokens = structure.hidden_size, batch_size * seq_len
-    streams = 2 * num_sequences * seq_len * hidden * compute_bytes
-    working = max(workspace_bytes(layer, hidden, tokens, compute_bytes) for layer in structure.layers)
-    logits = LOGITS_BYTES * min(tokens * structure.vocab_size, MOST_LOGITS)
-    return structure.num_parameters * compute_bytes + streams + working + logits
+def scoring(
+    structure: Structure,
+    replacements: Mapping[int, Sequence[Replacement]],
+    spaces: Spaces | Sequence[Mapping[str, Space]],
+    *,
+    sequences: int,
+    seq_len: int,
+    compute_bytes: int,
+) -> Passing:
+    """What goes through the parent while these are scored, by layer: beside them its own stream, what leaves it, and what the next
+    pass begins with; and on the device the variants in hand, all of a layer's where some are scored together."""
+    joint = any(len(one) > 1 for wanted in replacements.values() for one in wanted)
+    sizes = {n: [b.num_parameters for b in trained(spaces[n])] for n in replacements}
+    beside = max((sum(s) if joint else 3 * max(s, default=0) for s in sizes.values()), default=0)
+    return Passing(
+        models=[structure],
+        sequences=sequences,
+        seq_len=seq_len,
+        compute_bytes=compute_bytes,
+        spare=3,
+        wanted=sum(map(len, replacements.values())),
+        at_once=max(map(len, replacements.values()), default=0),
+        beside=beside,
+    )
 
 
 def plan_build(
@@ -126,10 +124,12 @@ def plan_build(
     def peak(size: int) -> int:
         return int(reserved * (fixed + size * per_layer)) + (waiting if on_host and size < len(layers) else 0)
 
-    scoring = scoring_bytes(structure, recipe.validation_sequences, recipe.seq_len, 1, compute_bytes) + extra
+    one = {index: [{next(iter(spaces[index])): PARENT}] for index in layers}
+    shape = {"sequences": recipe.validation_sequences, "seq_len": recipe.seq_len, "compute_bytes": compute_bytes}
+    scored = scoring(structure, one, spaces, **shape).least(on_host) + extra
     size = next((n for n in range(len(layers), 0, -1) if peak(n) <= memory_bytes), 0)
-    if size < 1 or scoring > memory_bytes:
-        least = held_bytes + max(min(peak(1), peak(len(layers))), scoring) / PLANNED
+    if size < 1 or scored > memory_bytes:
+        least = held_bytes + max(min(peak(1), peak(len(layers))), scored) / PLANNED
         raise UserError(
             f"one layer with its variants needs {least / 1e9:.2f} GB in all, {(held_bytes + memory_bytes / PLANNED) / 1e9:.2f} "
             "GB are there: use a smaller `batch_size` or `seq_len`, fewer variants, or a larger `memory_limit`"
@@ -146,7 +146,7 @@ def plan_build(
     return BuildPlan(
         groups=groups,
         num_trained_parameters=num_trained,
-        peak_memory_bytes=held_bytes + max(peak(size), scoring),
+        peak_memory_bytes=held_bytes + max(peak(size), scored),
         host_memory_bytes=activations + (0 if on_host else START_BYTES * size * most),
         disk_bytes=num_trained * stored_bytes + size * most * 12,
         flops=num_tokens * flops,

@@ -18,7 +18,7 @@ from puzzle.measure.serve import Served, serve
 from puzzle.parents.opened import open_model
 from puzzle.parents.structure import Structure
 from puzzle.runtime.interface import Fp8, Runtime
-from puzzle.runtime.model import CausalModel, load_model, random_model
+from puzzle.runtime.model import CausalModel, Weights, load_model, random_model
 from puzzle.runtime.open import DTYPES, open_runtime
 
 MAX_DRIFT = 0.05  # of the parent's speed since the profile; beyond it the speed is measured again
@@ -27,14 +27,22 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurable:
-    """solved: what was promised for it. tokenizer: its directory; None of a model with random weights. load: on a device, in a
-    dtype."""
+    """solved: what was promised for it. tokenizer: its directory; source: its weights; both None where they are random. ranks: of
+    which this process loads one's share."""
 
     name: str
     structure: Structure
     tokenizer: Path | None
     solved: Architecture | None
-    load: Callable[[torch.device, torch.dtype], CausalModel]
+    source: Weights | None
+    ranks: Ranks | None = None
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> CausalModel:
+        """Whole, or the share of this rank, on a device."""
+        if self.source is not None:
+            return load_model(self.source, device=device, dtype=dtype, ranks=self.ranks)
+        own = self.structure if self.ranks is None else self.structure.share(self.ranks.world)
+        return random_model(own, device, dtype)
 
     def fp8(self, device: torch.device) -> Fp8 | None:
         """What of it runs in fp8 on this device, where that was solved for; None where all is in one precision.
@@ -59,7 +67,8 @@ def of_checkpoint(source: str, ranks: Ranks | None = None) -> Measurable:
         structure=opened.structure,
         tokenizer=opened.directory,
         solved=architecture_beside(opened.directory),
-        load=lambda device, dtype: load_model(opened, device=device, dtype=dtype, ranks=ranks),
+        source=opened,
+        ranks=ranks,
     )
 
 
@@ -67,13 +76,13 @@ def of_structure(
     name: str, structure: Structure, solved: Architecture | None = None, ranks: Ranks | None = None
 ) -> Measurable:
     """Random weights: they take the time and the memory of any others. ranks: as `of_checkpoint` has them."""
-    own = structure if ranks is None else structure.share(ranks.world)
     return Measurable(
         name=name,
         structure=structure,
         tokenizer=None,
         solved=solved,
-        load=lambda device, dtype: random_model(own, device, dtype),
+        source=None,
+        ranks=ranks,
     )
 
 

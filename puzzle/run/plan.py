@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from puzzle.blocklib.variant import PARENT
 from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
 from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder
 from puzzle.library.estimate import plan_of
-from puzzle.library.plan import Spaces, forward_flops
+from puzzle.library.plan import Spaces, forward_flops, scoring
+from puzzle.library.score import wanted
 from puzzle.parents.structure import Structure
 from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
 from puzzle.run.check import grid_of, is_measured, profiled
 from puzzle.run.recipe import Recipe
+from puzzle.runtime.residency import Memory, plan_residency
 
 EXPORT_BYTES = {
     "float32": (4, 4),
@@ -59,7 +60,9 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
     if heal is not None:
         taken = plan_heal(heal)["predicted"]
         healing = _row(taken["seconds"], taken["peak_memory_bytes"])
-    stages = stages_of(recipe, builder.structure, builder.spaces, builder.dtype.itemsize, rate, own, healing, disk)
+    memory = Memory.of(builder.device, recipe.score.memory_limit)
+    size = builder.dtype.itemsize
+    stages = stages_of(recipe, builder.structure, builder.spaces, size, rate, own, healing, disk, memory)
     return {"build": build, "stages": stages}
 
 
@@ -72,9 +75,10 @@ def stages_of(
     build: Row,
     heal: Row | None,
     disk: Mapping[str, int],
+    memory: Memory,
 ) -> dict[str, Row]:
     """Every stage in its order. itemsize: bytes of a weight that computes; rate: FLOPs per second, None: none known; build, heal:
-    their seconds and memory; disk: as `disk_of`."""
+    their seconds and memory; disk: as `disk_of`; memory: that scores may fill."""
     weights, score, held_out = structure.num_parameters * itemsize, recipe.score, recipe.evaluate
 
     def seconds(flops: float) -> float | None:
@@ -86,14 +90,15 @@ def stages_of(
         return layers + 2 * structure.vocab_size * structure.hidden_size
 
     length = score.seq_len or recipe.build.seq_len
-    passes = sum(
-        (structure.num_layers - index) / structure.num_layers * _replacements(space, score.joint)
-        for index, space in spaces.items()
-    )
-    streams = 2 * score.sequences * length * structure.hidden_size * itemsize
+    replaced, count = wanted(structure, spaces, score.joint, score.fp8), structure.num_layers
+    every = {index: spaces.get(index, {}) for index in replaced}
+    passes = sum((count - index) / count * len(some) for index, some in replaced.items())
+    shape = {"sequences": score.sequences, "seq_len": length, "compute_bytes": itemsize}
+    passing = scoring(structure, replaced, every, **shape)
+    scored = plan_residency("scoring", passing, memory, score.batch_size)
     stages: dict[str, Row] = {
         "build-library": build | {"disk_bytes": disk["build-library"]},
-        "score": _row(seconds((passes + 1) * score.sequences * length * forward(length)), weights + streams),
+        "score": _row(seconds((passes + 1) * score.sequences * length * forward(length)), scored.device_bytes),
     }
     if is_measured(recipe):
         grid = grid_of(recipe)
@@ -121,15 +126,6 @@ def stages_of(
     flops = 3 * held_out.sequences * held_out.seq_len * forward(held_out.seq_len)
     stages["evaluate"] = _row(seconds(flops), 2 * weights)
     return stages
-
-
-def _replacements(space: Mapping[str, Mapping[str, object]], joint: bool) -> int:
-    """How many scores a layer has."""
-    counts = [sum(name != PARENT for name in names) for names in space.values()]
-    together = 1
-    for count in counts:
-        together *= count
-    return sum(counts) + (together if joint and len(counts) > 1 else 0)
 
 
 def _row(seconds: float | None, memory: int | None, disk: int | None = None) -> Row:

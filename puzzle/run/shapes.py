@@ -14,7 +14,7 @@ from typing import Any
 from puzzle.base.errors import UserError
 from puzzle.base.machine import gpu_facts
 from puzzle.blocklib.variant import search_spaces
-from puzzle.heal.plan import MASTER_BYTES
+from puzzle.heal.memory import MASTER_BYTES
 from puzzle.heal.settings import HealOptions
 from puzzle.library.plan import forward_flops, plan_build, trained, training_flops
 from puzzle.parents.known import STRUCTURES, known_structure
@@ -22,6 +22,7 @@ from puzzle.parents.structure import Structure
 from puzzle.run.check import check_goal, check_grid, is_measured
 from puzzle.run.plan import Row, disk_of, stages_of
 from puzzle.run.recipe import Recipe, naming
+from puzzle.runtime.residency import Memory
 
 MFU = 0.2835  # of training steps at Llama-3.1-8B's shapes, one H200, 2026-11-23: benchmarks/results/build_8b.csv
 BYTES = 2  # of a weight, computing and stored: bf16
@@ -67,7 +68,9 @@ def plan_shapes(recipe: Recipe) -> dict[str, Any]:
     build: Row = {"seconds": flops / rate, "memory_bytes": one.peak_memory_bytes}
     disk = disk_of(recipe, structure, BYTES, one.disk_bytes + BYTES * later)
     healing = None if recipe.heal is None else _heal(recipe.heal, structure, rate)
-    stages = stages_of(recipe, structure, spaces, BYTES, rate, build, healing, disk)
+    stages = stages_of(
+        recipe, structure, spaces, BYTES, rate, build, healing, disk, Memory(device=UNLIMITED, host=UNLIMITED)
+    )
     if "profile" in stages:
         stages["profile"]["memory_bytes"] = card.memory_bytes  # caches are cut from all that is free
     for row in stages.values():

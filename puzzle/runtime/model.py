@@ -7,8 +7,9 @@ times are the same. Letters: B batch, T tokens, H hidden_size, V vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from puzzle.blocklib.fast.ranks import Ranks
 from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, blank, loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
-from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.opened import open_model
 from puzzle.parents.structure import Structure
 
 
@@ -117,30 +118,52 @@ def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * torch.tensor(scale).to(weight.dtype).item()
 
 
+class Weights(Protocol):
+    """Where a model is read from, a sub-block at a time: a checkpoint, or a child of a library. Tensors come on the CPU, in the
+    dtype they are stored in."""
+
+    @property
+    def structure(self) -> Structure: ...
+
+    def weights(self, layer: int, slot: str) -> dict[str, Tensor]:
+        """{name inside the sub-block: tensor}"""
+        ...
+
+    def embedding(self) -> Tensor: ...
+
+    def final_norm(self) -> Tensor: ...
+
+    def lm_head(self) -> Tensor:
+        """[V, H]; the embedding when tied"""
+        ...
+
+
+def read_block(source: Weights, layer: int, move: Callable[[Tensor], Tensor], ranks: Ranks | None = None) -> Block:
+    """One layer, whole or this rank's share. move: a stored tensor to where, and to the dtype in which, it runs."""
+    parts = {}
+    for slot, sub_block in source.structure.layers[layer].items():
+        weights = source.weights(layer, slot)
+        if ranks is not None:
+            weights, sub_block = sub_block.cut(weights, ranks.rank, ranks.world), sub_block.shared(ranks.world)
+        parts[slot] = loaded(sub_block, {n: move(t) for n, t in weights.items()})
+    return Block(parts)
+
+
 def load_model(
-    source: str | Path | HfModel,
+    source: str | Path | Weights,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     ranks: Ranks | None = None,
 ) -> CausalModel:
-    """A parent or an exported child on `device`, whole or this rank's share. Raises UserError as `open_model` does."""
-    opened = source if isinstance(source, HfModel) else open_model(source)
+    """A parent or a child on `device`, whole or this rank's share. Raises UserError as `open_model` does."""
+    opened = open_model(source) if isinstance(source, str | Path) else source
     structure = opened.structure if ranks is None else opened.structure.share(ranks.world)
-
-    def part(layer: int, slot: str, sub_block: SubBlock) -> Part:
-        weights = opened.weights(layer, slot)
-        if ranks is not None:
-            weights = opened.structure.layers[layer][slot].cut(weights, ranks.rank, ranks.world)
-        return loaded(sub_block, {n: t.to(device, dtype) for n, t in weights.items()})
 
     def words(table: Tensor) -> Tensor:
         return (table if ranks is None else ranks.rows(table, structure.vocab_size)).to(device, dtype)
 
-    blocks = [
-        Block({slot: part(index, slot, sub_block) for slot, sub_block in layer.items()})
-        for index, layer in enumerate(structure.layers)
-    ]
+    blocks = [read_block(opened, n, lambda t: t.to(device, dtype), ranks) for n in range(structure.num_layers)]
     model = CausalModel(
         structure,
         words(opened.embedding()),

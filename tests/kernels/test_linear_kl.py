@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from puzzle.kernels import linear_kl as module
-from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl, linear_kl_by_rows, linear_kl_reference
+from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl, linear_kl_by_rows, linear_kl_of_many, linear_kl_reference
 
 CONFIGS = [
     pytest.param(Chunks(tokens=3, words=40, block=16), id="chunks"),
@@ -44,6 +44,17 @@ def test_matches_twin(device, relative_error, num_tokens, hidden, vocab, heads, 
     assert relative_error(found.lm_loss, want.lm_loss) < limit or num_tokens == 1
     assert torch.equal(found.same_top1, want.same_top1)
     assert linear_kl(parent, child, weight, other, config=config).lm_loss is None
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2])
+def test_many_children_are_each_as_alone(device, config):
+    """To the bit, and one that is the parent itself diverges by exactly zero."""
+    parent, child, weight, targets = draw(device, 37, 32, 97)
+    others = [child, parent.clone(), parent - 0.1 * child]
+    for one, found in zip(others, linear_kl_of_many(parent, others, weight, targets, config=config), strict=True):
+        alone = linear_kl(parent, one, weight, None, targets, config=config)
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert (linear_kl_of_many(parent, others, weight, config=config)[1].kl == 0).all()
 
 
 @pytest.mark.parametrize("config", CONFIGS)
