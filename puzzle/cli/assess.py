@@ -29,15 +29,15 @@ def score_command(library: Path, data: tuple[str, ...], parent: str | None, as_j
     `build-library` does this too; use this verb to score on more text, or joint pairs.
 
     \b
-    Example:
+    Examples:
       puzzle score lib --data /usr/lib/python3.11 --sequences 256 --joint
+      torchrun --nproc-per-node 8 -m puzzle.cli score lib --data corpus.jsonl
     """
     from puzzle.cli.report import library_summary, print_library
     from puzzle.library.score import ScoreOptions, score_library
 
     score_library(library, list(data), ScoreOptions(**chosen), parent=parent)
-    summary = library_summary(library)
-    options.print_json(summary) if as_json else print_library(summary)
+    options.show(lambda: library_summary(library), as_json, print_library)
 
 
 MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len output_len batch repeats"),)
@@ -105,4 +105,4 @@ def evaluate_command(
     result = evaluate(parent, opened, list(data), EvaluateOptions(**chosen), work=work, batches=pair)
     if (hint := outdated_code(Path(child))) is not None:  # measured without that code
         console.print(f"note: {hint}", markup=False, soft_wrap=True)
-    options.print_json(result.to_json()) if as_json else print_evaluation(result)
+    options.show(result.to_json, as_json, lambda _: print_evaluation(result))

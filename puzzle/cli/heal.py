@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -94,13 +93,12 @@ def heal_command(
         from puzzle.heal.plan import plan_heal
 
         facts = plan_heal(wanted)
-        options.print_json(facts) if as_json else _print_plan(facts)
+        options.show(lambda: facts, as_json, _print_plan)
         return
     from puzzle.heal.run import heal, summary
 
     record = heal(wanted)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-        options.print_json(record) if as_json else click.echo(f"{summary(record)}\nwrote {out}", err=True)
+    options.show(lambda: record, as_json, lambda _: click.echo(f"{summary(record)}\nwrote {out}", err=True))
 
 
 def _print_plan(facts: dict) -> None:

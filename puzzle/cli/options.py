@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,9 @@ memory_limit = click.option(
 
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json_text(value))
+
+
+def show(make: Callable[[], dict[str, Any]], as_json: bool, table: Callable[[dict[str, Any]], None]) -> None:
+    """What `make` gives, as JSON or as `table` prints it; of several processes the first alone looks and prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print_json(make()) if as_json else table(make())

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from puzzle.base.errors import UserError, first_line, writing
 from puzzle.base.files import read_json, write_json
-from puzzle.heal.parallel import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.heal.train import Trainer
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from puzzle.base.ranks import running_ranks
 from puzzle.data.mixture import Stage
-from puzzle.heal.parallel import running_ranks
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer

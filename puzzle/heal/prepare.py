@@ -9,10 +9,11 @@ from torch import nn
 
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
+from puzzle.base.ranks import Ranks
 from puzzle.data.mixture import Stage
 from puzzle.data.tokenizer import same_tokenizer
 from puzzle.heal.loss import Learner, Teacher, Weights
-from puzzle.heal.parallel import Ranks, shard
+from puzzle.heal.parallel import shard
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer
 from puzzle.parents.opened import HfModel, open_model

@@ -18,13 +18,13 @@ from puzzle.base.console import Bar, console, progress
 from puzzle.base.errors import UserError
 from puzzle.base.files import claim_output, read_json
 from puzzle.base.machine import cpu_name
+from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import seconds_text
 from puzzle.data.blend import read_blend
 from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
-from puzzle.heal.parallel import Ranks, running_ranks
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import METRICS, Trainer

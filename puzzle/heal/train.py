@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from puzzle.base.console import console
+from puzzle.base.ranks import Ranks
 from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
 from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
-from puzzle.heal.parallel import Ranks, like_sharded, local
+from puzzle.heal.parallel import like_sharded, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 METRICS = ("loss", "kl", "cosine", "lm", "grad_norm", "skipped", "skipped_in_a_row")

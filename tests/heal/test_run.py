@@ -143,7 +143,7 @@ def test_one_process_continues_what_two_began(launch, puzzle, healed, child, par
 
 def test_a_step_that_is_not_finite_is_left_out(child, parent, tmp_path):
     """And the optimiser's moments stay as they were; several in a row end the run."""
-    from puzzle.heal.parallel import start_ranks
+    from puzzle.base.ranks import start_ranks
     from puzzle.heal.prepare import build_trainer, open_models
 
     options = HealOptions(child=str(child), teacher=str(parent), out=tmp_path, tokens=64, seq_len=16, batch_size=4)
