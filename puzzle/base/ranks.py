@@ -6,6 +6,7 @@ What processes say to each other goes through gloo on the CPU; tensors on a GPU 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -68,12 +69,21 @@ class Ranks:
         """Until all have come here."""
         self.gather(None)
 
-    def agree(self, value: object, what: str) -> None:
-        """Raises UserError unless all processes have the same value. what: its name in the message."""
-        found = self.gather(value)
-        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
-        if other is not None:
-            raise UserError(f"process {other} has another {what} than the first: give all hosts the same files")
+    def agree(self, read: Callable[[], T], what: str, seconds: float = 120) -> T:
+        """What `read` finds in files, as all processes see it: where a network file system is behind, they read again.
+
+        Raises UserError where they see different things for so long. what: its name in the message.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            value = read()
+            found = self.gather((value, time.monotonic() > until))
+            other = next((rank for rank, (one, _) in enumerate(found) if one != found[0][0]), None)
+            if other is None:
+                return value
+            if found[0][1]:
+                raise UserError(f"process {other} sees another {what} than the first: give all hosts the same files")
+            time.sleep(1)
 
     def memory(self, limit: int | None) -> int:
         """`device_memory`, the least of all processes; those of one host share its CPU."""

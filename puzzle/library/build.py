@@ -332,7 +332,7 @@ def build_library(source: str, options: BuildOptions) -> Path:
     with running_ranks(options.device) as ranks, held_by_all(options.out, ranks):
         parent = open_model(source)
         builder = Builder(parent, options, ranks)
-        ranks.agree(parent.checkpoint.fingerprint(), f"parent {source}")
+        ranks.agree(parent.checkpoint.fingerprint, f"parent {source}", seconds=0)
         ranks.from_first(parent.check)
         builder.plan()
         data = ranks.from_first(builder.load_data)

@@ -94,6 +94,15 @@ def scoring_bytes(structure: Structure, num_sequences: int, seq_len: int, batch_
     return structure.num_parameters * compute_bytes + streams + working + logits
 
 
+def scoring_costs(structure: Structure) -> dict[int, float]:
+    """Of one replacement in each layer: the parameters that it passes through from there on."""
+    costs, passed = {}, float(structure.vocab_size * structure.hidden_size)
+    for index in reversed(range(structure.num_layers)):
+        passed += layer_parameters(structure.layers[index])
+        costs[index] = passed
+    return costs
+
+
 def balanced(costs: Sequence[float], count: int, most: int) -> tuple[tuple[int, int], ...]:
     """`count` consecutive stretches [begin, end) of `costs`, none empty or longer than `most`, with the least sum of squares."""
 

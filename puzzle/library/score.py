@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from puzzle.base.console import Bar, progress
-from puzzle.base.device import PLANNED, compute_dtype, device_memory, held_memory, pick_device
+from puzzle.base.device import PLANNED, compute_dtype, held_memory
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, read_json, write_json
-from puzzle.base.lock import holding
+from puzzle.base.files import content_hash
+from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.units import check_positive
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NoOp
@@ -29,8 +29,9 @@ from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import load_tokens
 from puzzle.library.assemble import load_variant, open_parent
-from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name, scores_path
-from puzzle.library.plan import scoring_bytes
+from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
+from puzzle.library.plan import scoring_bytes, scoring_costs
+from puzzle.library.results import Results, Scores
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
 from puzzle.runtime.divergence import Divergence
@@ -40,8 +41,9 @@ from puzzle.runtime.model import CausalModel, load_model
 class Scorer:
     """Scores the blocks of one library against its parent on held-out sequences [S, T]."""
 
-    def __init__(self, library: Library, parent: HfModel, sequences: Tensor, device: torch.device, batch_size: int):
-        self.library, self.device = library, device
+    def __init__(self, library: Library, parent: HfModel, sequences: Tensor, ranks: Ranks, batch_size: int):
+        self.library, self.ranks, self.device = library, ranks, ranks.device
+        device = self.device
         self.store = BlockStore(library.root)
         self.dtype = compute_dtype(device)
         self.model: CausalModel = load_model(parent, device=device, dtype=self.dtype)
@@ -56,11 +58,14 @@ class Scorer:
         todo = {layer: self._wanted(layer, joint) for layer in self.library.layers}
         if fp8:
             todo = {n: [*todo.get(n, ()), *self._quantised(n)] for n in range(self.library.num_layers)}
-        with progress("score", sum(len(w) for w in todo.values())) as bar:
+        results = Results(self.library.root, todo, lambda layer: self._key(layer, data_hash), self.ranks)
+        mine = results.share(scoring_costs(self.library.structure))
+        with progress("score", sum(map(len, mine.values()))) as bar:
             for layer, block in enumerate(self.model.blocks):
-                if layer in todo:
-                    self._score_layer(layer, todo[layer], data_hash, bar)
+                if layer in mine:
+                    results.add(layer, self._score_layer(layer, mine[layer], bar))
                 self.streams = [block(x, self.ropes) for x in self.streams]
+        results.close()
 
     def _wanted(self, layer: int, joint: bool) -> list[Replacement]:
         """Every variant alone and, for joint scores, one of every slot together."""
@@ -76,18 +81,16 @@ class Scorer:
         weights = [{slot: FP8_WEIGHTS} for slot, sub_block in own.items() if not isinstance(sub_block, NoOp)]
         return [*weights, *({slot: FP8_CACHE} for slot, sub_block in own.items() if isinstance(sub_block, Gqa))]
 
-    def _score_layer(self, layer: int, wanted: list[Replacement], data_hash: str, bar: Bar) -> None:
-        path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
+    def _key(self, layer: int, data_hash: str) -> str:
+        """What the scores of a layer depend on."""
         hashes = {
             slot: {name: self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT}
-            for slot, space in spaces.items()
+            for slot, space in self.library.spaces[layer].items()
         }
-        key = content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
-        found: dict[str, dict[str, float]] = {}
-        if path.is_file():
-            old = read_json(path, "puzzle score")
-            found = old["scores"] if old.get("key") == key else {}
+        return content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
 
+    def _score_layer(self, layer: int, wanted: list[Replacement], bar: Bar) -> Scores:
+        spaces, found = self.library.spaces[layer], {}
         own: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
 
         @cache
@@ -101,12 +104,11 @@ class Scorer:
 
         for replacement in wanted:
             name = score_name(replacement)
-            if name not in found:
-                bar.note(f"layer {layer} {name}")
-                parts = own | {slot: part(slot, variant) for slot, variant in replacement.items()}
-                found[name] = self._score(layer, name, parts)
+            bar.note(f"layer {layer} {name}")
+            parts = own | {slot: part(slot, variant) for slot, variant in replacement.items()}
+            found[name] = self._score(layer, name, parts)
             bar.advance()
-        write_json(path, {"key": key, "scores": found})
+        return found
 
     def _score(self, layer: int, name: str, parts: dict[str, Part]) -> dict[str, float]:
         """Of the parent with `parts` in one layer, which errors call `name`."""
@@ -147,32 +149,39 @@ class ScoreOptions:
 def score_library(
     root: Path, data: list[str], options: ScoreOptions | None = None, *, parent: str | None = None
 ) -> Path:
-    """Score every block of the library on held-out documents. Returns the directory of the scores."""
+    """Score every block of the library on held-out documents, together with the other processes if `torchrun` started several.
+    Returns the directory of the scores."""
     options = options or ScoreOptions()
+    with running_ranks(options.device) as ranks:
+        return _score_library(root, data, options, parent, ranks)
+
+
+def _score_library(root: Path, data: list[str], options: ScoreOptions, parent: str | None, ranks: Ranks) -> Path:
     library = Library.open(root)
     opened = open_parent(library, parent)
-    tokens = load_tokens(
-        data,
-        opened.directory,
-        seq_len=options.seq_len or library.facts["data"]["seq_len"],
-        num_train=1,
-        num_validation=options.sequences,
-        text_field=options.text_field,
-        seed=library.facts["seed"],
+    tokens = ranks.from_first(
+        lambda: load_tokens(
+            data,
+            opened.directory,
+            seq_len=options.seq_len or library.facts["data"]["seq_len"],
+            num_train=1,
+            num_validation=options.sequences,
+            text_field=options.text_field,
+            seed=library.facts["seed"],
+        )
     )
-    device = pick_device(options.device)
-    count, length = tokens.validation.shape
+    device, (count, length) = ranks.device, tokens.validation.shape
 
     def needed(batch_size: int) -> int:
         return scoring_bytes(opened.structure, count, length, batch_size, compute_dtype(device).itemsize)
 
-    memory = device_memory(device, options.memory_limit)
+    memory = ranks.memory(options.memory_limit)
     fitting = [size for size in range(1, options.batch_size + 1) if needed(size) <= memory]
     if not fitting:
         raise UserError(
             f"scoring {count} sequences of {length} tokens needs {(held_memory(device) + needed(1) / PLANNED) / 1e9:.2f} GB in "
             "all: use fewer `sequences`, a smaller `seq_len` or a larger `memory_limit`"
         )
-    with holding(root):
-        Scorer(library, opened, tokens.validation, device, fitting[-1]).run(tokens.hash, options.joint, options.fp8)
+    with held_by_all(root, ranks):
+        Scorer(library, opened, tokens.validation, ranks, fitting[-1]).run(tokens.hash, options.joint, options.fp8)
     return root / "scores"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from puzzle.base.console import console
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.device import compute_dtype
 from puzzle.base.errors import UserError
+from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, check_positive
 from puzzle.base.workload import Workload
 from puzzle.data.packing import load_tokens
@@ -92,10 +93,25 @@ def evaluate(
 ) -> Evaluation:
     """parent, child: checkpoints, or opened already. work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
     child's architecture.json names. Speed is measured in the precision that the child was priced in, where this device
-    has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Raises UserError for models that do not belong together.
+    has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Of several processes under torchrun each takes a share of
+    the sequences, and the first alone measures speed. Raises UserError for models that do not belong together.
     """
     options = options or EvaluateOptions()
-    on = pick_device(options.device)
+    with running_ranks(options.device) as ranks:
+        found = _evaluate(parent, child, data, options, work, batches, ranks)
+        return ranks.from_first(lambda: found)
+
+
+def _evaluate(
+    parent: str | Measurable,
+    child: str | Measurable,
+    data: list[str],
+    options: EvaluateOptions,
+    work: Workload | None,
+    batches: tuple[int, int] | None,
+    ranks: Ranks,
+) -> Evaluation:
+    on = ranks.device
     dtype = compute_dtype(on)
     parent = of_checkpoint(parent) if isinstance(parent, str) else parent
     child = of_checkpoint(child) if isinstance(child, str) else child
@@ -115,25 +131,29 @@ def evaluate(
         raise UserError(
             f"{child.name} has another tokenizer than {parent.name}: logits of different words cannot be compared"
         )
-    tokens = load_tokens(
-        data,
-        parent.tokenizer,
-        seq_len=min(options.seq_len, parent.structure.max_length),
-        num_train=1,
-        num_validation=options.sequences,
-        text_field=options.text_field,
+    directory, longest = parent.tokenizer, parent.structure.max_length
+    tokens = ranks.from_first(
+        lambda: load_tokens(
+            data,
+            directory,
+            seq_len=min(options.seq_len, longest),
+            num_train=1,
+            num_validation=options.sequences,
+            text_field=options.text_field,
+        )
     )
     if options.prompts:  # wrong ones are refused before anything is measured
         encode(options.prompts, parent.tokenizer, parent.structure)
     whole, cut = parent.load(on, dtype), child.load(on, dtype)
     console.print(f"measuring divergence on {tokens.validation.numel():,} held-out tokens")
-    against = compare(whole, cut, tokens.validation)
+    against = compare(whole, cut, tokens.validation, ranks=ranks)
     models = {"parent": whole, "child": cut}
-    said = continuations(models, options.prompts, parent.tokenizer) if options.prompts else None
+    said = continuations(models, options.prompts, parent.tokenizer) if options.prompts and ranks.is_first else None
     del models
     del whole, cut  # the runtimes want their memory
     precision = pick_precision(on, None if child.solved is None else child.solved.costs["precision"])
-    speeds = {} if work is None else _speeds(parent, child, work, batches, on, precision, options.repeats)
+    timed = work if ranks.is_first else None
+    speeds = {} if timed is None else _speeds(parent, child, timed, batches, on, precision, options.repeats)
     fp8 = child.fp8(on)
     sizes = [_sizes(parent.structure, precision), _sizes(child.structure, precision, fp8)]
     fast, slow = speeds.get("child"), speeds.get("parent")

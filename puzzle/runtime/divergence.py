@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from puzzle.base.ranks import Ranks
 from puzzle.kernels.linear_kl import IGNORE, Chunks, linear_kl
 from puzzle.runtime.model import CausalModel
 
@@ -47,6 +48,16 @@ class Divergence:
         self._same.append(same.mean(dim=1).cpu())
         self.num_tokens += num_sequences * length
 
+    def joined(self, ranks: Ranks) -> Divergence:
+        """Of all processes' sequences, by rank."""
+        every, whole = ranks.gather(self), Divergence()
+        for one in every:
+            whole._kl += one._kl
+            whole._loss += one._loss
+            whole._same += one._same
+            whole.num_tokens += one.num_tokens
+        return whole
+
     def result(self) -> dict[str, float]:
         """kl_stderr takes sequences as the independent draws: tokens of one text are not."""
         kl = torch.cat(self._kl)
@@ -61,12 +72,18 @@ class Divergence:
 
 
 @torch.no_grad()
-def compare(parent: CausalModel, child: CausalModel, sequences: Tensor, batch_size: int = 8) -> dict[str, float]:
-    """Divergence of a whole child from its parent on sequences [S, T]; "parent_loss" is the parent's own LM loss."""
+def compare(
+    parent: CausalModel, child: CausalModel, sequences: Tensor, batch_size: int = 8, ranks: Ranks | None = None
+) -> dict[str, float]:
+    """Divergence of a whole child from its parent on sequences [S, T]; "parent_loss" is the parent's own LM loss. ranks: the
+    processes that take some of the batches each; None: this one."""
     meter, itself = Divergence(), Divergence()
-    for ids in sequences.split(batch_size):
+    batches = sequences.split(batch_size)
+    for ids in batches if ranks is None else ranks.part(batches):
         ids = ids.long().to(parent.head_weight.device)
         hidden = parent.hidden(ids)
         itself.add(parent, hidden, parent, hidden, ids)
         meter.add(parent, hidden, child, child.hidden(ids), ids)
+    if ranks is not None:
+        meter, itself = meter.joined(ranks), itself.joined(ranks)
     return meter.result() | {"parent_loss": itself.result()["lm_loss"]}
