@@ -49,7 +49,10 @@ MODES = (
 @click.option("--save-every", type=int, default=500, help="Steps between checkpoints; 0: at the end.")
 @click.option("--eval-every", type=int, default=100, help="Steps between evaluations; 0: at the end.")
 @click.option("--validation-sequences", type=int, default=64, help="Held out, for the evaluations.")
-@click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a single GPU.")
+@click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a GPU that has the whole child.")
+@click.option(
+    "--parallel", default="auto", help="Under torchrun: replicas in every process, shards; auto: replicas where they fit."
+)
 @click.option("--teacher-device", help="Another device for the teacher, e.g. cuda:1.")
 @click.option("--tensorboard", type=options.PATH, metavar="DIR", help="Also log there.")
 @click.option("--wandb", metavar="PROJECT", help="Also log to Weights & Biases.")

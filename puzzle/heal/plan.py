@@ -1,7 +1,4 @@
-"""What a healing will take, before it starts: time by a few real steps on random tokens, memory and disk by formula.
-
-Letters: P trained parameters, Q frozen ones, R tokens of a micro-batch, H hidden_size, F the widest FFN.
-"""
+"""What a healing will take, before it starts: time by a few real steps on random tokens, memory and disk by formula."""
 
 from __future__ import annotations
 
@@ -13,13 +10,14 @@ import torch
 
 from puzzle.base.ranks import running_ranks
 from puzzle.data.mixture import Stage
+from puzzle.heal.memory import training_bytes
+from puzzle.heal.parallel import local
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer
 
 TIMED_STEPS = 3
 WARM_UP_STEPS = 4  # two eager ones, the capture of the CUDA graph, a replay
-MASTER_BYTES = 16  # per trained parameter: float32 weight, gradient and two moments
 CHECKPOINT_BYTES = 12  # per trained parameter: weight and two moments
 KEPT_CHECKPOINTS = 2  # the newest, and the one being written
 
@@ -34,18 +32,20 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
     with running_ranks(options.device) as ranks:
         models = open_models(options, stages, ranks)
         trainer = build_trainer(options, stages, models, ranks)
+        working = training_bytes(trainer.learner, options, stages, ranks, trainer.sharded)
         seconds = sum(_seconds_per_step(trainer, n, stage) * stage.num_steps for n, stage in enumerate(stages))
-        trained = sum(p.numel() for p in trainer.parts)
+        trained = trainer.num_trained
         tokens = sum(stage.num_tokens for stage in stages)
         device = ranks.device
-        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _memory(trainer, stages, options)
+        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _memory(trainer, working)
         exported = sum(t.numel() for _, t in trainer.learner.child.named_weights()) * 2
         return {
             "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             "processes": ranks.world,
+            "parallel": None if ranks.world == 1 else "shards" if trainer.sharded else "replicas",
             "dtype": str(models.dtype).removeprefix("torch."),
             "stages": [{**asdict(stage), "num_tokens": stage.num_tokens} for stage in stages],
-            "trained_parameters": trained * ranks.world,
+            "trained_parameters": trained,
             "matching_layers": len(models.pairs),
             "predicted": {
                 "num_steps": sum(stage.num_steps for stage in stages),
@@ -53,7 +53,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
                 "seconds": round(seconds, 3),
                 "tokens_per_second": round(tokens / seconds, 1),
                 "peak_memory_bytes": int(peak),
-                "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained * ranks.world + exported,
+                "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained + exported,
             },
         }
 
@@ -76,18 +76,8 @@ def _seconds_per_step(trainer: Trainer, number: int, stage: Stage) -> float:
     return mean_seconds(TIMED_STEPS)
 
 
-def _memory(trainer: Trainer, stages: list[Stage], options: HealOptions) -> float:
-    """MASTER_BYTES · P + bytes of Q + R · (layers · saved + 3 · V) · bytes of an element.
-
-    saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed), H of the teacher's state.
-    """
-    child, size = trainer.learner.child, trainer.dtype.itemsize
-    trained = sum(p.numel() for p in trainer.parts)
-    teacher = 0 if trainer.teacher is None else sum(p.numel() for p in trainer.teacher.parameters())
-    hidden = child.structure.hidden_size
-    sides = [side for *_, part in child.parts() for p in part.parameters() if p.ndim > 1 for side in p.shape]
-    rows = max(s.batch_size * s.seq_len for s in stages) // options.accumulate // trainer.ranks.world
-    saved = 2 * hidden if options.recompute else 8 * hidden + 4 * max(sides, default=0)
-    per_token = len(child.blocks) * (saved + hidden) * size
-    logits = 6 * min(rows * len(child.head_weight), 2**24) * 4
-    return MASTER_BYTES * trained + teacher * size + rows * per_token + logits
+def _memory(trainer: Trainer, working: int) -> int:
+    """Of a process: its part of both models, and `working` besides."""
+    models = [trainer.learner.child, *([] if trainer.teacher is None else [trainer.teacher])]
+    sizes = {local(p).data_ptr(): local(p).nbytes for model in models for p in model.parameters()}
+    return sum(sizes.values()) + working

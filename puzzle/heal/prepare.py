@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from puzzle.base.console import console
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks
 from puzzle.data.mixture import Stage
 from puzzle.data.tokenizer import same_tokenizer
 from puzzle.heal.loss import Learner, Teacher, Weights
+from puzzle.heal.memory import training_bytes
 from puzzle.heal.parallel import shard
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer
@@ -107,7 +109,7 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
 
 
 def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> Trainer:
-    """Both models in memory, split over the ranks if there are several, and a trainer around them."""
+    """Both models in memory, of several ranks in each of them or split over them, and a trainer around them."""
     device = ranks.device
     child = load_model(models.child, device=device, dtype=torch.float32)
     child.requires_grad_(True).train()
@@ -123,9 +125,11 @@ def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ran
     learner = Learner(
         child, models.pairs, head, models.dtype, train_head=options.train_embeddings, recompute=options.recompute
     )
-    if teacher is not None:
-        shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
-    shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
+    sharded = ranks.world > 1 and not _replicas(options, stages, learner, ranks)
+    if sharded:
+        if teacher is not None:
+            shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
+        shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
     weights = Weights(
         kl=options.kl_weight, cosine=options.cosine_weight, lm=options.lm_weight, temperature=options.temperature
     )
@@ -137,7 +141,18 @@ def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ran
         ranks,
         accumulate=options.accumulate,
         cuda_graph=options.cuda_graph,
+        sharded=sharded,
     )
+
+
+def _replicas(options: HealOptions, stages: list[Stage], learner: Learner, ranks: Ranks) -> bool:
+    """Whether every rank trains a copy of the child: as asked for, or where one fits beside what is loaded already."""
+    needed = training_bytes(learner, options, stages, ranks)
+    free = ranks.memory(None)
+    fit = options.parallel == "replicas" or (options.parallel == "auto" and needed <= free)
+    found = f"{needed / 1e9:.2f} GB a process besides the models, {free / 1e9:.2f} GB free"
+    console.print(f"{ranks.world} processes: {'a replica each' if fit else 'the models in shards'} ({found})")
+    return fit
 
 
 def _frozen_ends(model: CausalModel) -> set[nn.Parameter]:

@@ -100,10 +100,12 @@ def test_kill_nine_and_resume_is_bit_exact(launch, healed, child, parent, small,
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
-def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path):
-    """FSDP2 shards over gloo, with micro-batches and recomputed activations: the same curve, to 1e-4."""
+@pytest.mark.parametrize("parallel", ["replicas", "shards"])
+def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path, parallel):
+    """Replicas that sum their gradients and FSDP2 shards, over gloo, with micro-batches and recomputed activations: the same
+    curve, to 1e-4."""
     out = tmp_path / "out"
-    extra = ("--accumulate", 2, "--recompute", "--save-every", 7)
+    extra = ("--accumulate", 2, "--recompute", "--save-every", 7, "--parallel", parallel)
     group = launch(("heal", child, "--teacher", parent, *small, "--out", out, *extra), processes=2)
     for process in group:
         process.join(90)
@@ -122,10 +124,11 @@ def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
-def test_one_process_continues_what_two_began(launch, puzzle, healed, child, parent, small, tmp_path):
-    """The shards that two killed processes left are put together, and the curve goes on."""
+@pytest.mark.parametrize("parallel", ["replicas", "shards"])
+def test_one_process_continues_what_two_began(launch, puzzle, healed, child, parent, small, tmp_path, parallel):
+    """What two killed processes left, in shards or not, is put together, and the curve goes on."""
     out, work = tmp_path / "out", tmp_path / "out.heal"
-    arguments = ("heal", child, "--teacher", parent, *small, "--out", out, "--save-every", 4)
+    arguments = ("heal", child, "--teacher", parent, *small, "--out", out, "--save-every", 4, "--parallel", parallel)
     group = launch(arguments, processes=2)
     wait_for_step(work, 5, group[0])
     for process in group:
