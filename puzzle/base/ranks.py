@@ -6,6 +6,7 @@ What processes say to each other goes through gloo on the CPU; tensors on a GPU 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -160,6 +161,7 @@ def is_first_to_fail() -> bool:
         return True
     try:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(place, timeout=5).close()  # torch's own attempt is slow to fail, and loud
         return dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5)).add("puzzle/failed", 1) == 1
-    except (RuntimeError, KeyError, ValueError):  # the store is not up yet, or has gone with the first process
+    except (OSError, RuntimeError, KeyError, ValueError):  # the store is not up yet, or has gone with the first process
         return os.environ.get("RANK") == "0"

@@ -51,7 +51,9 @@ MODES = (
 @click.option("--validation-sequences", type=int, default=64, help="Held out, for the evaluations.")
 @click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a GPU that has the whole child.")
 @click.option(
-    "--parallel", default="auto", help="Under torchrun: replicas in every process, shards; auto: replicas where they fit."
+    "--parallel",
+    default="auto",
+    help="Under torchrun: replicas in every process, shards; auto: replicas where they fit.",
 )
 @click.option("--teacher-device", help="Another device for the teacher, e.g. cuda:1.")
 @click.option("--tensorboard", type=options.PATH, metavar="DIR", help="Also log there.")

@@ -29,4 +29,8 @@ def training_bytes(
     rows = max(s.batch_size * s.seq_len for s in stages) // options.accumulate // ranks.world
     saved = 2 * hidden if options.recompute else 8 * hidden + 4 * max(sides, default=0)
     logits = 6 * min(rows * len(child.head_weight), MOST_LOGITS) * 4
-    return STATE_BYTES * trained // (ranks.world if sharded else 1) + rows * len(child.blocks) * (saved + hidden) * size + logits
+    return (
+        STATE_BYTES * trained // (ranks.world if sharded else 1)
+        + rows * len(child.blocks) * (saved + hidden) * size
+        + logits
+    )
