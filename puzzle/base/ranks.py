@@ -160,8 +160,11 @@ def is_first_to_fail() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     try:
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun, which starts all again if told so
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         socket.create_connection(place, timeout=5).close()  # torch's own attempt is slow to fail, and loud
-        return dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5)).add("puzzle/failed", 1) == 1
+        return (
+            dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5)).add(f"puzzle/failed/{start}", 1) == 1
+        )
     except (OSError, RuntimeError, KeyError, ValueError):  # the store is not up yet, or has gone with the first process
         return os.environ.get("RANK") == "0"

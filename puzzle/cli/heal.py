@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 MODES = (
+    Mode("by one process, without torchrun", lambda p: os.environ.get("WORLD_SIZE", "1") == "1", unused="parallel"),
     Mode("with `blend`, whose sources name their own", lambda p: p["blend"] is not None, unused="text_field"),
     Mode("with `stages`, which say both", lambda p: p["stages"] is not None, unused="tokens seq_len"),
     Mode("with `kl_weight` 0", lambda p: p["kl_weight"] == 0, unused="temperature"),

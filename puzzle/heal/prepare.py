@@ -151,7 +151,9 @@ def _replicas(options: HealOptions, stages: list[Stage], learner: Learner, ranks
     free = ranks.memory(None)
     fit = options.parallel == "replicas" or (options.parallel == "auto" and needed <= free)
     found = f"{needed / 1e9:.2f} GB a process besides the models, {free / 1e9:.2f} GB free"
-    console.print(f"{ranks.world} processes: {'a replica each' if fit else 'the models in shards'} ({found})")
+    console.print(
+        f"{ranks.world} processes: {'a replica each' if fit else 'the models in shards'} ({found})", soft_wrap=True
+    )
     return fit
 
 

@@ -63,10 +63,10 @@ def heal(options: HealOptions, data: HealData | None = None) -> dict[str, Any]:
 def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealData | None) -> dict[str, Any]:
     models = open_models(options, stages, ranks)
     finished = options.out / "heal.json"
-    again = finished.is_file() and not options.force
+    again = ranks.from_first(lambda: finished.is_file() and not options.force)
     if not again:
-        claim_output(options.out, options.force)
-    data = data or read_data(options, stages, models)
+        ranks.from_first(lambda: claim_output(options.out, options.force))
+    data = data or ranks.from_first(lambda: read_data(options, stages, models))
     for line in data.mixture.report():
         console.print(
             f"{line['source']}: {line['share']:.1%} of the tokens, {line['epochs']:.2f} epochs of "
@@ -81,18 +81,18 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     }
     work = WorkDir(options.out, ranks)
     if again:
-        record = read_json(finished, "puzzle heal")
+        record = ranks.from_first(lambda: read_json(finished, "puzzle heal"))
         if record.get("run") == facts:
             console.print(f"{options.out} is healed already: nothing to do")
             work.remove()  # a run killed after its last file was written leaves it
             return record
-        claim_output(options.out, options.force)
+        ranks.from_first(lambda: claim_output(options.out, options.force))
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
     work.claim(facts, options.force)
     trainer = build_trainer(options, stages, models, ranks)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
     run.train()
-    record = run.record(facts, models)
+    record = ranks.from_first(lambda: run.record(facts, models))
     write_healed(options.out, models.child, trainer, record, work, force=options.force)
     work.remove()
     return record

@@ -128,8 +128,8 @@ def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path,
 def test_one_process_continues_what_two_began(launch, puzzle, healed, child, parent, small, tmp_path, parallel):
     """What two killed processes left, in shards or not, is put together, and the curve goes on."""
     out, work = tmp_path / "out", tmp_path / "out.heal"
-    arguments = ("heal", child, "--teacher", parent, *small, "--out", out, "--save-every", 4, "--parallel", parallel)
-    group = launch(arguments, processes=2)
+    arguments = ("heal", child, "--teacher", parent, *small, "--out", out, "--save-every", 4)
+    group = launch((*arguments, "--parallel", parallel), processes=2)
     wait_for_step(work, 5, group[0])
     for process in group:
         os.kill(process.pid, signal.SIGKILL)
@@ -142,6 +142,38 @@ def test_one_process_continues_what_two_began(launch, puzzle, healed, child, par
     for mine, theirs in zip(one, two, strict=True):
         if "loss" in mine:
             assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+@pytest.mark.parametrize("parallel", ["replicas", "shards"])
+def test_kill_nine_of_one_of_two_ends_both_and_is_continued(launch, ended, child, parent, small, tmp_path, parallel):
+    """In the middle of a step: one line, and the same command ends in the same bits as two processes that were left alone."""
+    arguments = ("heal", child, "--teacher", parent, *small, "--save-every", 3, "--parallel", parallel, "--out")
+    kill = """
+import os, signal
+from puzzle.heal.loss import Learner
+plain, calls = Learner.forward, []
+def patched(self, *given):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *given)
+Learner.forward = patched
+"""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    group = launch((*arguments, out), processes=2, setup=kill)
+    assert ended(group) == [2, -signal.SIGKILL]
+    told = group[0].log.read_text()
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "another process of this run has ended" in line
+    assert "Traceback" not in told
+    assert list((tmp_path / "out.heal").glob("step-*"))
+    for place in (out, whole):
+        group = launch((*arguments, place), processes=2)
+        assert ended(group) == [0, 0]
+    assert ("replica" in group[0].log.read_text()) == (parallel == "replicas")
+    assert losses(out) == losses(whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_step_that_is_not_finite_is_left_out(child, parent, tmp_path):
