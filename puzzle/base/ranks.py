@@ -127,7 +127,7 @@ def running_ranks(device: str) -> Iterator[Ranks]:
 
     Raises UserError where another process has ended, by `kill -9` or an error of its own.
     """
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         yield start_ranks(device)
         return
     ranks = start_ranks(device)
