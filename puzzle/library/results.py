@@ -18,34 +18,43 @@ from puzzle.library.manifest import Replacement, score_name, scores_path
 Scores = dict[str, dict[str, float]]  # by `score_name`
 
 
+def share(
+    todo: Mapping[int, Sequence[Replacement]], costs: Mapping[int, float], ranks: Ranks
+) -> dict[int, list[Replacement]]:
+    """What this process scores: a stretch of layers, the first and last of which it may share with others. todo: by layer, the same in
+    every process; costs: of one replacement in each layer."""
+    every = [(layer, one) for layer in sorted(todo) for one in todo[layer]]
+    ends = list(accumulate(costs[layer] for layer, _ in every))
+    mine: dict[int, list[Replacement]] = {}
+    for (layer, one), end in zip(every, ends, strict=True):
+        if int((end - costs[layer] / 2) / ends[-1] * ranks.world) == ranks.rank:
+            mine.setdefault(layer, []).append(one)
+    return mine
+
+
 class Results:
     """The scores of one library. wanted: the replacements in every layer, in the order that the files have. key: what the scores
-    of a layer depend on."""
+    of a layer depend on. What other data or blocks gave is removed, of all `layers`: it does not add up with what comes."""
 
     def __init__(
-        self, root: Path, wanted: Mapping[int, Sequence[Replacement]], key: Callable[[int], str], ranks: Ranks
+        self,
+        root: Path,
+        wanted: Mapping[int, Sequence[Replacement]],
+        layers: Sequence[int],
+        key: Callable[[int], str],
+        ranks: Ranks,
     ):
         self.root, self.wanted, self.ranks = root, wanted, ranks
-        self.keys = ranks.agree(lambda: {layer: key(layer) for layer in wanted}, f"library {root}")
-        self.found: dict[int, Scores] = ranks.from_first(lambda: {layer: self._read(layer) for layer in wanted})
+        self.keys = ranks.agree(lambda: {layer: key(layer) for layer in layers}, f"library {root}")
+        self.found: dict[int, Scores] = ranks.from_first(lambda: {layer: self._read(layer) for layer in layers})
         self._mine: dict[int, Scores] = {layer: {} for layer in wanted}
 
-    def share(self, costs: Mapping[int, float]) -> dict[int, list[Replacement]]:
-        """What this process scores of what is wanted and not there: a stretch of layers, the first and last of which it may share
-        with others. costs: of one replacement in each layer."""
-        todo = [
-            (layer, one)
-            for layer in sorted(self.wanted)
-            for one in self.wanted[layer]
-            if score_name(one) not in self.found[layer]
-        ]
-        ends = list(accumulate(costs[layer] for layer, _ in todo))
-        mine: dict[int, list[Replacement]] = {}
-        for (layer, one), end in zip(todo, ends, strict=True):
-            middle = (end - costs[layer] / 2) / ends[-1]
-            if int(middle * self.ranks.world) == self.ranks.rank:
-                mine.setdefault(layer, []).append(one)
-        return mine
+    def missing(self) -> dict[int, list[Replacement]]:
+        """What is wanted and not there."""
+        return {
+            layer: [one for one in every if score_name(one) not in self.found[layer]]
+            for layer, every in self.wanted.items()
+        }
 
     def add(self, layer: int, scores: Scores) -> None:
         """Keep what this process found in a layer, should the run end early."""
@@ -78,9 +87,12 @@ class Results:
 
     def _read(self, layer: int) -> Scores:
         """Of this key: the layer's file, and what processes of a run that died have left."""
-        found = self._of(scores_path(self.root, layer), layer)
-        for part in self._parts(layer):
-            found |= self._of(part, layer)
+        found: Scores = {}
+        for path in (scores_path(self.root, layer), *self._parts(layer)):
+            there = self._of(path, layer)
+            if not there:
+                path.unlink(missing_ok=True)
+            found |= there
         return found
 
     def _of(self, path: Path, layer: int) -> Scores:

@@ -31,7 +31,7 @@ from puzzle.data.packing import load_tokens
 from puzzle.library.assemble import load_variant, open_parent
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
 from puzzle.library.plan import scoring_bytes, scoring_costs
-from puzzle.library.results import Results, Scores
+from puzzle.library.results import Results, share
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
 from puzzle.runtime.divergence import Divergence
@@ -52,18 +52,20 @@ class Scorer:
 
     @torch.no_grad()
     def run(self, data_hash: str, joint: bool, fp8: bool = False) -> None:
-        """Fill scores/LNN.json for every layer; what is already scored on the same data and blocks is kept."""
+        """Fill scores/LNN.json for every layer; what is already scored on the same data and blocks is kept, the rest removed
+        before anything is measured: scores on different texts do not add up, wherever this is stopped."""
         self.streams = [self.model.embed(ids) for ids in self.batches]
         self.finals = [self.model.hidden(ids) for ids in self.batches]
         todo = {layer: self._wanted(layer, joint) for layer in self.library.layers}
         if fp8:
             todo = {n: [*todo.get(n, ()), *self._quantised(n)] for n in range(self.library.num_layers)}
-        results = Results(self.library.root, todo, lambda layer: self._key(layer, data_hash), self.ranks)
-        mine = results.share(scoring_costs(self.library.structure))
+        layers = range(self.library.num_layers)
+        results = Results(self.library.root, todo, layers, lambda layer: self._key(layer, data_hash), self.ranks)
+        mine = share(results.missing(), scoring_costs(self.library.structure), self.ranks)
         with progress("score", sum(map(len, mine.values()))) as bar:
             for layer, block in enumerate(self.model.blocks):
                 if layer in mine:
-                    results.add(layer, self._score_layer(layer, mine[layer], bar))
+                    self._score_layer(layer, mine[layer], bar, results)
                 self.streams = [block(x, self.ropes) for x in self.streams]
         results.close()
 
@@ -89,7 +91,7 @@ class Scorer:
         }
         return content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
 
-    def _score_layer(self, layer: int, wanted: list[Replacement], bar: Bar) -> Scores:
+    def _score_layer(self, layer: int, wanted: list[Replacement], bar: Bar, results: Results) -> None:
         spaces, found = self.library.spaces[layer], {}
         own: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
 
@@ -108,7 +110,7 @@ class Scorer:
             parts = own | {slot: part(slot, variant) for slot, variant in replacement.items()}
             found[name] = self._score(layer, name, parts)
             bar.advance()
-        return found
+        results.add(layer, found)
 
     def _score(self, layer: int, name: str, parts: dict[str, Part]) -> dict[str, float]:
         """Of the parent with `parts` in one layer, which errors call `name`."""

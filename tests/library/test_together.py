@@ -14,7 +14,7 @@ from puzzle.base.lock import holding
 from puzzle.base.ranks import Ranks
 from puzzle.library.manifest import score_name
 from puzzle.library.plan import balanced
-from puzzle.library.results import Results
+from puzzle.library.results import Results, share
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 
@@ -191,18 +191,29 @@ def test_evaluate_together(launch, ended, puzzle, parent, child, corpus):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 100])
-def test_every_replacement_is_scored_once(tmp_path, world):
+def test_every_replacement_is_scored_once(world):
     wanted = {layer: [{"ffn": name} for name in ("0.5", "0.25", "none")] for layer in range(6)}
     costs = {layer: 10.0 - layer for layer in range(6)}
     shares = []
     for rank in range(world):
-        results = Results(tmp_path, wanted, str, Ranks(device=torch.device("cpu")))
-        results.ranks = Ranks(rank=rank, world=world, device=torch.device("cpu"))
-        shares.append(results.share(costs))
-    found = [(layer, score_name(one)) for share in shares for layer, names in share.items() for one in names]
+        shares.append(share(wanted, costs, Ranks(rank=rank, world=world, device=torch.device("cpu"))))
+    found = [(layer, score_name(one)) for mine in shares for layer, names in mine.items() for one in names]
     assert found == [(layer, score_name(one)) for layer in wanted for one in wanted[layer]]
-    loads = [sum(costs[layer] * len(names) for layer, names in share.items()) for share in shares]
+    loads = [sum(costs[layer] * len(names) for layer, names in mine.items()) for mine in shares]
     assert max(loads) <= sum(loads) / world + 10
+
+
+def test_scores_on_other_text_go_first(tmp_path):
+    """Of all layers, and what processes left; what was measured on the same text is kept."""
+    alone, wanted = Ranks(device=torch.device("cpu")), {0: [{"ffn": "none"}], 1: [{"ffn": "none"}]}
+    for layer in range(3):
+        results = Results(tmp_path, {layer: [{"ffn": "none"}]}, [layer], str, alone)
+        results.add(layer, {"ffn/none": {"kl": float(layer)}})
+    shutil.copy(tmp_path / "scores/L01.json", tmp_path / "scores/L01.rank1.json")
+    key = {0: "0", 1: "other", 2: "other"}
+    results = Results(tmp_path, wanted, range(3), key.__getitem__, alone)
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["L00.json"]
+    assert results.missing() == {0: [], 1: [{"ffn": "none"}]}
 
 
 @pytest.mark.parametrize(
