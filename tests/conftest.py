@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -25,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+LAUNCH = Path(__file__).with_name("launch.py")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -400,3 +403,53 @@ def shared_library():
 @pytest.fixture(scope="session")
 def gpu_seconds():
     return seconds_of
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """`launch(arguments)` starts `puzzle ...` in a process of its own; `processes` of them work together, as under torchrun. setup:
+    Python that each runs before. What a process says is in the file `process.log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["puzzle.heal.run", "puzzle.cli.heal", "puzzle.library.score", "transformers", "torch.distributed.fsdp"]
+    )
+    started = []
+
+    def start(arguments: tuple, processes: int = 1, setup: str = "") -> list:
+        port = socket.create_server(("127.0.0.1", 0))
+        number = port.getsockname()[1]
+        port.close()
+        group, logs = [], tmp_path_factory.mktemp("logs")
+        for rank in range(processes):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+            environment["MASTER_PORT"] = number
+            log = logs / f"{rank}.txt"
+            given = {
+                "arguments": [str(a) for a in arguments],
+                "environment": {k: str(v) for k, v in environment.items()},
+                "setup": setup,
+                "log": str(log),
+            }
+            process = context.Process(target=runpy.run_path, args=(str(LAUNCH), given), daemon=True)
+            process.start()
+            process.log = log
+            group.append(process)
+        started.extend(group)
+        return group
+
+    yield start
+    for process in started:
+        if process.is_alive():
+            process.kill()
+
+
+def join_all(group: list, seconds: float = 90) -> list:
+    """The exit codes of processes, which must end by themselves."""
+    for process in group:
+        process.join(seconds)
+    return [process.exitcode for process in group]
+
+
+@pytest.fixture(scope="session")
+def ended():
+    return join_all

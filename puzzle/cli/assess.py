@@ -42,17 +42,17 @@ def score_command(
     Examples:
       puzzle score lib --data /usr/lib/python3.11 --sequences 256 --joint
       puzzle score lib --data /usr/lib/python3.11 --sub-block-screen 0.3
+      torchrun --nproc-per-node 8 -m puzzle.cli score lib --data corpus.jsonl
     """
     from puzzle.cli.report import library_summary, print_library
     from puzzle.library.score import ScoreOptions, plan_scores, score_library
 
     if dry_run:
         facts = plan_scores(library, list(data), ScoreOptions(**chosen), parent=parent)
-        options.print_json(facts) if as_json else options.print_facts(facts)
+        options.show(lambda: facts, as_json, options.print_facts)
         return
     score_library(library, list(data), ScoreOptions(**chosen), parent=parent)
-    summary = library_summary(library)
-    options.print_json(summary) if as_json else print_library(summary)
+    options.show(lambda: library_summary(library), as_json, print_library)
 
 
 MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len output_len batch repeats"),)
@@ -123,9 +123,9 @@ def evaluate_command(
         work = opened.solved.workload if opened.solved else Workload(input_len=128, output_len=128)
     if dry_run:
         facts = plan_evaluation(parent, opened, list(data), EvaluateOptions(**chosen))
-        options.print_json(facts) if as_json else options.print_facts(facts)
+        options.show(lambda: facts, as_json, options.print_facts)
         return
     result = evaluate(parent, opened, list(data), EvaluateOptions(**chosen), work=work, batches=pair)
     if (hint := outdated_code(Path(child))) is not None:  # measured without that code
         console.print(f"note: {hint}", markup=False, soft_wrap=True)
-    options.print_json(result.to_json()) if as_json else print_evaluation(result)
+    options.show(result.to_json, as_json, lambda _: print_evaluation(result))

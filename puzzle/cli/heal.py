@@ -12,6 +12,7 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 MODES = (
+    Mode("by one process, without torchrun", lambda p: os.environ.get("WORLD_SIZE", "1") == "1", unused="parallel"),
     Mode("with `blend`, whose sources name their own", lambda p: p["blend"] is not None, unused="text_field"),
     Mode("with `stages`, which say both", lambda p: p["stages"] is not None, unused="tokens seq_len"),
     Mode("with `kl_weight` 0", lambda p: p["kl_weight"] == 0, unused="temperature"),
@@ -50,7 +51,12 @@ MODES = (
 @click.option("--save-every", type=int, default=500, help="Steps between checkpoints; 0: at the end.")
 @click.option("--eval-every", type=int, default=100, help="Steps between evaluations; 0: at the end.")
 @click.option("--validation-sequences", type=int, default=64, help="Held out, for the evaluations.")
-@click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a single GPU.")
+@click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a GPU that has the whole child.")
+@click.option(
+    "--parallel",
+    default="auto",
+    help="Under torchrun: replicas in every process, shards; auto: replicas where they fit.",
+)
 @click.option("--teacher-device", help="Another device for the teacher, e.g. cuda:1.")
 @options.memory_limit
 @click.option("--tensorboard", type=options.PATH, metavar="DIR", help="Also log there.")
@@ -95,13 +101,12 @@ def heal_command(
         from puzzle.heal.plan import plan_heal
 
         facts = plan_heal(wanted)
-        options.print_json(facts) if as_json else _print_plan(facts)
+        options.show(lambda: facts, as_json, _print_plan)
         return
     from puzzle.heal.run import heal, summary
 
     record = heal(wanted)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-        options.print_json(record) if as_json else click.echo(f"{summary(record)}\nwrote {out}", err=True)
+    options.show(lambda: record, as_json, lambda _: click.echo(f"{summary(record)}\nwrote {out}", err=True))
 
 
 def _print_plan(facts: dict) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,9 @@ def print_facts(facts: Mapping[str, Any], within: str = "") -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json_text(value))
+
+
+def show(make: Callable[[], dict[str, Any]], as_json: bool, table: Callable[[dict[str, Any]], None]) -> None:
+    """What `make` gives, as JSON or as `table` prints it; of several processes the first alone looks and prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print_json(make()) if as_json else table(make())

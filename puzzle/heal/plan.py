@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from puzzle.base.ranks import running_ranks
 from puzzle.data.mixture import Stage
-from puzzle.heal.memory import plan_teacher
-from puzzle.heal.parallel import running_ranks
+from puzzle.heal.memory import plan_memory
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import Trainer
@@ -31,10 +31,10 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
     stages = options.plan_stages()
     with running_ranks(options.device) as ranks:
         models = open_models(options, stages, ranks)
-        plan = plan_teacher(options, stages, models, ranks)
-        trainer = build_trainer(options, stages, models, ranks, plan.tokens)
+        plan = plan_memory(options, stages, models, ranks)
+        trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens)
         seconds = sum(_seconds_per_step(trainer, n, stage) * stage.num_steps for n, stage in enumerate(stages))
-        trained = sum(p.numel() for p in trainer.parts)
+        trained = trainer.num_trained
         tokens = sum(stage.num_tokens for stage in stages)
         device = ranks.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else plan.device_bytes
@@ -42,11 +42,12 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
         return {
             "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             "processes": ranks.world,
+            "parallel": None if ranks.world == 1 else "shards" if plan.sharded else "replicas",
             "dtype": str(models.dtype).removeprefix("torch."),
             "stages": [{**asdict(stage), "num_tokens": stage.num_tokens} for stage in stages],
-            "trained_parameters": trained * ranks.world,
+            "trained_parameters": trained,
             "matching_layers": len(models.pairs),
-            "teacher": None if models.teacher is None else plan.told(stages[0].tokens_per_step),
+            "teacher": None if models.teacher is None else plan.taught(stages[0].tokens_per_step // ranks.world),
             "predicted": {
                 "num_steps": sum(stage.num_steps for stage in stages),
                 "num_tokens": tokens,
@@ -54,7 +55,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
                 "tokens_per_second": round(tokens / seconds, 1),
                 "peak_memory_bytes": int(peak),
                 "host_memory_bytes": plan.host_bytes,
-                "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained * ranks.world + exported,
+                "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained + exported,
             },
         }
 

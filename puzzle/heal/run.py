@@ -18,14 +18,14 @@ from puzzle.base.console import Bar, console, progress
 from puzzle.base.errors import UserError
 from puzzle.base.files import claim_output, read_json
 from puzzle.base.machine import cpu_name
+from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import seconds_text
 from puzzle.data.blend import read_blend
 from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
-from puzzle.heal.memory import plan_teacher
-from puzzle.heal.parallel import Ranks, running_ranks
+from puzzle.heal.memory import plan_memory
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import METRICS, Trainer
@@ -64,10 +64,10 @@ def heal(options: HealOptions, data: HealData | None = None) -> dict[str, Any]:
 def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealData | None) -> dict[str, Any]:
     models = open_models(options, stages, ranks)
     finished = options.out / "heal.json"
-    again = finished.is_file() and not options.force
+    again = ranks.from_first(lambda: finished.is_file() and not options.force)
     if not again:
-        claim_output(options.out, options.force)
-    data = data or read_data(options, stages, models)
+        ranks.from_first(lambda: claim_output(options.out, options.force))
+    data = data or ranks.from_first(lambda: read_data(options, stages, models))
     for line in data.mixture.report():
         console.print(
             f"{line['source']}: {line['share']:.1%} of the tokens, {line['epochs']:.2f} epochs of "
@@ -82,21 +82,21 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     }
     work = WorkDir(options.out, ranks)
     if again:
-        record = read_json(finished, "puzzle heal")
+        record = ranks.from_first(lambda: read_json(finished, "puzzle heal"))
         if record.get("run") == facts:
             console.print(f"{options.out} is healed already: nothing to do")
             work.remove()  # a run killed after its last file was written leaves it
             return record
-        claim_output(options.out, options.force)
-    plan = plan_teacher(options, stages, models, ranks)
+        ranks.from_first(lambda: claim_output(options.out, options.force))
+    plan = plan_memory(options, stages, models, ranks)
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
     work.claim(facts, options.force)
-    if plan.tokens is not None:
-        console.print(f"the teacher {plan.told(stages[0].tokens_per_step)}", markup=False, soft_wrap=True)
-    trainer = build_trainer(options, stages, models, ranks, plan.tokens)
+    if plan.tokens is not None or ranks.world > 1:
+        console.print(plan.told(stages[0].tokens_per_step, ranks.world), markup=False, soft_wrap=True)
+    trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
     run.train()
-    record = run.record(facts, models)
+    record = ranks.from_first(lambda: run.record(facts, models))
     write_healed(options.out, models.child, trainer, record, work, force=options.force)
     work.remove()
     return record

@@ -1,8 +1,9 @@
 """One step of healing: the teacher shows, the child's loss flows back, AdamW moves the float32 weights.
 
-On one GPU a step is a CUDA graph (puzzle/base/replay.py) and never waits for the device: a step with a non-finite gradient is
-left out by the optimiser itself (`found_inf`), and counted on the device. Under FSDP the optimiser works on each rank's
-part of the weights. Letters: B sequences of this rank, T tokens, S held-out sequences.
+On a GPU a step is a CUDA graph (puzzle/base/replay.py) and never waits for the device: a step with a non-finite gradient is
+left out by the optimiser itself (`found_inf`), and counted on the device. Several ranks with a replica each sum their
+gradients, which lie in one buffer, between two graphs: up to the gradients, and from them on. Under FSDP there is no graph, and the
+optimiser works on each rank's part of the weights. Letters: B sequences of this rank, T tokens, S held-out sequences.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from puzzle.base.console import console
+from puzzle.base.ranks import Ranks
 from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
 from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
-from puzzle.heal.parallel import Ranks, like_sharded, local
+from puzzle.heal.parallel import like_sharded, local
 from puzzle.heal.teacher import StreamedTeacher
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,6 +41,7 @@ class Trainer:
         *,
         accumulate: int,
         cuda_graph: bool,
+        sharded: bool = False,
     ):
         self.learner, self.teacher, self.recipe, self.weights, self.ranks = learner, teacher, recipe, weights, ranks
         self.dtype, self.device, self.accumulate = learner.dtype, ranks.device, accumulate
@@ -61,14 +64,21 @@ class Trainer:
             state = {name: torch.zeros_like(part, memory_format=torch.preserve_format) for name in MOMENTS}
             self.optimizer.state[part] = {"step": torch.zeros((), device=self.device), **state}
         self._skipped = torch.zeros(2, device=self.device)  # in all, and in a row
+        self._scale = torch.ones((), device=self.device)  # one over the tokens of the step that count
         self.streamed = teacher if isinstance(teacher, StreamedTeacher) else None
-        one_gpu = (
-            self.streamed is None
-            and self.device.type == "cuda"
-            and ranks.world == 1
-            and self.teacher_device == self.device
-        )
-        self._graphed = cuda_graph and one_gpu
+        own_gpu = self.device.type == "cuda" and not sharded and self.teacher_device == self.device
+        self._graphed = cuda_graph and own_gpu and self.streamed is None
+        self.sharded, self.replicated = sharded, ranks.world > 1 and not sharded
+        if self.replicated:  # gradients of all weights, and the sums of the metrics: they stay where they are
+            self._sums = torch.zeros(sum(p.numel() for p in self.model) + 4, device=self.device)
+            *views, self._total = self._sums.split([*(p.numel() for p in self.model), 4])
+            for parameter, view in zip(self.model, views, strict=True):
+                parameter.grad = view.view_as(parameter)
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that learn, over all ranks."""
+        return sum(p.numel() for p in self.parts) * (self.ranks.world if self.sharded else 1)
 
     def begin_stage(self, seq_len: int, coming: Iterable[Tensor] = ()) -> None:
         """Sequences have this length from now on, to be called before the first step too. coming: the batches of all its steps from
@@ -76,7 +86,7 @@ class Trainer:
         self._ropes = self._ropes_of(seq_len)  # made here: a CUDA graph cannot copy them from the host
         ids = (ids for batch in coming for ids in batch[0].chunk(self.accumulate))
         self._lessons = self._ahead(ids, self._ropes, self.weights)
-        self._step = Replayed(self._whole_step)
+        self._step, self._first, self._second = map(Replayed, (self._whole_step, self._backward, self._update))
 
     def _ropes_of(self, seq_len: int) -> tuple[Ropes, Ropes | None]:
         """Tables of the child and of the teacher, which may have other frequencies."""
@@ -86,41 +96,63 @@ class Trainer:
         """Train on ids and labels [2, B, T] of this rank. Returns METRICS of the whole step, on the device."""
         self.lr.fill_(self.recipe.lr_at(step))
         batch = batch.to(self.device, non_blocking=True)
+        if not self.replicated:
+            return self._run(self._step, batch).clone()
+        self._count(batch)
+        total = self._run(self._first, batch)
+        self.ranks.sum(self._sums)
+        return self._run(self._second, total).clone()
+
+    def _run(self, replayed: Replayed, x: Tensor) -> Tensor:
+        """By its CUDA graph, where there can be one."""
         if not self._graphed:
-            return self._whole_step(batch)
+            return replayed.function(x)
         try:
-            return self._step(batch).clone()
+            return replayed(x)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             console.print(f"no CUDA graph here ({str(error).splitlines()[0]}): steps run one kernel at a time")
             self._graphed = False
-            for part in self.parts:
+            for part in () if self.replicated else self.parts:
                 part.grad = None
-            return self._whole_step(batch)
+            return replayed.function(x)
 
     def _whole_step(self, batch: Tensor) -> Tensor:
-        count = self.ranks.sum((batch[1] != IGNORE).sum().float()).clamp(min=1)
-        total = torch.zeros(4, device=self.device)
+        self._count(batch)
+        return self._update(self._backward(batch))
+
+    def _count(self, batch: Tensor) -> None:
+        self._scale.copy_(1 / self.ranks.sum((batch[1] != IGNORE).sum().float()).clamp(min=1))
+
+    def _backward(self, batch: Tensor) -> Tensor:
+        """Gradients of this rank's rows. Returns their sums of loss, KL, cosine distance and LM loss [4]."""
+        if self.replicated:
+            self._sums.zero_()
+        total = self._total if self.replicated else torch.zeros(4, device=self.device)
         for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
             with self._autocast():
-                found, _ = self._compared(ids, labels, self._ropes, 1 / count, self.weights, self._lessons)
-            (found[0] * self.ranks.world).backward()  # FSDP takes the mean over ranks
+                found, _ = self._compared(ids, labels, self._ropes, self._scale, self.weights, self._lessons)
+            (found[0] * (self.ranks.world if self.sharded else 1)).backward()  # FSDP takes the mean over ranks
             total += found.detach()
+        return total
+
+    def _update(self, total: Tensor) -> Tensor:
+        """The optimiser's step, from gradients that are summed over ranks already. Returns METRICS."""
         gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.model]
         for part, gradient in zip(self.parts, gradients, strict=True):
             part.grad = gradient
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        norm = self.ranks.sum(squares).sqrt()
+        norm = (self.ranks.sum(squares) if self.sharded else squares).sqrt()
         broken = (~torch.isfinite(norm)).float()
         torch._foreach_mul_(gradients, (self.recipe.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.found_inf = broken  # type: ignore[attr-defined]
         self.optimizer.step()
-        for model, part in zip(self.model, self.parts, strict=True):
+        for model, part in () if self.replicated else zip(self.model, self.parts, strict=True):
             model.grad = part.grad = None
         self._skipped += broken
         self._skipped[1] *= broken
-        return torch.cat((self.ranks.sum(total), norm[None], self._skipped))
+        return torch.cat((self.ranks.sum(total) if self.sharded else total, norm[None], self._skipped))
 
     def _ahead(
         self, ids: Iterable[Tensor], ropes: tuple[Ropes, Ropes | None], weights: Weights

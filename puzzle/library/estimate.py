@@ -45,7 +45,7 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
     _wait(device)
     seconds = (time.perf_counter() - begin) / NUM_STEPS
     flops = {i: training_flops(structure.layers[i], space, recipe.seq_len) for i, space in builder.spaces.items()}
-    return seconds * sum(flops.values()) / flops[first] * recipe.num_steps
+    return seconds * plan.longest * sum(flops.values()) / flops[first] * recipe.num_steps
 
 
 def plan_of(builder: Builder) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
 from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
@@ -25,9 +26,11 @@ FLIGHT_BYTES = 12  # per parameter of the one variant that takes its step: float
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildPlan:
-    """groups: layer indices trained together. Bytes and FLOPs are predictions by the formulas of `plan_build`."""
+    """groups: layer indices trained together. longest: share of the FLOPs that is done one after another, where several processes
+    take a group each. Bytes are of one process, but for the disk; they and FLOPs are predictions by the formulas of `plan_build`."""
 
     groups: tuple[tuple[int, ...], ...]
+    longest: float
     num_trained_parameters: int
     peak_memory_bytes: int
     host_memory_bytes: int
@@ -89,6 +92,31 @@ def scoring(
     )
 
 
+def scoring_costs(structure: Structure) -> dict[int, float]:
+    """Of one replacement in each layer: the parameters that it passes through from there on."""
+    costs, passed = {}, float(structure.vocab_size * structure.hidden_size)
+    for index in reversed(range(structure.num_layers)):
+        passed += layer_parameters(structure.layers[index])
+        costs[index] = passed
+    return costs
+
+
+def balanced(costs: Sequence[float], count: int, most: int) -> tuple[tuple[int, int], ...]:
+    """`count` consecutive stretches [begin, end) of `costs`, none empty or longer than `most`, with the least sum of squares."""
+
+    @cache
+    def best(begin: int, count: int) -> tuple[float, tuple[tuple[int, int], ...]]:
+        left = len(costs) - begin
+        if not count <= left <= count * most:
+            return float("inf"), ()
+        if count == 0:
+            return 0.0, ()
+        found = ((end, best(end, count - 1)) for end in range(begin + 1, min(begin + most, len(costs)) + 1))
+        return min((sum(costs[begin:end]) ** 2 + rest, ((begin, end), *bounds)) for end, (rest, bounds) in found)
+
+    return best(0, count)[1]
+
+
 def plan_build(
     structure: Structure,
     spaces: Spaces,
@@ -100,13 +128,15 @@ def plan_build(
     on_host: bool,
     held_bytes: int = 0,
     group_size: int | None = None,
+    world: int = 1,
 ) -> BuildPlan:
     """Fit as many layers as memory takes into a group; one group means that no activations are stored.
 
     spaces: of the layers to train. memory_bytes: what the device may use; compute_bytes, stored_bytes: per weight while training
     and on disk; on_host: the device is the CPU, so that what waits in host memory counts as device memory. held_bytes: of the
     process before it begins, which the peak has too. The scores that follow need room for one sequence at a time. Where layers
-    differ, the dearest counts for all. Raises UserError when not even one layer fits.
+    differ, the dearest counts for all. world: processes, which take groups of about the same FLOPs; as many as there are layers
+    can be used. Raises UserError when not even one layer fits.
     """
     layers, hidden = sorted(spaces), structure.hidden_size
     chosen = [structure.layers[index] for index in layers]
@@ -122,7 +152,7 @@ def plan_build(
     fixed = structure.vocab_size * hidden * compute_bytes + max(step, calibration) + extra
 
     def peak(size: int) -> int:
-        return int(reserved * (fixed + size * per_layer)) + (waiting if on_host and size < len(layers) else 0)
+        return int(reserved * (fixed + size * per_layer)) + (waiting if on_host and size * world < len(layers) else 0)
 
     one = {index: [{next(iter(spaces[index])): PARENT}] for index in layers}
     shape = {"sequences": recipe.validation_sequences, "seq_len": recipe.seq_len, "compute_bytes": compute_bytes}
@@ -135,20 +165,25 @@ def plan_build(
             "GB are there: use a smaller `batch_size` or `seq_len`, fewer variants, or a larger `memory_limit`"
         )
     size = min(len(layers), size if group_size is None else group_size)
-    size = -(-len(layers) // -(-len(layers) // size))  # as many groups, evenly filled
-    groups = tuple(tuple(layers[i : i + size]) for i in range(0, len(layers), size))
+    rounds = -(-len(layers) // (size * world))
+    costs = [training_flops(structure.layers[index], spaces[index], recipe.seq_len) for index in layers]
+    bounds = balanced(costs, min(len(layers), max(-(-len(layers) // size), rounds * world if world > 1 else 1)), size)
+    groups = tuple(tuple(layers[a:b]) for a, b in bounds)
+    size, flops = max(map(len, groups)), sum(costs)
+    in_turn = [max(sum(costs[a:b]) for a, b in bounds[i : i + world]) for i in range(0, len(bounds), world)]
+    longest = sum(in_turn) / flops
     num_tokens = recipe.num_steps * recipe.batch_size * recipe.seq_len
-    activations = waiting if len(groups) > 1 else 0
-    flops = sum(training_flops(structure.layers[index], spaces[index], recipe.seq_len) for index in layers)
+    activations = waiting if rounds > 1 else 0
     passed = [structure.layers[index] for index in range(max(layers)) if index not in spaces]
     flops += sum(forward_flops(sub_block, recipe.seq_len) for layer in passed for sub_block in layer.values())
     num_trained = sum(map(sum, sizes))
     return BuildPlan(
         groups=groups,
+        longest=longest,
         num_trained_parameters=num_trained,
         peak_memory_bytes=held_bytes + max(peak(size), scored),
         host_memory_bytes=activations + (0 if on_host else START_BYTES * size * most),
-        disk_bytes=num_trained * stored_bytes + size * most * 12,
+        disk_bytes=num_trained * stored_bytes + min(len(layers), size * world) * most * 12,
         flops=num_tokens * flops,
         num_tokens=num_tokens,
     )
@@ -160,6 +195,7 @@ def describe(plan: BuildPlan, seconds: float, spaces: Spaces, device: str) -> di
     for slot, space in (item for layer in spaces.values() for item in layer.items()):
         names[slot] = list(dict.fromkeys([*names.get(slot, ()), *space]))
     predicted = asdict(plan)
+    del predicted["longest"]
     rates = {
         "seconds": round(seconds, 1),
         "tokens_per_second": round(plan.num_tokens / seconds, 1) if seconds else None,

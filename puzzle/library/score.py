@@ -21,8 +21,8 @@ from torch import Tensor
 from puzzle.base.console import Bar, console, progress
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
-from puzzle.base.files import write_json
-from puzzle.base.lock import holding
+from puzzle.base.files import content_hash, write_json
+from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.units import check_positive
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NoOp
@@ -33,8 +33,8 @@ from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.assemble import open_parent, read_variant
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
-from puzzle.library.plan import Spaces, scoring
-from puzzle.library.score_file import ScoreFile
+from puzzle.library.plan import Spaces, scoring, scoring_costs
+from puzzle.library.results import Results, Todo, share
 from puzzle.library.screen import SEQUENCES, compared, estimates, worst
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
@@ -45,7 +45,6 @@ from puzzle.runtime.residency import HEAD_GROUP, Memory, Passing, Residency, pla
 from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
 
 Parts = dict[str, Part]  # by slot
-Todo = dict[int, list[Replacement]]  # per layer
 SCREENED_AT_ONCE = 2  # sequences, with what their backward pass needs
 
 
@@ -64,8 +63,8 @@ class Scorer:
         self._cached: dict[tuple[int, str, str], Part] = {}
 
     @torch.no_grad()
-    def run(self, files: dict[int, ScoreFile]) -> None:
-        """Fill the files of all layers of `todo`, pass by pass."""
+    def run(self, results: Results) -> None:
+        """Score all of `todo`, pass by pass."""
         passes = list(self._passes())
         trunk, final = self.room.filled(self.model.embedded(self.batches)), None
         at = 0  # the layer that `trunk` enters
@@ -73,7 +72,7 @@ class Scorer:
             for number, variants in enumerate(passes):
                 follows = passes[number + 1][0][0] if number + 1 < len(passes) else None
                 branches, trunk, at, final = self._carry(variants, trunk, at, follows, final, bar)
-                self._measure(variants, branches, final, files, bar)
+                self._measure(variants, branches, final, results, bar)
                 self.room.drop(*branches)
 
     def _passes(self) -> Iterator[list[tuple[int, Replacement]]]:
@@ -154,7 +153,7 @@ class Scorer:
         variants: list[tuple[int, Replacement]],
         branches: list[Stream],
         final: Stream,
-        files: dict[int, ScoreFile],
+        results: Results,
         bar: Bar,
     ) -> None:
         """The divergence of what left the last layer, and into the files with it."""
@@ -174,7 +173,7 @@ class Scorer:
                         f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
                         f"{self.store.layer(layer)} and run `puzzle build-library` again with a smaller --lr"
                     )
-                files[layer].put(name, result)
+                results.put(layer, name, result)
                 bar.advance()
 
 
@@ -218,44 +217,52 @@ def wanted(structure: Structure, spaces: Spaces, joint: bool, fp8: bool) -> Todo
 
 
 class Scoring:
-    """What is there to score, and what it takes. Raises UserError for a library, parent or text that do not fit, before anything is
-    measured or written."""
+    """What is there to score, and what it takes. ranks: the processes that score together, each its share; None: this one. Raises
+    UserError for a library, parent or text that do not fit, before anything is measured or written."""
 
-    def __init__(self, root: Path, data: list[str], options: ScoreOptions, parent: str | None):
+    def __init__(
+        self, root: Path, data: list[str], options: ScoreOptions, parent: str | None, ranks: Ranks | None = None
+    ):
+        self.ranks = ranks = ranks or Ranks(device=pick_device(options.device))
         self.library = library = Library.open(root)
         self.options, self.parent = options, open_parent(library, parent)
-        self.device = pick_device(options.device)
-        self.tokens: TokenData = load_tokens(
-            data,
-            self.parent.directory,
-            seq_len=options.seq_len or library.facts["data"]["seq_len"],
-            num_train=1,
-            num_validation=options.sequences,
-            text_field=options.text_field,
-            seed=library.facts["seed"],
+        self.device = ranks.device
+        self.tokens: TokenData = ranks.from_first(
+            lambda: load_tokens(
+                data,
+                self.parent.directory,
+                seq_len=options.seq_len or library.facts["data"]["seq_len"],
+                num_train=1,
+                num_validation=options.sequences,
+                text_field=options.text_field,
+                seed=library.facts["seed"],
+            )
         )
         spaces = {layer: library.spaces[layer] for layer in library.layers}
-        self.wanted = wanted(library.structure, spaces, options.joint, options.fp8)
-        self.files = {n: ScoreFile(library, n, self.tokens.hash, self.device.type) for n in range(library.num_layers)}
+        every, layers = wanted(library.structure, spaces, options.joint, options.fp8), range(library.num_layers)
+        self.results = Results(root, every, layers, self._key, ranks)
+
+    def _key(self, layer: int) -> str:
+        """What the scores of a layer depend on."""
+        store = BlockStore(self.library.root)
+        hashes = {
+            slot: {name: store.record(layer, slot, name)["sha256"] for name in space if name != PARENT}
+            for slot, space in self.library.spaces[layer].items()
+        }
+        return content_hash([self.library.fingerprint, self.tokens.hash, hashes, self.device.type])
 
     @property
     def memory(self) -> Memory:
-        """Free now."""
-        return Memory.of(self.device, self.options.memory_limit)
+        """Free now, in every process."""
+        return Memory.of(self.device, self.options.memory_limit, self.ranks)
 
     def missing(self) -> Todo:
         """What has no score yet, and was not screened out."""
-        found: Todo = {}
-        for layer, every in self.wanted.items():
-            file = self.files[layer]
-            out = file.screened if self.options.sub_block_screen is not None else set()
-            left = [
-                one
-                for one in every
-                if score_name(one) not in file.scores and not out & {score_name({s: n}) for s, n in one.items()}
-            ]
-            found |= {layer: left} if left else {}
-        return found
+        return self.results.missing(self.options.sub_block_screen is not None)
+
+    def mine(self, todo: Todo) -> Todo:
+        """This process's share."""
+        return share(todo, scoring_costs(self.parent.structure), self.ranks)
 
     def plan(self, todo: Todo) -> Residency:
         count, length = self.tokens.validation.shape
@@ -265,65 +272,67 @@ class Scoring:
         return plan_residency("scoring", passing, self.memory, self.options.batch_size)
 
     def screen(self) -> None:
-        """Estimate what has no estimate yet, and mark the worst in the files; what has a score already keeps it."""
-        fraction, trained = self.options.sub_block_screen, self.library.layers
+        """Estimate what has no estimate yet, in the first process, and mark the worst; what has a score already keeps it."""
+        fraction, layers, trained = self.options.sub_block_screen, self.results.layers, self.library.layers
         if fraction is None:
             return
         names = {
             n: [(s, v) for s, space in self.library.spaces[n].items() for v in space if v != PARENT] for n in trained
         }
-        lacking = [n for n in trained if any(f"{s}/{v}" not in self.files[n].estimates for s, v in names[n])]
-        if lacking:
-            ids = self.tokens.validation[:SEQUENCES]
-            structure, size = self.parent.structure, compute_dtype(self.device).itemsize
-            beside = max(sum(self.library.spaces[n][s][v].num_parameters for s, v in names[n]) for n in lacking)
-            passing = Passing(
-                models=[structure],
-                sequences=len(ids),
-                seq_len=ids.shape[1],
-                compute_bytes=size,
-                spare=structure.num_layers + 2,
-                beside=2 * beside,
-            )
-            plan = plan_residency("screening", passing, self.memory, SCREENED_AT_ONCE)
-            console.print(
-                f"screening on {ids.numel():,} tokens, the parent {plan.told()}", markup=False, soft_wrap=True
-            )
-            model = Layered(self.parent, self.device, compute_dtype(self.device), streamed=plan.streamed)
-            store = BlockStore(self.library.root)
-
-            def read(layer: int) -> Callable[[], dict[str, Parts]]:
-                def parts() -> dict[str, Parts]:
-                    found: dict[str, Parts] = {}
-                    for slot, name in names[layer]:
-                        sub_block = self.library.spaces[layer][slot][name]
-                        tensors = read_variant(store, layer, slot, name, sub_block)
-                        moved = {n: model.reader.move(t) for n, t in tensors.items()}
-                        found.setdefault(slot, {})[name] = loaded(sub_block, moved)
-                    return found
-
-                return parts
-
-            batches = [one.long().to(self.device) for one in ids.split(plan.batch_size)]
-            found = estimates(model, batches, Room(self.device, plan.on_device), lacking, read)
-            for layer in lacking:
-                self.files[layer].estimates = found[layer]
-        dropped = worst({n: self.files[n].estimates for n in trained}, fraction)
+        lacking = [n for n in trained if any(f"{s}/{v}" not in layers[n].estimates for s, v in names[n])]
+        memory = self.memory
+        new = self.ranks.from_first(lambda: self._estimates(lacking, names, memory) if lacking else {})
+        found = {n: new.get(n, layers[n].estimates) for n in trained}
+        dropped = worst(found, fraction)
         for layer in trained:
-            file = self.files[layer]
-            file.screened = {name for n, name in dropped if n == layer and name not in file.scores}
-            file.write()
-        left = sum(len(self.files[n].screened) for n in trained)
+            left = {name for n, name in dropped if n == layer and name not in layers[layer].scores}
+            self.results.screen(layer, found[layer], left)
+        count = sum(len(layers[n].screened) for n in trained)
         console.print(
-            f"{left} of {sum(map(len, names.values()))} blocks are screened out: they get no score, and `solve` cannot choose them",
+            f"{count} of {sum(map(len, names.values()))} blocks are screened out: they get no score, and `solve` cannot choose them",
             soft_wrap=True,
         )
+
+    def _estimates(
+        self, lacking: list[int], names: dict[int, list[tuple[str, str]]], memory: Memory
+    ) -> dict[int, dict[str, float]]:
+        """Of all variants, by (slot, name), of these layers."""
+        ids = self.tokens.validation[:SEQUENCES]
+        structure, size = self.parent.structure, compute_dtype(self.device).itemsize
+        beside = max(sum(self.library.spaces[n][s][v].num_parameters for s, v in names[n]) for n in lacking)
+        passing = Passing(
+            models=[structure],
+            sequences=len(ids),
+            seq_len=ids.shape[1],
+            compute_bytes=size,
+            spare=structure.num_layers + 2,
+            beside=2 * beside,
+        )
+        plan = plan_residency("screening", passing, memory, SCREENED_AT_ONCE)
+        console.print(f"screening on {ids.numel():,} tokens, the parent {plan.told()}", markup=False, soft_wrap=True)
+        model = Layered(self.parent, self.device, compute_dtype(self.device), streamed=plan.streamed)
+        store = BlockStore(self.library.root)
+
+        def read(layer: int) -> Callable[[], dict[str, Parts]]:
+            def parts() -> dict[str, Parts]:
+                found: dict[str, Parts] = {}
+                for slot, name in names[layer]:
+                    sub_block = self.library.spaces[layer][slot][name]
+                    tensors = read_variant(store, layer, slot, name, sub_block)
+                    moved = {n: model.reader.move(t) for n, t in tensors.items()}
+                    found.setdefault(slot, {})[name] = loaded(sub_block, moved)
+                return found
+
+            return parts
+
+        batches = [one.long().to(self.device) for one in ids.split(plan.batch_size)]
+        return estimates(model, batches, Room(self.device, plan.on_device), lacking, read)
 
     def compare(self) -> None:
         """Say and keep how well the estimates order what was scored."""
         if self.options.sub_block_screen is None:
             return
-        found, count = compared({n: self.files[n] for n in self.library.layers})
+        found, count = compared({n: self.results.layers[n] for n in self.library.layers})
         told = "cannot be told" if found is None else f"{found:.3f}"
         console.print(f"Spearman of estimates and scores over {count} blocks: {told}")
         facts = {"spearman": found, "num_compared": count, "fraction": self.options.sub_block_screen}
@@ -333,37 +342,46 @@ class Scoring:
         )
 
     def run(self) -> None:
-        for file in self.files.values():
-            if file.stale:  # of all layers, wherever this is stopped
-                file.path.unlink()
+        """Score this process's share of what is missing, and put together what all found. The library is held."""
+        self.results.read()  # again: another run may have scored until now
+        self.results.remove_others()
         self.screen()
         todo = self.missing()
-        count = sum(map(len, todo.values()))
-        if count:
-            plan = self.plan(todo)
-            console.print(f"scoring {count} variants, the parent {plan.told(count)}", markup=False, soft_wrap=True)
-            Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, todo).run(self.files)
+        mine = self.mine(todo)
+        if todo:
+            plan, count = self.plan(todo), sum(map(len, mine.values()))
+            told = f"{count} of {sum(map(len, todo.values()))}" if self.ranks.world > 1 else str(count)
+            console.print(f"scoring {told} variants, the parent {plan.told(count)}", markup=False, soft_wrap=True)
+            if mine:
+                Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, mine).run(self.results)
         else:
             console.print("all are scored already")
-        self.compare()
+        self.results.close()
+        if self.ranks.is_first:
+            self.compare()
 
 
 def score_library(
     root: Path, data: list[str], options: ScoreOptions | None = None, *, parent: str | None = None
 ) -> Path:
-    """Score every block of the library on held-out documents. Returns the directory of the scores."""
-    work = Scoring(root, data, options or ScoreOptions(), parent)
-    with holding(root):
-        work.run()
+    """Score every block of the library on held-out documents, together with the other processes if `torchrun` started several.
+    Returns the directory of the scores."""
+    options = options or ScoreOptions()
+    with running_ranks(options.device) as ranks:
+        work = Scoring(root, data, options, parent, ranks)
+        with held_by_all(root, ranks):
+            work.run()
     return root / "scores"
 
 
 def plan_scores(
     root: Path, data: list[str], options: ScoreOptions | None = None, *, parent: str | None = None
 ) -> dict[str, Any]:
-    """What `score_library` would do, for --dry-run; writes nothing."""
-    work = Scoring(root, data, options or ScoreOptions(), parent)
-    todo = work.missing()
-    count = sum(map(len, todo.values()))
-    facts = {"device": str(work.device), "num_tokens": work.tokens.validation.numel(), "missing": count}
-    return facts | {"plan": work.plan(todo).to_json(count) if count else None}
+    """What `score_library` would do, for --dry-run; writes nothing. Passes are the first process's."""
+    options = options or ScoreOptions()
+    with running_ranks(options.device) as ranks:
+        work = Scoring(root, data, options, parent, ranks)
+        todo = work.missing()
+        count, own = (sum(map(len, some.values())) for some in (todo, work.mine(todo)))
+        facts = {"device": str(work.device), "processes": ranks.world, "num_tokens": work.tokens.validation.numel()}
+        return facts | {"missing": count, "plan": work.plan(todo).to_json(own) if count else None}

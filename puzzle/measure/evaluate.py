@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from puzzle.base.console import console
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.device import compute_dtype
 from puzzle.base.errors import UserError
+from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, bytes_text, check_positive
 from puzzle.base.workload import Workload
 from puzzle.data.packing import TokenData, load_tokens
@@ -100,10 +101,18 @@ def evaluate(
 ) -> Evaluation:
     """parent, child: checkpoints, or opened already. work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
     child's architecture.json names. Speed is measured in the precision that the child was priced in, where this device
-    has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Raises UserError for models that do not belong together.
+    has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Of several processes under torchrun each takes a share of
+    the sequences, and the first alone measures speed. Raises UserError for models that do not belong together.
     """
     options = options or EvaluateOptions()
-    opened = _opened(parent, child, data, options)
+    with running_ranks(options.device) as ranks:
+        found = _evaluate(_opened(parent, child, data, options, ranks), options, work, batches, ranks)
+        return ranks.from_first(lambda: found)
+
+
+def _evaluate(
+    opened: _Opened, options: EvaluateOptions, work: Workload | None, batches: tuple[int, int] | None, ranks: Ranks
+) -> Evaluation:
     parent, child, on, tokens, plan = opened.parent, opened.child, opened.device, opened.tokens, opened.plan
     console.print(
         f"measuring divergence on {tokens.validation.numel():,} held-out tokens, both models {plan.told()}",
@@ -111,13 +120,14 @@ def evaluate(
         soft_wrap=True,
     )
     whole, cut = (Layered(w, on, compute_dtype(on), streamed=plan.streamed) for w in opened.weights)
-    against = compare_layered(whole, cut, tokens.validation, plan)
+    against = compare_layered(whole, cut, tokens.validation, plan, ranks)
     said = None
-    if options.prompts and whole.model is not None and cut.model is not None:
+    if options.prompts and ranks.is_first and whole.model is not None and cut.model is not None:
         said = continuations({"parent": whole.model, "child": cut.model}, options.prompts, opened.tokenizer)
     elif options.prompts:
         console.print("no continuations: they take both models whole on the device")
     del whole, cut  # the runtimes want their memory
+    work = work if ranks.is_first else None
     if work is not None and opened.too_large is not None:
         console.print(f"no speed: {opened.too_large}", markup=False, soft_wrap=True)
         work = None
@@ -159,8 +169,10 @@ class _Opened:
     too_large: str | None
 
 
-def _opened(parent: str | Measurable, child: str | Measurable, data: list[str], options: EvaluateOptions) -> _Opened:
-    on = pick_device(options.device)
+def _opened(
+    parent: str | Measurable, child: str | Measurable, data: list[str], options: EvaluateOptions, ranks: Ranks
+) -> _Opened:
+    on = ranks.device
     parent = of_checkpoint(parent) if isinstance(parent, str) else parent
     child = of_checkpoint(child) if isinstance(child, str) else child
     theirs, ours = parent.structure.vocab_size, child.structure.vocab_size
@@ -179,13 +191,16 @@ def _opened(parent: str | Measurable, child: str | Measurable, data: list[str], 
         raise UserError(
             f"{child.name} has another tokenizer than {parent.name}: logits of different words cannot be compared"
         )
-    tokens = load_tokens(
-        data,
-        parent.tokenizer,
-        seq_len=min(options.seq_len, parent.structure.max_length),
-        num_train=1,
-        num_validation=options.sequences,
-        text_field=options.text_field,
+    directory, longest = parent.tokenizer, parent.structure.max_length
+    tokens = ranks.from_first(
+        lambda: load_tokens(
+            data,
+            directory,
+            seq_len=min(options.seq_len, longest),
+            num_train=1,
+            num_validation=options.sequences,
+            text_field=options.text_field,
+        )
     )
     if options.prompts:  # wrong ones are refused before anything is measured
         encode(options.prompts, parent.tokenizer, parent.structure)
@@ -194,7 +209,7 @@ def _opened(parent: str | Measurable, child: str | Measurable, data: list[str], 
     (count, length), each = tokens.validation.shape, compute_dtype(on).itemsize
     models = [parent.structure, child.structure]
     passing = Passing(models=models, sequences=count, seq_len=length, compute_bytes=each, spare=2)
-    memory = Memory.of(on, options.memory_limit)
+    memory = Memory.of(on, options.memory_limit, ranks)
     largest = max((parent, child), key=lambda one: one.structure.num_parameters)
     size, too_large = largest.structure.num_parameters * each, None
     if size > memory.device:
@@ -215,8 +230,11 @@ def plan_evaluation(
     parent: str, child: str | Measurable, data: list[str], options: EvaluateOptions | None = None
 ) -> dict[str, Any]:
     """What `evaluate` would do, for --dry-run: how both models go over the text, and why not their speed, if not."""
-    opened = _opened(parent, child, data, options or EvaluateOptions())
-    facts = {"device": str(opened.device), "num_tokens": opened.tokens.validation.numel()}
+    options = options or EvaluateOptions()
+    with running_ranks(options.device) as ranks:
+        opened = _opened(parent, child, data, options, ranks)
+        processes = ranks.world
+    facts = {"device": str(opened.device), "processes": processes, "num_tokens": opened.tokens.validation.numel()}
     return facts | {"plan": opened.plan.to_json(), "no_speed": opened.too_large}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable
+from puzzle.base.ranks import running_ranks
 from puzzle.base.units import bytes_text, parse_layers
 from puzzle.base.workload import Workload
 from puzzle.blocklib.gqa import Gqa
@@ -21,7 +22,6 @@ from puzzle.export.engines import ANY_DECILM_READER, ExportOptions, engine_named
 from puzzle.export.refuse import refuse
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import read_dependency
-from puzzle.heal.parallel import running_ranks
 from puzzle.heal.prepare import open_models
 from puzzle.heal.run import read_data
 from puzzle.heal.settings import HealOptions

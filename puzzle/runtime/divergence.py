@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from puzzle.base.ranks import Ranks
 from puzzle.kernels.linear_kl import IGNORE, Chunks, LinearKL, linear_kl, linear_kl_of_many
 from puzzle.runtime.model import CausalModel
 from puzzle.runtime.residency import Residency
@@ -53,6 +54,16 @@ class Divergence:
         self._same.append(same.mean(dim=1).cpu())
         self.num_tokens += num_sequences * length
 
+    def joined(self, ranks: Ranks) -> Divergence:
+        """Of all processes' sequences, by rank."""
+        every, whole = ranks.gather(self), Divergence()
+        for one in every:
+            whole._kl += one._kl
+            whole._loss += one._loss
+            whole._same += one._same
+            whole.num_tokens += one.num_tokens
+        return whole
+
     def result(self) -> dict[str, float]:
         """kl_stderr takes sequences as the independent draws: tokens of one text are not."""
         kl = torch.cat(self._kl)
@@ -87,27 +98,51 @@ def add_variants(
 @torch.no_grad()
 def compare(parent: CausalModel, child: CausalModel, sequences: Tensor, batch_size: int = 8) -> dict[str, float]:
     """Divergence of a whole child from its parent on sequences [S, T]; "parent_loss" is the parent's own LM loss."""
+    return _result(*_whole(parent, child, sequences.split(batch_size)))
+
+
+@torch.no_grad()
+def compare_layered(
+    parent: Layered, child: Layered, sequences: Tensor, plan: Residency, ranks: Ranks | None = None
+) -> dict[str, float]:
+    """`compare`; streamed models read their weights once, while the streams of all sequences wait. ranks: the processes that take
+    some of the batches each; None: this one."""
+    batches = sequences.split(plan.batch_size)
+    mine = batches if ranks is None else ranks.part(batches)
+    if parent.model is not None and child.model is not None:
+        meters = _whole(parent.model, child.model, mine)
+    else:
+        meters = _streamed(parent, child, [ids.long().to(parent.device) for ids in mine], plan)
+    return _result(*meters) if ranks is None else _result(*(meter.joined(ranks) for meter in meters))
+
+
+def _whole(parent: CausalModel, child: CausalModel, batches: Sequence[Tensor]) -> tuple[Divergence, Divergence]:
+    """Of the child, and of the parent from itself."""
     meter, itself = Divergence(), Divergence()
-    for ids in sequences.split(batch_size):
+    for ids in batches:
         ids = ids.long().to(parent.head_weight.device)
         hidden = parent.hidden(ids)
         itself.add(parent, hidden, parent, hidden, ids)
         meter.add(parent, hidden, child, child.hidden(ids), ids)
-    return meter.result() | {"parent_loss": itself.result()["lm_loss"]}
+    return meter, itself
 
 
-@torch.no_grad()
-def compare_layered(parent: Layered, child: Layered, sequences: Tensor, plan: Residency) -> dict[str, float]:
-    """`compare`; streamed models read their weights once, while the streams of all sequences wait."""
-    if parent.model is not None and child.model is not None:
-        return compare(parent.model, child.model, sequences, plan.batch_size)
-    batches = [ids.long().to(parent.device) for ids in sequences.split(plan.batch_size)]
+def _streamed(
+    parent: Layered, child: Layered, batches: Sequence[Tensor], plan: Residency
+) -> tuple[Divergence, Divergence]:
+    meter, itself = Divergence(), Divergence()
+    if not batches:  # more processes than batches
+        return meter, itself
     room = Room(parent.device, plan.on_device)
     streams = [model.hidden(batches, room) for model in (parent, child)]
-    meter, itself, last, own = Divergence(), Divergence(), parent.last(), child.last()
+    last, own = parent.last(), child.last()
     fetched = room.fetched((stream, n) for n in range(len(batches)) for stream in streams)
     for ids in batches:
         hidden = next(fetched)
         itself.add(last, hidden, last, hidden, ids)
         meter.add(last, hidden, own, next(fetched), ids)
+    return meter, itself
+
+
+def _result(meter: Divergence, itself: Divergence) -> dict[str, float]:
     return meter.result() | {"parent_loss": itself.result()["lm_loss"]}

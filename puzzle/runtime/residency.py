@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from puzzle.base.device import PLANNED, compute_dtype, device_memory, held_memory
+from puzzle.base.device import PLANNED, compute_dtype, held_memory
 from puzzle.base.errors import UserError
 from puzzle.base.machine import available_memory
+from puzzle.base.ranks import Ranks
 from puzzle.base.units import bytes_text
 from puzzle.parents.structure import Layer, Structure
 
@@ -51,10 +52,11 @@ class Memory:
     on_host: bool = False  # the device is the CPU, whose memory is all there is
 
     @classmethod
-    def of(cls, device: torch.device, limit: int | None) -> Memory:
-        on_host = device.type == "cpu"
-        host = 0 if on_host else int(PLANNED * available_memory())
-        return cls(device=device_memory(device, limit), host=host, held=held_memory(device), on_host=on_host)
+    def of(cls, device: torch.device, limit: int | None, ranks: Ranks | None = None) -> Memory:
+        """Free now. ranks: processes that make the same plan, by the least that one of them has; those of a host share it."""
+        ranks, on_host = ranks or Ranks(device=device), device.type == "cpu"
+        host = 0 if on_host else min(ranks.gather(int(PLANNED * available_memory()) // ranks.here))
+        return cls(device=ranks.memory(limit), host=host, held=held_memory(device), on_host=on_host)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

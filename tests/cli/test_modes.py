@@ -41,6 +41,7 @@ CASES = [
     ("fuse", ("child", "--runs", "auto", "--out", "x"), "without --data"),
     ("heal", ("child", "--data-blend", "x", "--out", "x"), "with --data-blend, whose sources name their own"),
     ("heal", ("child", "--stages", "8k:1M", "--out", "x"), "with --stages, which say both"),
+    ("heal", ("child", "--out", "x"), "by one process, without torchrun"),
     ("heal", ("child", "--kl-weight", 0, "--out", "x"), "with --kl-weight 0"),
     (
         "heal",

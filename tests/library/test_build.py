@@ -115,7 +115,7 @@ def test_a_snapshot_continues_bit_for_bit(parent, corpus, tmp_path, monkeypatch)
     broken = options(corpus, tmp_path / "broken", attention="kv1", ffn="0.5,linear", snapshot_seconds=0)
     with pytest.raises(KeyboardInterrupt):
         build_library(str(parent), broken)
-    assert list((tmp_path / "broken/.work").glob("*.safetensors"))
+    assert list((tmp_path / "broken/.work").rglob("*.safetensors"))
     build_library(str(parent), broken)
     assert steps == [0, 1, 2, 3, 4, 5, 5, 6, 7], "the second run starts where the snapshot was taken"
     assert hashes(tmp_path / "broken") == hashes(tmp_path / "whole")

@@ -45,7 +45,9 @@ def copied(deep_library, tmp_path, light) -> Path:
 def limit_for(library: Path, parent: Path, corpus: Path, streams: int, **options) -> int:
     """A --memory-limit within which `streams` variants go along in a pass and the parent does not fit."""
     work = Scoring(library, [str(corpus)], ScoreOptions(**OPTIONS, **options), str(parent))
-    passing = scoring(work.parent.structure, work.wanted, work.library.spaces, sequences=4, seq_len=32, compute_bytes=4)
+    passing = scoring(
+        work.parent.structure, work.results.wanted, work.library.spaces, sequences=4, seq_len=32, compute_bytes=4
+    )
     limit = int((passing.streamed(4) + (3 + streams) * passing.stream_bytes()) / device.PLANNED) + 1000
     assert limit < work.parent.structure.num_parameters * 4
     return limit
@@ -193,7 +195,9 @@ def test_streams_on_a_gpu(puzzle, copied, deep, corpus, waiting):
     whole = scores(copied)
     shutil.rmtree(copied / "scores")
     work = Scoring(copied, [str(corpus)], ScoreOptions(sequences=4, device="cuda"), str(deep))
-    passing = scoring(work.parent.structure, work.wanted, work.library.spaces, sequences=4, seq_len=32, compute_bytes=2)
+    passing = scoring(
+        work.parent.structure, work.results.wanted, work.library.spaces, sequences=4, seq_len=32, compute_bytes=2
+    )
     limit = int((passing.streamed(4) + waiting * passing.stream_bytes()) / device.PLANNED) + 1000
     done = puzzle(*asked, "--memory-limit", limit)
     assert "layer by layer" in done.stderr, (done.output, done.exception)
