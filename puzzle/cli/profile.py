@@ -13,13 +13,13 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 MODES = (
+    Mode("with `all_reduce`", lambda p: p["all_reduce"], uses="library gpu tp all_reduce out as_json"),
     Mode(
         "with `engine` and `fit`",
         lambda p: p["engine"] is not None and p["fit_path"] is not None,
-        uses="gpu engine fit_path out as_json",
+        uses="gpu engine fit_path out as_json all_reduce",  # which refuses these itself
     ),
-    Mode("with `run`", lambda p: p["run"], unused="prefill seconds rounds tp all_reduce"),
-    Mode("with `all_reduce`", lambda p: p["all_reduce"], uses="library gpu tp all_reduce out as_json"),
+    Mode("with `run`", lambda p: p["run"], unused="prefill seconds rounds tp"),
     Mode("without `run`", lambda p: not p["run"], unused="python reader"),
     Mode("with `shapes`", lambda p: p["shapes"] is not None, unused="library"),
     Mode("with `gpu` cpu and no `run`", lambda p: p["gpu"] == "cpu" and not p["run"], unused="fp8"),
