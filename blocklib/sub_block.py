@@ -182,6 +182,10 @@ class SubBlock:
         """Beside its matrix products: FLOPs per token over `context` tokens of state."""
         return 0.0
 
+    def begins(self, wider: SubBlock) -> bool:
+        """Whether this is `wider` with its first channels alone, so that both can share weights (`plain.part.Part.prefixes`)."""
+        return False
+
     # -- what follows from them ------------------------------------------------------------------------------
 
     @property

@@ -29,7 +29,7 @@ from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, layer_name, parse_layers
 from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
-from puzzle.blocklib.variant import PARENT, search_spaces, variant_of
+from puzzle.blocklib.variant import bundles, search_spaces, variant_of
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.describe import write_library
 from puzzle.library.plan import BuildPlan, plan_build
@@ -49,7 +49,7 @@ BlockKey = tuple[int, str, str]  # (layer, slot, variant)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
-    initialised. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
+    initialised. nested: narrower FFNs of a layer are trained as the first channels of one. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
     UserError for a number out of range."""
 
     data: list[str]
@@ -65,6 +65,7 @@ class BuildOptions:
     seed: int = 0
     calibration_sequences: int = 64
     validation_sequences: int = 16
+    nested: bool = False
     group_size: int | None = None
     memory_limit: int | None = None
     device: str = "auto"
@@ -123,6 +124,7 @@ class Builder:
             on_host=self.device.type == "cpu",
             held_bytes=held_memory(self.device),
             group_size=self.options.group_size,
+            nested=self.options.nested,
         )
 
     def load_data(self) -> TokenData:
@@ -146,7 +148,7 @@ class Builder:
         groups = [
             tuple(range(*ends)) for ends in pairwise([0, *ends])
         ]  # gaps too: the parent passes through all layers
-        missing = {g: [k for k in self._keys if k[0] in g and not self.store.has(*k, self._keys[k])] for g in groups}
+        missing = {g: self._missing(g) for g in groups}
         total = sum(len(m) for m in missing.values())
         if total == 0:
             console.print(f"library {out} is complete: nothing to train")
@@ -206,6 +208,7 @@ class Builder:
         """The parent's modules of the group's layers, and a trainer for every missing block."""
         parts: Parts = {}
         trainers: Trainers = {}
+        shared = (self.recipe, self.device, self._lr)
         streams = [self._streams.get("train", step) for step in range(self.num_calibration if missing else 0)]
         for index in group:
             for slot in self.structure.layers[index]:
@@ -217,9 +220,13 @@ class Builder:
                 with torch.no_grad(), autocast(self.device):
                     block.statistics = part.calibrate(streams)
                     streams = [x + part(x, ropes) for x in streams]
-                variants = [variant_of(block.sub_block, name, slot) for *at, name in missing if at == [index, slot]]
-                shared = (block, self.recipe, self.device, self._lr)
-                trainers[index, slot] = [VariantTrainer(index, slot, variant, *shared) for variant in variants]
+                trainers[index, slot] = [
+                    VariantTrainer(
+                        index, slot, [variant_of(block.sub_block, name, slot) for name in names], block, *shared
+                    )
+                    for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
+                    if (index, slot, names[0]) in missing
+                ]
         return parts, trainers
 
     def through(
@@ -267,29 +274,40 @@ class Builder:
         return embed(ids.to(self.device), self._embedding, self.structure.embedding_scale)
 
     def _content_keys(self, data: TokenData) -> dict[BlockKey, str]:
-        """Of every block to train: what its bytes depend on."""
+        """Of every block to train: what its bytes depend on, the others of a nest too."""
         fingerprint = self.parent.checkpoint.fingerprint()
         common = [fingerprint, asdict(self.recipe), data.hash, self.device.type]
         return {
-            (layer, slot, name): content_hash([layer, slot, name, *common])
+            (layer, slot, name): content_hash([layer, slot, name, *common, *([names] if len(names) > 1 else [])])
             for layer, slots in self.spaces.items()
             for slot, space in slots.items()
-            for name in space
-            if name != PARENT
+            for names in bundles(space, self.options.nested)
+            for name in names
         }
+
+    def _missing(self, group: tuple[int, ...]) -> list[BlockKey]:
+        """Blocks that are not there yet; of a nest all or none."""
+        found = []
+        for layer, slots in ((index, self.spaces[index]) for index in group if index in self.spaces):
+            for slot, names in (
+                (slot, names) for slot, s in slots.items() for names in bundles(s, self.options.nested)
+            ):
+                keys = [(layer, slot, name) for name in names]
+                found += [] if all(self.store.has(*key, self._keys[key]) for key in keys) else keys
+        return found
 
     def _write_blocks(self, trainers: Trainers) -> None:
         tokens = self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len
         for (index, slot), of_place in trainers.items():
-            for trainer in of_place:
-                name, sub_block = trainer.variant.name, trainer.variant.sub_block
-                tensors = {n: t.to(self.stored_dtype) for n, t in trainer.best().items()}
+            for found in (found for trainer in of_place for found in trainer.trained()):
+                name, sub_block = found.variant.name, found.variant.sub_block
+                tensors = {n: t.to(self.stored_dtype) for n, t in found.tensors.items()}
                 record = {
-                    "status": ("trained" if trainer.improved else "kept as initialised") if tensors else "empty",
+                    "status": ("trained" if found.improved else "kept as initialised") if tensors else "empty",
                     "key": self._keys[index, slot, name],
                     "num_tokens": tokens if tensors else 0,
-                    "validation_loss_before": trainer.loss_before,
-                    "validation_loss_after": trainer.loss_after,
+                    "validation_loss_before": found.loss_before,
+                    "validation_loss_after": found.loss_after,
                 }
                 spec = {"layer": index, "slot": slot, "variant": name, "sub_block": sub_block.key()}
                 self.store.write(index, slot, name, tensors, spec, record)

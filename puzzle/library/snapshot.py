@@ -23,7 +23,7 @@ def save_snapshot(path: Path, trainers: Iterable[VariantTrainer], steps: int, ke
     tensors = {"steps": torch.tensor(steps), "key": _digest(key)}
     for trainer in trainers:
         tensors |= {name: tensor.cpu() for name, tensor in trainer.state().items()}
-        tensors[f"{trainer.key}|loss_before"] = torch.tensor(trainer.loss_before, dtype=torch.float64)
+        tensors[f"{trainer.key}|loss_before"] = trainer.loss_before
     with replacing(path) as temporary:
         save_file(tensors, temporary)
 
@@ -42,5 +42,5 @@ def load_snapshot(path: Path, trainers: list[VariantTrainer], key: str) -> int:
         return 0
     for trainer in trainers:
         trainer.load_state(tensors)
-        trainer.loss_before = tensors[f"{trainer.key}|loss_before"].item()
+        trainer.loss_before = tensors[f"{trainer.key}|loss_before"]
     return int(tensors["steps"])
