@@ -192,6 +192,10 @@ class SubBlock:
         """
         raise MissingFace(self.kind, "share of tensor parallel")
 
+    def begins(self, wider: SubBlock) -> bool:
+        """Whether this is `wider` with its first channels alone, so that both can share weights (`plain.part.Part.prefixes`)."""
+        return False
+
     # -- what follows from them ------------------------------------------------------------------------------
 
     @property

@@ -63,6 +63,10 @@ class SwiGLU(Normed):
     def words(self, parent: SubBlock) -> str:
         return f"width {self.intermediate_size}"
 
+    def begins(self, wider: SubBlock) -> bool:
+        narrower = isinstance(wider, SwiGLU) and self.intermediate_size < wider.intermediate_size
+        return narrower and replace(self, intermediate_size=wider.intermediate_size) == wider
+
     def linear_map(self, block: ParentBlock) -> Tensor:
         from puzzle.blocklib.initialize import ffn_as_linear
 
@@ -76,7 +80,8 @@ class SwiGLU(Normed):
 
     @classmethod
     def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
-        """`0.5`: the parent's most contributing channels, this fraction of them, rounded to a width that hardware likes."""
+        """`0.5`: the parent's most contributing channels, the most contributing first, this fraction of them, rounded to a width that
+        hardware likes."""
         try:
             fraction = float(name)
         except ValueError:
@@ -110,7 +115,7 @@ def _narrow(width: int) -> Initialise:
         weights = {name: tensor.float() for name, tensor in block.weights.items()}
         if width < block.sub_block.intermediate_size:
             statistics = block.calibrated("a narrower FFN")
-            keep = channel_order(block.weights, statistics)[:width].sort().values
+            keep = channel_order(block.weights, statistics)[:width]
             for name in ("gate_proj.weight", "up_proj.weight", "gate_proj.bias", "up_proj.bias"):
                 if name in weights:
                     weights[name] = weights[name][keep.to(weights[name].device)]

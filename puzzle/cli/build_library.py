@@ -28,6 +28,7 @@ MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequenc
 @click.option("--seed", type=int, default=0, help="Orders the data; blocks' seeds depend on them alone.")
 @click.option("--calibration-sequences", type=int, default=64, help="For initialisation.")
 @click.option("--validation-sequences", type=int, default=16, help="Held out, for the losses reported.")
+@click.option("--nested", is_flag=True, help="Train a layer's narrower FFNs as the first channels of one.")
 @click.option("--group-size", type=int, help="Layers trained together (default: as many as fit).")
 @options.memory_limit
 @click.option("--score/--no-score", default=True, help="Score the blocks after training.")

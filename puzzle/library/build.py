@@ -31,7 +31,7 @@ from puzzle.base.units import check_positive, parse_layers
 from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
 from puzzle.blocklib.sub_block import ParentBlock
-from puzzle.blocklib.variant import PARENT, search_spaces, variant_of
+from puzzle.blocklib.variant import bundles, search_spaces, variant_of
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.describe import write_library
 from puzzle.library.plan import BuildPlan, plan_build
@@ -51,7 +51,7 @@ BlockKey = tuple[int, str, str]  # (layer, slot, variant)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
-    initialised. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
+    initialised. nested: narrower FFNs of a layer are trained as the first channels of one. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
     UserError for a number out of range."""
 
     data: list[str]
@@ -67,6 +67,7 @@ class BuildOptions:
     seed: int = 0
     calibration_sequences: int = 64
     validation_sequences: int = 16
+    nested: bool = False
     group_size: int | None = None
     memory_limit: int | None = None
     device: str = "auto"
@@ -127,6 +128,7 @@ class Builder:
             held_bytes=held_memory(self.device),
             group_size=self.options.group_size,
             world=self.ranks.world,
+            nested=self.options.nested,
         )
 
     def load_data(self) -> TokenData:
@@ -151,7 +153,7 @@ class Builder:
         groups = [
             tuple(range(*ends)) for ends in pairwise([0, *ends])
         ]  # gaps too: the parent passes through all layers
-        absent = ranks.from_first(lambda: [k for k in self._keys if not self.store.has(*k, self._keys[k])])
+        absent = ranks.from_first(self._missing)
         if not absent:
             console.print(f"library {out} is complete: nothing to train")
             return
@@ -241,9 +243,12 @@ class Builder:
             with torch.no_grad(), autocast(self.device):
                 block.statistics = part.calibrate(streams)
                 streams = [x + part(x, ropes) for x in streams]
-            variants = [variant_of(block.sub_block, name, slot) for *at, name in missing if at == [index, slot]]
             shared = (block, self.recipe, self.device, self._lr)
-            trainers[index, slot] = [VariantTrainer(index, slot, variant, *shared) for variant in variants]
+            trainers[index, slot] = [
+                VariantTrainer(index, slot, [variant_of(block.sub_block, name, slot) for name in names], *shared)
+                for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
+                if (index, slot, names[0]) in mine
+            ]
             block.statistics = None
         return parts, trainers
 
@@ -298,29 +303,39 @@ class Builder:
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
     def _content_keys(self, data: TokenData) -> dict[BlockKey, str]:
-        """Of every block to train: what its bytes depend on."""
+        """Of every block to train: what its bytes depend on, the others of a nest too."""
         fingerprint = self.parent.checkpoint.fingerprint()
         common = [fingerprint, asdict(self.recipe), data.hash, self.device.type]
         return {
-            (layer, slot, name): content_hash([layer, slot, name, *common])
+            (layer, slot, name): content_hash([layer, slot, name, *common, *([names] if len(names) > 1 else [])])
             for layer, slots in self.spaces.items()
             for slot, space in slots.items()
-            for name in space
-            if name != PARENT
+            for names in bundles(space, self.options.nested)
+            for name in names
         }
+
+    def _missing(self) -> list[BlockKey]:
+        """Blocks that are not there yet; of a nest all or none."""
+        found: list[BlockKey] = []
+        for layer, slots in self.spaces.items():
+            for slot, space in slots.items():
+                for names in bundles(space, self.options.nested):
+                    keys = [(layer, slot, name) for name in names]
+                    found += [] if all(self.store.has(*key, self._keys[key]) for key in keys) else keys
+        return found
 
     def _write_blocks(self, trainers: Trainers) -> None:
         tokens = self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len
         for (index, slot), of_place in trainers.items():
-            for trainer in of_place:
-                name, sub_block = trainer.variant.name, trainer.variant.sub_block
-                tensors = {n: t.to(self.stored_dtype) for n, t in trainer.best().items()}
+            for found in (found for trainer in of_place for found in trainer.trained()):
+                name, sub_block = found.variant.name, found.variant.sub_block
+                tensors = {n: t.to(self.stored_dtype) for n, t in found.tensors.items()}
                 record = {
-                    "status": ("trained" if trainer.improved else "kept as initialised") if tensors else "empty",
+                    "status": ("trained" if found.improved else "kept as initialised") if tensors else "empty",
                     "key": self._keys[index, slot, name],
                     "num_tokens": tokens if tensors else 0,
-                    "validation_loss_before": trainer.loss_before,
-                    "validation_loss_after": trainer.loss_after,
+                    "validation_loss_before": found.loss_before,
+                    "validation_loss_after": found.loss_after,
                 }
                 spec = {"layer": index, "slot": slot, "variant": name, "sub_block": sub_block.key()}
                 self.store.write(index, slot, name, tensors, spec, record)

@@ -10,7 +10,7 @@ from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.sub_block import SubBlock
-from puzzle.blocklib.variant import PARENT
+from puzzle.blocklib.variant import PARENT, bundles
 from puzzle.library.manifest import Replacement, Space
 from puzzle.parents.structure import Layer, Structure
 from puzzle.runtime.residency import Passing, layer_parameters, widest, workspace_bytes
@@ -21,6 +21,7 @@ STATE_BYTES = 12  # per trained parameter, all the time: float32 master and Adam
 START_BYTES = 4  # per trained parameter, in host memory: the initial weights, in case training does not improve them
 RESERVED = 1.15  # of the GPU's allocator over what is in use: 27.0 GB for 23.8 GB, benchmarks/results/build_8b.csv
 HOST_BYTES = 10**8  # on a CPU, code and buffers of the libraries that the first steps bring in: 63 MB measured
+NESTED_STREAMS = 3  # of every nested variant but one: its segment's output, their sum, and its gradient
 FLIGHT_BYTES = 12  # per parameter of the one variant that takes its step: float32 gradient, its masked copy, bf16 casts
 
 
@@ -46,15 +47,15 @@ def forward_flops(sub_block: SubBlock, seq_len: int) -> float:
     return sub_block.flops(1, context if reach is None else min(reach, context))
 
 
-def training_flops(layer: Layer, spaces: Mapping[str, Space], seq_len: int) -> float:
+def training_flops(layer: Layer, spaces: Mapping[str, Space], seq_len: int, nested: bool) -> float:
     """FLOPs per token: the parent's layer forward, and every trained variant forward and backward (three times a forward)."""
     parent = sum(forward_flops(sub_block, seq_len) for sub_block in layer.values())
-    return parent + 3 * sum(forward_flops(sub_block, seq_len) for sub_block in trained(spaces))
+    return parent + 3 * sum(forward_flops(sub_block, seq_len) for sub_block in trained(spaces, nested))
 
 
-def trained(spaces: Mapping[str, Space]) -> list[SubBlock]:
-    """What is trained in one layer."""
-    return [sub_block for space in spaces.values() for name, sub_block in space.items() if name != PARENT]
+def trained(spaces: Mapping[str, Space], nested: bool) -> list[SubBlock]:
+    """What is trained in one layer; of nested ones the widest, which holds them all."""
+    return [space[names[-1]] for space in spaces.values() for names in bundles(space, nested)]
 
 
 def calibration_bytes(layer: Layer, hidden: int, recipe: Recipe, compute_bytes: int) -> int:
@@ -78,7 +79,7 @@ def scoring(
     """What goes through the parent while these are scored, by layer: beside them its own stream, what leaves it, and what the next
     pass begins with; and on the device the variants in hand, all of a layer's where some are scored together."""
     joint = any(len(one) > 1 for wanted in replacements.values() for one in wanted)
-    sizes = {n: [b.num_parameters for b in trained(spaces[n])] for n in replacements}
+    sizes = {n: [b.num_parameters for b in trained(spaces[n], False)] for n in replacements}
     beside = max((sum(s) if joint else 3 * max(s, default=0) for s in sizes.values()), default=0)
     return Passing(
         models=[structure],
@@ -129,6 +130,7 @@ def plan_build(
     held_bytes: int = 0,
     group_size: int | None = None,
     world: int = 1,
+    nested: bool = False,
 ) -> BuildPlan:
     """Fit as many layers as memory takes into a group; one group means that no activations are stored.
 
@@ -136,14 +138,19 @@ def plan_build(
     and on disk; on_host: the device is the CPU, so that what waits in host memory counts as device memory. held_bytes: of the
     process before it begins, which the peak has too. The scores that follow need room for one sequence at a time. Where layers
     differ, the dearest counts for all. world: processes, which take groups of about the same FLOPs; as many as there are layers
-    can be used. Raises UserError when not even one layer fits.
+    can be used. nested: as `bundles` has it. Raises UserError when not even one layer fits.
     """
     layers, hidden = sorted(spaces), structure.hidden_size
     chosen = [structure.layers[index] for index in layers]
-    sizes = [[sub_block.num_parameters for sub_block in trained(spaces[index])] for index in layers]
+    sizes = [[sub_block.num_parameters for sub_block in trained(spaces[index], nested)] for index in layers]
     most, state = max(map(sum, sizes)), STATE_BYTES + (START_BYTES if on_host else 0)
     per_layer = max(state * sum(s) + layer_parameters(x) * compute_bytes for s, x in zip(sizes, chosen, strict=True))
-    working = max(workspace_bytes(layer, hidden, recipe.batch_size * recipe.seq_len, compute_bytes) for layer in chosen)
+    tokens = recipe.batch_size * recipe.seq_len
+    working = max(workspace_bytes(layer, hidden, tokens, compute_bytes) for layer in chosen)
+    most_nested = max(
+        len(names) for index in layers for s in spaces[index].values() for names in [(), *bundles(s, nested)]
+    )
+    working += NESTED_STREAMS * max(0, most_nested - 1) * tokens * hidden * compute_bytes
     step = FLIGHT_BYTES * max((size for s in sizes for size in s), default=0) + working
     calibration = max(calibration_bytes(layer, hidden, recipe, compute_bytes) for layer in chosen)
     sequences = max(recipe.num_steps * recipe.batch_size, recipe.calibration_sequences) + recipe.validation_sequences
@@ -166,7 +173,7 @@ def plan_build(
         )
     size = min(len(layers), size if group_size is None else group_size)
     rounds = -(-len(layers) // (size * world))
-    costs = [training_flops(structure.layers[index], spaces[index], recipe.seq_len) for index in layers]
+    costs = [training_flops(structure.layers[index], spaces[index], recipe.seq_len, nested) for index in layers]
     bounds = balanced(costs, min(len(layers), max(-(-len(layers) // size), rounds * world if world > 1 else 1)), size)
     groups = tuple(tuple(layers[a:b]) for a, b in bounds)
     size, flops = max(map(len, groups)), sum(costs)
@@ -177,13 +184,15 @@ def plan_build(
     passed = [structure.layers[index] for index in range(max(layers)) if index not in spaces]
     flops += sum(forward_flops(sub_block, recipe.seq_len) for layer in passed for sub_block in layer.values())
     num_trained = sum(map(sum, sizes))
+    every = [b for index in layers for space in spaces[index].values() for n, b in space.items() if n != PARENT]
+    num_stored = sum(sub_block.num_parameters for sub_block in every)
     return BuildPlan(
         groups=groups,
         longest=longest,
         num_trained_parameters=num_trained,
         peak_memory_bytes=held_bytes + max(peak(size), scored),
         host_memory_bytes=activations + (0 if on_host else START_BYTES * size * most),
-        disk_bytes=num_trained * stored_bytes + min(len(layers), size * world) * most * 12,
+        disk_bytes=num_stored * stored_bytes + min(len(layers), size * world) * most * 12,
         flops=num_tokens * flops,
         num_tokens=num_tokens,
     )

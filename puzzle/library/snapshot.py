@@ -42,7 +42,7 @@ class Snapshots:
         elif found is not None:
             for trainer in (one for of_layer in trainers.values() for one in of_layer):
                 trainer.load_state(found)
-                trainer.loss_before = found[f"{trainer.key}|loss_before"].item()
+                trainer.loss_before = found[f"{trainer.key}|loss_before"]
         self._begun = self._saved = step
         self._next, self._saved_at = step + 1, time.monotonic()
         return step
@@ -87,7 +87,7 @@ class Snapshots:
             tensors: dict[str, Tensor] = {}
             for trainer in of_layer:
                 tensors |= {name: tensor.cpu() for name, tensor in trainer.state().items()}
-                tensors[f"{trainer.key}|loss_before"] = torch.tensor(trainer.loss_before, dtype=torch.float64)
+                tensors[f"{trainer.key}|loss_before"] = trainer.loss_before
             with replacing(directory / f"{layer_name(layer)}.safetensors") as temporary:
                 save_file(tensors, temporary)
         layers = [layer for of_rank in self.ranks.gather(list(trainers)) for layer in of_rank]

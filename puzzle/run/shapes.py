@@ -61,10 +61,13 @@ def plan_shapes(recipe: Recipe) -> dict[str, Any]:
     one = plan_build(
         structure.with_layers(structure.layers[:1]), {0: spaces[0]}, asked,
         memory_bytes=UNLIMITED, compute_bytes=BYTES, stored_bytes=BYTES, on_host=False, group_size=1,
+        nested=recipe.build.nested,
     )  # fmt: skip
-    later = sum(sub_block.num_parameters for index in list(spaces)[1:] for sub_block in trained(spaces[index]))
+    later = sum(sub_block.num_parameters for index in list(spaces)[1:] for sub_block in trained(spaces[index], False))
     rate, tokens = MFU * card.bf16_flops, asked.num_steps * asked.batch_size * asked.seq_len
-    flops = tokens * sum(training_flops(layers[i], space, asked.seq_len) for i, space in spaces.items())
+    flops = tokens * sum(
+        training_flops(layers[i], space, asked.seq_len, recipe.build.nested) for i, space in spaces.items()
+    )
     build: Row = {"seconds": flops / rate, "memory_bytes": one.peak_memory_bytes}
     disk = disk_of(recipe, structure, BYTES, one.disk_bytes + BYTES * later)
     healing = None if recipe.heal is None else _heal(recipe.heal, structure, rate)

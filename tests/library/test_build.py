@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from puzzle.blocklib.distill import Recipe
 from puzzle.library.build import Builder, BuildOptions, build_library
@@ -180,3 +183,49 @@ def test_dry_run_matches_the_plan(parent, corpus, tmp_path, puzzle):
     told = describe(plan, 1.0, builder.spaces, facts["device"])
     assert set(told) == set(facts)
     assert told["variants"] == facts["variants"]
+
+
+NEST = {"attention": "parent", "ffn": "0.75,0.5,0.25", "nested": True}
+
+
+def test_nested_ffns_share_the_weights_of_the_widest(parent, corpus, tmp_path):
+    """Blocks are written as any others; each is the first part of the next; losses fall for all of them."""
+    build_library(str(parent), options(corpus, tmp_path / "lib", **NEST))
+    for layer in sorted((tmp_path / "lib" / "blocks").iterdir()):
+        blocks = [load_file(layer / "ffn" / f"{name}.safetensors") for name in ("0.25", "0.5", "0.75")]
+        for narrow, wide in pairwise(blocks):
+            width = len(narrow["gate_proj.weight"])
+            assert 0 < width < len(wide["gate_proj.weight"])
+            assert torch.equal(wide["up_proj.weight"][:width], narrow["up_proj.weight"])
+            assert torch.equal(wide["down_proj.weight"][:, :width], narrow["down_proj.weight"])
+        for name in ("0.25", "0.5", "0.75"):
+            record = json.loads((layer / "ffn" / f"{name}.json").read_text())
+            assert record["status"] == "trained"
+            assert record["validation_loss_after"] < record["validation_loss_before"]
+
+
+def test_a_nest_is_trained_as_a_whole(parent, corpus, tmp_path):
+    """One width more, or one block lost, and all of it is trained again; what stands apart is kept. One width alone is no nest."""
+    lib, more = tmp_path / "lib", {**NEST, "attention": "none", "ffn": "0.5,0.25"}
+    build_library(str(parent), options(corpus, lib, **more))
+    first = hashes(lib / "blocks")
+    (lib / "blocks" / "L01" / "ffn" / "0.25.safetensors").unlink()
+    build_library(str(parent), options(corpus, lib, **more))
+    assert hashes(lib / "blocks") == first
+    build_library(str(parent), options(corpus, lib, **{**more, "ffn": "0.75,0.5,0.25"}))
+    changed = hashes(lib / "blocks")
+    assert {name for name in first if first[name] != changed[name]} == {n for n in first if "/ffn/" in n}
+    for name, nested in (("alone", False), ("nest-of-one", True)):
+        build_library(str(parent), options(corpus, tmp_path / name, ffn="0.5", attention="parent", nested=nested))
+    assert hashes(tmp_path / "alone") == hashes(tmp_path / "nest-of-one")
+
+
+def test_a_nest_costs_what_its_widest_does(parent, corpus, tmp_path):
+    def plan(nested: bool):
+        return Builder(open_model(str(parent)), options(corpus, tmp_path / "x", **{**NEST, "nested": nested})).plan()
+
+    alone = Builder(open_model(str(parent)), options(corpus, tmp_path / "x", **{**NEST, "ffn": "0.75"})).plan()
+    assert plan(True).flops == alone.flops < plan(False).flops
+    assert plan(True).num_trained_parameters == alone.num_trained_parameters < plan(False).num_trained_parameters
+    assert alone.disk_bytes < plan(True).disk_bytes < plan(False).disk_bytes
+    assert plan(True).peak_memory_bytes < plan(False).peak_memory_bytes

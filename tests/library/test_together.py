@@ -91,6 +91,18 @@ def test_the_same_bits_as_one(launch, ended, build, whole, tmp_path, processes, 
     assert not any("medians" in process.log.read_text() for process in group[1:])
 
 
+def test_nests_together(launch, ended, puzzle, build, tmp_path):
+    """A nest is trained by one process, and goes on as one where a run was killed."""
+    command = (*build, "--ffn", "0.75,0.5,0.25", "--nested", "--no-score", "--out")
+    command = tuple(x for x in command if x not in ("--score-sequences", 16))  # which belong to scores
+    done = puzzle(*command, tmp_path / "alone")
+    assert done.exit_code == 0, (done.output, done.exception)
+    for setup, ends in ((SNAPSHOTS + KILLED.format(**AT_STEP, action=KILL), [2, -signal.SIGKILL]), ("", [0, 0])):
+        group = launch((*command, tmp_path / "lib"), processes=2, setup=setup)
+        assert ended(group) == ends, [p.log.read_text() for p in group]
+    assert files(tmp_path / "lib") == files(tmp_path / "alone")
+
+
 @pytest.mark.parametrize("again", [2, 1, 3])
 def test_kill_nine_of_one_ends_all_and_any_number_goes_on(launch, ended, build, whole, tmp_path, again):
     command = (*build, "--out", tmp_path / "lib")

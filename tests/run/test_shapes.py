@@ -27,7 +27,7 @@ def test_a_dry_run_needs_no_checkpoint(puzzle, name, tmp_path):
     structure, stages = known_structure(recipe["parent"]), found["stages"]
     assert (found["shapes"], found["gpu"], found["mfu"]) == (recipe["parent"], "h100", MFU)
     spaces = search_spaces(dict(enumerate(structure.layers)), {n: recipe["build"].get(n) for n in ("attention", "ffn")})
-    each = sum(training_flops(structure.layers[i], space, 8192) for i, space in spaces.items())
+    each = sum(training_flops(structure.layers[i], space, 8192, False) for i, space in spaces.items())
     steps = -(-int(float(recipe["build"]["tokens"])) // (8192 * 4))
     hours = steps * 8192 * 4 * each / (MFU * 989e12) / 3600
     assert stages["build-library"]["gpu_hours"] == pytest.approx(hours)
