@@ -40,15 +40,6 @@ class HealPlan:
             return f"{'in shards' if self.sharded else 'whole on the device'} ({where})"
         return f"layer by layer, once in {max(1, self.tokens // tokens_per_step)} steps ({where})"
 
-    def told(self, tokens_per_step: int, world: int) -> str:
-        """In one line."""
-        taught = f"the teacher {self.taught(tokens_per_step // world)}"
-        return (
-            taught
-            if world == 1
-            else f"{world} processes: {'the child in shards' if self.sharded else 'a replica each'}; {taught}"
-        )
-
 
 def plan_memory(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> HealPlan:
     """The first that fits: a replica with a whole teacher, shards of both, a replica with a streamed teacher, shards with one; of what
@@ -62,17 +53,16 @@ def plan_memory(options: HealOptions, stages: list[Stage], models: Models, ranks
         if used <= memory.device or (always_whole and sharded == ways[-1]):
             return HealPlan(sharded=sharded, tokens=None, device_bytes=memory.held + used, host_bytes=0)
     assert models.teacher is not None
-    for sharded in ways:
-        used = heal_bytes(options, stages, models, ranks, streamed=True, sharded=sharded)
-        if used <= memory.device:
-            break
-    structure, size = models.teacher.structure, models.dtype.itemsize
-    staged = 0 if memory.on_host else STAGED * _largest(structure) * size
-    room = memory.device - used if memory.on_host else memory.host - staged
+    structure, size, least = models.teacher.structure, models.dtype.itemsize, micro_batch(options, stages, ranks)
     each = (
         (len(models.pairs) + 3) * structure.hidden_size * size * (1 if memory.on_host else 2)
     )  # pinned: powers of two
-    least = micro_batch(options, stages, ranks)
+    for sharded in ways:
+        used = heal_bytes(options, stages, models, ranks, streamed=True, sharded=sharded)
+        if used + (least * each if memory.on_host else 0) <= memory.device:
+            break
+    staged = 0 if memory.on_host else STAGED * _largest(structure) * size
+    room = memory.device - used if memory.on_host else memory.host - staged
     if room < least * each:
         needed = least * each + (used if memory.on_host else staged)
         there = "memory" if memory.on_host else "host memory"
@@ -100,22 +90,23 @@ def heal_bytes(
     options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, *, streamed: bool, sharded: bool
 ) -> int:
     """MASTER_BYTES · P + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers · saved + 3 · V) · bytes of
-    an element; of what is sharded this rank's part. Ends that do not learn are whole.
+    an element; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not learn are whole.
 
     saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed), H of the teacher's state.
     """
     child, size = models.child.structure, models.dtype.itemsize
     trained = child.num_parameters - (0 if options.train_embeddings else _ends(child))
-    split, taught = ranks.world if sharded else 1, 0
+    split, taught, read = ranks.world if sharded else 1, 0, 4 * child.num_parameters
     if models.teacher is not None:
         structure = models.teacher.structure
-        parts = (structure.num_parameters - _ends(structure)) // split
-        taught = _ends(structure) + (LAYERS_THERE * _largest(structure) if streamed else parts)
+        blocks = LAYERS_THERE * _largest(structure) if streamed else structure.num_parameters - _ends(structure)
+        taught = _ends(structure) + (blocks if streamed else blocks // split)
+        read += (_ends(structure) + blocks) * size
     hidden, rows = child.hidden_size, micro_batch(options, stages, ranks)
     saved = 2 * hidden if options.recompute else 8 * hidden + 4 * max(map(widest, child.layers))
     per_token = child.num_layers * (saved + hidden) * size
     logits = 6 * min(rows * child.vocab_size, 2**24) * 4
-    return MASTER_BYTES * trained // split + taught * size + rows * per_token + logits
+    return max(read, MASTER_BYTES * trained // split + taught * size + rows * per_token + logits)
 
 
 def _ends(structure: Structure) -> int:

@@ -91,8 +91,11 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     plan = plan_memory(options, stages, models, ranks)
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
     work.claim(facts, options.force)
-    if plan.tokens is not None or ranks.world > 1:
-        console.print(plan.told(stages[0].tokens_per_step, ranks.world), markup=False, soft_wrap=True)
+    if ranks.world > 1:
+        console.print(f"{ranks.world} processes: {'the child in shards' if plan.sharded else 'a replica each'}")
+    if plan.tokens is not None:
+        taught = plan.taught(stages[0].tokens_per_step // ranks.world)
+        console.print(f"the teacher {taught}", markup=False, soft_wrap=True)
     trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
     run.train()
