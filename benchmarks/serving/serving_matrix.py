@@ -48,6 +48,7 @@ CELLS = (
     ("mlx", "nemotron-nas"),
 )  # (engine, format)
 GPU_CELLS = (("vllm", "hf"), ("vllm", "nemotron-nas"), ("vllm==0.26", "nemotron-nas"))
+GPU_COLUMNS = ("after", "plain_after", "during", "plain_during", "same_texts")  # `puzzle.serving.batch.Batch`
 
 
 def run_cell(name: str, engine: str, format: str, directory: Path, gpu: bool) -> dict[str, Any]:
@@ -88,9 +89,6 @@ def run_cell(name: str, engine: str, format: str, directory: Path, gpu: bool) ->
         "same_tokenizer": check.same_text,
         "version": check.version,
     }
-
-
-GPU_COLUMNS = ("after", "plain_after", "during", "plain_during", "same_texts")  # `puzzle.serving.batch.Batch`
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ from puzzle.choose.precision import Precisions, parse_precision
 from puzzle.choose.problem import Request
 from puzzle.choose.solve import open_costs, open_precisions
 from puzzle.choose.workloads import AlsoAsked, parse_also
+from puzzle.export.engines import CARD_SHARE
 from puzzle.library.manifest import Library
 from puzzle.profile.all_reduce import AllReduces, find_all_reduces, measuring
 from puzzle.profile.cost_table import PACKAGED, CostTable
 from puzzle.profile.engine import EngineModel
 
 BACKENDS = ("ortools", "pulp")
-ENGINE_SHARE = 0.92  # of the card that a serving engine takes: vLLM's gpu_memory_utilization unless told otherwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,7 @@ class SolveOptions:
 
     def request(self, library: Library, gpu: str, work: Workload, goal: Goal, baseline: str | None = None) -> Request:
         """gpu: whose card holds the child where it is a known one. Raises UserError for a dependency that is not this parent's."""
-        card, share = GPUS.get(gpu.split("-")[0]), 1.0 if self.engine == "puzzle" else ENGINE_SHARE
+        card, share = GPUS.get(gpu.split("-")[0]), 1.0 if self.engine == "puzzle" else CARD_SHARE
         return Request(
             work=work,
             goal=goal,

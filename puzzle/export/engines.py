@@ -53,6 +53,7 @@ class Engine:
     plug_in: str | None = None
 
 
+CARD_SHARE = 0.92  # of a GPU's memory that a serving engine takes: vLLM's gpu_memory_utilization unless told otherwise
 ENGINES = {
     engine.name: engine
     for engine in (

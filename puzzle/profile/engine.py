@@ -214,9 +214,8 @@ def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: 
     """engine: with its version; None: as the file names it. Raises UserError for a file that is no fit."""
     value = read_json(path, "puzzle profile --engine ... --fit")
     try:
-        given = {f.name: 0.0 for f in fields(Constants) if not f.default} | value[
-            "constants"
-        ]  # earlier ones have fewer
+        earlier = {f.name: 0.0 for f in fields(Constants) if not f.default}  # which an older fit lacks
+        given = earlier | value["constants"]
         constants = Constants(**{f.name: float(given.pop(f.name)) for f in fields(Constants)})
         wrong = [k for k, v in asdict(constants).items() if not 0 <= v < math.inf or (k in SHARES and not v)]
         more = {"device": value["device"], "precision": value["precision"], "parent": parent}

@@ -198,14 +198,16 @@ def compared(model: EngineModel, described: dict[str, Any], measured: Sequence[M
     return rows
 
 
-def leave_one_out(engine: str, described: dict[str, Any], measured: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Each architecture predicted by a fit on the others: a row per measurement. One without which nothing shows the host's pace is
-    there to measure that alone, and is not left out."""
-    rows, paced = [], fit(engine, described, measured).constants.host > 0
+def leave_one_out(
+    model: EngineModel, described: dict[str, Any], measured: Sequence[Measurement]
+) -> list[dict[str, Any]]:
+    """Each architecture predicted by a fit on the others: a row per measurement. model: fitted on all of them. One without which
+    nothing shows the host's pace is there to measure that alone, and is not left out."""
+    rows, paced = [], model.constants.host > 0
     for name in described["architectures"]:
         held = [m for m in measured if m.architecture == name]
         rest = [m for m in measured if m.architecture != name]
-        if held and rest and ((others := fit(engine, described, rest)).constants.host > 0) == paced:
+        if held and rest and ((others := fit(model.engine, described, rest)).constants.host > 0) == paced:
             rows += compared(others, described, held)
     return rows
 
@@ -236,7 +238,7 @@ def fit_engine(engine: str, path: Path, out: Path | None = None, *, gpu: str) ->
         raise UserError(f"`fit` {path} was measured on {described['gpu']}, not on {gpu}: pass `gpu` {described['gpu']}")
     measured = read_measurements(path, list(described["architectures"]))
     model = fit(engine, described, measured)
-    rows = leave_one_out(engine, described, measured)
+    rows = leave_one_out(model, described, measured)
     value = {
         "engine": engine,
         **{key: described[key] for key in ("gpu", "device", "versions", "precision", "date")},

@@ -43,7 +43,7 @@ def disk_of(recipe: Recipe, structure: Structure, size: int, library: int) -> di
         if recipe.solve.precisions:
             found["quantised"] = checkpoint
     for one in recipe.export:
-        if one.name != "hf":
+        if not one.is_the_child:
             fixed, each = structure.num_fixed_parameters, EXPORT_BYTES.get(one.dtype or "", (size, size))
             found[f"export {one.name}"] = (structure.num_parameters - fixed) * each[0] + fixed * each[1]
     return found

@@ -26,8 +26,8 @@ from puzzle.base.device import device_memory, pick_device
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.files import json_text
 from puzzle.export.checkpoint import outdated_code
+from puzzle.export.engines import CARD_SHARE, release, served_by, wrong_before
 from puzzle.export.engines import ENGINES as TABLE
-from puzzle.export.engines import release, served_by, wrong_before
 from puzzle.runtime.model import CausalModel
 from puzzle.serving.batch import Batch, compare_batch, gpu_bytes, plan_batches
 from puzzle.serving.reference import Export, find_export, load_reference, tokenize
@@ -167,7 +167,7 @@ def serve_check(
     }
     if engine == "vllm":
         job["batch"] = plan_batches(export)
-        job["gpu_bytes"] = gpu_bytes(model, job["batch"]["gpu"])
+        job |= {"gpu_bytes": gpu_bytes(model, job["batch"]["gpu"]), "gpu_share": CARD_SHARE}
     hint = outdated_code(export.path) if engine == "hf" else None
     try:
         found = run_engine(job, python or Path(sys.executable))

@@ -24,6 +24,7 @@ from puzzle.base.errors import UserError, writing
 from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
 from puzzle.export.child import Child, ChildLayer, no_tensors
+from puzzle.export.engines import CARD_SHARE
 from puzzle.export.fp8 import quantization_config
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import lower
@@ -34,7 +35,6 @@ from puzzle.serving.vllm_plugin import READ_AGAINST
 
 ENGINE = "vllm"
 DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "float32": "float32"}  # of activations, by precision
-UTILIZATION = 0.92  # of the card that vLLM takes: its own default
 READERS = ("hf", "nemotron-nas")  # formats: the first by the plug-in
 SEQUENCES = 256  # that a GPU's vLLM makes ready for, whatever is asked of it: its workspace is the same in all runs
 PAGES = 128  # tokens: whole pages of any engine, so that a sequence of full length leaves none half filled
@@ -61,7 +61,7 @@ class Engine:
     python: Path | None = None
     reader: str = "hf"
     precision: str = "bf16"
-    utilization: float = UTILIZATION
+    utilization: float = CARD_SHARE
     repeats: int = 1
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ This file imports nothing of puzzle: an engine's environment need not have it, o
 job:    {"engine": "hf" | "vllm" | "llama.cpp" | "mlx", "path": export, "format": "hf" | "nemotron-nas" | "gguf" | "parent",
          "prompt": [token ids], "num_tokens": N, "threads": T, "text": str | null,
         "batch": {"cpu" | "gpu": {"prompts": [[token ids]], "num_tokens": N, "top": K}} (vllm alone, may be left out),
-        "gpu_bytes": what it may take of a GPU (with batch)}
+        "gpu_bytes": what it may take of a GPU, "gpu_share": and of its memory at most (both with batch)}
 result: logits [len(prompt), vocab_size] float32, or log-probabilities, tokens [N] (greedy, never stopping at EOS), text_ids (`text`
         in the engine's own tokenizer, empty when it has none), version
         of a batch of P prompts, all at once: device ("cpu" or the GPU's name), dtype, after [P, vocab_size] log-probabilities after
@@ -69,7 +69,7 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
     if not on_cpu:  # decoding in CUDA graphs, as it is served; not compiled, which takes minutes
         settings = {"dtype": "bfloat16", "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
-        settings["gpu_memory_utilization"] = min(0.92, job["gpu_bytes"] / torch.cuda.mem_get_info()[1])
+        settings["gpu_memory_utilization"] = min(job["gpu_share"], job["gpu_bytes"] / torch.cuda.mem_get_info()[1])
     engine = LLM(
         model=job["path"],
         trust_remote_code=job["format"] != "hf",  # which the plug-in reads without
