@@ -36,7 +36,7 @@ from pathlib import Path
 import click
 import torch
 
-from puzzle.blocklib.fast.ranks import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.known import known_structure
@@ -94,7 +94,7 @@ def percentiles(replay: Callable[[], object], steps: int, device: torch.device, 
             replay()
             samples.append(time.perf_counter() - begin)
     found = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    return found.tolist() if ranks is None else ranks.slowest(found.tolist(), device)
+    return found.tolist() if ranks is None else ranks.slowest(found.tolist())
 
 
 def measure(model: CausalModel, batch: int, context: int, steps: int, ranks: Ranks | None) -> list[float]:
@@ -166,7 +166,7 @@ def main(
 ) -> None:
     try:
         with joined(tp, "gpu" if device == "cuda" else "cpu") as (ranks, where):
-            table = Table(path, append, writes=ranks is None or ranks.rank == 0)
+            table = Table(path, append, writes=ranks is None or ranks.is_first)
             for name in names.split(","):
                 for fraction in map(float, fractions.split(",")):
                     latencies(name, fraction, [int(b) for b in batches.split(",")], context, steps, ranks, where, table)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from puzzle.base.workload import PAGE
-from puzzle.blocklib.fast.ranks import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import MissingFace, Normed
 from puzzle.kernels.fp8 import to_fp8

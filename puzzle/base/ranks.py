@@ -58,6 +58,10 @@ class Ranks:
         dist.all_gather_object(found, value)
         return found
 
+    def slowest(self, seconds: Sequence[float]) -> list[float]:
+        """The largest of each over all processes, so that all go on alike."""
+        return [max(every) for every in zip(*self.gather(seconds), strict=True)]
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, for all: files that may change are read by one, so that no two see different ones."""
         if self.world == 1:

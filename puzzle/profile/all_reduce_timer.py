@@ -12,7 +12,7 @@ from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable
 from puzzle.base.machine import cpu_name
-from puzzle.blocklib.fast.ranks import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.kernels.timer import Graph, percentiles, time_replays
 from puzzle.profile.all_reduce import FOLDER, AllReduceRow, read_all_reduces, write_all_reduces
 from puzzle.runtime.parallel import joined, nccl_words
@@ -41,7 +41,7 @@ def measure_all_reduces(gpu: str, tp: int, out: Path, sizes: tuple[int, ...] = S
             "date": time.strftime("%Y-%m-%d"),
         }
         rows = [AllReduceRow(tp=tp, num_bytes=size, seconds=one(ranks, size, device), **facts) for size in sizes]
-        if ranks.rank == 0:
+        if ranks.is_first:
             others = [row for row in (read_all_reduces(path) if path.is_file() else []) if row.tp != tp]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_all_reduces(path, sorted([*others, *rows], key=lambda row: (row.tp, row.num_bytes)))
@@ -63,4 +63,4 @@ def one(ranks: Ranks, num_bytes: int, device: torch.device) -> float:
             graph.replay()
             samples.append(time.perf_counter() - begin)
         found = percentiles(samples)
-    return ranks.slowest([found.p50], device)[0]
+    return ranks.slowest([found.p50])[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puzzle.base.workload import PAGE, PREFILL_ROWS
 from puzzle.blocklib.fast.batch import Fast, RopeTable, Stream, Tables, make_fast, new_batch, num_pages
-from puzzle.blocklib.fast.ranks import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import SubBlock
@@ -23,6 +23,7 @@ from puzzle.kernels.timer import Graph
 from puzzle.parents.structure import Structure
 from puzzle.runtime.interface import Fp8, Runtime, check_lengths
 from puzzle.runtime.model import CausalModel, embed
+from puzzle.runtime.parallel import among_own_rows, best_word
 
 
 def rope_tables(structure: Structure, sub_blocks: list[SubBlock], length: int, device: torch.device | str) -> Tables:
@@ -98,7 +99,7 @@ class FastRuntime(Runtime):
         """Of the slowest rank."""
         if self.ranks is None:
             return prefill, decode
-        first, rest = self.ranks.slowest([prefill, decode], self.device)
+        first, rest = self.ranks.slowest([prefill, decode])
         return first, rest
 
     def randomize(self) -> None:
@@ -112,7 +113,7 @@ class FastRuntime(Runtime):
         scale = self.structure.embedding_scale
         if self.ranks is None:
             return embed(ids, self.embedding, scale), None
-        own, inside = self.ranks.embedded(ids, len(self.embedding))
+        own, inside = among_own_rows(self.ranks, ids, len(self.embedding))
         return self.ranks.sum(embed(own, self.embedding, scale) * inside), None
 
     def _next(self, stream: Stream) -> Tensor:
@@ -122,7 +123,7 @@ class FastRuntime(Runtime):
 
     def _best(self, logits: Tensor) -> Tensor:
         """The likeliest word. logits [B, V], or of this rank's words"""
-        return logits.argmax(-1) if self.ranks is None else self.ranks.best(logits)
+        return logits.argmax(-1) if self.ranks is None else best_word(self.ranks, logits)
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor) -> Tensor:

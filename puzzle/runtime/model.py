@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puzzle.blocklib.fast.ranks import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, blank, loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
 from puzzle.parents.opened import open_model
 from puzzle.parents.structure import Structure
+from puzzle.runtime.parallel import own_rows
 
 
 class Block(nn.Module):
@@ -161,7 +162,7 @@ def load_model(
     structure = opened.structure if ranks is None else opened.structure.share(ranks.world)
 
     def words(table: Tensor) -> Tensor:
-        return (table if ranks is None else ranks.rows(table, structure.vocab_size)).to(device, dtype)
+        return (table if ranks is None else own_rows(ranks, table, structure.vocab_size)).to(device, dtype)
 
     blocks = [read_block(opened, n, lambda t: t.to(device, dtype), ranks) for n in range(structure.num_layers)]
     model = CausalModel(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.fast.ranks import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.interface import Fp8, Runtime
 from puzzle.runtime.model import CausalModel

@@ -8,7 +8,7 @@ from threading import Barrier, Thread
 import pytest
 import torch
 
-from puzzle.blocklib.fast.ranks import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NO_OP
@@ -17,6 +17,7 @@ from puzzle.blocklib.sub_block import parse_key
 from puzzle.parents.known import known_structure
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import Block, CausalModel, load_model
+from puzzle.runtime.parallel import own_rows
 from tiny_parents import write_tiny_parent
 
 SIZES = {"hidden_size": 48, "head_dim": 8, "num_attention_heads": 8, "intermediate_size": 56, "vocab_size": 397}
@@ -40,7 +41,7 @@ def together(world: int, work) -> list:
 
     def run(rank: int) -> None:
         try:
-            found[rank] = work(kind(rank=rank, world=world))
+            found[rank] = work(kind(rank=rank, world=world, device=torch.device("cpu")))
         except BaseException:
             barrier.abort()
             raise
@@ -100,7 +101,7 @@ def test_every_kind_of_sub_block_has_its_share(mixed):
             )
             for i, block in enumerate(mixed.blocks)
         ]
-        table = ranks.rows(mixed.embedding.weight.data, structure.vocab_size)
+        table = own_rows(ranks, mixed.embedding.weight.data, structure.vocab_size)
         return said_by(CausalModel(structure, table, blocks, mixed.norm.weight.data, None).eval(), ranks)
 
     check(said_by(mixed, None), together(2, work), mixed.structure.vocab_size)
