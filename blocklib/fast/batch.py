@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from puzzle.base.workload import PAGE
 from puzzle.base.ranks import Ranks
+from puzzle.base.workload import PAGE
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import MissingFace, Normed
 from puzzle.kernels.fp8 import to_fp8

@@ -11,8 +11,8 @@ import torch
 from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.base.machine import cpu_name
-from puzzle.base.workload import Workload
 from puzzle.base.ranks import Ranks
+from puzzle.base.workload import Workload
 from puzzle.measure.architecture import Architecture, architecture_beside
 from puzzle.measure.serve import Served, serve
 from puzzle.parents.opened import open_model

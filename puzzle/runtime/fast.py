@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from puzzle.base.ranks import Ranks
 from puzzle.base.workload import PAGE, PREFILL_ROWS
 from puzzle.blocklib.fast.batch import Fast, RopeTable, Stream, Tables, make_fast, new_batch, num_pages
-from puzzle.base.ranks import Ranks
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import SubBlock
