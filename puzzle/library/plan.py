@@ -93,6 +93,21 @@ def scoring(
     )
 
 
+def screening(
+    structure: Structure, spaces: Mapping[int, Mapping[str, Space]], *, sequences: int, seq_len: int, compute_bytes: int
+) -> Passing:
+    """What goes forth and back through the parent while the variants of these layers are estimated: what enters every layer waits."""
+    beside = max((sum(b.num_parameters for b in trained(space, False)) for space in spaces.values()), default=0)
+    return Passing(
+        models=[structure],
+        sequences=sequences,
+        seq_len=seq_len,
+        compute_bytes=compute_bytes,
+        spare=structure.num_layers + 2,
+        beside=2 * beside,
+    )
+
+
 def scoring_costs(structure: Structure) -> dict[int, float]:
     """Of one replacement in each layer: the parameters that it passes through from there on."""
     costs, passed = {}, float(structure.vocab_size * structure.hidden_size)

@@ -33,19 +33,18 @@ from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.assemble import open_parent, read_variant
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
-from puzzle.library.plan import Spaces, scoring, scoring_costs
+from puzzle.library.plan import Spaces, scoring, scoring_costs, screening, trained
 from puzzle.library.results import Results, Todo, share
-from puzzle.library.screen import SEQUENCES, compared, estimates, worst
+from puzzle.library.screen import AT_ONCE, SEQUENCES, compared, estimates, worst
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
 from puzzle.parents.structure import Structure
 from puzzle.runtime.divergence import Divergence, add_variants
 from puzzle.runtime.model import Block
-from puzzle.runtime.residency import HEAD_GROUP, Memory, Passing, Residency, plan_residency
+from puzzle.runtime.residency import HEAD_GROUP, Memory, Residency, plan_residency
 from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
 
 Parts = dict[str, Part]  # by slot
-SCREENED_AT_ONCE = 2  # sequences, with what their backward pass needs
 
 
 class Scorer:
@@ -273,42 +272,46 @@ class Scoring:
 
     def screen(self) -> None:
         """Estimate what has no estimate yet, in the first process, and mark the worst; what has a score already keeps it."""
-        fraction, layers, trained = self.options.sub_block_screen, self.results.layers, self.library.layers
+        fraction, layers = self.options.sub_block_screen, self.results.layers
         if fraction is None:
             return
-        names = {
-            n: [(s, v) for s, space in self.library.spaces[n].items() for v in space if v != PARENT] for n in trained
-        }
-        lacking = [n for n in trained if any(f"{s}/{v}" not in layers[n].estimates for s, v in names[n])]
-        memory = self.memory
-        new = self.ranks.from_first(lambda: self._estimates(lacking, names, memory) if lacking else {})
-        found = {n: new.get(n, layers[n].estimates) for n in trained}
+        lacking, memory = self.lacking(), self.memory
+        new = self.ranks.from_first(lambda: self._estimates(lacking, memory) if lacking else {})
+        found = {n: new.get(n, layers[n].estimates) for n in self.library.layers}
         dropped = worst(found, fraction)
-        for layer in trained:
+        for layer in found:
             left = {name for n, name in dropped if n == layer and name not in layers[layer].scores}
             self.results.screen(layer, found[layer], left)
-        count = sum(len(layers[n].screened) for n in trained)
+        count = sum(len(layers[n].screened) for n in found)
         console.print(
-            f"{count} of {sum(map(len, names.values()))} blocks are screened out: they get no score, and `solve` cannot choose them",
+            f"{count} of {self.num_blocks} blocks are screened out: they get no score, and `solve` cannot choose them",
             soft_wrap=True,
         )
 
-    def _estimates(
-        self, lacking: list[int], names: dict[int, list[tuple[str, str]]], memory: Memory
-    ) -> dict[int, dict[str, float]]:
-        """Of all variants, by (slot, name), of these layers."""
-        ids = self.tokens.validation[:SEQUENCES]
-        structure, size = self.parent.structure, compute_dtype(self.device).itemsize
-        beside = max(sum(self.library.spaces[n][s][v].num_parameters for s, v in names[n]) for n in lacking)
-        passing = Passing(
-            models=[structure],
-            sequences=len(ids),
-            seq_len=ids.shape[1],
-            compute_bytes=size,
-            spare=structure.num_layers + 2,
-            beside=2 * beside,
-        )
-        plan = plan_residency("screening", passing, memory, SCREENED_AT_ONCE)
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(trained(self.library.spaces[layer], False)) for layer in self.library.layers)
+
+    def lacking(self) -> list[int]:
+        """Layers with a variant that was never estimated."""
+        spaces, layers = self.library.spaces, self.results.layers
+        return [
+            n
+            for n in self.library.layers
+            if any(
+                f"{s}/{v}" not in layers[n].estimates for s, space in spaces[n].items() for v in space if v != PARENT
+            )
+        ]
+
+    def screen_plan(self, lacking: list[int], memory: Memory) -> Residency:
+        ids, size = self.tokens.validation[:SEQUENCES], compute_dtype(self.device).itemsize
+        shape = {"sequences": len(ids), "seq_len": ids.shape[1], "compute_bytes": size}
+        passing = screening(self.parent.structure, {n: self.library.spaces[n] for n in lacking}, **shape)
+        return plan_residency("screening", passing, memory, AT_ONCE)
+
+    def _estimates(self, lacking: list[int], memory: Memory) -> dict[int, dict[str, float]]:
+        """Of all variants of these layers."""
+        ids, plan = self.tokens.validation[:SEQUENCES], self.screen_plan(lacking, memory)
         console.print(f"screening on {ids.numel():,} tokens, the parent {plan.told()}", markup=False, soft_wrap=True)
         model = Layered(self.parent, self.device, compute_dtype(self.device), streamed=plan.streamed)
         store = BlockStore(self.library.root)
@@ -316,11 +319,12 @@ class Scoring:
         def read(layer: int) -> Callable[[], dict[str, Parts]]:
             def parts() -> dict[str, Parts]:
                 found: dict[str, Parts] = {}
-                for slot, name in names[layer]:
-                    sub_block = self.library.spaces[layer][slot][name]
-                    tensors = read_variant(store, layer, slot, name, sub_block)
-                    moved = {n: model.reader.move(t) for n, t in tensors.items()}
-                    found.setdefault(slot, {})[name] = loaded(sub_block, moved)
+                for slot, space in self.library.spaces[layer].items():
+                    for name, sub_block in space.items():
+                        if name != PARENT:
+                            tensors = read_variant(store, layer, slot, name, sub_block)
+                            moved = {n: model.reader.move(t) for n, t in tensors.items()}
+                            found.setdefault(slot, {})[name] = loaded(sub_block, moved)
                 return found
 
             return parts
@@ -377,11 +381,15 @@ def score_library(
 def plan_scores(
     root: Path, data: list[str], options: ScoreOptions | None = None, *, parent: str | None = None
 ) -> dict[str, Any]:
-    """What `score_library` would do, for --dry-run; writes nothing. Passes are the first process's."""
+    """What `score_library` would do, for --dry-run; writes nothing. Passes are the first process's. Which blocks a screen will leave
+    out is not known before, only how many at most: what has a score keeps it."""
     options = options or ScoreOptions()
     with running_ranks(options.device) as ranks:
         work = Scoring(root, data, options, parent, ranks)
         todo = work.missing()
         count, own = (sum(map(len, some.values())) for some in (todo, work.mine(todo)))
         facts = {"device": str(work.device), "processes": ranks.world, "num_tokens": work.tokens.validation.numel()}
+        if options.sub_block_screen is not None and (lacking := work.lacking()):
+            facts["screened_out_at_most"] = int(options.sub_block_screen * work.num_blocks)
+            facts["screen"] = work.screen_plan(lacking, work.memory).to_json()
         return facts | {"missing": count, "plan": work.plan(todo).to_json(own) if count else None}

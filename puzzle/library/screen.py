@@ -27,6 +27,7 @@ from puzzle.runtime.residency import MOST_LOGITS
 from puzzle.runtime.stream import Job, Layered, Room, Stream
 
 SEQUENCES = 16  # of the held-out ones
+AT_ONCE = 2  # of them, with what their backward pass needs
 Variants = Mapping[str, Mapping[str, Part]]  # by slot and name
 
 

@@ -14,8 +14,9 @@ from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
 from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder
 from puzzle.library.estimate import plan_of
-from puzzle.library.plan import Spaces, forward_flops, scoring
-from puzzle.library.score import wanted
+from puzzle.library.plan import Spaces, forward_flops, scoring, screening, trained
+from puzzle.library.score import ScoreOptions, wanted
+from puzzle.library.screen import AT_ONCE, SEQUENCES
 from puzzle.parents.structure import Structure
 from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
 from puzzle.run.check import grid_of, is_measured, profiled
@@ -90,15 +91,10 @@ def stages_of(
         return layers + 2 * structure.vocab_size * structure.hidden_size
 
     length = score.seq_len or recipe.build.seq_len
-    replaced, count = wanted(structure, spaces, score.joint, score.fp8), structure.num_layers
-    every = {index: spaces.get(index, {}) for index in replaced}
-    passes = sum((count - index) / count * len(some) for index, some in replaced.items())
-    shape = {"sequences": score.sequences, "seq_len": length, "compute_bytes": itemsize}
-    passing = scoring(structure, replaced, every, **shape)
-    scored = plan_residency("scoring", passing, memory, score.batch_size)
+    flops, scored = scores_of(score, structure, spaces, length, itemsize, memory, forward(length))
     stages: dict[str, Row] = {
         "build-library": build | {"disk_bytes": disk["build-library"]},
-        "score": _row(seconds((passes + 1) * score.sequences * length * forward(length)), scored.device_bytes),
+        "score": _row(seconds(flops), scored),
     }
     if is_measured(recipe):
         grid = grid_of(recipe)
@@ -126,6 +122,37 @@ def stages_of(
     flops = 3 * held_out.sequences * held_out.seq_len * forward(held_out.seq_len)
     stages["evaluate"] = _row(seconds(flops), 2 * weights)
     return stages
+
+
+def scores_of(
+    score: ScoreOptions,
+    structure: Structure,
+    spaces: Spaces,
+    seq_len: int,
+    itemsize: int,
+    memory: Memory,
+    whole: float,
+) -> tuple[float, int]:
+    """FLOPs, and bytes of the device, of scores and of the screen before them, if any. Which blocks that leaves out is not known: all are
+    as likely. whole: FLOPs per token of one pass of the parent."""
+    replaced, count = wanted(structure, spaces, score.joint, score.fp8), structure.num_layers
+    every = {index: spaces.get(index, {}) for index in replaced}
+    shape = {"seq_len": seq_len, "compute_bytes": itemsize}
+    passing = scoring(structure, replaced, every, sequences=score.sequences, **shape)
+    taken = plan_residency("scoring", passing, memory, score.batch_size).device_bytes
+    flops, kept = 0.0, 1.0
+    if score.sub_block_screen is not None:
+        offered, few = [b for space in spaces.values() for b in trained(space, False)], min(SEQUENCES, score.sequences)
+        passing = screening(structure, spaces, sequences=few, **shape)
+        taken = max(taken, plan_residency("screening", passing, memory, AT_ONCE).device_bytes)
+        # forward, backward with another forward on the way, and every variant on its own input
+        flops += few * seq_len * (3 * whole + sum(forward_flops(b, seq_len) for b in offered))
+        kept -= int(score.sub_block_screen * len(offered)) / max(len(offered), 1)
+    passes = 1.0
+    for index, some in replaced.items():
+        blocks = (sum(name in every[index].get(slot, {}) for slot, name in one.items()) for one in some)
+        passes += (count - index) / count * sum(kept**number for number in blocks)
+    return flops + passes * score.sequences * seq_len * whole, taken
 
 
 def _row(seconds: float | None, memory: int | None, disk: int | None = None) -> Row:

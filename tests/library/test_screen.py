@@ -58,6 +58,9 @@ def test_screened_blocks_are_never_chosen(puzzle, own_library, corpus, parent, t
     assert facts["spearman"] > 0.8
     for path in (own_library / "scores").glob("L*.json"):
         path.unlink()
+    planned = json.loads(puzzle(*score, "--sub-block-screen", 0.5, "--dry-run", "--json").stdout)
+    assert (planned["missing"], planned["screened_out_at_most"]) == (blocks, blocks // 2)
+    assert planned["screen"]["device_bytes"] > 0
     done = puzzle(*score, "--sub-block-screen", 0.5, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     library = Library.open(own_library)

@@ -10,7 +10,7 @@ import yaml
 
 from puzzle.base.machine import GPUS
 from puzzle.blocklib.variant import search_spaces
-from puzzle.library.plan import training_flops
+from puzzle.library.plan import forward_flops, training_flops
 from puzzle.parents.known import known_structure
 from puzzle.run.shapes import MFU
 
@@ -40,6 +40,34 @@ def test_a_dry_run_needs_no_checkpoint(puzzle, name, tmp_path):
     assert not (tmp_path / "run").exists()
     shown = puzzle("run", path, "--out", tmp_path / "run", "--dry-run").output
     assert "by its shapes alone: computed, nothing measured here" in shown.replace("\n", " ")
+
+
+def test_a_screen_spares_scores(puzzle, tmp_path):
+    """The share that it leaves out is of the passes of all variants, and the screen itself is counted; with nothing left out it only costs."""
+    path = tmp_path / "recipe.yaml"
+
+    def score(**options):
+        recipe = {"parent": "llama-3.1-8b", "profile": {"gpu": "h100"}, "goal": {"latency": "60%"}}
+        path.write_text(yaml.safe_dump(recipe | {"score": {"sequences": 640, "seq_len": 1024, **options}}))
+        done = puzzle("run", path, "--out", tmp_path / "run", "--dry-run", "--json")
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)["stages"]["score"]
+
+    structure = known_structure("llama-3.1-8b")
+    layers = sum(forward_flops(sub_block, 1024) for _, _, sub_block in structure)
+    each = (layers + 2 * structure.vocab_size * structure.hidden_size) * 1024 / (MFU * 989e12)
+    alone = 0.0
+    for joint in (False, True):
+        plain, none, half = (
+            score(joint=joint, **some) for some in ({}, {"sub_block_screen": 0}, {"sub_block_screen": 0.5})
+        )
+        screen = none["seconds"] - plain["seconds"]
+        assert 16 * 3 * each < screen < 16 * 8 * each
+        passes = plain["seconds"] / (640 * each) - 1
+        alone = alone or passes  # of a pair, either block may be left out
+        left = 0.5 * alone + 0.25 * (passes - alone)
+        assert half["seconds"] == pytest.approx(screen + 640 * each * (1 + left), abs=0.2)
+        assert half["memory_bytes"] == none["memory_bytes"] >= plain["memory_bytes"]
 
 
 def test_the_road_itself_needs_the_checkpoint(puzzle, one_line_error, tmp_path, corpus):
