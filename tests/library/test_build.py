@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -124,26 +120,30 @@ def test_a_snapshot_continues_bit_for_bit(parent, corpus, tmp_path, monkeypatch)
     assert hashes(tmp_path / "broken") == hashes(tmp_path / "whole")
 
 
-def test_kill_9_anywhere_then_resume(parent, corpus, tmp_path):
+def test_kill_9_anywhere_then_resume(launch, parent, corpus, tmp_path):
     """The process is killed three times at random moments; the library ends as an undisturbed one."""
-    script = (
-        "import sys; from pathlib import Path; from puzzle.library.build import *; import torch; torch.set_num_threads(1)\n"
-        f"build_library({str(parent)!r}, BuildOptions(data=[{str(corpus)!r}], out=Path(sys.argv[1]), device='cpu',"
-        f" snapshot_seconds=0.1, **{SMALL | {'tokens': 16384}!r}))"
-    )
-    command = [sys.executable, "-c", script]
-    begin = time.monotonic()
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+
+    def started(name: str):
+        script = (
+            "from pathlib import Path; from puzzle.library.build import *\n"
+            f"build_library({str(parent)!r}, BuildOptions(data=[{str(corpus)!r}], out=Path({str(tmp_path / name)!r}), device='cpu',"
+            f" snapshot_seconds=0.1, **{SMALL | {'tokens': 16384}!r}))\nraise SystemExit(0)"
+        )
+        return launch((), setup=script)[0]
+
+    process, begin = started("whole"), time.monotonic()
+    process.join()
+    assert process.exitcode == 0, process.log.read_text()
     whole_seconds = time.monotonic() - begin
     draw = random.Random(7)
     for _ in range(3):
-        process = subprocess.Popen(
-            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = started("killed")
         time.sleep(whole_seconds * draw.uniform(0.3, 0.95))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+        process.kill()
+        process.join()
+    process = started("killed")
+    process.join()
+    assert process.exitcode == 0, process.log.read_text()
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -71,29 +69,28 @@ def test_streamed_scores_are_the_resident_ones_to_the_bit(puzzle, capfd, copied,
         assert scores(copied) == whole
 
 
-def test_scoring_is_killed_and_goes_on(copied, deep, corpus, tmp_path):
+def test_scoring_is_killed_and_goes_on(launch, ended, copied, deep, corpus, tmp_path):
     """kill -9 after the first pass: what is written stays, byte for byte, and what is missing is added."""
     limit = limit_for(copied, deep, corpus, 6)
     whole = shutil.copytree(copied, tmp_path / "whole")
     score_library(whole, [str(corpus)], ScoreOptions(**OPTIONS), parent=str(deep))
     script = f"""
-import sys, torch
 from pathlib import Path
 from puzzle.base import device
 from puzzle.runtime import residency
 from puzzle.library.score import ScoreOptions, score_library
-torch.set_num_threads(1)
 device.held_memory = residency.held_memory = lambda on: 0
 score_library(Path({str(copied)!r}), [{str(corpus)!r}], ScoreOptions(memory_limit={limit}, **{OPTIONS!r}), parent={str(deep)!r})
+raise SystemExit(0)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((copied / "scores").glob("L01.json")):
+    (process,) = launch((), setup=script)
+    while process.is_alive() and not list((copied / "scores").glob("L01.json")):
         time.sleep(0.001)
     process.kill()
-    process.wait()
+    process.join()
     before = scores(copied)
     assert 0 < sum(map(len, before.values())) < 48
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert ended(launch((), setup=script)) == [0]
     after = scores(copied)
     assert after == scores(whole)
     assert all(after[name][one] == value for name, found in before.items() for one, value in found.items())
