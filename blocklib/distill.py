@@ -1,7 +1,9 @@
 """Block-local distillation (BLD): train variants of one sub-block on the parent's own activations.
 
 Decoupled, as in Puzzle (arXiv 2411.19146, section 3): a variant sees the parent's hidden state and is held against the
-parent's own sub-block, so variants never see each other and no gradient crosses a block. Letters: B batch, T tokens, H hidden_size.
+parent's own sub-block, so variants never see each other and no gradient crosses a block. Nested variants (Matryoshka, arXiv 2310.07707),
+each the first channels of the next, share the weights of the widest and its cost; their losses are added up.
+Letters: B batch, T tokens, H hidden_size, V variants trained together.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,28 +57,39 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+class Trained(NamedTuple):
+    """loss_before, loss_after: on held-out text."""
+
+    variant: Variant
+    tensors: dict[str, Tensor]
+    improved: bool
+    loss_before: float
+    loss_after: float
+
+
 class VariantTrainer:
-    """One variant of one sub-block: its module, its optimiser, its losses."""
+    """One variant of one sub-block, or nested ones: their module, its optimiser, their losses [V]."""
 
     def __init__(
         self,
         layer: int,
         slot: str,
-        variant: Variant,
+        variants: Sequence[Variant],
         block: ParentBlock,
         recipe: Recipe,
         device: torch.device,
         lr: Tensor,
     ):
-        """block: the parent's, which the variant starts from. lr: the learning rate of the coming step, a scalar tensor on
-        `device` that all trainers share."""
-        self.slot, self.variant, self.recipe = slot, variant, recipe
-        self.key = f"{layer_name(layer)}/{slot}/{variant.name}"
+        """variants: each begins the next (`SubBlock.begins`). block: the parent's, which they start from. lr: the learning rate of the
+        coming step, a scalar tensor on `device` that all trainers share."""
+        self.slot, self.variants, self.recipe = slot, tuple(variants), recipe
+        self.sub_blocks, widest = [v.sub_block for v in variants], variants[-1]
+        self.key = f"{layer_name(layer)}/{slot}/{'+'.join(v.name for v in variants)}"
         seed = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big") >> 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of (layer, variant) alone, for variants that draw random weights
-            weights = variant.initialise(block)
-        self.module = blank(variant.sub_block, device).float()
+            weights = widest.initialise(block)
+        self.module = blank(widest.sub_block, device).float()
         self.module.load_state_dict(weights)
         self.module.train()
         parameters = list(self.module.parameters())
@@ -89,8 +104,7 @@ class VariantTrainer:
                 capturable=device.type == "cuda",
             )
         self._start = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()}
-        self.loss_before = math.nan
-        self.loss_after = math.nan
+        self.loss_before = self.loss_after = torch.full((len(variants),), math.nan, dtype=torch.float64)
         self._validation: list[Tensor] = []
 
     def step(self, x: Tensor, target: Tensor, ropes: Ropes) -> None:
@@ -100,9 +114,7 @@ class VariantTrainer:
         """
         if self.optimizer is None:
             return
-        with autocast(x.device):
-            out = self.module(x, ropes)
-        block_loss(out, target).backward()
+        self._losses(x, target, ropes).sum().backward()
         parameters = list(self.module.parameters())
         keep = torch.isfinite(nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm))
         for parameter in parameters:
@@ -111,26 +123,34 @@ class VariantTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _losses(self, x: Tensor, target: Tensor, ropes: Ropes) -> Tensor:
+        """[V]"""
+        with autocast(x.device):
+            outputs = self.module.prefixes(x, ropes, self.sub_blocks)
+        return torch.stack([block_loss(out, target) for out in outputs])
+
     @torch.no_grad()
     def validate(self, x: Tensor, target: Tensor, ropes: Ropes) -> None:
-        """Add one validation batch; `validated()` gives the mean and starts over."""
-        with autocast(x.device):
-            out = self.module(x, ropes)
-        self._validation.append(block_loss(out, target))
+        """Add one validation batch; `validated()` gives the means and starts over."""
+        self._validation.append(self._losses(x, target, ropes))
 
-    def validated(self) -> float:
-        mean = torch.stack(self._validation).double().mean().item()
+    def validated(self) -> Tensor:
+        """[V], float64 on the CPU"""
+        mean = torch.stack(self._validation).double().mean(dim=0).cpu()
         self._validation = []
         return mean
 
-    @property
-    def improved(self) -> bool:
-        """False when training left the variant worse on held-out text than it started (or NaN)."""
-        return self.loss_after <= self.loss_before
-
-    def best(self) -> dict[str, Tensor]:
-        """The trained weights, or the initial ones where training did not improve on them."""
-        return {n: p.detach() for n, p in self.module.named_parameters()} if self.improved else self._start
+    def trained(self) -> list[Trained]:
+        """Of every variant: the trained weights, or the initial ones where training left it worse on held-out text than it started
+        (or NaN)."""
+        now, found = {n: p.detach() for n, p in self.module.named_parameters()}, []
+        for variant, before, after in zip(
+            self.variants, self.loss_before.tolist(), self.loss_after.tolist(), strict=True
+        ):
+            improved = after <= before
+            tensors = self.module.beginning(now if improved else self._start, variant.sub_block)
+            found.append(Trained(variant, tensors, improved, before, after))
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a snapshot."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.sub_block import Initialise, Normed, ParentBlock, State, SubBlock, Variant, register, size
+from puzzle.blocklib.sub_block import Initialise, Normed, ParentBlock, State, SubBlock, Variant, divided, register, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,8 @@ class Gqa(Normed):
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.gqa:Attention"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.gqa:FastAttention"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.gqa:VllmAttention"
+
+    added_once: ClassVar[tuple[str, ...]] = ("o_proj.bias",)
 
     num_attention_heads: int = size("q")
     num_key_value_heads: int = size("kv", config="num_key_value_heads")
@@ -64,6 +66,14 @@ class Gqa(Normed):
     def mixing_flops(self, context: float) -> float:
         """Scores and values: 4 · N · D per token of context."""
         return 4 * self.num_attention_heads * self.head_dim * context
+
+    def share(self, tp: int) -> Gqa:
+        """Query heads and KV heads are divided as vLLM does: fewer KV heads than ranks are repeated."""
+        if self.qk_norm == "all":
+            raise UserError(f"`tp` {tp}: a norm over all heads together (qk_norm=all) has no share: use 1")
+        heads, kv = divided(self.num_attention_heads, tp, "num_attention_heads"), self.num_key_value_heads
+        own = 1 if tp % kv == 0 else divided(kv, tp, "num_key_value_heads")
+        return replace(self, num_attention_heads=heads, num_key_value_heads=own)
 
     def timed(self) -> Self:
         # zero-argument super() does not work in a dataclass with slots

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from puzzle.blocklib.sub_block import Normed, ParentBlock, State, SubBlock, Variant, register
+from puzzle.blocklib.sub_block import Normed, ParentBlock, State, SubBlock, Variant, divided, register, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,15 +14,20 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear(Normed):
-    """No bias."""
+    """No bias. columns: that a rank of tensor parallel has of the matrix; None: all."""
 
     kind: ClassVar[str] = "linear"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.linear:LinearMap"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.linear:FastLinear"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.linear:VllmLinear"
 
+    columns: int | None = size("columns", default=None)
+
     def inner_tensors(self) -> dict[str, tuple[int, ...]]:
-        return {"linear.weight": (self.hidden_size, self.hidden_size)}
+        return {"linear.weight": (self.hidden_size, self.columns or self.hidden_size)}
+
+    def share(self, tp: int) -> Linear:
+        return replace(self, columns=divided(self.hidden_size, tp, "hidden_size"))
 
     def state(self) -> State:
         return State()

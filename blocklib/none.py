@@ -15,12 +15,16 @@ class NoOp(SubBlock):
 
     kind: ClassVar[str] = "none"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.none:Nothing"
+    num_sums: ClassVar[int] = 0
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return {}
 
     def state(self) -> State:
         return State()
+
+    def share(self, tp: int) -> NoOp:
+        return self
 
     def symbol(self, parent: SubBlock) -> str:
         return "·"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 OURS = ("gqa", "swiglu", "linear", "none")  # in the order in which they offer replacements
 DEFAULT_EPS = 1e-6
+TPS = (1, 2, 4, 8)  # ranks of tensor parallel
 
 
 class MissingFace(UserError):
@@ -117,12 +118,14 @@ def size(key: str, *, config: str | None = None, default: Any = MISSING, choices
 class SubBlock:
     """The base of all kinds. kind: the first word of its key. plain, on_kernels, on_vllm: "module:class" of its module in plain
     PyTorch (a `plain.part.Part`), on our kernels (a `fast.batch.Fast`) and in vLLM's layers (`vllm/place.py`), imported when they are
-    wanted; None: it has none."""
+    wanted; None: it has none. num_sums, added_once: of tensor parallel, see `share`."""
 
     kind: ClassVar[str]
     plain: ClassVar[str | None] = None
     on_kernels: ClassVar[str | None] = None
     on_vllm: ClassVar[str | None] = None
+    num_sums: ClassVar[int] = 1  # all-reduces of [tokens, H] that end its share
+    added_once: ClassVar[tuple[str, ...]] = ()  # tensors that count once in the sum over all shares
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that its field cannot have: whatever made it, a misspelt one would mean something else."""
@@ -182,6 +185,17 @@ class SubBlock:
         """Beside its matrix products: FLOPs per token over `context` tokens of state."""
         return 0.0
 
+    def share(self, tp: int) -> SubBlock:
+        """What each of `tp` ranks runs of it: their contributions, before a norm after, add up to its own.
+
+        Raises UserError where it cannot be shared by so many.
+        """
+        raise MissingFace(self.kind, "share of tensor parallel")
+
+    def begins(self, wider: SubBlock) -> bool:
+        """Whether this is `wider` with its first channels alone, so that both can share weights (`plain.part.Part.prefixes`)."""
+        return False
+
     # -- what follows from them ------------------------------------------------------------------------------
 
     @property
@@ -210,6 +224,30 @@ class SubBlock:
     def timed(self) -> Self:
         """The sub-block as a clock sees it: what changes no time has its default value."""
         return self
+
+    def shared(self, tp: int) -> SubBlock:
+        """`share`, but for one rank, which any kind has whole."""
+        return self if tp == 1 else _share(self, tp)
+
+    def can_share(self, tp: int) -> bool:
+        """Whether so many ranks can share it."""
+        try:
+            self.shared(tp)
+        except UserError:
+            return False
+        return True
+
+    def cut(self, weights: Mapping[str, Tensor], rank: int, tp: int) -> dict[str, Tensor]:
+        """The weights of this rank's share. A dimension that is shorter there is cut into as many parts as it takes; where these are
+        fewer than ranks, as KV heads may be, neighbours have the same one."""
+        found = {}
+        for name, size in self.shared(tp).tensors().items():
+            tensor = weights[name]
+            for dim, length in enumerate(size):
+                parts = tensor.shape[dim] // length
+                tensor = tensor.narrow(dim, rank * parts // tp * length, length)
+            found[name] = tensor.new_zeros(size) if rank and name in self.added_once else tensor
+        return found
 
     def replacements(self) -> list[Variant]:
         """What may stand in for it by default."""
@@ -289,6 +327,24 @@ class Normed(SubBlock):
     def norm_fields(self) -> dict[str, Any]:
         """The fields of this class, for another sub-block that takes this one's place."""
         return {f.name: getattr(self, f.name) for f in fields(Normed)}
+
+
+def check_tp(tp: int) -> None:
+    """Raises UserError for a number of ranks that are not the GPUs of one host."""
+    if tp not in TPS:
+        raise UserError(f"`tp` {tp}: the GPUs of one host that share a model are {', '.join(map(str, TPS))}")
+
+
+@cache
+def _share(sub_block: SubBlock, tp: int) -> SubBlock:
+    return sub_block.share(tp)
+
+
+def divided(count: int, tp: int, what: str) -> int:
+    """One rank's part of `count`. Raises UserError where that is no whole number."""
+    if count % tp:
+        raise UserError(f"`tp` {tp}: {what} {count} does not divide by it: use fewer ranks, or leave such variants out")
+    return count // tp
 
 
 def _imported(path: str | None, kind: str, face: str) -> Any:

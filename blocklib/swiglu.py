@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.sub_block import Initialise, Normed, ParentBlock, State, SubBlock, Variant, register, size
+from puzzle.blocklib.sub_block import Initialise, Normed, ParentBlock, State, SubBlock, Variant, divided, register, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,8 @@ class SwiGLU(Normed):
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.swiglu:GatedFfn"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.swiglu:FastSwiGLU"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.swiglu:VllmGatedFfn"
+
+    added_once: ClassVar[tuple[str, ...]] = ("down_proj.bias",)
 
     intermediate_size: int = size("f", config="intermediate_size")
     activation: str = size("act", default="silu", choices=("silu", "gelu_tanh"))
@@ -46,6 +48,9 @@ class SwiGLU(Normed):
     def state(self) -> State:
         return State()
 
+    def share(self, tp: int) -> SwiGLU:
+        return replace(self, intermediate_size=divided(self.intermediate_size, tp, "intermediate_size"))
+
     def symbol(self, parent: SubBlock) -> str:
         """Its share of the parent's channels."""
         if self == parent:
@@ -57,6 +62,10 @@ class SwiGLU(Normed):
 
     def words(self, parent: SubBlock) -> str:
         return f"width {self.intermediate_size}"
+
+    def begins(self, wider: SubBlock) -> bool:
+        narrower = isinstance(wider, SwiGLU) and self.intermediate_size < wider.intermediate_size
+        return narrower and replace(self, intermediate_size=wider.intermediate_size) == wider
 
     def linear_map(self, block: ParentBlock) -> Tensor:
         from puzzle.blocklib.initialize import ffn_as_linear
@@ -71,7 +80,8 @@ class SwiGLU(Normed):
 
     @classmethod
     def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
-        """`0.5`: the parent's most contributing channels, this fraction of them, rounded to a width that hardware likes."""
+        """`0.5`: the parent's most contributing channels, the most contributing first, this fraction of them, rounded to a width that
+        hardware likes."""
         try:
             fraction = float(name)
         except ValueError:
@@ -105,7 +115,7 @@ def _narrow(width: int) -> Initialise:
         weights = {name: tensor.float() for name, tensor in block.weights.items()}
         if width < block.sub_block.intermediate_size:
             statistics = block.calibrated("a narrower FFN")
-            keep = channel_order(block.weights, statistics)[:width].sort().values
+            keep = channel_order(block.weights, statistics)[:width]
             for name in ("gate_proj.weight", "up_proj.weight", "gate_proj.bias", "up_proj.bias"):
                 if name in weights:
                     weights[name] = weights[name][keep.to(weights[name].device)]

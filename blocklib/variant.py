@@ -68,6 +68,17 @@ def search_spaces(
     return {index: {slot: spaces[index][slot] for slot in layer} for index, layer in layers.items()}
 
 
+def bundles(space: Mapping[str, SubBlock], nested: bool) -> list[tuple[str, ...]]:
+    """Names of a place's variants, the parent left out, as they are trained: alone or, `nested`, those that begin the same widest one
+    together, the narrowest first (Matryoshka, arXiv 2310.07707)."""
+    names = [name for name in space if name != PARENT]
+    if not nested:
+        return [(name,) for name in names]
+    widest = [n for n in names if not any(space[n].begins(space[m]) for m in names)]
+    found = [[*(n for n in names if space[n].begins(space[last])), last] for last in widest]
+    return [tuple(sorted(one, key=lambda n: space[n].num_parameters)) for one in found]
+
+
 def _taken(parents: list[SubBlock], names: str, slot: str) -> dict[SubBlock, list[str]]:
     """Which of the names each parent takes."""
     found: dict[SubBlock, list[str]] = {parent: [] for parent in parents}

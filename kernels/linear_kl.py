@@ -20,7 +20,7 @@ alone, from logits computed again in chunks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -265,37 +265,42 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _chunks(
-    parent: Tensor, child: Tensor, weight: Tensor, child_weight: Tensor | None, config: Chunks
-) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """(tokens, first word, the parent's logits, the child's or their difference); the buffers are used again."""
+    parent: Tensor, children: Sequence[Tensor], weight: Tensor, child_weight: Tensor | None, config: Chunks
+) -> Iterator[tuple[int, slice, int, Tensor, Tensor]]:
+    """(number of the child, tokens, first word, the parent's logits, the child's or their difference); the buffers are used
+    again, and the parent's logits serve all children."""
     num_tokens, num_words = config.size(len(weight))
     num_tokens = min(num_tokens, len(parent))
-    buffers = torch.empty(2, num_tokens * num_words, dtype=config.logits or child.dtype, device=child.device)
+    buffers = torch.empty(2, num_tokens * num_words, dtype=config.logits or parent.dtype, device=parent.device)
     for token in range(0, len(parent), num_tokens):
         tokens = slice(token, min(token + num_tokens, len(parent)))
         rows = tokens.stop - token
-        other = child[tokens] - parent[tokens] if child_weight is None else child[tokens]
+        others = [c[tokens] - parent[tokens] if child_weight is None else c[tokens] for c in children]
         for word in range(0, len(weight), num_words):
             words = slice(word, min(word + num_words, len(weight)))
             first, second = (b[: rows * (words.stop - word)].view(rows, -1) for b in buffers)
             _matmul(parent[tokens], weight[words].t(), first)
-            _matmul(other, (weight if child_weight is None else child_weight)[words].t(), second)
-            yield tokens, word, first, second
+            for number, other in enumerate(others):
+                _matmul(other, (weight if child_weight is None else child_weight)[words].t(), second)
+                yield number, tokens, word, first, second
 
 
-def _fold_chunks(parent, child, weight, child_weight, targets, config: Chunks) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    """state [1, 6, T] and best [1, 2, T]."""
+def _fold_chunks(parent, children, weight, child_weight, targets, config: Chunks) -> list[tuple[Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+    """state [1, 6, T] and best [1, 2, T] of every child."""
     total = len(parent)
-    state = torch.zeros(1, 6, total, dtype=torch.float32, device=child.device)
-    state[:, 0:3:2] = LOWEST
-    best = torch.zeros(1, 2, total, dtype=torch.int32, device=child.device)
-    for tokens, word, first, second in _chunks(parent, child, weight, child_weight, config):
+    found = []
+    for child in children:
+        state = torch.zeros(1, 6, total, dtype=torch.float32, device=child.device)
+        state[:, 0:3:2] = LOWEST
+        found.append((state, torch.zeros(1, 2, total, dtype=torch.int32, device=child.device)))
+    for number, tokens, word, first, second in _chunks(parent, children, weight, child_weight, config):
+        state, best = found[number]
         fold_kernel[(len(first),)](
             first, second, None if targets is None else targets[tokens], state[0, 0, tokens], best[0, 0, tokens],
             total, word, first.shape[1], DELTA=child_weight is None, HAS_TARGETS=targets is not None,
             BLOCK=min(config.block, triton.next_power_of_2(first.shape[1])), num_warps=config.num_warps,
         )  # fmt: skip
-    return state, best
+    return found
 
 
 def _fold_fused(parent, child, weight, child_weight, targets, config: Fused) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
@@ -332,8 +337,11 @@ def _merge(state: Tensor, best: Tensor) -> tuple[Tensor, ...]:
 class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, child, parent, weight, child_weight, targets, config, backward) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-        fold = _fold_fused if isinstance(config, Fused) else _fold_chunks
-        kl, lse_p, lse_q, logit, same = _merge(*fold(parent, child, weight, child_weight, targets, config))
+        if isinstance(config, Fused):
+            folded = _fold_fused(parent, child, weight, child_weight, targets, config)
+        else:
+            [folded] = _fold_chunks(parent, [child], weight, child_weight, targets, config)
+        kl, lse_p, lse_q, logit, same = _merge(*folded)
         loss = torch.zeros_like(kl) if targets is None else torch.where(targets == IGNORE, 0.0, lse_q - logit)
         ctx.save_for_backward(child, parent, weight, child_weight, targets, lse_p, lse_q)
         ctx.config = backward
@@ -347,7 +355,7 @@ class _LinearKL(torch.autograd.Function):
         head = weight if child_weight is None else child_weight
         out = torch.empty_like(child)
         total: Tensor | None = None
-        for tokens, word, first, second in _chunks(parent, child, weight, child_weight, ctx.config):
+        for _, tokens, word, first, second in _chunks(parent, [child], weight, child_weight, ctx.config):
             rows, num_words = first.shape
             grad = torch.empty(rows, num_words, dtype=child.dtype, device=child.device)
             gradient_kernel[(rows, triton.cdiv(num_words, 1024))](
@@ -361,6 +369,12 @@ class _LinearKL(torch.autograd.Function):
             if word + num_words == len(weight):
                 out[tokens], total = total, None
         return out, None, None, None, None, None, None
+
+
+def _runs_here(x: Tensor) -> bool:
+    """Whether the kernels do; else the twin serves."""
+    there = triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return there and x.dtype != torch.float64
 
 
 def _fused_wins(child: Tensor) -> bool:
@@ -397,8 +411,7 @@ def linear_kl(
         raise ValueError(f"targets {tuple(targets.shape)} for {len(parent)} tokens")
     parent, weight = parent.detach(), weight.detach()
     child_weight = None if child_weight is None else child_weight.detach()
-    runs_here = triton is not None and (child.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-    if not runs_here or child.dtype == torch.float64:
+    if not _runs_here(child):
         rows = config if isinstance(config, Chunks) else None
         return linear_kl_by_rows(parent, child, weight, child_weight, targets, rows)
     parent, child, weight = parent.contiguous(), child.contiguous(), weight.contiguous()
@@ -409,3 +422,21 @@ def linear_kl(
     with torch.cuda.device_of(child):  # Triton launches on the current device
         found = _LinearKL.apply(child, parent, weight, child_weight, targets, config, backward or Chunks())
     return LinearKL(found[0], None if targets is None else found[1], found[2])
+
+
+@torch.no_grad()
+def linear_kl_of_many(
+    parent: Tensor, children: Sequence[Tensor], weight: Tensor, targets: Tensor | None = None, *, config: Chunks
+) -> list[LinearKL]:
+    """`linear_kl` of several children [T, H] that have the parent's head, whose logits are computed once. No gradient."""
+    if not _runs_here(parent):
+        return [linear_kl_by_rows(parent, child, weight, None, targets, config) for child in children]
+    parent, weight = parent.contiguous(), weight.contiguous()
+    targets = None if targets is None else targets.contiguous()
+    with torch.cuda.device_of(parent):  # Triton launches on the current device
+        folded = _fold_chunks(parent, [child.contiguous() for child in children], weight, None, targets, config)
+    found = []
+    for kl, _, lse_q, logit, same in (_merge(*one) for one in folded):
+        loss = None if targets is None else torch.where(targets == IGNORE, 0.0, lse_q - logit)
+        found.append(LinearKL(kl, loss, same))
+    return found

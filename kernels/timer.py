@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from puzzle.base.device import side_stream
 
@@ -74,7 +75,9 @@ class Graph:
                     call()
             torch.cuda.current_stream(device).wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):
+            # NCCL's watchdog, another thread, may query events meanwhile
+            mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode=mode):
                 self._calls()
 
     def _calls(self) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
+import socket
+import subprocess
+import sys
 import sysconfig
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: threads over tiny products wait for each other
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # workers would overwrite each other's copies of modeling files
     os.environ["HF_MODULES_CACHE"] = os.path.join(tempfile.gettempdir(), f"puzzle-tests-{os.getuid()}-{worker}")
 
@@ -22,7 +29,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+LAUNCH = Path(__file__).with_name("launch.py")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage needs to look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def timed_reference():
+    """What a profile of a CPU times after each part takes longer than a tiny parent's parts: here the machine counts as steady."""
+    from puzzle.profile.cpu import CpuTimer
+
+    plain = CpuTimer.reference
+    CpuTimer.reference = lambda timer: 1.0
+    return plain
 
 
 def run_cli(*arguments: object) -> Result:
@@ -189,6 +213,24 @@ def library(tmp_path_factory, parent, corpus) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deep(tmp_path_factory, corpus) -> Path:
+    """A parent of twelve wide layers, whose weights are most of what it takes to run it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 768, "num_hidden_layers": 12}
+    return save_parent(tmp_path_factory.mktemp("models") / "deep", corpus, **sizes)
+
+
+@pytest.fixture(scope="session")
+def deep_library(tmp_path_factory, deep, corpus) -> Path:
+    """Its library, as initialised, without scores. Tests that change it must copy it."""
+    out = tmp_path_factory.mktemp("libraries") / "deep"
+    sizes = ("--tokens", 0, "--seq-len", 32, "--calibration-sequences", 4, "--validation-sequences", 2)
+    offered = ("--attention", "kv1,none", "--ffn", "0.5,none", "--no-score", "--device", "cpu")
+    done = run_cli("build-library", deep, "--data", corpus, "--out", out, *sizes, *offered)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return out
+
+
+@pytest.fixture(scope="session")
 def fake_costs():
     return write_fake_costs
 
@@ -280,6 +322,31 @@ def poison_tensor(checkpoint: Path, name: str, edit) -> None:
 
 
 @pytest.fixture(scope="session")
+def torchrun():
+    return started
+
+
+def started(processes: int, *arguments: object) -> list[subprocess.Popen]:
+    """As torchrun starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "PYTHONPATH": Path(__file__).parents[1],
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def synthetic(tmp_path_factory):
     """`synthetic(name)`: a library of a well-known parent with made-up scores. Tests that change it must copy it."""
     from synthetic_library import main
@@ -336,6 +403,79 @@ def gpu_table():
     return write_gpu_table
 
 
+def shares_of(library, tp: int):
+    """What one rank runs of it: for tables of shares."""
+    spaces = tuple(
+        {slot: {name: b.shared(tp) for name, b in names.items()} for slot, names in space.items()}
+        for space in library.spaces
+    )
+    return replace(library, structure=library.structure.share(tp), spaces=spaces)
+
+
+@pytest.fixture(scope="session")
+def shared_library():
+    return shares_of
+
+
 @pytest.fixture(scope="session")
 def gpu_seconds():
     return seconds_of
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """`launch(arguments)` starts `puzzle ...` in a process of its own; `processes` of them work together, as under torchrun. setup:
+    Python that each runs before. What a process says is in the file `process.log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "puzzle.run.pipeline",
+            "puzzle.cli.heal",
+            "torch._dynamo",
+            "torch.distributed.fsdp",
+            "transformers.generation",
+            "transformers.models.llama.modeling_llama",
+            "transformers.models.auto.tokenization_auto",
+            "transformers.tokenization_utils_tokenizers",
+        ]
+    )
+    started = []
+
+    def start(arguments: tuple, processes: int = 1, setup: str = "") -> list:
+        port = socket.create_server(("127.0.0.1", 0))
+        number = port.getsockname()[1]
+        port.close()
+        group, logs = [], tmp_path_factory.mktemp("logs")
+        for rank in range(processes):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+            environment["MASTER_PORT"] = number
+            log = logs / f"{rank}.txt"
+            given = {
+                "arguments": [str(a) for a in arguments],
+                "environment": {k: str(v) for k, v in environment.items()},
+                "setup": setup,
+                "log": str(log),
+            }
+            process = context.Process(target=runpy.run_path, args=(str(LAUNCH), given), daemon=True)
+            process.start()
+            process.log = log
+            group.append(process)
+        started.extend(group)
+        return group
+
+    yield start
+    for process in started:
+        if process.is_alive():
+            process.kill()
+
+
+def join_all(group: list, seconds: float = 90) -> list:
+    """The exit codes of processes, which must end by themselves."""
+    for process in group:
+        process.join(seconds)
+    return [process.exitcode for process in group]
+
+
+@pytest.fixture(scope="session")
+def ended():
+    return join_all

@@ -208,6 +208,55 @@ def fusion_latency(rows: list[Row]) -> str:
 # ---- quality
 
 
+def tp_promise(rows: list[Row]) -> str:
+    """Measured over promised, by card and number of GPUs."""
+    found = []
+    for (device, shapes, tp, costs, sums), same in groups(
+        rows, "device", "shapes", "tp", "table_of", "all_reduces_of"
+    ).items():
+        errors = [float(row["measured_over_promised"]) - 1 for row in same]
+        mean = sum(map(abs, errors)) / len(errors)
+        ends = f"{100 * min(errors):+.1f} to {100 * max(errors):+.1f} %"
+        found.append((device, shapes, tp, costs, sums, len(same), percent(mean, 2), ends))
+    columns = (
+        "measured on",
+        "shapes",
+        "GPUs",
+        "table of",
+        "all-reduces of",
+        "steps",
+        "mean error",
+        "measured over promised",
+    )
+    return table(columns, found)
+
+
+def seeds(rows: list[Row]) -> str:
+    """What was asked and promised, beside the papers."""
+    told = (
+        "Speed-ups and sizes are promises from measured tables; the papers' are theirs, of other engines and workloads."
+    )
+    columns = {
+        "recipe": "recipe",
+        "latency or throughput": "speed",
+        "parameters_B": "parameters, 10⁹",
+        "paper_parameters_B": "paper's",
+        "paper_speed": "paper's speed",
+        "parent_memory_GB": "parent, GB a GPU",
+        "memory_GB": "child",
+        "memory_with_cached_tokens_GB": "with all cached tokens",
+        "layers_with_attention": "layers with attention",
+        "ffns": "FFNs",
+        "fused_runs": "fused runs",
+    }
+    for row in rows:
+        lower = "latency" in row["goal"]
+        row["latency or throughput"] = (
+            f"{row['latency_x']}x lower latency" if lower else f"{row['throughput_x']}x throughput"
+        )
+    return told + "\n\n" + table(list(columns.values()), [[row[key] for key in columns] for row in rows])
+
+
 def bld(rows: list[Row]) -> str:
     first = rows[0]
     head = f"{int(first['tokens']):,} tokens at {first['lr']}, built in {first['build_seconds']} s.\n\n"

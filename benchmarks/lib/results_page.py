@@ -102,6 +102,15 @@ SECTIONS = {
             command="puzzle profile --shapes NAME --gpu h100-sxm-80gb [--fp8]",
         ),
         Result("fusion_latency.csv", "speed/bench_fusion_latency.py", "Fused layers", t.fusion_latency),
+        Result(
+            "fusion_latency_8xh200.csv",
+            "speed/bench_fusion_latency.py",
+            "Fused layers on eight H200",
+            t.fusion_latency,
+            command="NCCL_NVLS_ENABLE=0 PYTHONPATH=. torchrun --nproc-per-node 8 benchmarks/speed/bench_fusion_latency.py --tp 8",
+        ),
+        Result("tp_promise.csv", "speed/bench_tp_promise.py", "The promise of GPUs that share a model", t.tp_promise),
+        Result("seeds.csv", "speed/bench_seeds.py", "The two Nemotron deployments, with made-up scores", t.seeds),
         Result("build_8b.csv", "speed/bench_build_8b.py", "Building at 8B shapes", t.build_8b),
     ),
     "Quality": (

@@ -168,7 +168,7 @@ class Bench:
         walker = Walker(smaller, self.tokens[:1], weight.device, weight.dtype)
         head = None if self.model.head is None else self.model.head.data
         norm = self.model.norm.weight.data
-        found = CausalModel(smaller.structure, weight.data, list(walker.blocks()), norm, head)
+        found = CausalModel(smaller.structure, weight.data, [block for _, block in walker.blocks()], norm, head)
         return found.requires_grad_(False).eval()
 
     def time(self, model: CausalModel, batch: int, key: tuple) -> Timed:

@@ -37,9 +37,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from puzzle import __version__
 from puzzle.base.errors import UserError
+from puzzle.base.ranks import start_ranks
 from puzzle.data.mixture import HealData, Mixture, Stage
 from puzzle.heal.log import read_log
-from puzzle.heal.parallel import start_ranks
 from puzzle.heal.prepare import open_models
 from puzzle.heal.run import heal, read_data
 from puzzle.heal.settings import HealOptions

@@ -9,8 +9,8 @@ FFN widths of the attention-free layers: the parent's (x1) and half of it (x0.5)
     llama-3.1-405b-tp8  one GPU's share of eight: hidden 16384, FFN 6656, 16 heads, 1 KV head; 24 layers, 12 without attention
 One GPU: no all-reduce. Under `torchrun --nproc-per-node N … --tp N`: one NCCL all-reduce inside the graph after every
 attention and every FFN, as tensor parallelism has it, so that n layers fused into one save n - 1 of them; the 8B shape is
-divided by N, the 405B shares stay shares of eight, whose sums then go over N GPUs. The head's shard is not gathered. Rank 0
-writes the slowest rank's percentiles, row by row, so that a run cut off leaves what it had. `--append` adds to the CSV; rows of
+divided by N, the 405B shares stay shares of eight, whose sums then go over N GPUs. What was measured before 2026-11-28 lacks the sums of
+embedding and head, two small ones a step. Rank 0 writes the slowest rank's percentiles, row by row, so that a run cut off leaves what it had. `--append` adds to the CSV; rows of
 the same point measured before are replaced.
 
     PYTHONPATH=. python benchmarks/speed/bench_fusion_latency.py --csv benchmarks/results/fusion_latency.csv
@@ -30,23 +30,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import click
 import torch
-import torch.distributed as dist
 
-from puzzle.base.errors import UserError
-from puzzle.blocklib.fast.batch import Batch, Fast, Stream
-from puzzle.blocklib.gqa import Gqa
+from puzzle.base.ranks import Ranks
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.known import known_structure
 from puzzle.parents.structure import Layer, Structure
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import CausalModel, random_model
+from puzzle.runtime.parallel import joined, nccl_words
 
 LAYERS = {"llama-3.1-8b": (32, 12), "llama-3.1-405b-tp8": (24, 12)}  # all, without attention; others: all, half
 GROUPS = {"parent": 0, "unfused": 1, "twos": 2, "fours": 4, "one": -1}
@@ -55,34 +52,13 @@ COLUMNS = (
     "p20_s,p50_s,p80_s,speedup_over_unfused,speedup_over_parent,device,versions,date"
 )
 POINT = ("shapes", "ffn_of_attention_free", "fusion", "num_layers", "batch", "context", "tp", "device")
-NCCL = ("NCCL_ALGO", "NCCL_NVLS_ENABLE", "NCCL_PROTO")  # what changes the time of an all-reduce
-TIMEOUT = timedelta(seconds=120)  # of a collective: a rank that failed keeps the others no longer
-
-
-class Reduced:
-    """A sub-block whose contribution is summed over all ranks."""
-
-    def __init__(self, part: Fast):
-        self.part = part
-
-    def decode(self, stream: Stream, batch: Batch) -> Stream:
-        delta, residual = self.part.decode(stream, batch)
-        dist.all_reduce(delta)
-        return delta, residual
 
 
 def share(structure: Structure, name: str, tp: int) -> Structure:
     """One rank's part of the usual layer, and of the vocabulary; embedding and head are one matrix. Those named -tpN are such
     parts already."""
-    attention, ffn = structure.usual["attention"], structure.usual["ffn"]
-    assert isinstance(attention, Gqa)
-    assert isinstance(ffn, SwiGLU)
-    vocab = structure.vocab_size
-    if tp > 1 and "-tp" not in name:
-        heads, kv_heads = attention.num_attention_heads // tp, max(1, attention.num_key_value_heads // tp)
-        attention = replace(attention, num_attention_heads=heads, num_key_value_heads=kv_heads)
-        ffn, vocab = replace(ffn, intermediate_size=ffn.intermediate_size // tp), vocab // tp
-    return replace(structure, vocab_size=vocab, tied=True, layers=({"attention": attention, "ffn": ffn},))
+    own = replace(structure, tied=True, layers=(structure.usual,))
+    return own if "-tp" in name else own.share(tp)
 
 
 def layers_of(full: Layer, count: int, free: int, fusion: str, fraction: float) -> list[Layer]:
@@ -90,30 +66,15 @@ def layers_of(full: Layer, count: int, free: int, fusion: str, fraction: float) 
     ffn, group = full["ffn"], GROUPS[fusion]
     assert isinstance(ffn, SwiGLU)
     before = (count - free) // 2
-    size = free if group < 0 else group
-    wide = replace(ffn, intermediate_size=size * int(fraction * ffn.intermediate_size))
-    middle = [full] * free if group == 0 else [{"attention": NO_OP, "ffn": wide}] * (free // size)
+    middle = [full] * free
+    if group != 0:
+        size = free if group < 0 else group
+        wide = replace(ffn, intermediate_size=size * int(fraction * ffn.intermediate_size))
+        middle = [{"attention": NO_OP, "ffn": wide}] * (free // size)
     return [full] * before + middle + [full] * (count - free - before)
 
 
-def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The call as a CUDA graph's replay; on a CPU the call itself."""
-    if device.type != "cuda":
-        return call
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles kernels, opens NCCL's channels
-            call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may query events meanwhile
-        call()
-    return graph.replay
-
-
-def percentiles(replay: Callable[[], object], steps: int, device: torch.device) -> list[float]:
+def percentiles(replay: Callable[[], object], steps: int, device: torch.device, ranks: Ranks | None) -> list[float]:
     """p20, p50, p80 seconds of one replay, of the slowest rank. The count is fixed, so that ranks stay in step."""
     for _ in range(5):
         replay()
@@ -133,43 +94,15 @@ def percentiles(replay: Callable[[], object], steps: int, device: torch.device) 
             replay()
             samples.append(time.perf_counter() - begin)
     found = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    if dist.is_initialized():
-        found = found.to(device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.tolist()
+    return found.tolist() if ranks is None else ranks.slowest(found.tolist())
 
 
-def measure(model: CausalModel, batch: int, context: int, steps: int, tp: int) -> list[float]:
-    runtime = FastRuntime(model, batch, context + 2)
+def measure(model: CausalModel, batch: int, context: int, steps: int, ranks: Ranks | None) -> list[float]:
+    runtime = FastRuntime(model, batch, context + 2, ranks=ranks)
     runtime.randomize()
-    if tp > 1:
-        runtime.parts = [Reduced(part) for part in runtime.parts]  # type: ignore[misc]
     runtime.at(context)
     with torch.inference_mode():
-        return percentiles(captured(runtime.step_in_place, runtime.device), steps, runtime.device)
-
-
-def join(tp: int, device: str) -> torch.device:
-    """This rank's device, the ranks connected. Raises RuntimeError, saying what to do, where they cannot be."""
-    rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world != tp:
-        raise RuntimeError(f"--tp {tp} with {world} processes: start it under torchrun --nproc-per-node {tp}")
-    if device == "cuda":
-        if not torch.cuda.is_available() or torch.cuda.device_count() <= rank:
-            raise RuntimeError(
-                f"{torch.cuda.device_count()} CUDA devices here, {tp} wanted: use fewer, or --device cpu"
-            )
-        where = torch.device("cuda", rank)
-        torch.cuda.set_device(where)
-    else:
-        where = torch.device(device)
-    if tp > 1 and device == "cuda":
-        if not dist.is_nccl_available():
-            raise RuntimeError("this torch has no NCCL: without it there is no all-reduce between GPUs")
-        dist.init_process_group("nccl", device_id=where, timeout=TIMEOUT)
-    elif tp > 1:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    return where
+        return percentiles(runtime.replayed(runtime.step_in_place, warm_ups=3), steps, runtime.device, ranks)
 
 
 def versions_of(device: torch.device, tp: int) -> str:
@@ -177,8 +110,7 @@ def versions_of(device: torch.device, tp: int) -> str:
     if device.type == "cuda":
         import triton
 
-        found += f"; triton {triton.__version__}; nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
-        found += "".join(f"; {k}={os.environ[k]}" for k in NCCL if tp > 1 and k in os.environ)
+        found += f"; triton {triton.__version__}" + (nccl_words(device) if tp > 1 else "")
     return found
 
 
@@ -233,17 +165,15 @@ def main(
     append: bool,
 ) -> None:
     try:
-        where = join(tp, device)
-        table = Table(path, append, writes=not dist.is_initialized() or dist.get_rank() == 0)
-        for name in names.split(","):
-            for fraction in map(float, fractions.split(",")):
-                latencies(name, fraction, [int(b) for b in batches.split(",")], context, steps, tp, where, table)
-    except (RuntimeError, ValueError, UserError) as error:  # out of memory, NCCL, a shape that cannot be divided
+        with joined(tp, "gpu" if device == "cuda" else "cpu") as (ranks, where):
+            table = Table(path, append, writes=ranks is None or ranks.is_first)
+            for name in names.split(","):
+                for fraction in map(float, fractions.split(",")):
+                    latencies(name, fraction, [int(b) for b in batches.split(",")], context, steps, ranks, where, table)
+    except (RuntimeError, ValueError) as error:  # out of memory, NCCL, a shape that cannot be divided
         said = " ".join(str(error).split())[:400]
         print(f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
         os._exit(1)  # the other ranks are ended by torchrun; a broken communicator would wait for them
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def latencies(
@@ -252,11 +182,12 @@ def latencies(
     batches: list[int],
     context: int,
     steps: int,
-    tp: int,
+    ranks: Ranks | None,
     device: torch.device,
     table: Table,
 ) -> None:
     """All ways of fusing one shape's attention-free layers of one width, at all batches."""
+    tp = 1 if ranks is None else ranks.world
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     whole = known_structure(name)
     count, free = LAYERS.get(name, (whole.num_layers, whole.num_layers // 2 // 4 * 4))
@@ -269,7 +200,7 @@ def latencies(
         num_sums = sum(not isinstance(sub_block, NoOp) for _, _, sub_block in structure) if tp > 1 else 0
         model = random_model(structure, device, dtype)
         for batch in batches:
-            low, middle, high = measure(model, batch, context, steps, tp)
+            low, middle, high = measure(model, batch, context, steps, ranks)
             table.add(
                 {
                     "shapes": name,

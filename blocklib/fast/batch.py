@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from puzzle.base.ranks import Ranks
 from puzzle.base.workload import PAGE
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import MissingFace, Normed
@@ -65,7 +66,7 @@ class Batch:
     """What the layers of one static batch share. positions, lengths [B] int32: of the token in hand, and with it.
     table [B, P] int32: pages of each sequence, in order. ropes: float32. fp8, fp8_cache: weights of the sub-block that is made, and
     cached keys and values, are float8_e4m3fn, the weights with a scale per row. pool: where caches come from, if not from new memory full of
-    zeros."""
+    zeros. ranks: that share every sub-block; None: it is whole."""
 
     positions: Tensor
     lengths: Tensor
@@ -76,6 +77,7 @@ class Batch:
     fp8_cache: bool = False
     rows: slice = field(default_factory=lambda: slice(None))  # of the layers' page tables: which sequences these are
     pool: CachePool | None = None
+    ranks: Ranks | None = None
 
     @property
     def size(self) -> int:
@@ -129,7 +131,7 @@ class Fast:
     """The base of all kinds on our kernels: norms around `inner`. A kind with a state has its own `decode` and `prefill`."""
 
     def __init__(self, part: Part, batch: Batch):
-        self.sub_block = part.sub_block
+        self.sub_block, self.ranks = part.sub_block, batch.ranks
         assert isinstance(self.sub_block, Normed)
         self.eps, self.before, self.after = self.sub_block.norm_eps, None, None
         if self.sub_block.norm_before:
@@ -152,6 +154,8 @@ class Fast:
 
     def leave(self, out: Tensor) -> Tensor:
         """From what they give to the contribution. [M, H]"""
+        if self.ranks is not None:
+            out = self.ranks.sum(out)
         if self.after is not None:
             out = rms_norm(out, None, self.after, self.eps)[0]
         assert isinstance(self.sub_block, Normed)

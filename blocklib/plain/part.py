@@ -6,7 +6,7 @@ Letters: B batch, T tokens, H hidden_size, R rotary dimensions of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,18 @@ class Part(nn.Module):
     def forward(self, x: Tensor, ropes: Ropes) -> Tensor:
         """The contribution of whole sequences, causal. [B, T, H] -> [B, T, H]"""
         return self.leave(self.inner(self.enter(x), ropes))
+
+    def prefixes(self, x: Tensor, ropes: Ropes, sub_blocks: Sequence[SubBlock]) -> list[Tensor]:
+        """The contributions of sub-blocks that each begin the next (`SubBlock.begins`), the last one this whole. [B, T, H] each"""
+        if len(sub_blocks) > 1:
+            raise MissingFace(self.sub_block.kind, "prefixes")
+        return [self(x, ropes)]
+
+    def beginning(self, tensors: Mapping[str, Tensor], sub_block: SubBlock) -> dict[str, Tensor]:
+        """Of `tensors`, by name as in this module, what belongs to a sub-block that begins it."""
+        if sub_block != self.sub_block:
+            raise MissingFace(self.sub_block.kind, "prefixes")
+        return dict(tensors)
 
     def add(self, x: Tensor, ropes: Ropes) -> Tensor:
         """x with the contribution added. [B, T, H] -> [B, T, H]"""

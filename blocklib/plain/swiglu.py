@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puzzle.blocklib.plain.part import Part, Ropes
-from puzzle.blocklib.sub_block import Statistics
+from puzzle.blocklib.sub_block import Statistics, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -34,6 +35,30 @@ class GatedFfn(Part):
 
     def inner(self, entered: Tensor, ropes: Ropes) -> Tensor:
         return self.down_proj(self.channels(entered))
+
+    def prefixes(self, x: Tensor, ropes: Ropes, sub_blocks: Sequence[SubBlock]) -> list[Tensor]:
+        """At the cost of the widest: every segment of channels is multiplied once, and a width is the sum of its segments, so that
+        the gradient of a segment's weights is that of the sum of all widths that have it."""
+        if len(sub_blocks) == 1:
+            return [self(x, ropes)]
+        widths = [s.intermediate_size for s in sub_blocks if isinstance(s, SwiGLU)]
+        sizes = [b - a for a, b in pairwise([0, *widths])]
+        channels = self.channels(self.enter(x)).split(sizes, dim=-1)
+        down = self.down_proj.weight.split(sizes, dim=1)
+        segments = [F.linear(some, weight) for some, weight in zip(channels, down, strict=True)]
+        sums = accumulate(segments)
+        bias = self.down_proj.bias
+        return [self.leave(y if bias is None else y + bias.to(y.dtype)) for y in sums]
+
+    def beginning(self, tensors: Mapping[str, Tensor], sub_block: SubBlock) -> dict[str, Tensor]:
+        assert isinstance(sub_block, SwiGLU)
+        width, cut = sub_block.intermediate_size, dict(tensors)
+        for name in tensors:
+            if name.startswith(("gate_proj.", "up_proj.")):
+                cut[name] = tensors[name][:width]
+            elif name == "down_proj.weight":
+                cut[name] = tensors[name][:, :width].contiguous()
+        return cut
 
     @torch.no_grad()
     def calibrate(self, inputs: list[Tensor]) -> Statistics:

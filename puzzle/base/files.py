@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def file_hash(path: Path) -> str:
     """sha256 of a file's bytes. [64 hex digits]"""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def wait_for_files(paths: Sequence[Path], seconds: float = 120) -> None:
+    """On a network file system what another host has written is seen after a while. Raises UserError when it is not."""
+    missing, until = list(paths), time.monotonic() + seconds
+    while missing := [path for path in missing if not path.is_file()]:
+        if time.monotonic() > until:
+            raise UserError(
+                f"{missing[0]}, which another process has written, is not to be seen here after {seconds:g} s: give all hosts "
+                "the same directory, and run the same command again"
+            )
+        os.listdir(missing[0].parent if missing[0].parent.is_dir() else missing[0].parents[1])  # looks anew
+        time.sleep(0.1)
 
 
 def claim_output(out: Path, force: bool) -> None:

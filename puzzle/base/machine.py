@@ -44,6 +44,11 @@ def gpu_facts(name: str) -> Gpu:
     return GPUS[name]
 
 
+def several(device: str, tp: int) -> str:
+    """How a promise calls the GPUs that share a model."""
+    return device if tp == 1 else f"{tp} x {device}"
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes of host memory that a new process can take: without swapping, and within the limits of its container (cgroup
     v1 or v2) and of those around it. root: where /proc and /sys are."""

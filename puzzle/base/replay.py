@@ -22,7 +22,7 @@ class Replayed:
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
-        self._function = function
+        self.function = function
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._input: Tensor | None = None
@@ -31,13 +31,13 @@ class Replayed:
     def __call__(self, x: Tensor) -> Tensor:
         """The function's output; on a GPU it is overwritten by the next call."""
         if not x.is_cuda:
-            return self._function(x)
+            return self.function(x)
         self._calls += 1
         if self._calls <= WARM_UP:
             side = side_stream(x.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                out = self._function(x)
+                out = self.function(x)
             torch.cuda.current_stream().wait_stream(side)
             return out
         if self._graph is None:
@@ -45,12 +45,13 @@ class Replayed:
             self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what the warm-up's stream holds cannot serve the graph
-            with torch.cuda.graph(self._graph, stream=side_stream(x.device)):
-                self._output = self._function(self._input)
+            # What other threads do meanwhile is theirs: NCCL's looks whether its work is done.
+            with torch.cuda.graph(self._graph, stream=side_stream(x.device), capture_error_mode="thread_local"):
+                self._output = self.function(self._input)
         assert self._input is not None
         assert self._output is not None
         if x.shape != self._input.shape:
-            return self._function(x)
+            return self.function(x)
         self._input.copy_(x)
         self._graph.replay()
         return self._output

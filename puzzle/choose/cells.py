@@ -62,7 +62,8 @@ class Cell:
 
 
 def layer_cells(library: Library, way: Way | None = None) -> list[list[Cell]]:
-    """Per layer, every combination with its score: the joint one where it was measured, else the sum of its parts.
+    """Per layer, every combination with its score: the joint one where it was measured, else the sum of its parts. What was screened
+    out (`puzzle score --sub-block-screen`) has none and is no choice.
 
     way: where precision is chosen, every combination in every precision; its score has what fp8 costs the parent's own sub-blocks
     beside. Raises UserError for what was not scored.
@@ -112,9 +113,11 @@ def _cells(library: Library, layer: int) -> list[Cell]:
             total += scores[alone]["kl"]
         return total
 
-    found = []
+    found, out = [], library.screened(layer)
     for names in product(*spaces.values()):
         variants = dict(zip(spaces, names, strict=True))
+        if out and any(score_name({slot: name}) in out for slot, name in variants.items()):
+            continue
         sub_blocks = {slot: spaces[slot][name] for slot, name in variants.items()}
         found.append(Cell(variants=variants, sub_blocks=sub_blocks, score=score(variants)))
     return found

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
+from puzzle.base.machine import several
+from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, bytes_text
 from puzzle.base.workload import PREFILL_ROWS, Workload
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NoOp
@@ -20,9 +21,10 @@ from puzzle.choose.precision import Way
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
 from puzzle.parents.structure import Layer
+from puzzle.profile.all_reduce import AllReduces
 from puzzle.profile.cost_table import CostTable, around
 from puzzle.profile.engine import EngineModel
-from puzzle.profile.parts import Part, ends_of, priced_as
+from puzzle.profile.parts import Head, Part, ends_of, priced_as
 
 ByUse = Mapping[str, str]  # of one layer: the precision of the weights in each slot
 Placed = tuple[SubBlock, str]  # what runs, and the precision of its weights
@@ -30,12 +32,20 @@ Placed = tuple[SubBlock, str]  # what runs, and the precision of its weights
 
 class CostModel:
     """Seconds and bytes of architectures made of one library's sub-blocks, for one workload. table: of one precision, or a way to
-    choose between several; `precisions` of sub-blocks that are not given are those of its first table."""
+    choose between several; `precisions` of sub-blocks that are not given are those of its first table. reduces: of the ranks that share
+    the model; then seconds are of all ranks, which work side by side, and bytes of each; None: one GPU has it whole."""
 
-    def __init__(self, library: Library, table: CostTable | EngineModel | Way, work: Workload):
+    def __init__(
+        self,
+        library: Library,
+        table: CostTable | EngineModel | Way,
+        work: Workload,
+        reduces: AllReduces | None = None,
+    ):
         self.way = table if isinstance(table, Way) else Way(tables={table.precision: table}, cache=table.precision)
         self.library, self.table, self.work = library, self.way.first, work
-        structure = library.structure
+        self.reduces, self.tp = reduces, 1 if reduces is None else reduces.tp
+        self.own = structure = library.structure.share(self.tp)  # what one rank runs of the parent
         work.check_fits(structure.max_length)
         self.bytes_per_element = PRECISION_BYTES[self.table.precision]
         self.batches = self.way.batches
@@ -56,12 +66,13 @@ class CostModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Where prices come from, for architecture.json; of an engine also its export's format and its room on the card and its error."""
+        """Where prices come from, for architecture.json; of an engine also its export's format, room on the card and error."""
         table = self.table
-        found: dict[str, Any] = {"device": table.device, "precision": table.precision, "sha256": table.hash}
+        device = several(table.device, self.tp)
+        found: dict[str, Any] = {"device": device, "precision": table.precision, "sha256": table.hash}
         if isinstance(table, EngineModel):
             found |= {"format": table.format, "room_bytes": table.room_bytes, "left_out": table.left_out}
-        return found
+        return found if self.reduces is None else found | {"all_reduce": self.reduces.facts}
 
     @property
     def length(self) -> int:
@@ -83,12 +94,31 @@ class CostModel:
                 )
                 if isinstance(part, SubBlock) and not isinstance(part, NoOp):
                     found = (found[0], max(0.0, found[1] + self._between[own, batch] * (self.work.output_len - 1)))
+                sums = self._sums(part, batch)
+                found = (found[0] + sums[0], found[1] + sums[1])
             else:
                 less, more = self.part_seconds(part, low, own), self.part_seconds(part, high, own)
                 share = (batch - low) / (high - low)
                 found = (less[0] + (more[0] - less[0]) * share, less[1] + (more[1] - less[1]) * share)
             self._seconds[key] = found
         return self._seconds[key]
+
+    def _sums(self, part: Part, batch: int) -> tuple[float, float]:
+        """(prefill, all decode steps) that summing over ranks takes: what a sub-block or the embedding gives for every token, and the
+        head's largest logit and its word, in float32, from each rank."""
+        count = part.num_sums if isinstance(part, SubBlock) else 1
+        if self.reduces is None or not count:
+            return 0.0, 0.0
+        each = 8 * self.tp if isinstance(part, Head) else self.own.hidden_size * FIXED_BYTES[self.table.precision]
+        tokens = 1 if isinstance(part, Head) else self.work.input_len
+        together = self._prompts_together()
+        groups, rest = divmod(batch, together)
+        prefill = groups * self.reduces.seconds(each * tokens * together) if groups else 0.0
+        prefill += self.reduces.seconds(each * tokens * rest) if rest else 0.0
+        return count * prefill, count * (self.work.output_len - 1) * self.reduces.seconds(each * batch)
+
+    def _prompts_together(self) -> int:
+        return max(1, PREFILL_ROWS // self.work.input_len)
 
     def _decode_seconds(self, part: Part, batch: int, precision: str) -> float:
         """All decode steps, as the tables have them."""
@@ -119,7 +149,7 @@ class CostModel:
 
     def stream(self, batch: int) -> int:
         """Bytes of the two tensors that come into a sub-block, of the prompts that go through together."""
-        rows = self.work.input_len * min(batch, max(1, PREFILL_ROWS // self.work.input_len))
+        rows = self.work.input_len * min(batch, self._prompts_together())
         return 2 * rows * self.library.structure.hidden_size * FIXED_BYTES[self.table.precision]
 
     def workspace(self, batch: int) -> int:
@@ -127,7 +157,7 @@ class CostModel:
         needs most works with, so that no choice needs more. Sub-blocks run one after another in the same memory. 0 where
         workspaces were not measured."""
         if batch not in self._workspace:
-            parts: list[Part] = [*self.library.sub_blocks(), *self.ends]
+            parts: list[Part] = [*(part.shared(self.tp) for part in self.library.sub_blocks()), *self.ends]
             tables = self.way.tables.values()
             found = max(table.workspace(part, batch, self.work.input_len) for table in tables for part in parts)
             self._workspace[batch] = found + self.stream(batch) if found else 0
@@ -140,14 +170,14 @@ class CostModel:
         return weights * sub_block.num_parameters + kept * elements
 
     def runs(self, layer: Layer, index: int) -> list[SubBlock]:
-        """What layer `index` runs: its own sub-blocks, or what an engine's export makes of them."""
-        return self.table.lowered(layer, first=index == 0)
+        """What layer `index` runs: its own sub-blocks, or what an engine's export makes of them; a rank's share of each."""
+        return [part.shared(self.tp) for part in self.table.lowered(layer, first=index == 0)]
 
     def placed(self, layer: Layer, index: int, precisions: ByUse | None) -> list[Placed]:
         """What layer `index` runs, each with the precision of its weights. Engines, which rewrite layers, have but one."""
         if not precisions:
             return [(part, self.table.precision) for part in self.runs(layer, index)]
-        return [(part, precisions[slot]) for slot, part in layer.items()]
+        return [(part.shared(self.tp), precisions[slot]) for slot, part in layer.items()]
 
     def resources(self, layer: Layer, batch: int, index: int = 1, precisions: ByUse | None = None) -> dict[str, float]:
         """Seconds, bytes and parameters of one layer. index: of the layer; engines treat the first, 0, differently."""
@@ -159,10 +189,10 @@ class CostModel:
 
     def fixed(self, batch: int) -> dict[str, float]:
         """The same of what no choice changes: embedding, final norm, LM head, workspace."""
-        count = self.library.structure.num_fixed_parameters
+        count = self.own.num_fixed_parameters
         return self._timed([self.part_seconds(part, batch) for part in self.ends], self.host_seconds(batch)) | {
             "memory_bytes": count * FIXED_BYTES[self.table.precision] + self.workspace(batch),
-            "num_parameters": count,
+            "num_parameters": self.library.structure.num_fixed_parameters,
         }
 
     def _timed(self, parts: list[tuple[float, float]], host: float) -> dict[str, float]:
@@ -255,7 +285,16 @@ class CostModel:
                 if (part, name) in parts and at in self.around(batch):
                     asked = f"{low}" if low == high else f"{low} to {high}"
                     found.append(f"{phase} of '{part}'{told}, batch {at}, tokens {asked} (measured: {measured})")
-        return found
+        return [*found, *self._sums_beyond(batch)]
+
+    def _sums_beyond(self, batch: int) -> list[str]:
+        """That the sums of a prefill are larger than those that were measured."""
+        most = self.stream(batch) // 2
+        if self.reduces is None or most <= self.reduces.largest:
+            return []
+        return [
+            f"all-reduce of {bytes_text(most)} in prefill (measured: to {bytes_text(self.reduces.largest)}): by bandwidth"
+        ]
 
     def best_parent(self, memory: int | None) -> Prediction:
         """The parent at its own best batch that fits `memory` (at the smallest batch when none does)."""

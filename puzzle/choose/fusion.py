@@ -65,8 +65,8 @@ class WideFfn:
         return isinstance(self.costs.table, EngineModel)
 
     def of(self, width: int) -> SwiGLU:
-        """The parent's FFN with this many channels."""
-        return replace(self.own, intermediate_size=width)
+        """The parent's FFN with this many channels, or a rank's share of it."""
+        return replace(self.own, intermediate_size=width).shared(self.costs.tp)
 
     def known(self, batch: int) -> list[tuple[int, Seconds]]:
         """Measured points (width, seconds), by width. Raises UserError for fewer than two."""
@@ -75,8 +75,8 @@ class WideFfn:
             assert isinstance(self.costs.table, CostTable)
             for key in self.costs.table.parts():
                 found = parse_key(key) if key.startswith(f"{SwiGLU.kind} ") else None
-                if isinstance(found, SwiGLU) and priced_as(self.of(found.intermediate_size)) == key:
-                    points.append((found.intermediate_size, self.costs.part_seconds(found, batch)))
+                if isinstance(found, SwiGLU) and priced_as(self.of(found.intermediate_size * self.costs.tp)) == key:
+                    points.append((found.intermediate_size * self.costs.tp, self.costs.part_seconds(found, batch)))
             if len(points) < 2:
                 raise UserError(
                     f"`fusion`: the cost table knows {len(points)} FFN width at batch {batch}, so that a wide one cannot be "
@@ -118,7 +118,7 @@ class WideFfn:
         """Bytes that an FFN of this width works with beyond what `CostModel.workspace` has for every sub-block of the library: what
         it holds grows with its channels."""
         costs, full = self.costs, self.own.intermediate_size
-        own = costs.table.workspace(self.own, batch, costs.work.input_len)
+        own = costs.table.workspace(self.of(full), batch, costs.work.input_len)
         if not own:
             return 0
         return max(0, math.ceil(own * width / full) + costs.stream(batch) - costs.workspace(batch))

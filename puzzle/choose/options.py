@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from puzzle.base.console import console
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.machine import GPUS
 from puzzle.base.units import check_positive
 from puzzle.base.workload import Workload
+from puzzle.blocklib.sub_block import check_tp
 from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import Goal
 from puzzle.choose.precision import Precisions, parse_precision
@@ -17,7 +19,8 @@ from puzzle.choose.solve import open_costs, open_precisions
 from puzzle.choose.workloads import AlsoAsked, parse_also
 from puzzle.export.engines import CARD_SHARE
 from puzzle.library.manifest import Library
-from puzzle.profile.cost_table import CostTable
+from puzzle.profile.all_reduce import AllReduces, find_all_reduces, measuring
+from puzzle.profile.cost_table import PACKAGED, CostTable
 from puzzle.profile.engine import EngineModel
 
 BACKENDS = ("ortools", "pulp")
@@ -27,7 +30,7 @@ BACKENDS = ("ortools", "pulp")
 class SolveOptions:
     """also: further workloads. fusion_dependency: a dependency.json of the parent. shapes: which of several cost tables, or fits. engine:
     who serves; "puzzle" is our own runtime, whose costs are measured. precision: that weights and cache may have, the parent's first
-    (None: that of the cost table). The rest as `Request` has it."""
+    (None: that of the cost table). tp: GPUs that share every sub-block. The rest as `Request` has it."""
 
     also: tuple[str, ...] = ()
     fusion: bool = False
@@ -36,6 +39,7 @@ class SolveOptions:
     same_batch: bool = False
     engine: str = "puzzle"
     precision: str | None = None
+    tp: int = 1
     backend: str = "ortools"
     time_limit: float | None = None
     explain: bool = False
@@ -44,6 +48,11 @@ class SolveOptions:
         """Raise UserError for a value that cannot be, or an option that another one leaves without use."""
         check_positive(self, "time_limit")
         self.others()
+        check_tp(self.tp)
+        if self.tp > 1 and self.engine != "puzzle":
+            raise UserError(
+                f"`tp` {self.tp} has no price with `engine` {self.engine}, whose fits are of one GPU: leave one of them out"
+            )
         if self.backend not in BACKENDS:
             raise UserError(f"`backend` {self.backend}: {nearest(self.backend, list(BACKENDS))}")
         if self.fusion_dependency is not None and not self.fusion:
@@ -62,8 +71,19 @@ class SolveOptions:
     def costs(self, library: Library, gpu: str, name: str | None) -> CostTable | EngineModel | Precisions:
         """The prices that are asked for. name: of the cost table, or of an engine's fit."""
         if self.precision is not None:
-            return open_precisions(library, gpu, name, self.precisions)
-        return open_costs(library, gpu, name, self.engine)
+            return open_precisions(library, gpu, name, self.precisions, self.tp)
+        return open_costs(library, gpu, name, self.engine, self.tp)
+
+    def shared(self, library: Library, gpu: str) -> Library:
+        """`library` without the variants that `tp` GPUs cannot share, which is said. Raises UserError where there is no share."""
+        if self.tp == 1:
+            return library
+        if gpu == "cpu":
+            raise UserError(f"`tp` {self.tp}: shares are priced on GPUs, and `gpu` is cpu: leave `tp` out")
+        library, left_out = library.shareable(self.tp)
+        if left_out:
+            console.print(f"{self.tp} GPUs cannot share {', '.join(left_out)}: left out", markup=False)
+        return library
 
     def others(self) -> tuple[AlsoAsked, ...]:
         return tuple(parse_also(text) for text in self.also)
@@ -82,4 +102,15 @@ class SolveOptions:
             fusion=Fusion.open(library, self.fusion_dependency) if self.fusion else None,
             same_batch=self.same_batch,
             card=None if card is None else int(share * card.memory_bytes),
+            reduces=None if self.tp == 1 else self._reduces(library, gpu),
         )
+
+    def _reduces(self, library: Library, gpu: str) -> AllReduces:
+        found = find_all_reduces(gpu, self.tp, [library.root / "costs", PACKAGED])
+        if found.stands_in is not None:
+            console.print(
+                f"all-reduces between {self.tp} {gpu} were not measured: those of {found.device} ({found.date}), whose links are the same, "
+                f"stand in; to measure them, run {measuring(gpu, self.tp, 'LIBRARY')}",
+                markup=False,
+            )
+        return found

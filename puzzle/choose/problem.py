@@ -23,6 +23,7 @@ from puzzle.choose.precision import Way
 from puzzle.choose.workloads import AlsoAsked, Demand, demand
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
+from puzzle.profile.all_reduce import AllReduces
 from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import EngineModel
 from puzzle.solver.interval import most, relaxed_between
@@ -35,7 +36,8 @@ class Request:
     """One question to the solver. also: further workloads. baseline: a rule of `solve.BASELINES` in place of the optimum. explain:
     say what looser limits would buy. fusion: neighbouring FFNs without attention may become one; None: they stay apart.
     same_batch: a relative throughput is of the parent at the child's batch, not at its own best. time_limit: in seconds.
-    card: bytes of the card that serves, which hold the parent's best batch, and the child where no memory limit is given."""
+    card: bytes of the card that serves, which hold the parent's best batch, and the child where no memory limit is given.
+    reduces: of the ranks that share a model, for whose cards memory is; None: one card holds it."""
 
     work: Workload
     goal: Goal
@@ -47,6 +49,7 @@ class Request:
     fusion: Fusion | None = None
     same_batch: bool = False
     card: int | None = None
+    reduces: AllReduces | None = None
 
 
 def layer_label(index: int) -> str:
@@ -72,8 +75,12 @@ class Selection:
 
     def chosen_by(self, way: Way) -> Selection:
         """The same request, with the same parent, at another way's prices."""
-        others = tuple(replace(one, costs=CostModel(self.library, way, one.costs.work)) for one in self.others)
-        return replace(self, costs=CostModel(self.library, way, self.costs.work), others=others, way=way, known={})
+
+        def priced(costs: CostModel) -> CostModel:
+            return CostModel(self.library, way, costs.work, costs.reduces)
+
+        others = tuple(replace(one, costs=priced(one.costs)) for one in self.others)
+        return replace(self, costs=priced(self.costs), others=others, way=way, known={})
 
     @property
     def goal(self) -> Goal:
@@ -233,7 +240,7 @@ def select(
     library: Library, table: CostTable | EngineModel | Way, request: Request, *, free: bool = False
 ) -> Selection:
     """free: the batch is free whatever the goal. Raises UserError for a workload or a batch that the costs do not cover."""
-    costs, goal = CostModel(library, table, request.work), request.goal
+    costs, goal = CostModel(library, table, request.work, request.reduces), request.goal
     check_steps(goal, request.work)
     memory = goal.limits.get("memory")
     card = request.card if memory is None or memory.relative else int(memory.value)
@@ -248,7 +255,7 @@ def select(
     if batch is not None:
         parent = costs.predict(library.structure.layers, batch)
     limit = card if memory is None else int(memory.absolute(parent.memory_bytes))
-    others = tuple(demand(one, library, table, limit) for one in request.also)
+    others = tuple(demand(one, library, table, limit, request.reduces) for one in request.also)
     if memory is None and card is not None:
         limits = {**goal.limits, "memory": Target(value=float(card), relative=False)}
         request = replace(request, goal=replace(goal, limits=limits))

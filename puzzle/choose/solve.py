@@ -26,7 +26,7 @@ from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Also, Architecture, Prediction
 from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
 from puzzle.profile.engine import EngineModel, open_engine
-from puzzle.profile.parts import Head, Part, ends_of
+from puzzle.profile.parts import Head, Part, ends_of, priced_as, shared_name
 from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import prices, without
@@ -192,6 +192,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         goal=selection.goal.plain(),
         workload=costs.work,
         costs=selection.whole.facts,
+        tp=costs.tp,
         kv_dtype=None if selection.way is None else costs.way.cache,
         status=solution.status,
         objective=solution.objective,
@@ -260,27 +261,38 @@ def _also(selection: Selection, one: Demand, cells: Sequence[Cell], batch: int) 
     )
 
 
-def open_costs(library: Library, gpu: str, name: str | None, engine: str = "puzzle") -> CostTable | EngineModel:
-    """Measured costs of our own runtime, or the fitted model of a serving engine."""
+def open_costs(
+    library: Library, gpu: str, name: str | None, engine: str = "puzzle", tp: int = 1
+) -> CostTable | EngineModel:
+    """Measured costs of our own runtime, of the shares of `tp` ranks, or the fitted model of a serving engine."""
     structure = library.structure
     if engine != "puzzle":
         return open_engine(engine, gpu, (structure, structure.usual), name=name, measured=library.root / "costs")
-    head: list[Part] = [end for end in ends_of(structure) if isinstance(end, Head)]
-    return find_costs(gpu, name, [library.root / "costs", PACKAGED], [*library.sub_blocks(), *head])
+    head: list[Part] = [end for end in ends_of(structure.share(tp)) if isinstance(end, Head)]
+    needs = [*(part.shared(tp) for part in library.sub_blocks()), *head]
+    found = find_costs(gpu, name and shared_name(name, tp), [library.root / "costs", PACKAGED], needs, tp)
+    lacking = next((part for part in needs if tp > 1 and not found.has(part)), None)
+    if lacking is not None:
+        flag = " --fp8" if found.precision == "fp8" else ""
+        raise UserError(
+            f"`tp` {tp}: the cost table '{found.path.stem}' for `gpu` {gpu} has no '{priced_as(lacking)}': run `puzzle profile LIBRARY "
+            f"--gpu {gpu} --tp {tp}{flag}` on that machine"
+        )
+    return found
 
 
-def open_precisions(library: Library, gpu: str, name: str | None, wanted: Sequence[str]) -> Precisions:
+def open_precisions(library: Library, gpu: str, name: str | None, wanted: Sequence[str], tp: int = 1) -> Precisions:
     """The tables NAME and NAME-fp8 of one device. name: in bf16. Raises UserError where one is missing, or is in another precision."""
     tables, usual = {}, name
     if usual is None:
-        found = open_costs(library, gpu, None)
+        found = open_costs(library, gpu, None, tp=tp)
         assert isinstance(found, CostTable)
         usual = found.path.stem if found.precision != "fp8" else found.path.stem.removesuffix("-fp8")
     for precision in wanted:
-        stem = usual if precision == "bf16" else f"{usual}-{precision}"
-        flag = " --fp8" if precision == "fp8" else ""
+        stem = shared_name(usual if precision == "bf16" else f"{usual}-{precision}", tp)
+        flag = (f" --tp {tp}" if tp > 1 else "") + (" --fp8" if precision == "fp8" else "")
         try:
-            table = open_costs(library, gpu, stem)
+            table = open_costs(library, gpu, stem, tp=tp)
         except UserError as error:
             if any(any(root.glob(f"{gpu}*/{stem}.csv")) for root in (library.root / "costs", PACKAGED)):
                 raise  # it is there, and broken
@@ -291,10 +303,10 @@ def open_precisions(library: Library, gpu: str, name: str | None, wanted: Sequen
         assert isinstance(table, CostTable)
         if table.precision != precision:
             raise UserError(f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} is in {table.precision}")
-        lacking = next((part for part in library.sub_blocks() if not table.has(part)), None)
+        lacking = next((part for b in library.sub_blocks() if not table.has(part := b.shared(tp))), None)
         if lacking is not None:
             raise UserError(
-                f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} has no '{lacking.timed().key()}': run "
+                f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} has no '{priced_as(lacking)}': run "
                 f"`puzzle profile LIBRARY --gpu {gpu}{flag}` on that machine"
             )
         tables[precision] = table

@@ -13,6 +13,7 @@ from puzzle.choose.goal import LIMITS, Goal, GoalOptions, Target, check_steps
 from puzzle.choose.precision import Way
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Prediction
+from puzzle.profile.all_reduce import AllReduces
 from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import EngineModel
 
@@ -83,9 +84,15 @@ class Demand:
         return {name + self.suffix: resources[name] for name in TIMED if name in resources}
 
 
-def demand(also: AlsoAsked, library: Library, table: CostTable | EngineModel | Way, memory: int | None) -> Demand:
+def demand(
+    also: AlsoAsked,
+    library: Library,
+    table: CostTable | EngineModel | Way,
+    memory: int | None,
+    reduces: AllReduces | None = None,
+) -> Demand:
     """memory: the main workload's limit in bytes, which holds here too. Raises UserError for a batch beyond those measured."""
-    costs = CostModel(library, table, also.work)
+    costs = CostModel(library, table, also.work, reduces)
     if also.batch is not None and also.batch not in costs.every_batch:
         raise UserError(
             f"`also` {also.name}: batch {also.batch} is not in the costs; use {costs.batches[0]} to {costs.batches[-1]}"

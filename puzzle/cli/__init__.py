@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import Any
@@ -20,9 +21,19 @@ from puzzle.cli.run import run_command
 from puzzle.cli.serve_check import serve_check_command
 from puzzle.cli.solve import solve_command
 
+TOGETHER = (
+    "build-library",
+    "score",
+    "profile",
+    "heal",
+    "evaluate",
+    "bench",
+)  # verbs that several processes do together, under torchrun
+
 
 class _Cli(click.Group):
-    """Shows user errors as one line and exits with 2; keeps verbs in the order of the road."""
+    """Shows user errors as one line and exits with 2; keeps verbs in the order of the road. Of several processes under torchrun
+    only the first that fails says why."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -30,14 +41,26 @@ class _Cli(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from puzzle.base.errors import UserError
 
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            if not several:
+                raise
+            told = error.format_message()
         except UserError as error:
             told = self.in_flags(str(error), ctx.invoked_subcommand)
         except OSError as error:  # what the system says of a path that no stage has looked at before
             if error.filename is None:
                 raise
             told = f"{error.filename}: {error.strerror}; give another path, or change what is there"
+        if several:
+            from puzzle.base.ranks import is_first_to_fail
+
+            if is_first_to_fail():
+                click.echo(f"error: {told}", err=True)
+            sys.stderr.flush()
+            os._exit(2)  # at once: the communication libraries' own end would wait for the other processes
         click.echo(f"error: {told}", err=True)
         sys.exit(2)
 
@@ -57,7 +80,8 @@ class _Cli(click.Group):
     cls=_Cli, context_settings={"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(__version__, prog_name="puzzle")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """From a parent LLM and a deployment budget to the cheapest child that keeps the parent's behaviour.
 
     \b
@@ -71,6 +95,13 @@ def main() -> None:
     or all of it:
       puzzle run examples/quickstart.yaml --data TEXT --out RUN
     """
+    verb = ctx.invoked_subcommand
+    if os.environ.get("WORLD_SIZE", "1") != "1" and verb not in TOGETHER:
+        from puzzle.base.errors import UserError
+
+        raise UserError(
+            f"`puzzle {verb}` runs in one process: start it without torchrun, which {', '.join(TOGETHER)} take"
+        )
 
 
 for _command in (

@@ -19,25 +19,40 @@ from puzzle.cli.modes import Mode, Verb
 @click.option("--sequences", type=int, default=64, help="Held-out sequences.")
 @click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
 @click.option("--fp8", is_flag=True, help="Also score the parent's own blocks in fp8, for `puzzle solve --precision`.")
+@click.option(
+    "--sub-block-screen",
+    type=float,
+    metavar="FRACTION",
+    help="Leave out this share of all blocks, those with the largest second-order estimate, e.g. 0.3.",
+)
 @options.memory_limit
+@options.dry_run
 @options.text_field
 @options.device
 @options.as_json
-def score_command(library: Path, data: tuple[str, ...], parent: str | None, as_json: bool, **chosen: Any) -> None:
+def score_command(
+    library: Path, data: tuple[str, ...], parent: str | None, dry_run: bool, as_json: bool, **chosen: Any
+) -> None:
     """Measure, per block of LIBRARY, the KL divergence when it alone replaces its parent block.
 
-    `build-library` does this too; use this verb to score on more text, or joint pairs.
+    `build-library` does this too; use this verb to score on more text, or joint pairs. A parent that does not fit into memory is
+    read layer by layer. A run that was stopped goes on where it was.
 
     \b
-    Example:
+    Examples:
       puzzle score lib --data /usr/lib/python3.11 --sequences 256 --joint
+      puzzle score lib --data /usr/lib/python3.11 --sub-block-screen 0.3
+      torchrun --nproc-per-node 8 -m puzzle.cli score lib --data corpus.jsonl
     """
     from puzzle.cli.report import library_summary, print_library
-    from puzzle.library.score import ScoreOptions, score_library
+    from puzzle.library.score import ScoreOptions, plan_scores, score_library
 
+    if dry_run:
+        facts = plan_scores(library, list(data), ScoreOptions(**chosen), parent=parent)
+        options.show(lambda: facts, as_json, options.print_facts)
+        return
     score_library(library, list(data), ScoreOptions(**chosen), parent=parent)
-    summary = library_summary(library)
-    options.print_json(summary) if as_json else print_library(summary)
+    options.show(lambda: library_summary(library), as_json, print_library)
 
 
 MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len output_len batch repeats"),)
@@ -65,6 +80,8 @@ MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len outp
     "--prompt", "prompts", multiple=True, metavar="TEXT", help="Show how both continue it, sampled. Repeatable."
 )
 @click.option("--no-speed", is_flag=True, help="Measure divergence and sizes only.")
+@options.memory_limit
+@options.dry_run
 @options.text_field
 @options.device
 @options.as_json
@@ -77,12 +94,14 @@ def evaluate_command(
     output_len: int | None,
     batch: tuple[int, ...] | None,
     no_speed: bool,
+    dry_run: bool,
     as_json: bool,
     **chosen: Any,
 ) -> None:
     """Measure PARENT and CHILD side by side: loss, KL, top-1 agreement, tokens/s, bytes, KV cache.
 
-    CHILD is a checkpoint, or what `puzzle solve` wrote, whose blocks then come from its library.
+    CHILD is a checkpoint, or what `puzzle solve` wrote, whose blocks then come from its library. Models that do not fit into
+    memory together go over the text layer by layer.
 
     \b
     Examples:
@@ -94,7 +113,7 @@ def evaluate_command(
     from puzzle.cli.report import print_evaluation
     from puzzle.export.checkpoint import outdated_code
     from puzzle.library.assemble import open_child
-    from puzzle.measure.evaluate import EvaluateOptions, evaluate
+    from puzzle.measure.evaluate import EvaluateOptions, evaluate, plan_evaluation
 
     if batch is not None and len(batch) > 2:
         raise UserError(f"`batch` {','.join(map(str, batch))}: one for both, or one of the parent and one of the child")
@@ -102,7 +121,11 @@ def evaluate_command(
     opened, work = open_child(child, library), options.workload(input_len, output_len)
     if work is None and not no_speed:
         work = opened.solved.workload if opened.solved else Workload(input_len=128, output_len=128)
+    if dry_run:
+        facts = plan_evaluation(parent, opened, list(data), EvaluateOptions(**chosen))
+        options.show(lambda: facts, as_json, options.print_facts)
+        return
     result = evaluate(parent, opened, list(data), EvaluateOptions(**chosen), work=work, batches=pair)
     if (hint := outdated_code(Path(child))) is not None:  # measured without that code
         console.print(f"note: {hint}", markup=False, soft_wrap=True)
-    options.print_json(result.to_json()) if as_json else print_evaluation(result)
+    options.show(result.to_json, as_json, lambda _: print_evaluation(result))

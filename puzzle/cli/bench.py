@@ -7,11 +7,15 @@ from typing import Any
 
 import click
 
+from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
-MODES = (Mode("without `engine`", lambda p: p["engine"] is None, unused="python reader"),)
+MODES = (
+    Mode("without `engine`", lambda p: p["engine"] is None, unused="python reader"),
+    Mode("with `engine`", lambda p: p["engine"] is not None, unused="tp"),
+)
 
 
 @click.command("bench", cls=Verb, modes=MODES)
@@ -20,6 +24,9 @@ MODES = (Mode("without `engine`", lambda p: p["engine"] is None, unused="python 
 @options.priced_input_len
 @options.priced_output_len
 @click.option("--batch", type=int, callback=options.positive, help="Default: what was predicted to be best.")
+@click.option(
+    "--tp", type=int, metavar="N", help="N processes, under torchrun, share the model. Default: as solved for, else 1."
+)
 @click.option("--fp8", is_flag=True, help="Weights and KV cache in fp8.")
 @click.option("--engine", help="Measure in this serving engine instead of our runtime: vllm, where it is installed.")
 @options.engine_python
@@ -38,6 +45,7 @@ def bench_command(
     python: Path | None,
     reader: str | None,
     as_json: bool,
+    tp: int | None,
     **chosen: Any,
 ) -> None:
     """Measure throughput, time to first token and time per token beside the prediction.
@@ -50,12 +58,13 @@ def bench_command(
       puzzle bench lib/solution --gpu h100 --with-parent
       puzzle bench child --gpu h100 --input-len 2048 --output-len 256 --batch 32
       puzzle bench child --engine vllm --gpu h100 --with-parent
+      torchrun --nproc-per-node 2 -m puzzle bench lib/solution --gpu h100 --tp 2 --with-parent
     """
     asked = {"work": options.workload(input_len, output_len), "precision": "fp8" if fp8 else None, **chosen}
     if engine is None:
         from puzzle.measure.bench import bench
 
-        found = bench(target, **asked)
+        found = bench(target, tp=tp, **asked)
     else:
         from puzzle.serving.check import EngineFailed
         from puzzle.serving.engine_bench import bench_engine
@@ -64,7 +73,8 @@ def bench_command(
             found = bench_engine(engine, target, python=python, reader=reader, **asked)
         except EngineFailed as error:
             raise UserError(f"{target}: {error}") from error
-    options.print_json(found) if as_json else _print(found)
+    if not console.quiet:  # of several processes the first one speaks
+        options.print_json(found) if as_json else _print(found)
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from puzzle.base.lock import holding
 from puzzle.base.units import parse_count
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
-
-if TYPE_CHECKING:
-    pass
-
 
 MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequences joint"),)
 
@@ -33,6 +28,7 @@ MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequenc
 @click.option("--seed", type=int, default=0, help="Orders the data; blocks' seeds depend on them alone.")
 @click.option("--calibration-sequences", type=int, default=64, help="For initialisation.")
 @click.option("--validation-sequences", type=int, default=16, help="Held out, for the losses reported.")
+@click.option("--nested", is_flag=True, help="Train a layer's narrower FFNs as the first channels of one.")
 @click.option("--group-size", type=int, help="Layers trained together (default: as many as fit).")
 @options.memory_limit
 @click.option("--score/--no-score", default=True, help="Score the blocks after training.")
@@ -67,8 +63,10 @@ def build_library_command(
       puzzle build-library examples/parent --data /usr/lib/python3.11 --out lib
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
+      torchrun --nproc-per-node 8 -m puzzle.cli build-library parent --data corpus.jsonl --out lib
     """
     num_tokens = parse_count("tokens", tokens, least=0)
+    from puzzle.base.ranks import held_by_all, running_ranks
     from puzzle.cli.report import library_summary, print_library, print_plan
     from puzzle.library.build import Builder, BuildOptions, build_library
     from puzzle.library.estimate import plan_of
@@ -77,13 +75,13 @@ def build_library_command(
 
     wanted = BuildOptions(data=list(data), out=out, tokens=num_tokens, memory_limit=memory_limit, **chosen)
     if dry_run:
-        facts = plan_of(Builder(open_model(source), wanted))
-        options.print_json(facts) if as_json else print_plan(facts)
+        with running_ranks(wanted.device) as ranks:
+            facts = plan_of(Builder(open_model(source), wanted, ranks))
+        options.show(lambda: facts, as_json, print_plan)
         return
-    with holding(out):
+    with running_ranks(wanted.device) as ranks, held_by_all(out, ranks):
         build_library(source, wanted)
         if score:
             same = {name: chosen[name] for name in ("seq_len", "text_field", "device")} | {"memory_limit": memory_limit}
             score_library(out, list(data), ScoreOptions(sequences=score_sequences, joint=joint, **same), parent=source)
-    summary = library_summary(out)
-    options.print_json(summary) if as_json else print_library(summary)
+    options.show(lambda: library_summary(out), as_json, print_library)

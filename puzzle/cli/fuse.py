@@ -34,7 +34,7 @@ MODES = (
         _runs_are_known,
         unused="max_dependency keep_last max_width",
     ),
-    Mode("without `data`", lambda p: not p["data"], unused="sequences seq_len text_field device"),
+    Mode("without `data`", lambda p: not p["data"], unused="sequences seq_len memory_limit text_field device"),
 )
 
 
@@ -82,6 +82,7 @@ MODES = (
 @click.option("--max-shard", default="4GiB", help="Largest safetensors file.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fused, write nothing.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
+@options.memory_limit
 @options.text_field
 @options.device
 @options.as_json

@@ -12,6 +12,7 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 MODES = (
+    Mode("by one process, without torchrun", lambda p: os.environ.get("WORLD_SIZE", "1") == "1", unused="parallel"),
     Mode("with `blend`, whose sources name their own", lambda p: p["blend"] is not None, unused="text_field"),
     Mode("with `stages`, which say both", lambda p: p["stages"] is not None, unused="tokens seq_len"),
     Mode("with `kl_weight` 0", lambda p: p["kl_weight"] == 0, unused="temperature"),
@@ -50,8 +51,14 @@ MODES = (
 @click.option("--save-every", type=int, default=500, help="Steps between checkpoints; 0: at the end.")
 @click.option("--eval-every", type=int, default=100, help="Steps between evaluations; 0: at the end.")
 @click.option("--validation-sequences", type=int, default=64, help="Held out, for the evaluations.")
-@click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a single GPU.")
+@click.option("--cuda-graph/--no-cuda-graph", default=True, help="Replay steps on a GPU that has the whole child.")
+@click.option(
+    "--parallel",
+    default="auto",
+    help="Under torchrun: replicas in every process, shards; auto: replicas where they fit.",
+)
 @click.option("--teacher-device", help="Another device for the teacher, e.g. cuda:1.")
+@options.memory_limit
 @click.option("--tensorboard", type=options.PATH, metavar="DIR", help="Also log there.")
 @click.option("--wandb", metavar="PROJECT", help="Also log to Weights & Biases.")
 @click.option("--force", is_flag=True, help="Replace what is in --out, and an unfinished run with other options.")
@@ -94,13 +101,12 @@ def heal_command(
         from puzzle.heal.plan import plan_heal
 
         facts = plan_heal(wanted)
-        options.print_json(facts) if as_json else _print_plan(facts)
+        options.show(lambda: facts, as_json, _print_plan)
         return
     from puzzle.heal.run import heal, summary
 
     record = heal(wanted)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-        options.print_json(record) if as_json else click.echo(f"{summary(record)}\nwrote {out}", err=True)
+    options.show(lambda: record, as_json, lambda _: click.echo(f"{summary(record)}\nwrote {out}", err=True))
 
 
 def _print_plan(facts: dict) -> None:
@@ -108,7 +114,8 @@ def _print_plan(facts: dict) -> None:
     stages = ", ".join(f"{s['num_steps']} steps of {s['batch_size']} x {s['seq_len']} tokens" for s in facts["stages"])
     click.echo(
         f"{stages} on {facts['processes']} x {facts['device']} in {facts['dtype']}; "
-        f"{facts['trained_parameters']:,} parameters learn, {facts['matching_layers']} layers are compared\n"
+        f"{facts['trained_parameters']:,} parameters learn, {facts['matching_layers']} layers are compared; "
+        f"teacher: {facts['teacher']}\n"
         f"predicted: {seconds_text(found['seconds'])} ({found['tokens_per_second']:,.0f} tokens/s), "
         f"memory {bytes_text(found['peak_memory_bytes'])}, disk {bytes_text(found['disk_bytes'])}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,24 @@ memory_limit = click.option(
     help="Most GPU memory, or on a CPU most of the whole process's memory, e.g. 80GB.",
 )
 
+dry_run = click.option("--dry-run", is_flag=True, help="Print passes and memory; measure and write nothing.")
+
+
+def print_facts(facts: Mapping[str, Any], within: str = "") -> None:
+    """A line each, sizes as people read them."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            print_facts(value, f"{within}{name}.")
+        else:
+            text = units.bytes_text(value) if name.endswith("_bytes") else value
+            click.echo(f"{within}{name}: {text}", err=True)
+
 
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json_text(value))
+
+
+def show(make: Callable[[], dict[str, Any]], as_json: bool, table: Callable[[dict[str, Any]], None]) -> None:
+    """What `make` gives, as JSON or as `table` prints it; of several processes the first alone looks and prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print_json(make()) if as_json else table(make())

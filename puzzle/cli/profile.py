@@ -13,12 +13,13 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 MODES = (
+    Mode("with `all_reduce`", lambda p: p["all_reduce"], uses="library gpu tp all_reduce out as_json"),
     Mode(
         "with `engine` and `fit`",
         lambda p: p["engine"] is not None and p["fit_path"] is not None,
-        uses="gpu engine fit_path out as_json",
+        uses="gpu engine fit_path out as_json all_reduce",  # which refuses these itself
     ),
-    Mode("with `run`", lambda p: p["run"], unused="prefill seconds rounds"),
+    Mode("with `run`", lambda p: p["run"], unused="prefill seconds rounds tp"),
     Mode("without `run`", lambda p: not p["run"], unused="python reader"),
     Mode("with `shapes`", lambda p: p["shapes"] is not None, unused="library"),
     Mode("with `gpu` cpu and no `run`", lambda p: p["gpu"] == "cpu" and not p["run"], unused="fp8"),
@@ -43,6 +44,12 @@ MODES = (
 )
 @click.option("--shapes", metavar="NAME", help="Measure a well-known parent's shapes, without a LIBRARY.")
 @click.option("--fp8", is_flag=True, help="On a GPU: weights and KV cache in fp8.")
+@click.option(
+    "--tp", type=int, default=1, metavar="N", help="Measure the shares that N GPUs have of every sub-block: on one."
+)
+@click.option(
+    "--all-reduce", is_flag=True, help="Measure the all-reduces between the --tp GPUs of this host, under torchrun."
+)
 @click.option("--engine", help="Fit this serving engine's overheads instead (with --run or --fit).")
 @click.option(
     "--run", is_flag=True, help="Measure architectures of the parent's shapes in the engine that is installed."
@@ -58,6 +65,8 @@ def profile_command(
     gpu: str,
     shapes: str | None,
     fp8: bool,
+    tp: int,
+    all_reduce: bool,
     engine: str | None,
     run: bool,
     python: Path | None,
@@ -82,6 +91,8 @@ def profile_command(
       puzzle profile lib --gpu cpu --batches 1,32 --prefill 512 --contexts 512,768 --dry-run
       puzzle profile lib --gpu h100
       puzzle profile --shapes llama-3.1-8b --gpu h100 --out costs
+      puzzle profile lib --gpu h100 --tp 2
+      torchrun --nproc-per-node 2 -m puzzle profile --gpu h100 --tp 2 --all-reduce --out lib/costs
       puzzle profile lib --engine vllm --gpu h100 --run
       puzzle profile --shapes llama-3.1-8b --engine vllm --gpu h100 --run --fp8 --python .engines/vllm/bin/python
       puzzle profile --engine vllm --gpu h100 --fit measured.csv
@@ -92,6 +103,12 @@ def profile_command(
                 "`engine` goes with `run`, which measures it here, or with `fit` and the CSV of what it measured"
             )
         _fit(engine, gpu, fit_path, out, as_json)
+        return
+    from puzzle.blocklib.sub_block import check_tp
+
+    check_tp(tp)
+    if all_reduce:
+        _all_reduce(gpu, tp, out or (Path("costs") if library is None else library / "costs"), as_json)
         return
     if (library is None) == (shapes is None):
         raise UserError(
@@ -109,11 +126,15 @@ def profile_command(
         chosen["rounds"] = 3
     asked = stage.ProfileOptions(gpu=gpu, precision="fp8" if fp8 else None, **chosen)
     grid = asked.grid()
+    if tp > 1 and gpu == "cpu":
+        raise UserError(f"`tp` {tp}: shares are priced on GPUs, and `gpu` is cpu: leave `tp` out")
     if library is not None:
-        subject = stage.subject_of(Library.open(library))
+        opened = Library.open(library)
+        subject = stage.subject_of(opened if tp == 1 else opened.shareable(tp)[0])
     else:
         assert shapes is not None
-        subject = stage.subject_named(shapes, known_structure(shapes))
+        subject = stage.subject_named(shapes, known_structure(shapes), tp)
+    subject = subject.share(tp)
     if dry_run:
         points, each = stage.count_points(subject, grid), grid.seconds if gpu == "cpu" else stage.SECONDS_PER_POINT
         facts = {"points": points, "rounds": grid.rounds, "predicted_seconds": round(points * grid.rounds * each, 1)}
@@ -125,6 +146,18 @@ def profile_command(
     path, facts = stage.profile(subject, gpu=gpu, out=folder / gpu, grid=grid, precision=asked.precision)
     options.print_json({"costs": str(path), **facts}) if as_json else click.echo(
         f"wrote {path}: {facts['points']} points, {facts['points_per_minute']:g} a minute", err=True
+    )
+
+
+def _all_reduce(gpu: str, tp: int, folder: Path, as_json: bool) -> None:
+    from puzzle.base.console import console
+    from puzzle.profile.all_reduce_timer import measure_all_reduces
+
+    path, facts = measure_all_reduces(gpu, tp, folder)
+    if console.quiet:
+        return
+    options.print_json({"all_reduces": str(path), **facts}) if as_json else click.echo(
+        f"wrote {path}: {facts['points']} sizes between {tp}, {facts['smallest_us']:.3g} µs the smallest", err=True
     )
 
 

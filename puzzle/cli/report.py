@@ -74,7 +74,8 @@ def print_solution(solved: Architecture) -> None:
     ]
     if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
         rows.append(("tokens that its cache holds", solved.cached_tokens(solved.parent, parent), tokens))
-    print_table(f"predicted on {solved.costs['device']} ({solved.precision})", COMPARED, rows)
+    told = "" if solved.tp == 1 else "; memory and KV bytes of each"
+    print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, rows)
     limit = solved.goal["memory"]
     if isinstance(limit, float) and parent.memory_bytes > limit:
         console.print(
@@ -218,6 +219,27 @@ def print_road(facts: dict[str, Any]) -> None:
     print_table("stages (predicted; –: next to nothing)", ("stage", "time", "memory", "disk"), rows)
 
 
+def print_shapes(facts: dict[str, Any]) -> None:
+    """The --dry-run of a road whose parent is known by its shapes alone; every figure is computed."""
+    rows = [
+        (
+            name,
+            "–" if row["gpu_hours"] is None else f"{row['gpu_hours']:,.2f}",
+            "–" if row["gpus"] is None else row["gpus"],
+            *("–" if row[key] is None else bytes_text(row[key]) for key in ("memory_bytes", "disk_bytes")),
+        )
+        for name, row in facts["stages"].items()
+    ]
+    total = sum(row["gpu_hours"] or 0.0 for row in facts["stages"].values())
+    columns = ("stage", f"{facts['gpu']}-hours", "GPUs that hold it", "memory together", "disk")
+    print_table(f"{facts['shapes']} by its shapes alone: computed, nothing measured here", columns, rows)
+    console.print(f"{total:,.0f} GPU-hours in all, at {facts['mfu']} of the datasheet's bf16 FLOPs (see docs/scale.md)")
+    if facts["activation_bytes"]:
+        console.print(
+            f"between layers the build keeps {bytes_text(facts['activation_bytes'])} of activations in host memory"
+        )
+
+
 def library_summary(root: Path) -> dict[str, Any]:
     """Per variant, medians over layers of what training and scoring measured."""
     library = Library.open(root)
@@ -239,9 +261,21 @@ def library_summary(root: Path) -> dict[str, Any]:
         for key in ("validation_loss_before", "validation_loss_after"):
             row[key] = median(r[key] for r in records)
         if scored:
-            row["kl"] = median(library.scores(layer)[score_name({slot: name})]["kl"] for layer in having)
+            told = score_name({slot: name})
+            kls = [library.scores(n)[told]["kl"] for n in having if told not in library.screened(n)]
+            row |= {"kl": median(kls) if kls else None} | (
+                {"screened": len(having) - len(kls)} if len(kls) < len(having) else {}
+            )
         rows.append(row)
     return {"library": str(root), "num_layers": library.num_layers, "layers": library.layers, "variants": rows}
+
+
+def _score(row: dict[str, Any]) -> str:
+    """The median of a variant's scores, and in how many layers it was screened out."""
+    if "kl" not in row:
+        return "not scored"
+    out = f" ({row['screened']} screened out)" if "screened" in row else ""
+    return ("" if row["kl"] is None else f"{row['kl']:.5f}") + out
 
 
 def print_library(summary: dict[str, Any]) -> None:
@@ -249,7 +283,7 @@ def print_library(summary: dict[str, Any]) -> None:
     rows = []
     for row in summary["variants"]:
         losses = f"{row['validation_loss_before']:.4f}", f"{row['validation_loss_after']:.4f}"
-        rows.append((row["slot"], row["variant"], *losses, f"{row['kl']:.5f}" if "kl" in row else "not scored"))
+        rows.append((row["slot"], row["variant"], *losses, _score(row)))
     print_table(title, ("slot", "variant", "nMSE at start", "nMSE trained", "KL, nats/token"), rows, words=2)
 
 

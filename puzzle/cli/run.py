@@ -28,6 +28,7 @@ def run_command(
     \b
     Example:
       puzzle run examples/quickstart.yaml --data /usr/lib/python3.11 --out runs/quickstart
+      puzzle run examples/llama_405b_eight_h100.yaml --out runs/405b --dry-run
     """
     from puzzle.choose.goal import GoalOptions
     from puzzle.run.recipe import read_recipe
@@ -38,9 +39,14 @@ def run_command(
     if data:
         wanted.data = list(data)
     wanted.goal = replace(wanted.goal, **over)
-    from puzzle.cli.report import print_result, print_road, print_solution
+    from puzzle.cli.report import print_result, print_road, print_shapes, print_solution
     from puzzle.run.pipeline import Run
+    from puzzle.run.shapes import is_shapes, plan_shapes
 
+    if dry_run and is_shapes(wanted.parent):
+        planned = plan_shapes(wanted)
+        options.print_json({"schema": 1, **planned}) if as_json else print_shapes(planned)
+        return
     if dry_run:
         facts = Run(wanted, out).plan()
         options.print_json({"schema": 1, **facts}) if as_json else print_road(facts)

@@ -77,6 +77,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="JSON",
     help="Charge fused FFNs for it: of the parent, by `puzzle fuse --dependency-only`.",
 )
+@click.option("--tp", type=int, default=1, metavar="N", help="N GPUs of one host share every sub-block: 2, 4 or 8.")
 @click.option("--gpu", help="Whose costs: cpu, or a GPU that has been profiled.")
 @click.option("--shapes", help="Which of several cost tables, or of an engine's fits.")
 @click.option("--same-batch", is_flag=True, help="2x means of the parent at the child's batch, not at its own best.")
@@ -123,6 +124,7 @@ def solve_command(
       puzzle solve lib --throughput 2x --gpu h100 --engine vllm --memory 80GB
       puzzle solve lib --throughput 2x --gpu h100 --engine vllm --shapes llama-3.1-8b-fp8
       puzzle solve lib --throughput 2x --precision bf16,fp8 --gpu h100
+      puzzle solve lib --latency 60% --gpu h100 --tp 8 --shapes llama-3.1-405b-fp8
       puzzle solve lib --pareto throughput --points 20 --gpu cpu --out frontier
       puzzle solve lib --throughput 2x --also 256/16@1:ttft=50% --gpu cpu
       puzzle solve lib --throughput 2x --fusion --fusion-dependency dependency.json --gpu cpu
@@ -146,7 +148,11 @@ def solve_command(
     asked = SolveOptions(**{field.name: wanted.pop(field.name) for field in fields(SolveOptions)})
     asked.check()
     goal = GoalOptions(**wanted).goal(may_be_empty=bool(pareto or asked.also))
-    opened = Library.open(library)
+    opened = asked.shared(Library.open(library), gpu)
+    if screened := sum(len(opened.screened(layer)) for layer in opened.layers):
+        click.echo(
+            f"{screened} blocks were screened out when the library was scored: no choice here has them", err=True
+        )
     target = out or library / "solution"
     check_writable(target)
     costs = asked.costs(opened, gpu, asked.shapes)

@@ -126,17 +126,16 @@ def calibrate(child: Child, data: list[str], text_field: str, device: torch.devi
 @torch.no_grad()
 def cache_scales(walker: Walker) -> Scales:
     """Largest magnitude / 448 of keys, as they are cached (normed and rotated), and of values; 1 where all are zero."""
-    streams, found = walker.embedded(), {}
-    for index, block in enumerate(walker.blocks()):
+    stream, found = walker.embedded(), {}
+    for index, block in walker.blocks():
         largest = torch.zeros(2)
-        for batch, x in enumerate(streams):
-            x = x.to(walker.device)
+        for batch, x in enumerate(walker.room.fetched((stream, n) for n in range(len(walker.ids)))):
             for part in block.parts().values():
                 if isinstance(part, Attention):
                     _, k, v = part.project(part.enter(x), walker.ropes)
                     largest = torch.maximum(largest, torch.stack([k.abs().max(), v.abs().max()]).float().cpu())
                 x = part.add(x, walker.ropes)
-            streams[batch] = x.cpu()
+            walker.room.put(stream, batch, x)
         if not torch.isfinite(largest).all():
             raise UserError(f"`kv_dtype` fp8: layer {index} of {walker.child.name} gives NaN or infinity on this text")
         if isinstance(walker.child.layers[index].attention, Gqa):

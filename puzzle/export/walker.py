@@ -1,41 +1,71 @@
-"""A child run layer by layer, of which one is in memory at a time. Letters: B sequences, T tokens, E hidden_size."""
+"""A child run layer by layer, with streams of its own that wait between layers. Letters: B sequences, T tokens, E hidden_size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from puzzle.blocklib.plain.part import loaded
 from puzzle.export.child import Child
-from puzzle.runtime.model import Block, CausalModel
+from puzzle.parents.structure import Structure
+from puzzle.runtime.model import Block
+from puzzle.runtime.residency import Residency
+from puzzle.runtime.stream import Layered, Room, Stream
+
+AT_ONCE = 4  # sequences
+
+
+@dataclass(frozen=True, slots=True)
+class ChildWeights:
+    """A child as `runtime.model.Weights` are read."""
+
+    child: Child
+
+    @property
+    def structure(self) -> Structure:
+        return self.child.structure
+
+    def weights(self, layer: int, slot: str) -> dict[str, Tensor]:
+        return self.child.layers[layer].read(slot)
+
+    def embedding(self) -> Tensor:
+        return self.child.read_embedding()
+
+    def final_norm(self) -> Tensor:
+        return self.child.read_final_norm()
+
+    def lm_head(self) -> Tensor:
+        return self.child.read_embedding() if self.child.tied else self.child.read_head()
 
 
 class Walker:
-    """A child on one device, layer by layer, and the held-out ids [B, T] it runs on."""
+    """A child on one device, layer by layer, and the held-out ids [B, T] it runs on. plan: how, and with how many streams beside its
+    own; None: streamed, with as many as there are."""
 
-    def __init__(self, child: Child, sequences: Tensor, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        child: Child,
+        sequences: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        plan: Residency | None = None,
+    ):
         self.child, self.device, self.dtype = child, device, dtype
-        self.ids = [ids.long().to(device) for ids in sequences.split(4)]
-        embedding = child.read_embedding().to(device, dtype)
-        head = None if child.tied else child.read_head().to(device, dtype)
-        ends = CausalModel(child.structure, embedding, [], child.read_final_norm().to(device, dtype), head)
-        self.ends = ends.requires_grad_(False).eval()
-        self.ropes = self.ends.ropes(sequences.shape[1])
+        self.model = Layered(ChildWeights(child), device, dtype, streamed=plan is None or plan.streamed)
+        self.room = Room(device, 0 if plan is None else plan.on_device)
+        self.together = None if plan is None else plan.together
+        self.ids = [ids.long().to(device) for ids in sequences.split(AT_ONCE if plan is None else plan.batch_size)]
+        self.ropes = self.model.ropes(sequences.shape[1])
 
-    def blocks(self) -> Iterator[Block]:
-        """The layers in order, one in memory at a time."""
-        for layer in self.child.layers:
-            parts = {}
-            for slot, sub_block in layer.slots.items():
-                weights = {name: value.to(self.device, self.dtype) for name, value in layer.read(slot).items()}
-                parts[slot] = loaded(sub_block, weights)
-            yield Block(parts)
+    def blocks(self) -> Iterator[tuple[int, Block]]:
+        """(number, layer) in order."""
+        return self.model.blocks()
 
-    def embedded(self) -> list[Tensor]:
-        """The stream before the first layer, batch by batch [B, T, E], in host memory."""
-        return [self.ends.embed(ids).cpu() for ids in self.ids]
+    def embedded(self) -> Stream:
+        """The stream before the first layer."""
+        return self.room.filled(self.model.embedded(self.ids))
 
     def added(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the sub-blocks before the last add to x [B, T, E], and what the last one, the FFN, adds to that."""

@@ -1,23 +1,27 @@
 """What layers owe to earlier layers, measured on held-out text: the dependency matrix, and blocks run in parallel.
 
-One pass over the child, a layer in memory at a time: beside the child's own residual stream go those in which one earlier
-layer added nothing, kept in host memory. Letters: B sequences, T tokens, E hidden_size, L layers.
+A pass over the child, layer by layer: beside the child's own residual stream go those in which one earlier layer added nothing, as many
+as memory has room for. Letters: B sequences, T tokens, E hidden_size, L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.base.console import progress
+from puzzle.base.console import Bar, progress
 from puzzle.blocklib.none import NoOp
 from puzzle.export.walker import Walker
 from puzzle.fuse.matrix import Matrix, Rows
 from puzzle.runtime.divergence import Divergence
+from puzzle.runtime.stream import Stream
+
+T = TypeVar("T")
 
 
 class _Sums:
@@ -50,37 +54,48 @@ class _Sums:
 def measure_dependency(walker: Walker, ffns: bool = False) -> tuple[Matrix, Matrix | None]:
     """(matrix of whole layers, that of FFNs alone or None). A layer's contribution is what it adds to the stream.
 
-    Host memory: (L + 1)·B·T·E elements, twice that with `ffns`.
+    Streams that wait: one for every layer that is left out, twice that with `ffns`, or as many at a time as the walker takes.
     """
-    count = len(walker.child.layers)
+    count, room = len(walker.child.layers), walker.room
     layers, alone = _Sums(count), _Sums(count)
-    streams = walker.embedded()
-    without: list[tuple[int, _Sums, list[Tensor]]] = []  # the layer left out, what is measured so, its stream
-    with progress("dependency", count) as bar:
-        for j, block in enumerate(walker.blocks()):
-            bar.note(f"layer {j}")
-            new = list(streams)
-            new_ffn: list[Tensor] = []
-            for batch, kept in enumerate(streams):
-                x = kept.to(walker.device)
-                attention, ffn = walker.added(block, x)
-                for i, sums, stream in without:
-                    other = stream[batch].to(walker.device)
-                    own_attention, own_ffn = walker.added(block, other)
-                    if sums is layers:
-                        sums.add(i, j, attention + ffn, own_attention + own_ffn)
-                    else:
-                        sums.add(i, j, ffn, own_ffn)
-                    stream[batch] = (other + own_attention + own_ffn).cpu()
-                new_ffn.append((x + attention).cpu())
-                streams[batch] = (x + attention + ffn).cpu()
-            if not walker.child.layers[j].is_empty:
-                without.append((j, layers, new))
-            if ffns and not isinstance(walker.child.layers[j].ffn, NoOp):
-                without.append((j, alone, new_ffn))
-            bar.advance()
+    left_out = [(j, layers) for j, layer in enumerate(walker.child.layers) if not layer.is_empty]
+    left_out += [(j, alone) for j, layer in enumerate(walker.child.layers) if ffns and not isinstance(layer.ffn, NoOp)]
+    left_out.sort(key=lambda one: one[0])
+    passes = list(_portions(left_out, walker.together))
+    with progress("dependency", count * len(passes)) as bar:
+        for portion in passes:
+            own = walker.embedded()
+            without: list[tuple[int, _Sums, Stream]] = []  # the layer left out, what is measured so, its stream
+            for j, block in walker.blocks():
+                bar.note(f"layer {j}")
+                joining = [(j, sums, room.stream()) for i, sums in portion if i == j]
+                streams = [own, *(stream for _, _, stream in without)]
+                fetched = room.fetched((stream, n) for n in range(len(walker.ids)) for stream in streams)
+                for batch in range(len(walker.ids)):
+                    x = next(fetched)
+                    attention, ffn = walker.added(block, x)
+                    for i, sums, stream in without:
+                        other = next(fetched)
+                        own_attention, own_ffn = walker.added(block, other)
+                        if sums is layers:
+                            sums.add(i, j, attention + ffn, own_attention + own_ffn)
+                        else:
+                            sums.add(i, j, ffn, own_ffn)
+                        room.put(stream, batch, other + own_attention + own_ffn)
+                    for _, sums, stream in joining:
+                        room.put(stream, batch, x if sums is layers else x + attention)
+                    room.put(own, batch, x + attention + ffn)
+                without += joining
+                bar.advance()
+            room.drop(own, *(stream for _, _, stream in without))
     num_tokens = sum(ids.numel() for ids in walker.ids)
     return layers.matrix(num_tokens), alone.matrix(num_tokens) if ffns else None
+
+
+def _portions(items: list[T], size: int | None) -> Iterator[list[T]]:
+    """Lists of `size` items at most; None: all together."""
+    step = max(1, size or len(items))
+    yield from (items[at : at + step] for at in range(0, len(items), step))
 
 
 @torch.no_grad()
@@ -90,33 +105,47 @@ def parallel_divergence(walker: Walker, sets: list[list[int]]) -> list[dict[str,
     A pair computes x + c_i(x) + c_{i+1}(x), with c what a whole block adds (arXiv 2503.18908, "parallelizing whole
     blocks"); sets hold disjoint pairs. Returns {"kl", "kl_stderr"} of each set, in nats per token.
     """
-    own = walker.embedded()
-    changed: list[list[Tensor] | None] = [None] * len(sets)
-    before: dict[int, list[Tensor]] = {}  # per set, the input that a pair in hand shares
-    count = len(walker.child.layers)
-    with progress("in parallel", count) as bar:
-        for j, block in enumerate(walker.blocks()):
-            for number, pairs in enumerate(sets):
-                stream, shared = changed[number], before.pop(number, None)
-                if j in pairs:
-                    before[number] = list(stream or own)
-                if stream is None and shared is None:
-                    continue  # the same as the child so far
-                stream = stream or list(own)
-                for batch, (x, read) in enumerate(zip(stream, shared or stream, strict=True)):
-                    stream[batch] = (x.to(walker.device) + sum(walker.added(block, read.to(walker.device)))).cpu()
-                changed[number] = stream
-            for batch, x in enumerate(own):
-                own[batch] = (x.to(walker.device) + sum(walker.added(block, x.to(walker.device)))).cpu()
-            bar.advance()
-    found = []
-    for last in changed:
-        meter = Divergence()
-        for ids, x, y in zip(walker.ids, own, last or own, strict=True):
-            meter.add(walker.ends, x.to(walker.device), walker.ends, y.to(walker.device), ids)
-        result = meter.result()
-        found.append({key: result[key] for key in ("kl", "kl_stderr")})
+    passes = list(_portions(sets, None if walker.together is None else walker.together // 2))
+    found: list[dict[str, float]] = []
+    with progress("in parallel", len(walker.child.layers) * len(passes)) as bar:
+        for portion in passes:
+            found += _in_parallel(walker, portion, bar)
     return found
+
+
+def _in_parallel(walker: Walker, sets: list[list[int]], bar: Bar) -> Iterator[dict[str, float]]:
+    """The same in one pass, with two streams of a set at most."""
+    room, batches = walker.room, range(len(walker.ids))
+    own = walker.embedded()
+    changed: dict[int, Stream] = {}
+    before: dict[int, Stream] = {}  # per set, the input that a pair in hand shares
+    for j, block in walker.blocks():
+        for number, pairs in enumerate(sets):
+            stream, shared = changed.get(number), before.pop(number, None)
+            if j in pairs:
+                before[number] = room.copy(stream or own)
+            if stream is None and shared is None:
+                continue  # the same as the child so far
+            stream = changed.setdefault(number, stream or room.copy(own))
+            reads = [stream] if shared is None else [stream, shared]
+            fetched = room.fetched((one, n) for n in batches for one in reads)
+            for batch in batches:
+                x, *read = (next(fetched) for _ in reads)
+                room.put(stream, batch, x + sum(walker.added(block, read[0] if read else x)))
+            if shared is not None:
+                room.drop(shared)
+        for batch, x in enumerate(room.fetched((own, n) for n in batches)):
+            room.put(own, batch, x + sum(walker.added(block, x)))
+        bar.advance()
+    last = walker.model.last()
+    for number in range(len(sets)):
+        meter, other = Divergence(), changed.get(number, own)
+        fetched = room.fetched((one, n) for n in batches for one in (own, other))
+        for ids in walker.ids:
+            meter.add(last, next(fetched), last, next(fetched), ids)
+        result = meter.result()
+        yield {key: result[key] for key in ("kl", "kl_stderr")}
+    room.drop(own, *changed.values())
 
 
 def parallel_report(walker: Walker) -> dict[str, Any]:

@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
+from puzzle.base.console import console
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.data.packing import load_tokens
 from puzzle.export.card import plain_card
 from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
-from puzzle.export.walker import Walker
+from puzzle.export.walker import AT_ONCE, Walker
 from puzzle.export.write import Source, open_source
 from puzzle.fuse.matrix import Dependency
 from puzzle.fuse.rewrite import Norm, fuse_layers, widths_of
 from puzzle.fuse.runs import Rule, Run, choose_runs, members, stretches, width_of, worst
+from puzzle.runtime.residency import Memory, Passing, plan_residency
 
 
 def open_walker(
@@ -33,8 +35,11 @@ def open_walker(
     seq_len: int = 512,
     text_field: str = "text",
     device: str = "auto",
+    memory_limit: int | None = None,
+    ffns: bool = False,
 ) -> tuple[Walker, dict[str, Any]]:
-    """The child on its device with held-out text, and the facts of the measurement. Raises UserError without text."""
+    """The child on its device with held-out text, and the facts of the measurement. ffns: those alone are left out too. Raises
+    UserError without text, and without memory for the streams."""
     on = pick_device(device)
     assert child.tokenizer is not None, "what was opened has one"
     tokens = load_tokens(
@@ -45,7 +50,23 @@ def open_walker(
         num_validation=num_sequences,
         text_field=text_field,
     )
-    walker = Walker(child, tokens.validation, on, compute_dtype(on))
+    (count, length), wanted = tokens.validation.shape, len(child.layers) * (1 + ffns)
+    passing = Passing(
+        models=[child.structure],
+        sequences=count,
+        seq_len=length,
+        compute_bytes=compute_dtype(on).itemsize,
+        spare=2,
+        wanted=wanted,
+        at_once=wanted,
+    )
+    plan = plan_residency("dependency of", passing, Memory.of(on, memory_limit), AT_ONCE)
+    console.print(
+        f"measuring on {tokens.validation.numel():,} held-out tokens, the model {plan.told(wanted)}",
+        markup=False,
+        soft_wrap=True,
+    )
+    walker = Walker(child, tokens.validation, on, compute_dtype(on), plan)
     facts = {
         "model": child.name,
         "num_tokens": tokens.validation.numel(),

@@ -44,12 +44,13 @@ class FuseOptions:
     max_shard: str = "4GiB"
     dry_run: bool = False
     force: bool = False
+    memory_limit: int | None = None
     text_field: str = "text"
     device: str = "auto"
 
     def check(self) -> None:
         """Raise UserError for values that no child could be fused with."""
-        check_positive(self, "sequences", "seq_len", "max_dependency")
+        check_positive(self, "sequences", "seq_len", "max_dependency", "memory_limit")
         parse_bytes(self.max_shard, "max_shard")
 
     def check_for(self, parent: Structure) -> None:
@@ -173,6 +174,8 @@ def _measured(opened: Source, wanted: FuseOptions) -> tuple[Dependency | None, d
         seq_len=wanted.seq_len,
         text_field=wanted.text_field,
         device=wanted.device,
+        memory_limit=wanted.memory_limit,
+        ffns=wanted.dependency_only,
     )
     layers, ffns = measure_dependency(walker, ffns=wanted.dependency_only)
     report = parallel_report(walker) if wanted.parallel_blocks else None

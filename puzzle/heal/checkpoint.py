@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from puzzle.base.errors import UserError, first_line, writing
 from puzzle.base.files import read_json, write_json
-from puzzle.heal.parallel import Ranks
+from puzzle.base.ranks import Ranks
 from puzzle.heal.train import Trainer
 
 
@@ -46,14 +46,15 @@ class WorkDir:
         force: throw another one away.
         """
         record = self.path / "run.json"
-        found = read_json(record, "puzzle heal").get("run", {}) if record.is_file() else facts
+        found = self.ranks.from_first(
+            lambda: read_json(record, "puzzle heal").get("run", {}) if record.is_file() else facts
+        )
         if found != facts and not force:
             changed = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
             raise UserError(
                 f"{self.path} holds an unfinished run with another {', '.join(changed)}: give the same options "
                 "to continue it, remove it, or pass `force` to begin anew"
             )
-        self.ranks.wait()  # for all have read it
         if self.ranks.is_first:
             if found != facts:
                 shutil.rmtree(self.path)
@@ -62,7 +63,7 @@ class WorkDir:
 
     def newest(self) -> int:
         """The step of the newest whole checkpoint, 0 when there is none."""
-        names = (path.name for path in self.path.glob("step-*"))
+        names = self.ranks.from_first(lambda: [path.name for path in self.path.glob("step-*")])
         return max((int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))), default=0)
 
     def _directory(self, step: int) -> Path:

@@ -9,11 +9,13 @@ from torch import nn
 
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
+from puzzle.base.ranks import Ranks
 from puzzle.data.mixture import Stage
 from puzzle.data.tokenizer import same_tokenizer
 from puzzle.heal.loss import Learner, Teacher, Weights
-from puzzle.heal.parallel import Ranks, shard
+from puzzle.heal.parallel import shard
 from puzzle.heal.settings import HealOptions
+from puzzle.heal.teacher import StreamedTeacher
 from puzzle.heal.train import Trainer
 from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.model import CausalModel, load_model
@@ -105,15 +107,27 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
     return list(enumerate(origins))
 
 
-def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> Trainer:
-    """Both models in memory, split over the ranks if there are several, and a trainer around them."""
+def build_trainer(
+    options: HealOptions,
+    stages: list[Stage],
+    models: Models,
+    ranks: Ranks,
+    *,
+    sharded: bool = False,
+    ahead: int | None = None,
+) -> Trainer:
+    """Both models in memory, and a trainer around them. sharded: split over the ranks, else in each of them. ahead: tokens that a
+    streamed teacher, which every rank reads, looks at in one pass; None: it is whole."""
     device = ranks.device
     child = load_model(models.child, device=device, dtype=torch.float32)
     child.requires_grad_(True).train()
-    teacher = None
-    if models.teacher is not None:
+    teacher: Teacher | None = None
+    compared = [layer for _, layer in models.pairs]
+    if models.teacher is not None and ahead is not None:
+        teacher = StreamedTeacher(models.teacher, compared, models.teacher_device, models.dtype, ahead)
+    elif models.teacher is not None:
         loaded = load_model(models.teacher, device=models.teacher_device, dtype=models.dtype)
-        teacher = Teacher(loaded, [layer for _, layer in models.pairs])
+        teacher = Teacher(loaded, compared)
     if not options.train_embeddings:
         _freeze(child, None if teacher is None else teacher.model, models.dtype)
     head = None
@@ -122,9 +136,10 @@ def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ran
     learner = Learner(
         child, models.pairs, head, models.dtype, train_head=options.train_embeddings, recompute=options.recompute
     )
-    if teacher is not None:
-        shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
-    shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
+    if sharded:
+        if teacher is not None and ahead is None:
+            shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
+        shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
     weights = Weights(
         kl=options.kl_weight, cosine=options.cosine_weight, lm=options.lm_weight, temperature=options.temperature
     )
@@ -136,6 +151,7 @@ def build_trainer(options: HealOptions, stages: list[Stage], models: Models, ran
         ranks,
         accumulate=options.accumulate,
         cuda_graph=options.cuda_graph,
+        sharded=sharded,
     )
 
 

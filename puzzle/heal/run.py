@@ -18,13 +18,14 @@ from puzzle.base.console import Bar, console, progress
 from puzzle.base.errors import UserError
 from puzzle.base.files import claim_output, read_json
 from puzzle.base.machine import cpu_name
+from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import seconds_text
 from puzzle.data.blend import read_blend
 from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
-from puzzle.heal.parallel import Ranks, running_ranks
+from puzzle.heal.memory import plan_memory
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.train import METRICS, Trainer
@@ -63,10 +64,10 @@ def heal(options: HealOptions, data: HealData | None = None) -> dict[str, Any]:
 def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealData | None) -> dict[str, Any]:
     models = open_models(options, stages, ranks)
     finished = options.out / "heal.json"
-    again = finished.is_file() and not options.force
+    again = ranks.from_first(lambda: finished.is_file() and not options.force)
     if not again:
-        claim_output(options.out, options.force)
-    data = data or read_data(options, stages, models)
+        ranks.from_first(lambda: claim_output(options.out, options.force))
+    data = data or ranks.from_first(lambda: read_data(options, stages, models))
     for line in data.mixture.report():
         console.print(
             f"{line['source']}: {line['share']:.1%} of the tokens, {line['epochs']:.2f} epochs of "
@@ -81,18 +82,24 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     }
     work = WorkDir(options.out, ranks)
     if again:
-        record = read_json(finished, "puzzle heal")
+        record = ranks.from_first(lambda: read_json(finished, "puzzle heal"))
         if record.get("run") == facts:
             console.print(f"{options.out} is healed already: nothing to do")
             work.remove()  # a run killed after its last file was written leaves it
             return record
-        claim_output(options.out, options.force)
+        ranks.from_first(lambda: claim_output(options.out, options.force))
+    plan = plan_memory(options, stages, models, ranks)
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
     work.claim(facts, options.force)
-    trainer = build_trainer(options, stages, models, ranks)
+    if ranks.world > 1:
+        console.print(f"{ranks.world} processes: {'the child in shards' if plan.sharded else 'a replica each'}")
+    if plan.tokens is not None:
+        taught = plan.taught(stages[0].tokens_per_step // ranks.world)
+        console.print(f"the teacher {taught}", markup=False, soft_wrap=True)
+    trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
     run.train()
-    record = run.record(facts, models)
+    record = ranks.from_first(lambda: run.record(facts, models))
     write_healed(options.out, models.child, trainer, record, work, force=options.force)
     work.remove()
     return record
@@ -126,13 +133,18 @@ class Run:
                 self._evaluate(0)
             self._flushed = time.monotonic()
             for step in range(start, self.num_steps):
-                stage, number, inner = self._place(step)
+                stage, _, inner = self._place(step)
                 if step == start or inner == 0:
-                    self.trainer.begin_stage(stage.seq_len)
-                share = stage.batch_size // self.ranks.world
-                mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-                self._pending.append(self.trainer.step(self.data.mixture.batch(number, inner, mine), step))
+                    coming = range(step, step - inner + stage.num_steps)
+                    self.trainer.begin_stage(stage.seq_len, map(self._batch, coming))
+                self._pending.append(self.trainer.step(self._batch(step), step))
                 self._after(step + 1, bar)
+
+    def _batch(self, step: int) -> Tensor:
+        """Ids and labels [2, B, T] of this rank."""
+        stage, number, inner = self._place(step)
+        share = stage.batch_size // self.ranks.world
+        return self.data.mixture.batch(number, inner, slice(self.ranks.rank * share, (self.ranks.rank + 1) * share))
 
     def _place(self, step: int) -> tuple[Stage, int, int]:
         """(stage, its number, step within it)"""

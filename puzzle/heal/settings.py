@@ -14,6 +14,7 @@ from puzzle.blocklib.distill import Recipe
 from puzzle.data.mixture import Stage
 
 DTYPES = ("auto", "bf16", "fp32")
+PARALLEL = ("auto", "replicas", "shards")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +22,9 @@ class HealOptions:
     """One healing. batch_size: sequences of the first stage a step, over all ranks; later stages keep its tokens a step.
     accumulate: micro-batches of a step. tokens: to train on, rounded up to whole steps; `stages` ("8k:100M,64k:20M")
     replaces seq_len and tokens. max_skipped: steps in a row with a non-finite gradient that end the run.
-    save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the start)."""
+    memory_limit: of the device, beyond which the teacher is streamed. parallel: of several processes, "replicas" of the child in each,
+    "shards" of it, or "auto": replicas where they fit. save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the
+    start)."""
 
     child: str
     out: Path
@@ -50,7 +53,9 @@ class HealOptions:
     dtype: str = "auto"
     device: str = "auto"
     teacher_device: str | None = None
+    memory_limit: int | None = None
     cuda_graph: bool = True
+    parallel: str = "auto"
     save_every: int = 500
     eval_every: int = 100
     validation_sequences: int = 64
@@ -61,7 +66,15 @@ class HealOptions:
     def check(self) -> None:
         """Raise UserError for values out of range or options that contradict each other."""
         check_positive(
-            self, "tokens", "lr", "temperature", "clip_norm", "batch_size", "accumulate", "validation_sequences"
+            self,
+            "tokens",
+            "lr",
+            "temperature",
+            "clip_norm",
+            "batch_size",
+            "accumulate",
+            "validation_sequences",
+            "memory_limit",
         )
         if self.seq_len < 2:
             raise UserError(f"`seq_len` {self.seq_len}: must be at least 2, a token and the next one")
@@ -80,6 +93,8 @@ class HealOptions:
             )
         if self.dtype not in DTYPES:
             raise UserError(f"`dtype` {self.dtype}: use {', '.join(DTYPES)}")
+        if self.parallel not in PARALLEL:
+            raise UserError(f"`parallel` {self.parallel}: use {', '.join(PARALLEL)}")
         if self.blend is not None and self.data:
             raise UserError(f"`blend` {self.blend} and `data` together: list the data as a source of the blend")
 

@@ -1,24 +1,28 @@
 """One step of healing: the teacher shows, the child's loss flows back, AdamW moves the float32 weights.
 
-On one GPU a step is a CUDA graph (puzzle/base/replay.py) and never waits for the device: a step with a non-finite gradient is
-left out by the optimiser itself (`found_inf`), and counted on the device. Under FSDP the optimiser works on each rank's
-part of the weights. Letters: B sequences of this rank, T tokens, S held-out sequences.
+On a GPU a step is a CUDA graph (puzzle/base/replay.py) and never waits for the device: a step with a non-finite gradient is
+left out by the optimiser itself (`found_inf`), and counted on the device. Several ranks with a replica each sum their
+gradients, which lie in one buffer, between two graphs: up to the gradients, and from them on. Under FSDP there is no graph, and the
+optimiser works on each rank's part of the weights. Letters: B sequences of this rank, T tokens, S held-out sequences.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from puzzle.base.console import console
+from puzzle.base.ranks import Ranks
 from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
 from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
-from puzzle.heal.parallel import Ranks, like_sharded, local
+from puzzle.heal.parallel import like_sharded, local
+from puzzle.heal.teacher import StreamedTeacher
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 METRICS = ("loss", "kl", "cosine", "lm", "grad_norm", "skipped", "skipped_in_a_row")
@@ -37,6 +41,7 @@ class Trainer:
         *,
         accumulate: int,
         cuda_graph: bool,
+        sharded: bool = False,
     ):
         self.learner, self.teacher, self.recipe, self.weights, self.ranks = learner, teacher, recipe, weights, ranks
         self.dtype, self.device, self.accumulate = learner.dtype, ranks.device, accumulate
@@ -59,13 +64,29 @@ class Trainer:
             state = {name: torch.zeros_like(part, memory_format=torch.preserve_format) for name in MOMENTS}
             self.optimizer.state[part] = {"step": torch.zeros((), device=self.device), **state}
         self._skipped = torch.zeros(2, device=self.device)  # in all, and in a row
-        one_gpu = self.device.type == "cuda" and ranks.world == 1 and self.teacher_device == self.device
-        self._graphed = cuda_graph and one_gpu
+        self._scale = torch.ones((), device=self.device)  # one over the tokens of the step that count
+        self.streamed = teacher if isinstance(teacher, StreamedTeacher) else None
+        own_gpu = self.device.type == "cuda" and not sharded and self.teacher_device == self.device
+        self._graphed = cuda_graph and own_gpu and self.streamed is None
+        self.sharded, self.replicated = sharded, ranks.world > 1 and not sharded
+        if self.replicated:  # gradients of all weights, and the sums of the metrics: they stay where they are
+            self._sums = torch.zeros(sum(p.numel() for p in self.model) + 4, device=self.device)
+            *views, self._total = self._sums.split([*(p.numel() for p in self.model), 4])
+            for parameter, view in zip(self.model, views, strict=True):
+                parameter.grad = view.view_as(parameter)
 
-    def begin_stage(self, seq_len: int) -> None:
-        """Sequences have this length from now on, to be called before the first step too."""
+    @property
+    def num_trained(self) -> int:
+        """Parameters that learn, over all ranks."""
+        return sum(p.numel() for p in self.parts) * (self.ranks.world if self.sharded else 1)
+
+    def begin_stage(self, seq_len: int, coming: Iterable[Tensor] = ()) -> None:
+        """Sequences have this length from now on, to be called before the first step too. coming: the batches of all its steps from
+        here on, at which a streamed teacher looks ahead."""
         self._ropes = self._ropes_of(seq_len)  # made here: a CUDA graph cannot copy them from the host
-        self._step = Replayed(self._whole_step)
+        ids = (ids for batch in coming for ids in batch[0].chunk(self.accumulate))
+        self._lessons = self._ahead(ids, self._ropes, self.weights)
+        self._step, self._first, self._second = map(Replayed, (self._whole_step, self._backward, self._update))
 
     def _ropes_of(self, seq_len: int) -> tuple[Ropes, Ropes | None]:
         """Tables of the child and of the teacher, which may have other frequencies."""
@@ -75,48 +96,86 @@ class Trainer:
         """Train on ids and labels [2, B, T] of this rank. Returns METRICS of the whole step, on the device."""
         self.lr.fill_(self.recipe.lr_at(step))
         batch = batch.to(self.device, non_blocking=True)
+        if not self.replicated:
+            return self._run(self._step, batch).clone()
+        self._count(batch)
+        total = self._run(self._first, batch)
+        self.ranks.sum(self._sums)
+        return self._run(self._second, total).clone()
+
+    def _run(self, replayed: Replayed, x: Tensor) -> Tensor:
+        """By its CUDA graph, where there can be one."""
         if not self._graphed:
-            return self._whole_step(batch)
+            return replayed.function(x)
         try:
-            return self._step(batch).clone()
+            return replayed(x)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             console.print(f"no CUDA graph here ({str(error).splitlines()[0]}): steps run one kernel at a time")
             self._graphed = False
-            for part in self.parts:
+            for part in () if self.replicated else self.parts:
                 part.grad = None
-            return self._whole_step(batch)
+            return replayed.function(x)
 
     def _whole_step(self, batch: Tensor) -> Tensor:
-        count = self.ranks.sum((batch[1] != IGNORE).sum().float()).clamp(min=1)
-        total = torch.zeros(4, device=self.device)
+        self._count(batch)
+        return self._update(self._backward(batch))
+
+    def _count(self, batch: Tensor) -> None:
+        self._scale.copy_(1 / self.ranks.sum((batch[1] != IGNORE).sum().float()).clamp(min=1))
+
+    def _backward(self, batch: Tensor) -> Tensor:
+        """Gradients of this rank's rows. Returns their sums of loss, KL, cosine distance and LM loss [4]."""
+        if self.replicated:
+            self._sums.zero_()
+        total = self._total if self.replicated else torch.zeros(4, device=self.device)
         for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
             with self._autocast():
-                found, _ = self._compared(ids, labels, self._ropes, 1 / count, self.weights)
-            (found[0] * self.ranks.world).backward()  # FSDP takes the mean over ranks
+                found, _ = self._compared(ids, labels, self._ropes, self._scale, self.weights, self._lessons)
+            (found[0] * (self.ranks.world if self.sharded else 1)).backward()  # FSDP takes the mean over ranks
             total += found.detach()
+        return total
+
+    def _update(self, total: Tensor) -> Tensor:
+        """The optimiser's step, from gradients that are summed over ranks already. Returns METRICS."""
         gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.model]
         for part, gradient in zip(self.parts, gradients, strict=True):
             part.grad = gradient
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        norm = self.ranks.sum(squares).sqrt()
+        norm = (self.ranks.sum(squares) if self.sharded else squares).sqrt()
         broken = (~torch.isfinite(norm)).float()
         torch._foreach_mul_(gradients, (self.recipe.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.found_inf = broken  # type: ignore[attr-defined]
         self.optimizer.step()
-        for model, part in zip(self.model, self.parts, strict=True):
+        for model, part in () if self.replicated else zip(self.model, self.parts, strict=True):
             model.grad = part.grad = None
         self._skipped += broken
         self._skipped[1] *= broken
-        return torch.cat((self.ranks.sum(total), norm[None], self._skipped))
+        return torch.cat((self.ranks.sum(total) if self.sharded else total, norm[None], self._skipped))
+
+    def _ahead(
+        self, ids: Iterable[Tensor], ropes: tuple[Ropes, Ropes | None], weights: Weights
+    ) -> Iterator[Shown] | None:
+        """What a streamed teacher shows of these micro-batches; None where it is whole."""
+        if self.streamed is None or ropes[1] is None:
+            return None
+        return self.streamed.ahead(ids, ropes[1], weights.cosine > 0)
 
     def _compared(
-        self, ids: Tensor, labels: Tensor, ropes: tuple[Ropes, Ropes | None], scale: Tensor, weights: Weights
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        ropes: tuple[Ropes, Ropes | None],
+        scale: Tensor,
+        weights: Weights,
+        lessons: Iterator[Shown] | None,
     ) -> tuple[Tensor, Shown | None]:
-        """What the learner returns, and what the teacher showed it."""
+        """What the learner returns, and what the teacher showed it: the next of `lessons`, or now."""
         shown = None
-        if self.teacher is not None:
+        if lessons is not None:
+            shown = next(lessons)
+        elif self.teacher is not None:
             with torch.no_grad():
                 shown = self.teacher(ids.to(self.teacher_device), ropes[1], weights.cosine > 0).to(self.device)
         return self.learner(ids, labels, ropes[0], shown, scale, weights), shown
@@ -136,13 +195,19 @@ class Trainer:
         weights = Weights(kl=float(with_teacher), cosine=float(with_states), lm=1.0)
         one = torch.ones((), device=self.device)
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)
-        for start in range(0, rows.shape[1], batch_size * self.ranks.world):
-            begin = start + self.ranks.rank * batch_size
-            ids, labels = rows[:, begin : begin + batch_size].to(self.device)
-            if not len(ids):  # every rank takes part in every pass: this one with a row that does not count
-                ids, labels = rows[0, :1].to(self.device), torch.full_like(rows[1, :1], IGNORE, device=self.device)
+
+        def batches() -> Iterator[Tensor]:
+            for start in range(0, rows.shape[1], batch_size * self.ranks.world):
+                begin = start + self.ranks.rank * batch_size
+                mine = rows[:, begin : begin + batch_size].to(self.device)
+                if not mine.shape[1]:  # every rank takes part in every pass: this one with a row that does not count
+                    mine = torch.stack((rows[0, :1], torch.full_like(rows[1, :1], IGNORE))).to(self.device)
+                yield mine
+
+        lessons = self._ahead((ids for ids, _ in batches()), ropes, weights)
+        for ids, labels in batches():
             with self._autocast():
-                found, shown = self._compared(ids, labels, ropes, one, weights)
+                found, shown = self._compared(ids, labels, ropes, one, weights, lessons)
                 own = one.new_zeros(())
                 if shown is not None and self.teacher is not None:
                     head = self.teacher.model.head_weight.to(self.device)

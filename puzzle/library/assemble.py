@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.plain.part import Part, loaded
@@ -16,6 +18,7 @@ from puzzle.library.store import BlockStore
 from puzzle.measure.architecture import Architecture, architecture_path, read_architecture
 from puzzle.measure.measurable import Measurable, of_checkpoint
 from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.structure import Structure
 from puzzle.runtime.model import Block, CausalModel, load_model
 
 
@@ -50,7 +53,7 @@ def open_child(source: str, library: Path | None = None) -> Measurable:
         structure=opened.structure.with_layers(solved.sub_blocks),
         tokenizer=parent.directory,
         solved=solved,
-        load=lambda device, dtype: assemble(opened, solved.variants, parent, device=device, dtype=dtype),
+        source=LibraryChild(library=opened, layers=solved.variants, parent=parent),
     )
 
 
@@ -89,17 +92,50 @@ def open_parent(library: Library, parent: str | None) -> HfModel:
     return opened
 
 
-def load_variant(
-    store: BlockStore, layer: int, slot: str, name: str, sub_block: SubBlock, device: torch.device, dtype: torch.dtype
-) -> Part:
-    """A trained sub-block from the library, ready to run."""
+def read_variant(store: BlockStore, layer: int, slot: str, name: str, sub_block: SubBlock) -> dict[str, Tensor]:
+    """The tensors of a trained sub-block from the library, as they are stored. Raises UserError where they are not its own."""
     tensors = store.read(layer, slot, name)
     if {n: tuple(t.shape) for n, t in tensors.items()} != sub_block.tensors():
         raise UserError(
             f"{store.path(layer, slot, name)} holds tensors of another shape than {slot} variant {name}: "
             "delete it and run `puzzle build-library` again"
         )
-    return loaded(sub_block, {n: t.to(device, dtype) for n, t in tensors.items()})
+    return tensors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LibraryChild:
+    """A child, read from a library and its parent (`runtime.model.Weights`). layers: {slot: variant} each; a slot that is not
+    named keeps the parent's."""
+
+    library: Library
+    layers: Sequence[Replacement]
+    parent: HfModel
+
+    @property
+    def structure(self) -> Structure:
+        spaces = self.library.spaces
+        chosen = [
+            {slot: spaces[index][slot][layer.get(slot, PARENT)] for slot in spaces[index]}
+            for index, layer in enumerate(self.layers)
+        ]
+        return self.parent.structure.with_layers(chosen)
+
+    def weights(self, layer: int, slot: str) -> dict[str, Tensor]:
+        name = self.layers[layer].get(slot, PARENT)
+        if name == PARENT:
+            return self.parent.weights(layer, slot)
+        sub_block = self.library.spaces[layer][slot][name]
+        return read_variant(BlockStore(self.library.root), layer, slot, name, sub_block)
+
+    def embedding(self) -> Tensor:
+        return self.parent.embedding()
+
+    def final_norm(self) -> Tensor:
+        return self.parent.final_norm()
+
+    def lm_head(self) -> Tensor:
+        return self.parent.lm_head()
 
 
 def assemble(
@@ -113,18 +149,17 @@ def assemble(
 ) -> CausalModel:
     """The child in memory. layers: {slot: variant} each; a slot that is not named keeps the parent's. model: the parent already
     loaded on that device, whose weights the child then shares."""
-    model = model or load_model(parent, device=device, dtype=dtype)
-    store, like = BlockStore(library.root), model.embedding.weight
-    blocks, chosen = [], []
+    source = LibraryChild(library=library, layers=layers, parent=parent)
+    if model is None:
+        return load_model(source, device=device, dtype=dtype)
+    like, blocks = model.embedding.weight, []
     for index, replacement in enumerate(layers):
         parts: dict[str, Part] = model.blocks[index].parts()  # type: ignore[operator]
         for slot, name in replacement.items():
             if name != PARENT:
-                sub_block = library.spaces[index][slot][name]
-                parts[slot] = load_variant(store, index, slot, name, sub_block, like.device, like.dtype)
+                weights = {n: t.to(like.device, like.dtype) for n, t in source.weights(index, slot).items()}
+                parts[slot] = loaded(library.spaces[index][slot][name], weights)
         blocks.append(Block(parts))
-        chosen.append({slot: part.sub_block for slot, part in parts.items()})
     head = None if model.head is None else model.head.data
-    structure = model.structure.with_layers(chosen)
-    child = CausalModel(structure, like.data, blocks, model.norm.weight.data, head)
+    child = CausalModel(source.structure, like.data, blocks, model.norm.weight.data, head)
     return child.requires_grad_(False).eval()

@@ -2,7 +2,9 @@
 
 A group's layers and variants are on the device together. The residual streams that enter the group come from the
 embedding (first group) or from host memory, where the group before left its outputs, so the parent runs once in
-total whatever the number of groups. A snapshot every minute lets a killed run continue where it was, bit for bit.
+total whatever the number of groups. Several processes take consecutive groups and hand the streams on, a step behind each
+other: nothing is computed twice, and a variant sees the same batches wherever it is trained. A snapshot every minute lets a
+killed run continue where it was, bit for bit.
 
 Letters: B batch, T tokens, H hidden_size.
 """
@@ -10,7 +12,6 @@ Letters: B batch, T tokens, H hidden_size.
 from __future__ import annotations
 
 import gc
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,19 +22,20 @@ import torch
 from torch import Tensor
 
 from puzzle.base.console import Bar, console, progress
-from puzzle.base.device import compute_dtype, device_memory, held_memory, pick_device
+from puzzle.base.device import compute_dtype, held_memory, pick_device
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash
-from puzzle.base.lock import holding
+from puzzle.base.files import content_hash, wait_for_files
+from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.replay import Replayed
-from puzzle.base.units import check_positive, layer_name, parse_layers
+from puzzle.base.units import check_positive, parse_layers
 from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
-from puzzle.blocklib.variant import PARENT, search_spaces, variant_of
+from puzzle.blocklib.sub_block import ParentBlock
+from puzzle.blocklib.variant import bundles, search_spaces, variant_of
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.describe import write_library
 from puzzle.library.plan import BuildPlan, plan_build
-from puzzle.library.snapshot import load_snapshot, save_snapshot
+from puzzle.library.snapshot import Snapshots
 from puzzle.library.store import BlockStore
 from puzzle.library.streams import ResidualStreams, Split
 from puzzle.parents.opened import HfModel, open_model
@@ -49,7 +51,7 @@ BlockKey = tuple[int, str, str]  # (layer, slot, variant)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
-    initialised. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
+    initialised. nested: narrower FFNs of a layer are trained as the first channels of one. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
     UserError for a number out of range."""
 
     data: list[str]
@@ -65,6 +67,7 @@ class BuildOptions:
     seed: int = 0
     calibration_sequences: int = 64
     validation_sequences: int = 16
+    nested: bool = False
     group_size: int | None = None
     memory_limit: int | None = None
     device: str = "auto"
@@ -88,13 +91,14 @@ class BuildOptions:
 
 
 class Builder:
-    """One library build: plan first (`plan`), then `run`."""
+    """One library build: plan first (`plan`), then `run`. ranks: the processes that build it together; None: this one."""
 
-    def __init__(self, parent: HfModel, options: BuildOptions):
+    def __init__(self, parent: HfModel, options: BuildOptions, ranks: Ranks | None = None):
         self.parent, self.options = parent, options
+        self.ranks = ranks or Ranks(device=pick_device(options.device))
         self.structure = parent.structure
         self.recipe = options.recipe()
-        self.device = pick_device(options.device)
+        self.device = self.ranks.device
         self.dtype = compute_dtype(self.device)
         count = self.structure.num_layers
         chosen = range(count) if options.layers is None else parse_layers("layers", options.layers, count)
@@ -117,12 +121,14 @@ class Builder:
             self.structure,
             self.spaces,
             self.recipe,
-            memory_bytes=device_memory(self.device, self.options.memory_limit),
+            memory_bytes=self.ranks.memory(self.options.memory_limit),
             compute_bytes=self.dtype.itemsize,
             stored_bytes=self.stored_dtype.itemsize,
             on_host=self.device.type == "cpu",
             held_bytes=held_memory(self.device),
             group_size=self.options.group_size,
+            world=self.ranks.world,
+            nested=self.options.nested,
         )
 
     def load_data(self) -> TokenData:
@@ -139,87 +145,111 @@ class Builder:
 
     def run(self, data: TokenData) -> None:
         """Train what is missing. Finished blocks of the same content key are kept as they are."""
-        out = self.options.out
-        write_library(out, self.parent, data, self.recipe, self.options.seed, self.spaces)
+        out, ranks = self.options.out, self.ranks
+        if ranks.is_first:
+            write_library(out, self.parent, data, self.recipe, self.options.seed, self.spaces)
         self._keys = self._content_keys(data)
         ends = [group[-1] + 1 for group in self.plan().groups]
         groups = [
             tuple(range(*ends)) for ends in pairwise([0, *ends])
         ]  # gaps too: the parent passes through all layers
-        missing = {g: [k for k in self._keys if k[0] in g and not self.store.has(*k, self._keys[k])] for g in groups}
-        total = sum(len(m) for m in missing.values())
-        if total == 0:
+        absent = ranks.from_first(self._missing)
+        if not absent:
             console.print(f"library {out} is complete: nothing to train")
             return
-        last = max(index for index, group in enumerate(groups) if missing[group])
+        last = max(index for index, group in enumerate(groups) if any(k[0] in group for k in absent))
+        rounds = [groups[i : min(i + ranks.world, last + 1)] for i in range(0, last + 1, ranks.world)]
+        if len(rounds[0]) < ranks.world:
+            console.print(f"{ranks.world} processes, and layers for {len(rounds[0])}: a layer trains in one process")
         self._data = data
         self._embedding = self.parent.embedding().to(self.device, self.dtype)
-        self._streams = ResidualStreams(self._embed)
-        with progress("distil", self.num_batches * (last + 1)) as bar:
-            for index, group in enumerate(groups[: last + 1]):
-                self._run_group(group, missing[group], bar, keep_streams=index < last)
+        self._streams = ResidualStreams(self._embed, self._like)
+        self._snapshots = Snapshots(
+            out / ".work", content_hash(list(self._keys.values())), self.options.snapshot_seconds, ranks
+        )
+        chain = list(range(ranks.world))
+        with progress("distil", self.num_batches * len(rounds)) as bar:
+            for number, of_round in enumerate(rounds):
+                place = chain.index(ranks.rank)
+                group = of_round[place] if place < len(of_round) else ()
+                before = chain[place - 1] if group and place else None
+                after = chain[place + 1] if place + 1 < len(of_round) else None
+                go_on = number + 1 < len(rounds)
+                self._streams.connect(before, after, keep=go_on)
+                self._run_group(group, [k for k in absent if any(k[0] in g for g in of_round)], bar, go_on)
+                chain.reverse()  # the last of the chain has kept the streams that enter the next round
                 gc.collect()  # an optimiser refers to itself: without this its states outlive the group
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-        shutil.rmtree(out / ".work", ignore_errors=True)
-        console.print(f"trained {total} blocks into {out}")
+        self._snapshots.remove()
+        wait_for_files([self.store.path(*key).with_suffix(".json") for key in absent])
+        console.print(f"trained {len(absent)} blocks into {out}")
 
     # -- one group -------------------------------------------------------------------------------------------
 
-    def _run_group(self, group: tuple[int, ...], missing: list[BlockKey], bar: Bar, keep_streams: bool) -> None:
+    def _run_group(self, group: tuple[int, ...], missing: list[BlockKey], bar: Bar, go_on: bool) -> None:
+        """This process's group; () where there are fewer groups than processes. missing: blocks of all processes' groups, which go
+        through the same steps together. go_on: whether further groups follow."""
         length = self.recipe.seq_len
         ropes = {name: rope.tables(length, self.device) for name, rope in self.structure.ropes.items()}
         self._lr = torch.zeros((), device=self.device)
         parts, trainers = self._prepare_group(group, missing, ropes)
         every = [trainer for of_place in trainers.values() for trainer in of_place]
-        snapshot = self.options.out / ".work" / f"{layer_name(group[0])}-{layer_name(group[-1])}.safetensors"
-        build_key = content_hash(list(self._keys.values()))
-        done = load_snapshot(snapshot, every, build_key)
-        if done == 0:
-            self._validate(parts, trainers, ropes)
+        by_layer = {i: [t for place, of in trainers.items() if place[0] == i for t in of] for i, _ in trainers}
+        done = self._snapshots.load(by_layer)
+        if done == 0 and group:
+            self._validate(parts, trainers, ropes, last=False)
             for trainer in every:
                 trainer.loss_before = trainer.validated()
         forward = Replayed(lambda x: self.through(parts, {}, ropes, x))
         training = Replayed(lambda x: self.through(parts, trainers, ropes, x))
-        begin = saved_at = time.monotonic()
+        begin = time.monotonic()
         for step in range(self.num_batches):
             train = done <= step < self.recipe.num_steps and bool(missing)
-            if train or keep_streams:
+            if group and (train or go_on):
                 self._lr.fill_(self.recipe.lr_at(step))
                 x = (training if train else forward)(self._streams.get("train", step))
-                if keep_streams:
-                    self._streams.keep("train", step, x)
+                self._streams.put("train", step, x)
             bar.advance()
-            if train and time.monotonic() - saved_at > self.options.snapshot_seconds:
-                save_snapshot(snapshot, every, step + 1, build_key)
-                saved_at = time.monotonic()
+            if train and step + 1 < self.recipe.num_steps:
+                self._snapshots.after(step + 1, by_layer)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.train_seconds += time.monotonic() - begin
-        self._validate(parts, trainers, ropes, keep_streams)
+        if group:
+            self._validate(parts, trainers, ropes)
+            self._streams.finish()
         for trainer in every:
             trainer.loss_after = trainer.validated()
+        self.ranks.wait()  # nobody writes for a run of which a process is gone
         self._write_blocks(trainers)
-        snapshot.unlink(missing_ok=True)
 
     def _prepare_group(self, group: tuple[int, ...], missing: list[BlockKey], ropes: Ropes) -> tuple[Parts, Trainers]:
         """The parent's modules of the group's layers, and a trainer for every missing block."""
         parts: Parts = {}
-        trainers: Trainers = {}
-        streams = [self._streams.get("train", step) for step in range(self.num_calibration if missing else 0)]
+        blocks: dict[tuple[int, str], ParentBlock] = {}
         for index in group:
             for slot in self.structure.layers[index]:
-                block = self.parent.block(index, slot)
+                block = blocks[index, slot] = self.parent.block(index, slot)
                 block.weights = {n: t.to(self.device, self.dtype) for n, t in block.weights.items()}
-                part = parts[index, slot] = loaded(block.sub_block, block.weights)
-                if not missing:
-                    continue
-                with torch.no_grad(), autocast(self.device):
-                    block.statistics = part.calibrate(streams)
-                    streams = [x + part(x, ropes) for x in streams]
-                variants = [variant_of(block.sub_block, name, slot) for *at, name in missing if at == [index, slot]]
-                shared = (block, self.recipe, self.device, self._lr)
-                trainers[index, slot] = [VariantTrainer(index, slot, variant, *shared) for variant in variants]
+                parts[index, slot] = loaded(block.sub_block, block.weights)
+        streams = [self._streams.get("train", step) for step in range(self.num_calibration if group and missing else 0)]
+        for step, x in enumerate(streams if self._streams.sends else []):
+            self._streams.put("train", step, self.through(parts, {}, ropes, x))  # others calibrate while this one does
+        trainers: Trainers = {}
+        mine = {key for key in missing if key[0] in group}
+        for (index, slot), block in blocks.items() if mine else ():
+            part = parts[index, slot]
+            with torch.no_grad(), autocast(self.device):
+                block.statistics = part.calibrate(streams)
+                streams = [x + part(x, ropes) for x in streams]
+            shared = (block, self.recipe, self.device, self._lr)
+            trainers[index, slot] = [
+                VariantTrainer(index, slot, [variant_of(block.sub_block, name, slot) for name in names], *shared)
+                for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
+                if (index, slot, names[0]) in mine
+            ]
+            block.statistics = None
         return parts, trainers
 
     def through(
@@ -239,12 +269,11 @@ class Builder:
             x = x + target
         return x
 
-    def _validate(self, parts: Parts, trainers: Trainers, ropes: Ropes, keep_streams: bool = False) -> None:
-        """Show every trainer the held-out sequences; leave their residual streams for the next group if asked."""
+    def _validate(self, parts: Parts, trainers: Trainers, ropes: Ropes, last: bool = True) -> None:
+        """Show every trainer the held-out sequences, and hand their residual streams on. last: they will not pass again."""
         for batch in range(-(-len(self._data.validation) // self.recipe.batch_size)):
             x = self.through(parts, trainers, ropes, self._streams.get("validation", batch), VariantTrainer.validate)
-            if keep_streams:
-                self._streams.keep("validation", batch, x)
+            self._streams.put("validation", batch, x, last=last)
 
     @property
     def num_calibration(self) -> int:
@@ -266,44 +295,62 @@ class Builder:
             ids = self._data.validation[step * size : (step + 1) * size].long()
         return embed(ids.to(self.device), self._embedding, self.structure.embedding_scale)
 
+    def _like(self, split: Split, step: int) -> Tensor:
+        """An empty batch of the residual stream. [B, T, H]"""
+        size = self.recipe.batch_size
+        rows = size if split == "train" else min(size, len(self._data.validation) - step * size)
+        shape = (rows, self.recipe.seq_len, self.structure.hidden_size)
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
     def _content_keys(self, data: TokenData) -> dict[BlockKey, str]:
-        """Of every block to train: what its bytes depend on."""
+        """Of every block to train: what its bytes depend on, the others of a nest too."""
         fingerprint = self.parent.checkpoint.fingerprint()
         common = [fingerprint, asdict(self.recipe), data.hash, self.device.type]
         return {
-            (layer, slot, name): content_hash([layer, slot, name, *common])
+            (layer, slot, name): content_hash([layer, slot, name, *common, *([names] if len(names) > 1 else [])])
             for layer, slots in self.spaces.items()
             for slot, space in slots.items()
-            for name in space
-            if name != PARENT
+            for names in bundles(space, self.options.nested)
+            for name in names
         }
+
+    def _missing(self) -> list[BlockKey]:
+        """Blocks that are not there yet; of a nest all or none."""
+        found: list[BlockKey] = []
+        for layer, slots in self.spaces.items():
+            for slot, space in slots.items():
+                for names in bundles(space, self.options.nested):
+                    keys = [(layer, slot, name) for name in names]
+                    found += [] if all(self.store.has(*key, self._keys[key]) for key in keys) else keys
+        return found
 
     def _write_blocks(self, trainers: Trainers) -> None:
         tokens = self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len
         for (index, slot), of_place in trainers.items():
-            for trainer in of_place:
-                name, sub_block = trainer.variant.name, trainer.variant.sub_block
-                tensors = {n: t.to(self.stored_dtype) for n, t in trainer.best().items()}
+            for found in (found for trainer in of_place for found in trainer.trained()):
+                name, sub_block = found.variant.name, found.variant.sub_block
+                tensors = {n: t.to(self.stored_dtype) for n, t in found.tensors.items()}
                 record = {
-                    "status": ("trained" if trainer.improved else "kept as initialised") if tensors else "empty",
+                    "status": ("trained" if found.improved else "kept as initialised") if tensors else "empty",
                     "key": self._keys[index, slot, name],
                     "num_tokens": tokens if tensors else 0,
-                    "validation_loss_before": trainer.loss_before,
-                    "validation_loss_after": trainer.loss_after,
+                    "validation_loss_before": found.loss_before,
+                    "validation_loss_after": found.loss_after,
                 }
                 spec = {"layer": index, "slot": slot, "variant": name, "sub_block": sub_block.key()}
                 self.store.write(index, slot, name, tensors, spec, record)
 
 
 def build_library(source: str, options: BuildOptions) -> Path:
-    """Build or complete the library at `options.out`. Raises UserError for bad input before writing anything,
-    and while another process builds or scores there."""
-    with holding(options.out):
+    """Build or complete the library at `options.out`, together with the other processes if `torchrun` started several. Raises
+    UserError for bad input before writing anything, and while another process builds or scores there."""
+    with running_ranks(options.device) as ranks, held_by_all(options.out, ranks):
         parent = open_model(source)
-        builder = Builder(parent, options)
-        parent.check()
+        builder = Builder(parent, options, ranks)
+        ranks.agree(parent.checkpoint.fingerprint, f"parent {source}", seconds=0)
+        ranks.from_first(parent.check)
         builder.plan()
-        data = builder.load_data()
+        data = ranks.from_first(builder.load_data)
         console.print(
             f"{len(data.train)} training and {len(data.validation)} validation sequences of {options.seq_len} tokens "
             f"from {data.num_documents} documents"

@@ -12,7 +12,7 @@ from puzzle.base.replay import WARM_UP, Replayed
 from puzzle.blocklib.distill import VariantTrainer
 from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import ParentBlock
-from puzzle.blocklib.variant import PARENT, variant_of
+from puzzle.blocklib.variant import bundles, variant_of
 from puzzle.library.build import Builder
 from puzzle.library.plan import BuildPlan, describe, training_flops
 
@@ -33,8 +33,11 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
         block = ParentBlock(sub_block=sub_block, weights=weights)
         part = parts[first, slot] = loaded(sub_block, weights)
         block.statistics = part.calibrate([x[:1]])
-        variants = [variant_of(sub_block, name, slot) for name in builder.spaces[first][slot] if name != PARENT]
-        trainers[first, slot] = [VariantTrainer(first, slot, one, block, recipe, device, lr) for one in variants]
+        together = bundles(builder.spaces[first][slot], builder.options.nested)
+        trainers[first, slot] = [
+            VariantTrainer(first, slot, [variant_of(sub_block, n, slot) for n in names], block, recipe, device, lr)
+            for names in together
+        ]
     step = Replayed(lambda x: builder.through(parts, trainers, ropes, x))
     for _ in range(WARM_UP + 1):
         step(x)
@@ -44,8 +47,11 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
         step(x)
     _wait(device)
     seconds = (time.perf_counter() - begin) / NUM_STEPS
-    flops = {i: training_flops(structure.layers[i], space, recipe.seq_len) for i, space in builder.spaces.items()}
-    return seconds * sum(flops.values()) / flops[first] * recipe.num_steps
+    flops = {
+        i: training_flops(structure.layers[i], space, recipe.seq_len, builder.options.nested)
+        for i, space in builder.spaces.items()
+    }
+    return seconds * plan.longest * sum(flops.values()) / flops[first] * recipe.num_steps
 
 
 def plan_of(builder: Builder) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,33 @@ class Library:
         """All that a child of this library can be made of, each once, the parent's first."""
         return list(dict.fromkeys(b for space in self.spaces for names in space.values() for b in names.values()))
 
+    def shareable(self, tp: int) -> tuple[Library, list[str]]:
+        """This library without the variants that `tp` ranks cannot share, and the names of these. Raises UserError where they cannot
+        share the parent."""
+        self.structure.share(tp)
+        spaces = tuple(
+            {slot: {n: b for n, b in names.items() if b.can_share(tp)} for slot, names in space.items()}
+            for space in self.spaces
+        )
+        left_out = {
+            score_name({slot: name})
+            for space, kept in zip(self.spaces, spaces, strict=True)
+            for slot, names in space.items()
+            for name in names.keys() - kept[slot].keys()
+        }
+        return replace(self, spaces=spaces), sorted(left_out)
+
     def scores(self, layer: int) -> dict[str, dict[str, float]]:
         """{`score_name`: {"kl", "kl_stderr", "lm_loss", "top1_agreement", "num_tokens"}} of one layer.
 
         Raises UserError when the layer has not been scored.
         """
         return read_json(scores_path(self.root, layer), f"puzzle score {self.root}")["scores"]
+
+    def screened(self, layer: int) -> frozenset[str]:
+        """Names that `puzzle score --sub-block-screen` left without a score, as hopeless."""
+        path = scores_path(self.root, layer)
+        return frozenset(read_json(path, f"puzzle score {self.root}").get("screened", ()) if path.is_file() else ())
 
     def parent_source(self, override: str | None = None) -> str:
         """Where the parent is: as given by --parent, or as recorded (a hub id, or a path relative to the library)."""

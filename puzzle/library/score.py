@@ -1,183 +1,395 @@
 """Replace-one-block scores: what each variant alone costs in an otherwise intact parent.
 
-The parent's residual stream is carried forward one layer at a time, so a variant of layer i runs layers i … L only
-(Puzzle, arXiv 2411.19146, section 4.1).
+A pass carries the parent's residual stream and those of many variants from layer to layer: a variant of layer i joins there, and runs
+layers i … L only (Puzzle, arXiv 2411.19146, section 4.1). A parent that does not fit the device is read layer by layer, once a pass, and
+a pass takes as many variants as memory has room for their streams; a later one begins at the layer of its first variant, whose input
+the one before has left. Where the parent is whole on the device a pass takes the variants of one layer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from puzzle.base.console import Bar, progress
-from puzzle.base.device import PLANNED, compute_dtype, device_memory, held_memory, pick_device
+from puzzle.base.console import Bar, console, progress
+from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, read_json, write_json
-from puzzle.base.lock import holding
+from puzzle.base.files import content_hash, write_json
+from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.units import check_positive
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.plain.fp8 import cache_in_fp8, weights_in_fp8
 from puzzle.blocklib.plain.gqa import Attention
-from puzzle.blocklib.plain.part import Part
+from puzzle.blocklib.plain.part import Part, loaded
 from puzzle.blocklib.variant import PARENT
-from puzzle.data.packing import load_tokens
-from puzzle.library.assemble import load_variant, open_parent
-from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name, scores_path
-from puzzle.library.plan import scoring_bytes
+from puzzle.data.packing import TokenData, load_tokens
+from puzzle.library.assemble import open_parent, read_variant
+from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
+from puzzle.library.plan import Spaces, scoring, scoring_costs, screening, trained
+from puzzle.library.results import Results, Todo, share
+from puzzle.library.screen import AT_ONCE, SEQUENCES, compared, estimates, worst
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
-from puzzle.runtime.divergence import Divergence
-from puzzle.runtime.model import CausalModel, load_model
+from puzzle.parents.structure import Structure
+from puzzle.runtime.divergence import Divergence, add_variants
+from puzzle.runtime.model import Block
+from puzzle.runtime.residency import HEAD_GROUP, Memory, Residency, plan_residency
+from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
+
+Parts = dict[str, Part]  # by slot
 
 
 class Scorer:
-    """Scores the blocks of one library against its parent on held-out sequences [S, T]."""
+    """Scores blocks of one library against its parent on held-out sequences [S, T]."""
 
-    def __init__(self, library: Library, parent: HfModel, sequences: Tensor, device: torch.device, batch_size: int):
-        self.library, self.device = library, device
-        self.store = BlockStore(library.root)
-        self.dtype = compute_dtype(device)
-        self.model: CausalModel = load_model(parent, device=device, dtype=self.dtype)
-        self.batches = [ids.long().to(device) for ids in sequences.split(batch_size)]
+    def __init__(
+        self, library: Library, parent: HfModel, sequences: Tensor, device: torch.device, plan: Residency, todo: Todo
+    ):
+        self.library, self.device, self.plan, self.todo = library, device, plan, todo
+        self.store, self.dtype = BlockStore(library.root), compute_dtype(device)
+        self.model = Layered(parent, device, self.dtype, streamed=plan.streamed)
+        self.batches = [ids.long().to(device) for ids in sequences.split(plan.batch_size)]
         self.ropes = self.model.ropes(sequences.shape[1])
+        self.room = Room(device, plan.on_device)
+        self._cached: dict[tuple[int, str, str], Part] = {}
 
     @torch.no_grad()
-    def run(self, data_hash: str, joint: bool, fp8: bool = False) -> None:
-        """Fill scores/LNN.json for every layer; what is already scored on the same data and blocks is kept, the rest removed
-        before anything is measured: scores on different texts do not add up, wherever this is stopped."""
-        self.keys = [self._key(layer, data_hash) for layer in range(self.library.num_layers)]
-        for layer, key in enumerate(self.keys):
-            path = scores_path(self.library.root, layer)
-            if path.is_file() and read_json(path, "puzzle score").get("key") != key:
-                path.unlink()
-        self.streams = [self.model.embed(ids) for ids in self.batches]
-        self.finals = [self.model.hidden(ids) for ids in self.batches]
-        todo = {layer: self._wanted(layer, joint) for layer in self.library.layers}
-        if fp8:
-            todo = {n: [*todo.get(n, ()), *self._quantised(n)] for n in range(self.library.num_layers)}
-        with progress("score", sum(len(w) for w in todo.values())) as bar:
-            for layer, block in enumerate(self.model.blocks):
-                if layer in todo:
-                    self._score_layer(layer, todo[layer], bar)
-                self.streams = [block(x, self.ropes) for x in self.streams]
+    def run(self, results: Results) -> None:
+        """Score all of `todo`, pass by pass."""
+        passes = list(self._passes())
+        trunk, final = self.room.filled(self.model.embedded(self.batches)), None
+        at = 0  # the layer that `trunk` enters
+        with progress("score", sum(map(len, self.todo.values()))) as bar:
+            for number, variants in enumerate(passes):
+                follows = passes[number + 1][0][0] if number + 1 < len(passes) else None
+                branches, trunk, at, final = self._carry(variants, trunk, at, follows, final, bar)
+                self._measure(variants, branches, final, results, bar)
+                self.room.drop(*branches)
 
-    def _wanted(self, layer: int, joint: bool) -> list[Replacement]:
-        """Every variant alone and, for joint scores, one of every slot together."""
-        spaces = self.library.spaces[layer]
-        names = {slot: [name for name in space if name != PARENT] for slot, space in spaces.items()}
-        alone: list[Replacement] = [{slot: name} for slot, found in names.items() for name in found]
-        together = [dict(zip(names, choice, strict=True)) for choice in product(*names.values())]
-        return [*alone, *together] if joint and len(names) > 1 else alone
+    def _passes(self) -> Iterator[list[tuple[int, Replacement]]]:
+        """(layer, replacement) of each pass, layer by layer; of one layer where the parent is whole."""
+        every = [(layer, one) for layer, wanted in sorted(self.todo.items()) for one in wanted]
+        groups = [every] if self.plan.streamed else [[(n, one) for one in self.todo[n]] for n in sorted(self.todo)]
+        for group in groups:
+            for begin in range(0, len(group), self.plan.together):
+                yield group[begin : begin + self.plan.together]
 
-    def _quantised(self, layer: int) -> list[Replacement]:
-        """The parent's own sub-blocks with their weights in fp8, and with what they cache in fp8."""
-        own = self.library.structure.layers[layer]
-        weights = [{slot: FP8_WEIGHTS} for slot, sub_block in own.items() if not isinstance(sub_block, NoOp)]
-        return [*weights, *({slot: FP8_CACHE} for slot, sub_block in own.items() if isinstance(sub_block, Gqa))]
+    def _carry(
+        self,
+        variants: list[tuple[int, Replacement]],
+        trunk: Stream,
+        at: int,
+        follows: int | None,
+        final: Stream | None,
+        bar: Bar,
+    ) -> tuple[list[Stream], Stream, int, Stream]:
+        """One pass. trunk: the parent's stream before layer `at`; follows: the layer that the next pass begins with; final: the
+        parent's last stream, None in the first pass. Returns the variants' last streams, the next pass's trunk and layer, and final."""
+        branches: list[Stream] = []
+        saved: Stream | None = None
+        own = self.model.parts((self._reading(*one) for one in variants), tensors_of)
+        waiting = list(variants)
+        for layer, block in self.model.blocks(at):
+            if layer == follows:
+                saved = self.room.copy(trunk)
+            bar.note(f"layer {layer}")
+            jobs = [Job(x, x, lambda x: block(x, self.ropes)) for x in branches]  # noqa: B023 (run before the next block)
+            self.room.run(jobs)
+            while waiting and waiting[0][0] == layer:
+                replaced = self._replaced(block, waiting.pop(0)[1], next(own))
+                branches.append(self.room.stream())
+                self.room.run([Job(trunk, branches[-1], lambda x: replaced(x, self.ropes))])  # noqa: B023
+            if final is None or waiting or (follows is not None and saved is None):
+                self.room.run([Job(trunk, trunk, lambda x: block(x, self.ropes))])  # noqa: B023
+        if final is None:
+            final = trunk
+        else:
+            self.room.drop(trunk)
+        return branches, saved or final, follows or 0, final
 
-    def _key(self, layer: int, data_hash: str) -> str:
-        hashes = {
-            slot: {name: self.store.record(layer, slot, name)["sha256"] for name in space if name != PARENT}
-            for slot, space in self.library.spaces[layer].items()
-        }
-        return content_hash([self.library.fingerprint, data_hash, hashes, str(self.device.type)])
+    def _reading(self, layer: int, replacement: Replacement) -> Callable[[], Parts]:
+        """What reads the trained parts of a replacement."""
 
-    def _score_layer(self, layer: int, wanted: list[Replacement], bar: Bar) -> None:
-        path, spaces = scores_path(self.library.root, layer), self.library.spaces[layer]
-        found: dict[str, dict[str, float]] = read_json(path, "puzzle score")["scores"] if path.is_file() else {}
+        def read() -> Parts:
+            found = {}
+            for slot, name in replacement.items():
+                if name in (FP8_WEIGHTS, FP8_CACHE):
+                    continue
+                if (layer, slot, name) not in self._cached:
+                    if len(replacement) == 1 or any(key[0] != layer for key in self._cached):
+                        self._cached = {}  # only joint scores take a part again, and only in its layer
+                    sub_block = self.library.spaces[layer][slot][name]
+                    tensors = read_variant(self.store, layer, slot, name, sub_block)
+                    moved = {n: self.model.reader.move(t) for n, t in tensors.items()}
+                    self._cached[layer, slot, name] = loaded(sub_block, moved)
+                found[slot] = self._cached[layer, slot, name]
+            return found
 
-        own: dict[str, Part] = self.model.blocks[layer].parts()  # type: ignore[operator]
+        return read
 
-        @cache
-        def part(slot: str, name: str) -> Part:
+    def _replaced(self, block: Block, replacement: Replacement, read: Parts) -> Block:
+        """The layer with other parts; those in fp8 are made of its own."""
+        parts = block.parts() | read
+        for slot, name in replacement.items():
+            own = parts[slot]
             if name == FP8_WEIGHTS:
-                return weights_in_fp8(own[slot])
-            if name == FP8_CACHE:
-                assert isinstance(own[slot], Attention)
-                return cache_in_fp8(own[slot])
-            return load_variant(self.store, layer, slot, name, spaces[slot][name], self.device, self.dtype)
+                parts[slot] = weights_in_fp8(own)
+            elif name == FP8_CACHE:
+                assert isinstance(own, Attention)
+                parts[slot] = cache_in_fp8(own)
+        return Block(parts)
 
-        for replacement in wanted:
-            name = score_name(replacement)
-            if name not in found:
-                bar.note(f"layer {layer} {name}")
-                parts = own | {slot: part(slot, variant) for slot, variant in replacement.items()}
-                found[name] = self._score(layer, name, parts)
-            bar.advance()
-        write_json(path, {"key": self.keys[layer], "scores": found})
-
-    def _score(self, layer: int, name: str, parts: dict[str, Part]) -> dict[str, float]:
-        """Of the parent with `parts` in one layer, which errors call `name`."""
-        meter = Divergence()
-        for ids, x, final in zip(self.batches, self.streams, self.finals, strict=True):
-            for part in parts.values():
-                x = part.add(x, self.ropes)
-            for later in self.model.blocks[layer + 1 :]:
-                x = later(x, self.ropes)
-            meter.add(self.model, final, self.model, x, ids)
-        result = meter.result()
-        if not math.isfinite(result["kl"]):
-            raise UserError(
-                f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
-                f"{self.store.layer(layer)} and run `puzzle build-library` again with a smaller --lr"
-            )
-        return result
+    def _measure(
+        self,
+        variants: list[tuple[int, Replacement]],
+        branches: list[Stream],
+        final: Stream,
+        results: Results,
+        bar: Bar,
+    ) -> None:
+        """The divergence of what left the last layer, and into the files with it."""
+        last = self.model.last()
+        for begin in range(0, len(variants), HEAD_GROUP):
+            group = branches[begin : begin + HEAD_GROUP]
+            meters = [Divergence() for _ in group]
+            places = [(stream, n) for n in range(len(self.batches)) for stream in (final, *group)]
+            fetched = self.room.fetched(places)
+            for ids in self.batches:
+                parent, *hidden = (next(fetched) for _ in range(1 + len(group)))
+                add_variants(meters, last, parent, hidden, ids)
+            for (layer, replacement), meter in zip(variants[begin : begin + HEAD_GROUP], meters, strict=True):
+                name, result = score_name(replacement), meter.result()
+                if not math.isfinite(result["kl"]):
+                    raise UserError(
+                        f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
+                        f"{self.store.layer(layer)} and run `puzzle build-library` again with a smaller --lr"
+                    )
+                results.put(layer, name, result)
+                bar.advance()
 
 
 @dataclass(kw_only=True, slots=True)
 class ScoreOptions:
     """sequences: held-out ones, of seq_len tokens (None: as in training), batch_size at a time or as many as memory_limit (None:
-    the device) lets; joint: also every combination of a layer's slots; fp8: also what fp8 costs the parent's own sub-blocks."""
+    the device) lets; joint: also every combination of a layer's slots; fp8: also what fp8 costs the parent's own sub-blocks;
+    sub_block_screen: the share of all blocks, those with the worst estimate, that are left out."""
 
     sequences: int = 64
     seq_len: int | None = None
     batch_size: int = 8
     joint: bool = False
     fp8: bool = False
+    sub_block_screen: float | None = None
     memory_limit: int | None = None
     text_field: str = "text"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         check_positive(self, "sequences", "seq_len", "batch_size", "memory_limit")
+        if self.sub_block_screen is not None and not 0 <= self.sub_block_screen < 1:
+            raise UserError(
+                f"`sub_block_screen` {self.sub_block_screen:g}: the share of all blocks to leave out, at least 0 and below 1"
+            )
+
+
+def wanted(structure: Structure, spaces: Spaces, joint: bool, fp8: bool) -> Todo:
+    """Every variant alone and, for joint scores, one of every slot together; and the parent's own in fp8, of every layer."""
+    found: Todo = {}
+    for layer, offered in spaces.items():
+        names = {slot: [n for n in space if n != PARENT] for slot, space in offered.items()}
+        alone: list[Replacement] = [{slot: name} for slot, some in names.items() for name in some]
+        together = [dict(zip(names, choice, strict=True)) for choice in product(*names.values())]
+        found[layer] = [*alone, *together] if joint and len(names) > 1 else alone
+    for layer, own in enumerate(structure.layers if fp8 else ()):
+        weights = [{slot: FP8_WEIGHTS} for slot, sub_block in own.items() if not isinstance(sub_block, NoOp)]
+        caches = [{slot: FP8_CACHE} for slot, sub_block in own.items() if isinstance(sub_block, Gqa)]
+        found[layer] = [*found.get(layer, ()), *weights, *caches]
+    return found
+
+
+class Scoring:
+    """What is there to score, and what it takes. ranks: the processes that score together, each its share; None: this one. Raises
+    UserError for a library, parent or text that do not fit, before anything is measured or written."""
+
+    def __init__(
+        self, root: Path, data: list[str], options: ScoreOptions, parent: str | None, ranks: Ranks | None = None
+    ):
+        self.ranks = ranks = ranks or Ranks(device=pick_device(options.device))
+        self.library = library = Library.open(root)
+        self.options, self.parent = options, open_parent(library, parent)
+        self.device = ranks.device
+        self.tokens: TokenData = ranks.from_first(
+            lambda: load_tokens(
+                data,
+                self.parent.directory,
+                seq_len=options.seq_len or library.facts["data"]["seq_len"],
+                num_train=1,
+                num_validation=options.sequences,
+                text_field=options.text_field,
+                seed=library.facts["seed"],
+            )
+        )
+        spaces = {layer: library.spaces[layer] for layer in library.layers}
+        every, layers = wanted(library.structure, spaces, options.joint, options.fp8), range(library.num_layers)
+        self.results = Results(root, every, layers, self._key, ranks)
+
+    def _key(self, layer: int) -> str:
+        """What the scores of a layer depend on."""
+        store = BlockStore(self.library.root)
+        hashes = {
+            slot: {name: store.record(layer, slot, name)["sha256"] for name in space if name != PARENT}
+            for slot, space in self.library.spaces[layer].items()
+        }
+        return content_hash([self.library.fingerprint, self.tokens.hash, hashes, self.device.type])
+
+    @property
+    def memory(self) -> Memory:
+        """Free now, in every process."""
+        return Memory.of(self.device, self.options.memory_limit, self.ranks)
+
+    def missing(self) -> Todo:
+        """What has no score yet, and was not screened out."""
+        return self.results.missing(self.options.sub_block_screen is not None)
+
+    def mine(self, todo: Todo) -> Todo:
+        """This process's share."""
+        return share(todo, scoring_costs(self.parent.structure), self.ranks)
+
+    def plan(self, todo: Todo) -> Residency:
+        count, length = self.tokens.validation.shape
+        size = compute_dtype(self.device).itemsize
+        shape = {"sequences": count, "seq_len": length, "compute_bytes": size}
+        passing = scoring(self.parent.structure, todo, self.library.spaces, **shape)
+        return plan_residency("scoring", passing, self.memory, self.options.batch_size)
+
+    def screen(self) -> None:
+        """Estimate what has no estimate yet, in the first process, and mark the worst; what has a score already keeps it."""
+        fraction, layers = self.options.sub_block_screen, self.results.layers
+        if fraction is None:
+            return
+        lacking, memory = self.lacking(), self.memory
+        new = self.ranks.from_first(lambda: self._estimates(lacking, memory) if lacking else {})
+        found = {n: new.get(n, layers[n].estimates) for n in self.library.layers}
+        dropped = worst(found, fraction)
+        for layer in found:
+            left = {name for n, name in dropped if n == layer and name not in layers[layer].scores}
+            self.results.screen(layer, found[layer], left)
+        count = sum(len(layers[n].screened) for n in found)
+        console.print(
+            f"{count} of {self.num_blocks} blocks are screened out: they get no score, and `solve` cannot choose them",
+            soft_wrap=True,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(trained(self.library.spaces[layer], False)) for layer in self.library.layers)
+
+    def lacking(self) -> list[int]:
+        """Layers with a variant that was never estimated."""
+        spaces, layers = self.library.spaces, self.results.layers
+        return [
+            n
+            for n in self.library.layers
+            if any(
+                f"{s}/{v}" not in layers[n].estimates for s, space in spaces[n].items() for v in space if v != PARENT
+            )
+        ]
+
+    def screen_plan(self, lacking: list[int], memory: Memory) -> Residency:
+        ids, size = self.tokens.validation[:SEQUENCES], compute_dtype(self.device).itemsize
+        shape = {"sequences": len(ids), "seq_len": ids.shape[1], "compute_bytes": size}
+        passing = screening(self.parent.structure, {n: self.library.spaces[n] for n in lacking}, **shape)
+        return plan_residency("screening", passing, memory, AT_ONCE)
+
+    def _estimates(self, lacking: list[int], memory: Memory) -> dict[int, dict[str, float]]:
+        """Of all variants of these layers."""
+        ids, plan = self.tokens.validation[:SEQUENCES], self.screen_plan(lacking, memory)
+        console.print(f"screening on {ids.numel():,} tokens, the parent {plan.told()}", markup=False, soft_wrap=True)
+        model = Layered(self.parent, self.device, compute_dtype(self.device), streamed=plan.streamed)
+        store = BlockStore(self.library.root)
+
+        def read(layer: int) -> Callable[[], dict[str, Parts]]:
+            def parts() -> dict[str, Parts]:
+                found: dict[str, Parts] = {}
+                for slot, space in self.library.spaces[layer].items():
+                    for name, sub_block in space.items():
+                        if name != PARENT:
+                            tensors = read_variant(store, layer, slot, name, sub_block)
+                            moved = {n: model.reader.move(t) for n, t in tensors.items()}
+                            found.setdefault(slot, {})[name] = loaded(sub_block, moved)
+                return found
+
+            return parts
+
+        batches = [one.long().to(self.device) for one in ids.split(plan.batch_size)]
+        return estimates(model, batches, Room(self.device, plan.on_device), lacking, read)
+
+    def compare(self) -> None:
+        """Say and keep how well the estimates order what was scored."""
+        if self.options.sub_block_screen is None:
+            return
+        found, count = compared({n: self.results.layers[n] for n in self.library.layers})
+        told = "cannot be told" if found is None else f"{found:.3f}"
+        console.print(f"Spearman of estimates and scores over {count} blocks: {told}")
+        facts = {"spearman": found, "num_compared": count, "fraction": self.options.sub_block_screen}
+        write_json(
+            self.library.root / "scores" / "screen.json",
+            facts | {"num_sequences": min(SEQUENCES, len(self.tokens.validation))},
+        )
+
+    def run(self) -> None:
+        """Score this process's share of what is missing, and put together what all found. The library is held."""
+        self.results.read()  # again: another run may have scored until now
+        self.results.remove_others()
+        self.screen()
+        todo = self.missing()
+        mine = self.mine(todo)
+        if todo:
+            plan, count = self.plan(todo), sum(map(len, mine.values()))
+            told = f"{count} of {sum(map(len, todo.values()))}" if self.ranks.world > 1 else str(count)
+            console.print(f"scoring {told} variants, the parent {plan.told(count)}", markup=False, soft_wrap=True)
+            if mine:
+                Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, mine).run(self.results)
+        else:
+            console.print("all are scored already")
+        self.results.close()
+        if self.ranks.is_first:
+            self.compare()
 
 
 def score_library(
     root: Path, data: list[str], options: ScoreOptions | None = None, *, parent: str | None = None
 ) -> Path:
-    """Score every block of the library on held-out documents. Returns the directory of the scores."""
+    """Score every block of the library on held-out documents, together with the other processes if `torchrun` started several.
+    Returns the directory of the scores."""
     options = options or ScoreOptions()
-    library = Library.open(root)
-    opened = open_parent(library, parent)
-    tokens = load_tokens(
-        data,
-        opened.directory,
-        seq_len=options.seq_len or library.facts["data"]["seq_len"],
-        num_train=1,
-        num_validation=options.sequences,
-        text_field=options.text_field,
-        seed=library.facts["seed"],
-    )
-    device = pick_device(options.device)
-    count, length = tokens.validation.shape
-
-    def needed(batch_size: int) -> int:
-        return scoring_bytes(opened.structure, count, length, batch_size, compute_dtype(device).itemsize)
-
-    memory = device_memory(device, options.memory_limit)
-    fitting = [size for size in range(1, options.batch_size + 1) if needed(size) <= memory]
-    if not fitting:
-        raise UserError(
-            f"scoring {count} sequences of {length} tokens needs {(held_memory(device) + needed(1) / PLANNED) / 1e9:.2f} GB in "
-            "all: use fewer `sequences`, a smaller `seq_len` or a larger `memory_limit`"
-        )
-    with holding(root):
-        Scorer(library, opened, tokens.validation, device, fitting[-1]).run(tokens.hash, options.joint, options.fp8)
+    with running_ranks(options.device) as ranks:
+        work = Scoring(root, data, options, parent, ranks)
+        with held_by_all(root, ranks):
+            work.run()
     return root / "scores"
+
+
+def plan_scores(
+    root: Path, data: list[str], options: ScoreOptions | None = None, *, parent: str | None = None
+) -> dict[str, Any]:
+    """What `score_library` would do, for --dry-run; writes nothing. Passes are the first process's. Which blocks a screen will leave
+    out is not known before, only how many at most: what has a score keeps it."""
+    options = options or ScoreOptions()
+    with running_ranks(options.device) as ranks:
+        work = Scoring(root, data, options, parent, ranks)
+        todo = work.missing()
+        count, own = (sum(map(len, some.values())) for some in (todo, work.mine(todo)))
+        facts = {"device": str(work.device), "processes": ranks.world, "num_tokens": work.tokens.validation.numel()}
+        if options.sub_block_screen is not None and (lacking := work.lacking()):
+            facts["screened_out_at_most"] = int(options.sub_block_screen * work.num_blocks)
+            facts["screen"] = work.screen_plan(lacking, work.memory).to_json()
+        return facts | {"missing": count, "plan": work.plan(todo).to_json(own) if count else None}

@@ -42,7 +42,7 @@ Chosen = Mapping[str, Choice]  # one layer: its choices by slot
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
     """What the cost model says of one architecture at one batch size. memory: weights, KV cache at full context, and workspace,
-    what the largest sub-block of the library works with. latency: prompt to last token; ttft: to the first; tpot: per later one.
+    what the largest sub-block of the library works with; of GPUs that share the model, of each, as kv_bytes_per_token. latency: prompt to last token; ttft: to the first; tpot: per later one.
     """
 
     batch: int
@@ -76,7 +76,7 @@ class Architecture:
     bound, gap: None of a baseline, which proves nothing. speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
     that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one
     since. objective_per_batch: {batch: sum of scores}. host_pace: where a serving engine's own Python sets the child's pace
-    (`CostModel.host_pace`); None: nowhere. prices: what looser limits would buy, where it was asked for."""
+    (`CostModel.host_pace`); None: nowhere. tp: GPUs that share every sub-block; costs then have {"all_reduce"} too. prices: what looser limits would buy, where it was asked for."""
 
     parent_fingerprint: str
     parent: Structure
@@ -103,6 +103,7 @@ class Architecture:
     objective_per_batch: Mapping[str, float] | None = None
     prices: tuple[Mapping[str, Any], ...] | None = None
     kv_dtype: str | None = None
+    tp: int = 1
     host_pace: Mapping[str, float] | None = None
     synthetic_scores: bool = False
     puzzle: str = ""

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from puzzle.base.console import console
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.device import compute_dtype
 from puzzle.base.errors import UserError
-from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, check_positive
+from puzzle.base.ranks import Ranks, running_ranks
+from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, bytes_text, check_positive
 from puzzle.base.workload import Workload
-from puzzle.data.packing import load_tokens
+from puzzle.data.packing import TokenData, load_tokens
 from puzzle.data.tokenizer import same_tokenizer
 from puzzle.measure.continuations import continuations, encode
 from puzzle.measure.measurable import Measurable, measure_speeds, name_of, of_checkpoint
 from puzzle.measure.serve import Served
 from puzzle.parents.structure import Structure
-from puzzle.runtime.divergence import compare
+from puzzle.runtime.divergence import compare_layered
 from puzzle.runtime.interface import Fp8
+from puzzle.runtime.model import Weights
 from puzzle.runtime.open import pick_precision
+from puzzle.runtime.residency import Memory, Passing, Residency, plan_residency
+from puzzle.runtime.stream import Layered
+
+AT_ONCE = 8  # sequences
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateOptions:
-    """sequences: held-out ones, of seq_len tokens. repeats: of the speed measurement. prompts: that both models continue."""
+    """sequences: held-out ones, of seq_len tokens. repeats: of the speed measurement. prompts: that both models continue.
+    memory_limit: within which they run; models that do not fit are streamed."""
 
     sequences: int = 64
     seq_len: int = 1024
     repeats: int = 3
     prompts: tuple[str, ...] = ()
+    memory_limit: int | None = None
     text_field: str = "text"
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_positive(self, "sequences", "seq_len", "repeats")
+        check_positive(self, "sequences", "seq_len", "repeats", "memory_limit")
         for name in ("sequences", "seq_len"):
             if getattr(self, name) < 2:
                 raise UserError(f"`{name}` 1: an error of the mean and a next token take 2 at least")
@@ -92,46 +101,36 @@ def evaluate(
 ) -> Evaluation:
     """parent, child: checkpoints, or opened already. work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
     child's architecture.json names. Speed is measured in the precision that the child was priced in, where this device
-    has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Raises UserError for models that do not belong together.
+    has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Of several processes under torchrun each takes a share of
+    the sequences, and the first alone measures speed. Raises UserError for models that do not belong together.
     """
     options = options or EvaluateOptions()
-    on = pick_device(options.device)
-    dtype = compute_dtype(on)
-    parent = of_checkpoint(parent) if isinstance(parent, str) else parent
-    child = of_checkpoint(child) if isinstance(child, str) else child
-    theirs, ours = parent.structure.vocab_size, child.structure.vocab_size
-    if theirs != ours:
-        raise UserError(
-            f"{parent.name} has {theirs} tokens, {child.name} {ours}: a child shares its parent's tokenizer"
-        )
-    wide, narrow = parent.structure.hidden_size, child.structure.hidden_size
-    if wide != narrow:
-        raise UserError(
-            f"{parent.name} has hidden_size {wide}, {child.name} {narrow}: no child of it, and their logits are not compared"
-        )
-    if parent.tokenizer is None:
-        raise UserError(f"{parent.name} has no tokenizer: give a checkpoint")
-    if child.tokenizer is not None and not same_tokenizer(parent.tokenizer, child.tokenizer):
-        raise UserError(
-            f"{child.name} has another tokenizer than {parent.name}: logits of different words cannot be compared"
-        )
-    tokens = load_tokens(
-        data,
-        parent.tokenizer,
-        seq_len=min(options.seq_len, parent.structure.max_length),
-        num_train=1,
-        num_validation=options.sequences,
-        text_field=options.text_field,
+    with running_ranks(options.device) as ranks:
+        found = _evaluate(_opened(parent, child, data, options, ranks), options, work, batches, ranks)
+        return ranks.from_first(lambda: found)
+
+
+def _evaluate(
+    opened: _Opened, options: EvaluateOptions, work: Workload | None, batches: tuple[int, int] | None, ranks: Ranks
+) -> Evaluation:
+    parent, child, on, tokens, plan = opened.parent, opened.child, opened.device, opened.tokens, opened.plan
+    console.print(
+        f"measuring divergence on {tokens.validation.numel():,} held-out tokens, both models {plan.told()}",
+        markup=False,
+        soft_wrap=True,
     )
-    if options.prompts:  # wrong ones are refused before anything is measured
-        encode(options.prompts, parent.tokenizer, parent.structure)
-    whole, cut = parent.load(on, dtype), child.load(on, dtype)
-    console.print(f"measuring divergence on {tokens.validation.numel():,} held-out tokens")
-    against = compare(whole, cut, tokens.validation)
-    models = {"parent": whole, "child": cut}
-    said = continuations(models, options.prompts, parent.tokenizer) if options.prompts else None
-    del models
+    whole, cut = (Layered(w, on, compute_dtype(on), streamed=plan.streamed) for w in opened.weights)
+    against = compare_layered(whole, cut, tokens.validation, plan, ranks)
+    said = None
+    if options.prompts and ranks.is_first and whole.model is not None and cut.model is not None:
+        said = continuations({"parent": whole.model, "child": cut.model}, options.prompts, opened.tokenizer)
+    elif options.prompts:
+        console.print("no continuations: they take both models whole on the device")
     del whole, cut  # the runtimes want their memory
+    work = work if ranks.is_first else None
+    if work is not None and opened.too_large is not None:
+        console.print(f"no speed: {opened.too_large}", markup=False, soft_wrap=True)
+        work = None
     precision = pick_precision(on, None if child.solved is None else child.solved.costs["precision"])
     speeds = {} if work is None else _speeds(parent, child, work, batches, on, precision, options.repeats)
     fp8 = child.fp8(on)
@@ -154,6 +153,89 @@ def evaluate(
         workload=work,
         continuations=said,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """Both models, the text, and how they go over it. too_large: why their speed cannot be measured, if it cannot."""
+
+    parent: Measurable
+    child: Measurable
+    weights: tuple[Weights, Weights]
+    tokenizer: Path
+    device: torch.device
+    tokens: TokenData
+    plan: Residency
+    too_large: str | None
+
+
+def _opened(
+    parent: str | Measurable, child: str | Measurable, data: list[str], options: EvaluateOptions, ranks: Ranks
+) -> _Opened:
+    on = ranks.device
+    parent = of_checkpoint(parent) if isinstance(parent, str) else parent
+    child = of_checkpoint(child) if isinstance(child, str) else child
+    theirs, ours = parent.structure.vocab_size, child.structure.vocab_size
+    if theirs != ours:
+        raise UserError(
+            f"{parent.name} has {theirs} tokens, {child.name} {ours}: a child shares its parent's tokenizer"
+        )
+    wide, narrow = parent.structure.hidden_size, child.structure.hidden_size
+    if wide != narrow:
+        raise UserError(
+            f"{parent.name} has hidden_size {wide}, {child.name} {narrow}: no child of it, and their logits are not compared"
+        )
+    if parent.tokenizer is None:
+        raise UserError(f"{parent.name} has no tokenizer: give a checkpoint")
+    if child.tokenizer is not None and not same_tokenizer(parent.tokenizer, child.tokenizer):
+        raise UserError(
+            f"{child.name} has another tokenizer than {parent.name}: logits of different words cannot be compared"
+        )
+    directory, longest = parent.tokenizer, parent.structure.max_length
+    tokens = ranks.from_first(
+        lambda: load_tokens(
+            data,
+            directory,
+            seq_len=min(options.seq_len, longest),
+            num_train=1,
+            num_validation=options.sequences,
+            text_field=options.text_field,
+        )
+    )
+    if options.prompts:  # wrong ones are refused before anything is measured
+        encode(options.prompts, parent.tokenizer, parent.structure)
+    if parent.source is None or child.source is None:
+        raise UserError(f"{parent.name} and {child.name}: random weights have no divergence; give checkpoints")
+    (count, length), each = tokens.validation.shape, compute_dtype(on).itemsize
+    models = [parent.structure, child.structure]
+    passing = Passing(models=models, sequences=count, seq_len=length, compute_bytes=each, spare=2)
+    memory = Memory.of(on, options.memory_limit, ranks)
+    largest = max((parent, child), key=lambda one: one.structure.num_parameters)
+    size, too_large = largest.structure.num_parameters * each, None
+    if size > memory.device:
+        too_large = f"{largest.name} ({bytes_text(size)}) does not fit whole into the {bytes_text(memory.device)} of this device"
+    return _Opened(
+        parent=parent,
+        child=child,
+        weights=(parent.source, child.source),
+        tokenizer=parent.tokenizer,
+        device=on,
+        tokens=tokens,
+        plan=plan_residency("evaluating", passing, memory, AT_ONCE),
+        too_large=too_large,
+    )
+
+
+def plan_evaluation(
+    parent: str, child: str | Measurable, data: list[str], options: EvaluateOptions | None = None
+) -> dict[str, Any]:
+    """What `evaluate` would do, for --dry-run: how both models go over the text, and why not their speed, if not."""
+    options = options or EvaluateOptions()
+    with running_ranks(options.device) as ranks:
+        opened = _opened(parent, child, data, options, ranks)
+        processes = ranks.world
+    facts = {"device": str(opened.device), "processes": processes, "num_tokens": opened.tokens.validation.numel()}
+    return facts | {"plan": opened.plan.to_json(), "no_speed": opened.too_large}
 
 
 def _sizes(structure: Structure, precision: str, fp8: Fp8 | None = None) -> dict[str, int]:

@@ -11,13 +11,14 @@ import torch
 from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.base.machine import cpu_name
+from puzzle.base.ranks import Ranks
 from puzzle.base.workload import Workload
 from puzzle.measure.architecture import Architecture, architecture_beside
 from puzzle.measure.serve import Served, serve
 from puzzle.parents.opened import open_model
 from puzzle.parents.structure import Structure
 from puzzle.runtime.interface import Fp8, Runtime
-from puzzle.runtime.model import CausalModel, load_model, random_model
+from puzzle.runtime.model import CausalModel, Weights, load_model, random_model
 from puzzle.runtime.open import DTYPES, open_runtime
 
 MAX_DRIFT = 0.05  # of the parent's speed since the profile; beyond it the speed is measured again
@@ -26,14 +27,22 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurable:
-    """solved: what was promised for it. tokenizer: its directory; None of a model with random weights. load: on a device, in a
-    dtype."""
+    """solved: what was promised for it. tokenizer: its directory; source: its weights; both None where they are random. ranks: of
+    which this process loads one's share."""
 
     name: str
     structure: Structure
     tokenizer: Path | None
     solved: Architecture | None
-    load: Callable[[torch.device, torch.dtype], CausalModel]
+    source: Weights | None
+    ranks: Ranks | None = None
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> CausalModel:
+        """Whole, or the share of this rank, on a device."""
+        if self.source is not None:
+            return load_model(self.source, device=device, dtype=dtype, ranks=self.ranks)
+        own = self.structure if self.ranks is None else self.structure.share(self.ranks.world)
+        return random_model(own, device, dtype)
 
     def fp8(self, device: torch.device) -> Fp8 | None:
         """What of it runs in fp8 on this device, where that was solved for; None where all is in one precision.
@@ -50,26 +59,30 @@ class Measurable:
         return Fp8(weights=self.solved.fp8_weights, cache=self.solved.kv_dtype == "fp8")
 
 
-def of_checkpoint(source: str) -> Measurable:
-    """A Hugging Face checkpoint, or hub id. Raises UserError as `open_model` does."""
+def of_checkpoint(source: str, ranks: Ranks | None = None) -> Measurable:
+    """A Hugging Face checkpoint, or hub id. ranks: of which this process loads one's share. Raises UserError as `open_model` does."""
     opened = open_model(source)
     return Measurable(
         name=source,
         structure=opened.structure,
         tokenizer=opened.directory,
         solved=architecture_beside(opened.directory),
-        load=lambda device, dtype: load_model(opened, device=device, dtype=dtype),
+        source=opened,
+        ranks=ranks,
     )
 
 
-def of_structure(name: str, structure: Structure, solved: Architecture | None = None) -> Measurable:
-    """Random weights: they take the time and the memory of any others."""
+def of_structure(
+    name: str, structure: Structure, solved: Architecture | None = None, ranks: Ranks | None = None
+) -> Measurable:
+    """Random weights: they take the time and the memory of any others. ranks: as `of_checkpoint` has them."""
     return Measurable(
         name=name,
         structure=structure,
         tokenizer=None,
         solved=solved,
-        load=lambda device, dtype: random_model(structure, device, dtype),
+        source=None,
+        ranks=ranks,
     )
 
 
@@ -86,9 +99,10 @@ def measure_speeds(
     repeats: int,
     expected: float | None = None,
     as_solved: bool = True,
+    ranks: Ranks | None = None,
 ) -> dict[str, Served]:
     """Of every model at its batch, on the runtime that this device's prices come from. as_solved: what was solved for in several
-    precisions runs so, whatever `precision` says.
+    precisions runs so, whatever `precision` says. ranks: whose shares the models load.
 
     expected: tokens/s of models["parent"] according to a profile of this machine, which is measured again when it drifted since;
     None measures once. The parent alone decides: the attempt with the least drift counts, whatever the child did. Raises
@@ -101,7 +115,7 @@ def measure_speeds(
     def maker(model: Measurable, batch: int) -> Callable[[], Runtime]:
         fp8 = model.fp8(device) if as_solved else None
         return lambda: open_runtime(
-            model.load(device, DTYPES[precision]), batch, length, precision, fp8=fp8, consume=True
+            model.load(device, DTYPES[precision]), batch, length, precision, fp8=fp8, consume=True, ranks=ranks
         )
 
     runtimes = {who: maker(*one) for who, one in models.items()}

@@ -62,7 +62,7 @@ class _Serving:
         for _ in range(self.work.output_len - 1):
             self.step()
         self._wait()
-        return middle - begin, time.perf_counter() - middle
+        return self.runtime.agreed(middle - begin, time.perf_counter() - middle)
 
     def result(self, times: list[tuple[float, float]]) -> Served:
         runtime, work, batch = self.runtime, self.work, len(self.runtime.ids)

@@ -11,6 +11,7 @@ from typing import Any
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.parents.rope import Rope
 
+VOCAB_PADDING = 64  # words that a vocabulary is padded to before it is shared
 Layer = Mapping[str, SubBlock]  # by slot, in the order of the residual stream: {"attention": Gqa, "ffn": SwiGLU}
 
 
@@ -64,6 +65,15 @@ class Structure:
 
     def with_layers(self, layers: Sequence[Layer]) -> Structure:
         return replace(self, layers=tuple(layers))
+
+    def share(self, tp: int) -> Structure:
+        """What each of `tp` ranks holds: its share of every sub-block and of the vocabulary, which is padded as vLLM does. What
+        stands around them is whole. Raises UserError for a sub-block that cannot be shared by so many."""
+        if tp == 1:
+            return self
+        layers = [{slot: sub_block.shared(tp) for slot, sub_block in layer.items()} for layer in self.layers]
+        padded = -(-self.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+        return replace(self.with_layers(layers), vocab_size=padded // tp)
 
     def timed(self) -> Structure:
         """The structure as a clock sees it: sub-blocks and RoPE without what changes no time."""

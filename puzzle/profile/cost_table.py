@@ -20,6 +20,7 @@ from puzzle.base.workload import PAGE, PREFILL_ROWS, Workload
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.parents.structure import Layer, Structure
+from puzzle.profile.all_reduce import FOLDER
 from puzzle.profile.parts import Ends, Part, Whole, ends_of, priced_as
 
 PACKAGED = Path(__file__).parent / "costs"
@@ -313,27 +314,32 @@ def around(batches: Sequence[int], batch: int) -> tuple[int, int]:
     return (batch, batch) if batches[at] == batch else (batches[at - 1], batches[at])
 
 
-def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[Part] = ()) -> CostTable:
+def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[Part] = (), tp: int = 1) -> CostTable:
     """The table costs/<gpu>/<name>.csv under the first root that has one. roots: the library's costs/, then ours.
 
     gpu: a folder's name, or its first part ("h200" finds h200-sxm-141gb). needs: what will be asked for; without
-    a name, of several tables the one that holds them all counts, and not one in fp8, which asks to be named. Raises
+    a name, of several tables the one that holds them all counts, and not one in fp8, which asks to be named. tp: ranks that
+    `needs` are the shares of, for messages. Raises
     UserError for an unknown GPU (listing the known ones), or several tables and no name that decides.
     """
-    folders = [d for root in roots if root.is_dir() for d in sorted(root.iterdir()) if d.is_dir()]
+    inside = [d for root in roots if root.is_dir() for d in sorted(root.iterdir()) if d.is_dir()]
+    folders = [d for d in inside if d.name != FOLDER]
     others: list[str] = []
+    flag, told = (f" --tp {tp}", f" as {tp} GPUs share them") if tp > 1 else ("", "")
     for folder in folders:
         if folder.name != gpu and not folder.name.startswith(f"{gpu}-"):
             continue
         whole = [t for t in sorted(folder.glob("*.csv")) if not t.stem.endswith(".partial")]
         tables = [t for t in whole if name in (None, t.stem)]
+        if name is None:  # tables of shares are for those who run these
+            tables = [t for t in tables if "-tp" not in t.stem or all(CostTable(t).has(part) for part in needs)]
         if len(tables) > 1 and needs:
             opened = [(t, CostTable(t)) for t in tables if not t.stem.endswith("-fp8")]
             holding = [t for t, table in opened if all(table.has(part) for part in needs)]
             if not holding:
                 raise UserError(
                     f"none of the cost tables for `gpu` {gpu} ({', '.join(t.stem for t in tables)}) holds this library's "
-                    f"sub-blocks: run `puzzle profile LIBRARY --gpu {gpu}` on that machine"
+                    f"sub-blocks{told}: run `puzzle profile LIBRARY --gpu {gpu}{flag}` on that machine"
                 )
             tables = holding
         if len(tables) > 1:
@@ -346,4 +352,6 @@ def find_costs(gpu: str, name: str | None, roots: list[Path], needs: Collection[
         raise UserError(f"`shapes` {name}: the cost tables for `gpu` {gpu} are {', '.join(others)}")
     known = sorted({d.name for d in folders})
     hint = nearest(gpu, known) if known else "none has been profiled yet"
-    raise UserError(f"no cost table for `gpu` {gpu} ({hint}): run `puzzle profile LIBRARY --gpu {gpu}` on that machine")
+    raise UserError(
+        f"no cost table for `gpu` {gpu} ({hint}): run `puzzle profile LIBRARY --gpu {gpu}{flag}` on that machine"
+    )

@@ -60,6 +60,12 @@ def ends_of(structure: Structure) -> list[Part]:
     return [Embedding(**size), Head(**size)]
 
 
+def shared_name(name: str, tp: int) -> str:
+    """What the table of the shares of `tp` ranks is called where that of the whole sub-blocks is NAME or NAME-fp8."""
+    usual, fp8 = name.removesuffix("-fp8"), "-fp8" if name.endswith("-fp8") else ""
+    return name if tp == 1 or usual.endswith(f"-tp{tp}") else f"{usual}-tp{tp}{fp8}"
+
+
 @cache
 def priced_as(part: Part) -> str:
     """The key under which a cost table has it."""

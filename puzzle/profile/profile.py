@@ -31,6 +31,7 @@ from puzzle.profile.cost_table import CostRow, append_costs, write_costs
 from puzzle.profile.cpu import CpuTimer
 from puzzle.profile.gpu import GpuTimer
 from puzzle.profile.grid import At, Grid, Target, cpu_grid, gpu_grid, offered_by, targets
+from puzzle.profile.parts import shared_name
 
 STEADY = 1.1  # the slowest over the fastest of a fixed piece of work through a round: no further round is needed
 SECONDS_PER_POINT = 0.1  # on a GPU, with compiling: 4,329 points took 443 s on an H100
@@ -59,6 +60,13 @@ class Subject:
     structure: Structure
     offered: tuple[tuple[str, SubBlock], ...]
 
+    def share(self, tp: int) -> Subject:
+        """What one of `tp` ranks runs of it. Raises UserError for a part that cannot be shared by so many."""
+        if tp == 1:
+            return self
+        own = dict.fromkeys((slot, sub_block.shared(tp)) for slot, sub_block in self.offered)
+        return Subject(name=shared_name(self.name, tp), structure=self.structure.share(tp), offered=tuple(own))
+
 
 def subject_of(library: Library) -> Subject:
     """A library's parent with the library's variants."""
@@ -66,9 +74,10 @@ def subject_of(library: Library) -> Subject:
     return Subject(name=library.name, structure=library.structure, offered=tuple(offered))
 
 
-def subject_named(name: str, structure: Structure) -> Subject:
-    """A parent without a library, with every alternative that is offered by default, and some more."""
-    return Subject(name=name, structure=structure, offered=tuple(offered_by(structure)))
+def subject_named(name: str, structure: Structure, tp: int = 1) -> Subject:
+    """A parent without a library, with every alternative that is offered by default, and some more, as far as `tp` ranks can share it."""
+    offered = (one for one in offered_by(structure) if tp == 1 or one[1].can_share(tp))
+    return Subject(name=name, structure=structure, offered=tuple(offered))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable
+from puzzle.base.ranks import running_ranks
 from puzzle.base.units import bytes_text, parse_layers
 from puzzle.base.workload import Workload
 from puzzle.blocklib.gqa import Gqa
@@ -21,13 +22,14 @@ from puzzle.export.engines import ANY_DECILM_READER, ExportOptions, engine_named
 from puzzle.export.refuse import refuse
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import read_dependency
-from puzzle.heal.parallel import running_ranks
 from puzzle.heal.prepare import open_models
 from puzzle.heal.run import read_data
 from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder, BuildOptions
 from puzzle.measure.continuations import encode
 from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.structure import Structure
+from puzzle.profile.all_reduce import find_all_reduces
 from puzzle.profile.cost_table import PACKAGED, find_costs
 from puzzle.profile.grid import Grid
 from puzzle.profile.profile import check_precision
@@ -67,10 +69,10 @@ def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, ou
         builder = Builder(opened, build)
         builder.plan()
     with naming("goal", "workload", "solve", "profile"):
-        _check_goal(recipe, goal, opened)
+        check_goal(recipe, goal, opened.structure)
     if is_measured(recipe):
         with naming("profile"):
-            _check_grid(recipe)
+            check_grid(recipe)
     _check_exports(recipe.export, builder, "fp8" in recipe.solve.precisions)
     _check_data(recipe, heal, opened)
     return builder
@@ -106,8 +108,14 @@ def grid_of(recipe: Recipe) -> Grid:
     return replace(options, prefill=prefill, contexts=options.contexts or tuple(sorted(ends))).grid()
 
 
-def _check_goal(recipe: Recipe, goal: Goal, opened: HfModel) -> None:
-    structure, asked = opened.structure, recipe.solve
+def check_goal(recipe: Recipe, goal: Goal, structure: Structure) -> None:
+    """Raise UserError for a goal or prices that this parent cannot have."""
+    asked = recipe.solve
+    if asked.tp > 1:
+        if recipe.profile.gpu == "cpu":
+            raise UserError(f"`tp` {asked.tp}: shares are priced on GPUs, and `gpu` is cpu: leave `tp` out")
+        structure.share(asked.tp)
+        find_all_reduces(recipe.profile.gpu, asked.tp, [PACKAGED])
     check_steps(goal, recipe.workload)
     for work in workloads(recipe):
         work.check_fits(structure.max_length)
@@ -134,7 +142,7 @@ def _check_goal(recipe: Recipe, goal: Goal, opened: HfModel) -> None:
         read_dependency(asked.fusion_dependency, structure.num_layers)
 
 
-def _check_grid(recipe: Recipe) -> None:
+def check_grid(recipe: Recipe) -> None:
     """The batches and, on a CPU, where nothing is extrapolated, the lengths that will be asked for are measured."""
     grid, options = grid_of(recipe), recipe.profile
     for told, batch in [

@@ -30,10 +30,12 @@ from puzzle.library.manifest import Library, scores_path
 from puzzle.library.score import score_library
 from puzzle.measure.architecture import Architecture, read_architecture, write_architecture
 from puzzle.measure.evaluate import Evaluation, evaluate
+from puzzle.profile.parts import shared_name
 from puzzle.profile.profile import profile, subject_of
 from puzzle.run.check import check_disk, check_road, grid_of, is_measured, profiled
 from puzzle.run.plan import disk_of, plan_road
 from puzzle.run.recipe import Recipe, naming
+from puzzle.run.shapes import check_weights
 
 Show = Callable[[Architecture], None]
 
@@ -44,6 +46,7 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path, show: Show = lambda solved: None):
         """show: what is done with the solution as soon as it is known."""
         self.recipe, self.out, self.show = recipe, out, show
+        check_weights(recipe)
         if not recipe.data:
             raise UserError("no data: add 'data:' to the recipe or pass `data`")
         self.shared: dict[str, Any] = {
@@ -59,7 +62,8 @@ class Run:
     def check(self) -> Builder:
         """Raises UserError for all that can be known to be wrong beforehand."""
         builder = check_road(self.recipe, self.build_options(), self.heal_options(self.recipe.parent), self.out)
-        check_disk(self.out, disk_of(self.recipe, builder))
+        size, library = builder.stored_dtype.itemsize, builder.plan().disk_bytes
+        check_disk(self.out, disk_of(self.recipe, builder.structure, size, library))
         return builder
 
     def plan(self) -> dict[str, Any]:
@@ -118,13 +122,16 @@ class Run:
             self._stage("build-library", options, None, lambda: build_library(recipe.parent, build), "build")
             self._stage("score", options, None, lambda: score_library(library, recipe.data, score), "score")
         if is_measured(recipe):
-            opened = Library.open(library)
+            tp = recipe.solve.tp
+            opened = recipe.solve.shared(Library.open(library), recipe.profile.gpu)
             grid, gpu = grid_of(recipe), recipe.profile.gpu
             facts = [opened.facts[name] for name in ("layers", "structure", "parent")]
             for precision in profiled(recipe):
-                key = content_hash([asdict(grid), *facts, gpu, precision, cpu_name()])
+                key = content_hash([asdict(grid), *facts, gpu, precision, cpu_name(), *([tp] if tp > 1 else [])])
                 costs = library / "costs" / gpu
-                measure = partial(profile, subject_of(opened), gpu=gpu, out=costs, grid=grid, precision=precision)
+                measure = partial(
+                    profile, subject_of(opened).share(tp), gpu=gpu, out=costs, grid=grid, precision=precision
+                )
                 name = f"profile {precision}" if precisions else "profile"
                 table = costs / f"{self._costs_name(opened, precision)}.csv"
                 self._stage(name, key, table, measure, "profile", "workload")
@@ -172,7 +179,7 @@ class Run:
         return result
 
     def _costs_name(self, library: Library, precision: str | None) -> str:
-        return f"{library.name}-fp8" if precision == "fp8" else library.name
+        return shared_name(f"{library.name}-fp8" if precision == "fp8" else library.name, self.recipe.solve.tp)
 
     def _as_solved(self, solved: Architecture) -> dict[str, Any]:
         """What an export has to be told beside, where the cache is to be in fp8: the text that its scales come from."""
@@ -182,7 +189,8 @@ class Run:
         return {"kv_dtype": "fp8", "data": self.recipe.data, **shared}
 
     def _solve(self) -> Architecture:
-        recipe, library = self.recipe, Library.open(self.library)
+        recipe = self.recipe
+        library = recipe.solve.shared(Library.open(self.library), recipe.profile.gpu)
         gpu, asked, target = recipe.profile.gpu, recipe.solve, self.out / "solution" / "architecture.json"
         with naming("goal", "solve", "workload", "profile"):
             usual = None if asked.precisions else recipe.profile.precision
@@ -215,12 +223,12 @@ class Run:
         return fused, key
 
     def _evaluate(self, child: Path) -> Evaluation:
-        """On the device that was profiled; a serving engine's speed is not ours to measure."""
+        """On the device that was profiled; the speed of a serving engine, or of several GPUs, is not this process's to measure."""
         recipe = self.recipe
         device = recipe.device if not is_measured(recipe) else "cpu" if recipe.profile.gpu == "cpu" else "cuda"
         parent = Library.open(self.library).parent_source()
         options = replace(recipe.evaluate, **self.shared | {"device": device})
-        work = recipe.workload if is_measured(recipe) else None
+        work = recipe.workload if is_measured(recipe) and recipe.solve.tp == 1 else None
         return evaluate(parent, str(child), recipe.data, options, work=work)
 
     def _result(self, solved: Architecture, measured: Evaluation, exports: dict[str, str]) -> dict[str, Any]:

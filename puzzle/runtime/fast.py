@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from puzzle.base.ranks import Ranks
 from puzzle.base.workload import PAGE, PREFILL_ROWS
 from puzzle.blocklib.fast.batch import Fast, RopeTable, Stream, Tables, make_fast, new_batch, num_pages
 from puzzle.blocklib.gqa import Gqa
@@ -22,6 +23,7 @@ from puzzle.kernels.timer import Graph
 from puzzle.parents.structure import Structure
 from puzzle.runtime.interface import Fp8, Runtime, check_lengths
 from puzzle.runtime.model import CausalModel, embed
+from puzzle.runtime.parallel import among_own_rows, best_word
 
 
 def rope_tables(structure: Structure, sub_blocks: list[SubBlock], length: int, device: torch.device | str) -> Tables:
@@ -52,21 +54,30 @@ class FastRuntime(Runtime):
     """The sub-blocks of `model` on our kernels, for up to `max_length` tokens of each of `batch` sequences.
 
     fp8: weights of sub-blocks and caches in float8_e4m3fn, all of them or some. consume: take the sub-blocks out of the model, so that no weight
-    is held twice; the model is used up then.
+    is held twice; the model is used up then. ranks: the model is one rank's share (`Structure.share`) of a whole one.
     """
 
     def __init__(
-        self, model: CausalModel, batch: int, max_length: int, *, fp8: bool | Fp8 = False, consume: bool = False
+        self,
+        model: CausalModel,
+        batch: int,
+        max_length: int,
+        *,
+        fp8: bool | Fp8 = False,
+        consume: bool = False,
+        ranks: Ranks | None = None,
     ):
-        self.structure, self.max_length = model.structure, max_length
+        self.structure, self.max_length, self.ranks = model.structure, max_length, ranks
         self.embedding, self.head = model.embedding.weight.data, model.head_weight.data
         self.final_norm, self.device = model.norm.weight.data, model.embedding.weight.device
         if self.structure.norm_offset:
             self.final_norm = (1 + self.final_norm.float()).to(self.final_norm.dtype)
-        self.vocab_size, self.weight_bytes = len(self.embedding), model.weight_bytes
+        self.vocab_size = len(self.embedding) * (1 if ranks is None else ranks.world)
+        self.weight_bytes = model.weight_bytes
         waiting = list(model.parts())
         tables = rope_tables(self.structure, [part.sub_block for _, _, part in waiting], max_length, self.device)
         self.batch = new_batch(batch, max_length, tables, self.device, fp8 is True)
+        self.batch.ranks = ranks
         if isinstance(fp8, Fp8):
             self.batch.fp8_cache = fp8.cache
         if consume:
@@ -84,6 +95,13 @@ class FastRuntime(Runtime):
     def state_bytes(self) -> int:
         return sum(part.state_bytes for part in self.parts)
 
+    def agreed(self, prefill: float, decode: float) -> tuple[float, float]:
+        """Of the slowest rank."""
+        if self.ranks is None:
+            return prefill, decode
+        first, rest = self.ranks.slowest([prefill, decode])
+        return first, rest
+
     def randomize(self) -> None:
         for part in self.parts:
             part.randomize()
@@ -92,12 +110,20 @@ class FastRuntime(Runtime):
         self.batch.at(position)
 
     def _embedded(self, ids: Tensor) -> Stream:
-        return embed(ids, self.embedding, self.structure.embedding_scale), None
+        scale = self.structure.embedding_scale
+        if self.ranks is None:
+            return embed(ids, self.embedding, scale), None
+        own, inside = among_own_rows(self.ranks, ids, len(self.embedding))
+        return self.ranks.sum(embed(own, self.embedding, scale) * inside), None
 
     def _next(self, stream: Stream) -> Tensor:
         """Final norm, head and argmax of the rows in hand; no divisor of the logits changes which is the largest. -> [B]"""
         normed, _ = rms_norm(*stream, self.final_norm, self.structure.norm_eps)
-        return linear(normed, self.head).argmax(-1)
+        return self._best(linear(normed, self.head))
+
+    def _best(self, logits: Tensor) -> Tensor:
+        """The likeliest word. logits [B, V], or of this rank's words"""
+        return logits.argmax(-1) if self.ranks is None else best_word(self.ranks, logits)
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor) -> Tensor:

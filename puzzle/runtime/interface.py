@@ -59,6 +59,10 @@ class Runtime(ABC):
         that takes any."""
         return call
 
+    def agreed(self, prefill: float, decode: float) -> tuple[float, float]:
+        """Seconds as all that run this model together took them."""
+        return prefill, decode
+
     @torch.inference_mode()
     def generate(self, prompts: Tensor, num_tokens: int) -> Tensor:
         """Greedy continuation. prompts [B, T] -> [B, num_tokens]"""

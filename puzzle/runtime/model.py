@@ -7,18 +7,21 @@ times are the same. Letters: B batch, T tokens, H hidden_size, V vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from puzzle.base.ranks import Ranks
 from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, blank, loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
-from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.opened import open_model
 from puzzle.parents.structure import Structure
+from puzzle.runtime.parallel import own_rows
 
 
 class Block(nn.Module):
@@ -116,25 +119,58 @@ def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * torch.tensor(scale).to(weight.dtype).item()
 
 
+class Weights(Protocol):
+    """Where a model is read from, a sub-block at a time: a checkpoint, or a child of a library. Tensors come on the CPU, in the
+    dtype they are stored in."""
+
+    @property
+    def structure(self) -> Structure: ...
+
+    def weights(self, layer: int, slot: str) -> dict[str, Tensor]:
+        """{name inside the sub-block: tensor}"""
+        ...
+
+    def embedding(self) -> Tensor: ...
+
+    def final_norm(self) -> Tensor: ...
+
+    def lm_head(self) -> Tensor:
+        """[V, H]; the embedding when tied"""
+        ...
+
+
+def read_block(source: Weights, layer: int, move: Callable[[Tensor], Tensor], ranks: Ranks | None = None) -> Block:
+    """One layer, whole or this rank's share. move: a stored tensor to where, and to the dtype in which, it runs."""
+    parts = {}
+    for slot, sub_block in source.structure.layers[layer].items():
+        weights = source.weights(layer, slot)
+        if ranks is not None:
+            weights, sub_block = sub_block.cut(weights, ranks.rank, ranks.world), sub_block.shared(ranks.world)
+        parts[slot] = loaded(sub_block, {n: move(t) for n, t in weights.items()})
+    return Block(parts)
+
+
 def load_model(
-    source: str | Path | HfModel, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: str | Path | Weights,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None,
 ) -> CausalModel:
-    """A parent or an exported child, whole, on `device`. Raises UserError as `open_model` does."""
-    opened = source if isinstance(source, HfModel) else open_model(source)
+    """A parent or a child on `device`, whole or this rank's share. Raises UserError as `open_model` does."""
+    opened = open_model(source) if isinstance(source, str | Path) else source
+    structure = opened.structure if ranks is None else opened.structure.share(ranks.world)
 
-    def part(layer: int, slot: str, sub_block: SubBlock) -> Part:
-        return loaded(sub_block, {n: t.to(device, dtype) for n, t in opened.weights(layer, slot).items()})
+    def words(table: Tensor) -> Tensor:
+        return (table if ranks is None else own_rows(ranks, table, structure.vocab_size)).to(device, dtype)
 
-    blocks = [
-        Block({slot: part(index, slot, sub_block) for slot, sub_block in layer.items()})
-        for index, layer in enumerate(opened.structure.layers)
-    ]
+    blocks = [read_block(opened, n, lambda t: t.to(device, dtype), ranks) for n in range(structure.num_layers)]
     model = CausalModel(
-        opened.structure,
-        opened.embedding().to(device, dtype),
+        structure,
+        words(opened.embedding()),
         blocks,
         opened.final_norm().to(device, dtype),
-        None if opened.structure.tied else opened.lm_head().to(device, dtype),
+        None if structure.tied else words(opened.lm_head()),
     )
     return model.requires_grad_(False).eval()
 

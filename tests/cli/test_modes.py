@@ -14,7 +14,9 @@ CASES = [
     ("profile", ("--gpu", "h100", "--engine", "vllm", "--fit", "x.csv"), "with --engine and --fit"),
     ("profile", ("--gpu", "h100", "--engine", "vllm", "--run"), "with --run"),
     ("profile", ("lib", "--gpu", "h100"), "without --run"),
+    ("profile", ("--gpu", "h100", "--tp", 2, "--all-reduce"), "with --all-reduce"),
     ("bench", ("child", "--gpu", "h100"), "without --engine"),
+    ("bench", ("child", "--gpu", "h100", "--engine", "vllm"), "with --engine"),
     ("profile", ("--gpu", "h100", "--shapes", "reference"), "with --shapes"),
     ("profile", ("lib", "--gpu", "cpu"), "with --gpu cpu and no --run"),
     ("solve", ("--problem", "x.json"), "with --problem"),
@@ -41,6 +43,7 @@ CASES = [
     ("fuse", ("child", "--runs", "auto", "--out", "x"), "without --data"),
     ("heal", ("child", "--data-blend", "x", "--out", "x"), "with --data-blend, whose sources name their own"),
     ("heal", ("child", "--stages", "8k:1M", "--out", "x"), "with --stages, which say both"),
+    ("heal", ("child", "--out", "x"), "by one process, without torchrun"),
     ("heal", ("child", "--kl-weight", 0, "--out", "x"), "with --kl-weight 0"),
     (
         "heal",

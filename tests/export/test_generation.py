@@ -39,7 +39,7 @@ LAYOUTS = {
     "windows in all": (("4w", 80), ("2w", 80)),
     "window after nothing": (("-", "-"), ("linear", 80), ("2w", 80), ("-", "linear"), ("4", 80)),
 }
-WINDOW, NUM_NEW = 6, 24
+WINDOW, NUM_NEW = 6, 16
 OPTIONS = {"do_sample": False, "max_new_tokens": NUM_NEW, "min_new_tokens": NUM_NEW}
 
 

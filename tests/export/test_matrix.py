@@ -12,7 +12,7 @@ from puzzle.export.write import export, open_source
 from puzzle.runtime.model import load_model
 
 TOLERANCE = 1e-3  # max |Δlogit| / std
-NUM_TOKENS = 64
+NUM_TOKENS = 24
 
 
 def our_greedy_tokens(model, prompt, count):

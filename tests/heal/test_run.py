@@ -100,10 +100,12 @@ def test_kill_nine_and_resume_is_bit_exact(launch, healed, child, parent, small,
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
-def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path):
-    """FSDP2 shards over gloo, with micro-batches and recomputed activations: the same curve, to 1e-4."""
+@pytest.mark.parametrize("parallel", ["replicas", "shards"])
+def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path, parallel):
+    """Replicas that sum their gradients and FSDP2 shards, over gloo, with micro-batches and recomputed activations: the same
+    curve, to 1e-4."""
     out = tmp_path / "out"
-    extra = ("--accumulate", 2, "--recompute", "--save-every", 7)
+    extra = ("--accumulate", 2, "--recompute", "--save-every", 7, "--parallel", parallel)
     group = launch(("heal", child, "--teacher", parent, *small, "--out", out, *extra), processes=2)
     for process in group:
         process.join(90)
@@ -122,11 +124,12 @@ def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
-def test_one_process_continues_what_two_began(launch, puzzle, healed, child, parent, small, tmp_path):
-    """The shards that two killed processes left are put together, and the curve goes on."""
+@pytest.mark.parametrize("parallel", ["replicas", "shards"])
+def test_one_process_continues_what_two_began(launch, puzzle, healed, child, parent, small, tmp_path, parallel):
+    """What two killed processes left, in shards or not, is put together, and the curve goes on."""
     out, work = tmp_path / "out", tmp_path / "out.heal"
     arguments = ("heal", child, "--teacher", parent, *small, "--out", out, "--save-every", 4)
-    group = launch(arguments, processes=2)
+    group = launch((*arguments, "--parallel", parallel), processes=2)
     wait_for_step(work, 5, group[0])
     for process in group:
         os.kill(process.pid, signal.SIGKILL)
@@ -141,9 +144,41 @@ def test_one_process_continues_what_two_began(launch, puzzle, healed, child, par
             assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
 
 
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+@pytest.mark.parametrize("parallel", ["replicas", "shards"])
+def test_kill_nine_of_one_of_two_ends_both_and_is_continued(launch, ended, child, parent, small, tmp_path, parallel):
+    """In the middle of a step: one line, and the same command ends in the same bits as two processes that were left alone."""
+    arguments = ("heal", child, "--teacher", parent, *small, "--save-every", 3, "--parallel", parallel, "--out")
+    kill = """
+import os, signal
+from puzzle.heal.loss import Learner
+plain, calls = Learner.forward, []
+def patched(self, *given):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *given)
+Learner.forward = patched
+"""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    group = launch((*arguments, out), processes=2, setup=kill)
+    assert ended(group) == [2, -signal.SIGKILL]
+    told = group[0].log.read_text()
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "another process of this run has ended" in line
+    assert "Traceback" not in told
+    assert list((tmp_path / "out.heal").glob("step-*"))
+    for place in (out, whole):
+        group = launch((*arguments, place), processes=2)
+        assert ended(group) == [0, 0]
+    assert ("replica" in group[0].log.read_text()) == (parallel == "replicas")
+    assert losses(out) == losses(whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_a_step_that_is_not_finite_is_left_out(child, parent, tmp_path):
     """And the optimiser's moments stay as they were; several in a row end the run."""
-    from puzzle.heal.parallel import start_ranks
+    from puzzle.base.ranks import start_ranks
     from puzzle.heal.prepare import build_trainer, open_models
 
     options = HealOptions(child=str(child), teacher=str(parent), out=tmp_path, tokens=64, seq_len=16, batch_size=4)

@@ -14,7 +14,7 @@ from puzzle.runtime import divergence
 from puzzle.runtime.divergence import Divergence
 from puzzle.runtime.model import CausalModel
 
-SEQUENCES, TOKENS, HIDDEN, VOCAB = 3, 63, 40, 501
+SEQUENCES, TOKENS, HIDDEN, VOCAB = 3, 37, 40, 301
 ENDS = Structure(hidden_size=HIDDEN, vocab_size=VOCAB, max_length=TOKENS, tied=True, norm_eps=1e-5, ropes={}, layers=())
 
 

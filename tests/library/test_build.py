@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from puzzle.blocklib.distill import Recipe
 from puzzle.library.build import Builder, BuildOptions, build_library
@@ -115,32 +114,36 @@ def test_a_snapshot_continues_bit_for_bit(parent, corpus, tmp_path, monkeypatch)
     broken = options(corpus, tmp_path / "broken", attention="kv1", ffn="0.5,linear", snapshot_seconds=0)
     with pytest.raises(KeyboardInterrupt):
         build_library(str(parent), broken)
-    assert list((tmp_path / "broken/.work").glob("*.safetensors"))
+    assert list((tmp_path / "broken/.work").rglob("*.safetensors"))
     build_library(str(parent), broken)
     assert steps == [0, 1, 2, 3, 4, 5, 5, 6, 7], "the second run starts where the snapshot was taken"
     assert hashes(tmp_path / "broken") == hashes(tmp_path / "whole")
 
 
-def test_kill_9_anywhere_then_resume(parent, corpus, tmp_path):
+def test_kill_9_anywhere_then_resume(launch, parent, corpus, tmp_path):
     """The process is killed three times at random moments; the library ends as an undisturbed one."""
-    script = (
-        "import sys; from pathlib import Path; from puzzle.library.build import *; import torch; torch.set_num_threads(1)\n"
-        f"build_library({str(parent)!r}, BuildOptions(data=[{str(corpus)!r}], out=Path(sys.argv[1]), device='cpu',"
-        f" snapshot_seconds=0.1, **{SMALL | {'tokens': 16384}!r}))"
-    )
-    command = [sys.executable, "-c", script]
-    begin = time.monotonic()
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+
+    def started(name: str):
+        script = (
+            "from pathlib import Path; from puzzle.library.build import *\n"
+            f"build_library({str(parent)!r}, BuildOptions(data=[{str(corpus)!r}], out=Path({str(tmp_path / name)!r}), device='cpu',"
+            f" snapshot_seconds=0.1, **{SMALL | {'tokens': 16384}!r}))\nraise SystemExit(0)"
+        )
+        return launch((), setup=script)[0]
+
+    process, begin = started("whole"), time.monotonic()
+    process.join()
+    assert process.exitcode == 0, process.log.read_text()
     whole_seconds = time.monotonic() - begin
     draw = random.Random(7)
     for _ in range(3):
-        process = subprocess.Popen(
-            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = started("killed")
         time.sleep(whole_seconds * draw.uniform(0.3, 0.95))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+        process.kill()
+        process.join()
+    process = started("killed")
+    process.join()
+    assert process.exitcode == 0, process.log.read_text()
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
 
 
@@ -180,3 +183,49 @@ def test_dry_run_matches_the_plan(parent, corpus, tmp_path, puzzle):
     told = describe(plan, 1.0, builder.spaces, facts["device"])
     assert set(told) == set(facts)
     assert told["variants"] == facts["variants"]
+
+
+NEST = {"attention": "parent", "ffn": "0.75,0.5,0.25", "nested": True}
+
+
+def test_nested_ffns_share_the_weights_of_the_widest(parent, corpus, tmp_path):
+    """Blocks are written as any others; each is the first part of the next; losses fall for all of them."""
+    build_library(str(parent), options(corpus, tmp_path / "lib", **NEST))
+    for layer in sorted((tmp_path / "lib" / "blocks").iterdir()):
+        blocks = [load_file(layer / "ffn" / f"{name}.safetensors") for name in ("0.25", "0.5", "0.75")]
+        for narrow, wide in pairwise(blocks):
+            width = len(narrow["gate_proj.weight"])
+            assert 0 < width < len(wide["gate_proj.weight"])
+            assert torch.equal(wide["up_proj.weight"][:width], narrow["up_proj.weight"])
+            assert torch.equal(wide["down_proj.weight"][:, :width], narrow["down_proj.weight"])
+        for name in ("0.25", "0.5", "0.75"):
+            record = json.loads((layer / "ffn" / f"{name}.json").read_text())
+            assert record["status"] == "trained"
+            assert record["validation_loss_after"] < record["validation_loss_before"]
+
+
+def test_a_nest_is_trained_as_a_whole(parent, corpus, tmp_path):
+    """One width more, or one block lost, and all of it is trained again; what stands apart is kept. One width alone is no nest."""
+    lib, more = tmp_path / "lib", {**NEST, "attention": "none", "ffn": "0.5,0.25"}
+    build_library(str(parent), options(corpus, lib, **more))
+    first = hashes(lib / "blocks")
+    (lib / "blocks" / "L01" / "ffn" / "0.25.safetensors").unlink()
+    build_library(str(parent), options(corpus, lib, **more))
+    assert hashes(lib / "blocks") == first
+    build_library(str(parent), options(corpus, lib, **{**more, "ffn": "0.75,0.5,0.25"}))
+    changed = hashes(lib / "blocks")
+    assert {name for name in first if first[name] != changed[name]} == {n for n in first if "/ffn/" in n}
+    for name, nested in (("alone", False), ("nest-of-one", True)):
+        build_library(str(parent), options(corpus, tmp_path / name, ffn="0.5", attention="parent", nested=nested))
+    assert hashes(tmp_path / "alone") == hashes(tmp_path / "nest-of-one")
+
+
+def test_a_nest_costs_what_its_widest_does(parent, corpus, tmp_path):
+    def plan(nested: bool):
+        return Builder(open_model(str(parent)), options(corpus, tmp_path / "x", **{**NEST, "nested": nested})).plan()
+
+    alone = Builder(open_model(str(parent)), options(corpus, tmp_path / "x", **{**NEST, "ffn": "0.75"})).plan()
+    assert plan(True).flops == alone.flops < plan(False).flops
+    assert plan(True).num_trained_parameters == alone.num_trained_parameters < plan(False).num_trained_parameters
+    assert alone.disk_bytes < plan(True).disk_bytes < plan(False).disk_bytes
+    assert plan(True).peak_memory_bytes < plan(False).peak_memory_bytes

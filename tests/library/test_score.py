@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from puzzle.blocklib.plain.fp8 import cache_in_fp8, rounded, weights_in_fp8
+from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import MissingFace
 from puzzle.data.packing import load_tokens
 from puzzle.kernels.fp8 import from_fp8, to_fp8
+from puzzle.library.assemble import read_variant
 from puzzle.library.manifest import Library
-from puzzle.library.score import Scorer, load_variant
+from puzzle.library.score import Scorer
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
@@ -25,8 +27,8 @@ def test_scores_are_those_of_the_whole_model(library, parent, corpus):
     data = load_tokens([str(corpus)], parent, seq_len=64, num_train=1, num_validation=6)
     whole, child = load_model(opened), load_model(opened)
     sub_block = Library.open(library).spaces[2]["attention"]["kv1"]
-    of = (BlockStore(library), 2, "attention", "kv1", sub_block, torch.device("cpu"), torch.float32)
-    child.blocks[2] = Block({**child.blocks[2].parts(), "attention": load_variant(*of)})
+    tensors = read_variant(BlockStore(library), 2, "attention", "kv1", sub_block)
+    child.blocks[2] = Block({**child.blocks[2].parts(), "attention": loaded(sub_block, tensors)})
     expected = compare(whole, child, data.validation)
     found = json.loads((library / "scores/L02.json").read_text())["scores"]["attention/kv1"]
     assert found["num_tokens"] == expected["num_tokens"]
@@ -53,20 +55,20 @@ def test_scores_on_other_text_go_first(own_library, corpus, puzzle, one_line_err
     for path in sorted(corpus.iterdir())[:30]:
         (tmp_path / "corpus" / path.name).write_bytes(path.read_bytes())
     paths = sorted((own_library / "scores").iterdir())
-    whole, seen = Scorer._score_layer, []
+    whole, seen = Scorer._carry, []
     before = [path.read_bytes() for path in paths]
 
-    def stopped(self, layer, *more):
-        seen.append(layer)
-        if layer == 2:
+    def stopped(self, variants, *more):
+        seen.append(variants[0][0])
+        if seen[-1] == 2:
             raise KeyboardInterrupt
-        whole(self, layer, *more)
+        return whole(self, variants, *more)
 
-    monkeypatch.setattr(Scorer, "_score_layer", stopped)
+    monkeypatch.setattr(Scorer, "_carry", stopped)
     puzzle("score", own_library, "--data", corpus, "--sequences", 6)
     assert [path.read_bytes() for path in paths] == before
     puzzle("score", own_library, "--data", tmp_path / "corpus", "--sequences", 4)
-    assert (seen, [path.is_file() for path in paths]) == ([0, 1, 2] * 2, [True, True, False, False])
+    assert (seen, [path.is_file() for path in paths]) == ([0, 1, 2], [True, True, False, False])
     done = puzzle("solve", own_library, "--throughput", "1.1x", "--gpu", "cpu", "--input-len", 16, "--output-len", 16)
     one_line_error(done, "L02.json does not exist", "puzzle score")
 

@@ -101,8 +101,8 @@ def test_on_a_gpu_the_fast_runtime_is_timed(puzzle, solved, parent, corpus, monk
     """`evaluate` asks `open_runtime` for the priced precision, which has no plain runtime on a GPU."""
     asked = []
 
-    def open_it(model, batch, length, wanted, *, fp8, consume):
-        assert fp8 is None  # nothing was solved for several precisions
+    def open_it(model, batch, length, wanted, *, fp8, consume, ranks):
+        assert fp8 is ranks is None  # nothing was solved for several precisions, or GPUs
         asked.append(wanted)
         return FastRuntime(model, batch, length, consume=consume)
 

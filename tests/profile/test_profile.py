@@ -170,9 +170,10 @@ def test_dry_run_counts_what_would_be_measured(puzzle):
 
 
 @pytest.mark.parametrize(("references", "rounds"), [([1.0, 1.09], 1), ([1.0, 1.2], 3), ([1.2, 1.0], 3)])
-def test_a_steady_machine_is_walked_once(subject, tmp_path, monkeypatch, references, rounds):
+def test_a_steady_machine_is_walked_once(subject, tmp_path, monkeypatch, timed_reference, references, rounds):
     """Further rounds are for a machine whose speed changed while it was profiled."""
     grid = Grid(batches=(1,), contexts=(8,), prompts=((1, 8),), seconds=1e-4, min_samples=1, rounds=3)
+    assert timed_reference(CpuTimer(subject.structure, grid)) > 0
     shown = iter([*references, *[1.0] * 99])
     monkeypatch.setattr(CpuTimer, "reference", lambda self: next(shown))
     _, facts = profile(subject, gpu="cpu", out=tmp_path, grid=grid)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -119,21 +115,18 @@ def test_an_export_in_fp8(puzzle, write, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["profile", "child", "heal", "export nemotron-nas"])
-def test_killed_in_any_stage_and_run_again(puzzle, write, tmp_path, stage):
+def test_killed_in_any_stage_and_run_again(puzzle, launch, write, tmp_path, stage):
     """The same child as of a run that was left alone, and nothing half-written."""
     out, recipe = tmp_path / "run", write(profile={"seconds": 0.001})
-    marks, environment = out / "stages.json", os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "puzzle", "run", str(recipe), "--out", str(out)],
-        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    steady = "from puzzle.profile.cpu import CpuTimer\nCpuTimer.reference = lambda timer: 1.0"
+    (process,), marks = launch(("run", recipe, "--out", out), setup=steady), out / "stages.json"
     until = time.monotonic() + 100
-    while process.poll() is None and time.monotonic() < until:
+    while process.is_alive() and time.monotonic() < until:
         if marks.is_file() and stage in json.loads(marks.read_text())["stages"]:
             break
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
-    process.wait()
+    process.kill()
+    process.join()
     done = puzzle("run", recipe, "--out", out, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     result = json.loads(done.stdout)

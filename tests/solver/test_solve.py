@@ -136,7 +136,7 @@ def test_sweep_keeps_the_best():
 
 
 @given(problems())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_baselines_are_feasible_and_never_better(problem):
     best = solve(problem, "brute")
     for found in (greedy(problem), uniform(problem), *random_feasible(problem, 3)):

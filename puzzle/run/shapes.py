@@ -1,0 +1,93 @@
+"""`puzzle run --dry-run` of a parent by the name of its known shapes, where there is no checkpoint: GPU-hours, memory and disk of
+every stage, all of them computed.
+
+Time is FLOPs over MFU times the GPU's bf16 FLOPs by its datasheet, on one GPU; more of them share it at best evenly. Memory of the
+build is that of one layer with all its variants; of scores, healing and evaluation that of the whole models, over as many GPUs as hold
+them. A child counts as its parent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from puzzle.base.errors import UserError
+from puzzle.base.machine import gpu_facts
+from puzzle.blocklib.variant import search_spaces
+from puzzle.heal.memory import MASTER_BYTES
+from puzzle.heal.settings import HealOptions
+from puzzle.library.plan import forward_flops, plan_build, trained, training_flops
+from puzzle.parents.known import STRUCTURES, known_structure
+from puzzle.parents.structure import Structure
+from puzzle.run.check import check_goal, check_grid, is_measured
+from puzzle.run.plan import Row, disk_of, stages_of
+from puzzle.run.recipe import Recipe, naming
+from puzzle.runtime.residency import Memory
+
+MFU = 0.2835  # of training steps at Llama-3.1-8B's shapes, one H200, 2026-11-23: benchmarks/results/build_8b.csv
+BYTES = 2  # of a weight, computing and stored: bf16
+UNLIMITED = 2**62
+
+
+def is_shapes(parent: str) -> bool:
+    """Whether a recipe's parent is a name of known shapes and no checkpoint."""
+    return parent in STRUCTURES and not Path(parent).exists()
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Raise UserError for a parent that a dry run alone can do with."""
+    if is_shapes(recipe.parent):
+        raise UserError(
+            f"parent {recipe.parent} is the name of known shapes, which `dry_run` alone can do with: put the checkpoint beside the "
+            "recipe under this name, or write its path"
+        )
+
+
+def plan_shapes(recipe: Recipe) -> dict[str, Any]:
+    """{"shapes", "gpu", "mfu", "activation_bytes", "stages": {name: Row with "gpu_hours" and "gpus", the least that hold it}}.
+
+    activation_bytes: what the build keeps in host memory between one layer and the next. Raises UserError for what can be seen to
+    be wrong without a checkpoint.
+    """
+    structure, card = known_structure(recipe.parent), gpu_facts(recipe.profile.gpu.split("-")[0])
+    with naming("goal", "workload", "solve", "profile"):
+        recipe.solve.check()
+        check_goal(recipe, recipe.goal.goal(may_be_empty=bool(recipe.solve.also)), structure)
+    if is_measured(recipe):
+        with naming("profile"):
+            check_grid(recipe)
+    layers, asked = dict(enumerate(structure.layers)), recipe.build.recipe()
+    spaces = search_spaces(layers, {"attention": recipe.build.attention, "ffn": recipe.build.ffn})
+    one = plan_build(
+        structure.with_layers(structure.layers[:1]), {0: spaces[0]}, asked,
+        memory_bytes=UNLIMITED, compute_bytes=BYTES, stored_bytes=BYTES, on_host=False, group_size=1,
+        nested=recipe.build.nested,
+    )  # fmt: skip
+    later = sum(sub_block.num_parameters for index in list(spaces)[1:] for sub_block in trained(spaces[index], False))
+    rate, tokens = MFU * card.bf16_flops, asked.num_steps * asked.batch_size * asked.seq_len
+    flops = tokens * sum(
+        training_flops(layers[i], space, asked.seq_len, recipe.build.nested) for i, space in spaces.items()
+    )
+    build: Row = {"seconds": flops / rate, "memory_bytes": one.peak_memory_bytes}
+    disk = disk_of(recipe, structure, BYTES, one.disk_bytes + BYTES * later)
+    healing = None if recipe.heal is None else _heal(recipe.heal, structure, rate)
+    stages = stages_of(
+        recipe, structure, spaces, BYTES, rate, build, healing, disk, Memory(device=UNLIMITED, host=UNLIMITED)
+    )
+    if "profile" in stages:
+        stages["profile"]["memory_bytes"] = card.memory_bytes  # caches are cut from all that is free
+    for row in stages.values():
+        seconds, memory = row["seconds"], row["memory_bytes"]
+        row["gpu_hours"] = None if seconds is None else seconds / 3600
+        row["gpus"] = None if memory is None else -(-int(memory) // card.memory_bytes)
+    kept = 0 if len(spaces) == 1 else tokens * structure.hidden_size * BYTES
+    return {"shapes": recipe.parent, "gpu": card.name, "mfu": MFU, "activation_bytes": kept, "stages": stages}
+
+
+def _heal(options: HealOptions, structure: Structure, rate: float) -> Row:
+    """A pass of the teacher, and of the child forward and backward."""
+    flops = 0.0
+    for stage in options.plan_stages():
+        each = sum(forward_flops(b, stage.seq_len) for _, _, b in structure)
+        flops += stage.num_tokens * 4 * (each + 2 * structure.vocab_size * structure.hidden_size)
+    return {"seconds": flops / rate, "memory_bytes": (MASTER_BYTES + BYTES) * structure.num_parameters}
