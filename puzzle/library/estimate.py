@@ -31,7 +31,7 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
     for slot, sub_block in structure.layers[first].items():
         weights = {n: torch.randn(s, device=device, dtype=dtype) * 0.02 for n, s in sub_block.tensors().items()}
         block = ParentBlock(sub_block=sub_block, weights=weights)
-        part = parts[first, slot] = loaded(sub_block, weights)
+        part = parts[first, slot] = loaded(sub_block, weights, in_training=True)
         block.statistics = part.calibrate([x[:1]])
         together = bundles(builder.spaces[first][slot], builder.options.nested)
         trainers[first, slot] = [
