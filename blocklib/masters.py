@@ -34,7 +34,7 @@ class Masters:
         self.steps = torch.zeros((), device=device)
         self.weights: dict[str, Weight] = {}
         for name in (n for n, _ in module.named_parameters()):
-            value = weights[name].to(device, torch.float32, copy=True).contiguous()
+            value = weights[name].to(device, torch.promote_types(dtype, torch.float32), copy=True).contiguous()
             scaled = folds and name in sub_block.read_input
             own = scaled or (value.dim() > 1 and dtype != value.dtype)
             copy = torch.empty_like(value, dtype=dtype) if own else None

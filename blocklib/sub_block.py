@@ -221,10 +221,10 @@ class SubBlock:
         return rows * (2 * self.num_matrix_parameters + self.mixing_flops(context))
 
     def training_flops(self, context: float) -> float:
-        """Per token that it is trained on, which is held against a target and whose input needs no gradient: a forward pass, the
-        gradients of all weights, and those of what the matrices read that do not read the input; mixing has two gradients."""
+        """Per token that it is trained on, at `context` tokens of state: a forward pass, the gradients of its weights, and those of what
+        they multiply, but for the input, whose gradient nobody needs. Nothing counts that is computed twice."""
         first = sum(math.prod(shape) for name, shape in self.tensors().items() if name in self.read_input)
-        return 6 * self.num_matrix_parameters - 2 * first + 3 * self.mixing_flops(context)
+        return 3 * self.flops(1, context) - 2 * first
 
     @property
     def by_rows(self) -> bool:
