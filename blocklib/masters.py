@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from puzzle.blocklib.plain.part import Part
-from puzzle.blocklib.sub_block import Normed
+from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.kernels.adamw import Rule, Weight, adamw
 
 NORM = "norm.weight"
+
+
+def folds_norm(sub_block: SubBlock) -> bool:
+    """Whether the scale of its norm before goes into the copies."""
+    return isinstance(sub_block, Normed) and sub_block.norm_before and bool(sub_block.read_input)
 
 
 class Masters:
@@ -28,7 +33,7 @@ class Masters:
     ):
         """weights: to start from. dtype: of the matrices' copies; vectors are computed with as they are trained."""
         sub_block, self.rule = module.sub_block, rule
-        folds = isinstance(sub_block, Normed) and sub_block.norm_before and bool(sub_block.read_input)
+        folds = folds_norm(sub_block)
         self.eps = sub_block.norm_eps if folds and isinstance(sub_block, Normed) else None
         self.offset = float(isinstance(sub_block, Normed) and sub_block.norm_offset)
         self.steps = torch.zeros((), device=device)

@@ -112,6 +112,8 @@ class Builder:
                 f"`seq_len` {options.seq_len} is longer than the parent's context of {self.structure.max_length}: "
                 f"use at most {self.structure.max_length}"
             )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton launches on the current one
         if self.device.type == "cuda" and options.memory_limit:
             total = torch.cuda.mem_get_info(self.device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_limit / total), self.device)
