@@ -43,6 +43,11 @@ from step_profile import longest_kernels, seconds_by_class, traced
 
 NUM_LAYERS = 32  # of the model whose tokens per second are told for single steps
 NUM_STEPS = 8
+FACTS = ("device", "torch", "date")
+STEP_COLUMNS = (
+    "turned_on", "still_off", "tokens_a_step", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes", *FACTS
+)  # fmt: skip
+KERNEL_COLUMNS = ("turned_on", "class", "seconds", "share", *FACTS)
 
 
 def write_parent(directory: Path, tokenizer: Path, num_layers: int) -> None:
@@ -147,11 +152,8 @@ def steps(
             f"{name:>14}: {seconds * 1e3:8.2f} ms for {tokens} tokens, {rate:8,.0f} tokens/s, MFU {share:.3f}, "
             f"{peak / 1e9:.1f} GB, 20 M tokens in {20e6 / rate / 60:.0f} minutes", flush=True,
         )  # fmt: skip
-    columns = ("turned_on", "still_off", "tokens_a_step", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
-    write_rows(out, (*columns, "device", "torch", "date"), rows)
-    if profiled:
-        found_columns = ("turned_on", "class", "seconds", "share", "device", "torch", "date")
-        write_rows(out.with_stem(f"{out.stem}_profile"), found_columns, kernels)
+        write_rows(out, STEP_COLUMNS, rows)  # a later one may fail or take too long
+        write_rows(out.with_stem(f"{out.stem}_profile"), KERNEL_COLUMNS, kernels)
 
 
 def profile_rows(
@@ -235,7 +237,7 @@ def main(
         plan = Builder(model, options).plan()
         facts = (layers, len(plan.groups), plan.num_tokens, *where_and_when())
         rows = [(*row, *facts) for row in build(model, options, peak_flops)]
-    columns = ("quantity", "predicted", "measured", "layers", "groups", "tokens", "device", "torch", "date")
+    columns = ("quantity", "predicted", "measured", "layers", "groups", "tokens", *FACTS)
     write_rows(out, columns, rows)
     for row in rows:
         print(*row[:3], flush=True)
