@@ -183,6 +183,7 @@ def profile_rows(
 @click.option("--batch-size", type=int, default=4, show_default=True)
 @click.option("--memory-limit", default="80GB", show_default=True)
 @click.option("--peak-flops", type=float, default=989e12, show_default=True)
+@click.option("--group-size", type=int, help="Layers at a time; streams between groups wait in host memory.")
 @click.option("--nested", is_flag=True, help="MFU then counts the widest of a nest, which holds the others.")
 @click.option("--without", "left_out", default="", help=f"Comma-separated, of {', '.join(OFF)}.")
 @click.option("--steps", "steps_out", type=click.Path(path_type=Path), help="CSV of single steps.")
@@ -200,6 +201,7 @@ def main(
     batch_size: int,
     memory_limit: str,
     peak_flops: float,
+    group_size: int | None,
     nested: bool,
     left_out: str,
     steps_out: Path | None,
@@ -226,6 +228,7 @@ def main(
             validation_sequences=4,
             snapshot_seconds=1e9,
             nested=nested,
+            group_size=group_size,
         )
         model = open_model(parent)
         if steps_out is not None:
