@@ -4,15 +4,17 @@ Protocol: a parent of random weights with Llama-3.1-8B's layer shapes (hidden 40
 vocabulary 128256) and --num-layers layers is written, as a child that changes nothing; the default search space of --layers is trained on --tokens
 tokens of text under --memory-limit. Speed is that of the training steps, first ones and graph capture included.
 MFU is tokens per second times the FLOPs that a step must do for a token (`puzzle.library.plan.training_flops`) over --peak-flops (dense bf16
-by the datasheet). Without a gradient of what enters a sub-block, and with nothing computed twice, that is 2.8e9 a token and layer; until
-2026-11-23 every product counted three times, 3.4e9, over 1189e12.
+by the datasheet). Without a gradient of what enters a sub-block, and with nothing computed twice, that is 2.8e9 a token and layer.
 
     python benchmarks/speed/bench_build_8b.py --data /usr/lib/python3.12 --tokenizer examples/parent --num-layers 6 \\
         --layers 0-5 --tokens 2.5e5 --memory-limit 40GB --out benchmarks/results/build_8b.csv
 
---steps OUT also times single steps of one layer, with what `benchmarks/lib/build_changes.py` lists turned on one by one, then with
---more-batches sequences at once; --profile prints, and writes beside it, where the first and the last of these spend their time.
---without turns some of it off everywhere. --tokens 0 leaves the build out.
+--steps also times single steps of one layer, with what `benchmarks/lib/build_changes.py` lists turned on one by one, then with --more-batches
+sequences at once; --profile says where the first and the last of these spend their time; --without turns some of it off everywhere;
+--tokens 0 leaves the build out:
+
+    python benchmarks/speed/bench_build_8b.py --data /usr/lib/python3.12 --tokenizer examples/parent --num-layers 1 --layers 0 --tokens 0 \\
+        --steps benchmarks/results/build_8b_steps.csv --profile benchmarks/results/build_8b_steps_profile.csv
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ def steps(
     never: Sequence[str],
     peak_flops: float,
     out: Path,
-    profiled: bool,
+    profile_out: Path | None,
 ) -> None:
     """Times of single steps of one layer, nothing turned on first, `never` stays off. One that fails is told and left out."""
     found = Builder(parent, options)
@@ -139,7 +141,7 @@ def steps(
                 step, x = layer_step(builder)
                 seconds = step_seconds(step, x, NUM_STEPS)
                 peak, tokens = peak_memory(), batch * options.seq_len
-                if profiled and name in ("nothing", last, runs[-1][0]):
+                if profile_out is not None and name in ("nothing", last, runs[-1][0]):
                     kernels += profile_rows(step, x, name, tokens, seconds)
                 del step, builder, x
         except Exception as error:  # the others are worth having
@@ -153,7 +155,8 @@ def steps(
             f"{peak / 1e9:.1f} GB, 20 M tokens in {20e6 / rate / 60:.0f} minutes", flush=True,
         )  # fmt: skip
         write_rows(out, STEP_COLUMNS, rows)  # a later one may fail or take too long
-        write_rows(out.with_stem(f"{out.stem}_profile"), KERNEL_COLUMNS, kernels)
+        if profile_out is not None:
+            write_rows(profile_out, KERNEL_COLUMNS, kernels)
 
 
 def profile_rows(
@@ -175,7 +178,7 @@ def profile_rows(
 @click.command()
 @click.option("--data", required=True, multiple=True)
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path), help="CSV of the build.")
 @click.option("--num-layers", type=int, default=11, show_default=True)
 @click.option("--layers", default="0-10", show_default=True)
 @click.option("--tokens", type=float, default=2.5e5, show_default=True)
@@ -188,12 +191,12 @@ def profile_rows(
 @click.option("--without", "left_out", default="", help=f"Comma-separated, of {', '.join(OFF)}.")
 @click.option("--steps", "steps_out", type=click.Path(path_type=Path), help="CSV of single steps.")
 @click.option("--more-batches", default="8,16", show_default=True, help="Sequences at once, for --steps.")
-@click.option("--profile", "profiled", is_flag=True, help="With --steps: time by class of kernel.")
+@click.option("--profile", "profile_out", type=click.Path(path_type=Path), help="CSV of time by class of kernel.")
 @click.option("--parent", type=click.Path(path_type=Path), help="A checkpoint in place of the random one.")
 def main(
     data: tuple[str, ...],
     tokenizer: Path,
-    out: Path,
+    out: Path | None,
     num_layers: int,
     layers: str,
     tokens: float,
@@ -206,7 +209,7 @@ def main(
     left_out: str,
     steps_out: Path | None,
     more_batches: str,
-    profiled: bool,
+    profile_out: Path | None,
     parent: Path | None,
 ) -> None:
     never = [name for name in left_out.split(",") if name]
@@ -233,7 +236,7 @@ def main(
         model = open_model(parent)
         if steps_out is not None:
             more = [int(size) for size in more_batches.split(",") if size]
-            steps(model, options, more, never, peak_flops, steps_out, profiled)
+            steps(model, options, more, never, peak_flops, steps_out, profile_out)
         if not tokens:
             return
         reset_peak()
@@ -241,7 +244,8 @@ def main(
         facts = (layers, len(plan.groups), plan.num_tokens, *where_and_when())
         rows = [(*row, *facts) for row in build(model, options, peak_flops)]
     columns = ("quantity", "predicted", "measured", "layers", "groups", "tokens", *FACTS)
-    write_rows(out, columns, rows)
+    if out is not None:
+        write_rows(out, columns, rows)
     for row in rows:
         print(*row[:3], flush=True)
 
