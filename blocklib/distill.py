@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from puzzle.base.device import compute_dtype
 from puzzle.base.units import layer_name
-from puzzle.blocklib.plain.part import Ropes, blank
+from puzzle.blocklib.masters import Masters
+from puzzle.blocklib.plain.part import Part, Ropes, blank
 from puzzle.blocklib.sub_block import ParentBlock, Variant
-from puzzle.kernels.block_loss import block_loss
+from puzzle.kernels.adamw import Rule
+from puzzle.kernels.block_loss import block_loss, energy, output_gradient
+from puzzle.kernels.rmsnorm import rms_norm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +71,35 @@ class Trained(NamedTuple):
     loss_after: float
 
 
+RULE = ("beta1", "beta2", "weight_decay", "clip_norm")  # what AdamW takes of a recipe
+
+
+class Shown:
+    """What a sub-block of the parent shows its variants in a step: x [B, T, H], which enters it, and target [B, T, H], what it adds."""
+
+    def __init__(self, part: Part, x: Tensor, ropes: Ropes):
+        self.x, self.ropes = x, ropes
+        with torch.no_grad(), autocast(x.device):
+            self.target = part(x, ropes).to(x.dtype)
+        self._normed: dict[float, Tensor] = {}
+        self._energy: Tensor | None = None
+
+    def normed(self, eps: float) -> Tensor:
+        """x / rms(x), once for all variants."""
+        if eps not in self._normed:
+            self._normed[eps] = rms_norm(self.x, None, None, eps)[0]
+        return self._normed[eps]
+
+    @property
+    def energy(self) -> Tensor:
+        """Σ target², once for all variants."""
+        if self._energy is None:
+            self._energy = energy(self.target)
+        return self._energy
+
+
 class VariantTrainer:
-    """One variant of one sub-block, or nested ones: their module, its optimiser, their losses [V]."""
+    """One variant of one sub-block, or nested ones: their module, its masters, their losses [V]."""
 
     def __init__(
         self,
@@ -82,57 +113,43 @@ class VariantTrainer:
     ):
         """variants: each begins the next (`SubBlock.begins`). block: the parent's, which they start from. lr: the learning rate of the
         coming step, a scalar tensor on `device` that all trainers share."""
-        self.slot, self.variants, self.recipe = slot, tuple(variants), recipe
+        self.slot, self.variants = slot, tuple(variants)
         self.sub_blocks, widest = [v.sub_block for v in variants], variants[-1]
         self.key = f"{layer_name(layer)}/{slot}/{'+'.join(v.name for v in variants)}"
         seed = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big") >> 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of (layer, variant) alone, for variants that draw random weights
             weights = widest.initialise(block)
-        self.module = blank(widest.sub_block, device).float()
-        self.module.load_state_dict(weights)
-        self.module.train()
-        parameters = list(self.module.parameters())
-        self.optimizer = None
-        if parameters:
-            self.optimizer = torch.optim.AdamW(
-                parameters,
-                lr=lr,
-                betas=(recipe.beta1, recipe.beta2),
-                weight_decay=recipe.weight_decay,
-                fused=True,
-                capturable=device.type == "cuda",
-            )
-        self._start = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()}
+        self.module = blank(widest.sub_block, in_training=True).train()
+        rule = Rule(lr=lr, **{name: getattr(recipe, name) for name in RULE})
+        self.masters = Masters(self.module, weights, compute_dtype(device), device, rule)
+        self._start = {name: p.to("cpu", copy=True) for name, p in self.masters.values().items()}
         self.loss_before = self.loss_after = torch.full((len(variants),), math.nan, dtype=torch.float64)
         self._validation: list[Tensor] = []
 
-    def step(self, x: Tensor, target: Tensor, ropes: Ropes) -> None:
-        """One optimiser step on x [B, T, H] -> target [B, T, H]. A step with a non-finite gradient is left out.
+    def step(self, shown: Shown) -> None:
+        """One optimiser step. A step with a non-finite gradient is left out.
 
         Never waits for the device, so that a CUDA graph can hold it.
         """
-        if self.optimizer is None:
+        if not self.masters.weights:
             return
-        self._losses(x, target, ropes).sum().backward()
-        parameters = list(self.module.parameters())
-        keep = torch.isfinite(nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm))
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad = torch.where(keep, parameter.grad, torch.zeros_like(parameter.grad))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        outputs = self._outputs(shown)
+        grads = [output_gradient(out.detach(), shown.target, shown.energy) for out in outputs]
+        self.masters.step(torch.autograd.grad(outputs, self.masters.parameters, grads))
 
-    def _losses(self, x: Tensor, target: Tensor, ropes: Ropes) -> Tensor:
-        """[V]"""
-        with autocast(x.device):
-            outputs = self.module.prefixes(x, ropes, self.sub_blocks)
-        return torch.stack([block_loss(out, target) for out in outputs])
+    def _outputs(self, shown: Shown) -> list[Tensor]:
+        """[B, T, H] of every variant"""
+        with autocast(shown.x.device):
+            eps = self.masters.eps
+            entered = self.module.enter(shown.x) if eps is None else shown.normed(eps)
+            return self.module.prefixes(entered, shown.ropes, self.sub_blocks)
 
     @torch.no_grad()
-    def validate(self, x: Tensor, target: Tensor, ropes: Ropes) -> None:
+    def validate(self, shown: Shown) -> None:
         """Add one validation batch; `validated()` gives the means and starts over."""
-        self._validation.append(self._losses(x, target, ropes))
+        losses = [block_loss(out, shown.target) for out in self._outputs(shown)]
+        self._validation.append(torch.stack(losses))
 
     def validated(self) -> Tensor:
         """[V], float64 on the CPU"""
@@ -143,7 +160,7 @@ class VariantTrainer:
     def trained(self) -> list[Trained]:
         """Of every variant: the trained weights, or the initial ones where training left it worse on held-out text than it started
         (or NaN)."""
-        now, found = {n: p.detach() for n, p in self.module.named_parameters()}, []
+        now, found = self.masters.values(), []
         for variant, before, after in zip(
             self.variants, self.loss_before.tolist(), self.loss_after.tolist(), strict=True
         ):
@@ -154,19 +171,8 @@ class VariantTrainer:
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a snapshot."""
-        tensors = {f"{self.key}|{n}": p.detach() for n, p in self.module.named_parameters()}
-        if self.optimizer is not None:
-            for name, parameter in self.module.named_parameters():
-                for slot, value in self.optimizer.state[parameter].items():
-                    tensors[f"{self.key}|{name}|{slot}"] = value
-        return tensors
+        return {f"{self.key}|{name}": tensor for name, tensor in self.masters.state().items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state` gave, bit for bit."""
-        for name, parameter in self.module.named_parameters():
-            parameter.data.copy_(tensors[f"{self.key}|{name}"])
-            assert self.optimizer is not None
-            self.optimizer.state[parameter] = {
-                slot: tensors[f"{self.key}|{name}|{slot}"].to(parameter.device).clone()
-                for slot in ("step", "exp_avg", "exp_avg_sq")
-            }
+        self.masters.load_state({name: tensors[f"{self.key}|{name}"] for name in self.masters.state()})

@@ -27,9 +27,11 @@ class Gqa(Normed):
 
     kind: ClassVar[str] = "gqa"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.gqa:Attention"
+    in_training: ClassVar[str | None] = "puzzle.blocklib.fast.training:AttentionInTraining"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.gqa:FastAttention"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.gqa:VllmAttention"
 
+    read_input: ClassVar[tuple[str, ...]] = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
     added_once: ClassVar[tuple[str, ...]] = ("o_proj.bias",)
 
     num_attention_heads: int = size("q")

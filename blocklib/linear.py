@@ -21,6 +21,8 @@ class Linear(Normed):
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.linear:FastLinear"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.linear:VllmLinear"
 
+    read_input: ClassVar[tuple[str, ...]] = ("linear.weight",)
+
     columns: int | None = size("columns", default=None)
 
     def inner_tensors(self) -> dict[str, tuple[int, ...]]:

@@ -116,14 +116,17 @@ def size(key: str, *, config: str | None = None, default: Any = MISSING, choices
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubBlock:
-    """The base of all kinds. kind: the first word of its key. plain, on_kernels, on_vllm: "module:class" of its module in plain
-    PyTorch (a `plain.part.Part`), on our kernels (a `fast.batch.Fast`) and in vLLM's layers (`vllm/place.py`), imported when they are
-    wanted; None: it has none. num_sums, added_once: of tensor parallel, see `share`."""
+    """The base of all kinds. kind: the first word of its key. plain, in_training, on_kernels, on_vllm: "module:class" of its
+    module in plain PyTorch (a `plain.part.Part`), of that with fewer passes in training (None: the plain one), on our kernels (a
+    `fast.batch.Fast`) and in vLLM's layers (`vllm/place.py`), imported when they are wanted; None: it has none. read_input: its matrices that
+    multiply with what enters, which nothing else in it reads. num_sums, added_once: of tensor parallel, see `share`."""
 
     kind: ClassVar[str]
     plain: ClassVar[str | None] = None
+    in_training: ClassVar[str | None] = None
     on_kernels: ClassVar[str | None] = None
     on_vllm: ClassVar[str | None] = None
+    read_input: ClassVar[tuple[str, ...]] = ()
     num_sums: ClassVar[int] = 1  # all-reduces of [tokens, H] that end its share
     added_once: ClassVar[tuple[str, ...]] = ()  # tensors that count once in the sum over all shares
 
@@ -152,9 +155,10 @@ class SubBlock:
         """What people read of it where `parent` stood."""
         return self.key()
 
-    def module(self) -> Any:
+    def module(self, in_training: bool = False) -> Any:
         """In plain PyTorch, on the device where modules are made now, with weights yet to be loaded (`plain.part.Part`)."""
-        return _imported(self.plain, self.kind, "plain module")(self)
+        path = self.in_training if in_training and self.in_training else self.plain
+        return _imported(path, self.kind, "plain module")(self)
 
     def fast(self, part: Any, batch: Any) -> Any:
         """The plain module `part` on our kernels, in this batch (`fast.batch.Fast`), its state made; None: nothing to run."""
@@ -215,6 +219,12 @@ class SubBlock:
     def flops(self, rows: int, context: float) -> float:
         """Of a forward pass of `rows` tokens over `context` tokens of state each."""
         return rows * (2 * self.num_matrix_parameters + self.mixing_flops(context))
+
+    def training_flops(self, context: float) -> float:
+        """Per token that it is trained on, at `context` tokens of state: a forward pass, the gradients of its weights, and those of what
+        they multiply, but for the input, whose gradient nobody needs. Nothing counts that is computed twice."""
+        first = sum(math.prod(shape) for name, shape in self.tensors().items() if name in self.read_input)
+        return 3 * self.flops(1, context) - 2 * first
 
     @property
     def by_rows(self) -> bool:

@@ -25,9 +25,11 @@ class SwiGLU(Normed):
 
     kind: ClassVar[str] = "swiglu"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.swiglu:GatedFfn"
+    in_training: ClassVar[str | None] = "puzzle.blocklib.fast.training:FfnInTraining"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.swiglu:FastSwiGLU"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.swiglu:VllmGatedFfn"
 
+    read_input: ClassVar[tuple[str, ...]] = ("gate_proj.weight", "up_proj.weight")
     added_once: ClassVar[tuple[str, ...]] = ("down_proj.bias",)
 
     intermediate_size: int = size("f", config="intermediate_size")

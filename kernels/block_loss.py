@@ -33,6 +33,13 @@ def block_loss_reference(child: Tensor, parent: Tensor) -> Tensor:
     return (child.to(wide) - target).square().sum() / target.square().sum().clamp(min=SMALLEST)
 
 
+def gradient_reference(child: Tensor, parent: Tensor, energy: Tensor) -> Tensor:
+    """The twin of `output_gradient` in plain PyTorch."""
+    wide = torch.promote_types(child.dtype, torch.float32)
+    gap = child.to(wide) - parent.to(wide)
+    return (gap * (2 / energy)).to(child.dtype)
+
+
 if triton is not None:
 
     @triton.jit
@@ -73,6 +80,10 @@ if triton is not None:
         target = tl.load(parent_ptr + at, mask=inside, other=0.0).to(tl.float32)
         gap = tl.load(child_ptr + at, mask=inside, other=0.0).to(tl.float32) - target
         tl.store(out_ptr + at, (gap * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _on_kernels(x: Tensor) -> bool:
+    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @functools.cache
@@ -129,7 +140,24 @@ def block_loss(child: Tensor, parent: Tensor) -> Tensor:
     """
     if child.shape != parent.shape or child.numel() == 0:
         raise ValueError(f"child {tuple(child.shape)} and parent {tuple(parent.shape)} must have one non-empty shape")
-    if triton is None or not (child.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    if not _on_kernels(child):
         return block_loss_reference(child, parent.detach())
     with torch.cuda.device_of(child):  # Triton launches on the current device
         return _BlockLoss.apply(child.contiguous(), parent.detach().contiguous())
+
+
+def energy(parent: Tensor) -> Tensor:
+    """Σ parent², a scalar as `output_gradient` wants it."""
+    if not _on_kernels(parent):
+        return parent.to(torch.promote_types(parent.dtype, torch.float32)).square().sum().clamp(min=SMALLEST)
+    parent = parent.contiguous()
+    with torch.cuda.device_of(parent):
+        return loss_and_energy(parent, parent)[1]
+
+
+def output_gradient(child: Tensor, parent: Tensor, energy: Tensor) -> Tensor:
+    """d block_loss / d child, like child, in one pass; energy: of the parent, by `energy`."""
+    if not _on_kernels(child):
+        return gradient_reference(child, parent, energy)
+    with torch.cuda.device_of(child):
+        return gradient(child.contiguous(), parent.contiguous(), energy, torch.ones_like(energy))

@@ -31,7 +31,7 @@ NUM_WARPS = ((512, 1), (2048, 2), (4096, 4), (8192, 8), (65536, 16))
 def rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The twin of `rms_norm` in plain PyTorch: same arguments, same results up to rounding."""
     stream = x if residual is None else x + residual
-    wide = stream.float()
+    wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
     normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
     return (normed if weight is None else normed * weight.to(x.dtype)), stream
 

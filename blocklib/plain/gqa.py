@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, causal_mask, rotate
 
+BLOCK = 128  # queries that share their keys under a window, at least
+
 
 class Attention(Part):
     """Grouped-query softmax attention, causal, optionally over a sliding window."""
@@ -47,7 +49,10 @@ class Attention(Part):
         q = self.heads(self.q_proj(entered), norms[0]).transpose(1, 2)
         k = self.heads(self.k_proj(entered), norms[1]).transpose(1, 2)
         v = self.heads(self.v_proj(entered), None).transpose(1, 2)
-        return (q, k, v) if self.rope is None else (rotate(q, ropes[self.rope]), rotate(k, ropes[self.rope]), v)
+        return (q, k, v) if self.rope is None else (self.turn(q, ropes[self.rope]), self.turn(k, ropes[self.rope]), v)
+
+    def turn(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(x, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of T new queries over the same T keys. [B, T, H]"""
@@ -56,6 +61,8 @@ class Attention(Part):
             shared = self.num_heads != self.num_kv_heads
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared)
             return self.output(attended)
+        if num_tokens > 2 * (block := max(self.window, BLOCK)):
+            return self.output(windowed_attention(q, k, v, self.window, block, self.scale))
         mask = causal_mask(num_tokens, self.window, q.device)
         # With a mask, only equally many heads of q and k spare a GPU the scores [B, N, T, T] in float32.
         k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
@@ -80,6 +87,30 @@ class Attention(Part):
         q, k, v = self.project(self.enter(x), ropes)
         keys, values = state.append(k, v, position)
         return x + self.leave(self.output(decode_attention(q, keys, values, self.scale)))
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, block: int, scale: float | None) -> Tensor:
+    """Causal attention over a sliding window of at most `block` tokens: a block of queries sees its own keys and the block before, so
+    that the work grows with T and not with its square. q [B, N, T, D], k and v [B, K, T, D] -> [B, N, T, D]"""
+    batch, heads, num_tokens, _ = q.shape
+    count, groups = -(-num_tokens // block), heads // k.shape[1]
+    missing = count * block - num_tokens
+
+    def blocks(x: Tensor) -> Tensor:
+        """[B, heads, T, D] -> [B, T / block, heads, block, D]"""
+        return F.pad(x, (0, 0, 0, missing)).unflatten(2, (count, block)).transpose(1, 2)
+
+    def seen(x: Tensor) -> Tensor:
+        """[B, K, T, D] -> [B · T / block, N, 2 · block, D]"""
+        own = blocks(x)
+        before = F.pad(own, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+        return torch.cat((before, own), dim=3).flatten(0, 1).repeat_interleave(groups, dim=1)
+
+    mask = causal_mask(2 * block, window, q.device)[block:]
+    first = mask & (torch.arange(2 * block, device=q.device) >= block)  # nothing comes before the first block
+    masks = torch.cat((first[None], mask.expand(count - 1, -1, -1))).repeat(batch, 1, 1)[:, None]
+    out = F.scaled_dot_product_attention(blocks(q).flatten(0, 1), seen(k), seen(v), attn_mask=masks, scale=scale)
+    return out.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)[:, :, :num_tokens]
 
 
 class KVCache:

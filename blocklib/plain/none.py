@@ -11,8 +11,8 @@ from puzzle.blocklib.plain.part import Part, Ropes
 class Nothing(Part):
     """Contributes zeros; `add` gives the stream back as it is."""
 
-    def forward(self, x: Tensor, ropes: Ropes) -> Tensor:
-        return torch.zeros_like(x)
+    def inner(self, entered: Tensor, ropes: Ropes) -> Tensor:
+        return torch.zeros_like(entered)
 
     def add(self, x: Tensor, ropes: Ropes) -> Tensor:
         return x

@@ -53,12 +53,12 @@ class Part(nn.Module):
 
     def enter(self, x: Tensor) -> Tensor:
         """What the sub-block's own matrices read. [B, T, H]"""
-        assert isinstance(self.sub_block, Normed)
-        return self.norm(x) if self.sub_block.norm_before else x
+        return self.norm(x) if isinstance(self.sub_block, Normed) and self.sub_block.norm_before else x
 
     def leave(self, y: Tensor) -> Tensor:
         """From what they give to the contribution. [B, T, H]"""
-        assert isinstance(self.sub_block, Normed)
+        if not isinstance(self.sub_block, Normed):
+            return y
         y = self.post_norm(y) if self.sub_block.norm_after else y
         return y if self.sub_block.residual_scale == 1 else y * self.sub_block.residual_scale
 
@@ -70,11 +70,12 @@ class Part(nn.Module):
         """The contribution of whole sequences, causal. [B, T, H] -> [B, T, H]"""
         return self.leave(self.inner(self.enter(x), ropes))
 
-    def prefixes(self, x: Tensor, ropes: Ropes, sub_blocks: Sequence[SubBlock]) -> list[Tensor]:
-        """The contributions of sub-blocks that each begin the next (`SubBlock.begins`), the last one this whole. [B, T, H] each"""
+    def prefixes(self, entered: Tensor, ropes: Ropes, sub_blocks: Sequence[SubBlock]) -> list[Tensor]:
+        """The contributions of sub-blocks that each begin the next (`SubBlock.begins`), the last one this whole, of what `enter` gave.
+        [B, T, H] each"""
         if len(sub_blocks) > 1:
             raise MissingFace(self.sub_block.kind, "prefixes")
-        return [self(x, ropes)]
+        return [self.leave(self.inner(entered, ropes))]
 
     def beginning(self, tensors: Mapping[str, Tensor], sub_block: SubBlock) -> dict[str, Tensor]:
         """Of `tensors`, by name as in this module, what belongs to a sub-block that begins it."""
@@ -130,15 +131,15 @@ def causal_mask(num_tokens: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def blank(sub_block: SubBlock, device: torch.device | str = "meta") -> Part:
-    """The module of `sub_block` with weights yet to be loaded."""
+def blank(sub_block: SubBlock, device: torch.device | str = "meta", in_training: bool = False) -> Part:
+    """The module of `sub_block` with weights yet to be loaded. in_training: the one whose passes are few on a GPU."""
     with torch.device("meta"):
-        part: Part = sub_block.module()
+        part: Part = sub_block.module(in_training)
     return part if str(device) == "meta" else part.to_empty(device=device)
 
 
-def loaded(sub_block: SubBlock, weights: Mapping[str, Tensor]) -> Part:
+def loaded(sub_block: SubBlock, weights: Mapping[str, Tensor], in_training: bool = False) -> Part:
     """The module of `sub_block`, sharing `weights` (all of them, by name inside the sub-block); nothing in it learns."""
-    part = blank(sub_block)
+    part = blank(sub_block, in_training=in_training)
     part.load_state_dict(dict(weights), assign=True)
     return part.requires_grad_(False).eval()

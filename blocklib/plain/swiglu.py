@@ -31,19 +31,22 @@ class GatedFfn(Part):
 
     def channels(self, entered: Tensor) -> Tensor:
         """The activation that down_proj reads. [B, T, F]"""
-        return self.activation(self.gate_proj(entered)) * self.up_proj(entered)
+        return self.gated(self.gate_proj(entered), self.up_proj(entered))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up
 
     def inner(self, entered: Tensor, ropes: Ropes) -> Tensor:
         return self.down_proj(self.channels(entered))
 
-    def prefixes(self, x: Tensor, ropes: Ropes, sub_blocks: Sequence[SubBlock]) -> list[Tensor]:
+    def prefixes(self, entered: Tensor, ropes: Ropes, sub_blocks: Sequence[SubBlock]) -> list[Tensor]:
         """At the cost of the widest: every segment of channels is multiplied once, and a width is the sum of its segments, so that
         the gradient of a segment's weights is that of the sum of all widths that have it."""
         if len(sub_blocks) == 1:
-            return [self(x, ropes)]
+            return [self.leave(self.inner(entered, ropes))]
         widths = [s.intermediate_size for s in sub_blocks if isinstance(s, SwiGLU)]
         sizes = [b - a for a, b in pairwise([0, *widths])]
-        channels = self.channels(self.enter(x)).split(sizes, dim=-1)
+        channels = self.channels(entered).split(sizes, dim=-1)
         down = self.down_proj.weight.split(sizes, dim=1)
         segments = [F.linear(some, weight) for some, weight in zip(channels, down, strict=True)]
         sums = accumulate(segments)

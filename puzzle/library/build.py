@@ -28,7 +28,7 @@ from puzzle.base.files import content_hash, wait_for_files
 from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, parse_layers
-from puzzle.blocklib.distill import Recipe, VariantTrainer, autocast
+from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
 from puzzle.blocklib.sub_block import ParentBlock
 from puzzle.blocklib.variant import bundles, search_spaces, variant_of
@@ -112,6 +112,8 @@ class Builder:
                 f"`seq_len` {options.seq_len} is longer than the parent's context of {self.structure.max_length}: "
                 f"use at most {self.structure.max_length}"
             )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton launches on the current one
         if self.device.type == "cuda" and options.memory_limit:
             total = torch.cuda.mem_get_info(self.device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_limit / total), self.device)
@@ -232,7 +234,7 @@ class Builder:
             for slot in self.structure.layers[index]:
                 block = blocks[index, slot] = self.parent.block(index, slot)
                 block.weights = {n: t.to(self.device, self.dtype) for n, t in block.weights.items()}
-                parts[index, slot] = loaded(block.sub_block, block.weights)
+                parts[index, slot] = loaded(block.sub_block, block.weights, in_training=True)
         streams = [self._streams.get("train", step) for step in range(self.num_calibration if group and missing else 0)]
         for step, x in enumerate(streams if self._streams.sends else []):
             self._streams.put("train", step, self.through(parts, {}, ropes, x))  # others calibrate while this one does
@@ -258,15 +260,14 @@ class Builder:
         trainers: Trainers,
         ropes: Ropes,
         x: Tensor,
-        show: Callable[[VariantTrainer, Tensor, Tensor, Ropes], None] = VariantTrainer.step,
+        show: Callable[[VariantTrainer, Shown], None] = VariantTrainer.step,
     ) -> Tensor:
         """The parent on x; every trainer is shown what enters its sub-block and what the parent adds there. [B, T, H] each"""
         for place, part in parts.items():
-            with torch.no_grad(), autocast(self.device):
-                target = part(x, ropes).to(x.dtype)
+            shown = Shown(part, x, ropes)
             for trainer in trainers.get(place, ()):
-                show(trainer, x, target, ropes)
-            x = x + target
+                show(trainer, shown)
+            x = x + shown.target
         return x
 
     def _validate(self, parts: Parts, trainers: Trainers, ropes: Ropes, last: bool = True) -> None:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from puzzle.base.device import compute_dtype
 from puzzle.base.replay import WARM_UP, Replayed
@@ -19,9 +20,9 @@ from puzzle.library.plan import BuildPlan, describe, training_flops
 NUM_STEPS = 3
 
 
-def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
-    """Seconds of all training steps: the mean of NUM_STEPS steps of one layer, after warm-up, times layers and steps; layers of
-    other kinds count by their FLOPs. Weights and activations are random of the right shape: nothing is read or written."""
+def layer_step(builder: Builder) -> tuple[Replayed, Tensor]:
+    """A training step of the first layer to train with all its variants, and what enters it [B, T, H]. Weights and activations are
+    random of the right shape: nothing is read or written."""
     structure, recipe, device = builder.structure, builder.recipe, builder.device
     dtype, first = compute_dtype(device), min(builder.spaces)
     x = torch.randn(recipe.batch_size, recipe.seq_len, structure.hidden_size, device=device, dtype=dtype)
@@ -31,27 +32,37 @@ def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
     for slot, sub_block in structure.layers[first].items():
         weights = {n: torch.randn(s, device=device, dtype=dtype) * 0.02 for n, s in sub_block.tensors().items()}
         block = ParentBlock(sub_block=sub_block, weights=weights)
-        part = parts[first, slot] = loaded(sub_block, weights)
+        part = parts[first, slot] = loaded(sub_block, weights, in_training=True)
         block.statistics = part.calibrate([x[:1]])
         together = bundles(builder.spaces[first][slot], builder.options.nested)
         trainers[first, slot] = [
             VariantTrainer(first, slot, [variant_of(sub_block, n, slot) for n in names], block, recipe, device, lr)
             for names in together
         ]
-    step = Replayed(lambda x: builder.through(parts, trainers, ropes, x))
+    return Replayed(lambda x: builder.through(parts, trainers, ropes, x)), x
+
+
+def step_seconds(step: Replayed, x: Tensor, num_steps: int = NUM_STEPS) -> float:
+    """Mean of `num_steps` steps, after warm-up."""
     for _ in range(WARM_UP + 1):
         step(x)
-    _wait(device)
+    _wait(x.device)
     begin = time.perf_counter()
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         step(x)
-    _wait(device)
-    seconds = (time.perf_counter() - begin) / NUM_STEPS
+    _wait(x.device)
+    return (time.perf_counter() - begin) / num_steps
+
+
+def predict_seconds(builder: Builder, plan: BuildPlan) -> float:
+    """Seconds of all training steps: of a step of one layer, times layers and steps; layers of other kinds count by their FLOPs."""
+    structure, recipe = builder.structure, builder.recipe
     flops = {
         i: training_flops(structure.layers[i], space, recipe.seq_len, builder.options.nested)
         for i, space in builder.spaces.items()
     }
-    return seconds * plan.longest * sum(flops.values()) / flops[first] * recipe.num_steps
+    share = plan.longest * sum(flops.values()) / flops[min(builder.spaces)]
+    return step_seconds(*layer_step(builder)) * share * recipe.num_steps
 
 
 def plan_of(builder: Builder) -> dict[str, Any]:

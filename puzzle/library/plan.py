@@ -17,12 +17,14 @@ from puzzle.runtime.residency import Passing, layer_parameters, widest, workspac
 
 Spaces = Mapping[int, Mapping[str, Space]]  # per layer and slot
 
-STATE_BYTES = 12  # per trained parameter, all the time: float32 master and AdamW's two moments
+STATE_BYTES = (
+    12  # per trained parameter, all the time, beside a copy to compute with: float32 master and AdamW's two moments
+)
 START_BYTES = 4  # per trained parameter, in host memory: the initial weights, in case training does not improve them
 RESERVED = 1.15  # of the GPU's allocator over what is in use: 27.0 GB for 23.8 GB, benchmarks/results/build_8b.csv
 HOST_BYTES = 10**8  # on a CPU, code and buffers of the libraries that the first steps bring in: 63 MB measured
 NESTED_STREAMS = 3  # of every nested variant but one: its segment's output, their sum, and its gradient
-FLIGHT_BYTES = 12  # per parameter of the one variant that takes its step: float32 gradient, its masked copy, bf16 casts
+TWIN_BYTES = 12  # per parameter of the variant in its step, on a CPU: gradients, scaled and clipped; a GPU holds one of `compute_bytes`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +44,20 @@ class BuildPlan:
 
 def forward_flops(sub_block: SubBlock, seq_len: int) -> float:
     """Per token of a causal pass over sequences of `seq_len`, at its mean context."""
-    context = (seq_len + 1) / 2
-    reach = sub_block.state().reach
-    return sub_block.flops(1, context if reach is None else min(reach, context))
+    return sub_block.flops(1, mean_context(sub_block, seq_len))
+
+
+def mean_context(sub_block: SubBlock, seq_len: int) -> float:
+    """Tokens of state that a token sees, of a causal pass over `seq_len`."""
+    context, reach = (seq_len + 1) / 2, sub_block.state().reach
+    return context if reach is None else min(reach, context)
 
 
 def training_flops(layer: Layer, spaces: Mapping[str, Space], seq_len: int, nested: bool) -> float:
-    """FLOPs per token: the parent's layer forward, and every trained variant forward and backward (three times a forward)."""
+    """FLOPs per token that a step must do: the parent's layer forward, and what training each variant takes (`SubBlock.training_flops`).
+    MFU is tokens per second times the sum over layers, over the GPU's dense bf16 FLOPs."""
     parent = sum(forward_flops(sub_block, seq_len) for sub_block in layer.values())
-    return parent + 3 * sum(forward_flops(sub_block, seq_len) for sub_block in trained(spaces, nested))
+    return parent + sum(b.training_flops(mean_context(b, seq_len)) for b in trained(spaces, nested))
 
 
 def trained(spaces: Mapping[str, Space], nested: bool) -> list[SubBlock]:
@@ -158,7 +165,8 @@ def plan_build(
     layers, hidden = sorted(spaces), structure.hidden_size
     chosen = [structure.layers[index] for index in layers]
     sizes = [[sub_block.num_parameters for sub_block in trained(spaces[index], nested)] for index in layers]
-    most, state = max(map(sum, sizes)), STATE_BYTES + (START_BYTES if on_host else 0)
+    most, state = max(map(sum, sizes)), STATE_BYTES + compute_bytes + (START_BYTES if on_host else 0)
+    flight = TWIN_BYTES if on_host else compute_bytes
     per_layer = max(state * sum(s) + layer_parameters(x) * compute_bytes for s, x in zip(sizes, chosen, strict=True))
     tokens = recipe.batch_size * recipe.seq_len
     working = max(workspace_bytes(layer, hidden, tokens, compute_bytes) for layer in chosen)
@@ -166,7 +174,7 @@ def plan_build(
         len(names) for index in layers for s in spaces[index].values() for names in [(), *bundles(s, nested)]
     )
     working += NESTED_STREAMS * max(0, most_nested - 1) * tokens * hidden * compute_bytes
-    step = FLIGHT_BYTES * max((size for s in sizes for size in s), default=0) + working
+    step = flight * max((size for s in sizes for size in s), default=0) + working
     calibration = max(calibration_bytes(layer, hidden, recipe, compute_bytes) for layer in chosen)
     sequences = max(recipe.num_steps * recipe.batch_size, recipe.calibration_sequences) + recipe.validation_sequences
     waiting = sequences * recipe.seq_len * hidden * compute_bytes  # between groups, in host memory

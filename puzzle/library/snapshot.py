@@ -106,7 +106,7 @@ class Snapshots:
                     found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
             except (SafetensorError, OSError):
                 return None
-            if not {f"{trainer.key}|loss_before" for trainer in of_layer} <= found.keys():
+            if not {n for t in of_layer for n in (f"{t.key}|loss_before", *t.state())} <= found.keys():
                 return None
         return found
 

@@ -24,7 +24,7 @@ from puzzle.run.plan import Row, disk_of, stages_of
 from puzzle.run.recipe import Recipe, naming
 from puzzle.runtime.residency import Memory
 
-MFU = 0.2835  # of training steps at Llama-3.1-8B's shapes, one H200, 2026-11-23: benchmarks/results/build_8b.csv
+MFU = 0.2798  # of training steps at Llama-3.1-8B's shapes, one H200, 2026-11-23: tokens per second of benchmarks/results/build_8b.csv
 BYTES = 2  # of a weight, computing and stored: bf16
 UNLIMITED = 2**62
 

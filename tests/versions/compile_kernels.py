@@ -19,10 +19,13 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from puzzle.kernels import overlap
+from puzzle.kernels.adamw import Rule, Weight, adamw
 from puzzle.kernels.block_loss import block_loss
 from puzzle.kernels.decode_attention import decode_attention
+from puzzle.kernels.gated import gated_silu
 from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl
 from puzzle.kernels.rmsnorm import rms_norm
+from puzzle.kernels.rope import rope
 from puzzle.kernels.rope_kv import rope_kv
 from puzzle.kernels.skinny import Config, skinny_linear
 from puzzle.kernels.swiglu import rows_to_fp8, silu_mul, silu_mul_to_fp8
@@ -93,12 +96,25 @@ def losses(config: Any) -> None:
     block_loss(child, parent).backward()
 
 
+def training(dtype: torch.dtype) -> None:
+    x, table = torch.randn(1, 6, 8, 64).to(dtype).transpose(1, 2).requires_grad_(), torch.ones(6, 64)
+    rope(x, table, table).sum().backward()
+    gated_silu(x, x).sum().backward()
+    first, norm = (
+        Weight(value=v, mean=v.clone(), square=v.clone(), copy=c, scaled=c is not None)
+        for v, c in ((torch.ones(96, 128), torch.ones(96, 128).to(dtype)), (torch.ones(128), None))
+    )
+    rule = Rule(lr=torch.ones(()), beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0)
+    adamw([first], [first.value.to(dtype)], norm, 0.0, torch.zeros(()), rule)
+
+
 def main() -> None:
     torch.manual_seed(0)
     compile_only()
     calls: list[tuple[Callable[[Any], None], Any]] = [
         *((norms_and_caches, dtype) for dtype in (BF16, FP8)),
         *((products, dtype) for dtype in (BF16, FP8)),
+        *((training, dtype) for dtype in (BF16, torch.float32)),
         *((losses, config) for config in (Chunks(tokens=64, words=128), Fused(num_stages=3))),
     ]
     for call, argument in calls:

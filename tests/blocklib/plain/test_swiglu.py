@@ -29,7 +29,7 @@ def test_prefixes_are_the_narrow_ffns(more):
     """Each as its own weights alone compute it, and the gradients those of the sum of their losses."""
     part, sub_blocks = part_of(more)
     x, target = torch.randn(2, 5, 17).double(), torch.randn(2, 5, 17).double()
-    outputs = part.prefixes(x, {}, sub_blocks)
+    outputs = part.prefixes(part.enter(x), {}, sub_blocks)
     for out, sub_block in zip(outputs, sub_blocks, strict=True):
         alone = loaded(sub_block, part.beginning({n: p.detach() for n, p in part.named_parameters()}, sub_block))
         torch.testing.assert_close(out, alone(x, {}), rtol=1e-12, atol=1e-12)
@@ -57,7 +57,7 @@ def test_the_gradient_of_a_segment_is_that_of_all_widths_that_have_it():
     """dW_down[segment] = h_segmentᵀ Σ_{w ⊇ segment} g_w."""
     part, sub_blocks = part_of("")
     x = torch.randn(1, 7, 17).double()
-    outputs = part.prefixes(x, {}, sub_blocks)
+    outputs = part.prefixes(part.enter(x), {}, sub_blocks)
     upstream = [torch.randn_like(out) for out in outputs]
     torch.autograd.backward(outputs, upstream)
     channels = part.channels(part.enter(x))
@@ -84,6 +84,6 @@ def test_what_nests():
 def test_one_alone_is_the_module():
     part, sub_blocks = part_of("")
     x = torch.randn(1, 3, 17).double()
-    (out,) = part.prefixes(x, {}, sub_blocks[-1:])
+    (out,) = part.prefixes(part.enter(x), {}, sub_blocks[-1:])
     assert torch.equal(out, part(x, {}))
-    assert F.mse_loss(out, part.prefixes(x, {}, sub_blocks)[-1]) < 1e-24
+    assert F.mse_loss(out, part.prefixes(part.enter(x), {}, sub_blocks)[-1]) < 1e-24
