@@ -173,6 +173,25 @@ def build_8b(rows: list[Row]) -> str:
     return facts + table(["", "predicted", "measured"], lines)
 
 
+def build_8b_steps(rows: list[Row]) -> str:
+    lines = (
+        [
+            r["turned_on"],
+            f"{int(r['tokens_a_step']):,}",
+            milliseconds(r["seconds"], 1),
+            f"{int(r['tokens_per_second']):,}",
+            r["mfu"],
+        ]
+        for r in rows
+    )
+    return table(["turned on as well", "tokens a step", "a step of one layer", "tokens/s, 32 layers", "MFU"], lines)
+
+
+def build_8b_profile(rows: list[Row]) -> str:
+    lines = ([r["turned_on"], r["class"], milliseconds(r["seconds"], 2), percent(r["share"])] for r in rows)
+    return table(["turned on as well", "class", "time", "share"], lines)
+
+
 def profile(rows: list[Row]) -> str:
     return table(
         ["shapes", "dtype", "points", "seconds", "points a minute"],

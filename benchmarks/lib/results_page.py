@@ -112,6 +112,8 @@ SECTIONS = {
         Result("tp_promise.csv", "speed/bench_tp_promise.py", "The promise of GPUs that share a model", t.tp_promise),
         Result("seeds.csv", "speed/bench_seeds.py", "The two Nemotron deployments, with made-up scores", t.seeds),
         Result("build_8b.csv", "speed/bench_build_8b.py", "Building at 8B shapes", t.build_8b),
+        Result("build_8b_steps.csv", "speed/bench_build_8b.py", "A step of building at 8B shapes", t.build_8b_steps),
+        Result("build_8b_steps_profile.csv", "speed/bench_build_8b.py", "Where a step goes", t.build_8b_profile),
     ),
     "Quality": (
         Result("bld.csv", "quality/bench_bld.py", "Distillation of the default search space", t.bld),
