@@ -119,7 +119,7 @@ class EngineModel:
             return overhead + self._matmul(part.hidden_size * part.vocab_size, batch, own.matmul, 2)
         assert isinstance(part, SubBlock)
         state = part.state()
-        if state.per_sequence:
+        if state.fixed_bytes("bf16"):
             raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
         seconds = self._matmul(_num_weights(part), rows, share, self.weight_bytes)
         seconds, reach = seconds + (own.attention if state else own.ffn), state.kept(context)

@@ -152,7 +152,7 @@ class GpuTimer:
             if not isinstance(sub_block, Gqa):
                 raise MissingFace(sub_block.kind, "profile on a GPU of what it keeps between tokens")
             length = context + 1 if phase == "decode" else context
-            cache_bytes = batch * sub_block.state().elements(length, PAGE) * (1 if self.fp8 else self.dtype.itemsize)
+            cache_bytes = batch * sub_block.state().num_bytes(length, "fp8" if self.fp8 else "bf16", PAGE)
             count = min(len(self.modules), num_copies(self.weight_bytes + cache_bytes, self.device, MAX_COPIES))
             if self.pool is not None:
                 if cache_bytes > self.pool.num_bytes:
