@@ -140,8 +140,7 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int) -> 
         length = x_.shape[1]
         scores = torch.einsum("blgs,bmgs->bglm", c_, b_).repeat_interleave(heads // groups, dim=1)  # [B, N, L, L]
         logs = (a * dt_).transpose(1, 2)  # [B, N, L]
-        after = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-1)  # token l comes after token m
-        sums = logs[..., None].expand(*logs.shape, length).masked_fill(~after, 0).cumsum(dim=-2)  # from m to l
+        sums = logs[..., None].expand(*logs.shape, length).tril(-1).cumsum(dim=-2)  # from each token to later ones
         decay = sums.exp().tril()
         b_, c_ = (t.repeat_interleave(heads // groups, dim=2).transpose(1, 2) for t in (b_, c_))  # [B, N, L, S]
         values = (dt_[..., None] * x_).transpose(1, 2)  # [B, N, L, D]
