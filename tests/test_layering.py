@@ -19,6 +19,8 @@ SHIPPED = {
     "modeling_puzzle_mamba.py",
     "modeling_decilm.py",
     "configuration_decilm.py",
+    "modeling_nemotron_h_puzzle.py",
+    "configuration_nemotron_h_puzzle.py",
     "worker.py",
 }  # run without puzzle
 SOLVER_USES = {"numpy", "ortools", "pulp"}

@@ -23,7 +23,10 @@ MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
 KINDS_FILES = tuple(
     sorted(MODELING_FILE.parent.glob("modeling_puzzle_*.py"))
 )  # which it imports, whatever the child has
-SHIPPED_CODE = ("configuration_decilm.py", "modeling_decilm.py", *(path.name for path in (MODELING_FILE, *KINDS_FILES)))
+FORMATS_FILES = tuple(
+    f"{part}_{name}.py" for name in ("decilm", "nemotron_h_puzzle") for part in ("configuration", "modeling")
+)
+SHIPPED_CODE = (*FORMATS_FILES, *(path.name for path in (MODELING_FILE, *KINDS_FILES)))
 HEADER_BYTES = 64 * 1024  # kept free for a shard's header: about 500 tensors
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -265,8 +265,9 @@ class PuzzleLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, ropes: dict, masks: dict, cache: Cache | None) -> Tensor:
         for name, (before, after) in self.norms.items():
-            more = (ropes, masks, cache) if name == "mamba" or (name == "self_attn" and self.attends) else ()
-            y = getattr(self, name)(x if before is None else getattr(self, before)(x), *more)
+            module = getattr(self, name)
+            more = (ropes, masks, cache) if isinstance(module, PuzzleAttention | PuzzleMamba) else ()
+            y = module(x if before is None else getattr(self, before)(x), *more)
             y = y if after is None else getattr(self, after)(y)
             x = x + (y if self.residual == 1 else y * self.residual)
         return x
@@ -376,6 +377,7 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
     """PuzzleModel with a language-model head."""
 
     config_class: Any = PuzzleConfig
+    decoder_class: Any = PuzzleModel
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -386,7 +388,7 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.model = PuzzleModel(self.decoder_config(config))
+        self.model = self.decoder_class(self.decoder_config(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._is_stateful = "state" in self.model.windows  # which no assistant can take tokens back from
         self.post_init()

@@ -54,29 +54,33 @@ class PuzzleMamba(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, inner + convolved + heads, bias=sizes["bias"])
         self.conv1d = nn.Conv1d(convolved, convolved, self.width, groups=convolved, bias=sizes["conv_bias"])
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.ones(heads)) for _ in range(3))
-        self.gate_norm = nn.ParameterDict({"weight": nn.Parameter(torch.ones(inner))})
+        self.norm = nn.ParameterDict({"weight": nn.Parameter(torch.ones(inner))})
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=sizes["bias"])
 
     def forward(self, x: Tensor, ropes: dict, masks: dict, cache: Cache | None) -> Tensor:
         """x [B, T, E], masks["real"] [B, T, 1], False at padding, which is as if it were not there -> [B, T, E]"""
-        real, kept = masks["real"], None if cache is None else cache.layers[self.slot]
+        real = masks["real"]
+        kept: Any = None if cache is None else cache.layers[self.slot]
+        if not isinstance(kept, PuzzleState | None):
+            what = f"slot {self.slot} of the cache is a {type(kept).__name__}"
+            raise ValueError(f"{what}, not of this model: give an empty cache, or none")
         z, new, dt = self.in_proj(x).split((self.split[0], sum(self.split), len(self.D)), dim=-1)
         dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(min=self.dt_min)  # [B, T, N]
         new, dt = (new, dt) if real is None else (new * real, dt * real)
-        used = kept is not None and kept.get_seq_length() > 0
-        before = kept.keys if used else new.new_zeros(len(x), sum(self.split), self.width - 1)
+        used: Any = None if kept is None or not kept.get_seq_length() else kept
+        before = used.keys if used else new.new_zeros(len(x), sum(self.split), self.width - 1)
         inputs = torch.cat((before, new.transpose(1, 2)), dim=-1)
         mixed = F.silu(self.conv1d(inputs)).transpose(1, 2).float()
         counts = (len(self.D), self.groups, self.groups)
         v, b, c = (t.unflatten(-1, (n, -1)) for t, n in zip(mixed.split(self.split, -1), counts, strict=True))
         b, c = (t.repeat_interleave(len(self.D) // self.groups, dim=2) for t in (b, c))  # [B, T, N, Z]
-        state = kept.values.float() if used else v.new_zeros(*v.shape[:1], *v.shape[2:], self.state_size)
+        state = used.values.float() if used else v.new_zeros(*v.shape[:1], *v.shape[2:], self.state_size)
         y, state = self.scan(v, dt, b, c, state)
         if kept is not None:
             kept.put(inputs[:, :, inputs.shape[2] - self.width + 1 :], state.to(self.state_dtype), x.shape[1])
         y = ((y + self.D.float()[:, None] * v).flatten(-2) * F.silu(z.float())).unflatten(-1, (self.groups, -1))
         y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2).to(x.dtype)
-        return self.out_proj(self.gate_norm["weight"] * y)
+        return self.out_proj(self.norm["weight"] * y)
 
     def scan(self, v: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """state = exp(-exp(A_log) dt) state + dt v ⊗ b; y = state · c. v [B, T, N, P], state [B, N, P, Z] -> y and the last state"""

@@ -40,6 +40,7 @@ def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:
     placement = sub_block.norm if isinstance(sub_block, Normed) else "before"
     before, after = NORMS[placement, slot]
     module = OF_KIND.get(sub_block.kind, MODULES[slot])
+    name = name.replace("gate_norm.", "norm.") if owner == "gate_norm" else name  # Mamba-2's own, inside its module
     path = {"norm": before, "post_norm": after, "linear": f"{module}.{MATRICES[slot]}"}.get(owner)
     return f"model.layers.{layer}.{module}.{name}" if path is None else f"model.layers.{layer}.{path}.{rest}"
 

@@ -41,7 +41,11 @@ NEUTRAL = {  # fields that change no output: of training, of generation, and wha
 READ = ("BF16", "F16", "F32", "F64")  # dtypes of weights, as safetensors names them
 QUANTISED = ("quantization_config", "compression_config")  # which `Checkpoint` has read
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-OWN_CONFIGS = ("puzzle", "nemotron-nas")  # whose config classes come with the checkpoint, which stays unread
+OWN_CONFIGS = (
+    "puzzle",
+    "nemotron-nas",
+    "nemotron_h_puzzle",
+)  # whose config classes come with the checkpoint, which stays unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +238,7 @@ def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
     if missing := [name for name in needed if name not in raw]:
         raise UserError(f"{checkpoint.directory}/config.json lacks '{missing[0]}': download the checkpoint again")
     if model_type in OWN_CONFIGS:
-        return _Noted(raw)
+        return _Noted(_with_floats(raw))
     for name in needed:
         if not isinstance(raw[name], int) or raw[name] < 1:
             raise UserError(

@@ -42,7 +42,15 @@ LAYOUTS = {
     "window after nothing": (("-", "-"), ("linear", 80), ("2w", 80), ("-", "linear"), ("4", 80)),
 }
 WINDOW, NUM_NEW = 6, 24
-MAMBA = {"num_heads": 6, "head_dim": 5, "num_groups": 3, "state_size": 7, "conv_width": 3, "chunk_size": 4, "bias": True}
+MAMBA = {
+    "num_heads": 6,
+    "head_dim": 5,
+    "num_groups": 3,
+    "state_size": 7,
+    "conv_width": 3,
+    "chunk_size": 4,
+    "bias": True,
+}
 OPTIONS = {"do_sample": False, "max_new_tokens": NUM_NEW, "min_new_tokens": NUM_NEW}
 
 

@@ -157,6 +157,20 @@ def test_engines_take_it_or_refuse_it_by_name(name, engine, family_parent, tmp_p
         ),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 .* tanh on the logits"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba", "moe"]},
+            r"block 1 in config.json is one of experts \(E, 'moe'\), which is not",
+        ),
+        ("nemotron_h", {"sliding_window": 8}, "sliding_window = 8 .* windows, which transformers passes over"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act 'silu' in config.json is not supported: relu2 is"),
+        ("nemotron_h", {"mamba_proj_bias": True}, "mamba_proj_bias in config.json asks for biases"),
+        (
+            "nemotron_h",
+            {"time_step_limit": [0.0, 0.5]},
+            r"time_step_limit = \[0.0, 0.5\] in config.json is passed over",
+        ),
+        ("nemotron_h", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1 .* is not understood"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, "use_sliding_window turns off"),
     ],
 )
