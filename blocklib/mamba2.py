@@ -82,6 +82,11 @@ class Mamba2(Normed):
         chunk = min(context, self.chunk_size)
         return 6 * self.inner_size * self.state_size + chunk * (self.num_groups * self.state_size + self.inner_size)
 
+    @property
+    def widest(self) -> int:
+        """Three times what in_proj gives: what follows it is in float32, and there is more of it."""
+        return 3 * (self.inner_size + self.conv_channels + self.num_heads)
+
     def timed(self) -> Self:
         return replace(Normed.timed(self), dt_min=0.001)
 

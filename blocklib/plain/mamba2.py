@@ -5,9 +5,14 @@ Letters: B batch, T tokens, L chunk, H hidden_size, N num_heads, D head_dim, G n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.plain.part import Part, Ropes, statistics_of
@@ -133,19 +138,29 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int) -> 
     x [B, T, N, D], dt [B, T, N], a [N] (negative), b and c [B, T, G, S] -> y [B, T, N, D], h [B, N, D, S]. Sums of logarithms of decays
     are taken from each token on, never as differences of sums from the chunk's first: a small one after large ones would drown.
     """
-    heads, groups = x.shape[2], b.shape[2]
-    h = x.new_zeros(x.shape[0], heads, x.shape[3], b.shape[3])
-    found = []
-    for x_, dt_, b_, c_ in zip(*(t.split(chunk, dim=1) for t in (x, dt, b, c)), strict=True):
-        length = x_.shape[1]
-        scores = torch.einsum("blgs,bmgs->bglm", c_, b_).repeat_interleave(heads // groups, dim=1)  # [B, N, L, L]
-        logs = (a * dt_).transpose(1, 2)  # [B, N, L]
-        sums = logs[..., None].expand(*logs.shape, length).tril(-1).cumsum(dim=-2)  # from each token to later ones
-        decay = sums.exp().tril()
-        b_, c_ = (t.repeat_interleave(heads // groups, dim=2).transpose(1, 2) for t in (b_, c_))  # [B, N, L, S]
-        values = (dt_[..., None] * x_).transpose(1, 2)  # [B, N, L, D]
-        since = logs.cumsum(-1).exp()  # of what the chunk began with [B, N, L]
-        y = (scores * decay) @ values + since[..., None] * (c_ @ h.transpose(2, 3))
-        h = since[..., -1:, None] * h + (decay[:, :, -1, :, None] * values).transpose(2, 3) @ b_
-        found.append(y.transpose(1, 2))
+    h, found = x.new_zeros(x.shape[0], *x.shape[2:], b.shape[3]), []
+    step: Callable[..., Any] = _chunk
+    if (
+        torch.is_grad_enabled()
+    ):  # a backward pass computes each chunk again: together their scores would take too much memory
+        step = partial(checkpoint, _chunk, use_reentrant=False, preserve_rng_state=False)
+    for parts in zip(*(t.split(chunk, dim=1) for t in (x, dt, a * dt, b, c)), strict=True):
+        y, h = step(*parts, h)
+        found.append(y)
     return torch.cat(found, dim=1), h
+
+
+def _chunk(x: Tensor, dt: Tensor, logs: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """L tokens from the state h on: their y, and the state after them. logs [B, L, N]: of each token's decay."""
+    length, shared = x.shape[1], x.shape[2] // b.shape[2]
+    scores = torch.einsum("blgs,bmgs->bglm", c, b).repeat_interleave(shared, dim=1)  # [B, N, L, L]
+    logs = logs.transpose(1, 2)  # [B, N, L]
+    decay = (
+        logs[..., None].expand(*logs.shape, length).tril(-1).cumsum(dim=-2).exp().tril()
+    )  # from a token to later ones
+    b, c = (t.repeat_interleave(shared, dim=2).transpose(1, 2) for t in (b, c))  # [B, N, L, S]
+    values = (dt[..., None] * x).transpose(1, 2)  # [B, N, L, D]
+    since = logs.cumsum(-1).exp()  # of what the chunk began with [B, N, L]
+    y = (scores * decay) @ values + since[..., None] * (c @ h.transpose(2, 3))
+    h = since[..., -1:, None] * h + (decay[:, :, -1, :, None] * values).transpose(2, 3) @ b
+    return y.transpose(1, 2), h

@@ -266,6 +266,7 @@ class CostModel:
             workspace_bytes=self.workspace(batch) + int(change.get("workspace_bytes", 0)),
             kv_bytes_per_token=PRECISION_BYTES[self.way.cache] * sum(part.state().per_token for part, _ in runs),
             num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0)) + inside,
+            state_bytes=sum(part.state().fixed_bytes(self.way.cache) for part, _ in runs),
         )
 
     def _all(self, layers: Sequence[Layer], precisions: Sequence[ByUse] | None) -> list[Placed]:

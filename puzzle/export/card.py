@@ -150,6 +150,7 @@ def _predicted(solved: Architecture, as_solved: bool) -> str:
         ("time per output token, s", f"{child.tpot_seconds:.4g}", f"{parent.tpot_seconds:.4g}"),
         ("memory", bytes_text(child.memory_bytes), bytes_text(parent.memory_bytes)),
         ("KV bytes per token", child.kv_bytes_per_token, parent.kv_bytes_per_token),
+        *([("state bytes per sequence", child.state_bytes, parent.state_bytes)] if parent.state_bytes else []),
         ("parameters", f"{child.num_parameters:,}", f"{parent.num_parameters:,}"),
     ]
     head = f"predicted on {solved.costs['device']}, {solved.precision}"
