@@ -33,6 +33,7 @@ class Mamba2(Normed):
 
     kind: ClassVar[str] = "mamba2"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.mamba2:Mixer"
+    on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.mamba2:VllmMamba"
 
     num_heads: int = size("heads", config="mamba_num_heads")
     head_dim: int = size("d", config="mamba_head_dim")

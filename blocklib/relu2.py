@@ -18,6 +18,7 @@ class Relu2(Ffn):
     kind: ClassVar[str] = "relu2"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.relu2:Relu2Ffn"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.relu2:FastRelu2"
+    on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.relu2:VllmRelu2Ffn"
 
     def inner_tensors(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size

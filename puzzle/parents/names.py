@@ -29,6 +29,11 @@ class Where:
     rows: tuple[int, int] | None = None
 
 
+def module_of(slot: str, sub_block: SubBlock) -> str:
+    """What the module of a sub-block in this slot is called."""
+    return OF_KIND.get(sub_block.kind, MODULES[slot])
+
+
 def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:
     """As in Llama, OLMo-2 and Gemma-3: (3, "ffn", SwiGLU(...), "norm.weight") -> "model.layers.3.post_attention_layernorm.weight".
 
@@ -39,7 +44,7 @@ def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:
     owner, _, rest = name.partition(".")
     placement = sub_block.norm if isinstance(sub_block, Normed) else "before"
     before, after = NORMS[placement, slot]
-    module = OF_KIND.get(sub_block.kind, MODULES[slot])
+    module = module_of(slot, sub_block)
     name = name.replace("gate_norm.", "norm.") if owner == "gate_norm" else name  # Mamba-2's own, inside its module
     path = {"norm": before, "post_norm": after, "linear": f"{module}.{MATRICES[slot]}"}.get(owner)
     return f"model.layers.{layer}.{module}.{name}" if path is None else f"model.layers.{layer}.{path}.{rest}"
