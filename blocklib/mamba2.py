@@ -1,6 +1,6 @@
 """Mamba-2 (arXiv 2405.21060): a recurrence over a state that does not grow, after a short convolution, before a gated norm.
 
-z, x, B, C, dt = in_proj(n);  x, B, C = silu(conv(x, B, C));  dt = max(softplus(dt + dt_bias), dt_min)
+z, x, B, C, dt = in_proj(n);  x, B, C = silu(conv(x, B, C));  dt = softplus(dt + dt_bias)
 state = exp(-exp(A_log) · dt) · state + dt · x ⊗ B;  y = state · C + D · x;  out_proj(norm(y · silu(z)))
 
 Letters: H hidden_size, N num_heads, D head_dim (D alone in a formula: the skip), G num_groups of heads that share B and C, S
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
@@ -27,7 +27,7 @@ STATE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mamba2(Normed):
-    """chunk_size: tokens that are multiplied together, which changes no result. dt_min: the least step of time. state_dtype: of the
+    """chunk_size: tokens that are multiplied together, which changes no result. state_dtype: of the
     recurrent state, which engines keep apart from the cache's (vLLM: mamba_ssm_cache_dtype). norm_eps: of the gated norm too, which
     norms each group of I / G channels by itself."""
 
@@ -43,7 +43,6 @@ class Mamba2(Normed):
     chunk_size: int = size("chunk", default=128)
     conv_bias: bool = size("conv_bias", default=True)
     bias: bool = size("bias", default=False)
-    dt_min: float = size("dt_min", default=0.001)
     state_dtype: str = size("state_dtype", default="float32", choices=tuple(STATE_BYTES))
 
     @property
@@ -87,9 +86,6 @@ class Mamba2(Normed):
     def widest(self) -> int:
         """Three times what in_proj gives: what follows it is in float32, and there is more of it."""
         return 3 * (self.inner_size + self.conv_channels + self.num_heads)
-
-    def timed(self) -> Self:
-        return replace(Normed.timed(self), dt_min=0.001)
 
     def symbol(self, parent: SubBlock) -> str:
         return "█" if self == parent else "m"

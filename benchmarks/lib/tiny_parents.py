@@ -50,6 +50,7 @@ ALL = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx")
 NATURAL = {"head_dim": 6}  # hidden_size / num_attention_heads, which some engines want
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+STEPS = {"time_step_min": 1e-30}  # at which transformers' PyTorch path holds steps of time, and nothing else does
 LONGROPE = {"short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 32}
 PARENTS = {
     "llama": Tiny(model_type="llama", changes=rope("default") | NATURAL, engines=ALL),
@@ -128,6 +129,7 @@ PARENTS = {
             "n_groups": 3,
             "ssm_state_size": 11,
             "chunk_size": 8,
+            **STEPS,
         },
     ),
     "nemotron_h with biases, attention first": Tiny(
@@ -142,6 +144,7 @@ PARENTS = {
             "use_bias": True,
             "mlp_bias": True,
             "use_conv_bias": False,
+            **STEPS,
         },
     ),
     "smollm3 with windows": Tiny(
@@ -166,7 +169,7 @@ def write_tiny_parent(name: str, out: Path, **sizes: Any) -> Path:
             weight.data = noise * (
                 0.1 if weight.dim() == 1 else 0.4 if "embed" in key or "conv1d" in key else weight.shape[1] ** -0.5
             )
-            weight.data -= 3 if key.endswith("dt_bias") else 0  # steps of time short enough to remember
+            weight.data = 2 * noise - 5 if key.endswith("dt_bias") else weight.data  # steps of time from 1e-5 to 0.3
     model.tie_weights()
     model.save_pretrained(out)
     return out

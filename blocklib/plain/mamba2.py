@@ -52,8 +52,7 @@ class Mixer(Part):
 
     def steps(self, dt: Tensor) -> Tensor:
         """From what in_proj gives to steps of time, in float32 or wider. [..., N]"""
-        dt = F.softplus(wide(dt) + wide(self.dt_bias))
-        return dt.clamp(min=self.sizes.dt_min)
+        return F.softplus(wide(dt) + wide(self.dt_bias))
 
     def parts(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., N, D], B and C [..., G, S], in float32 or wider."""

@@ -11,7 +11,7 @@ from puzzle.blocklib.vllm.place import Place
 
 
 class VllmMamba(MambaMixer2):
-    """vLLM's mixer with its own state cache, of this layer's sizes. It holds no step of time at `dt_min`, as no engine does."""
+    """vLLM's mixer with its own state cache, of this layer's sizes."""
 
     def __init__(self, sub_block: Mamba2, place: Place):
         place.check_divides(sub_block.num_heads, "num_heads")

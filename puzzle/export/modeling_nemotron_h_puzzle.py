@@ -50,7 +50,7 @@ class NemotronHPuzzleForCausalLM(PuzzleForCausalLM):
         mamba = {
             "num_heads": config.mamba_num_heads, "head_dim": config.mamba_head_dim, "num_groups": config.n_groups,
             "state_size": config.ssm_state_size, "conv_width": config.conv_kernel, "chunk_size": config.chunk_size,
-            "conv_bias": config.use_conv_bias, "bias": config.use_bias, "dt_min": config.time_step_min,
+            "conv_bias": config.use_conv_bias, "bias": config.use_bias,
             "state_dtype": config.mamba_ssm_cache_dtype,
         }  # fmt: skip
         layers: dict[str, dict[str, Any]] = {}

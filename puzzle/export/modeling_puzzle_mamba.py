@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 MAMBA = {  # sizes of Mamba-2, None where they have no default
     "num_heads": None, "head_dim": None, "num_groups": None, "state_size": None, "conv_width": 4, "chunk_size": 128,
-    "conv_bias": True, "bias": False, "dt_min": 0.001, "state_dtype": "float32",
+    "conv_bias": True, "bias": False, "state_dtype": "float32",
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ class PuzzleMamba(nn.Module):
         self.slot, self.eps, sizes = slot, config.rms_norm_eps, MAMBA | config.mamba
         heads, self.groups, self.width = sizes["num_heads"], sizes["num_groups"], sizes["conv_width"]
         self.head_dim, self.state_size, self.chunk = sizes["head_dim"], sizes["state_size"], sizes["chunk_size"]
-        self.dt_min, self.state_dtype = sizes["dt_min"], getattr(torch, sizes["state_dtype"])
+        self.state_dtype = getattr(torch, sizes["state_dtype"])
         inner, shared = heads * self.head_dim, self.groups * self.state_size
         self.split, convolved = (inner, shared, shared), inner + 2 * shared
         self.in_proj = nn.Linear(config.hidden_size, inner + convolved + heads, bias=sizes["bias"])
@@ -65,7 +65,7 @@ class PuzzleMamba(nn.Module):
             what = f"slot {self.slot} of the cache is a {type(kept).__name__}"
             raise ValueError(f"{what}, not of this model: give an empty cache, or none")
         z, new, dt = self.in_proj(x).split((self.split[0], sum(self.split), len(self.D)), dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(min=self.dt_min)  # [B, T, N]
+        dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, T, N]
         new, dt = (new, dt) if real is None else (new * real, dt * real)
         used: Any = None if kept is None or not kept.get_seq_length() else kept
         before = used.keys if used else new.new_zeros(len(x), sum(self.split), self.width - 1)

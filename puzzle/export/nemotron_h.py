@@ -45,6 +45,10 @@ KINDS = {
     "mamba2": ("mamba", "M"),
 }  # block_type, letter of the pattern
 ATTENDS_BY_BLOCK = (None, "vllm")  # engines that read what an attention has of its own
+NO_LIMIT = (
+    1e-30,
+    1e30,
+)  # on steps of time, of which transformers and mlx-lm hold some at these fields; the training held none
 REST = "write `format` hf, which transformers reads"
 
 
@@ -212,7 +216,8 @@ def _mamba_config(mamba: Mamba2) -> dict[str, Any]:
         "mamba_proj_bias": mamba.bias,
         "mamba_hidden_act": "silu",
         "mamba_ssm_cache_dtype": mamba.state_dtype,
-        "time_step_min": mamba.dt_min,
+        "time_step_min": NO_LIMIT[0],
+        "time_step_limit": [0.0, NO_LIMIT[1]],
         "expand": 2,
     }
 

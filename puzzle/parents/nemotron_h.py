@@ -1,6 +1,7 @@
 """Nemotron-H: blocks of one mixer each, a norm before it: Mamba-2 (M), attention without positions (*), squared ReLUs (-).
 
-A block is a layer here whose other slot is `none`: what mixes tokens stands in "attention", what mixes channels in "ffn".
+Steps of time are as they come: transformers holds those of prompts at `time_step_min` or more, which the training did not, nor does
+vLLM. A block is a layer here whose other slot is `none`: what mixes tokens stands in "attention", what mixes channels in "ffn".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PREFIXES = {  # of stored names; hub checkpoints say backbone, the class in tran
     "backbone.": "model.",
 }
 UNUSED = (  # fields that change no output: of how weights were first drawn, of kernels, of dropout
-    "expand", "time_step_max", "time_step_floor", "rescale_prenorm_residual", "use_mamba_kernels", "num_logits_to_keep",
+    "expand", "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual", "use_mamba_kernels", "num_logits_to_keep",
     "hidden_dropout", "mtp_layers_block_type", "rms_norm_eps",
 )  # fmt: skip
 OF_EXPERTS = (  # which only a block of experts reads
@@ -50,8 +51,8 @@ def mamba(c: Config) -> Mamba2:
     if c["mamba_hidden_act"] != "silu":
         raise UserError(f"mamba_hidden_act '{c['mamba_hidden_act']}' in config.json is not supported: silu is")
     low, high = c.get("time_step_limit") or (0.0, float("inf"))
-    if (float(low), float(high)) != (0.0, float("inf")):
-        raise UserError(f"time_step_limit = {[low, high]} in config.json is passed over by transformers: take it out")
+    if low > 0 or high < 1e6:
+        raise UserError(f"time_step_limit = {[low, high]} in config.json is passed over by engines: take it out")
     return Mamba2(
         hidden_size=c["hidden_size"],
         norm_eps=float(c["layer_norm_epsilon"]),
@@ -63,7 +64,6 @@ def mamba(c: Config) -> Mamba2:
         chunk_size=c["chunk_size"],
         conv_bias=bool(c["use_conv_bias"]),
         bias=bool(c["use_bias"]),
-        dt_min=float(c["time_step_min"]),
         state_dtype=c["mamba_ssm_cache_dtype"],
     )
 

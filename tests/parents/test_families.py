@@ -168,7 +168,7 @@ def test_engines_take_it_or_refuse_it_by_name(name, engine, family_parent, tmp_p
         (
             "nemotron_h",
             {"time_step_limit": [0.0, 0.5]},
-            r"time_step_limit = \[0.0, 0.5\] in config.json is passed over",
+            r"time_step_limit = \[0.0, 0.5\] in config.json is passed over by engines",
         ),
         ("nemotron_h", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1 .* is not understood"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, "use_sliding_window turns off"),
