@@ -33,6 +33,7 @@ class Mamba2(Normed):
 
     kind: ClassVar[str] = "mamba2"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.mamba2:Mixer"
+    on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.mamba2:FastMamba"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.mamba2:VllmMamba"
 
     num_heads: int = size("heads", config="mamba_num_heads")

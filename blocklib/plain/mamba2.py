@@ -6,6 +6,7 @@ Letters: B batch, T tokens, L chunk, H hidden_size, N num_heads, D head_dim, G n
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -60,12 +61,12 @@ class Mixer(Part):
         groups = (self.sizes.num_groups, self.sizes.state_size)
         return x.unflatten(-1, (-1, self.sizes.head_dim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
 
-    def mixed(self, entered: Tensor, state: MambaState | None = None) -> Tensor:
-        """What out_proj reads, of whole sequences; fills the state. [B, T, H] -> [B, T, I]"""
-        z, before, dt = self.in_proj(entered).split(self.split, dim=-1)
+    def mixed(self, projected: Tensor, state: MambaState | None = None) -> Tensor:
+        """From what in_proj gives to what out_proj reads, of whole sequences; fills the state. [B, T, ...] -> [B, T, I]"""
+        z, before, dt = projected.split(self.split, dim=-1)
         padded = F.pad(before.transpose(1, 2), (self.sizes.conv_width - 1, 0))  # [B, channels, W - 1 + T]
         x, b, c = self.parts(self.conv1d(padded).transpose(1, 2))
-        with torch.autocast(entered.device.type, enabled=False):
+        with torch.autocast(projected.device.type, enabled=False):
             y, last = scan(x, self.steps(dt), -wide(self.A_log).exp(), b, c, self.sizes.chunk_size)
             y = y + wide(self.D)[:, None] * x
         if state is not None:
@@ -74,11 +75,11 @@ class Mixer(Part):
         return self.gate_norm(y.flatten(-2), z)
 
     def inner(self, entered: Tensor, ropes: Ropes) -> Tensor:
-        return self.out_proj(self.mixed(entered))
+        return self.out_proj(self.mixed(self.in_proj(entered)))
 
-    def next(self, entered: Tensor, state: MambaState) -> Tensor:
-        """One token of each sequence; the state moves on, in place. [B, H] -> [B, H]"""
-        z, new, dt = self.in_proj(entered).split(self.split, dim=-1)
+    def stepped(self, projected: Tensor, state: MambaState) -> Tensor:
+        """The same of one token of each sequence; the state moves on, in place. [B, ...] -> [B, I]"""
+        z, new, dt = projected.split(self.split, dim=-1)
         inputs = torch.cat((state.inputs, new[:, :, None]), dim=-1)
         state.inputs.copy_(inputs[:, :, 1:])
         x, b, c = self.parts(self.conv1d(inputs)[:, :, 0])
@@ -88,20 +89,20 @@ class Mixer(Part):
         hidden = decay[..., None] * state.hidden + (dt * x)[..., None] * b[:, :, None]
         state.hidden.copy_(hidden)
         y = (hidden @ c[..., None])[..., 0] + wide(self.D)[:, None] * x
-        return self.out_proj(self.gate_norm(y.flatten(-2), z))
+        return self.gate_norm(y.flatten(-2), z)
 
     def new_state(self, batch: int, max_length: int, like: Tensor) -> MambaState:
         return MambaState(self.sizes, batch, like)
 
     def prefill(self, x: Tensor, ropes: Ropes, state: MambaState) -> Tensor:
-        return x + self.leave(self.out_proj(self.mixed(self.enter(x), state)))
+        return x + self.leave(self.out_proj(self.mixed(self.in_proj(self.enter(x)), state)))
 
     def decode(self, x: Tensor, ropes: Ropes, state: MambaState, position: int) -> Tensor:
-        return x + self.leave(self.next(self.enter(x)[:, 0], state)[:, None])
+        return x + self.leave(self.out_proj(self.stepped(self.in_proj(self.enter(x)[:, 0]), state))[:, None])
 
     @torch.no_grad()
     def calibrate(self, inputs: list[Tensor]) -> Statistics:
-        return statistics_of(self, inputs, self.mixed, self.out_proj)
+        return statistics_of(self, inputs, lambda entered: self.mixed(self.in_proj(entered)), self.out_proj)
 
 
 class MambaState:
@@ -115,6 +116,12 @@ class MambaState:
             else DTYPES[sizes.state_dtype]
         )
         self.hidden = like.new_zeros(batch, sizes.num_heads, sizes.head_dim, sizes.state_size, dtype=dtype)
+
+    def of(self, rows: slice) -> MambaState:
+        """That of some of the sequences, sharing memory."""
+        found = copy(self)
+        found.inputs, found.hidden = self.inputs[rows], self.hidden[rows]
+        return found
 
     @property
     def num_bytes(self) -> int:
