@@ -20,11 +20,6 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_utils import (
-    MambaStateCopyFuncCalculator,
-    MambaStateDtypeCalculator,
-    MambaStateShapeCalculator,
-)
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP, SupportsQuant
@@ -296,6 +291,8 @@ class PuzzleHybridForCausalLM(PuzzleForCausalLM, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator
+
         cache = vllm_config.cache_config
         return MambaStateDtypeCalculator.mamba2_state_dtype(
             vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
@@ -303,6 +300,8 @@ class PuzzleHybridForCausalLM(PuzzleForCausalLM, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Any:
+        from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
+
         largest = max(
             mambas(vllm_config.model_config.hf_config.structure()), key=lambda m: m.state().fixed_bytes("bf16")
         )
@@ -319,4 +318,6 @@ class PuzzleHybridForCausalLM(PuzzleForCausalLM, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> Any:
+        from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
+
         return MambaStateCopyFuncCalculator.mamba2_state_copy_func()
