@@ -11,10 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.none import NoOp
 from puzzle.library.manifest import Library
 from puzzle.library.store import BlockStore
 from puzzle.measure.architecture import read_architecture
 from puzzle.parents.opened import open_model
+from puzzle.profile.cost_table import CostTable
+from puzzle.profile.grid import Grid
+from puzzle.profile.parts import priced_as
+from puzzle.profile.profile import profile, subject_of
 from puzzle.runtime.model import load_model
 from puzzle.runtime.plain import PlainRuntime
 from tiny_parents import write_tiny_parent
@@ -73,6 +78,28 @@ def test_each_place_is_offered_what_it_can_take(library):
         assert record["validation_loss_after"] < record["validation_loss_before"], (layer, name)
     scores = json.loads((library / "scores/L02.json").read_text())["scores"]
     assert all(scores[f"attention/{name}"]["kl"] > 0 for name in attention[1:])
+
+
+def test_a_gpus_table_has_rows_for_them(library, puzzle, tmp_path):
+    """Timed by the runtime on kernels (here their plain twins): Mamba-2 at every context, squared ReLUs by rows alone."""
+    opened = Library.open(library)
+    small = Grid(
+        batches=(1, 4),
+        prompts=((1, 16),),
+        contexts=(16, 32),
+        rows=(16,),
+        by_rows=True,
+        whole=True,
+        seconds=0.001,
+        min_samples=1,
+        rounds=1,
+    )
+    table = CostTable(profile(subject_of(opened), gpu="h100", out=tmp_path, device="cpu", grid=small)[0])
+    mamba, relu2 = opened.structure.layers[0]["attention"], opened.structure.layers[1]["ffn"]
+    assert {priced_as(b) for b in opened.sub_blocks() if not isinstance(b, NoOp)} <= set(table.parts())
+    for part in (mamba, relu2):
+        assert table.seconds(part, "decode", 4, 32) > 0
+        assert table.seconds(part, "prefill", 1, 16) > 0
 
 
 def solve(puzzle, library: Path, out: Path, *goal) -> Path:
