@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
-from puzzle.blocklib.sub_block import Normed, ParentBlock, State, SubBlock, Variant, register, size
+from puzzle.blocklib.sub_block import Normed, ParentBlock, State, SubBlock, Variant, divided, register, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,8 @@ class Mamba2(Normed):
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.mamba2:Mixer"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.mamba2:FastMamba"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.mamba2:VllmMamba"
+
+    added_once: ClassVar[tuple[str, ...]] = ("out_proj.bias",)
 
     num_heads: int = size("heads", config="mamba_num_heads")
     head_dim: int = size("d", config="mamba_head_dim")
@@ -82,6 +85,33 @@ class Mamba2(Normed):
         """The state's decay, update and product with C; and within a chunk, scores and values."""
         chunk = min(context, self.chunk_size)
         return 6 * self.inner_size * self.state_size + chunk * (self.num_groups * self.state_size + self.inner_size)
+
+    def share(self, tp: int) -> Mamba2:
+        """Whole groups of heads, as vLLM: B, C and the gated norm are of a group."""
+        heads, groups = divided(self.num_heads, tp, "num_heads"), divided(self.num_groups, tp, "num_groups")
+        return replace(self, num_heads=heads, num_groups=groups)
+
+    def cut(self, weights: Mapping[str, Tensor], rank: int, tp: int) -> dict[str, Tensor]:
+        """The rows of in_proj and of the convolution are several things one after another, each of which is cut."""
+        import torch
+
+        inner, shared = self.inner_size, self.num_groups * self.state_size
+        parts = {"in_proj": (inner, inner, shared, shared, self.num_heads), "conv1d": (inner, shared, shared)}
+
+        def own(tensor: Tensor, sizes: tuple[int, ...], dim: int = 0) -> Tensor:
+            split = zip(tensor.split(sizes, dim), sizes, strict=True)
+            return torch.cat([part.narrow(dim, rank * size // tp, size // tp) for part, size in split], dim)
+
+        found = {}
+        for name, tensor in weights.items():
+            owner = name.partition(".")[0]
+            if name == "out_proj.weight":
+                found[name] = own(tensor, (inner,), dim=1)
+            elif owner in parts or owner in ("gate_norm", "dt_bias", "A_log", "D"):
+                found[name] = own(tensor, parts.get(owner, (len(tensor),)))
+            else:
+                found[name] = torch.zeros_like(tensor) if rank and name in self.added_once else tensor
+        return found
 
     @property
     def widest(self) -> int:

@@ -43,7 +43,7 @@ KINDS = {
     "gqa": ("attention", "*"),
     "relu2": ("mlp", "-"),
     "mamba2": ("mamba", "M"),
-}  # block_type, letter of the pattern
+}
 ATTENDS_BY_BLOCK = (None, "vllm")  # engines that read what an attention has of its own
 NO_LIMIT = (
     1e-30,

@@ -75,6 +75,19 @@ def test_what_a_sequence_keeps_does_not_grow():
     assert replace(SIZES, state_dtype="bfloat16").state().own_bytes * 2 == SIZES.state().own_bytes
 
 
+@pytest.mark.parametrize("changes", [{}, {"bias": True, "norm": "both"}])
+def test_shares_add_up(changes):
+    """Of whole groups of heads: their contributions, before a norm after, are the whole one's."""
+    whole, x = replace(SIZES, num_groups=2, num_heads=8, **changes), stream(2, 19)
+    own = weights(whole)
+    shares = [loaded(whole.shared(2), whole.cut(own, rank, 2)) for rank in range(2)]
+    entered = loaded(whole, own).enter(x)
+    added = sum(share.inner(entered, {}) for share in shares)
+    assert (added - loaded(whole, own).inner(entered, {})).abs().max() <= 1e-12
+    with pytest.raises(UserError, match="`tp` 4: num_groups 2 does not divide by it"):
+        whole.shared(4)
+
+
 def test_it_learns():
     part = blank(SIZES, "cpu").double()
     part.load_state_dict(weights(SIZES))
