@@ -39,7 +39,7 @@ OWN = {  # fields of a sub-block that an entry of `block_configs` says, in its w
     "relu2": {"intermediate_size": "intermediate_size"},
     "mamba2": {},
 }
-KINDS = {
+KINDS = {  # block_type and letter of the pattern; experts would be ("moe", "E"), with their sizes in OWN
     "gqa": ("attention", "*"),
     "relu2": ("mlp", "-"),
     "mamba2": ("mamba", "M"),
