@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from transformers import AutoModelForCausalLM
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.sub_block import ParentBlock
+from puzzle.blocklib.variant import variant_of
+from puzzle.export.hf import write_hf
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.library.manifest import Library
 from puzzle.library.store import BlockStore
 from puzzle.measure.architecture import read_architecture
@@ -177,3 +182,30 @@ def test_a_child_of_every_kind_is_written_and_measured(library, hybrid, corpus, 
     done = puzzle("export", library, solution, "--format", "nemotron-h-puzzle", "--out", tmp_path / "other")
     assert done.exit_code == 2
     assert "layer 2 attention: num_heads is 6, and 3 in layer 0 attention" in " ".join(done.output.split())
+
+
+@torch.no_grad()
+def test_attention_of_a_llama_becomes_mamba(tmp_path):
+    """In a layer that keeps its gated FFN, with multipliers (Granite) and norms after (OLMo-2) too: as transformers reads it."""
+    for name in ("llama", "granite", "olmo2"):
+        child = child_of_checkpoint(write_tiny_parent(name, tmp_path / name))
+        variant = variant_of(child.layers[1].slots["attention"], "mamba2-4x9-g2-s5")
+        own = ParentBlock(sub_block=child.layers[1].slots["attention"], weights=child.layers[1].read("attention"))
+        weights = variant.initialise(own)
+        layers = list(child.layers)
+        layers[1] = layers[1].put("attention", variant.sub_block, lambda weights=weights: dict(weights))
+        write_hf(replace(child, layers=tuple(layers)), tmp_path / f"{name}-child", "")
+        ours = load_model(tmp_path / f"{name}-child")
+        assert [part.sub_block.kind for _, slot, part in ours.parts() if slot == "attention"] == [
+            "gqa",
+            "mamba2",
+            "gqa",
+            "gqa",
+        ]
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path / f"{name}-child", trust_remote_code=True, dtype=torch.float32
+        )
+        ids = torch.randint(2, 384, (2, 29), generator=torch.Generator().manual_seed(0))
+        assert (theirs(ids).logits - ours(ids)).abs().max() <= 1e-4
+        text = theirs.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=1)[:, 29:]
+        assert torch.equal(PlainRuntime(ours, 2, 38).generate(ids, 9), text)
