@@ -23,6 +23,7 @@ PREFIXES = {  # of stored names; hub checkpoints say backbone, the class in tran
     "backbone.embeddings.": "model.embed_tokens.",
     "backbone.embedding.": "model.embed_tokens.",
     "model.embeddings.": "model.embed_tokens.",
+    "model.embedding.": "model.embed_tokens.",
     "backbone.norm_f.": "model.norm.",
     "model.norm_f.": "model.norm.",
     "backbone.": "model.",
