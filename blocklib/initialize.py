@@ -31,11 +31,15 @@ def attention_as_linear(weights: dict[str, Tensor], num_heads: int, num_kv_heads
     return weights["o_proj.weight"].float() @ value.reshape(-1, value.shape[-1])
 
 
-def channel_order(weights: dict[str, Tensor], statistics: Statistics) -> Tensor:
-    """FFN channels by falling contribution mean|x_i| · ‖W_down[:, i]‖₂ over the calibration tokens. [F]"""
-    norms = weights["down_proj.weight"].double().norm(dim=0)
-    contribution = statistics.channel_sum.to(norms) / statistics.num_tokens * norms
-    return contribution.argsort(descending=True, stable=True)
+def contributions(last: Tensor, statistics: Statistics) -> Tensor:
+    """What each channel that the last matrix [H, F] reads contributes: mean|x_i| · ‖W[:, i]‖₂ over the calibration tokens. [F]"""
+    norms = last.double().norm(dim=0)
+    return statistics.channel_sum.to(norms) / statistics.num_tokens * norms
+
+
+def channel_order(last: Tensor, statistics: Statistics) -> Tensor:
+    """Channels by falling contribution. [F]"""
+    return contributions(last, statistics).argsort(descending=True, stable=True)
 
 
 def ffn_as_linear(statistics: Statistics) -> Tensor:

@@ -2,6 +2,8 @@
 
     gqa h4096 q32 kv8 d128 window1024         softmax attention: hidden size, query heads, KV heads, head_dim, window
     swiglu h4096 f14336                       gated FFN of 14336 channels
+    relu2 h4480 f15680                        FFN without a gate, of squared ReLUs
+    mamba2 h4480 heads128 d80 groups8 state128    Mamba-2: hidden size, heads, head_dim, groups, state size
     linear h4096                              one matrix
     none                                      nothing, not even a norm
 
@@ -23,11 +25,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from puzzle.base.errors import UserError, nearest
+from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OURS = ("gqa", "swiglu", "linear", "none")  # in the order in which they offer replacements
+OURS = ("gqa", "swiglu", "relu2", "mamba2", "linear", "none")  # in the order in which they offer replacements
 DEFAULT_EPS = 1e-6
 TPS = (1, 2, 4, 8)  # ranks of tensor parallel
 
@@ -41,16 +44,21 @@ class MissingFace(UserError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """What one sequence keeps between tokens, in elements: some per token, of the last `reach` tokens (None: of all), and some
-    whatever its length."""
+    """What one sequence keeps between tokens: elements per token, of the last `reach` tokens (None: of all), in the cache's precision;
+    elements whatever its length, in that of activations; and bytes whatever its length, of what has a dtype of its own."""
 
     per_token: int = 0
     reach: int | None = None
     per_sequence: int = 0
+    own_bytes: int = 0
 
-    def elements(self, num_tokens: int, page: int = 1) -> int:
-        """Of one sequence of `num_tokens`, in a cache of pages of `page` tokens."""
-        return self.per_token * self.kept(num_tokens, page) + self.per_sequence
+    def num_bytes(self, num_tokens: int, cache: str, page: int = 1) -> int:
+        """Of one sequence of `num_tokens`, in a cache of pages of `page` tokens in the precision `cache`."""
+        return PRECISION_BYTES[cache] * self.per_token * self.kept(num_tokens, page) + self.fixed_bytes(cache)
+
+    def fixed_bytes(self, cache: str) -> int:
+        """Of one sequence, whatever its length."""
+        return FIXED_BYTES[cache] * self.per_sequence + self.own_bytes
 
     def kept(self, num_tokens: int, page: int = 1) -> int:
         """Tokens of `num_tokens` that are kept, in whole pages; a window that moves on touches one page more than it fills."""
@@ -60,14 +68,14 @@ class State:
         return pages * page
 
     def __bool__(self) -> bool:
-        return self.per_token > 0 or self.per_sequence > 0
+        return self.per_token > 0 or self.per_sequence > 0 or self.own_bytes > 0
 
 
 @dataclass(kw_only=True, slots=True)
 class Statistics:
-    """Of a parent's FFN over calibration tokens, summed in float64.
+    """Of a parent's FFN or Mamba-2 over calibration tokens, summed in float64.
 
-    channel_sum [F]: Σ|x_i| of the intermediate activation; gram [H, H]: Σ n nᵀ of what enters its matrices (normed, where
+    channel_sum [F]: Σ|x_i| of what its last matrix reads; gram [H, H]: Σ n nᵀ of what enters its matrices (normed, where
     there is a norm before); cross [H, H]: Σ y nᵀ with y what its last matrix gives.
     """
 
@@ -211,6 +219,11 @@ class SubBlock:
     def num_matrix_parameters(self) -> int:
         """Elements of its matrices: what a token is multiplied by."""
         return sum(math.prod(shape) for shape in self.tensors().values() if len(shape) > 1)
+
+    @property
+    def widest(self) -> int:
+        """The longest side of a matrix: of as many elements a token are the largest tensors that a backward pass needs."""
+        return max((side for shape in self.tensors().values() if len(shape) > 1 for side in shape), default=0)
 
     def active_parameters(self) -> int:
         """Parameters that one token uses."""

@@ -5,23 +5,17 @@ Letters: H hidden_size, F intermediate_size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from puzzle.base.errors import UserError
-from puzzle.blocklib.sub_block import Initialise, Normed, ParentBlock, State, SubBlock, Variant, divided, register, size
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-SHADES = "▁▂▃▄▅▆▇█"
-FRACTIONS = ("0.75", "0.5", "0.25", "0.1")
+from puzzle.blocklib.ffn import Ffn
+from puzzle.blocklib.sub_block import register, size
 
 
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SwiGLU(Normed):
-    """activation: "silu", or "gelu_tanh" (GeGLU, with the tanh approximation). bias: on all three matrices."""
+class SwiGLU(Ffn):
+    """activation: "silu", or "gelu_tanh" (GeGLU, with the tanh approximation)."""
 
     kind: ClassVar[str] = "swiglu"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.swiglu:GatedFfn"
@@ -30,11 +24,8 @@ class SwiGLU(Normed):
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.swiglu:VllmGatedFfn"
 
     read_input: ClassVar[tuple[str, ...]] = ("gate_proj.weight", "up_proj.weight")
-    added_once: ClassVar[tuple[str, ...]] = ("down_proj.bias",)
 
-    intermediate_size: int = size("f", config="intermediate_size")
     activation: str = size("act", default="silu", choices=("silu", "gelu_tanh"))
-    bias: bool = size("bias", default=False)
 
     def inner_tensors(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -46,82 +37,3 @@ class SwiGLU(Normed):
         if self.bias:
             shapes |= {"gate_proj.bias": (inner,), "up_proj.bias": (inner,), "down_proj.bias": (hidden,)}
         return shapes
-
-    def state(self) -> State:
-        return State()
-
-    def share(self, tp: int) -> SwiGLU:
-        return replace(self, intermediate_size=divided(self.intermediate_size, tp, "intermediate_size"))
-
-    def symbol(self, parent: SubBlock) -> str:
-        """Its share of the parent's channels."""
-        if self == parent:
-            return "█"
-        full = parent.intermediate_size if isinstance(parent, SwiGLU) else self.intermediate_size
-        if self.intermediate_size > full:
-            return "+"
-        return SHADES[min(len(SHADES) - 2, int(len(SHADES) * self.intermediate_size / full))]
-
-    def words(self, parent: SubBlock) -> str:
-        return f"width {self.intermediate_size}"
-
-    def begins(self, wider: SubBlock) -> bool:
-        narrower = isinstance(wider, SwiGLU) and self.intermediate_size < wider.intermediate_size
-        return narrower and replace(self, intermediate_size=wider.intermediate_size) == wider
-
-    def linear_map(self, block: ParentBlock) -> Tensor:
-        from puzzle.blocklib.initialize import ffn_as_linear
-
-        return ffn_as_linear(block.calibrated("a linear FFN"))
-
-    # -- in place of another gated FFN -----------------------------------------------------------------------
-
-    @classmethod
-    def stand_ins(cls, parent: SubBlock) -> list[str]:
-        return list(FRACTIONS) if isinstance(parent, SwiGLU) else []
-
-    @classmethod
-    def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
-        """`0.5`: the parent's most contributing channels, the most contributing first, this fraction of them, rounded to a width that
-        hardware likes."""
-        try:
-            fraction = float(name)
-        except ValueError:
-            return None
-        if not isinstance(parent, SwiGLU):
-            return None
-        if not 0 < fraction <= 1:
-            raise UserError(f"FFN variant '{name}': a width is a fraction of the parent's, above 0 and at most 1")
-        width = narrowed(parent.intermediate_size, fraction)
-        return Variant(
-            name=f"{fraction:g}", sub_block=replace(parent, intermediate_size=width), initialise=_narrow(width)
-        )
-
-
-def narrowed(full: int, fraction: float) -> int:
-    """Channels kept of `full`: the nearest multiple of 256 (of 16 for small parents), at least one such step.
-
-    Stock engines take FFN widths in steps of 256 (docs/architecture.md, "Narrow FFN widths").
-    """
-    if fraction == 1:
-        return full
-    step = 256 if full >= 4096 else min(16, full)
-    return min(full, max(step, round(fraction * full / step) * step))
-
-
-def _narrow(width: int) -> Initialise:
-    def initialise(block: ParentBlock) -> dict[str, Tensor]:
-        from puzzle.blocklib.initialize import channel_order
-
-        assert isinstance(block.sub_block, SwiGLU)
-        weights = {name: tensor.float() for name, tensor in block.weights.items()}
-        if width < block.sub_block.intermediate_size:
-            statistics = block.calibrated("a narrower FFN")
-            keep = channel_order(block.weights, statistics)[:width]
-            for name in ("gate_proj.weight", "up_proj.weight", "gate_proj.bias", "up_proj.bias"):
-                if name in weights:
-                    weights[name] = weights[name][keep.to(weights[name].device)]
-            weights["down_proj.weight"] = weights["down_proj.weight"][:, keep.to(weights["down_proj.weight"].device)]
-        return weights
-
-    return initialise

@@ -50,6 +50,7 @@ ALL = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx")
 NATURAL = {"head_dim": 6}  # hidden_size / num_attention_heads, which some engines want
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+STEPS = {"time_step_min": 1e-30}  # at which transformers' PyTorch path holds steps of time, and nothing else does
 LONGROPE = {"short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 32}
 PARENTS = {
     "llama": Tiny(model_type="llama", changes=rope("default") | NATURAL, engines=ALL),
@@ -118,6 +119,34 @@ PARENTS = {
         | {"embedding_multiplier": 3.0, "attention_multiplier": 0.21, "residual_multiplier": 0.6, "logits_scaling": 2.5},
     ),
     "smollm3": Tiny(model_type="smollm3", changes=rope("default") | {"no_rope_layers": [1, 0, 1, 0]}),
+    "nemotron_h": Tiny(
+        model_type="nemotron_h",
+        changes={
+            "hybrid_override_pattern": "M-*M-M",
+            "num_hidden_layers": 6,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 7,
+            "n_groups": 3,
+            "ssm_state_size": 11,
+            "chunk_size": 8,
+            **STEPS,
+        },
+    ),
+    "nemotron_h with biases, attention first": Tiny(
+        model_type="nemotron_h",
+        changes={
+            "layers_block_type": ["full_attention", "linear_attention", "mlp", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 9,
+            "n_groups": 1,
+            "ssm_state_size": 5,
+            "conv_kernel": 3,
+            "use_bias": True,
+            "mlp_bias": True,
+            "use_conv_bias": False,
+            **STEPS,
+        },
+    ),
     "smollm3 with windows": Tiny(
         model_type="smollm3",
         changes=rope("default")
@@ -134,10 +163,13 @@ def write_tiny_parent(name: str, out: Path, **sizes: Any) -> Path:
     offset = made.model_type == "gemma3_text"  # whose norms scale by 1 + weight
     for key, weight in model.named_parameters():
         noise = torch.randn_like(weight)
-        if "norm" in key:
+        if "norm" in key or key.endswith((".D", "A_log")):
             weight.data = 0.2 * noise + (0 if offset else 1)
         else:
-            weight.data = noise * (0.1 if weight.dim() == 1 else 0.4 if "embed" in key else weight.shape[1] ** -0.5)
+            weight.data = noise * (
+                0.1 if weight.dim() == 1 else 0.4 if "embed" in key or "conv1d" in key else weight.shape[1] ** -0.5
+            )
+            weight.data = 2 * noise - 5 if key.endswith("dt_bias") else weight.data  # steps of time from 1e-5 to 0.3
     model.tie_weights()
     model.save_pretrained(out)
     return out

@@ -52,7 +52,8 @@ def main(gpu: str, name: str, batches: str, context: int, out: Path) -> None:
                 runtime = FastRuntime(model, batch, context + 1, fp8=fp8)
                 seconds = decode_step_seconds(runtime, context, 0.5)
                 weights = size * inner + 2 * head
-                cache = size * batch * sum(sub_block.state().elements(context) for _, _, sub_block in structure)
+                kept = [sub_block.state().num_bytes(context, "fp8" if fp8 else "bf16") for _, _, sub_block in structure]
+                cache = batch * sum(kept)
                 limits = [seconds / ((weights + cache) / rate) for rate in (bandwidth, BANDWIDTH)]
                 row = [name, "fp8" if fp8 else "bfloat16", batch, context, weights, cache, f"{seconds:.6g}",
                        *(f"{limit:.3f}" for limit in limits), f"{bandwidth:.5g}"]  # fmt: skip

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, H hidden_size, R rotary dimensions of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,31 @@ class Part(nn.Module):
     def calibrate(self, inputs: list[Tensor]) -> Statistics | None:
         """Statistics over the residual streams [B, T, H] that enter; None for kinds whose replacements need none."""
         return None
+
+
+@torch.no_grad()
+def statistics_of(
+    part: Part, inputs: list[Tensor], channels: Callable[[Tensor], Tensor], last: nn.Linear
+) -> Statistics:
+    """Over the residual streams [B, T, H] that enter. channels: from the normed input to what `last` reads [B, T, F]."""
+    wide = {"dtype": torch.float64, "device": inputs[0].device}
+    hidden, width = inputs[0].shape[-1], last.in_features
+    found = Statistics(
+        num_tokens=0,
+        channel_sum=torch.zeros(width, **wide),  # type: ignore[call-overload]
+        gram=torch.zeros(hidden, hidden, **wide),  # type: ignore[call-overload]
+        cross=torch.zeros(hidden, hidden, **wide),  # type: ignore[call-overload]
+    )
+    for x in inputs:
+        entered = part.enter(x)
+        read = channels(entered)
+        out = last(read).flatten(0, 1).double()
+        flat = entered.flatten(0, 1).double()
+        found.num_tokens += len(flat)
+        found.channel_sum += read.flatten(0, 1).double().abs().sum(dim=0)
+        found.gram += flat.T @ flat
+        found.cross += out.T @ flat
+    return found
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

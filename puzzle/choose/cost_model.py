@@ -165,9 +165,9 @@ class CostModel:
 
     def bytes_of(self, sub_block: SubBlock, batch: int, precision: str | None = None) -> int:
         """Of its weights, and of what `batch` whole requests keep."""
-        weights, kept = PRECISION_BYTES[precision or self.table.precision], PRECISION_BYTES[self.way.cache]
-        elements = sub_block.state().elements(self.length, self.table.page) * batch
-        return weights * sub_block.num_parameters + kept * elements
+        weights = PRECISION_BYTES[precision or self.table.precision]
+        kept = sub_block.state().num_bytes(self.length, self.way.cache, self.table.page)
+        return weights * sub_block.num_parameters + kept * batch
 
     def runs(self, layer: Layer, index: int) -> list[SubBlock]:
         """What layer `index` runs: its own sub-blocks, or what an engine's export makes of them; a rank's share of each."""
@@ -207,9 +207,8 @@ class CostModel:
         total = 0.0
         for part, own in self.placed(layer, index, precisions):
             state = part.state()
-            kept = state.per_token * num_tokens * state.kept(self.length, self.table.page) / self.length
-            kept += state.per_sequence * num_tokens / self.length
-            total += PRECISION_BYTES[own] * part.num_parameters + PRECISION_BYTES[self.way.cache] * kept
+            each = state.num_bytes(self.length, self.way.cache, self.table.page)
+            total += PRECISION_BYTES[own] * part.num_parameters + each * num_tokens / self.length
         return total
 
     def device_seconds(
@@ -267,6 +266,7 @@ class CostModel:
             workspace_bytes=self.workspace(batch) + int(change.get("workspace_bytes", 0)),
             kv_bytes_per_token=PRECISION_BYTES[self.way.cache] * sum(part.state().per_token for part, _ in runs),
             num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0)) + inside,
+            state_bytes=sum(part.state().fixed_bytes(self.way.cache) for part, _ in runs),
         )
 
     def _all(self, layers: Sequence[Layer], precisions: Sequence[ByUse] | None) -> list[Placed]:

@@ -21,7 +21,7 @@ from puzzle.measure.architecture import Architecture, Prediction
 from puzzle.profile.engine import SHARES
 
 if TYPE_CHECKING:
-    from puzzle.measure.evaluate import Evaluation
+    from puzzle.measure.evaluate import Evaluated, Evaluation
     from puzzle.measure.serve import Served
 
 ROAD = (("seconds", seconds_text), ("memory_bytes", bytes_text), ("disk_bytes", bytes_text))  # figures of a stage
@@ -70,6 +70,7 @@ def print_solution(solved: Architecture) -> None:
     rows = [
         *_speed_rows(parent, child, *speedups),
         ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
+        *_state_row(parent, child),
         ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
     ]
     if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
@@ -106,6 +107,12 @@ def print_solution(solved: Architecture) -> None:
         )
 
 
+def _state_row(parent: Prediction | Evaluated, child: Prediction | Evaluated) -> list[Row]:
+    """What a sequence keeps whatever its length, where one of them keeps something."""
+    ours, theirs = bytes_text(parent.state_bytes), bytes_text(child.state_bytes)
+    return [("state of a sequence", ours, theirs)] if parent.state_bytes or child.state_bytes else []
+
+
 def print_evaluation(result: Evaluation) -> None:
     parent, child = result.parent, result.child
     rows: list[Row] = [
@@ -115,6 +122,7 @@ def print_evaluation(result: Evaluation) -> None:
         ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
         ("weights", bytes_text(parent.weight_bytes), bytes_text(child.weight_bytes)),
         ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
+        *_state_row(parent, child),
     ]
     if parent.speed is not None and child.speed is not None and result.speedup is not None:
         rows += _speed_rows(parent.speed, child.speed, ("speed-up", result.speedup))

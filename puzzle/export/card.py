@@ -10,7 +10,7 @@ from puzzle import __version__
 from puzzle.base.files import json_text
 from puzzle.base.units import bytes_text
 from puzzle.export.child import Child
-from puzzle.export.engines import ENGINES, served_by
+from puzzle.export.engines import ENGINES, HYBRIDS, PUZZLE_HYBRID, served_by
 from puzzle.export.picture import picture
 from puzzle.measure.architecture import Architecture
 
@@ -150,6 +150,7 @@ def _predicted(solved: Architecture, as_solved: bool) -> str:
         ("time per output token, s", f"{child.tpot_seconds:.4g}", f"{parent.tpot_seconds:.4g}"),
         ("memory", bytes_text(child.memory_bytes), bytes_text(parent.memory_bytes)),
         ("KV bytes per token", child.kv_bytes_per_token, parent.kv_bytes_per_token),
+        *([("state bytes per sequence", child.state_bytes, parent.state_bytes)] if parent.state_bytes else []),
         ("parameters", f"{child.num_parameters:,}", f"{parent.num_parameters:,}"),
     ]
     head = f"predicted on {solved.costs['device']}, {solved.precision}"
@@ -248,6 +249,11 @@ def _serve(card: CardFacts) -> list[str]:
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
         return [_transformers(card), _PLUG_IN, again]
+    if card.format in HYBRIDS:
+        trust = " --trust-remote-code" if card.format == PUZZLE_HYBRID else ""
+        again = "For a reader of another format: write the child again with `puzzle export … --format` and its name."
+        vllm = f"vLLM, of which 0.32 was read and run:\n\n```\nvllm serve PATH{trust}\n```"
+        return [vllm, _transformers(card).replace("5.14", "5.17"), again]
     engines = [card.engine] if card.engine else list(card.also)
     rest = [name for name in _COMMANDS if name not in engines]
     again = f"For {', '.join(rest)}: write the child again with `puzzle export … --engine` and that name."

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle.base.errors import UserError
+from puzzle.blocklib.ffn import Ffn
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock
-from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
 from puzzle.parents.structure import Layer, Structure
 
@@ -133,9 +133,9 @@ class Child:
         return _of_kind(self, "attention", Gqa)
 
     @property
-    def ffn(self) -> SwiGLU:
+    def ffn(self) -> Ffn:
         """The FFN that they describe."""
-        return _of_kind(self, "ffn", SwiGLU)
+        return _of_kind(self, "ffn", Ffn)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor), sub-block after sub-block; a tied head is left out."""
@@ -185,7 +185,8 @@ def _of_kind(child: Child, slot: str, kind: type[Any]) -> Any:
     found = child.base.get(slot)
     if not isinstance(found, kind):
         what = "nothing" if found is None else f"'{found.kind}'"
-        raise UserError(f"{child.name} has {what} as its usual {slot}: this format has words for '{kind.kind}' alone")
+        known = getattr(kind, "kind", "swiglu' and 'relu2")
+        raise UserError(f"{child.name} has {what} as its usual {slot}: this format has words for '{known}' alone")
     return found
 
 

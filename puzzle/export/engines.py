@@ -17,7 +17,8 @@ from typing import Literal
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.units import parse_bytes
 
-FORMATS = ("hf", "nemotron-nas", "gguf")
+PLAIN_HYBRID, PUZZLE_HYBRID = HYBRIDS = ("nemotron-h", "nemotron-h-puzzle")  # formats of blocks of one mixer
+FORMATS = ("hf", "nemotron-nas", "gguf", *HYBRIDS)
 DTYPES = ("float32", "bfloat16", "float16")
 OTHER_DTYPES = {"gguf": ("q8_0",)}  # by format; fp8 else
 
@@ -59,6 +60,7 @@ ENGINES = {
     for engine in (
         Engine(
             name="vllm",
+            formats=("nemotron-nas", *HYBRIDS),
             linear_attention=False,
             linear_ffn=False,
             first_layer="softmax attention",  # the residual stream starts in the first input_layernorm
@@ -78,6 +80,7 @@ ENGINES = {
         ),
         Engine(
             name="mlx",
+            formats=("nemotron-nas", PLAIN_HYBRID),
             linear_attention=False,  # read, but it takes a cache slot that stays empty, and masks come from slot 0
             attention_bias="joint",
             any_head_dim=False,
@@ -85,6 +88,7 @@ ENGINES = {
         ),
         Engine(
             name="sglang",
+            formats=("nemotron-nas", *HYBRIDS),
             linear_attention=False,
             linear_ffn=False,
             ffn_bias=False,
@@ -94,7 +98,7 @@ ENGINES = {
             fp8=True,
             read=("0.5.23", "0.5.23"),
         ),
-        Engine(name="tensorrt-llm", ffn_bias=False, attention_bias="none"),
+        Engine(name="tensorrt-llm", formats=("nemotron-nas", *HYBRIDS), ffn_bias=False, attention_bias="none"),
     )
 }
 
@@ -178,17 +182,19 @@ FP8_READERS = f"use `engine` {' or '.join(one.name for one in ENGINES.values() i
 
 def reads_fp8(format: str, engine: str | None) -> bool:
     """Whether compressed-tensors are read; by what reads a format where no engine is named."""
-    return format != "gguf" and (engine is None or engine_named(engine).fp8)
+    return format not in ("gguf", *HYBRIDS) and (engine is None or engine_named(engine).fp8)
 
 
 def check_dtypes(format: str, engine: str | None, dtype: str | None, kv_dtype: str | None) -> None:
     """Raise UserError for a dtype of weights or cache that the format has no tensors of, or that the engine does not read; None
     keeps the checkpoint's own."""
-    known = [*DTYPES, *OTHER_DTYPES.get(format, ("fp8",))]
+    known = [*DTYPES, *OTHER_DTYPES.get(format, () if format in HYBRIDS else ("fp8",))]
     if dtype is not None and dtype not in known:
         raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
     if kv_dtype not in (None, "fp8"):
         raise UserError(f"`kv_dtype` {kv_dtype}: fp8 is; left out, an engine's cache is as its activations are")
+    if kv_dtype is not None and format in HYBRIDS:
+        raise UserError(f"`kv_dtype` {kv_dtype}: `format` {format} has no scales of a cache here: leave it out")
     for name in [n for n, value in (("dtype", dtype), ("kv_dtype", kv_dtype)) if value == "fp8"]:
         if not reads_fp8(format, engine):
             raise UserError(f"`{name}` fp8: {engine} reads none of compressed-tensors: {FP8_READERS}")

@@ -18,7 +18,7 @@ from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, ChildLayer, Read, Tensors, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, Engine, engine_named
+from puzzle.export.engines import ANY_DECILM_READER, HYBRIDS, Engine, engine_named
 from puzzle.export.refuse import refuse
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 from puzzle.parents.structure import Layer, Structure
@@ -61,7 +61,7 @@ def lower(
 
     Raises UserError, naming layer, sub-block and engine, for a shape that has no exact rewrite.
     """
-    if engine is None and format == "hf":
+    if format in HYBRIDS or (engine is None and format == "hf"):
         return child, []
     target = ANY_DECILM_READER if engine is None else engine_named(engine)
     refuse(child, target, format)

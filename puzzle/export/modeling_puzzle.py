@@ -5,6 +5,7 @@
     {"3": {"num_key_value_heads": 2}, "4": {"skip": ["attention"]}, "6": {"linear": ["attention", "mlp"]},
      "7": {"skip": ["attention", "mlp"]}, "9": {"intermediate_size": 352, "sliding_window": 128}}
 
+A layer with `mamba`, {"num_heads": 128, "head_dim": 80, …}, has Mamba-2 in place of attention, and keeps a state for it.
 Every layer computes h = x + attention(norm(x)) and y = h + mlp(norm(h)), with norms after in place of these, or both, by
 `norm_placement`. A skipped sub-block adds nothing and has no weights, not even its norm; a linear one is a single [E, E]
 matrix in its place. With `sliding_window` W the query at position i sees the keys i-W+1 … i; `rope` names its rotary
@@ -30,6 +31,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
+
+from .modeling_puzzle_mamba import PuzzleMamba, PuzzleState
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 MODULES = {"attention": "self_attn", "mlp": "mlp"}  # what a sub-block is called in config.json, and in the weights
@@ -75,6 +78,7 @@ class PuzzleConfig(PreTrainedConfig):
     embedding_multiplier: float = 1.0
     logits_scaling: float = 1.0  # the logits are divided by it
     linear: list[str] | None = None  # per layer only: the sub-blocks that are one matrix
+    mamba: Any = None  # per layer only: sizes of Mamba-2 in place of attention
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -209,17 +213,21 @@ class PuzzleAttention(nn.Module):
 
 
 class PuzzleMLP(nn.Module):
-    """down(silu(gate(x)) · up(x)). [B, T, E] -> [B, T, E]"""
+    """down(silu(gate(x)) · up(x)), or down(relu2(up(x))). [B, T, E] -> [B, T, E]"""
 
     def __init__(self, config: PuzzleConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gated = config.hidden_act != "relu2"
+        if self.gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(
+            self.act(self.gate_proj(x)) * self.up_proj(x) if self.gated else self.act(self.up_proj(x))
+        )
 
 
 def matrix(name: str, size: int) -> nn.Module:
@@ -233,28 +241,33 @@ class PuzzleLayer(GradientCheckpointingLayer):
     def __init__(self, config: Any, index: int, slot: int):
         super().__init__()
         skip, linear, size = set(getattr(config, "skip", ())), set(config.linear or ()), config.hidden_size
-        if not skip | linear <= {"attention", "mlp"} or skip & linear:
-            raise ValueError(f"per_layer_config[{index}] has skip={sorted(skip)} and linear={sorted(linear)}: each may "
-                             "name 'attention' and 'mlp', a sub-block in one of them only")  # fmt: skip
-        self.attends, self.residual = "attention" not in skip | linear, config.residual_multiplier
+        mamba = config.mamba is not None
+        if not skip | linear <= {"attention", "mlp"} or skip & linear or (mamba and "attention" in skip | linear):
+            raise ValueError(f"per_layer_config[{index}] has skip={sorted(skip)}, linear={sorted(linear)}, mamba={config.mamba}: "
+                             "lists may name 'attention' and 'mlp', a sub-block in one of them only")  # fmt: skip
+        self.attends, self.recurs = not mamba and "attention" not in skip | linear, mamba
+        self.residual = config.residual_multiplier
         self.norms: dict[str, tuple[str | None, str | None]] = {}  # {sub-block: names of its norms}
         for (owner, name), norms in zip(MODULES.items(), NORMS[config.norm_placement], strict=True):
             if owner in skip:
                 continue
+            mixes = PuzzleMamba if mamba and owner == "attention" else PuzzleAttention
+            name = "mamba" if mixes is PuzzleMamba else name
             self.norms[name] = before, after = norms
             if before is not None:
                 self.add_module(before, PuzzleRMSNorm(size, config))
             if owner in linear:
                 self.add_module(name, matrix("linear_attn" if owner == "attention" else "linear_mlp", size))
             else:
-                self.add_module(name, PuzzleAttention(config, slot) if owner == "attention" else PuzzleMLP(config))
+                self.add_module(name, mixes(config, slot) if owner == "attention" else PuzzleMLP(config))
             if after is not None:
                 self.add_module(after, PuzzleRMSNorm(size, config))
 
     def forward(self, x: Tensor, ropes: dict, masks: dict, cache: Cache | None) -> Tensor:
         for name, (before, after) in self.norms.items():
-            more = (ropes, masks, cache) if name == "self_attn" and self.attends else ()
-            y = getattr(self, name)(x if before is None else getattr(self, before)(x), *more)
+            module = getattr(self, name)
+            more = (ropes, masks, cache) if isinstance(module, PuzzleAttention | PuzzleMamba) else ()
+            y = module(x if before is None else getattr(self, before)(x), *more)
             y = y if after is None else getattr(self, after)(y)
             x = x + (y if self.residual == 1 else y * self.residual)
         return x
@@ -272,10 +285,13 @@ class PuzzleModel(nn.Module):
         self.ropes = {name: Rope(config, parameters) for name, parameters in ropes.items()}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
-        self.windows: list[int | None] = []  # of each cache slot; slots number the layers that attend, without gaps
+        self.windows: list[
+            Any
+        ] = []  # of each cache slot, or "state"; slots number the layers that keep something, without gaps
         for index, layer_config in enumerate(config.per_layer_config or [config] * config.num_hidden_layers):
             self.layers.append(PuzzleLayer(layer_config, index, slot=len(self.windows)))
             self.windows += [layer_config.sliding_window] if self.layers[-1].attends else []
+            self.windows += ["state"] if self.layers[-1].recurs else []
             if self.layers[-1].attends and layer_config.rope not in (None, *self.ropes):
                 raise ValueError(
                     f"per_layer_config[{index}] has rope '{layer_config.rope}': {[*self.ropes]} and null are known"
@@ -283,9 +299,9 @@ class PuzzleModel(nn.Module):
         self.norm = PuzzleRMSNorm(config.hidden_size, config)
 
     def new_cache(self) -> DynamicCache:
-        """One slot per layer that attends: slot 0 is asked for the number of tokens and must never stay empty."""
-        cache = DynamicCache()
-        cache.layers = [DynamicLayer() if w is None else DynamicSlidingWindowLayer(w) for w in self.windows]
+        """One slot per layer that keeps something: slot 0 is asked for the number of tokens and must never stay empty."""
+        cache, kinds = DynamicCache(), {None: DynamicLayer, "state": PuzzleState}
+        cache.layers = [kinds[w]() if w in kinds else DynamicSlidingWindowLayer(w) for w in self.windows]
         cache.layer_class_to_replicate = None
         return cache
 
@@ -293,7 +309,9 @@ class PuzzleModel(nn.Module):
         """Check a cache that was handed in; lay out an unused `DynamicCache(config=...)` as `new_cache` does."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(f"the cache is a {type(cache).__name__}: this model supports DynamicCache only")
-        if cache.layers and not any(getattr(slot, "is_initialized", False) for slot in cache.layers):
+        if (cache.layers or "state" in self.windows) and not any(
+            getattr(slot, "is_initialized", False) for slot in cache.layers
+        ):
             cache.layers = self.new_cache().layers
         return cache
 
@@ -342,7 +360,9 @@ class PuzzleModel(nn.Module):
             name: rope.tables(position_ids, lengths, x.dtype) for name, rope in self.ropes.items()
         }
         ropes[None] = None
-        masks = {window: visible(num_new, num_past, window, real, x.device) for window in set(self.windows)}
+        spans = set(self.windows) - {"state"}
+        masks: dict[Any, Any] = {window: visible(num_new, num_past, window, real, x.device) for window in spans}
+        masks["real"] = None if real is None else real[:, num_past:, None]
 
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: tuple[Tensor, ...] = ()
@@ -357,6 +377,7 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
     """PuzzleModel with a language-model head."""
 
     config_class: Any = PuzzleConfig
+    decoder_class: Any = PuzzleModel
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -367,8 +388,9 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.model = PuzzleModel(self.decoder_config(config))
+        self.model = self.decoder_class(self.decoder_config(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = "state" in self.model.windows  # which no assistant can take tokens back from
         self.post_init()
 
     @staticmethod

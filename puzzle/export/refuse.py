@@ -7,11 +7,13 @@ from collections.abc import Callable
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, Engine
+from puzzle.export.engines import ANY_DECILM_READER, ENGINES, HYBRIDS, Engine
 
 
 def refuse(child: Child, engine: Engine, format: str) -> None:
@@ -35,7 +37,8 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
             if slot not in ("attention", "ffn"):
                 raise UserError(f"{where} has no slot of that name: {rest}")
             if (what := _unlike_llama(sub_block)) is not None:
-                raise UserError(f"{where} has no {what}: {rest}")
+                other = f"`format` {' or '.join(HYBRIDS)}, or " if isinstance(sub_block, Mamba2 | Relu2) else ""
+                raise UserError(f"{where} has no {what}: write {other}{rest.removeprefix('write ')}")
     around, attends = child.around, child.attention
     for rope in around.ropes.values():
         if rope.kind not in SAYABLE_ROPES:

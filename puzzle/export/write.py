@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from puzzle.base.console import console
 from puzzle.base.device import compute_dtype, pick_device
@@ -19,6 +21,8 @@ from puzzle.export.child import Child, with_dtype
 from puzzle.export.engines import (
     ENGINES,
     FP8_READERS,
+    HYBRIDS,
+    PUZZLE_HYBRID,
     check_dtypes,
     engine_named,
     pick_format,
@@ -30,6 +34,8 @@ from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, kep
 from puzzle.export.gguf import export_gguf
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
+from puzzle.export.nemotron_h import CODE as CODE_OF_HYBRIDS
+from puzzle.export.nemotron_h import hybrid_config, hybrid_tensors
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
 from puzzle.library.assemble import architecture_of, is_architecture, library_of, open_parent
@@ -163,9 +169,7 @@ def export(
     if format == "gguf":
         _write_gguf(child, out, written, card, force)
     else:
-        decilm = format == "nemotron-nas"
-        config = decilm_config(child, name) if decilm else hf_config(child, child.dtype)
-        tensors = decilm_tensors(child, name) if decilm else child.tensors()
+        config, tensors, code = _written(child, format, name)
         kept = kept_in_bf16(child)
         if "fp8" in (dtype, kv_dtype):
             config["quantization_config"] = quantization_config(dtype == "fp8", kv_dtype == "fp8", kept)
@@ -179,7 +183,7 @@ def export(
             generation_config=child.generation_config,
             card=card,
             extra_json=extra,
-            code=CODE if decilm else None,
+            code=code,
             max_shard_bytes=max_shard_bytes,
             force=force,
         )
@@ -191,6 +195,18 @@ def export(
     if hub is not None and push_to_hub is not None:
         _push(hub, push_to_hub, out)
     return Exported(out=out, format=format, engine=engine, dtype=written, kv_dtype=kv_dtype, lowerings=tuple(lowerings))
+
+
+def _written(
+    child: Child, format: str, engine: str | None
+) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]], Sequence[Path] | None]:
+    """config.json, tensors and model code in a format of directories."""
+    if format in HYBRIDS:
+        code = CODE_OF_HYBRIDS if format == PUZZLE_HYBRID else ()
+        return hybrid_config(child, format, engine), hybrid_tensors(child, format), code
+    if format == "nemotron-nas":
+        return decilm_config(child, engine), decilm_tensors(child, engine), CODE
+    return hf_config(child, child.dtype), child.tensors(), None
 
 
 def _as_solved(

@@ -42,7 +42,8 @@ Chosen = Mapping[str, Choice]  # one layer: its choices by slot
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
     """What the cost model says of one architecture at one batch size. memory: weights, KV cache at full context, and workspace,
-    what the largest sub-block of the library works with; of GPUs that share the model, of each, as kv_bytes_per_token. latency: prompt to last token; ttft: to the first; tpot: per later one.
+    what the largest sub-block of the library works with; of GPUs that share the model, of each, as kv_bytes_per_token and
+    state_bytes: of a sequence, whatever its length (Mamba-2). latency: prompt to last token; ttft: to the first; tpot: per later one.
     """
 
     batch: int
@@ -54,6 +55,7 @@ class Prediction:
     workspace_bytes: int
     kv_bytes_per_token: int
     num_parameters: int
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,6 +61,7 @@ class Evaluated:
     num_parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    state_bytes: int = 0
     kl: float | None = None
     kl_stderr: float | None = None
     top1_agreement: float | None = None
@@ -240,16 +241,18 @@ def plan_evaluation(
 
 def _sizes(structure: Structure, precision: str, fp8: Fp8 | None = None) -> dict[str, int]:
     """Bytes as the runtime holds them in this precision, but for what is in fp8, and as `solve` predicts them."""
-    weights, per_token = structure.num_fixed_parameters * FIXED_BYTES[precision], 0
+    cache = precision if fp8 is None else "fp8" if fp8.cache else "bf16"
+    weights, per_token, fixed = structure.num_fixed_parameters * FIXED_BYTES[precision], 0, 0
     for layer, slot, sub_block in structure:
         own = precision if fp8 is None else "fp8" if (layer, slot) in fp8.weights else "bf16"
         weights += sub_block.num_parameters * PRECISION_BYTES[own]
         per_token += sub_block.state().per_token
-    cache = precision if fp8 is None else "fp8" if fp8.cache else "bf16"
+        fixed += sub_block.state().fixed_bytes(cache)
     return {
         "num_parameters": structure.num_parameters,
         "weight_bytes": weights,
         "kv_bytes_per_token": per_token * PRECISION_BYTES[cache],
+        "state_bytes": fixed,
     }
 
 

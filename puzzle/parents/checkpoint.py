@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,26 @@ class Checkpoint:
                 f"{directory} has no model.safetensors: only safetensors weights are read; convert other formats with "
                 "transformers' save_pretrained"
             )
+        self._stored = {name: name for name in self._files}
         missing = sorted({f.name for f in self._files.values() if not f.is_file()})
         if missing:
             raise UserError(f"{directory} lacks {missing[0]}, which its index names: download the checkpoint again")
+
+    def rename(self, prefixes: Mapping[str, str]) -> None:
+        """From now on, call tensors whose stored names begin with one of these as it says; the first that fits."""
+        found = {}
+        for stored in self._stored.values():
+            old = next((prefix for prefix in prefixes if stored.startswith(prefix)), "")
+            found[prefixes.get(old, "") + stored.removeprefix(old)] = stored
+        self._files = {name: self._files[stored] for name, stored in found.items()}
+        self._stored = found
 
     def read(self, name: str) -> dict[str, Any]:
         """One of its JSON files. Raises UserError when it is missing, or no object."""
         path = self.directory / name
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            value = json.loads(text, parse_constant=lambda name: {"__float__": name})  # as transformers writes infinity
         except FileNotFoundError:
             raise UserError(f"{self.directory} has no {name}: is it a Hugging Face checkpoint?") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -74,10 +85,10 @@ class Checkpoint:
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """What the headers say of every tensor by name: "shape", and "dtype" as safetensors calls it ("BF16")."""
-        found: dict[str, dict[str, Any]] = {}
+        stored: dict[str, dict[str, Any]] = {}
         for path in sorted(set(self._files.values())):
-            found |= {name: entry for name, entry in read_header(path).items() if name in self._files}
-        return found
+            stored |= read_header(path)
+        return {name: stored[own] for name, own in self._stored.items() if own in stored}
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """One tensor on the CPU, or its rows from begin to end; one in fp8 in float32, times its scales. Raises UserError when it
@@ -87,8 +98,8 @@ class Checkpoint:
         a pass over a 16 GB checkpoint would end with 16 GB resident.
         """
         with self._opened(name) as handle:
-            whole = handle.get_slice(name)
-            value = handle.get_tensor(name) if rows is None else whole[rows[0] : rows[1]]
+            whole = handle.get_slice(self._stored[name])
+            value = handle.get_tensor(self._stored[name]) if rows is None else whole[rows[0] : rows[1]]
             shape = whole.get_shape()
         if value.dtype == torch.float8_e4m3fn:
             value = self._dequantised(name, value, shape[0], 0 if rows is None else rows[0])
@@ -103,14 +114,14 @@ class Checkpoint:
         if self.fp8 is None:
             raise UserError(f"weight {name} in {self.directory} is in fp8, and config.json has no quantization_config")
         with self._opened(scale := self.fp8.scale_of(name)) as handle:
-            table, block = self.fp8.as_table(handle.get_tensor(scale), num_rows)
+            table, block = self.fp8.as_table(handle.get_tensor(self._stored[scale]), num_rows)
         return from_fp8(weight, table, block, first)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of one tensor, without reading it. Raises UserError when it is missing."""
         with self._opened(name) as handle:
-            part = handle.get_slice(name)
-            return part[:1].dtype if part.get_shape() else handle.get_tensor(name).dtype
+            part = handle.get_slice(self._stored[name])
+            return part[:1].dtype if part.get_shape() else handle.get_tensor(self._stored[name]).dtype
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[Any]:

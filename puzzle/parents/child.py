@@ -3,20 +3,24 @@
     {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": null, …,
      "per_layer_config": {"3": {"num_key_value_heads": 2}, "4": {"skip": ["attention"]}, "6": {"linear": ["attention", "mlp"]}}}
 
-The global values describe what most layers have (`usual`), `per_layer_config` what single layers change. A word that is not
+A layer with Mamba-2 in place of attention has its sizes, {"mamba": {"num_heads": 128, "head_dim": 80, …}}; with hidden_act "relu2" FFNs
+have no gate. The global values describe what most layers have (`usual`), `per_layer_config` what single layers change. A word that is not
 understood is refused: it would mean a layer that this version cannot know. Needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from puzzle.base.errors import UserError, nearest
+from puzzle.blocklib.ffn import Ffn
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.none import NO_OP, NoOp
+from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.family import ACTIVATIONS, Config, attention, decoder, family, ffn
@@ -24,6 +28,7 @@ from puzzle.parents.structure import Layer, Structure
 
 OWNERS = {"attention": "attention", "ffn": "mlp"}  # slot: its name in the lists of `per_layer_config`
 LISTS = {"skip": NoOp, "linear": Linear}  # lists of `per_layer_config`, and the kind of what they name
+SIZED = {"mamba": ("attention", Mamba2)}  # words with the sizes of a kind: the slot that it stands in, and the kind
 PLACEMENTS = ("before", "after", "both")
 
 
@@ -50,7 +55,17 @@ def usual(c: Config) -> dict[str, SubBlock]:
         rope=c.get("rope", "default"),
         **shared,
     )
-    return {"attention": attends, "ffn": ffn(c, **shared)}
+    return {"attention": attends, "ffn": relu2(c, **shared) if c.get("hidden_act") == "relu2" else ffn(c, **shared)}
+
+
+def relu2(c: Config, **changes: Any) -> Relu2:
+    return Relu2(
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["intermediate_size"],
+        bias=bool(c.get("mlp_bias", False)),
+        norm_eps=float(c["rms_norm_eps"]),
+        **changes,
+    )
 
 
 @family("puzzle", base=usual)
@@ -74,13 +89,14 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
     """One entry of `per_layer_config`. Raises UserError for a word or a value that is not understood."""
     named = {kind: list(entry.get(kind) or []) for kind in LISTS}
     owners = [owner for names in named.values() for owner in names]
+    owners += [OWNERS[slot] for word, (slot, _) in SIZED.items() if word in entry]
     if unknown := sorted({*owners} - {*OWNERS.values()}):
         raise UserError(
             f"per_layer_config[{index}] names '{unknown[0]}', which is none of {', '.join(OWNERS.values())}"
         )
     if len(owners) != len(set(owners)):
-        raise UserError(f"per_layer_config[{index}] skips and makes linear the same sub-block: {named}")
-    known = {word for sub_block in base.values() for word in sub_block.config_words()} | set(LISTS)
+        raise UserError(f"per_layer_config[{index}] says two things of one sub-block: {dict(entry)}")
+    known = {word for sub_block in base.values() for word in sub_block.config_words()} | {*LISTS, *SIZED}
     if unknown := sorted(set(entry) - known):
         raise UserError(
             f"per_layer_config[{index}] has '{unknown[0]}', which is not understood ({nearest(unknown[0], sorted(known))})"
@@ -94,7 +110,22 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
         elif OWNERS[slot] in named["linear"]:
             assert isinstance(sub_block, Normed)
             found[slot] = Linear(**sub_block.norm_fields())
+    for word, (slot, kind) in SIZED.items():
+        if word in entry:
+            found[slot] = _sized(kind, entry[word], base[slot], f"per_layer_config[{index}].{word}")
     return found
+
+
+def _sized(kind: type[Normed], sizes: Any, base: SubBlock, where: str) -> Normed:
+    """A sub-block of these sizes with the norms of `base`."""
+    own = {f.name: f for f in fields(kind) if f.name not in {f.name for f in fields(Normed)}}
+    needed = {name for name, f in own.items() if f.default is MISSING}
+    if not isinstance(sizes, Mapping) or not needed <= set(sizes) <= set(own):
+        raise UserError(
+            f"{where} = {sizes} is not understood: it has {', '.join(own)}, and {', '.join(sorted(needed))} always"
+        )
+    assert isinstance(base, Normed)
+    return kind(**base.norm_fields(), **sizes)
 
 
 def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
@@ -107,7 +138,12 @@ def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
     entry: dict[str, Any] = {}
     for slot, sub_block in layer.items():
         lists = [word for word, kind in LISTS.items() if isinstance(sub_block, kind)]
-        if lists:
+        sized = [word for word, (_, kind) in SIZED.items() if isinstance(sub_block, kind)]
+        if sized:
+            norms = {f.name for f in fields(Normed)}
+            told = [(f, getattr(sub_block, f.name)) for f in fields(sub_block) if f.name not in norms]
+            entry[sized[0]] = {f.name: value for f, value in told if value != f.default}
+        elif lists:
             entry[lists[0]] = [*entry.get(lists[0], []), OWNERS[slot]]
         else:
             entry |= sub_block.to_config(base[slot])
@@ -120,9 +156,9 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
     Values that every earlier version had are always there, later ones only where they say something.
     """
     attends, gated = base["attention"], base["ffn"]
-    if not isinstance(attends, Gqa) or not isinstance(gated, SwiGLU):
+    if not isinstance(attends, Gqa) or not isinstance(gated, Ffn):
         raise UserError(
-            f"config.json of a child has words for gqa and swiglu alone, not {attends.kind} and {gated.kind}"
+            f"config.json of a child has words for gqa with swiglu or relu2 alone, not {attends.kind} and {gated.kind}"
         )
     entries = {str(index): entry for index, layer in enumerate(structure.layers) if (entry := entry_of(layer, base))}
     ropes = {name: dict(rope.parameters) for name, rope in structure.ropes.items()}
@@ -165,6 +201,10 @@ def check_said(config: Config, structure: Structure) -> None:
         raise UserError("config.json of a child has no words for what stands around this one's layers")
 
 
-def hidden_act(gated: SwiGLU) -> str:
-    """transformers' name of its activation."""
+def hidden_act(gated: Ffn) -> str:
+    """transformers' name of its activation. Raises UserError for a kind that has none."""
+    if isinstance(gated, Relu2):
+        return "relu2"
+    if not isinstance(gated, SwiGLU):
+        raise UserError(f"config.json of a child has no activation for FFNs of kind '{gated.kind}'")
     return next(name for name, ours in ACTIVATIONS.items() if ours == gated.activation)

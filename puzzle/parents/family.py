@@ -10,7 +10,7 @@ A family is a function from the config's values, with transformers' defaults fil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from puzzle.base.errors import UserError
@@ -29,11 +29,14 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedia
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """structure: of a config. where: of one tensor (layer, slot, sub-block, name inside it). base: what the config's global values
-    describe, where layers may differ from it; None: what most layers have."""
+    describe, where layers may differ from it; None: what most layers have. prefixes: of stored names, and what they are called here.
+    needed: fields without which a config.json is not whole."""
 
     structure: Callable[[Config], Structure]
     where: Callable[[int, str, SubBlock, str], Where]
     base: Callable[[Config], Layer] | None = None
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    needed: tuple[str, ...] = NEEDED
 
 
 FAMILIES: dict[str, Family] = {}
@@ -44,11 +47,15 @@ def family(
     *,
     where: Callable[[int, str, SubBlock, str], Where] = plain,
     base: Callable[[Config], Layer] | None = None,
+    prefixes: Mapping[str, str] | None = None,
+    needed: tuple[str, ...] = NEEDED,
 ) -> Callable[[Callable[[Config], Structure]], Callable[[Config], Structure]]:
     """Decorator: the family of checkpoints with this `model_type`."""
 
     def add(structure: Callable[[Config], Structure]) -> Callable[[Config], Structure]:
-        FAMILIES[model_type] = Family(structure=structure, where=where, base=base)
+        FAMILIES[model_type] = Family(
+            structure=structure, where=where, base=base, prefixes=prefixes or {}, needed=needed
+        )
         return structure
 
     return add

@@ -5,6 +5,7 @@ from __future__ import annotations
 from puzzle.base.errors import UserError, nearest
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.parents.nemotron_h import nemotron_h
 from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Structure
 
@@ -35,6 +36,18 @@ def _llama(
     )
 
 
+def _nemotron_nano(hidden: int, width: int, pattern: str) -> Structure:
+    """Nemotron-Nano v2, by the letters of its blocks."""
+    config = {
+        "hidden_size": hidden, "intermediate_size": width, "vocab_size": 131072, "max_position_embeddings": 131072,
+        "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "layer_norm_epsilon": 1e-5,
+        "mamba_num_heads": 128, "mamba_head_dim": 80, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "chunk_size": 128,
+        "use_conv_bias": True, "use_bias": False, "mlp_bias": False, "mamba_ssm_cache_dtype": "float32",
+        "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "hybrid_override_pattern": pattern,
+    }  # fmt: skip
+    return nemotron_h(config)
+
+
 STRUCTURES = {
     "llama-3.1-8b": _llama(32, 4096, 32, 8, 128, 14336, 128256),
     "llama-3.3-70b": _llama(80, 8192, 64, 8, 128, 28672, 128256),
@@ -44,6 +57,12 @@ STRUCTURES = {
     "reference": _llama(16, 256, 8, 4, 32, 704, 4096, tied=True, length=1024),
 }
 
+STRUCTURES["nemotron-nano-9b-v2"] = _nemotron_nano(
+    4480, 15680, "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
+)
+STRUCTURES["nemotron-nano-12b-v2"] = _nemotron_nano(
+    5120, 20480, "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
+)
 STRUCTURES["llama-3.1-405b-tp8"] = STRUCTURES["llama-3.1-405b"].share(8)  # what one GPU of eight holds
 
 

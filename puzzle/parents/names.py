@@ -8,6 +8,7 @@ from puzzle.base.errors import UserError
 from puzzle.blocklib.sub_block import Normed, SubBlock
 
 MODULES = {"attention": "self_attn", "ffn": "mlp"}  # of a slot
+OF_KIND = {"mamba2": "mamba"}  # of a kind that is not what its slot usually has
 MATRICES = {"attention": "linear_attn", "ffn": "linear_mlp"}  # of a linear sub-block in it
 NORMS = {  # (placement of the sub-block's norms, slot): names of the norm before and of the one after
     ("before", "attention"): ("input_layernorm", ""),
@@ -28,6 +29,11 @@ class Where:
     rows: tuple[int, int] | None = None
 
 
+def module_of(slot: str, sub_block: SubBlock) -> str:
+    """What the module of a sub-block in this slot is called."""
+    return OF_KIND.get(sub_block.kind, MODULES[slot])
+
+
 def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:
     """As in Llama, OLMo-2 and Gemma-3: (3, "ffn", SwiGLU(...), "norm.weight") -> "model.layers.3.post_attention_layernorm.weight".
 
@@ -38,8 +44,10 @@ def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:
     owner, _, rest = name.partition(".")
     placement = sub_block.norm if isinstance(sub_block, Normed) else "before"
     before, after = NORMS[placement, slot]
-    path = {"norm": before, "post_norm": after, "linear": f"{MODULES[slot]}.{MATRICES[slot]}"}.get(owner)
-    return f"model.layers.{layer}.{MODULES[slot]}.{name}" if path is None else f"model.layers.{layer}.{path}.{rest}"
+    module = module_of(slot, sub_block)
+    name = name.replace("gate_norm.", "norm.") if owner == "gate_norm" else name  # Mamba-2's own, inside its module
+    path = {"norm": before, "post_norm": after, "linear": f"{module}.{MATRICES[slot]}"}.get(owner)
+    return f"model.layers.{layer}.{module}.{name}" if path is None else f"model.layers.{layer}.{path}.{rest}"
 
 
 def plain(layer: int, slot: str, sub_block: SubBlock, name: str) -> Where:

@@ -15,12 +15,24 @@ from puzzle.base.errors import UserError, first_line, nearest
 from puzzle.blocklib.sub_block import ParentBlock
 from puzzle.data.tokenizer import TOKENIZER_FILES
 from puzzle.parents.checkpoint import LICENCE_FILES, Checkpoint
-from puzzle.parents.family import FAMILIES, NEEDED, Family, refuse
+from puzzle.parents.family import FAMILIES, Family, refuse
 from puzzle.parents.fp8 import STORED
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD
 from puzzle.parents.structure import Layer, Structure
 
-MODULES = ("llama", "qwen", "phi3", "gemma3", "olmo", "granite", "smollm3", "exaone4", "child", "nemotron_nas")
+MODULES = (
+    "llama",
+    "qwen",
+    "phi3",
+    "gemma3",
+    "olmo",
+    "granite",
+    "smollm3",
+    "exaone4",
+    "nemotron_h",
+    "child",
+    "nemotron_nas",
+)
 NEUTRAL = {  # fields that change no output: of training, of generation, and what transformers has written into others by now
     "attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "pretraining_tp", "max_window_layers", "use_sliding_window", "original_max_position_embeddings",
@@ -29,7 +41,11 @@ NEUTRAL = {  # fields that change no output: of training, of generation, and wha
 READ = ("BF16", "F16", "F32", "F64")  # dtypes of weights, as safetensors names them
 QUANTISED = ("quantization_config", "compression_config")  # which `Checkpoint` has read
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-OWN_CONFIGS = ("puzzle", "nemotron-nas")  # whose config classes come with the checkpoint, which stays unread
+OWN_CONFIGS = (
+    "puzzle",
+    "nemotron-nas",
+    "nemotron_h_puzzle",
+)  # whose config classes come with the checkpoint, which stays unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +166,8 @@ def open_model(source: str | Path) -> HfModel:
         )
     known = families()[model_type]
     config = _with_defaults(checkpoint, model_type)
+    if known.prefixes:
+        checkpoint.rename(known.prefixes)
     try:
         structure = known.structure(config)
         base = structure.usual if known.base is None else known.base(config)
@@ -216,11 +234,12 @@ def _check_all_read(config: _Noted, raw: dict[str, Any], model_type: str) -> Non
 def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
     """config.json with what transformers' own class for it adds and rewrites: defaults, today's names for yesterday's fields."""
     raw = {k: v for k, v in checkpoint.config.items() if k not in QUANTISED}
-    if missing := [name for name in NEEDED if name not in raw]:
+    needed = families()[model_type].needed
+    if missing := [name for name in needed if name not in raw]:
         raise UserError(f"{checkpoint.directory}/config.json lacks '{missing[0]}': download the checkpoint again")
     if model_type in OWN_CONFIGS:
-        return _Noted(raw)
-    for name in NEEDED:
+        return _Noted(_with_floats(raw))
+    for name in needed:
         if not isinstance(raw[name], int) or raw[name] < 1:
             raise UserError(
                 f"{checkpoint.directory}/config.json has {name} = {raw[name]!r}, no number above 0: correct it"
@@ -228,11 +247,20 @@ def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
     from transformers import CONFIG_MAPPING
 
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(dict(raw))
+        config = CONFIG_MAPPING[model_type].from_dict(_with_floats(raw))
     except Exception as error:  # its checks raise many kinds; all mean that transformers cannot open it either
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"transformers cannot read {checkpoint.directory}/config.json ({reason}): mend it") from error
     return _Noted(config.to_dict())
+
+
+def _with_floats(value: Any) -> Any:
+    """{"__float__": "Infinity"}, as transformers writes it, is a number."""
+    if isinstance(value, list):
+        return [_with_floats(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return float(value["__float__"]) if set(value) == {"__float__"} else {k: _with_floats(v) for k, v in value.items()}
 
 
 def _download(hub_id: str) -> Path:

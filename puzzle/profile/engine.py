@@ -121,14 +121,18 @@ class EngineModel:
             return overhead + self._matmul(part.hidden_size * part.vocab_size, batch, own.matmul, 2)
         assert isinstance(part, SubBlock)
         state = part.state()
-        if state.per_sequence:
-            raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
+        self._check_fitted(part)
         seconds = self._matmul(_num_weights(part), rows, share, self.weight_bytes)
         seconds, reach = seconds + (own.attention if state else own.ffn), state.kept(context)
         if prompt:  # half of the scores, by causality
             scores = batch * context * part.mixing_flops(reach) / 2 if state else 0.0
             return max(own.launch, seconds + scores / (share * self.flops))
         return seconds + self.weight_bytes * state.per_token * batch * (reach + own.tail) / (own.kv * self.bandwidth)
+
+    def _check_fitted(self, part: SubBlock) -> None:
+        """Raise UserError for a kind whose sub-blocks keep what no token has."""
+        if part.state().fixed_bytes("bf16"):
+            raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
 
     def host_seconds(self, batch: int) -> float:
         """The least that a decode step of `batch` sequences takes, whatever the device has to do."""
@@ -152,6 +156,8 @@ class EngineModel:
         if name not in SERVING or self.parent is None or plug_in:
             return list(layer.values())
         structure, base = self.parent
+        for part in base.values():
+            self._check_fitted(part)
         return lowered(layer, structure, base, self.engine, first=first)
 
     page = 1  # tokens of a page of the caches; an engine's rounding is in what its memory limit leaves

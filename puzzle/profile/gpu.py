@@ -21,6 +21,7 @@ from puzzle.base.machine import cpu_name
 from puzzle.base.workload import PAGE
 from puzzle.blocklib.fast.batch import Batch, CachePool, Fast, Stream, make_fast, new_batch
 from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.plain.part import Part as Module
 from puzzle.blocklib.sub_block import MissingFace, SubBlock
 from puzzle.kernels.rmsnorm import rms_norm
@@ -90,7 +91,7 @@ class GpuTimer:
         self.target, self.modules, self.parts, self.weights, self.stack = target, [], [], [], None
         part = target.part
         keeps_state = isinstance(part, SubBlock) and not part.by_rows
-        if not keeps_state:
+        if not isinstance(part, Gqa):  # whose caches are cut from the pool; states that do not grow are made anew
             self.pool = None
         self._release()
         if isinstance(part, Whole):
@@ -113,7 +114,7 @@ class GpuTimer:
                 self.parts += fast_copies([first if index == 0 else random_part(part, self.device, self.dtype)], state)
             return
         self.modules = [first, *(random_part(part, self.device, self.dtype) for _ in range(count - 1))]
-        if self.pool is None and self.on_gpu:
+        if self.pool is None and self.on_gpu and isinstance(part, Gqa):
             self._release()
             kept = torch.float8_e4m3fn if self.fp8 else self.dtype
             free = torch.cuda.mem_get_info()[0]
@@ -149,10 +150,10 @@ class GpuTimer:
         if sub_block.by_rows:
             parts, state = self.parts, self._batch(sub_block, 1, PAGE)
         else:
-            if not isinstance(sub_block, Gqa):
+            if not isinstance(sub_block, Gqa | Mamba2):
                 raise MissingFace(sub_block.kind, "profile on a GPU of what it keeps between tokens")
             length = context + 1 if phase == "decode" else context
-            cache_bytes = batch * sub_block.state().elements(length, PAGE) * (1 if self.fp8 else self.dtype.itemsize)
+            cache_bytes = batch * sub_block.state().num_bytes(length, "fp8" if self.fp8 else "bf16", PAGE)
             count = min(len(self.modules), num_copies(self.weight_bytes + cache_bytes, self.device, MAX_COPIES))
             if self.pool is not None:
                 if cache_bytes > self.pool.num_bytes:

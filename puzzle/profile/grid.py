@@ -143,7 +143,7 @@ def whole_of(structure: Structure, grid: Grid) -> Whole:
     for layer in structure.layers:
         for sub_block in layer.values():
             weights += 2 * sub_block.num_parameters
-            cached += 2 * max(grid.batches) * sub_block.state().elements(_whole_context(grid, structure) + 1)
+            cached += max(grid.batches) * sub_block.state().num_bytes(_whole_context(grid, structure) + 1, "bf16")
         if count and (weights > WHOLE_WEIGHT_BYTES or cached > WHOLE_CACHE_BYTES):
             break
         count += 1

@@ -107,7 +107,8 @@ def stages_of(
         )
         structure = subject.structure
         each = grid.seconds if recipe.profile.gpu == "cpu" else SECONDS_PER_POINT
-        cache = sum(b.state().per_token for _, _, b in structure) * grid.capacity * max(grid.batches) * itemsize
+        precision = "float32" if itemsize == 4 else "bf16"
+        cache = max(grid.batches) * sum(b.state().num_bytes(grid.capacity, precision) for _, _, b in structure)
         stages["profile"] = _row(
             round(count_points(subject, grid) * grid.rounds * each * len(profiled(recipe)), 1), weights + cache
         )

@@ -26,9 +26,8 @@ HEAD_GROUP = 8  # variants whose divergence is taken together
 
 
 def widest(layer: Layer) -> int:
-    """The longest side of a matrix in the layer."""
-    sides = [side for b in layer.values() for shape in b.tensors().values() if len(shape) > 1 for side in shape]
-    return max(sides, default=0)
+    """The longest side of a matrix in the layer, or what counts as one."""
+    return max((sub_block.widest for sub_block in layer.values()), default=0)
 
 
 def workspace_bytes(layer: Layer, hidden: int, tokens: int, compute_bytes: int) -> int:

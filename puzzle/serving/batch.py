@@ -89,10 +89,11 @@ def gpu_bytes(model: CausalModel, batch: dict[str, Any]) -> int:
     """What an engine in bf16 may take of a GPU for `batch` (one of `plan_batches`): others may be at work there. Weights, caches four
     times over, since an engine pads layers to equal pages, and WORKSPACE."""
     tokens = sum(len(prompt) + batch["num_tokens"] for prompt in batch["prompts"])
-    per_token = sum(part.sub_block.state().per_token for _, _, part in model.parts())
+    states = [part.sub_block.state() for _, _, part in model.parts()]
+    per_token, fixed = sum(s.per_token for s in states), sum(s.fixed_bytes("bf16") for s in states)
     return (
         int(1.1 * model.weight_bytes * 2 / model.embedding.weight.element_size())
-        + 4 * 2 * per_token * tokens
+        + 4 * (2 * per_token * tokens + fixed * len(batch["prompts"]))
         + WORKSPACE
     )
 

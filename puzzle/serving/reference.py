@@ -69,7 +69,7 @@ def find_export(path: Path) -> Export:
         kv_heads=tuple(
             int(config["num_attention_heads"]) // one["attention"]["n_heads_in_group"]
             for one in config.get("block_configs", ())
-            if one["attention"].get("n_heads_in_group")
+            if one.get("attention", {}).get("n_heads_in_group")
         ),
     )
 

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsPP, SupportsQuant
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP, SupportsQuant
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
@@ -34,8 +34,9 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from puzzle.blocklib.sub_block import Normed
+from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.vllm.place import Place, rms_norm
-from puzzle.parents.names import MATRICES, MODULES, NORMS
+from puzzle.parents.names import MATRICES, NORMS, module_of
 from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Layer, Structure
 from puzzle.serving.vllm_plugin import (
@@ -43,6 +44,7 @@ from puzzle.serving.vllm_plugin import (
     attentions,
     check_version,
     logger,
+    mambas,
     missing_tensors,
     wanted_tensors,
 )
@@ -120,7 +122,7 @@ class PuzzleLayer(nn.Module):
         super().__init__()
         self.parts: list[tuple[str, str, str, float]] = []  # of the face, of the norms before and after; the scale
         for slot, sub_block in layer.items():
-            name = MODULES[slot]
+            name = module_of(slot, sub_block)
             face = sub_block.in_vllm(replace(place, prefix=f"{place.prefix}.{name}", matrix=MATRICES[slot]))
             if face is None:
                 continue
@@ -272,10 +274,50 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
                 seen.add(name)
                 yield name, tensor
 
-        done = AutoWeightsLoader(self).load_weights(noted(), mapper=WeightsMapper(orig_to_new_stacked=STACKED))
+        gated = any(isinstance(sub_block, SwiGLU) for _, _, sub_block in self.structure)
+        stacked = {name: place for name, place in STACKED.items() if gated or ".gate_up_proj" not in place}
+        mapper = WeightsMapper(orig_to_new_stacked=stacked, orig_to_new_substr={".mamba.A_log": ".mamba.A"})
+        done = AutoWeightsLoader(self).load_weights(noted(), mapper=mapper)
         if not self.loaded and (missing := sorted(missing_tensors(wanted, seen))):
             raise ValueError(
                 f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all): export the child again"
             )
         self.loaded = True
         return done
+
+
+class PuzzleHybridForCausalLM(PuzzleForCausalLM, HasInnerState, IsHybrid):
+    """A child with Mamba-2. vLLM sizes pages by the largest state of a layer; each layer's own may be smaller."""
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator
+
+        cache = vllm_config.cache_config
+        return MambaStateDtypeCalculator.mamba2_state_dtype(
+            vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+        )
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Any:
+        from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
+
+        largest = max(
+            mambas(vllm_config.model_config.hf_config.structure()), key=lambda m: m.state().fixed_bytes("bf16")
+        )
+        return MambaStateShapeCalculator.mamba2_state_shape(
+            intermediate_size=largest.inner_size,
+            tp_world_size=vllm_config.parallel_config.tensor_parallel_size,
+            n_groups=largest.num_groups,
+            num_heads=largest.num_heads,
+            head_dim=largest.head_dim,
+            state_size=largest.state_size,
+            conv_kernel=largest.conv_width,
+            num_spec=vllm_config.num_speculative_tokens,
+        )
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> Any:
+        from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
+
+        return MambaStateCopyFuncCalculator.mamba2_state_copy_func()

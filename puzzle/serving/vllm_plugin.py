@@ -12,13 +12,14 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.parents.child import child as read_child
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
 from puzzle.parents.structure import Structure
 
 logger = logging.getLogger("vllm.puzzle")  # below vLLM's own, whose handlers it has
 READ_AGAINST = ((0, 26), (0, 32))  # the oldest and the newest vLLM whose sources the plug-in was read against
-ARCHITECTURE = "PuzzleForCausalLM"
+ARCHITECTURE, HYBRID = "PuzzleForCausalLM", "PuzzleHybridForCausalLM"  # the other of children with Mamba-2
 # What single layers have of their own, by which vLLM must not judge all of them: it would cut every cache to a window, or stretch the
 # context by a RoPE's factor (`max_position_embeddings` has it already).
 OF_LAYERS = ("per_layer_config", "sliding_window", "rope", "ropes", "auto_map")
@@ -58,6 +59,10 @@ def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
     for what is sized once (each layer's cache is sized by its own)."""
     structure = read_child(config)
     found = {name: value for name, value in config.items() if name not in OF_LAYERS}
+    if states := mambas(structure):
+        kinds = {Gqa: "attention", Mamba2: "mamba"}
+        types = [kinds.get(type(layer["attention"]), "mlp") for layer in structure.layers]
+        found |= {"architectures": [HYBRID], "layers_block_type": types, "chunk_size": states[0].chunk_size}
     return found | {
         "num_key_value_heads": max(
             [a.num_key_value_heads for a in attentions(structure)] or [config["num_key_value_heads"]]
@@ -70,6 +75,10 @@ def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
 
 def attentions(structure: Structure) -> list[Gqa]:
     return [sub_block for _, _, sub_block in structure if isinstance(sub_block, Gqa)]
+
+
+def mambas(structure: Structure) -> list[Mamba2]:
+    return [sub_block for _, _, sub_block in structure if isinstance(sub_block, Mamba2)]
 
 
 def wanted_tensors(structure: Structure, tied: bool) -> set[str]:
@@ -101,6 +110,28 @@ class EngineSettings:
             vllm_config.cache_config.enable_prefix_caching = False
 
 
+class HybridSettings(EngineSettings):
+    """Of a child with Mamba-2, whose states vLLM keeps in pages beside those of attention."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Raises ValueError too for a child that vLLM would take for another model."""
+        EngineSettings.verify_and_update_model_config(model_config)
+        structure = model_config.hf_config.structure()
+        states = mambas(structure)
+        if not attentions(structure):
+            raise ValueError("this child has Mamba-2 and no attention: vLLM pages the states of hybrids alone")
+        if len({(state.chunk_size, state.state_dtype) for state in states}) > 1:
+            raise ValueError("this child's layers of Mamba-2 differ in chunk_size or state_dtype: vLLM has one of each")
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """The recurrent state in the dtype that config.json says, unless the user does."""
+        if vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
+            states = mambas(vllm_config.model_config.hf_config.structure())
+            vllm_config.cache_config.mamba_ssm_cache_dtype = states[0].state_dtype
+
+
 def check_version(version: str) -> tuple[int, int]:
     """(major, minor) of vLLM's version. Raises ValueError for one before READ_AGAINST; one after it is warned of."""
     numbers = version.split(".")[:2]
@@ -127,5 +158,6 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
-    ModelRegistry.register_model(ARCHITECTURE, "puzzle.serving.vllm_model:PuzzleForCausalLM")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = EngineSettings
+    for name, settings in ((ARCHITECTURE, EngineSettings), (HYBRID, HybridSettings)):
+        ModelRegistry.register_model(name, f"puzzle.serving.vllm_model:{name}")
+        MODELS_CONFIG_MAP[name] = settings

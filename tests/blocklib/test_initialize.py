@@ -73,6 +73,6 @@ def test_channels_kept_are_those_that_contribute_most(make_layer):
     ffn = part_of(block)
     x = torch.randn(2, 64, 24)
     block.statistics = ffn.calibrate([x])
-    assert set(channel_order(block.weights, block.statistics)[:32].tolist()) == set(keep.tolist())
+    assert set(channel_order(block.weights["down_proj.weight"], block.statistics)[:32].tolist()) == set(keep.tolist())
     assert variant_of(block.sub_block, "0.5").sub_block.intermediate_size == 32
     assert block_loss(started(block, "0.5")(x, {}), ffn(x, {})) < 1e-4

@@ -14,7 +14,9 @@ from puzzle.blocklib import sub_block as registry
 from puzzle.blocklib.fast.batch import make_fast, new_batch
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import (
     MissingFace,
     Normed,
@@ -38,6 +40,7 @@ VALUES = {  # of every field of every kind, by its annotation; by its name where
     "str | None": st.none() | WORDS,
     "norm": st.sampled_from(["before", "after", "both"]),
     "qk_norm": st.sampled_from([None, "head", "all"]),
+    "state_dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
     "activation": st.sampled_from(["silu", "gelu_tanh"]),
 }
 OURS = {cls.kind: cls for cls in kinds().values()}
@@ -94,6 +97,11 @@ def test_keys_as_people_read_them():
         ),
         (replace(gqa, rope=None, qk_norm="head", scale=0.5), "gqa h4096 q32 kv8 d128 qk_norm=head rope=none scale=0.5"),
         (SwiGLU(hidden_size=4096, intermediate_size=14336, norm="both"), "swiglu h4096 f14336 norm=both"),
+        (
+            Mamba2(hidden_size=4480, num_heads=128, head_dim=80, num_groups=8, state_size=128, norm_eps=1e-5),
+            "mamba2 h4480 heads128 d80 groups8 state128 eps=1e-05",
+        ),
+        (Relu2(hidden_size=4480, intermediate_size=15680), "relu2 h4480 f15680"),
         (Linear(hidden_size=4096, residual_scale=0.22), "linear h4096 residual=0.22"),
         (NO_OP, "none"),
     ):

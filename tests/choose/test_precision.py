@@ -137,8 +137,8 @@ def test_prices(precise, gpu_seconds):
         assert decode == pytest.approx(steps * weights + sum(read))
         assert costs.part_seconds(ffn, 4, own)[1] == pytest.approx(steps * gpu_seconds(ffn, own, "decode", 4, 0))
         sizes = {"bf16": 2, "fp8": 1}
-        cached = attention.state().elements(25, both["bf16"].page) * 4
-        assert costs.bytes_of(attention, 4, own) == sizes[own] * attention.num_parameters + sizes[cache] * cached
+        cached = attention.state().num_bytes(25, cache, both["bf16"].page) * 4
+        assert costs.bytes_of(attention, 4, own) == sizes[own] * attention.num_parameters + cached
         assert costs.bytes_of(ffn, 4, own) == sizes[own] * ffn.num_parameters
 
 

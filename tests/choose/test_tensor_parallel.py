@@ -69,7 +69,7 @@ def promise(solved, gpu_seconds, layers, batch: int, precision: str = "bf16") ->
         decode += sum(gpu_seconds(part, precision, "decode", batch, IN + step) for step in range(OUT - 1))
         if isinstance(part, SubBlock):
             kept += size * part.state().per_token
-            memory += size * (part.num_parameters + batch * part.state().elements(IN + OUT, PAGE))
+            memory += size * part.num_parameters + batch * part.state().num_bytes(IN + OUT, precision, PAGE)
     memory += 2 * structure.num_fixed_parameters
     return {
         "ttft_seconds": prefill,

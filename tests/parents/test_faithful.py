@@ -210,3 +210,25 @@ def test_a_tokenizer_of_a_larger_vocabulary(bpe, corpus):
     configure(bpe, vocab_size=60)
     with pytest.raises(UserError, match=r"gives token id \d+, but config.json says vocab_size 60"):
         load_tokens([str(corpus)], bpe, seq_len=16, num_train=2, num_validation=2)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "model."])
+def test_a_hybrid_as_the_hub_has_it(prefix, tmp_path):
+    """The pattern instead of a list, an infinity that is no JSON, tensors by either name; the fingerprint can be taken."""
+    directory = write_tiny_parent("nemotron_h", tmp_path / "model")
+    config, structure = json.loads((directory / "config.json").read_text()), open_model(directory).structure
+    ids = torch.arange(2, 26)[None]
+    wanted = load_model(directory)(ids)
+    for name in ("layers_block_type", "layer_types", "time_step_limit"):
+        config.pop(name, None)
+    config |= {"hybrid_override_pattern": "M-*M-M", "num_hidden_layers": 6, "num_query_groups": 2, "rms_norm_eps": 1e-5}
+    text = json.dumps(config | {"time_step_limit": [0.0, float("inf")]})
+    assert "Infinity" in text
+    (directory / "config.json").write_text(text)
+    weights = load_file(directory / "model.safetensors")
+    renamed = {name.replace("backbone.", prefix): tensor for name, tensor in weights.items()}
+    save_file(renamed, directory / "model.safetensors", {"format": "pt"})
+    opened = open_model(directory)
+    assert opened.structure == structure
+    assert torch.equal(load_model(opened)(ids), wanted)
+    assert opened.checkpoint.fingerprint()

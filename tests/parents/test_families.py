@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from puzzle.base.errors import UserError
 from puzzle.export.engines import ENGINES
@@ -25,6 +26,12 @@ def theirs(directory, **options):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
 
 
+def sound(name: str, *lengths: int) -> list[int]:
+    """Those at which this transformers is right: 5.14 sums Mamba-2's chunks (of 8 tokens here) along the wrong axis."""
+    wrong = name == "nemotron_h" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17)
+    return [length for length in lengths if not wrong or length <= 8]
+
+
 def greedy(model, prompt: torch.Tensor, count: int) -> torch.Tensor:
     """[T] -> [count], from whole forwards of ours, without a cache"""
     ids = prompt
@@ -40,9 +47,9 @@ def test_logits(name, family_parent):
     opened = open_model(str(directory))
     opened.check()
     ours, reference = load_model(opened), theirs(directory)
-    for length in (5, 31, 32, 33, 77):
+    for length in sound(name, 5, 31, 32, 33, 77):
         ids = tokens(2, length)
-        wanted = reference(ids).logits
+        wanted = reference(ids, use_cache=False).logits
         assert wanted.std() > 0.1
         assert (ours(ids) - wanted).abs().max() <= 1e-4
 
@@ -50,6 +57,11 @@ def test_logits(name, family_parent):
 @torch.no_grad()
 def test_our_runtime_generates_what_theirs_does(name, family_parent):
     directory = family_parent(name)
+    if name.startswith("nemotron_h"):
+        try:
+            DynamicCache(config=AutoConfig.from_pretrained(directory))
+        except KeyError as error:
+            pytest.skip(f"this transformers has no cache for blocks of type {error}")
     ids = tokens(2, 21)
     wanted = theirs(directory).generate(ids, max_new_tokens=11, **GREEDY)[:, 21:]
     assert torch.equal(PlainRuntime(load_model(directory), 2, 32).generate(ids, 11), wanted)
@@ -61,9 +73,9 @@ def test_as_a_child_of_itself(name, family_parent, tmp_path):
     directory = family_parent(name)
     written = export(open_source(directory), tmp_path / "child")
     child, reference = theirs(written.out, trust_remote_code=True), theirs(directory)
-    for length in (31, 33, 77):
+    for length in sound(name, 7, 31, 33, 77):
         ids = tokens(2, length)
-        assert (child(ids).logits - reference(ids).logits).abs().max() <= 1e-4
+        assert (child(ids).logits - reference(ids, use_cache=False).logits).abs().max() <= 1e-4
     assert open_model(str(written.out)).structure == open_model(str(directory)).structure
     long, short = tokens(1, 27)[0], tokens(1, 9)[0]
     ids = torch.stack((long, torch.cat((torch.ones(18, dtype=torch.long), short))))
@@ -145,6 +157,20 @@ def test_engines_take_it_or_refuse_it_by_name(name, engine, family_parent, tmp_p
         ),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 .* tanh on the logits"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba", "moe"]},
+            r"block 1 in config.json is one of experts \(E, 'moe'\), which is not",
+        ),
+        ("nemotron_h", {"sliding_window": 8}, "sliding_window = 8 .* windows, which transformers passes over"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act 'silu' in config.json is not supported: relu2 is"),
+        ("nemotron_h", {"mamba_proj_bias": True}, "mamba_proj_bias in config.json asks for biases"),
+        (
+            "nemotron_h",
+            {"time_step_limit": [0.0, 0.5]},
+            r"time_step_limit = \[0.0, 0.5\] in config.json is passed over by engines",
+        ),
+        ("nemotron_h", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1 .* is not understood"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, "use_sliding_window turns off"),
     ],
 )

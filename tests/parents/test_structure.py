@@ -95,3 +95,16 @@ def test_a_layer_that_is_not_understood(layer, wanted):
     value["layers"][3] = layer
     with pytest.raises(UserError, match=wanted):
         Structure.from_json(value)
+
+
+def test_hybrids_as_their_cards_say():
+    """Nemotron-Nano v2: parameters of the checkpoints on the hub, and what a sequence keeps: by tokens, and whatever its length."""
+    for name, layers, count, attending in (("9b", 56, 8_888_227_328, 4), ("12b", 62, 12_310_001_152, 6)):
+        structure = STRUCTURES[f"nemotron-nano-{name}-v2"]
+        states = [sub_block.state() for _, _, sub_block in structure]
+        assert (structure.num_layers, structure.num_parameters) == (layers, count)
+        assert sum(state.per_token for state in states) == attending * 2 * 8 * 128
+        each = 128 * 80 * 128 * 4 + 3 * (128 * 80 + 2 * 8 * 128) * 2
+        assert sum(state.fixed_bytes("bf16") for state in states) == (layers - attending) // 2 * each + each * (
+            name == "9b"
+        )

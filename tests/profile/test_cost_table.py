@@ -140,4 +140,6 @@ def test_prompts_go_through_in_groups(tmp_path):
     [(None, 100, 1, 100), (None, 100, 64, 128), (128, 100, 64, 128), (128, 500, 64, 192), (130, 500, 64, 256), (128, 500, 1, 128)],
 )  # fmt: skip
 def test_pages_that_are_kept(reach, num_tokens, page, kept):
-    assert State(per_token=3, reach=reach, per_sequence=5).elements(num_tokens, page) == 3 * kept + 5
+    state = State(per_token=3, reach=reach, per_sequence=5, own_bytes=7)
+    assert state.num_bytes(num_tokens, "bf16", page) == 2 * (3 * kept + 5) + 7
+    assert state.num_bytes(num_tokens, "fp8", page) == 3 * kept + 2 * 5 + 7

@@ -87,7 +87,7 @@ def test_what_it_holds(kind, mixed):
     assert runtime.device == torch.device("cpu")
     states = [sub_block.state() for _, _, sub_block in mixed.structure]
     if kind is PlainRuntime:
-        assert runtime.state_bytes == 4 * 3 * sum(state.elements(100) for state in states)
+        assert runtime.state_bytes == 3 * sum(state.num_bytes(100, "float32") for state in states)
     else:  # whole pages; a window may begin in one page and end in the next
         tokens = [PAGE * (2 if state.reach is None else min(2, -(-state.reach // PAGE) + 1)) for state in states]
         kept = sum(state.per_token * n for state, n in zip(states, tokens, strict=True))

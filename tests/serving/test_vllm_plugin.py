@@ -1,6 +1,7 @@
 """The vLLM plug-in: what can be said without vLLM, and the engine itself where `.engines/vllm` is set up with puzzle in it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,17 +10,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.sub_block import MissingFace, kinds, parse_key
+from puzzle.blocklib.plain.part import loaded
+from puzzle.blocklib.sub_block import MissingFace, ParentBlock, kinds, parse_key
+from puzzle.blocklib.variant import variant_of
 from puzzle.export.hf import write_hf
+from puzzle.export.sources import child_of_checkpoint
 from puzzle.parents.opened import open_model
 from puzzle.serving import vllm_plugin
 from puzzle.serving.check import EngineFailed, run_engine, serve_check
 from serving_environments import python_of
 from tiny_children import CHILDREN, FAMILIES, MIXED, build, tiny_child, write_tiny_child
+from tiny_parents import write_tiny_parent
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +69,8 @@ def test_a_child_is_read_without_its_code(registered, tmp_path, name):
 
 
 def test_vllm_is_told(registered, tmp_path):
-    assert set(registered["models"]) == {("PuzzleForCausalLM", "puzzle.serving.vllm_model:PuzzleForCausalLM")}
+    names = ("PuzzleForCausalLM", "PuzzleHybridForCausalLM")
+    assert set(registered["models"]) == {(name, f"puzzle.serving.vllm_model:{name}") for name in names}
     settings = registered["settings"]["PuzzleForCausalLM"]
     for layers, cached in ((MIXED.layers, True), ((MIXED.layers[0], MIXED.layers[3]), False)):
         write_hf(build("settings", replace(MIXED, layers=layers)), tmp_path / "child", "", force=True)
@@ -78,6 +85,49 @@ def test_vllm_is_told(registered, tmp_path):
         with pytest.raises(ValueError, match=f"^{name} .* where config.json has .*: a child takes no hf-overrides"):
             settings.verify_and_update_model_config(model_config)
         setattr(model_config.hf_config, name, before)
+
+
+def hybrid(out: Path, *changes) -> Path:
+    """A child of blocks M-*M-M in `--format hf`, with sizes that vLLM's CPU build takes. changes: of `Source` layers."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_attention_heads": 4, "vocab_size": 4096}
+    sizes |= {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "n_groups": 2,
+        "ssm_state_size": 64,
+        "max_position_embeddings": 512,
+    }
+    child = child_of_checkpoint(write_tiny_parent("nemotron_h", out.with_name("parent"), **sizes, chunk_size=64))
+    layers = list(child.layers)
+    for index, slot, name in changes:
+        variant = variant_of(layers[index].slots[slot], name)
+        block = ParentBlock(sub_block=layers[index].slots[slot], weights=layers[index].read(slot))
+        with torch.no_grad():
+            block.statistics = loaded(block.sub_block, block.weights).calibrate([torch.randn(1, 40, 128)])
+        weights = {n: t.contiguous() for n, t in variant.initialise(block).items()}
+        layers[index] = layers[index].put(slot, variant.sub_block, lambda weights=weights: dict(weights))
+    write_hf(replace(child, layers=tuple(layers)), out, "")
+    return out
+
+
+def test_a_hybrid_is_another_architecture(registered, tmp_path):
+    """vLLM is told which layers keep states, the chunk, and the dtype of states unless the user says one."""
+    path = hybrid(tmp_path / "child", (0, "attention", "heads4"))
+    config = AutoConfig.from_pretrained(path)
+    assert config.architectures == ["PuzzleHybridForCausalLM"]
+    assert config.layers_block_type == ["mamba", "mlp", "attention", "mamba", "mlp", "mamba"]
+    assert config.chunk_size == 64
+    assert config.structure() == open_model(path).structure
+    settings, model_config = registered["settings"]["PuzzleHybridForCausalLM"], SimpleNamespace(hf_config=config)
+    settings.verify_and_update_model_config(model_config)
+    for asked, found in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        engine = SimpleNamespace(model_config=model_config, cache_config=SimpleNamespace(mamba_ssm_cache_dtype=asked))
+        settings.verify_and_update_config(engine)
+        assert engine.cache_config.mamba_ssm_cache_dtype == found
+    shutil.rmtree(tmp_path / "parent")
+    model_config.hf_config = AutoConfig.from_pretrained(hybrid(tmp_path / "other", (2, "attention", "none")))
+    with pytest.raises(ValueError, match="this child has Mamba-2 and no attention"):
+        settings.verify_and_update_model_config(model_config)
 
 
 def test_a_child_that_is_not_understood(registered, tmp_path):
@@ -131,6 +181,13 @@ def engine():
     if not python.is_file() or subprocess.run([str(python), "-c", code], capture_output=True).returncode:
         pytest.skip("vLLM is not set up: python benchmarks/lib/serving_environments.py vllm")
     return python
+
+
+def test_the_engine_computes_the_same_of_a_hybrid(engine, tmp_path):
+    """Layers of Mamba-2 that differ, fewer KV heads, half an FFN."""
+    changes = ((0, "attention", "heads4"), (2, "attention", "kv1"), (3, "attention", "dim16"), (1, "ffn", "0.5"))
+    check = serve_check(hybrid(tmp_path / "child", *changes), "vllm", python=engine, num_tokens=16)
+    assert check.equal, check.verdict
 
 
 @pytest.mark.parametrize("name", ["empty-layers", "gemma3"])

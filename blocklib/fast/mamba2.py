@@ -1,0 +1,42 @@
+"""Mamba-2 beside our kernels: the two products are ours, what lies between them plain PyTorch, which a CUDA graph can hold.
+
+Letters: B sequences, T prompt tokens, M rows in hand, H hidden_size.
+"""
+
+from __future__ import annotations
+
+from puzzle.blocklib.fast.batch import Batch, Fast, Product, Stream
+from puzzle.blocklib.plain.mamba2 import MambaState, Mixer
+from puzzle.blocklib.sub_block import MissingFace
+
+
+class FastMamba(Fast):
+    """The state is in its own dtype, whatever the cache's."""
+
+    def __init__(self, part: Mixer, batch: Batch):
+        super().__init__(part, batch)
+        if batch.pool is not None:
+            raise MissingFace(part.sub_block.kind, "state from a pool of caches")
+        self.part = part
+        self.project, self.output = (
+            Product(m.weight.data, None if m.bias is None else m.bias.data, batch.fp8)
+            for m in (part.in_proj, part.out_proj)
+        )
+        self.state = MambaState(part.sizes, batch.size, part.out_proj.weight.data)
+
+    def decode(self, stream: Stream, batch: Batch) -> Stream:
+        entered, residual = self.enter(stream)
+        return self.leave(self.output(self.part.stepped(self.project(entered), self.state.of(batch.rows)))), residual
+
+    def prefill(self, stream: Stream, batch: Batch) -> Stream:
+        entered, residual = self.enter(stream)
+        projected = self.project(entered).unflatten(0, (batch.size, -1))
+        mixed = self.part.mixed(projected, self.state.of(batch.rows))
+        return self.leave(self.output(mixed.flatten(0, 1))), residual
+
+    @property
+    def state_bytes(self) -> int:
+        return self.state.num_bytes
+
+    def randomize(self) -> None:
+        self.state.randomize()

@@ -1,0 +1,21 @@
+"""The FFN of squared ReLUs on our kernels: two products with the activation between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from puzzle.blocklib.fast.batch import Batch, Fast, Product
+from puzzle.blocklib.plain.relu2 import Relu2Ffn
+
+
+class FastRelu2(Fast):
+    def __init__(self, part: Relu2Ffn, batch: Batch):
+        super().__init__(part, batch)
+        self.up, self.down = (
+            Product(m.weight.data, None if m.bias is None else m.bias.data, batch.fp8)
+            for m in (part.up_proj, part.down_proj)
+        )
+
+    def inner(self, entered: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(entered)).square())

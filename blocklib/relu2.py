@@ -1,0 +1,28 @@
+"""The FFN without a gate, down(relu(up(n))²) of the normed input n (Primer, arXiv 2109.08668), as in Nemotron-H.
+
+Letters: H hidden_size, F intermediate_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from puzzle.blocklib.ffn import Ffn
+from puzzle.blocklib.sub_block import register
+
+
+@register
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Relu2(Ffn):
+    kind: ClassVar[str] = "relu2"
+    plain: ClassVar[str | None] = "puzzle.blocklib.plain.relu2:Relu2Ffn"
+    on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.relu2:FastRelu2"
+    on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.relu2:VllmRelu2Ffn"
+
+    read_input: ClassVar[tuple[str, ...]] = ("up_proj.weight",)
+
+    def inner_tensors(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {"up_proj.weight": (inner, hidden), "down_proj.weight": (hidden, inner)}
+        return shapes | ({"up_proj.bias": (inner,), "down_proj.bias": (hidden,)} if self.bias else {})

@@ -1,0 +1,157 @@
+"""Hybrid children in blocks of one mixer: plain Nemotron-H where blocks are alike, nemotron_h_puzzle where they are not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, NemotronHForCausalLM
+
+from puzzle.base.errors import UserError
+from puzzle.blocklib.none import NoOp
+from puzzle.export.child import Child
+from puzzle.export.engines import HYBRIDS
+from puzzle.export.sources import child_of_checkpoint
+from puzzle.export.write import Source, export
+from puzzle.parents.opened import open_model
+from puzzle.runtime.model import load_model
+from tiny_parents import write_tiny_parent
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1, "max_new_tokens": 9}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory) -> Path:
+    """Blocks M-*M-M: what mixes tokens in layers 0, 2, 3 and 5, FFNs in 1 and 4."""
+    return write_tiny_parent("nemotron_h", tmp_path_factory.mktemp("hybrid"))
+
+
+def changed(parent: Path, *changes: tuple[int, str, dict | None]) -> Child:
+    """A child whose sub-blocks have other sizes, and the first rows and columns of the parent's weights; None: gone."""
+    child = child_of_checkpoint(parent)
+    layers = list(child.layers)
+    for index, slot, sizes in changes:
+        if sizes is None:
+            layers[index] = layers[index].put(slot, NoOp())
+            continue
+        made, own = replace(layers[index].slots[slot], **sizes), layers[index].read(slot)
+        cut = {n: own[n][tuple(map(slice, shape))].contiguous() for n, shape in made.tensors().items()}
+        layers[index] = layers[index].put(slot, made, lambda cut=cut: dict(cut))
+    return replace(child, layers=tuple(layers))
+
+
+def written(child: Child, out: Path, format: str, **options) -> Path:
+    return export(Source(child=child, solved=None, facts=None, measured=None), out, format=format, **options).out
+
+
+def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return load_model(directory)(ids)
+
+
+ALIKE = {
+    "as it is": (),
+    "blocks gone": ((0, "attention", None), (4, "ffn", None)),
+    "no attention": ((2, "attention", None),),
+    "narrower, all of them": ((1, "ffn", {"intermediate_size": 16}), (4, "ffn", {"intermediate_size": 16})),
+    "fewer heads, all of them": tuple((i, "attention", {"num_heads": 3}) for i in (0, 3, 5)),
+    "fewer KV heads": ((2, "attention", {"num_key_value_heads": 1}),),
+}
+UNLIKE = {
+    "widths": ((1, "ffn", {"intermediate_size": 16}),),
+    "a window": ((2, "attention", {"window": 7}), (4, "ffn", None)),
+}
+
+
+@pytest.mark.parametrize("changes", [*ALIKE.values(), *UNLIKE.values()], ids=[*ALIKE, *UNLIKE])
+@pytest.mark.parametrize("format", HYBRIDS)
+def test_transformers_reads_what_was_meant(format, changes, hybrid, tmp_path):
+    """The same logits and text as `--format hf`, whose blocks stand in layers; plain by transformers' own class."""
+    child = changed(hybrid, *changes)
+    meant = written(child, tmp_path / "hf", "hf")
+    if format == "nemotron-h" and changes in UNLIKE.values():
+        return
+    found = written(child, tmp_path / "out", format)
+    ids = torch.randint(2, 384, (2, 31), generator=torch.Generator().manual_seed(0))
+    wanted = logits(meant, ids)
+    assert torch.equal(logits(found, ids), wanted)
+    model = AutoModelForCausalLM.from_pretrained(found, trust_remote_code=format != "nemotron-h", dtype=torch.float32)
+    if format == "nemotron-h":
+        assert isinstance(model, NemotronHForCausalLM)
+        ids, wanted = ids[:, :8], wanted[:, :8]  # one chunk: transformers 5.14 is wrong beyond
+    with torch.no_grad():
+        assert (model(ids, use_cache=False).logits - wanted).abs().max() <= 1e-4
+    if format != "nemotron-h":
+        ours = AutoModelForCausalLM.from_pretrained(meant, trust_remote_code=True, dtype=torch.float32)
+        text = ours.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, **GREEDY), text)
+        assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), text)
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(tmp_path / "again", ids), wanted)
+    config = json.loads((found / "config.json").read_text())
+    assert (
+        config["num_hidden_layers"] == len(config["hybrid_override_pattern"]) == open_model(found).structure.num_layers
+    )
+
+
+def test_entries_of_blocks(hybrid, tmp_path):
+    out = written(changed(hybrid, *UNLIKE["widths"], *UNLIKE["a window"][:1]), tmp_path / "out", "nemotron-h-puzzle")
+    config = json.loads((out / "config.json").read_text())
+    assert config["hybrid_override_pattern"] == "M-*M-M"
+    assert config["block_configs"] == [
+        {"block_type": "mamba"},
+        {"block_type": "mlp", "intermediate_size": 16},
+        {
+            "block_type": "attention",
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "sliding_window": 7,
+        },
+        {"block_type": "mamba"},
+        {"block_type": "mlp", "intermediate_size": 52},
+        {"block_type": "mamba"},
+    ]
+    assert not {"intermediate_size", "sliding_window"} & set(config)  # what entries say
+    (out / "config.json").write_text(
+        json.dumps(config | {"block_configs": [*config["block_configs"][:5], {"block_type": "mlp"}]})
+    )
+    with pytest.raises(
+        UserError, match=r"block_configs\[5\] in config.json is 'mlp', and hybrid_override_pattern says"
+    ):
+        open_model(out)
+
+
+REFUSED = {
+    "FFN widths": ("nemotron-h", UNLIKE["widths"], {}, "layer 4 ffn: intermediate_size is 52, and 16 in layer 1 ffn; `format` nemotron-h has one "
+                   "for all blocks of kind 'relu2': write `format` hf, which transformers reads, or `format` nemotron-h-puzzle"),
+    "a window": ("nemotron-h", UNLIKE["a window"], {}, "layer 2 attention: `format` nemotron-h has no windows (this one's is 7)"),
+    "heads of Mamba-2": ("nemotron-h-puzzle", ((3, "attention", {"num_heads": 3}),), {}, "layer 3 attention: num_heads is 3, and 6 in layer 0 "
+                         "attention; `format` nemotron-h-puzzle has one for all blocks of kind 'mamba2': write `format` hf"),
+    "a window for an engine that passes over it": ("nemotron-h-puzzle", UNLIKE["a window"], {"engine": "sglang"},
+                                                   "layer 2 attention: sglang passes over what an attention has of its own (window 7)"),
+    "nothing left": ("nemotron-h", tuple((i, slot, None) for i in range(6) for slot in ("attention", "ffn")), {}, "no sub-block that does anything"),
+    "for nemotron-nas": ("nemotron-nas", (), {}, "layer 0 attention: a reader of nemotron-nas has no sub-blocks of kind 'mamba2': write "
+                         "`format` nemotron-h or nemotron-h-puzzle, or `format` hf"),
+    "in fp8": ("nemotron-h", (), {"dtype": "fp8"}, "`dtype` fp8 with `format` nemotron-h: "),
+    "hf in fp8": ("hf", (), {"dtype": "fp8"}, "layer 0 attention: sub-blocks of kind 'mamba2' have no form in fp8"),
+    "a cache in fp8": ("nemotron-h-puzzle", (), {"kv_dtype": "fp8"}, "`kv_dtype` fp8: `format` nemotron-h-puzzle has no scales of a cache"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals_name_what_is_not_alike(what, hybrid, tmp_path):
+    format, changes, options, message = REFUSED[what]
+    with pytest.raises(UserError) as refused:
+        written(changed(hybrid, *changes), tmp_path / "out", format, **options)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_llama_is_no_hybrid(parent, puzzle, one_line_error, tmp_path):
+    done = puzzle("export", parent, "--format", "nemotron-h", "--out", tmp_path / "out")
+    one_line_error(done, "layer 0 attention: Nemotron-H has no attention with rotary positions")
