@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,14 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 class Trained(NamedTuple):
-    """loss_before, loss_after: on held-out text."""
+    """loss_before, loss_after: on held-out text. facts: what the kept module does beside, there (`Part.watched`)."""
 
     variant: Variant
     tensors: dict[str, Tensor]
     improved: bool
     loss_before: float
     loss_after: float
+    facts: dict[str, Any]
 
 
 class VariantTrainer:
@@ -92,7 +94,7 @@ class VariantTrainer:
         self.module = blank(widest.sub_block, device).float()
         self.module.load_state_dict(weights)
         self.module.train()
-        parameters = list(self.module.parameters())
+        parameters = self._learning()
         self.optimizer = None
         if parameters:
             self.optimizer = torch.optim.AdamW(
@@ -106,6 +108,7 @@ class VariantTrainer:
         self._start = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()}
         self.loss_before = self.loss_after = torch.full((len(variants),), math.nan, dtype=torch.float64)
         self._validation: list[Tensor] = []
+        self._facts: list[dict[str, Any]] = []  # at the start, and at the end
 
     def step(self, x: Tensor, target: Tensor, ropes: Ropes) -> None:
         """One optimiser step on x [B, T, H] -> target [B, T, H]. A step with a non-finite gradient is left out.
@@ -115,13 +118,17 @@ class VariantTrainer:
         if self.optimizer is None:
             return
         self._losses(x, target, ropes).sum().backward()
-        parameters = list(self.module.parameters())
+        parameters = self._learning()
         keep = torch.isfinite(nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm))
         for parameter in parameters:
             assert parameter.grad is not None
             parameter.grad = torch.where(keep, parameter.grad, torch.zeros_like(parameter.grad))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _learning(self) -> list[nn.Parameter]:
+        """All parameters but those that no gradient reaches (a router's correction bias)."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def _losses(self, x: Tensor, target: Tensor, ropes: Ropes) -> Tensor:
         """[V]"""
@@ -133,9 +140,11 @@ class VariantTrainer:
     def validate(self, x: Tensor, target: Tensor, ropes: Ropes) -> None:
         """Add one validation batch; `validated()` gives the means and starts over."""
         self._validation.append(self._losses(x, target, ropes))
+        self.module.watch(x)
 
     def validated(self) -> Tensor:
         """[V], float64 on the CPU"""
+        self._facts = [*self._facts[:1], self.module.watched()]
         mean = torch.stack(self._validation).double().mean(dim=0).cpu()
         self._validation = []
         return mean
@@ -149,23 +158,27 @@ class VariantTrainer:
         ):
             improved = after <= before
             tensors = self.module.beginning(now if improved else self._start, variant.sub_block)
-            found.append(Trained(variant, tensors, improved, before, after))
+            found.append(Trained(variant, tensors, improved, before, after, self._facts[-1 if improved else 0]))
         return found
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a snapshot."""
         tensors = {f"{self.key}|{n}": p.detach() for n, p in self.module.named_parameters()}
+        tensors[f"{self.key}|facts"] = torch.tensor(list(json.dumps(self._facts[:1]).encode()), dtype=torch.uint8)
         if self.optimizer is not None:
             for name, parameter in self.module.named_parameters():
-                for slot, value in self.optimizer.state[parameter].items():
+                for slot, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"{self.key}|{name}|{slot}"] = value
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state` gave, bit for bit."""
+        told = tensors.get(f"{self.key}|facts")  # snapshots of earlier versions have none
+        self._facts = [{}] if told is None else json.loads(bytes(told.tolist()))
         for name, parameter in self.module.named_parameters():
             parameter.data.copy_(tensors[f"{self.key}|{name}"])
-            assert self.optimizer is not None
+            if self.optimizer is None or not parameter.requires_grad:
+                continue
             self.optimizer.state[parameter] = {
                 slot: tensors[f"{self.key}|{name}|{slot}"].to(parameter.device).clone()
                 for slot in ("step", "exp_avg", "exp_avg_sq")

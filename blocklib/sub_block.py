@@ -2,6 +2,7 @@
 
     gqa h4096 q32 kv8 d128 window1024         softmax attention: hidden size, query heads, KV heads, head_dim, window
     swiglu h4096 f14336                       gated FFN of 14336 channels
+    moe h2048 e128 k8 f768                    mixture of 128 experts of 768 channels, of which a token has 8
     linear h4096                              one matrix
     none                                      nothing, not even a norm
 
@@ -27,7 +28,7 @@ from puzzle.base.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-OURS = ("gqa", "swiglu", "linear", "none")  # in the order in which they offer replacements
+OURS = ("gqa", "swiglu", "moe", "linear", "none")  # in the order in which they offer replacements
 DEFAULT_EPS = 1e-6
 TPS = (1, 2, 4, 8)  # ranks of tensor parallel
 
@@ -211,6 +212,10 @@ class SubBlock:
     def active_parameters(self) -> int:
         """Parameters that one token uses."""
         return self.num_parameters
+
+    def longest_row(self) -> int:
+        """The most numbers that one token is between two of its matrices."""
+        return max((side for shape in self.tensors().values() if len(shape) > 1 for side in shape), default=0)
 
     def flops(self, rows: int, context: float) -> float:
         """Of a forward pass of `rows` tokens over `context` tokens of state each."""

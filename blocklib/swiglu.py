@@ -52,16 +52,18 @@ class SwiGLU(Normed):
         return replace(self, intermediate_size=divided(self.intermediate_size, tp, "intermediate_size"))
 
     def symbol(self, parent: SubBlock) -> str:
-        """Its share of the parent's channels."""
+        """Its share of the parent's channels; `d` where the parent has no FFN of its kind."""
         if self == parent:
             return "█"
-        full = parent.intermediate_size if isinstance(parent, SwiGLU) else self.intermediate_size
+        if not isinstance(parent, SwiGLU):
+            return "d"
+        full = parent.intermediate_size
         if self.intermediate_size > full:
             return "+"
         return SHADES[min(len(SHADES) - 2, int(len(SHADES) * self.intermediate_size / full))]
 
     def words(self, parent: SubBlock) -> str:
-        return f"width {self.intermediate_size}"
+        return f"{'' if isinstance(parent, SwiGLU) else 'dense, '}width {self.intermediate_size}"
 
     def begins(self, wider: SubBlock) -> bool:
         narrower = isinstance(wider, SwiGLU) and self.intermediate_size < wider.intermediate_size

@@ -14,7 +14,13 @@ ROOMS = (  # from the top; a file imports from its own room and from those below
     "cli", "run", "choose", "heal", "fuse", "serving", "profile", "export", "library", "measure", "runtime", "parents",
     "data", "blocklib", "kernels", "solver", "base",
 )  # fmt: skip
-SHIPPED = {"modeling_puzzle.py", "modeling_decilm.py", "configuration_decilm.py", "worker.py"}  # run without puzzle
+SHIPPED = {
+    "modeling_puzzle.py",
+    "modeling_puzzle_moe.py",
+    "modeling_decilm.py",
+    "configuration_decilm.py",
+    "worker.py",
+}  # run without puzzle
 SOLVER_USES = {"numpy", "ortools", "pulp"}
 MAX_LINES = 500
 

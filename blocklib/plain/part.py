@@ -109,6 +109,13 @@ class Part(nn.Module):
         """Statistics over the residual streams [B, T, H] that enter; None for kinds whose replacements need none."""
         return None
 
+    def watch(self, x: Tensor) -> None:
+        """Note what is told of this block beside its loss, on residual streams [B, T, H] that enter. Most kinds tell nothing."""
+
+    def watched(self) -> dict[str, Any]:
+        """What was noted since the last time, as JSON."""
+        return {}
+
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Apply RoPE (RoFormer, arXiv 2104.09864, in the rotate-half layout of Llama) to x [B, heads, T, D] with tables [T, R].
@@ -135,6 +142,15 @@ def blank(sub_block: SubBlock, device: torch.device | str = "meta") -> Part:
     with torch.device("meta"):
         part: Part = sub_block.module()
     return part if str(device) == "meta" else part.to_empty(device=device)
+
+
+def learning(module: nn.Module) -> nn.Module:
+    """All of it learns from now on, but for what no gradient reaches: the parameters that a module names in `fixed`."""
+    module.requires_grad_(True)
+    for one in module.modules():
+        for name in getattr(one, "fixed", ()):
+            getattr(one, name).requires_grad_(False)
+    return module
 
 
 def loaded(sub_block: SubBlock, weights: Mapping[str, Tensor]) -> Part:

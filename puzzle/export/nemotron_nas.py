@@ -16,12 +16,17 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.checkpoint import IMPORTED
 from puzzle.export.child import Child, ChildLayer
 from puzzle.export.refuse import refuse_unlike_llama
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 
-CODE = tuple(
-    Path(__file__).with_name(name) for name in ("configuration_decilm.py", "modeling_decilm.py", "modeling_puzzle.py")
+CODE = (
+    *(
+        Path(__file__).with_name(name)
+        for name in ("configuration_decilm.py", "modeling_decilm.py", "modeling_puzzle.py")
+    ),
+    *IMPORTED,
 )
 _LINEAR_MLP = "mlp.linear_mlp.weight"
 

@@ -3,6 +3,9 @@
     {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": null, …,
      "per_layer_config": {"3": {"num_key_value_heads": 2}, "4": {"skip": ["attention"]}, "6": {"linear": ["attention", "mlp"]}}}
 
+With `num_experts` the usual FFN is a mixture, and layers say `num_experts`, `num_experts_per_tok`, `moe_intermediate_size` and
+`shared_expert_intermediate_size` of their own, or `{"dense": ["mlp"], "intermediate_size": 512}`.
+
 The global values describe what most layers have (`usual`), `per_layer_config` what single layers change. A word that is not
 understood is refused: it would mean a layer that this version cannot know. Needs no torch.
 """
@@ -10,21 +13,28 @@ understood is refused: it would mean a layer that this version cannot know. Need
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from puzzle.base.errors import UserError, nearest
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.parents.family import ACTIVATIONS, Config, attention, decoder, family, ffn
+from puzzle.parents.family import EXPERTS, Config, attention, decoder, family, ffn, moe
 from puzzle.parents.structure import Layer, Structure
 
 OWNERS = {"attention": "attention", "ffn": "mlp"}  # slot: its name in the lists of `per_layer_config`
 LISTS = {"skip": NoOp, "linear": Linear}  # lists of `per_layer_config`, and the kind of what they name
+DENSE = "dense"  # a list too: of what is one gated FFN where others are mixtures
 PLACEMENTS = ("before", "after", "both")
+MIXTURE = {  # fields of a mixture that config.json has where they differ from their defaults, and their names there
+    "router": "router", "correction_bias": "correction_bias", "num_groups": "n_group", "num_topk_groups": "topk_group",
+    "routed_scaling_factor": "routed_scaling_factor", "shared_intermediate_size": "shared_expert_intermediate_size",
+    "shared_gate": "shared_expert_gate",
+}  # fmt: skip
 
 
 def usual(c: Config) -> dict[str, SubBlock]:
@@ -50,6 +60,8 @@ def usual(c: Config) -> dict[str, SubBlock]:
         rope=c.get("rope", "default"),
         **shared,
     )
+    if c.get("num_experts"):
+        return {"attention": attends, "ffn": moe(c, **shared, **{f: c[w] for f, w in MIXTURE.items() if w in c})}
     return {"attention": attends, "ffn": ffn(c, **shared)}
 
 
@@ -72,15 +84,20 @@ def child(c: Config) -> Structure:
 
 def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, SubBlock]:
     """One entry of `per_layer_config`. Raises UserError for a word or a value that is not understood."""
-    named = {kind: list(entry.get(kind) or []) for kind in LISTS}
+    mixture, lists = isinstance(base["ffn"], Moe), [*LISTS]
+    if mixture:
+        lists.append(DENSE)
+    named = {kind: list(entry.get(kind) or []) for kind in lists}
     owners = [owner for names in named.values() for owner in names]
     if unknown := sorted({*owners} - {*OWNERS.values()}):
         raise UserError(
             f"per_layer_config[{index}] names '{unknown[0]}', which is none of {', '.join(OWNERS.values())}"
         )
     if len(owners) != len(set(owners)):
-        raise UserError(f"per_layer_config[{index}] skips and makes linear the same sub-block: {named}")
-    known = {word for sub_block in base.values() for word in sub_block.config_words()} | set(LISTS)
+        raise UserError(f"per_layer_config[{index}] names one sub-block twice: {named}")
+    known = {word for sub_block in base.values() for word in sub_block.config_words()} | set(lists)
+    if mixture and named[DENSE]:
+        known |= {"intermediate_size"}
     if unknown := sorted(set(entry) - known):
         raise UserError(
             f"per_layer_config[{index}] has '{unknown[0]}', which is not understood ({nearest(unknown[0], sorted(known))})"
@@ -94,7 +111,18 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
         elif OWNERS[slot] in named["linear"]:
             assert isinstance(sub_block, Normed)
             found[slot] = Linear(**sub_block.norm_fields())
+        elif OWNERS[slot] in named.get(DENSE, ()):
+            found[slot] = _dense(sub_block, entry.get("intermediate_size"), index)
     return found
+
+
+def _dense(mixture: SubBlock, width: Any, index: int) -> SwiGLU:
+    """The gated FFN in place of one. Raises UserError where none is meant."""
+    if not isinstance(mixture, Moe) or mixture.activation == "relu2" or width is None:
+        raise UserError(
+            f"per_layer_config[{index}] is dense: its mlp needs an intermediate_size, and experts with a gate in other layers"
+        )
+    return SwiGLU(**mixture.norm_fields(), intermediate_size=width, activation=mixture.activation)
 
 
 def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
@@ -109,6 +137,8 @@ def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
         lists = [word for word, kind in LISTS.items() if isinstance(sub_block, kind)]
         if lists:
             entry[lists[0]] = [*entry.get(lists[0], []), OWNERS[slot]]
+        elif isinstance(sub_block, SwiGLU) and isinstance(base[slot], Moe):
+            entry |= {DENSE: [OWNERS[slot]], "intermediate_size": sub_block.intermediate_size}
         else:
             entry |= sub_block.to_config(base[slot])
     return entry
@@ -120,9 +150,9 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
     Values that every earlier version had are always there, later ones only where they say something.
     """
     attends, gated = base["attention"], base["ffn"]
-    if not isinstance(attends, Gqa) or not isinstance(gated, SwiGLU):
+    if not isinstance(attends, Gqa) or not isinstance(gated, SwiGLU | Moe):
         raise UserError(
-            f"config.json of a child has words for gqa and swiglu alone, not {attends.kind} and {gated.kind}"
+            f"config.json of a child has words for gqa and swiglu or moe alone, not {attends.kind} and {gated.kind}"
         )
     entries = {str(index): entry for index, layer in enumerate(structure.layers) if (entry := entry_of(layer, base))}
     ropes = {name: dict(rope.parameters) for name, rope in structure.ropes.items()}
@@ -136,7 +166,9 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         "rope_parameters": dict(plain.parameters),
         "attention_bias": attends.o_bias,
         "qkv_bias": attends.qkv_bias and not attends.o_bias,
-        "mlp_bias": gated.bias,
+        "intermediate_size": gated.active_width if isinstance(gated, Moe) else gated.intermediate_size,
+        "hidden_act": hidden_act(gated),
+        "mlp_bias": isinstance(gated, SwiGLU) and gated.bias,
         "qk_norm": names.get(attends.qk_norm, attends.qk_norm),
         "sliding_window": attends.window,
     }
@@ -151,6 +183,11 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         "ropes": (ropes, {"default": dict(plain.parameters)}),
     }
     config |= {name: value for name, (value, default) in told.items() if value != default}
+    if isinstance(gated, Moe):
+        numbers = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+        config |= {name: getattr(gated, name) for name in numbers}
+        own = {f.name: getattr(gated, f.name) for f in fields(gated) if getattr(gated, f.name) != f.default}
+        config |= {word: own[name] for name, word in MIXTURE.items() if name in own}
     return config | {"per_layer_config": entries}
 
 
@@ -165,6 +202,6 @@ def check_said(config: Config, structure: Structure) -> None:
         raise UserError("config.json of a child has no words for what stands around this one's layers")
 
 
-def hidden_act(gated: SwiGLU) -> str:
+def hidden_act(gated: SwiGLU | Moe) -> str:
     """transformers' name of its activation."""
-    return next(name for name, ours in ACTIVATIONS.items() if ours == gated.activation)
+    return next(name for name, ours in EXPERTS.items() if ours == gated.activation)

@@ -26,9 +26,8 @@ HEAD_GROUP = 8  # variants whose divergence is taken together
 
 
 def widest(layer: Layer) -> int:
-    """The longest side of a matrix in the layer."""
-    sides = [side for b in layer.values() for shape in b.tensors().values() if len(shape) > 1 for side in shape]
-    return max(sides, default=0)
+    """The most numbers that a token is between two matrices of the layer."""
+    return max((b.longest_row() for b in layer.values()), default=0)
 
 
 def workspace_bytes(layer: Layer, hidden: int, tokens: int, compute_bytes: int) -> int:

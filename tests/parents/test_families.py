@@ -88,7 +88,7 @@ def test_from_library_to_generation(name, family_parent, corpus, tmp_path, puzzl
         "--attention",
         "kv1,linear,none",
         "--ffn",
-        "0.5,linear,none",
+        PARENTS[name].ffn,
     )
     grid = ("--batches", 1, "--prefill", 16, "--contexts", "16,32", "--seconds", 0.001, "--rounds", 1)
     goal = ("--gpu", "cpu", "--params", "95%", "--input-len", 16, "--output-len", 16)
