@@ -248,6 +248,8 @@ def _serve(card: CardFacts) -> list[str]:
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
         return [_transformers(card), _PLUG_IN, again]
+    if card.format == "qwen3-moe":
+        return ["Whatever reads Qwen3-MoE, without code of ours: transformers, or vLLM:\n\n```\nvllm serve PATH\n```"]
     engines = [card.engine] if card.engine else list(card.also)
     rest = [name for name in _COMMANDS if name not in engines]
     again = f"For {', '.join(rest)}: write the child again with `puzzle export … --engine` and that name."

@@ -17,9 +17,9 @@ from typing import Literal
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.units import parse_bytes
 
-FORMATS = ("hf", "nemotron-nas", "gguf")
+FORMATS = ("hf", "nemotron-nas", "qwen3-moe", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
-OTHER_DTYPES = {"gguf": ("q8_0",)}  # by format; fp8 else
+OTHER_DTYPES = {"gguf": ("q8_0",), "qwen3-moe": ()}  # by format; fp8 else
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +58,7 @@ ENGINES = {
     for engine in (
         Engine(
             name="vllm",
+            formats=("nemotron-nas", "qwen3-moe"),
             linear_attention=False,
             linear_ffn=False,
             first_layer="softmax attention",  # the residual stream starts in the first input_layernorm

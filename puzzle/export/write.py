@@ -31,6 +31,7 @@ from puzzle.export.gguf import export_gguf
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
+from puzzle.export.qwen3_moe import qwen3_moe_config, qwen3_moe_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
 from puzzle.library.assemble import architecture_of, is_architecture, library_of, open_parent
 from puzzle.library.manifest import Library
@@ -101,7 +102,7 @@ def export(
 ) -> Exported:
     """Write the child to `out`, sub-block by sub-block, and say what it took.
 
-    format: hf, nemotron-nas or gguf; engine: the one that will read it. Either may be left out (`pick_format`).
+    format: hf, nemotron-nas, qwen3-moe or gguf; engine: the one that will read it. Either may be left out (`pick_format`).
     dtype: float32, bfloat16, float16 or fp8, and q8_0 for gguf; None is what was solved for, where precision was chosen, else the
     checkpoint's own, bf16 of one in fp8. kv_dtype: fp8
     calibrates the cache's scales on `data`. measured: what `puzzle evaluate --json` printed, for the card. out: a directory;
@@ -163,9 +164,12 @@ def export(
     if format == "gguf":
         _write_gguf(child, out, written, card, force)
     else:
-        decilm = format == "nemotron-nas"
-        config = decilm_config(child, name) if decilm else hf_config(child, child.dtype)
-        tensors = decilm_tensors(child, name) if decilm else child.tensors()
+        if format == "nemotron-nas":
+            config, tensors, code = decilm_config(child, name), decilm_tensors(child, name), CODE
+        elif format == "qwen3-moe":
+            config, tensors, code = qwen3_moe_config(child), qwen3_moe_tensors(child), ()
+        else:
+            config, tensors, code = hf_config(child, child.dtype), child.tensors(), None
         kept = kept_in_bf16(child)
         if "fp8" in (dtype, kv_dtype):
             config["quantization_config"] = quantization_config(dtype == "fp8", kv_dtype == "fp8", kept)
@@ -179,7 +183,7 @@ def export(
             generation_config=child.generation_config,
             card=card,
             extra_json=extra,
-            code=CODE if decilm else None,
+            code=code,
             max_shard_bytes=max_shard_bytes,
             force=force,
         )
