@@ -5,6 +5,7 @@ Letters: B batch, T tokens, N rows (B·T), H hidden_size, E experts, K experts o
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,12 +102,9 @@ def by_expert(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
     if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
         return torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends.int())
-    parts, begin = [], 0
-    for index, end in enumerate(ends.tolist()):
-        if end > begin:
-            parts.append(F.linear(rows[begin:end], weight[index]))
-        begin = end
-    return torch.cat(parts)
+    begins = [0, *ends.tolist()]
+    pairs = zip(rows.split([b - a for a, b in pairwise(begins)]), weight.unbind(), strict=True)  # one gradient for all
+    return torch.cat([F.linear(some, matrix) for some, matrix in pairs if len(some)])
 
 
 class SharedExpert(nn.Module):

@@ -62,13 +62,14 @@ class PuzzleExperts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [N, E], chosen and weights [N, K] -> [N, E]"""
-        out = torch.zeros_like(x)
+        out, up_projs, down_projs = torch.zeros_like(x), self.up_proj.unbind(), self.down_proj.unbind()
+        gate_projs = self.gate_proj.unbind() if self.gated else ()
         for expert in chosen.unique().tolist():
             token, place = (chosen == expert).nonzero(as_tuple=True)
             rows = x[token]
-            up = F.linear(rows, self.up_proj[expert])
-            inner = self.act(F.linear(rows, self.gate_proj[expert])) * up if self.gated else self.act(up)
-            given = F.linear(inner, self.down_proj[expert]) * weights[token, place, None].to(x.dtype)
+            up = F.linear(rows, up_projs[expert])
+            inner = self.act(F.linear(rows, gate_projs[expert])) * up if self.gated else self.act(up)
+            given = F.linear(inner, down_projs[expert]) * weights[token, place, None].to(x.dtype)
             out.index_add_(0, token, given.to(out.dtype))
         return out
 

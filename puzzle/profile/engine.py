@@ -108,7 +108,8 @@ class EngineModel:
     def seconds(self, part: Part, phase: str, batch: int, context: int) -> float:
         """One prefill of `context` tokens, or one decode step over `context` cached ones, of `batch` sequences.
 
-        Raises UserError for a kind whose sub-blocks keep what no token has (an SSM's state): nobody fitted that.
+        Raises UserError for a kind whose sub-blocks keep what no token has (an SSM's state), or whose tokens use some of the weights
+        alone (a mixture of experts): nobody fitted that.
         """
         if isinstance(part, NoOp | Embedding):
             return 0.0
@@ -119,7 +120,7 @@ class EngineModel:
             return overhead + self._matmul(part.hidden_size * part.vocab_size, batch, own.matmul, 2)
         assert isinstance(part, SubBlock)
         state = part.state()
-        if state.per_sequence:
+        if state.per_sequence or part.active_parameters() != part.num_parameters:
             raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
         seconds = self._matmul(_num_weights(part), rows, share, self.weight_bytes)
         seconds, reach = seconds + (own.attention if state else own.ffn), state.kept(context)
