@@ -38,6 +38,7 @@ class Moe(Normed):
     kind: ClassVar[str] = "moe"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.moe:SparseMoe"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.moe:FastMoe"
+    on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.moe:VllmMoe"
 
     num_experts: int = size("e", config="num_experts")
     num_experts_per_tok: int = size("k", config="num_experts_per_tok")

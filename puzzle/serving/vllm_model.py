@@ -34,6 +34,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from puzzle.blocklib.sub_block import Normed
+from puzzle.blocklib.vllm.moe import one_by_one
 from puzzle.blocklib.vllm.place import Place, rms_norm
 from puzzle.parents.names import MATRICES, MODULES, NORMS
 from puzzle.parents.rope import Rope
@@ -52,7 +53,8 @@ PER_GROUP_SINCE = (0, 29)  # FlashAttention plans with the KV heads of the layer
 PER_LAYER = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 STACKED = {".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v"),
-           ".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}  # fmt: skip
+           **{f".{owner}.{name}": (f".{owner}.gate_up_proj", place)  # of experts, vLLM's own layer stacks them
+              for owner in ("mlp", "shared_expert") for place, name in enumerate(("gate_proj", "up_proj"))}}  # fmt: skip
 
 
 def plan_each_group_by_its_own_kv_heads() -> None:
@@ -270,7 +272,7 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
                         f"the checkpoint has {name}, for which config.json has no place: export the child again"
                     )
                 seen.add(name)
-                yield name, tensor
+                yield from one_by_one(name, tensor)
 
         done = AutoWeightsLoader(self).load_weights(noted(), mapper=WeightsMapper(orig_to_new_stacked=STACKED))
         if not self.loaded and (missing := sorted(missing_tensors(wanted, seen))):
