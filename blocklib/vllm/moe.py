@@ -18,7 +18,9 @@ from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.vllm.place import Place
 from puzzle.blocklib.vllm.swiglu import VllmGatedFfn
 
-make_experts: Any = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE  # its name up to vLLM 0.31 or before
+make_experts: Any = (
+    getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
+)  # its name up to vLLM 0.31 or before
 
 
 class VllmMoe(nn.Module):
