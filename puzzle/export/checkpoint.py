@@ -20,13 +20,11 @@ from puzzle.data.tokenizer import tokenizer_files
 from puzzle.parents.checkpoint import LICENCE_FILES
 
 MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
-IMPORTED = tuple(Path(__file__).with_name(name) for name in ("modeling_puzzle_moe.py",))  # by MODELING_FILE
-SHIPPED_CODE = (
-    "configuration_decilm.py",
-    "modeling_decilm.py",
-    "modeling_puzzle.py",
-    *(path.name for path in IMPORTED),
-)
+KINDS_FILES = tuple(
+    sorted(MODELING_FILE.parent.glob("modeling_puzzle_*.py"))
+)  # which it imports, whatever the child has
+FORMATS_FILES = tuple(f"{part}_{name}.py" for name in ("decilm",) for part in ("configuration", "modeling"))
+SHIPPED_CODE = (*FORMATS_FILES, *(path.name for path in (MODELING_FILE, *KINDS_FILES)))
 HEADER_BYTES = 64 * 1024  # kept free for a shard's header: about 500 tensors
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -53,7 +51,7 @@ def write_checkpoint(
     tensors: (name, tensor) in any order and on any device; one is held at a time.
     tokenizer_from: the directory whose files of tokenizer and licence are copied.
     extra_json: further files, {"name.json": content}.
-    code: Python files that config.json's auto_map names, and what they import. Default: MODELING_FILE and IMPORTED.
+    code: Python files that config.json's auto_map names, and what they import. Default: MODELING_FILE and KINDS_FILES.
     max_shard_bytes: of tensor data in one safetensors file; a larger tensor gets a file of its own. [bytes]
     force: replace a directory that is not empty.
 
@@ -73,7 +71,7 @@ def write_checkpoint(
                 if content is not None:
                     _write_json(temporary / name, content)
             (temporary / "README.md").write_text(card, encoding="utf-8")
-            for source in (MODELING_FILE, *IMPORTED) if code is None else code:
+            for source in (MODELING_FILE, *KINDS_FILES) if code is None else code:
                 shutil.copyfile(source, temporary / source.name)
             copy_companions(tokenizer_from, temporary)
     return read_json(out / "manifest.json", "puzzle export")

@@ -16,17 +16,15 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.export.checkpoint import IMPORTED
+from puzzle.export.checkpoint import KINDS_FILES, MODELING_FILE
 from puzzle.export.child import Child, ChildLayer
 from puzzle.export.refuse import refuse_unlike_llama
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 
 CODE = (
-    *(
-        Path(__file__).with_name(name)
-        for name in ("configuration_decilm.py", "modeling_decilm.py", "modeling_puzzle.py")
-    ),
-    *IMPORTED,
+    *(Path(__file__).with_name(f"{name}_decilm.py") for name in ("configuration", "modeling")),
+    MODELING_FILE,
+    *KINDS_FILES,
 )
 _LINEAR_MLP = "mlp.linear_mlp.weight"
 

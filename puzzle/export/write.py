@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from puzzle.base.console import console
 from puzzle.base.device import compute_dtype, pick_device
@@ -164,12 +166,7 @@ def export(
     if format == "gguf":
         _write_gguf(child, out, written, card, force)
     else:
-        if format == "nemotron-nas":
-            config, tensors, code = decilm_config(child, name), decilm_tensors(child, name), CODE
-        elif format == "qwen3-moe":
-            config, tensors, code = qwen3_moe_config(child), qwen3_moe_tensors(child), ()
-        else:
-            config, tensors, code = hf_config(child, child.dtype), child.tensors(), None
+        config, tensors, code = _written(child, format, name)
         kept = kept_in_bf16(child)
         if "fp8" in (dtype, kv_dtype):
             config["quantization_config"] = quantization_config(dtype == "fp8", kv_dtype == "fp8", kept)
@@ -195,6 +192,17 @@ def export(
     if hub is not None and push_to_hub is not None:
         _push(hub, push_to_hub, out)
     return Exported(out=out, format=format, engine=engine, dtype=written, kv_dtype=kv_dtype, lowerings=tuple(lowerings))
+
+
+def _written(
+    child: Child, format: str, engine: str | None
+) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]], Sequence[Path] | None]:
+    """config.json, tensors and model code in a format of directories."""
+    if format == "qwen3-moe":
+        return qwen3_moe_config(child), qwen3_moe_tensors(child), ()
+    if format == "nemotron-nas":
+        return decilm_config(child, engine), decilm_tensors(child, engine), CODE
+    return hf_config(child, child.dtype), child.tensors(), None
 
 
 def _as_solved(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puzzle.base.files import SCHEMA, json_text
 from puzzle.export.card import plain_card
-from puzzle.export.checkpoint import IMPORTED, MODELING_FILE
+from puzzle.export.checkpoint import KINDS_FILES, MODELING_FILE
 from puzzle.export.child import Child
 from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
@@ -60,7 +60,7 @@ def write_healed(
     extra = {"heal.json": {"schema": SCHEMA, **record}}
     extra |= {} if solved is None else {"architecture.json": solved.to_json()}
     card = plain_card(child, solved).replace("## Serve\n", f"{healing(record)}\n\n## Serve\n", 1)
-    code = (MODELING_FILE, *IMPORTED, work.log)  # the log travels with the files that are copied as they are
+    code = (MODELING_FILE, *KINDS_FILES, work.log)  # the log travels with the files that are copied as they are
     write_hf(child, out, card, extra_json=extra, code=code, force=force)
 
 
