@@ -90,6 +90,15 @@ PARENTS = {
         | {"num_experts": 7, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "decoder_sparse_step": 2, "sliding_window": 7, "use_sliding_window": True},
         ffn="0.5,frequent=3-topk=1,none",
     ),
+    "granitemoehybrid, attention alone": Tiny(
+        model_type="granitemoehybrid",
+        changes=rope("default")
+        | NATURAL
+        | {"embedding_multiplier": 3.0, "attention_multiplier": 0.21, "residual_multiplier": 0.6, "logits_scaling": 2.5}
+        | {"num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 28, "position_embedding_type": "rope"}
+        | {"layer_types": ["attention"] * 4, "mamba_n_heads": 6, "mamba_d_head": 12},
+        ffn="experts=3-topk=1,shared=16,dense=24,linear,none",
+    ),
     "phi3": Tiny(model_type="phi3", changes=rope("default") | NATURAL, engines=ALL),
     "phi3, partial longrope": Tiny(
         model_type="phi3",

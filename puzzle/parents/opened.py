@@ -122,7 +122,7 @@ class HfModel:
             if name not in entries:
                 raise UserError(f"{self.directory} lacks the weight {name}: download or export the checkpoint again")
             dtype, found = entries[name]["dtype"], tuple(entries[name]["shape"])
-            if dtype == STORED and fp8 is not None and len(shape) == 2:
+            if dtype == STORED and fp8 is not None:
                 fp8.check(name, entries)
             elif dtype not in READ:
                 raise UserError(
@@ -247,7 +247,7 @@ def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
     if missing := [name for name in NEEDED if name not in raw]:
         raise UserError(f"{checkpoint.directory}/config.json lacks '{missing[0]}': download the checkpoint again")
     if model_type in OWN_CONFIGS:
-        return _Noted(raw)
+        return _Noted(_with_floats(raw))
     for name in NEEDED:
         if not isinstance(raw[name], int) or raw[name] < 1:
             raise UserError(
@@ -256,11 +256,20 @@ def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
     from transformers import CONFIG_MAPPING
 
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(dict(raw))
+        config = CONFIG_MAPPING[model_type].from_dict(_with_floats(raw))
     except Exception as error:  # its checks raise many kinds; all mean that transformers cannot open it either
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"transformers cannot read {checkpoint.directory}/config.json ({reason}): mend it") from error
     return _Noted(config.to_dict())
+
+
+def _with_floats(value: Any) -> Any:
+    """{"__float__": "Infinity"}, as transformers writes it, is a number."""
+    if isinstance(value, list):
+        return [_with_floats(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return float(value["__float__"]) if set(value) == {"__float__"} else {k: _with_floats(v) for k, v in value.items()}
 
 
 def _download(hub_id: str) -> Path:

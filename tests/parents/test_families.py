@@ -50,8 +50,13 @@ def test_logits(name, family_parent):
 @torch.no_grad()
 def test_our_runtime_generates_what_theirs_does(name, family_parent):
     directory = family_parent(name)
-    ids = tokens(2, 21)
-    wanted = theirs(directory).generate(ids, max_new_tokens=11, **GREEDY)[:, 21:]
+    ids, reference = tokens(2, 21), theirs(directory)
+    try:
+        wanted = reference.generate(ids, max_new_tokens=11, **GREEDY)[:, 21:]
+    except ValueError as error:
+        if "has_previous_state" not in str(error):
+            raise
+        pytest.skip("this transformers has no cache for a granitemoehybrid without Mamba-2")
     assert torch.equal(PlainRuntime(load_model(directory), 2, 32).generate(ids, 11), wanted)
 
 
