@@ -54,6 +54,7 @@ class Prediction:
     workspace_bytes: int
     kv_bytes_per_token: int
     num_parameters: int
+    active_parameters: int | None = None  # that a token uses; None as earlier versions wrote it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
