@@ -146,10 +146,9 @@ class Moe(Normed):
     def stand_ins(cls, parent: SubBlock) -> list[str]:
         if not isinstance(parent, Moe):
             return []
-        names = ["experts=0.75", "experts=0.5", "width=0.5", "topk=0.5", "dense=1.0"]
-        return names[: 4 if parent.activation == "relu2" else 5] + (
-            ["shared=0.5"] if parent.shared_intermediate_size else []
-        )
+        names = ["experts=0.75", "experts=0.5", "width=0.5", "topk=0.5"]
+        names += ["shared=0.5"] if parent.shared_intermediate_size else []
+        return names + ([] if parent.activation == "relu2" else ["dense=1.0"])
 
     @classmethod
     def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:

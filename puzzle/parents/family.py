@@ -30,12 +30,12 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedia
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """structure: of a config. where: of one tensor (layer, slot, sub-block, name inside it); wheres: in checkpoints of another layout. base: what the config's global values
-    describe, where layers may differ from it; None: what most layers have."""
+    """structure: of a config. where: of one tensor (layer, slot, sub-block, name inside it); other_layouts: the same where checkpoints
+    are stored otherwise. base: what the config's global values describe, where layers may differ from it; None: what most layers have."""
 
     structure: Callable[[Config], Structure]
     where: Callable[[int, str, SubBlock, str], Where]
-    wheres: tuple[Callable[[int, str, SubBlock, str], Where], ...] = ()
+    other_layouts: tuple[Callable[[int, str, SubBlock, str], Where], ...] = ()
     base: Callable[[Config], Layer] | None = None
 
 
@@ -46,13 +46,13 @@ def family(
     model_type: str,
     *,
     where: Callable[[int, str, SubBlock, str], Where] = plain,
-    wheres: tuple[Callable[[int, str, SubBlock, str], Where], ...] = (),
+    other_layouts: tuple[Callable[[int, str, SubBlock, str], Where], ...] = (),
     base: Callable[[Config], Layer] | None = None,
 ) -> Callable[[Callable[[Config], Structure]], Callable[[Config], Structure]]:
     """Decorator: the family of checkpoints with this `model_type`."""
 
     def add(structure: Callable[[Config], Structure]) -> Callable[[Config], Structure]:
-        FAMILIES[model_type] = Family(structure=structure, where=where, wheres=wheres, base=base)
+        FAMILIES[model_type] = Family(structure=structure, where=where, other_layouts=other_layouts, base=base)
         return structure
 
     return add

@@ -26,16 +26,14 @@ def granite(c: Config) -> Structure:
 
 def flat(layer: int, slot: str, sub_block: SubBlock, name: str) -> Where:
     """`block_sparse_moe.input_linear` [E, 2 F, H], gate above up, and `shared_mlp.input_linear` [2 S, H], as on the hub."""
-    owner, _, matrix = (
-        name.rpartition(".") if name.startswith("experts") else name.removesuffix(".weight").rpartition(".")
-    )
+    owner, _, matrix = name.removesuffix(".weight").rpartition(".")
     if slot != "ffn" or "norm" in name:
         return plain(layer, slot, sub_block, name)
     prefix = f"model.layers.{layer}."
     if owner == "" and matrix == "gate":
         return Where(f"{prefix}block_sparse_moe.router.layer.weight")
-    mixed, dim = owner == "experts", 1 if owner == "experts" else 0
-    prefix += "block_sparse_moe" if mixed else "shared_mlp"
+    dim = 1 if owner == "experts" else 0
+    prefix += "block_sparse_moe" if owner == "experts" else "shared_mlp"
     if matrix == "down_proj":
         return Where(f"{prefix}.output_linear.weight")
     shape = sub_block.tensors()[name]

@@ -39,8 +39,7 @@ class Where:
         """Of each of them, where the tensor has `shape`; of one of which these are rows, as far as they reach."""
         if self.experts is not None:
             return shape[1:]
-        rows = shape if self.rows is None else (*shape[: self.dim], self.rows[1], *shape[self.dim + 1 :])
-        return rows
+        return shape if self.rows is None else (*shape[: self.dim], self.rows[1], *shape[self.dim + 1 :])
 
 
 def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:

@@ -186,8 +186,8 @@ def open_model(source: str | Path) -> HfModel:
 
 
 def _layout(known: Family, structure: Structure, checkpoint: Checkpoint) -> Callable[[int, str, SubBlock, str], Where]:
-    """The layout whose tensors are all there; the family's usual one where none is."""
-    for where in known.wheres:
+    """Another layout of the family's whose tensors are all there, else its usual one, which messages then speak of."""
+    for where in known.other_layouts:
         places = (where(n, slot, b, name) for n, slot, b in structure for name in b.tensors())
         if all(set(place.names) <= checkpoint.names for place in places):
             return where

@@ -32,7 +32,7 @@ def mixture(c: Config) -> Layer:
     return {"attention": attention(c, window=c.get("sliding_window"), qk_norm="head"), "ffn": moe(c)}
 
 
-@family("qwen3_moe", where=one_by_one, wheres=(fused,), base=mixture)
+@family("qwen3_moe", where=one_by_one, other_layouts=(fused,), base=mixture)
 def qwen3_moe(c: Config) -> Structure:
     """Layers are dense by `mlp_only_layers`, and but for every `decoder_sparse_step`-th."""
     only, step, usual = c.get("mlp_only_layers") or (), c["decoder_sparse_step"], mixture(c)
