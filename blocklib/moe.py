@@ -108,7 +108,9 @@ class Moe(Normed):
     def flops(self, rows: int, context: float) -> float:
         return rows * 2 * (self.num_matrix_parameters - self._idle)
 
-    def longest_row(self) -> int:
+    @property
+    def widest(self) -> int:
+        """What a token is in all its experts together."""
         return max(self.active_width, self.num_experts_per_tok * self.hidden_size, self.num_experts)
 
     def timed(self) -> Self:

@@ -209,13 +209,14 @@ class SubBlock:
         """Elements of its matrices: what a token is multiplied by."""
         return sum(math.prod(shape) for shape in self.tensors().values() if len(shape) > 1)
 
+    @property
+    def widest(self) -> int:
+        """The longest side of a matrix: of as many elements a token are the largest tensors that a backward pass needs."""
+        return max((side for shape in self.tensors().values() if len(shape) > 1 for side in shape), default=0)
+
     def active_parameters(self) -> int:
         """Parameters that one token uses."""
         return self.num_parameters
-
-    def longest_row(self) -> int:
-        """The most numbers that one token is between two of its matrices."""
-        return max((side for shape in self.tensors().values() if len(shape) > 1 for side in shape), default=0)
 
     def flops(self, rows: int, context: float) -> float:
         """Of a forward pass of `rows` tokens over `context` tokens of state each."""

@@ -120,14 +120,18 @@ class EngineModel:
             return overhead + self._matmul(part.hidden_size * part.vocab_size, batch, own.matmul, 2)
         assert isinstance(part, SubBlock)
         state = part.state()
-        if state.per_sequence or part.active_parameters() != part.num_parameters:
-            raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
+        self._check_fitted(part)
         seconds = self._matmul(_num_weights(part), rows, share, self.weight_bytes)
         seconds, reach = seconds + (own.attention if state else own.ffn), state.kept(context)
         if prompt:  # half of the scores, by causality
             scores = batch * context * part.mixing_flops(reach) / 2 if state else 0.0
             return max(own.launch, seconds + scores / (share * self.flops))
         return seconds + self.weight_bytes * state.per_token * batch * (reach + own.tail) / (own.kv * self.bandwidth)
+
+    def _check_fitted(self, part: SubBlock) -> None:
+        """Raise UserError for a kind whose sub-blocks keep what no token has, or of whose weights a token uses some alone."""
+        if part.state().per_sequence or part.active_parameters() != part.num_parameters:
+            raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
 
     def host_seconds(self, batch: int) -> float:
         """The least that a decode step of `batch` sequences takes, whatever the device has to do."""

@@ -26,8 +26,8 @@ HEAD_GROUP = 8  # variants whose divergence is taken together
 
 
 def widest(layer: Layer) -> int:
-    """The most numbers that a token is between two matrices of the layer."""
-    return max((b.longest_row() for b in layer.values()), default=0)
+    """The longest side of a matrix in the layer, or what counts as one."""
+    return max((sub_block.widest for sub_block in layer.values()), default=0)
 
 
 def workspace_bytes(layer: Layer, hidden: int, tokens: int, compute_bytes: int) -> int:
