@@ -94,7 +94,7 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
             f"per_layer_config[{index}] names '{unknown[0]}', which is none of {', '.join(OWNERS.values())}"
         )
     if len(owners) != len(set(owners)):
-        raise UserError(f"per_layer_config[{index}] names one sub-block twice: {named}")
+        raise UserError(f"per_layer_config[{index}] says two things of one sub-block: {dict(entry)}")
     known = {word for sub_block in base.values() for word in sub_block.config_words()} | set(lists)
     if mixture and named[DENSE]:
         known |= {"intermediate_size"}

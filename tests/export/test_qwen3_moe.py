@@ -179,7 +179,7 @@ def test_damaged_experts(change, message, parent, tmp_path):
     [
         ({"dense": ["mlp"]}, r"per_layer_config\[1\] is dense: its mlp needs an intermediate_size"),
         ({"dense": ["attention"], "intermediate_size": 8}, r"\[1\] is dense: its mlp needs"),
-        ({"dense": ["mlp"], "skip": ["mlp"]}, r"\[1\] names one sub-block twice"),
+        ({"dense": ["mlp"], "skip": ["mlp"]}, r"\[1\] says two things of one sub-block"),
         ({"intermediate_size": 8}, r"\[1\] has 'intermediate_size', which is not understood"),
         ({"num_experts": 0}, "num_experts 0 is not a whole number above 0"),
         ({"num_experts": 2}, "num_experts_per_tok 3 is more than the 2 to choose from"),

@@ -113,7 +113,7 @@ def test_config_round_trip(made):
         ({"hidden_size": 12}, r"\[3\] has 'hidden_size', which is not understood"),
         ({"skip": ["ffn"]}, r"\[3\] names 'ffn', which is none of attention, mlp"),
         ({"linear": ["mixer"]}, r"\[3\] names 'mixer'"),
-        ({"skip": ["mlp"], "linear": ["mlp"]}, r"\[3\] names one sub-block twice"),
+        ({"skip": ["mlp"], "linear": ["mlp"]}, r"\[3\] says two things of one sub-block"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads '2' is not a whole number above 0"),
         ({"num_key_value_heads": None}, "num_key_value_heads None is not a whole number above 0"),
         ({"intermediate_size": 0}, "intermediate_size 0 is not a whole number above 0"),
