@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers import fused_moe
@@ -18,22 +19,24 @@ from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.vllm.place import Place
 from puzzle.blocklib.vllm.swiglu import VllmGatedFfn
 
-make_experts: Any = (
-    getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
-)  # its name up to vLLM 0.31 or before
+make_experts: Any = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE  # as vLLM 0.32, 0.26 call it
 
 
 class VllmMoe(nn.Module):
-    """A softmax over all experts, gated experts with silu, and the shared one as a gated FFN beside them. Raises ValueError for another
-    router or activation, for experts that are spread over ranks, and for weights that are not in bf16, fp16 or float32."""
+    """Routed experts with silu, and the shared one as a gated FFN beside them. Raises ValueError for what is not served: sigmoids without a
+    correction bias, a softmax with one, other activations (vLLM on a CPU, where this is checked, has no relu2), experts that are spread over
+    ranks, and quantised ones."""
 
     def __init__(self, sub_block: Moe, place: Place):
         super().__init__()
         hidden, shared = sub_block.hidden_size, sub_block.shared_intermediate_size
         place.check_divides(sub_block.moe_intermediate_size, "moe_intermediate_size")
-        parallel = get_current_vllm_config().parallel_config
+        parallel, soft = get_current_vllm_config().parallel_config, sub_block.router == "softmax"
         for wrong, what in (
-            (sub_block.router != "softmax" or sub_block.correction_bias, f"a {sub_block.router} router"),
+            (
+                soft == sub_block.correction_bias,
+                f"{sub_block.router} router with correction_bias {sub_block.correction_bias}",
+            ),
             (sub_block.activation != "silu", f"experts with {sub_block.activation}"),
             (place.quant_config is not None, "quantised experts"),
             (parallel.enable_expert_parallel, "--enable-expert-parallel"),
@@ -41,27 +44,36 @@ class VllmMoe(nn.Module):
         ):
             if wrong:
                 raise ValueError(f"{place.prefix}: puzzle's plug-in has no {what} for mixtures of experts yet")
-        self.scale = sub_block.routed_scaling_factor
-        self.gate = fused_moe.GateLinear(hidden, sub_block.num_experts, prefix=f"{place.prefix}.gate")
+        self.scale, more = sub_block.routed_scaling_factor, {"prefix": f"{place.prefix}.gate"}
+        if not soft:  # scores are float32, as the bias is
+            more |= {"out_dtype": torch.float32, "force_fp32_compute": True}
+        self.gate = fused_moe.GateLinear(hidden, sub_block.num_experts, **more)
+        routing: dict[str, Any] = {}
+        if not soft:
+            bias = nn.Parameter(torch.empty(sub_block.num_experts, dtype=torch.float32), requires_grad=False)
+            self.gate.e_score_correction_bias = bias
+            groups = {"num_expert_group": sub_block.num_groups, "topk_group": sub_block.num_topk_groups}
+            routing = {"use_grouped_topk": True, "scoring_func": "sigmoid", "e_score_correction_bias": bias, **groups}
         self.experts = make_experts(
-            gate=self.gate,
             num_experts=sub_block.num_experts,
             top_k=sub_block.num_experts_per_tok,
             hidden_size=hidden,
             intermediate_size=sub_block.moe_intermediate_size,
             renormalize=sub_block.norm_topk_prob,
             prefix=f"{place.prefix}.experts",
+            **routing,
         )
         self.shared_expert: nn.Module | None = None
         self.shared_expert_gate: nn.Module | None = None
         if shared is not None:
-            gated = SwiGLU(**sub_block.norm_fields(), intermediate_size=shared)
-            self.shared_expert = VllmGatedFfn(gated, replace(place, prefix=f"{place.prefix}.shared_expert"))
+            beside = SwiGLU(**sub_block.norm_fields(), intermediate_size=shared)
+            self.shared_expert = VllmGatedFfn(beside, replace(place, prefix=f"{place.prefix}.shared_expert"))
         if sub_block.shared_gate:
             self.shared_expert_gate = ReplicatedLinear(hidden, 1, bias=False, **place.layer("shared_expert_gate"))
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
-        out = self.experts(hidden_states=x, router_logits=x)
+        logits, _ = self.gate(x)
+        out = self.experts(hidden_states=x, router_logits=logits)
         out = out if self.scale == 1 else out * self.scale
         if self.shared_expert is None:
             return out
