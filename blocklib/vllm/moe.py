@@ -44,10 +44,9 @@ class VllmMoe(nn.Module):
         ):
             if wrong:
                 raise ValueError(f"{place.prefix}: puzzle's plug-in has no {what} for mixtures of experts yet")
-        self.scale, more = sub_block.routed_scaling_factor, {"prefix": f"{place.prefix}.gate"}
-        if not soft:  # scores are float32, as the bias is
-            more |= {"out_dtype": torch.float32, "force_fp32_compute": True}
-        self.gate = fused_moe.GateLinear(hidden, sub_block.num_experts, **more)
+        self.scale = sub_block.routed_scaling_factor
+        exact: dict[str, Any] = {} if soft else {"out_dtype": torch.float32, "force_fp32_compute": True}  # as its bias
+        self.gate = fused_moe.GateLinear(hidden, sub_block.num_experts, prefix=f"{place.prefix}.gate", **exact)
         routing: dict[str, Any] = {}
         if not soft:
             bias = nn.Parameter(torch.empty(sub_block.num_experts, dtype=torch.float32), requires_grad=False)
