@@ -28,7 +28,8 @@ def ids(length=24):
 
 
 def formats(engine):
-    return ENGINES[engine].formats
+    """In which children like a Llama are written."""
+    return [format for format in ENGINES[engine].formats if format != "qwen3-moe"]
 
 
 def assert_takes(engine, child, format):
