@@ -164,7 +164,9 @@ class VariantTrainer:
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a snapshot."""
         tensors = {f"{self.key}|{n}": p.detach() for n, p in self.module.named_parameters()}
-        tensors[f"{self.key}|facts"] = torch.tensor(list(json.dumps(self._facts[:1]).encode()), dtype=torch.uint8)
+        tensors[f"{self.key}|facts"] = torch.tensor(
+            list(json.dumps(self._facts[:1], allow_nan=False).encode()), dtype=torch.uint8
+        )
         if self.optimizer is not None:
             for name, parameter in self.module.named_parameters():
                 for slot, value in self.optimizer.state.get(parameter, {}).items():
