@@ -47,9 +47,8 @@ def test_every_shipped_parent_can_be_solved_for(puzzle, synthetic, name, tmp_pat
 
 def test_shipped_tables_hold_what_a_library_has_by_default():
     tables = [t for t in (PACKAGED / "h100-sxm-80gb").glob("*.csv") if not t.stem.endswith("-fp8")]
-    assert {t.stem for t in tables} == set(STRUCTURES) - {
-        "smollm2-135m"
-    }  # for engines: a library of it is profiled in minutes
+    without = {"smollm2-135m", "qwen3-30b-a3b"}  # one for engines, and mixtures of experts
+    assert {t.stem for t in tables} == set(STRUCTURES) - without
     for path in tables:
         structure, table = STRUCTURES[path.stem], CostTable(path)
         spaces = search_spaces(dict(enumerate(structure.layers)), {})
