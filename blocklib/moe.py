@@ -62,7 +62,7 @@ class Moe(Normed):
         elif groups > 1 and (self.router != "sigmoid" or experts // groups < 2):
             wrong = f"{groups} groups of experts need router sigmoid and two experts in each"
         elif self.num_experts_per_tok > experts // groups * chosen:
-            wrong = f"num_experts_per_tok {self.num_experts_per_tok} is more than the {experts // groups * chosen} to choose from"
+            wrong = f"num_experts_per_tok {self.num_experts_per_tok} is more than the {experts // groups * chosen} to choose from: lower it, or keep more experts"
         elif self.shared_gate and self.shared_intermediate_size is None:
             wrong = "shared_gate without shared_intermediate_size"
         if wrong is not None:
