@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,13 +63,14 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 class Trained(NamedTuple):
-    """loss_before, loss_after: on held-out text."""
+    """loss_before, loss_after: on held-out text. facts: what the kept module does beside, there (`Part.watched`)."""
 
     variant: Variant
     tensors: dict[str, Tensor]
     improved: bool
     loss_before: float
     loss_after: float
+    facts: dict[str, Any]
 
 
 RULE = ("beta1", "beta2", "weight_decay", "clip_norm")  # what AdamW takes of a recipe
@@ -126,17 +128,18 @@ class VariantTrainer:
         self._start = {name: p.to("cpu", copy=True) for name, p in self.masters.values().items()}
         self.loss_before = self.loss_after = torch.full((len(variants),), math.nan, dtype=torch.float64)
         self._validation: list[Tensor] = []
+        self._facts: list[dict[str, Any]] = []  # at the start, and at the end
 
     def step(self, shown: Shown) -> None:
         """One optimiser step. A step with a non-finite gradient is left out.
 
         Never waits for the device, so that a CUDA graph can hold it.
         """
-        if not self.masters.weights:
+        if not self.masters.parameters:
             return
         outputs = self._outputs(shown)
         grads = [output_gradient(out.detach(), shown.target, shown.energy) for out in outputs]
-        self.masters.step(torch.autograd.grad(outputs, self.masters.parameters, grads))
+        self.masters.step(torch.autograd.grad(outputs, self.masters.parameters, grads, materialize_grads=True))
 
     def _outputs(self, shown: Shown) -> list[Tensor]:
         """[B, T, H] of every variant"""
@@ -150,9 +153,12 @@ class VariantTrainer:
         """Add one validation batch; `validated()` gives the means and starts over."""
         losses = [block_loss(out, shown.target) for out in self._outputs(shown)]
         self._validation.append(torch.stack(losses))
+        with autocast(shown.x.device):
+            self.module.watch(shown.x)
 
     def validated(self) -> Tensor:
         """[V], float64 on the CPU"""
+        self._facts = [*self._facts[:1], self.module.watched()]
         mean = torch.stack(self._validation).double().mean(dim=0).cpu()
         self._validation = []
         return mean
@@ -166,13 +172,17 @@ class VariantTrainer:
         ):
             improved = after <= before
             tensors = self.module.beginning(now if improved else self._start, variant.sub_block)
-            found.append(Trained(variant, tensors, improved, before, after))
+            found.append(Trained(variant, tensors, improved, before, after, self._facts[-1 if improved else 0]))
         return found
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a snapshot."""
-        return {f"{self.key}|{name}": tensor for name, tensor in self.masters.state().items()}
+        told = list(json.dumps(self._facts[:1], allow_nan=False).encode())
+        found = self.masters.state() | {"facts": torch.tensor(told, dtype=torch.uint8)}
+        return {f"{self.key}|{name}": tensor for name, tensor in found.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state` gave, bit for bit."""
+        told = tensors.get(f"{self.key}|facts")  # snapshots of earlier versions have none
+        self._facts = [{}] if told is None else json.loads(bytes(told.tolist()))
         self.masters.load_state({name: tensors[f"{self.key}|{name}"] for name in self.masters.state()})

@@ -50,8 +50,8 @@ class Masters:
         self.refresh()
         copies = {n: w.value if w.copy is None else w.copy for n, w in self.weights.items()}
         module.load_state_dict(copies, assign=True)
-        self.parameters = [p for n, p in module.named_parameters() if not (folds and n == NORM)]
-        self._stepped = [w for n, w in self.weights.items() if not (folds and n == NORM)]
+        learn = {n: p for n, p in module.named_parameters() if p.requires_grad and not (folds and n == NORM)}
+        self.parameters, self._stepped = [*learn.values()], [self.weights[n] for n in learn]
 
     def refresh(self) -> None:
         """Make the copies anew."""

@@ -2,6 +2,7 @@
 
     gqa h4096 q32 kv8 d128 window1024         softmax attention: hidden size, query heads, KV heads, head_dim, window
     swiglu h4096 f14336                       gated FFN of 14336 channels
+    moe h2048 e128 k8 f768                    mixture of 128 experts of 768 channels, of which a token has 8
     relu2 h4480 f15680                        FFN without a gate, of squared ReLUs
     mamba2 h4480 heads128 d80 groups8 state128    Mamba-2: hidden size, heads, head_dim, groups, state size
     linear h4096                              one matrix
@@ -30,7 +31,7 @@ from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 if TYPE_CHECKING:
     from torch import Tensor
 
-OURS = ("gqa", "swiglu", "relu2", "mamba2", "linear", "none")  # in the order in which they offer replacements
+OURS = ("gqa", "swiglu", "relu2", "moe", "mamba2", "linear", "none")  # in the order in which they offer replacements
 DEFAULT_EPS = 1e-6
 TPS = (1, 2, 4, 8)  # ranks of tensor parallel
 

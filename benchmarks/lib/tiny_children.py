@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
@@ -64,7 +65,7 @@ class Tiny:
     `rope`; around: other fields of `Structure`."""
 
     layers: tuple[tuple[SubBlock, SubBlock], ...]
-    base: tuple[Gqa, SwiGLU] = BLOCK
+    base: tuple[Gqa, SwiGLU | Moe] = BLOCK
     tied: bool = False
     rope: dict[str, object] | None = None
     ropes: dict[str, dict[str, object]] | None = None
@@ -111,6 +112,25 @@ YARN = {
 }
 
 
+EXPERTS = Moe(
+    hidden_size=HIDDEN, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True,
+    shared_intermediate_size=64, shared_gate=True, norm_eps=EPS,
+)  # fmt: skip
+SIGMOIDS = Moe(
+    hidden_size=HIDDEN, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, router="sigmoid",
+    correction_bias=True, num_groups=2, num_topk_groups=1, norm_topk_prob=True, routed_scaling_factor=2.5, norm_eps=EPS,
+)  # fmt: skip
+# Mixtures that differ in all that they can, one dense FFN, and what other layers have beside.
+MIXTURES = Tiny(
+    base=(FULL, EXPERTS),
+    layers=(
+        (NO_OP, width(352)), (FULL, EXPERTS), (kv(2), LINEAR), (LINEAR, replace(EXPERTS, num_experts=5, num_experts_per_tok=3)),
+        (kv(1), NO_OP), (NO_OP, NO_OP), (FULL, replace(EXPERTS, moe_intermediate_size=96, shared_intermediate_size=32)),
+        (FULL, replace(EXPERTS, num_experts_per_tok=1)),
+    ),
+)  # fmt: skip
+
+
 def with_windows(tiny: Tiny, **own: Mapping[str, Any]) -> Tiny:
     """Layers 1 and 4 with a window of 16, layer 2 with one of 64; own: other fields of these two and of that one."""
     changes = {
@@ -136,6 +156,8 @@ FAMILIES: dict[str, Tiny] = {
         MIXED.but({"scale": 0.1, **SCALED}, SCALED), around={"embedding_scale": 3.0, "logits_divisor": 2.5}
     ),
     "smollm3": with_windows(MIXED, long={"rope": None}),
+    "qwen3_moe": MIXTURES.but({"qk_norm": "head"}),
+    "sigmoid experts": Tiny(base=(FULL, SIGMOIDS), layers=((FULL, SIGMOIDS), (kv(2), replace(SIGMOIDS, num_experts=4)), (NO_OP, width(96)))),
     "biases": MIXED.but({"qkv_bias": True, "o_bias": True}, {"bias": True}),
 }  # fmt: skip
 
@@ -147,7 +169,9 @@ def random_tensors(sub_block: SubBlock, seed: str) -> dict[str, Tensor]:
     for name, dims in sub_block.tensors().items():
         noise = torch.randn(dims, generator=generator)
         one = 0 if getattr(sub_block, "norm_offset", False) else 1  # which such a norm adds itself
-        found[name] = one + 0.2 * noise if "norm" in name else 0.1 * noise if len(dims) == 1 else noise / dims[1] ** 0.5
+        found[name] = (
+            one + 0.2 * noise if "norm" in name else 0.1 * noise if len(dims) == 1 else noise / dims[-1] ** 0.5
+        )
     return found
 
 

@@ -39,11 +39,12 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiny:
-    """changes: to SIZES. engines: those whose formats have words for all of it."""
+    """changes: to SIZES. engines: those whose formats have words for all of it. ffn: variants for the road."""
 
     model_type: str
     changes: dict[str, Any] = field(default_factory=lambda: rope("default"))
     engines: tuple[str, ...] = ()
+    ffn: str = "0.5,linear,none"
 
 
 ALL = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx")
@@ -77,6 +78,27 @@ PARENTS = {
     "qwen3, windows by layer": Tiny(
         model_type="qwen3",
         changes=rope("default") | {"use_sliding_window": True, "sliding_window": 7, "layer_types": [FULL, SLIDING, SLIDING, FULL]},
+    ),
+    "qwen3_moe": Tiny(
+        model_type="qwen3_moe",
+        changes=rope("default")
+        | {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True, "mlp_only_layers": [2]},
+        ffn="experts=4,topk=2-width=16,dense=24,merged=0.5,linear,none",
+    ),
+    "qwen3_moe, every other layer": Tiny(
+        model_type="qwen3_moe",
+        changes=rope("default")
+        | {"num_experts": 7, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "decoder_sparse_step": 2, "sliding_window": 7, "use_sliding_window": True},
+        ffn="0.5,frequent=3-topk=1,none",
+    ),
+    "granitemoehybrid, attention alone": Tiny(
+        model_type="granitemoehybrid",
+        changes=rope("default")
+        | NATURAL
+        | {"embedding_multiplier": 3.0, "attention_multiplier": 0.21, "residual_multiplier": 0.6, "logits_scaling": 2.5}
+        | {"num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 28, "position_embedding_type": "rope"}
+        | {"layer_types": ["attention"] * 4, "mamba_n_heads": 6, "mamba_d_head": 12},
+        ffn="experts=3-topk=1,shared=16,dense=24,linear,none",
     ),
     "phi3": Tiny(model_type="phi3", changes=rope("default") | NATURAL, engines=ALL),
     "phi3, partial longrope": Tiny(
@@ -167,7 +189,7 @@ def write_tiny_parent(name: str, out: Path, **sizes: Any) -> Path:
             weight.data = 0.2 * noise + (0 if offset else 1)
         else:
             weight.data = noise * (
-                0.1 if weight.dim() == 1 else 0.4 if "embed" in key or "conv1d" in key else weight.shape[1] ** -0.5
+                0.1 if weight.dim() == 1 else 0.4 if "embed" in key or "conv1d" in key else weight.shape[-1] ** -0.5
             )
             weight.data = 2 * noise - 5 if key.endswith("dt_bias") else weight.data  # steps of time from 1e-5 to 0.3
     model.tie_weights()

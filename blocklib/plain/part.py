@@ -110,6 +110,13 @@ class Part(nn.Module):
         """Statistics over the residual streams [B, T, H] that enter; None for kinds whose replacements need none."""
         return None
 
+    def watch(self, x: Tensor) -> None:
+        """Note what is told of this block beside its loss, on residual streams [B, T, H] that enter. Most kinds tell nothing."""
+
+    def watched(self) -> dict[str, Any]:
+        """What was noted since the last time, as JSON."""
+        return {}
+
 
 @torch.no_grad()
 def statistics_of(
@@ -161,6 +168,15 @@ def blank(sub_block: SubBlock, device: torch.device | str = "meta", in_training:
     with torch.device("meta"):
         part: Part = sub_block.module(in_training)
     return part if str(device) == "meta" else part.to_empty(device=device)
+
+
+def learning(module: nn.Module) -> nn.Module:
+    """All of it learns from now on, but for what no gradient reaches: the parameters that a module names in `fixed`."""
+    module.requires_grad_(True)
+    for one in module.modules():
+        for name in getattr(one, "fixed", ()):
+            getattr(one, name).requires_grad_(False)
+    return module
 
 
 def loaded(sub_block: SubBlock, weights: Mapping[str, Tensor], in_training: bool = False) -> Part:

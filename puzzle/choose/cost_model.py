@@ -185,6 +185,7 @@ class CostModel:
         return self._timed([self.part_seconds(part, batch, own) for part, own in runs], 0.0) | {
             "memory_bytes": sum(self.bytes_of(part, batch, own) for part, own in runs),
             "num_parameters": sum(sub_block.num_parameters for sub_block in layer.values()),
+            "active_parameters": sum(sub_block.active_parameters() for sub_block in layer.values()),
         }
 
     def fixed(self, batch: int) -> dict[str, float]:
@@ -193,6 +194,7 @@ class CostModel:
         return self._timed([self.part_seconds(part, batch) for part in self.ends], self.host_seconds(batch)) | {
             "memory_bytes": count * FIXED_BYTES[self.table.precision] + self.workspace(batch),
             "num_parameters": self.library.structure.num_fixed_parameters,
+            "active_parameters": self.library.structure.num_fixed_parameters,
         }
 
     def _timed(self, parts: list[tuple[float, float]], host: float) -> dict[str, float]:
@@ -254,7 +256,8 @@ class CostModel:
         prefill, decode = self.device_seconds(runs, batch, change)
         decode = max(decode, self.host_seconds(batch))
         fixed = self.fixed(batch)
-        inside = sum(sub_block.num_parameters for layer in layers for sub_block in layer.values())
+        inside = [sub_block for layer in layers for sub_block in layer.values()]
+        around = int(fixed["num_parameters"] + change.get("num_parameters", 0))
         return Prediction(
             batch=batch,
             tokens_per_second=batch * self.work.output_len / (prefill + decode),
@@ -265,7 +268,8 @@ class CostModel:
             + sum(self.bytes_of(part, batch, own) for part, own in runs),
             workspace_bytes=self.workspace(batch) + int(change.get("workspace_bytes", 0)),
             kv_bytes_per_token=PRECISION_BYTES[self.way.cache] * sum(part.state().per_token for part, _ in runs),
-            num_parameters=int(fixed["num_parameters"] + change.get("num_parameters", 0)) + inside,
+            num_parameters=around + sum(sub_block.num_parameters for sub_block in inside),
+            active_parameters=around + sum(sub_block.active_parameters() for sub_block in inside),
             state_bytes=sum(part.state().fixed_bytes(self.way.cache) for part, _ in runs),
         )
 

@@ -41,7 +41,7 @@ from puzzle.profile.parts import priced_as
 from puzzle.solver.problem import Pair
 
 TIMES = ("seconds", "prefill_seconds", "decode_seconds", "host_seconds", "host_decode_seconds")
-CHANGED = (*TIMES, "memory_bytes", "num_parameters", "cached_bytes")
+CHANGED = (*TIMES, "memory_bytes", "num_parameters", "active_parameters", "cached_bytes")
 Seconds = tuple[float, float]  # prefill, all decode steps
 
 
@@ -137,6 +137,7 @@ class WideFfn:
             "host_decode_seconds": 0.0,
             "memory_bytes": size,
             "num_parameters": -dropped,
+            "active_parameters": -dropped,
             "cached_bytes": size,
         }
 

@@ -160,6 +160,17 @@ LIMITS = (
         unit="{absolute:.0f}",
         of_workload=False,
     ),
+    Limit(
+        option="active_params",
+        read=lambda option, text: float(parse_count(option, text)),
+        example="a count such as 3B or 60%",
+        help="Parameters that a token uses, of mixtures of experts its own: 3B or 60%.",
+        resource="active_parameters",
+        own=lambda p: p.active_parameters or p.num_parameters,
+        words="the child with the fewest has {value:.0f} active parameters",
+        unit="{absolute:.0f}",
+        of_workload=False,
+    ),
 )
 
 

@@ -19,7 +19,11 @@ MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequenc
 @options.data
 @click.option("--out", type=options.PATH, required=True, metavar="LIB", help="Library directory; new or to continue.")
 @click.option("--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
-@click.option("--ffn", metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
+@click.option(
+    "--ffn",
+    metavar="NAMES",
+    help="e.g. 0.75,0.5,0.25,0.1,linear,none; of a mixture of experts experts=64,topk=4,experts=0.5-width=0.5,dense=1.0 (default: all).",
+)
 @click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
 @click.option("--tokens", default="1M", help="Training tokens, e.g. 20M; 0 only initialises.")
 @click.option("--seq-len", type=int, default=1024)
@@ -55,13 +59,22 @@ def build_library_command(
 ) -> None:
     """Train alternatives of every layer's attention and FFN against PARENT, and score them.
 
-    PARENT is a Hugging Face directory or hub id (llama, mistral, qwen2, qwen3). Running again with the same --out
+    PARENT is a Hugging Face directory or hub id (llama, qwen3, qwen3_moe, ...). Running again with the same --out
     continues where a run was stopped, and trains only what is new.
+
+    \b
+    A mixture of experts takes these, joined by '-', as counts or as fractions of its own (with a point):
+      experts=64    the experts that add most: router's weight times norm of the output (REAP)
+      frequent=64   those that most tokens have, merged=64 the first with the others merged into them
+      topk=4        experts of a token
+      width=0.5     channels of an expert, shared=0.5 of the shared one
+      dense=1.0     alone: one FFN for all tokens, of as many channels as a token has now (or a count)
 
     \b
     Examples:
       puzzle build-library examples/parent --data /usr/lib/python3.11 --out lib
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
+      puzzle build-library Qwen/Qwen3-30B-A3B --data corpus --ffn experts=96,experts=64-topk=6,width=0.5,none --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
       torchrun --nproc-per-node 8 -m puzzle.cli build-library parent --data corpus.jsonl --out lib
     """

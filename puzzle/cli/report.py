@@ -73,6 +73,8 @@ def print_solution(solved: Architecture) -> None:
         *_state_row(parent, child),
         ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
     ]
+    if parent.active_parameters and child.active_parameters and parent.active_parameters < parent.num_parameters:
+        rows.append(("of which a token uses", f"{parent.active_parameters:,}", f"{child.active_parameters:,}"))
     if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
         rows.append(("tokens that its cache holds", solved.cached_tokens(solved.parent, parent), tokens))
     told = "" if solved.tp == 1 else "; memory and KV bytes of each"

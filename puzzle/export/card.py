@@ -249,6 +249,8 @@ def _serve(card: CardFacts) -> list[str]:
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
         return [_transformers(card), _PLUG_IN, again]
+    if card.format == "qwen3-moe":
+        return ["Whatever reads Qwen3-MoE, without code of ours: transformers, or vLLM:\n\n```\nvllm serve PATH\n```"]
     if card.format in HYBRIDS:
         trust = " --trust-remote-code" if card.format == PUZZLE_HYBRID else ""
         again = "For a reader of another format: write the child again with `puzzle export … --format` and its name."

@@ -18,9 +18,9 @@ from puzzle.base.errors import UserError, nearest
 from puzzle.base.units import parse_bytes
 
 PLAIN_HYBRID, PUZZLE_HYBRID = HYBRIDS = ("nemotron-h", "nemotron-h-puzzle")  # formats of blocks of one mixer
-FORMATS = ("hf", "nemotron-nas", "gguf", *HYBRIDS)
+FORMATS = ("hf", "nemotron-nas", "qwen3-moe", "gguf", *HYBRIDS)
 DTYPES = ("float32", "bfloat16", "float16")
-OTHER_DTYPES = {"gguf": ("q8_0",)}  # by format; fp8 else
+OTHER_DTYPES = {"gguf": ("q8_0",), "qwen3-moe": ()}  # by format; fp8 else
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ ENGINES = {
     for engine in (
         Engine(
             name="vllm",
-            formats=("nemotron-nas", *HYBRIDS),
+            formats=("nemotron-nas", "qwen3-moe", *HYBRIDS),
             linear_attention=False,
             linear_ffn=False,
             first_layer="softmax attention",  # the residual stream starts in the first input_layernorm

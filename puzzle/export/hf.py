@@ -9,7 +9,7 @@ import torch
 
 from puzzle.export.checkpoint import write_checkpoint
 from puzzle.export.child import Child
-from puzzle.parents.child import check_said, config_of, hidden_act
+from puzzle.parents.child import check_said, config_of
 
 
 def write_hf(child: Child, out: Path, card: str, **options: Any) -> None:
@@ -39,8 +39,6 @@ def hf_config(child: Child, dtype: torch.dtype) -> dict[str, Any]:
         **child.kept,
         "vocab_size": around.vocab_size,
         "hidden_size": around.hidden_size,
-        "intermediate_size": child.ffn.intermediate_size,
-        "hidden_act": hidden_act(child.ffn),
         "rms_norm_eps": around.norm_eps,
         "max_position_embeddings": around.max_length,
         "tie_word_embeddings": around.tied,

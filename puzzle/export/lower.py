@@ -64,7 +64,8 @@ def lower(
     if format in HYBRIDS or (engine is None and format == "hf"):
         return child, []
     target = ANY_DECILM_READER if engine is None else engine_named(engine)
-    refuse(child, target, format)
+    if format != "qwen3-moe":  # which says itself what it has no words for
+        refuse(child, target, format)
     done: list[Lowering] = []
     for name, what, rewrite in _plan(target, format):
         before = child
@@ -87,6 +88,8 @@ def lower(
 
 def _plan(engine: Engine, format: str) -> list[tuple[str, str, Callable[[Child], Rewritten]]]:
     """(name, what it does, rewrite) of the lowerings that an engine needs, in order."""
+    if format == "qwen3-moe":
+        return [("drop-empty-layers", "neither attention nor FFN: left out", drop_empty_layers)]
     stock, first = engine is not ANY_DECILM_READER, engine.first_layer
     rows: list[tuple[bool, str, str, Callable[[Child], Rewritten]]] = [
         (stock, "drop-empty-layers", "neither attention nor FFN: left out", drop_empty_layers),

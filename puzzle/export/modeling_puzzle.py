@@ -1,14 +1,15 @@
-"""A Llama-like decoder whose layers may differ: fewer KV heads, narrower FFNs, windows, one matrix, or nothing at all.
+"""A Llama-like decoder whose layers may differ: fewer KV heads, narrower FFNs or experts, windows, one matrix, or nothing at all.
 
 `config.json` holds the values that most layers share and, in `per_layer_config`, what single layers change:
 
     {"3": {"num_key_value_heads": 2}, "4": {"skip": ["attention"]}, "6": {"linear": ["attention", "mlp"]},
-     "7": {"skip": ["attention", "mlp"]}, "9": {"intermediate_size": 352, "sliding_window": 128}}
+     "7": {"skip": ["attention", "mlp"]}, "9": {"intermediate_size": 352, "sliding_window": 128},
+     "11": {"num_experts": 24, "num_experts_per_tok": 2}, "12": {"dense": ["mlp"], "intermediate_size": 96}}
 
 A layer with `mamba`, {"num_heads": 128, "head_dim": 80, …}, has Mamba-2 in place of attention, and keeps a state for it.
 Every layer computes h = x + attention(norm(x)) and y = h + mlp(norm(h)), with norms after in place of these, or both, by
 `norm_placement`. A skipped sub-block adds nothing and has no weights, not even its norm; a linear one is a single [E, E]
-matrix in its place. With `sliding_window` W the query at position i sees the keys i-W+1 … i; `rope` names its rotary
+matrix in its place. With `num_experts` an mlp is a mixture of them (`modeling_puzzle_moe.py`) unless it is dense. With `sliding_window` W the query at position i sees the keys i-W+1 … i; `rope` names its rotary
 positions, null for none. Weight names are Llama's, OLMo-2's (norms after) or Gemma-3's (both).
 Runs in transformers 5.14 to 5.24; a forward takes no keyword that it does not know, so that a newer name is an error.
 Letters: B batch, T new tokens, S all tokens so far (cached ones included), E hidden_size, H heads, K kv heads,
@@ -33,6 +34,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .modeling_puzzle_mamba import PuzzleMamba, PuzzleState
+from .modeling_puzzle_moe import PuzzleMoE
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 MODULES = {"attention": "self_attn", "mlp": "mlp"}  # what a sub-block is called in config.json, and in the weights
@@ -77,6 +79,18 @@ class PuzzleConfig(PreTrainedConfig):
     residual_multiplier: float = 1.0  # of what a sub-block adds
     embedding_multiplier: float = 1.0
     logits_scaling: float = 1.0  # the logits are divided by it
+    num_experts: int = 0  # of the mixture in place of an mlp; 0: none
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = False  # the weights of a token's experts are divided by their sum
+    router: str = "softmax"  # or sigmoid, with the next three
+    correction_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    shared_expert_intermediate_size: int | None = None  # of one more expert, which every token has
+    shared_expert_gate: bool = False
+    dense: list[str] | None = None  # per layer only: ["mlp"] where it is of intermediate_size, whatever num_experts
     linear: list[str] | None = None  # per layer only: the sub-blocks that are one matrix
     mamba: Any = None  # per layer only: sizes of Mamba-2 in place of attention
     tie_word_embeddings: bool = False
@@ -245,6 +259,8 @@ class PuzzleLayer(GradientCheckpointingLayer):
         if not skip | linear <= {"attention", "mlp"} or skip & linear or (mamba and "attention" in skip | linear):
             raise ValueError(f"per_layer_config[{index}] has skip={sorted(skip)}, linear={sorted(linear)}, mamba={config.mamba}: "
                              "lists may name 'attention' and 'mlp', a sub-block in one of them only")  # fmt: skip
+        if config.dense not in (None, [], ["mlp"]):
+            raise ValueError(f"per_layer_config[{index}] has dense={config.dense}: it may name 'mlp' alone")
         self.attends, self.recurs = not mamba and "attention" not in skip | linear, mamba
         self.residual = config.residual_multiplier
         self.norms: dict[str, tuple[str | None, str | None]] = {}  # {sub-block: names of its norms}
@@ -259,7 +275,8 @@ class PuzzleLayer(GradientCheckpointingLayer):
             if owner in linear:
                 self.add_module(name, matrix("linear_attn" if owner == "attention" else "linear_mlp", size))
             else:
-                self.add_module(name, mixes(config, slot) if owner == "attention" else PuzzleMLP(config))
+                mlp = PuzzleMoE if config.num_experts and not config.dense else PuzzleMLP
+                self.add_module(name, mixes(config, slot) if owner == "attention" else mlp(config))
             if after is not None:
                 self.add_module(after, PuzzleRMSNorm(size, config))
 

@@ -8,6 +8,7 @@ from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
@@ -30,7 +31,10 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
 
     Every kind and field that is not known to be sayable is refused.
     """
-    rest = "write `format` hf, which transformers reads"
+    rest = "`format` hf, which transformers reads"
+    if any(isinstance(sub_block, Moe) for layer in child.layers for sub_block in layer.slots.values()):
+        rest = f"`format` qwen3-moe, if all mixtures are alike, or {rest}"
+    rest = f"write {rest}"
     for layer in child.layers:
         for slot, sub_block in layer.slots.items():
             where = f"layer {layer.origin} {slot}: {reader}"

@@ -37,6 +37,7 @@ from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_h import CODE as CODE_OF_HYBRIDS
 from puzzle.export.nemotron_h import hybrid_config, hybrid_tensors
 from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
+from puzzle.export.qwen3_moe import qwen3_moe_config, qwen3_moe_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
 from puzzle.library.assemble import architecture_of, is_architecture, library_of, open_parent
 from puzzle.library.manifest import Library
@@ -107,7 +108,7 @@ def export(
 ) -> Exported:
     """Write the child to `out`, sub-block by sub-block, and say what it took.
 
-    format: hf, nemotron-nas or gguf; engine: the one that will read it. Either may be left out (`pick_format`).
+    format: hf, nemotron-nas, qwen3-moe or gguf; engine: the one that will read it. Either may be left out (`pick_format`).
     dtype: float32, bfloat16, float16 or fp8, and q8_0 for gguf; None is what was solved for, where precision was chosen, else the
     checkpoint's own, bf16 of one in fp8. kv_dtype: fp8
     calibrates the cache's scales on `data`. measured: what `puzzle evaluate --json` printed, for the card. out: a directory;
@@ -201,6 +202,8 @@ def _written(
     child: Child, format: str, engine: str | None
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]], Sequence[Path] | None]:
     """config.json, tensors and model code in a format of directories."""
+    if format == "qwen3-moe":
+        return qwen3_moe_config(child), qwen3_moe_tensors(child), ()
     if format in HYBRIDS:
         code = CODE_OF_HYBRIDS if format == PUZZLE_HYBRID else ()
         return hybrid_config(child, format, engine), hybrid_tensors(child, format), code

@@ -10,6 +10,7 @@ from torch import nn
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks
+from puzzle.blocklib.plain.part import learning
 from puzzle.data.mixture import Stage
 from puzzle.data.tokenizer import same_tokenizer
 from puzzle.heal.loss import Learner, Teacher, Weights
@@ -120,7 +121,7 @@ def build_trainer(
     streamed teacher, which every rank reads, looks at in one pass; None: it is whole."""
     device = ranks.device
     child = load_model(models.child, device=device, dtype=torch.float32)
-    child.requires_grad_(True).train()
+    learning(child).train()
     teacher: Teacher | None = None
     compared = [layer for _, layer in models.pairs]
     if models.teacher is not None and ahead is not None:

@@ -337,6 +337,7 @@ class Builder:
                     "num_tokens": tokens if tensors else 0,
                     "validation_loss_before": found.loss_before,
                     "validation_loss_after": found.loss_after,
+                    **found.facts,
                 }
                 spec = {"layer": index, "slot": slot, "variant": name, "sub_block": sub_block.key()}
                 self.store.write(index, slot, name, tensors, spec, record)

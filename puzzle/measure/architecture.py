@@ -56,6 +56,7 @@ class Prediction:
     kv_bytes_per_token: int
     num_parameters: int
     state_bytes: int = 0
+    active_parameters: int | None = None  # that a token uses; None as earlier versions wrote it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,8 @@ class Checkpoint:
             stored |= read_header(path)
         return {name: stored[own] for name, own in self._stored.items() if own in stored}
 
-    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor on the CPU, or its rows from begin to end; one in fp8 in float32, times its scales. Raises UserError when it
+    def tensor(self, name: str, rows: tuple[int, int] | None = None, dim: int = 0) -> Tensor:
+        """One tensor on the CPU, or its rows from begin to end along `dim`; one in fp8 in float32, times its scales. Raises UserError when it
         is missing, unreadable, or holds NaN or infinity.
 
         The file is opened anew: one kept open stays mapped, each page that was read counts as resident until it is closed, and
@@ -99,10 +99,25 @@ class Checkpoint:
         """
         with self._opened(name) as handle:
             whole = handle.get_slice(self._stored[name])
-            value = handle.get_tensor(self._stored[name]) if rows is None else whole[rows[0] : rows[1]]
+            part = () if rows is None else (*[slice(None)] * dim, slice(*rows))
+            value = whole[part] if part else handle.get_tensor(self._stored[name])
             shape = whole.get_shape()
         if value.dtype == torch.float8_e4m3fn:
             value = self._dequantised(name, value, shape[0], 0 if rows is None else rows[0])
+        return self._finite(name, value)
+
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """Several tensors of one shape along a new first dimension. Each file is opened once: experts are tensors by the thousand."""
+        if self.fp8 is not None or not self._files.keys() >= set(names):
+            return torch.stack([self.tensor(name) for name in names])
+        found: dict[str, Tensor] = {}
+        for path in sorted({self._files[name] for name in names}):
+            mine = [name for name in names if self._files[name] == path]
+            with self._opened(mine[0]) as handle:
+                found |= {name: self._finite(name, handle.get_tensor(self._stored[name])) for name in mine}
+        return torch.stack([found[name] for name in names])
+
+    def _finite(self, name: str, value: Tensor) -> Tensor:
         bad = sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHUNK))
         if bad:
             path = self._files[name]

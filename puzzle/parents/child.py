@@ -3,6 +3,8 @@
     {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": null, …,
      "per_layer_config": {"3": {"num_key_value_heads": 2}, "4": {"skip": ["attention"]}, "6": {"linear": ["attention", "mlp"]}}}
 
+With `num_experts` the usual FFN is a mixture, and layers say `num_experts`, `num_experts_per_tok`, `moe_intermediate_size` and
+`shared_expert_intermediate_size` of their own, or `{"dense": ["mlp"], "intermediate_size": 512}`.
 A layer with Mamba-2 in place of attention has its sizes, {"mamba": {"num_heads": 128, "head_dim": 80, …}}; with hidden_act "relu2" FFNs
 have no gate. The global values describe what most layers have (`usual`), `per_layer_config` what single layers change. A word that is not
 understood is refused: it would mean a layer that this version cannot know. Needs no torch.
@@ -19,17 +21,24 @@ from puzzle.blocklib.ffn import Ffn
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.parents.family import ACTIVATIONS, Config, attention, decoder, family, ffn
+from puzzle.parents.family import EXPERTS, Config, attention, decoder, family, ffn, moe
 from puzzle.parents.structure import Layer, Structure
 
 OWNERS = {"attention": "attention", "ffn": "mlp"}  # slot: its name in the lists of `per_layer_config`
 LISTS = {"skip": NoOp, "linear": Linear}  # lists of `per_layer_config`, and the kind of what they name
+DENSE = "dense"  # a list too: of what is one gated FFN where others are mixtures
 SIZED = {"mamba": ("attention", Mamba2)}  # words with the sizes of a kind: the slot that it stands in, and the kind
 PLACEMENTS = ("before", "after", "both")
+MIXTURE = {  # fields of a mixture that config.json has where they differ from their defaults, and their names there
+    "router": "router", "correction_bias": "correction_bias", "num_groups": "n_group", "num_topk_groups": "topk_group",
+    "routed_scaling_factor": "routed_scaling_factor", "shared_intermediate_size": "shared_expert_intermediate_size",
+    "shared_gate": "shared_expert_gate",
+}  # fmt: skip
 
 
 def usual(c: Config) -> dict[str, SubBlock]:
@@ -55,6 +64,8 @@ def usual(c: Config) -> dict[str, SubBlock]:
         rope=c.get("rope", "default"),
         **shared,
     )
+    if c.get("num_experts"):
+        return {"attention": attends, "ffn": moe(c, **shared, **{f: c[w] for f, w in MIXTURE.items() if w in c})}
     return {"attention": attends, "ffn": relu2(c, **shared) if c.get("hidden_act") == "relu2" else ffn(c, **shared)}
 
 
@@ -87,7 +98,10 @@ def child(c: Config) -> Structure:
 
 def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, SubBlock]:
     """One entry of `per_layer_config`. Raises UserError for a word or a value that is not understood."""
-    named = {kind: list(entry.get(kind) or []) for kind in LISTS}
+    mixture, lists = isinstance(base["ffn"], Moe), [*LISTS]
+    if mixture:
+        lists.append(DENSE)
+    named = {kind: list(entry.get(kind) or []) for kind in lists}
     owners = [owner for names in named.values() for owner in names]
     owners += [OWNERS[slot] for word, (slot, _) in SIZED.items() if word in entry]
     if unknown := sorted({*owners} - {*OWNERS.values()}):
@@ -96,7 +110,9 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
         )
     if len(owners) != len(set(owners)):
         raise UserError(f"per_layer_config[{index}] says two things of one sub-block: {dict(entry)}")
-    known = {word for sub_block in base.values() for word in sub_block.config_words()} | {*LISTS, *SIZED}
+    known = {word for sub_block in base.values() for word in sub_block.config_words()} | {*lists, *SIZED}
+    if mixture and named[DENSE]:
+        known |= {"intermediate_size"}
     if unknown := sorted(set(entry) - known):
         raise UserError(
             f"per_layer_config[{index}] has '{unknown[0]}', which is not understood ({nearest(unknown[0], sorted(known))})"
@@ -110,10 +126,21 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
         elif OWNERS[slot] in named["linear"]:
             assert isinstance(sub_block, Normed)
             found[slot] = Linear(**sub_block.norm_fields())
+        elif OWNERS[slot] in named.get(DENSE, ()):
+            found[slot] = _dense(sub_block, entry.get("intermediate_size"), index)
     for word, (slot, kind) in SIZED.items():
         if word in entry:
             found[slot] = _sized(kind, entry[word], base[slot], f"per_layer_config[{index}].{word}")
     return found
+
+
+def _dense(mixture: SubBlock, width: Any, index: int) -> SwiGLU:
+    """The gated FFN in place of one. Raises UserError where none is meant."""
+    if not isinstance(mixture, Moe) or mixture.activation == "relu2" or width is None:
+        raise UserError(
+            f"per_layer_config[{index}] is dense: its mlp needs an intermediate_size, and experts with a gate in other layers"
+        )
+    return SwiGLU(**mixture.norm_fields(), intermediate_size=width, activation=mixture.activation)
 
 
 def _sized(kind: type[Normed], sizes: Any, base: SubBlock, where: str) -> Normed:
@@ -145,6 +172,8 @@ def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
             entry[sized[0]] = {f.name: value for f, value in told if value != f.default}
         elif lists:
             entry[lists[0]] = [*entry.get(lists[0], []), OWNERS[slot]]
+        elif isinstance(sub_block, SwiGLU) and isinstance(base[slot], Moe):
+            entry |= {DENSE: [OWNERS[slot]], "intermediate_size": sub_block.intermediate_size}
         else:
             entry |= sub_block.to_config(base[slot])
     return entry
@@ -156,9 +185,9 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
     Values that every earlier version had are always there, later ones only where they say something.
     """
     attends, gated = base["attention"], base["ffn"]
-    if not isinstance(attends, Gqa) or not isinstance(gated, Ffn):
+    if not isinstance(attends, Gqa) or not isinstance(gated, Ffn | Moe):
         raise UserError(
-            f"config.json of a child has words for gqa with swiglu or relu2 alone, not {attends.kind} and {gated.kind}"
+            f"config.json of a child has words for gqa with swiglu, relu2 or moe alone, not {attends.kind} and {gated.kind}"
         )
     entries = {str(index): entry for index, layer in enumerate(structure.layers) if (entry := entry_of(layer, base))}
     ropes = {name: dict(rope.parameters) for name, rope in structure.ropes.items()}
@@ -172,7 +201,9 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         "rope_parameters": dict(plain.parameters),
         "attention_bias": attends.o_bias,
         "qkv_bias": attends.qkv_bias and not attends.o_bias,
-        "mlp_bias": gated.bias,
+        "intermediate_size": gated.active_width if isinstance(gated, Moe) else gated.intermediate_size,
+        "hidden_act": hidden_act(gated),
+        "mlp_bias": isinstance(gated, Ffn) and gated.bias,
         "qk_norm": names.get(attends.qk_norm, attends.qk_norm),
         "sliding_window": attends.window,
     }
@@ -187,6 +218,11 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         "ropes": (ropes, {"default": dict(plain.parameters)}),
     }
     config |= {name: value for name, (value, default) in told.items() if value != default}
+    if isinstance(gated, Moe):
+        numbers = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+        config |= {name: getattr(gated, name) for name in numbers}
+        own = {f.name: getattr(gated, f.name) for f in fields(gated) if getattr(gated, f.name) != f.default}
+        config |= {word: own[name] for name, word in MIXTURE.items() if name in own}
     return config | {"per_layer_config": entries}
 
 
@@ -201,10 +237,10 @@ def check_said(config: Config, structure: Structure) -> None:
         raise UserError("config.json of a child has no words for what stands around this one's layers")
 
 
-def hidden_act(gated: Ffn) -> str:
+def hidden_act(gated: Ffn | Moe) -> str:
     """transformers' name of its activation. Raises UserError for a kind that has none."""
     if isinstance(gated, Relu2):
         return "relu2"
-    if not isinstance(gated, SwiGLU):
+    if not isinstance(gated, SwiGLU | Moe):
         raise UserError(f"config.json of a child has no activation for FFNs of kind '{gated.kind}'")
-    return next(name for name, ours in ACTIVATIONS.items() if ours == gated.activation)
+    return next(name for name, ours in EXPERTS.items() if ours == gated.activation)

@@ -15,6 +15,7 @@ from typing import Any
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.names import Where, plain
@@ -23,17 +24,19 @@ from puzzle.parents.structure import Layer, Structure
 
 Config = Mapping[str, Any]
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names: ours
+EXPERTS = ACTIVATIONS | {"relu2": "relu2"}  # of experts, which have no gate then
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """structure: of a config. where: of one tensor (layer, slot, sub-block, name inside it). base: what the config's global values
-    describe, where layers may differ from it; None: what most layers have. prefixes: of stored names, and what they are called here.
-    needed: fields without which a config.json is not whole."""
+    """structure: of a config. where: of one tensor (layer, slot, sub-block, name inside it); other_layouts: the same where checkpoints
+    are stored otherwise. base: what the config's global values describe, where layers may differ from it; None: what most layers have.
+    prefixes: of stored names, and what they are called here. needed: fields without which a config.json is not whole."""
 
     structure: Callable[[Config], Structure]
     where: Callable[[int, str, SubBlock, str], Where]
+    other_layouts: tuple[Callable[[int, str, SubBlock, str], Where], ...] = ()
     base: Callable[[Config], Layer] | None = None
     prefixes: Mapping[str, str] = field(default_factory=dict)
     needed: tuple[str, ...] = NEEDED
@@ -46,6 +49,7 @@ def family(
     model_type: str,
     *,
     where: Callable[[int, str, SubBlock, str], Where] = plain,
+    other_layouts: tuple[Callable[[int, str, SubBlock, str], Where], ...] = (),
     base: Callable[[Config], Layer] | None = None,
     prefixes: Mapping[str, str] | None = None,
     needed: tuple[str, ...] = NEEDED,
@@ -54,18 +58,23 @@ def family(
 
     def add(structure: Callable[[Config], Structure]) -> Callable[[Config], Structure]:
         FAMILIES[model_type] = Family(
-            structure=structure, where=where, base=base, prefixes=prefixes or {}, needed=needed
+            structure=structure,
+            where=where,
+            other_layouts=other_layouts,
+            base=base,
+            prefixes=prefixes or {},
+            needed=needed,
         )
         return structure
 
     return add
 
 
-def activation(name: str) -> str:
+def activation(name: str, known: Mapping[str, str] = ACTIVATIONS) -> str:
     """Ours for transformers' `hidden_act`. Raises UserError for one that no kind of sub-block has."""
-    if name not in ACTIVATIONS:
+    if name not in known:
         raise UserError(f"hidden_act '{name}' is not supported; gated FFNs are, with {' or '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return known[name]
 
 
 def refuse(c: Config, **unsupported: str) -> None:
@@ -104,6 +113,20 @@ def ffn(c: Config, **changes: Any) -> SwiGLU:
         "norm_eps": float(c["rms_norm_eps"]),
     }
     return SwiGLU(**fields | changes)
+
+
+def moe(c: Config, **changes: Any) -> Moe:
+    """The mixture of experts as in Qwen-MoE, whose router is a softmax."""
+    fields = {
+        "hidden_size": c["hidden_size"],
+        "num_experts": c.get("num_experts") or c["num_local_experts"],
+        "num_experts_per_tok": c["num_experts_per_tok"],
+        "moe_intermediate_size": c["moe_intermediate_size"],
+        "activation": activation(c.get("hidden_act", "silu"), EXPERTS),
+        "norm_topk_prob": bool(c["norm_topk_prob"]),
+        "norm_eps": float(c["rms_norm_eps"]),
+    }
+    return Moe(**fields | changes)
 
 
 def windows(c: Config) -> list[int | None]:

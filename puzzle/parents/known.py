@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from puzzle.base.errors import UserError, nearest
 from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.nemotron_h import nemotron_h
 from puzzle.parents.rope import Rope
@@ -57,6 +58,9 @@ STRUCTURES = {
     "reference": _llama(16, 256, 8, 4, 32, 704, 4096, tied=True, length=1024),
 }
 
+_QWEN = _llama(48, 2048, 32, 4, 128, 6144, 151936, norms=True, length=40960)
+_EXPERTS = Moe(hidden_size=2048, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True)
+STRUCTURES["qwen3-30b-a3b"] = _QWEN.with_layers([{**layer, "ffn": _EXPERTS} for layer in _QWEN.layers])
 STRUCTURES["nemotron-nano-9b-v2"] = _nemotron_nano(
     4480, 15680, "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 )

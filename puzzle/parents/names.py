@@ -23,10 +23,24 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """A tensor in a checkpoint: the stored one of that name, or some of its rows."""
+    """A tensor in a checkpoint: the stored one of that name, or some of its rows, which are counted along `dim`. experts: so many stored
+    ones are stacked, whose names have a number where `name` has {}."""
 
     name: str
     rows: tuple[int, int] | None = None
+    dim: int = 0
+    experts: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the stored tensors."""
+        return [self.name] if self.experts is None else [self.name.format(index) for index in range(self.experts)]
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of each of them, where the tensor has `shape`; of one of which these are rows, as far as they reach."""
+        if self.experts is not None:
+            return shape[1:]
+        return shape if self.rows is None else (*shape[: self.dim], self.rows[1], *shape[self.dim + 1 :])
 
 
 def module_of(slot: str, sub_block: SubBlock) -> str:

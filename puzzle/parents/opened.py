@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError, first_line, nearest
-from puzzle.blocklib.sub_block import ParentBlock
+from puzzle.blocklib.sub_block import ParentBlock, SubBlock
 from puzzle.data.tokenizer import TOKENIZER_FILES
 from puzzle.parents.checkpoint import LICENCE_FILES, Checkpoint
 from puzzle.parents.family import FAMILIES, Family, refuse
 from puzzle.parents.fp8 import STORED
-from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD
+from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, Where
 from puzzle.parents.structure import Layer, Structure
 
 MODULES = (
@@ -30,13 +31,14 @@ MODULES = (
     "smollm3",
     "exaone4",
     "nemotron_h",
+    "qwen3_moe",
     "child",
     "nemotron_nas",
 )
 NEUTRAL = {  # fields that change no output: of training, of generation, and what transformers has written into others by now
     "attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "pretraining_tp", "max_window_layers", "use_sliding_window", "original_max_position_embeddings",
-    "no_rope_layer_interval", "num_hidden_layers", "sliding_window_pattern",
+    "no_rope_layer_interval", "num_hidden_layers", "sliding_window_pattern", "output_router_logits", "router_aux_loss_coef",
 }  # fmt: skip
 READ = ("BF16", "F16", "F32", "F64")  # dtypes of weights, as safetensors names them
 QUANTISED = ("quantization_config", "compression_config")  # which `Checkpoint` has read
@@ -75,7 +77,12 @@ class HfModel:
         """{name inside the sub-block: tensor} of one sub-block."""
         sub_block = self.structure.layers[layer][slot]
         places = {name: self.family.where(layer, slot, sub_block, name) for name in sub_block.tensors()}
-        return {name: self.checkpoint.tensor(where.name, where.rows) for name, where in places.items()}
+        return {name: self._tensor(where) for name, where in places.items()}
+
+    def _tensor(self, where: Where) -> Tensor:
+        if where.experts is not None:
+            return self.checkpoint.stacked(where.names)
+        return self.checkpoint.tensor(where.name, where.rows, where.dim)
 
     def embedding(self) -> Tensor:
         """[vocab_size, H]"""
@@ -103,8 +110,8 @@ class HfModel:
         for layer, slot, sub_block in self.structure:
             for name, shape in sub_block.tensors().items():
                 where = self.family.where(layer, slot, sub_block, name)
-                rows = shape[0] if where.rows is None else max(where.rows[1], wanted.get(where.name, (0,))[0])
-                wanted[where.name] = (rows, *shape[1:])
+                for stored in where.names:  # rows of one tensor: as far as the last of them
+                    wanted[stored] = max(where.stored_shape(shape), wanted.get(stored, ()))
         return wanted
 
     def check_shapes(self) -> None:
@@ -179,9 +186,19 @@ def open_model(source: str | Path) -> HfModel:
         raise UserError(f"{directory}: {error}") from error
     if structure.tied and _own_head(checkpoint):
         structure = replace(structure, tied=False)
+    known = replace(known, where=_layout(known, structure, checkpoint))
     found = HfModel(source=str(source), checkpoint=checkpoint, family=known, structure=structure, base=base)
     found.check_shapes()
     return found
+
+
+def _layout(known: Family, structure: Structure, checkpoint: Checkpoint) -> Callable[[int, str, SubBlock, str], Where]:
+    """Another layout of the family's whose tensors are all there, else its usual one, which messages then speak of."""
+    for where in known.other_layouts:
+        places = (where(n, slot, b, name) for n, slot, b in structure for name in b.tensors())
+        if all(set(place.names) <= checkpoint.names for place in places):
+            return where
+    return known.where
 
 
 def _own_head(checkpoint: Checkpoint) -> bool:

@@ -110,7 +110,8 @@ class EngineModel:
     def seconds(self, part: Part, phase: str, batch: int, context: int) -> float:
         """One prefill of `context` tokens, or one decode step over `context` cached ones, of `batch` sequences.
 
-        Raises UserError for a kind whose sub-blocks keep what no token has (an SSM's state): nobody fitted that.
+        Raises UserError for a kind whose sub-blocks keep what no token has (an SSM's state), or whose tokens use some of the weights
+        alone (a mixture of experts): nobody fitted that.
         """
         if isinstance(part, NoOp | Embedding):
             return 0.0
@@ -130,8 +131,8 @@ class EngineModel:
         return seconds + self.weight_bytes * state.per_token * batch * (reach + own.tail) / (own.kv * self.bandwidth)
 
     def _check_fitted(self, part: SubBlock) -> None:
-        """Raise UserError for a kind whose sub-blocks keep what no token has."""
-        if part.state().fixed_bytes("bf16"):
+        """Raise UserError for a kind whose sub-blocks keep what no token has, or of whose weights a token uses some alone."""
+        if part.state().fixed_bytes("bf16") or part.active_parameters() != part.num_parameters:
             raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
 
     def host_seconds(self, batch: int) -> float:

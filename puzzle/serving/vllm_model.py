@@ -33,8 +33,10 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.sub_block import Normed
 from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.blocklib.vllm.moe import one_by_one
 from puzzle.blocklib.vllm.place import Place, rms_norm
 from puzzle.parents.names import MATRICES, NORMS, module_of
 from puzzle.parents.rope import Rope
@@ -54,7 +56,8 @@ PER_GROUP_SINCE = (0, 29)  # FlashAttention plans with the KV heads of the layer
 PER_LAYER = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 STACKED = {".q_proj": (".qkv_proj", "q"), ".k_proj": (".qkv_proj", "k"), ".v_proj": (".qkv_proj", "v"),
-           ".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}  # fmt: skip
+           **{f".{owner}.{name}": (f".{owner}.gate_up_proj", place)  # of experts, vLLM's own layer stacks them
+              for owner in ("mlp", "shared_expert") for place, name in enumerate(("gate_proj", "up_proj"))}}  # fmt: skip
 
 
 def plan_each_group_by_its_own_kv_heads() -> None:
@@ -272,9 +275,9 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
                         f"the checkpoint has {name}, for which config.json has no place: export the child again"
                     )
                 seen.add(name)
-                yield name, tensor
+                yield from one_by_one(name, tensor)
 
-        gated = any(isinstance(sub_block, SwiGLU) for _, _, sub_block in self.structure)
+        gated = any(isinstance(sub_block, SwiGLU | Moe) for _, _, sub_block in self.structure)
         stacked = {name: place for name, place in STACKED.items() if gated or ".gate_up_proj" not in place}
         mapper = WeightsMapper(orig_to_new_stacked=stacked, orig_to_new_substr={".mamba.A_log": ".mamba.A"})
         done = AutoWeightsLoader(self).load_weights(noted(), mapper=mapper)

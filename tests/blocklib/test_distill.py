@@ -31,7 +31,15 @@ PARENTS = (
     "mamba2 h32 heads4 d5 groups2 state6 conv3 chunk7",
     "mamba2 h32 heads4 d5 groups2 state6 bias norm=both residual=0.4",
 )
-MORE = {"gqa": "window-7,kv2,linear,none", "mamba2": "heads2,dim3,linear,none"}  # variants of a kind
+MIXTURES = (  # whose norms train through autograd
+    "moe h32 e6 k2 f20 shared17 shared_gate norm_topk norm=both",
+    "moe h32 e6 k2 f20 act=relu2 router=sigmoid correction_bias scaling=2.5",
+)
+MORE = {
+    "gqa": "window-7,kv2,linear,none",
+    "mamba2": "heads2,dim3,linear,none",
+    "moe": "experts=3,width=0.8,none",
+}  # variants of a kind
 
 
 def parent_of(key: str) -> tuple[ParentBlock, dict, torch.Tensor]:
@@ -51,7 +59,7 @@ def norm(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("key", PARENTS)
+@pytest.mark.parametrize("key", PARENTS + MIXTURES)
 def test_steps_are_those_of_the_module(key, nested, monkeypatch):
     monkeypatch.setattr(RMSNorm, "forward", norm)
     monkeypatch.setattr(distill, "compute_dtype", lambda device: torch.float64)
@@ -98,3 +106,5 @@ def test_flops_of_training(key):
     assert linear.training_flops(context) == 4 * 32 * 32
     wider = replace(linear, hidden_size=64)
     assert wider.training_flops(1) == 4 * linear.training_flops(1)
+    for key in MIXTURES:
+        assert parse_key(key).training_flops(1) == 3 * parse_key(key).flops(1, 1)

@@ -15,6 +15,7 @@ from puzzle.blocklib.fast.batch import make_fast, new_batch
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import (
@@ -42,6 +43,7 @@ VALUES = {  # of every field of every kind, by its annotation; by its name where
     "qk_norm": st.sampled_from([None, "head", "all"]),
     "state_dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
     "activation": st.sampled_from(["silu", "gelu_tanh"]),
+    "router": st.sampled_from(["softmax", "sigmoid"]),
 }
 OURS = {cls.kind: cls for cls in kinds().values()}
 
@@ -49,7 +51,13 @@ OURS = {cls.kind: cls for cls in kinds().values()}
 @st.composite
 def sub_blocks(draw) -> SubBlock:
     cls = OURS[draw(st.sampled_from(sorted(OURS)))]
-    return cls(**{f.name: draw(VALUES[f.name if f.name in VALUES else str(f.type)]) for f in fields(cls)})
+    values = {f.name: draw(VALUES[f.name if f.name in VALUES else str(f.type)]) for f in fields(cls)}
+    if cls is Moe:  # whose numbers go together
+        values["num_groups"], values["num_topk_groups"] = draw(st.sampled_from([(1, 1), (4, 2), (4, 4)]))
+        values["router"] = "sigmoid" if values["num_groups"] > 1 else values["router"]
+        values["num_experts"] = 4 * values["num_experts_per_tok"] * draw(st.integers(1, 9)) + 4
+        values["shared_gate"] = values["shared_gate"] and values["shared_intermediate_size"] is not None
+    return cls(**values)
 
 
 def test_the_property_knows_every_field():
@@ -103,6 +111,12 @@ def test_keys_as_people_read_them():
         ),
         (Relu2(hidden_size=4480, intermediate_size=15680), "relu2 h4480 f15680"),
         (Linear(hidden_size=4096, residual_scale=0.22), "linear h4096 residual=0.22"),
+        (
+            Moe(
+                hidden_size=2048, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True
+            ),
+            "moe h2048 e128 k8 f768 norm_topk",
+        ),
         (NO_OP, "none"),
     ):
         assert sub_block.key() == key
@@ -130,6 +144,7 @@ def test_keys_as_people_read_them():
         ("swiglu h256 f=1.5", "'f=1.5' gives f a value that is not a whole number above 0"),
         ("swiglu h256 f=none", "'f=none' gives f a value that is not a whole number above 0"),
         ("gqa h256 q8 kv4 d32 window", "'window' gives window a value that is not a whole number above 0 or none"),
+        ("moe h256 e8 k2", "lacks f: 'moe' is not whole without"),
         ("swiglu h256 f512 bias2", "'bias2' gives bias a value that is not yes or no"),
         ("swiglu h256 f512 bias=maybe", "'bias=maybe' gives bias a value that is not yes or no"),
         ("swiglu h256 f512 eps=small", "'eps=small' gives eps a value that is not a number"),

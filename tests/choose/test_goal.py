@@ -42,7 +42,7 @@ def ask(own_library):
 @EVERY
 def test_a_row_is_an_option_and_a_field(limit):
     options = {option.name: option for option in main.commands["solve"].params}
-    assert options[limit.option].opts == [f"--{limit.option}"]
+    assert options[limit.option].opts == [f"--{limit.option.replace('_', '-')}"]
     assert options[limit.option].help == limit.help
     assert limit.option in {field.name for field in fields(GoalOptions)}
     assert GoalOptions(**{limit.option: "50%"}).goal().plain()[limit.option] == "0.5x"

@@ -42,7 +42,7 @@ def test_text_of_a_workload():
         "throughput": Target(value=1.5, relative=True),
     }
     assert (parse_also("16/8:latency=1s").batch, parse_also("16/8:latency=1s").name) == (None, "16/8")
-    assert tuple(li.option for li in LIMITS if li.option not in ("memory", "params")) == ALSO_LIMITS
+    assert tuple(li.option for li in LIMITS if li.option not in ("memory", "params", "active_params")) == ALSO_LIMITS
 
 
 @pytest.mark.parametrize(

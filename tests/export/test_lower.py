@@ -29,7 +29,7 @@ def ids(length=24):
 
 def formats(engine):
     """In which children like a Llama are written."""
-    return [format for format in ENGINES[engine].formats if format not in HYBRIDS]
+    return [format for format in ENGINES[engine].formats if format not in ("qwen3-moe", *HYBRIDS)]
 
 
 def assert_takes(engine, child, format):

@@ -62,8 +62,13 @@ def test_our_runtime_generates_what_theirs_does(name, family_parent):
             DynamicCache(config=AutoConfig.from_pretrained(directory))
         except KeyError as error:
             pytest.skip(f"this transformers has no cache for blocks of type {error}")
-    ids = tokens(2, 21)
-    wanted = theirs(directory).generate(ids, max_new_tokens=11, **GREEDY)[:, 21:]
+    ids, reference = tokens(2, 21), theirs(directory)
+    try:
+        wanted = reference.generate(ids, max_new_tokens=11, **GREEDY)[:, 21:]
+    except ValueError as error:
+        if "has_previous_state" not in str(error):
+            raise
+        pytest.skip("this transformers has no cache for a granitemoehybrid without Mamba-2")
     assert torch.equal(PlainRuntime(load_model(directory), 2, 32).generate(ids, 11), wanted)
 
 
@@ -100,7 +105,7 @@ def test_from_library_to_generation(name, family_parent, corpus, tmp_path, puzzl
         "--attention",
         "kv1,linear,none",
         "--ffn",
-        "0.5,linear,none",
+        PARENTS[name].ffn,
     )
     grid = ("--batches", 1, "--prefill", 16, "--contexts", "16,32", "--seconds", 0.001, "--rounds", 1)
     goal = ("--gpu", "cpu", "--params", "95%", "--input-len", 16, "--output-len", 16)

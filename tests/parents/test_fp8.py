@@ -39,9 +39,9 @@ def configure(directory: Path, **values) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe"])
 def test_read_as_it_is_worth(layout, family, written, tmp_path):
-    """To the bit, also where a stored matrix holds several of ours (Phi-3); beside it the same values stored in float32."""
+    """To the bit, also where a stored matrix holds several of ours (Phi-3), or ours several stored ones (Qwen3-MoE); beside it the same values stored in float32."""
     parent = tmp_path / "parent"
     parent = shutil.copytree(written, parent) if family == "llama" else write_tiny_parent(family, parent)
     plain = shutil.copytree(parent, tmp_path / "plain")

@@ -86,7 +86,8 @@ def test_slots_and_what_is_usual():
     ("layer", "wanted"),
     [
         ({"ffn": "swiglu h24 f50 g3"}, "'g3' is no word of kind 'swiglu'"),
-        ({"ffn": "moe h24 e8"}, "kind 'moe' is unknown"),
+        ({"ffn": "moa h24 e8"}, "kind 'moa' is unknown"),
+        ({"ffn": "moe h24 e8"}, "lacks k, f: 'moe' is not whole without"),
         ({"attention": "gqa h24 q6 d10"}, "lacks kv"),
     ],
 )

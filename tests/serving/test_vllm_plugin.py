@@ -190,7 +190,7 @@ def test_the_engine_computes_the_same_of_a_hybrid(engine, tmp_path):
     assert check.equal, check.verdict
 
 
-@pytest.mark.parametrize("name", ["empty-layers", "gemma3"])
+@pytest.mark.parametrize("name", ["empty-layers", "gemma3", "qwen3_moe"])
 def test_the_engine_computes_the_same(engine, tmp_path, name):
     path = write_tiny_child(name, tmp_path / name)
     (path / "modeling_puzzle.py").unlink()  # which vLLM does not need

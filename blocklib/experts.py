@@ -1,0 +1,141 @@
+"""How a smaller mixture of experts, or a dense FFN in its place, starts from the parent's weights.
+
+Letters: H hidden_size, E experts, F channels of an expert, M experts kept, W channels kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle.blocklib.sub_block import ParentBlock, Statistics
+
+ROUTER = ("gate.weight", "gate.e_score_correction_bias")
+
+
+@dataclass(kw_only=True, slots=True)
+class MoeStatistics(Statistics):
+    """With what experts did, summed over the tokens that each was chosen for; `channel_sum` [S] is of the shared expert.
+
+    routed [E]: how many tokens. weight [E]: Σ g, the router's weight. added [E]: Σ g·‖expert's output‖₂. channels [E, F]: Σ g·|x_i|.
+    shared_weight []: Σ of what the shared expert is multiplied by, over all tokens; `channel_sum` has it too.
+    """
+
+    routed: Tensor
+    weight: Tensor
+    added: Tensor
+    channels: Tensor
+    shared_weight: Tensor
+
+
+def smaller(block: ParentBlock, wanted: Any, how: str) -> dict[str, Tensor]:
+    """Fewer experts, by `how` ("experts", "frequent" or "merged"), narrower ones, or a narrower shared one; float32. wanted: a `Moe`."""
+    own: Any = block.sub_block
+    weights = {name: tensor.float().clone() for name, tensor in block.weights.items()}
+    if wanted.moe_intermediate_size < own.moe_intermediate_size:
+        narrow(weights, _statistics(block), wanted.moe_intermediate_size)
+    if wanted.num_experts < own.num_experts:
+        found = _statistics(block)
+        score = found.routed if how == "frequent" else saliency(found)
+        kept = best_of_groups(score, wanted.num_experts, own.num_groups).to(weights["gate.weight"].device)
+        if how == "merged":
+            merge(weights, found.routed, kept)
+        for name in (*ROUTER, *(n for n in weights if n.startswith("experts."))):
+            if name in weights:
+                weights[name] = weights[name][kept]
+    width = wanted.shared_intermediate_size
+    if width is not None and width < (own.shared_intermediate_size or 0):
+        found, down = _statistics(block), weights["shared_expert.down_proj.weight"]
+        keep = (found.channel_sum.to(down) * down.norm(dim=0)).argsort(descending=True, stable=True)[:width]
+        for name in own.matrices:
+            full = weights[f"shared_expert.{name}.weight"]
+            weights[f"shared_expert.{name}.weight"] = full[:, keep] if name == "down_proj" else full[keep]
+    return weights
+
+
+def saliency(found: MoeStatistics) -> Tensor:
+    """The mean over an expert's tokens of the router's weight times the norm of its output (REAP, arXiv 2510.13999). [E]"""
+    return found.added / found.routed.clamp(min=1)
+
+
+def best_of_groups(score: Tensor, count: int, num_groups: int) -> Tensor:
+    """The `count` experts with the highest score, as many from each group, in the parent's order. [E] -> [M]"""
+    grouped = score.view(num_groups, -1)
+    best = grouped.argsort(dim=-1, descending=True, stable=True)[:, : count // num_groups].sort(dim=-1)[0]
+    return (best + torch.arange(num_groups, device=score.device)[:, None] * grouped.shape[1]).flatten()
+
+
+def merge(weights: dict[str, Tensor], frequency: Tensor, kept: Tensor) -> None:
+    """Every other expert goes into the kept one whose row in the router is the most like its own: means weighted by frequency, each
+    channel with the one of the kept expert that its weights are the most like (fix-dom merging, HC-SMoE, arXiv 2410.08589)."""
+    rows = torch.nn.functional.normalize(weights["gate.weight"], dim=-1)
+    into = (rows @ rows[kept].T).argmax(-1)
+    share = frequency.to(rows) + 1e-6
+    names = [n for n in weights if n.startswith("experts.")]
+    for place, centre in enumerate(kept.tolist()):
+        others = [e for e in (into == place).nonzero().flatten().tolist() if e not in set(kept.tolist())]
+        total = share[centre] + sum(share[e] for e in others)
+        like = _channels(weights, centre)
+        sums = {n: weights[n][centre] * share[centre] for n in [*names, "gate.weight"]}
+        for other in others:
+            match = (like @ _channels(weights, other).T).argmax(-1)  # of every channel of the kept one
+            for n in names:
+                full = weights[n][other]
+                sums[n] += (full[:, match] if n.endswith("down_proj") else full[match]) * share[other]
+            sums["gate.weight"] += weights["gate.weight"][other] * share[other]
+        for n, value in sums.items():
+            weights[n][centre] = value / total
+
+
+def _channels(weights: dict[str, Tensor], expert: int) -> Tensor:
+    """All that an expert's channels are, each of length 1. [F, 2H or 3H]"""
+    sides = [
+        w[expert].T if n.endswith("down_proj") else w[expert] for n, w in weights.items() if n.startswith("experts.")
+    ]
+    return torch.nn.functional.normalize(torch.cat(sides, dim=1), dim=-1)
+
+
+def narrow(weights: dict[str, Tensor], found: MoeStatistics, width: int) -> None:
+    """Every expert's most contributing channels, Σ g·|x_i| · ‖W_down[:, i]‖₂, the most contributing first."""
+    down = weights["experts.down_proj"]
+    keep = (found.channels.to(down) * down.norm(dim=1)).argsort(dim=-1, descending=True, stable=True)[:, :width]
+    for name in [n for n in weights if n.startswith("experts.")]:
+        dim = 2 if name.endswith("down_proj") else 1
+        index = keep[:, None, :] if dim == 2 else keep[:, :, None]
+        weights[name] = weights[name].gather(
+            dim, index.expand(*(-1 if d == dim else s for d, s in enumerate(weights[name].shape)))
+        )
+
+
+def as_dense(block: ParentBlock, width: int) -> dict[str, Tensor]:
+    """A gated FFN of the `width` channels of all experts, the shared one among them, that contribute most over all tokens. What a channel
+    gives is multiplied by the mean weight that the router gives its expert, over all tokens: those that it was not chosen for count as 0."""
+    own: Any = block.sub_block
+    found = _statistics(block)
+    weights = {name: tensor.float() for name, tensor in block.weights.items()}
+    mean = (found.weight / found.num_tokens).to(weights["gate.weight"])
+    down = weights["experts.down_proj"]
+    sides = {
+        "gate_proj": weights["experts.gate_proj"].flatten(0, 1),
+        "up_proj": weights["experts.up_proj"].flatten(0, 1),
+        "down_proj": (down * mean[:, None, None]).transpose(0, 1).flatten(1),
+    }
+    score = (found.channels.to(down) * down.norm(dim=1)).flatten()
+    if own.shared_intermediate_size is not None:
+        shared = {name: weights[f"shared_expert.{name}.weight"] for name in sides}
+        score = torch.cat((score, found.channel_sum.to(down) * shared["down_proj"].norm(dim=0)))
+        shared["down_proj"] = shared["down_proj"] * (found.shared_weight / found.num_tokens).to(down)
+        sides = {name: torch.cat((sides[name], shared[name]), dim=int(name == "down_proj")) for name in sides}
+    keep = score.argsort(descending=True, stable=True)[:width]
+    norms = {n: t for n, t in weights.items() if n in ("norm.weight", "post_norm.weight")}
+    inner = {f"{name}.weight": side[:, keep] if name == "down_proj" else side[keep] for name, side in sides.items()}
+    return norms | inner
+
+
+def _statistics(block: ParentBlock) -> MoeStatistics:
+    found = block.calibrated("a smaller mixture of experts")
+    assert isinstance(found, MoeStatistics)
+    return found
