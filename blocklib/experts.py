@@ -111,18 +111,15 @@ def narrow(weights: dict[str, Tensor], found: MoeStatistics, width: int) -> None
 
 
 def as_dense(block: ParentBlock, width: int) -> dict[str, Tensor]:
-    """A gated FFN of the `width` channels of all experts, the shared one among them, that contribute most over all tokens. What a channel
+    """An FFN of the `width` channels of all experts, the shared one among them, that contribute most over all tokens. What a channel
     gives is multiplied by the mean weight that the router gives its expert, over all tokens: those that it was not chosen for count as 0."""
     own: Any = block.sub_block
     found = _statistics(block)
     weights = {name: tensor.float() for name, tensor in block.weights.items()}
     mean = (found.weight / found.num_tokens).to(weights["gate.weight"])
     down = weights["experts.down_proj"]
-    sides = {
-        "gate_proj": weights["experts.gate_proj"].flatten(0, 1),
-        "up_proj": weights["experts.up_proj"].flatten(0, 1),
-        "down_proj": (down * mean[:, None, None]).transpose(0, 1).flatten(1),
-    }
+    sides = {name: weights[f"experts.{name}"].flatten(0, 1) for name in own.matrices}
+    sides["down_proj"] = (down * mean[:, None, None]).transpose(0, 1).flatten(1)
     score = (found.channels.to(down) * down.norm(dim=1)).flatten()
     if own.shared_intermediate_size is not None:
         shared = {name: weights[f"shared_expert.{name}.weight"] for name in sides}

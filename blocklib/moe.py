@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.ffn import SHADES, narrowed
+from puzzle.blocklib.ffn import SHADES, Ffn, narrowed
+from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, ParentBlock, State, SubBlock, Variant, divided, register, size
 from puzzle.blocklib.swiglu import SwiGLU
 
@@ -89,6 +90,12 @@ class Moe(Normed):
                 shapes["shared_expert_gate.weight"] = (1, hidden)
         return shapes
 
+    def dense(self, width: int) -> Ffn:
+        """An FFN like one of its experts, for all tokens."""
+        if self.activation == "relu2":
+            return Relu2(**self.norm_fields(), intermediate_size=width)
+        return SwiGLU(**self.norm_fields(), intermediate_size=width, activation=self.activation)
+
     def state(self) -> State:
         return State()
 
@@ -151,14 +158,14 @@ class Moe(Normed):
             return []
         names = ["experts=0.75", "experts=0.5", "width=0.5", "topk=0.5"]
         names += ["shared=0.5"] if parent.shared_intermediate_size else []
-        return names + ([] if parent.activation == "relu2" else ["dense=1.0"])
+        return [*names, "dense=1.0"]
 
     @classmethod
     def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
         """`experts=64-topk=4-width=0.5`: what is left of each, as a count, or as a fraction of the parent's where it has a point.
 
         experts, frequent, merged: so many experts: those that add most, those that most tokens have, or all, the lesser ones merged
-        into those that add most. topk: experts of a token. width, shared: channels of an expert, of the shared one. dense: one gated FFN
+        into those that add most. topk: experts of a token. width, shared: channels of an expert, of the shared one. dense: one FFN
         of so many channels for all tokens; a fraction is of the channels that a token has.
         """
         words = name.split("-")
@@ -180,7 +187,7 @@ class Moe(Normed):
         def initialise(block: ParentBlock) -> dict[str, Tensor]:
             from puzzle.blocklib import experts
 
-            if isinstance(sub_block, SwiGLU):
+            if isinstance(sub_block, Ffn):
                 return experts.as_dense(block, sub_block.intermediate_size)
             assert isinstance(sub_block, Moe)
             return experts.smaller(block, sub_block, next((key for key in told if key in KEEPS), "experts"))
@@ -227,13 +234,11 @@ def _smaller(parent: Moe, name: str, numbers: Mapping[str, int | float]) -> Moe:
         raise UserError(f"FFN variant '{name}': {error}") from error
 
 
-def _dense(parent: Moe, name: str, number: int | float) -> SwiGLU:
-    """The gated FFN that stands for all experts. Raises UserError for experts without a gate, and for more channels than all have."""
-    if parent.activation == "relu2":
-        raise UserError(f"FFN variant '{name}': the parent's experts have no gate, and a dense FFN has one")
+def _dense(parent: Moe, name: str, number: int | float) -> Ffn:
+    """The FFN that stands for all experts. Raises UserError for more channels than all have."""
     most = parent.num_experts * parent.moe_intermediate_size + (parent.shared_intermediate_size or 0)
     full = parent.active_width
     width = number if isinstance(number, int) else narrowed(full, number) if number <= 1 else round(full * number)
     if width > most:
         raise UserError(f"FFN variant '{name}': {width} channels are more than the {most} of all experts")
-    return SwiGLU(**parent.norm_fields(), intermediate_size=width, activation=parent.activation)
+    return parent.dense(width)

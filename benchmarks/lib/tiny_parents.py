@@ -169,6 +169,43 @@ PARENTS = {
             **STEPS,
         },
     ),
+    "nemotron_h with experts": Tiny(
+        model_type="nemotron_h",
+        changes={
+            "hybrid_override_pattern": "ME*EM",
+            "num_hidden_layers": 5,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 7,
+            "n_groups": 2,
+            "ssm_state_size": 9,
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "moe_shared_expert_intermediate_size": 28,
+            "routed_scaling_factor": 2.5,
+            **STEPS,
+        },
+        ffn="experts=4,topk=2-width=16,shared=16,dense=24,linear,none",
+    ),
+    "nemotron_h with groups of experts, and FFNs": Tiny(
+        model_type="nemotron_h",
+        changes={
+            "layers_block_type": ["moe", "linear_attention", "full_attention", "mlp", "moe"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 7,
+            "n_groups": 2,
+            "ssm_state_size": 9,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 12,
+            "moe_shared_expert_intermediate_size": 17,
+            **STEPS,
+        },
+        ffn="0.5,frequent=8-topk=1,dense=1.0,none",
+    ),
     "smollm3 with windows": Tiny(
         model_type="smollm3",
         changes=rope("default")
@@ -192,6 +229,9 @@ def write_tiny_parent(name: str, out: Path, **sizes: Any) -> Path:
                 0.1 if weight.dim() == 1 else 0.4 if "embed" in key or "conv1d" in key else weight.shape[-1] ** -0.5
             )
             weight.data = 2 * noise - 5 if key.endswith("dt_bias") else weight.data  # steps of time from 1e-5 to 0.3
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
     model.tie_weights()
     model.save_pretrained(out)
     return out

@@ -1,6 +1,7 @@
 """The configuration of Nemotron-H whose blocks differ (model_type "nemotron_h_puzzle"): an entry of `block_configs` for each.
 
     {"block_type": "mamba"}    {"block_type": "mlp", "intermediate_size": 15680}
+    {"block_type": "moe", "n_routed_experts": 96, "num_experts_per_tok": 4, "moe_intermediate_size": 1344, …}
     {"block_type": "attention", "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 1024}
 
 What an entry says stands in place of the global value of that name. Readers: vLLM, SGLang and TensorRT-LLM with their own model

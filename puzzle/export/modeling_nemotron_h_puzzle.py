@@ -1,15 +1,46 @@
 """Nemotron-H whose blocks differ (model_type "nemotron_h_puzzle") for transformers: the decoder of modeling_puzzle.py under
-Nemotron-H's names, configured by `block_configs`. A block is a norm and a mixer: Mamba-2, attention without positions, or
-squared ReLUs."""
+Nemotron-H's names, configured by `block_configs`. A block is a norm and a mixer: Mamba-2, attention without positions, squared
+ReLUs, or experts of these beside a shared one.
+
+Letters: N tokens, E hidden_size, K experts of a token.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .configuration_nemotron_h_puzzle import NemotronHPuzzleConfig
 from .modeling_puzzle import PuzzleConfig, PuzzleForCausalLM, PuzzleModel
+from .modeling_puzzle_moe import PuzzleExpert, PuzzleMoE
+
+
+class NemotronHPuzzleExperts(nn.ModuleList):
+    """Routed experts, one by one as checkpoints have them. x [N, E], chosen and weights [N, K] -> [N, E]"""
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            given = self[expert](x[token]) * weights[token, place, None].to(x.dtype)
+            out.index_add_(0, token, given.to(out.dtype))
+        return out
+
+
+class NemotronHPuzzleMoE(nn.Module):
+    """[B, T, E] -> [B, T, E]"""
+
+    def __init__(self, config: Any, made: PuzzleMoE):
+        super().__init__()
+        self.gate, self.shared_experts = made.gate, made.shared_expert
+        width, count = config.moe_intermediate_size, config.num_experts
+        self.experts = NemotronHPuzzleExperts(PuzzleExpert(config, width) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        return (self.experts(flat, *self.gate(flat)) + self.shared_experts(flat)).view(x.shape)
 
 
 class NemotronHPuzzleModel(PuzzleModel):
@@ -19,9 +50,10 @@ class NemotronHPuzzleModel(PuzzleModel):
         super().__init__(config)
         self.embeddings, self.norm_f = self._modules.pop("embed_tokens"), self._modules.pop("norm")
         layer: Any
-        for layer in self.layers:
+        for layer, own in zip(self.layers, config.per_layer_config, strict=True):
             ((name, (norm, _)),) = layer.norms.items()
-            layer.norm, layer.mixer = layer._modules.pop(norm), layer._modules.pop(name)
+            layer.norm, mixer = layer._modules.pop(norm), layer._modules.pop(name)
+            layer.mixer = NemotronHPuzzleMoE(own, mixer) if isinstance(mixer, PuzzleMoE) else mixer
             layer.norms = {"mixer": ("norm", None)}
 
     @property
@@ -56,12 +88,16 @@ class NemotronHPuzzleForCausalLM(PuzzleForCausalLM):
         layers: dict[str, dict[str, Any]] = {}
         for index, block in enumerate(config.block_configs):
             own = {name: value for name, value in block.items() if name != "block_type"}
-            if block["block_type"] not in ("mamba", "attention", "mlp"):
+            kind = block["block_type"]
+            if kind not in ("mamba", "attention", "mlp", "moe") or own.pop("moe_latent_size", None) is not None:
                 raise ValueError(
-                    f"block_configs[{index}] is of type '{block['block_type']}': mamba, attention and mlp are known"
+                    f"block_configs[{index}] = {block}: mamba, attention, mlp and moe are known, moe_latent_size is not"
                 )
-            skip = ["attention"] if block["block_type"] == "mlp" else ["mlp"]
-            layers[str(index)] = own | {"skip": skip} | ({"mamba": mamba} if block["block_type"] == "mamba" else {})
+            if kind == "moe":
+                own |= {"num_experts": own.pop("n_routed_experts"), "router": "sigmoid", "correction_bias": True}
+                own["shared_expert_intermediate_size"] = own.pop("moe_shared_expert_intermediate_size")
+            skip = ["attention"] if kind in ("mlp", "moe") else ["mlp"]
+            layers[str(index)] = own | {"skip": skip} | ({"mamba": mamba} if kind == "mamba" else {})
         shared = (
             "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
             "max_position_embeddings", "mlp_bias", "use_cache", "pad_token_id", "initializer_range",

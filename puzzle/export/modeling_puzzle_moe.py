@@ -75,11 +75,11 @@ class PuzzleExperts(nn.Module):
 
 
 class PuzzleExpert(nn.Module):
-    """The shared one, of `shared_expert_intermediate_size` channels. [N, E] -> [N, E]"""
+    """One of `width` channels. [N, E] -> [N, E]"""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, width: int):
         super().__init__()
-        size, width = config.hidden_size, config.shared_expert_intermediate_size
+        size = config.hidden_size
         self.act, self.gated = ACT2FN[config.hidden_act], config.hidden_act != "relu2"
         if self.gated:
             self.gate_proj = nn.Linear(size, width, bias=False)
@@ -97,7 +97,8 @@ class PuzzleMoE(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.gate, self.experts = PuzzleRouter(config), PuzzleExperts(config)
-        self.shared_expert = PuzzleExpert(config) if config.shared_expert_intermediate_size else None
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = PuzzleExpert(config, shared) if shared else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x: Tensor) -> Tensor:

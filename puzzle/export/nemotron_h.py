@@ -1,7 +1,7 @@
 """`--format nemotron-h` and `nemotron-h-puzzle`: a hybrid child in blocks of one mixer, which engines read with their own model code.
 
 Plain is for children whose blocks of a kind are all alike. The other has an entry a block (`block_configs`) that says what is its own:
-of FFNs the width, of attention the window and the heads; Mamba-2 is alike in both. What is left out of a layer is no block.
+of FFNs the width, of experts all numbers, of attention the window and the heads; Mamba-2 is alike in both. What is left out of a layer is no block.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.export.checkpoint import KINDS_FILES, MODELING_FILE
 from puzzle.export.child import Child, ChildLayer
 from puzzle.export.engines import PLAIN_HYBRID, PUZZLE_HYBRID
-from puzzle.parents.nemotron_h import block_where, nemotron_h, nemotron_h_puzzle
+from puzzle.parents.nemotron_h import EXPERTS, NO_LIMIT, nemotron_h, nemotron_h_puzzle, where
 
 CODE = (
     *(Path(__file__).with_name(f"{name}_nemotron_h_puzzle.py") for name in ("configuration", "modeling")),
@@ -37,18 +38,17 @@ OWN = {  # fields of a sub-block that an entry of `block_configs` says, in its w
         "window": "sliding_window",
     },
     "relu2": {"intermediate_size": "intermediate_size"},
+    "moe": EXPERTS,
     "mamba2": {},
 }
-KINDS = {  # block_type and letter of the pattern; experts would be ("moe", "E"), with their sizes in OWN
+KINDS = {  # block_type and letter of the pattern
     "gqa": ("attention", "*"),
     "relu2": ("mlp", "-"),
+    "moe": ("moe", "E"),
     "mamba2": ("mamba", "M"),
 }
 ATTENDS_BY_BLOCK = (None, "vllm")  # engines that read what an attention has of its own
-NO_LIMIT = (
-    1e-30,
-    1e30,
-)  # on steps of time, of which transformers and mlx-lm hold some at these fields; the training held none
+STEP_MIN = 1e-30  # at which transformers holds steps of time
 REST = "write `format` hf, which transformers reads"
 
 
@@ -97,6 +97,10 @@ def _unlike(sub_block: SubBlock, norm_eps: float) -> str | None:
         return "norms after sub-blocks, scales of 1 + weight or factors on what a sub-block adds"
     if sub_block.norm_eps != norm_eps:
         return f"norm_eps of its own for a block ({sub_block.norm_eps:g} beside {norm_eps:g})"
+    if isinstance(sub_block, Moe):
+        alike = (sub_block.router, sub_block.correction_bias, sub_block.activation) == ("sigmoid", True, "relu2")
+        if not alike or sub_block.shared_intermediate_size is None or sub_block.shared_gate:
+            return "experts but of squared ReLUs beside a shared one, chosen by sigmoids with a correction bias"
     if isinstance(sub_block, Gqa):
         if sub_block.rope is not None:
             return "attention with rotary positions"
@@ -127,6 +131,8 @@ def hybrid_config(child: Child, format: str, engine: str | None) -> dict[str, An
         }
     if isinstance(gated, Relu2):
         config |= {"mlp_bias": gated.bias} | ({} if puzzle else {"intermediate_size": gated.intermediate_size})
+    if "moe" in shared:
+        config |= {"n_shared_experts": 1} | ({} if puzzle else _words(shared["moe"]))
     if isinstance(mamba := shared.get("mamba2"), Mamba2):
         config |= _mamba_config(mamba)
     if puzzle:
@@ -216,25 +222,33 @@ def _mamba_config(mamba: Mamba2) -> dict[str, Any]:
         "mamba_proj_bias": mamba.bias,
         "mamba_hidden_act": "silu",
         "mamba_ssm_cache_dtype": mamba.state_dtype,
-        "time_step_min": NO_LIMIT[0],
-        "time_step_limit": [0.0, NO_LIMIT[1]],
+        "time_step_min": STEP_MIN,
+        "time_step_limit": list(NO_LIMIT),
         "expand": 2,
     }
 
 
 def _entry(sub_block: SubBlock) -> dict[str, Any]:
     """One entry of `block_configs`."""
-    own = {word: getattr(sub_block, name) for name, word in OWN[sub_block.kind].items()}
-    return {"block_type": KINDS[sub_block.kind][0]} | {word: value for word, value in own.items() if value is not None}
+    own = {word: value for word, value in _words(sub_block).items() if value is not None}
+    latent = {"moe_latent_size": None} if isinstance(sub_block, Moe) else {}
+    return {"block_type": KINDS[sub_block.kind][0]} | own | latent
+
+
+def _words(sub_block: SubBlock) -> dict[str, Any]:
+    """The fields in OWN, as config.json calls them."""
+    return {word: getattr(sub_block, name) for name, word in OWN[sub_block.kind].items()}
 
 
 def hybrid_tensors(child: Child, format: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor), block after block: those of hub checkpoints (`backbone.`), or of the other format (`model.`)."""
+    """(name, tensor), block after block, experts one by one: those of hub checkpoints (`backbone.`), or of the other format (`model.`)."""
     stem = "model" if format == PUZZLE_HYBRID else "backbone"
     yield f"{stem}.embeddings.weight", child.read_embedding()
     for index, block in enumerate(blocks_of(child)):
         tensors = block.layer.read(block.slot)
         for name in sorted(tensors):
-            yield f"{stem}.layers.{index}.{block_where(name)}", tensors.pop(name)
+            place, tensor = where(index, block.slot, block.sub_block, name), tensors.pop(name)
+            for stored, part in zip(place.names, [tensor] if place.experts is None else tensor, strict=True):
+                yield stem + stored.removeprefix("model"), part
     yield f"{stem}.norm_f.weight", child.read_final_norm()
     yield "lm_head.weight", child.read_embedding() if child.tied else child.read_head()

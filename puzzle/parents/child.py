@@ -31,7 +31,7 @@ from puzzle.parents.structure import Layer, Structure
 
 OWNERS = {"attention": "attention", "ffn": "mlp"}  # slot: its name in the lists of `per_layer_config`
 LISTS = {"skip": NoOp, "linear": Linear}  # lists of `per_layer_config`, and the kind of what they name
-DENSE = "dense"  # a list too: of what is one gated FFN where others are mixtures
+DENSE = "dense"  # a list too: of what is one FFN for all tokens where others are mixtures
 SIZED = {"mamba": ("attention", Mamba2)}  # words with the sizes of a kind: the slot that it stands in, and the kind
 PLACEMENTS = ("before", "after", "both")
 MIXTURE = {  # fields of a mixture that config.json has where they differ from their defaults, and their names there
@@ -134,13 +134,13 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
     return found
 
 
-def _dense(mixture: SubBlock, width: Any, index: int) -> SwiGLU:
-    """The gated FFN in place of one. Raises UserError where none is meant."""
-    if not isinstance(mixture, Moe) or mixture.activation == "relu2" or width is None:
+def _dense(mixture: SubBlock, width: Any, index: int) -> Ffn:
+    """The FFN in place of one. Raises UserError where none is meant."""
+    if not isinstance(mixture, Moe) or width is None:
         raise UserError(
-            f"per_layer_config[{index}] is dense: its mlp needs an intermediate_size, and experts with a gate in other layers"
+            f"per_layer_config[{index}] is dense: its mlp needs an intermediate_size, and other layers experts"
         )
-    return SwiGLU(**mixture.norm_fields(), intermediate_size=width, activation=mixture.activation)
+    return mixture.dense(width)
 
 
 def _sized(kind: type[Normed], sizes: Any, base: SubBlock, where: str) -> Normed:
@@ -172,7 +172,7 @@ def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
             entry[sized[0]] = {f.name: value for f, value in told if value != f.default}
         elif lists:
             entry[lists[0]] = [*entry.get(lists[0], []), OWNERS[slot]]
-        elif isinstance(sub_block, SwiGLU) and isinstance(base[slot], Moe):
+        elif isinstance(sub_block, SwiGLU | Relu2) and isinstance(base[slot], Moe):
             entry |= {DENSE: [OWNERS[slot]], "intermediate_size": sub_block.intermediate_size}
         else:
             entry |= sub_block.to_config(base[slot])

@@ -1,7 +1,7 @@
-"""Nemotron-H: blocks of one mixer each, a norm before it: Mamba-2 (M), attention without positions (*), squared ReLUs (-).
+"""Nemotron-H: blocks of one mixer each, a norm before it: Mamba-2 (M), attention without positions (*), squared ReLUs (-), experts (E).
 
-Steps of time are as they come: transformers holds those of prompts at `time_step_min` or more, which the training did not, nor does
-vLLM. A block is a layer here whose other slot is `none`: what mixes tokens stands in "attention", what mixes channels in "ffn".
+Steps of time are as they come, as in vLLM; transformers holds those of prompts at `time_step_min` or more, by version in one path or in
+both (docs/architecture.md, "Mamba-2 is the recurrence"). A block is a layer here whose other slot is `none`: what mixes tokens stands in "attention", what mixes channels in "ffn".
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import SubBlock
@@ -28,32 +29,48 @@ PREFIXES = {  # of stored names; hub checkpoints say backbone, the class in tran
     "model.norm_f.": "model.norm.",
     "backbone.": "model.",
 }
+NO_LIMIT = (0.0, 1e30)  # on steps of time: JSON has no infinity
 UNUSED = (  # fields that change no output: of how weights were first drawn, of kernels, of dropout
     "expand", "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual", "use_mamba_kernels", "num_logits_to_keep",
     "hidden_dropout", "mtp_layers_block_type", "rms_norm_eps",
 )  # fmt: skip
-OF_EXPERTS = (  # which only a block of experts reads
-    "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size",
-    "moe_shared_expert_overlap", "num_experts_per_tok", "routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob",
-    "output_router_logits",
+EXPERTS = {  # fields of a mixture, and their words in config.json
+    "num_experts": "n_routed_experts", "num_experts_per_tok": "num_experts_per_tok", "moe_intermediate_size": "moe_intermediate_size",
+    "shared_intermediate_size": "moe_shared_expert_intermediate_size", "routed_scaling_factor": "routed_scaling_factor",
+    "num_groups": "n_group", "num_topk_groups": "topk_group", "norm_topk_prob": "norm_topk_prob",
+}  # fmt: skip
+OF_EXPERTS = (  # which only a block of experts reads, or nothing does
+    *EXPERTS.values(), "n_shared_experts", "moe_latent_size", "moe_shared_expert_overlap", "output_router_logits",
 )  # fmt: skip
 
 
-def where(layer: int, slot: str, sub_block: SubBlock, name: str) -> Where:
+def fused(layer: int, slot: str, sub_block: SubBlock, name: str) -> Where:
+    """Experts stacked, as transformers holds them."""
     return Where(f"model.layers.{layer}.{block_where(name)}")
+
+
+def where(layer: int, slot: str, sub_block: SubBlock, name: str) -> Where:
+    """Experts one by one, as checkpoints have them: `mixer.experts.7.up_proj.weight`."""
+    owner, _, matrix = name.partition(".")
+    if not isinstance(sub_block, Moe) or owner != "experts":
+        return fused(layer, slot, sub_block, name)
+    return Where(f"model.layers.{layer}.mixer.experts.{{}}.{matrix}.weight", experts=sub_block.num_experts)
 
 
 def block_where(name: str) -> str:
     """The norm of a block, or a tensor of its mixer, whose own norm, if it has one, is called norm too."""
-    return name if name == "norm.weight" else f"mixer.{name.replace('gate_norm.', 'norm.')}"
+    inside = name.replace("gate_norm.", "norm.").replace("shared_expert.", "shared_experts.")
+    return name if name == "norm.weight" else f"mixer.{inside}"
 
 
 def mamba(c: Config) -> Mamba2:
     if c["mamba_hidden_act"] != "silu":
         raise UserError(f"mamba_hidden_act '{c['mamba_hidden_act']}' in config.json is not supported: silu is")
-    low, high = c.get("time_step_limit") or (0.0, float("inf"))
-    if low > 0 or high < 1e6:
-        raise UserError(f"time_step_limit = {[low, high]} in config.json is passed over by engines: take it out")
+    low, high = c.get("time_step_limit") or NO_LIMIT
+    if low > 0 or high < NO_LIMIT[1]:
+        raise UserError(
+            f"time_step_limit = {[low, high]} in config.json is not supported: steps of time without limits, [0.0, inf], are"
+        )
     return Mamba2(
         hidden_size=c["hidden_size"],
         norm_eps=float(c["layer_norm_epsilon"]),
@@ -92,10 +109,32 @@ def mlp(c: Config, width: int | None = None) -> Relu2:
     )
 
 
-BLOCKS: Mapping[str, Callable[[Config], Layer]] = {  # by their names in `layers_block_type`; experts would be "moe"
+def moe(c: Config) -> Moe:
+    """Routed experts and a shared one, as in Nemotron 3. Raises UserError for experts of another form."""
+    for name, known, what in (
+        ("mlp_hidden_act", "relu2", "relu2 is"),
+        ("mlp_bias", False, "experts without biases are"),
+        ("moe_latent_size", None, "experts of the hidden size are"),
+        ("n_shared_experts", 1, "one is, of moe_shared_expert_intermediate_size channels"),
+    ):
+        if (value := c.get(name, known)) != known:
+            raise UserError(f"{name} = {value!r} in config.json is not supported beside experts: {what}")
+    told = {name: c[word] for name, word in EXPERTS.items()}
+    return Moe(
+        hidden_size=c["hidden_size"],
+        norm_eps=float(c["layer_norm_epsilon"]),
+        activation="relu2",
+        router="sigmoid",
+        correction_bias=True,
+        **told | {"routed_scaling_factor": float(told["routed_scaling_factor"])},
+    )
+
+
+BLOCKS: Mapping[str, Callable[[Config], Layer]] = {  # by their names in `layers_block_type`
     "linear_attention": lambda c: {"attention": mamba(c), "ffn": NO_OP},
     "full_attention": lambda c: {"attention": attention(c), "ffn": NO_OP},
     "mlp": lambda c: {"attention": NO_OP, "ffn": mlp(c)},
+    "moe": lambda c: {"attention": NO_OP, "ffn": moe(c)},
 }
 SINCE = {"mamba": "linear_attention", "attention": "full_attention"}  # earlier names, and today's
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}  # of `hybrid_override_pattern`
@@ -103,18 +142,27 @@ BLOCK_WORDS = {  # of an entry in `block_configs` by its block_type
     "mamba": (),
     "attention": ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
     "mlp": ("intermediate_size",),
+    "moe": (*EXPERTS.values(), "moe_latent_size"),
 }
 
 
 def base(c: Config) -> Layer:
-    """What the global values describe, beside Mamba-2; where blocks say their own widths, the widest."""
-    widths = [entry.get("intermediate_size", 1) for entry in c.get("block_configs") or ()]
-    return {"attention": attention(c), "ffn": mlp(c, max(widths, default=None))}
+    """What the global values describe, beside Mamba-2: experts where there are any; where blocks say their own sizes, the widest FFN, or
+    the first block of experts."""
+    entries = c.get("block_configs") or ()
+    if "moe" in _types(c):
+        first = next((entry for entry in entries if entry["block_type"] == "moe"), {})
+        return {"attention": attention(c), "ffn": moe({**c, **first})}
+    return {
+        "attention": attention(c),
+        "ffn": mlp(c, max((e.get("intermediate_size", 1) for e in entries), default=None)),
+    }
 
 
 @family(
     "nemotron_h",
     where=where,
+    other_layouts=(fused,),
     base=base,
     prefixes=PREFIXES,
     needed=tuple(name for name in NEEDED if name != "num_hidden_layers"),
@@ -130,7 +178,7 @@ def nemotron_h(c: Config) -> Structure:
         raise UserError(
             "mamba_proj_bias in config.json asks for biases of Mamba-2, which transformers passes over: use_bias is what it reads"
         )
-    for name in (*UNUSED, *OF_EXPERTS):
+    for name in (*UNUSED, *OF_EXPERTS, "intermediate_size"):
         c.get(name)
     types = _types(c)
     made = {kind: BLOCKS[kind](c) for kind in dict.fromkeys(types)}
@@ -168,9 +216,8 @@ def _types(c: Config) -> list[str]:
     types = [SINCE.get(kind, kind) for kind in told or [LETTERS.get(x, x) for x in c["hybrid_override_pattern"]]]
     for index, kind in enumerate(types):
         if kind not in BLOCKS:
-            what = "experts (E, 'moe')" if kind == "moe" else f"'{kind}'"
             raise UserError(
-                f"block {index} in config.json is one of {what}, which is not supported: of Nemotron-H, M, * and - are"
+                f"block {index} in config.json is of type '{kind}', which is not supported: {', '.join(BLOCKS)} are"
             )
     return types
 
