@@ -42,6 +42,8 @@ class Moe(Normed):
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.moe:FastMoe"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.moe:VllmMoe"
 
+    exact: ClassVar[tuple[str, ...]] = ("gate.e_score_correction_bias",)  # rounded, it would choose other experts
+
     num_experts: int = size("e", config="num_experts")
     num_experts_per_tok: int = size("k", config="num_experts_per_tok")
     moe_intermediate_size: int = size("f", config="moe_intermediate_size")

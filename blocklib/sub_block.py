@@ -128,7 +128,7 @@ class SubBlock:
     """The base of all kinds. kind: the first word of its key. plain, in_training, on_kernels, on_vllm: "module:class" of its
     module in plain PyTorch (a `plain.part.Part`), of that with fewer passes in training (None: the plain one), on our kernels (a
     `fast.batch.Fast`) and in vLLM's layers (`vllm/place.py`), imported when they are wanted; None: it has none. read_input: its matrices that
-    multiply with what enters, which nothing else in it reads. num_sums, added_once: of tensor parallel, see `share`."""
+    multiply with what enters, which nothing else in it reads. exact: tensors that keep their own dtype, whatever the model's. num_sums, added_once: of tensor parallel, see `share`."""
 
     kind: ClassVar[str]
     plain: ClassVar[str | None] = None
@@ -136,6 +136,7 @@ class SubBlock:
     on_kernels: ClassVar[str | None] = None
     on_vllm: ClassVar[str | None] = None
     read_input: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[tuple[str, ...]] = ()
     num_sums: ClassVar[int] = 1  # all-reduces of [tokens, H] that end its share
     added_once: ClassVar[tuple[str, ...]] = ()  # tensors that count once in the sum over all shares
 

@@ -191,7 +191,7 @@ def _of_kind(child: Child, slot: str, kind: type[Any]) -> Any:
 
 
 def with_dtype(child: Child, dtype: torch.dtype) -> Child:
-    """The child with all tensors cast to `dtype` when they are read; reading raises UserError where one overflows."""
+    """The child with all tensors but `exact` ones cast to `dtype` when they are read; reading raises UserError where one overflows."""
     import torch
 
     def cast(tensor: Tensor) -> Tensor:
@@ -200,11 +200,12 @@ def with_dtype(child: Child, dtype: torch.dtype) -> Child:
             raise UserError(f"`dtype` float16: a weight of {child.name} exceeds its range of 65504: use bfloat16")
         return found
 
-    def cast_all(read: Read) -> Read:
-        return lambda: {name: cast(tensor) for name, tensor in read().items()}
+    def cast_all(read: Read, exact: tuple[str, ...]) -> Read:
+        return lambda: {name: tensor if name in exact else cast(tensor) for name, tensor in read().items()}
 
     layers = tuple(
-        replace(layer, reads={slot: cast_all(read) for slot, read in layer.reads.items()}) for layer in child.layers
+        replace(layer, reads={slot: cast_all(read, layer.slots[slot].exact) for slot, read in layer.reads.items()})
+        for layer in child.layers
     )
     embedding, final_norm, head = child.read_embedding, child.read_final_norm, child.read_head
     return replace(

@@ -34,7 +34,8 @@ class NemotronHPuzzleMoE(nn.Module):
 
     def __init__(self, config: Any, made: PuzzleMoE):
         super().__init__()
-        self.gate, self.shared_experts = made.gate, made.shared_expert
+        self.gate = made.gate
+        self.shared_experts: Any = made.shared_expert
         width, count = config.moe_intermediate_size, config.num_experts
         self.experts = NemotronHPuzzleExperts(PuzzleExpert(config, width) for _ in range(count))
 

@@ -398,6 +398,7 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
     _no_split_modules = {"PuzzleLayer"}  # noqa: RUF012
     _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     accepts_loss_kwargs = True  # Trainer hands the forward num_items_in_batch

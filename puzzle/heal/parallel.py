@@ -17,7 +17,8 @@ from puzzle.base.ranks import Ranks
 def shard(
     root: nn.Module, blocks: Iterable[nn.Module], kept: set[nn.Parameter], ranks: Ranks, dtype: torch.dtype
 ) -> None:
-    """Split the parameters of every block, and what else `root` owns, over the ranks; those in `kept` stay as they are.
+    """Split the parameters of every block, and what else `root` owns, over the ranks; those in `kept`, and those that no gradient
+    reaches (a router's correction bias, which is never rounded), stay as they are.
 
     dtype: of the parameters while they are gathered; gradients are summed in float32.
     """
@@ -29,11 +30,12 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=lower, reduce_dtype=torch.float32 if lower else None, cast_forward_inputs=False
     )
+    fixed = {getattr(module, name) for module in root.modules() for name in getattr(module, "fixed", ())}
     mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
     for block in blocks:
         if any(True for _ in block.parameters()):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=kept)
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=fixed)
+    fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=kept | fixed)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ def with_trained(original: Child, model: CausalModel, train_embeddings: bool) ->
     Under FSDP every rank must read the same tensors in the same order.
     """
 
-    def ready(tensor: Tensor) -> Tensor:
-        return whole(tensor.detach()).to("cpu", original.dtype)
+    def ready(tensor: Tensor, exact: bool = False) -> Tensor:
+        return whole(tensor.detach()).to("cpu", tensor.dtype if exact else original.dtype)
 
     def read(index: int, slot: str) -> dict[str, Tensor]:
-        return {name: ready(t) for name, t in getattr(model.blocks[index], slot).state_dict().items()}
+        part = getattr(model.blocks[index], slot)
+        return {name: ready(t, name in part.sub_block.exact) for name, t in part.state_dict().items()}
 
     layers = tuple(
         replace(layer, reads={slot: partial(read, index, slot) for slot in layer.slots})

@@ -157,8 +157,9 @@ def assemble(
         parts: dict[str, Part] = model.blocks[index].parts()  # type: ignore[operator]
         for slot, name in replacement.items():
             if name != PARENT:
-                weights = {n: t.to(like.device, like.dtype) for n, t in source.weights(index, slot).items()}
-                parts[slot] = loaded(library.spaces[index][slot][name], weights)
+                sub_block, weights = library.spaces[index][slot][name], source.weights(index, slot)
+                own = {n: t.dtype if n in sub_block.exact else like.dtype for n, t in weights.items()}
+                parts[slot] = loaded(sub_block, {n: t.to(like.device, own[n]) for n, t in weights.items()})
         blocks.append(Block(parts))
     head = None if model.head is None else model.head.data
     child = CausalModel(source.structure, like.data, blocks, model.norm.weight.data, head)

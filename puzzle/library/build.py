@@ -233,7 +233,10 @@ class Builder:
         for index in group:
             for slot in self.structure.layers[index]:
                 block = blocks[index, slot] = self.parent.block(index, slot)
-                block.weights = {n: t.to(self.device, self.dtype) for n, t in block.weights.items()}
+                exact = block.sub_block.exact
+                block.weights = {
+                    n: t.to(self.device, t.dtype if n in exact else self.dtype) for n, t in block.weights.items()
+                }
                 parts[index, slot] = loaded(block.sub_block, block.weights, in_training=True)
         streams = [self._streams.get("train", step) for step in range(self.num_calibration if group and missing else 0)]
         for step, x in enumerate(streams if self._streams.sends else []):
@@ -330,7 +333,7 @@ class Builder:
         for (index, slot), of_place in trainers.items():
             for found in (found for trainer in of_place for found in trainer.trained()):
                 name, sub_block = found.variant.name, found.variant.sub_block
-                tensors = {n: t.to(self.stored_dtype) for n, t in found.tensors.items()}
+                tensors = {n: t if n in sub_block.exact else t.to(self.stored_dtype) for n, t in found.tensors.items()}
                 record = {
                     "status": ("trained" if found.improved else "kept as initialised") if tensors else "empty",
                     "key": self._keys[index, slot, name],

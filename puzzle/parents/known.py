@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from puzzle.base.errors import UserError, nearest
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.moe import Moe
@@ -37,8 +39,8 @@ def _llama(
     )
 
 
-def _nemotron_nano(hidden: int, width: int, pattern: str) -> Structure:
-    """Nemotron-Nano v2, by the letters of its blocks."""
+def _nemotron(hidden: int, width: int, pattern: str, **changes: Any) -> Structure:
+    """Nemotron-Nano v2, by the letters of its blocks. changes: of config.json, of later ones."""
     config = {
         "hidden_size": hidden, "intermediate_size": width, "vocab_size": 131072, "max_position_embeddings": 131072,
         "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "layer_norm_epsilon": 1e-5,
@@ -46,7 +48,7 @@ def _nemotron_nano(hidden: int, width: int, pattern: str) -> Structure:
         "use_conv_bias": True, "use_bias": False, "mlp_bias": False, "mamba_ssm_cache_dtype": "float32",
         "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "hybrid_override_pattern": pattern,
     }  # fmt: skip
-    return nemotron_h(config)
+    return nemotron_h(config | changes)
 
 
 STRUCTURES = {
@@ -61,12 +63,15 @@ STRUCTURES = {
 _QWEN = _llama(48, 2048, 32, 4, 128, 6144, 151936, norms=True, length=40960)
 _EXPERTS = Moe(hidden_size=2048, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True)
 STRUCTURES["qwen3-30b-a3b"] = _QWEN.with_layers([{**layer, "ffn": _EXPERTS} for layer in _QWEN.layers])
-STRUCTURES["nemotron-nano-9b-v2"] = _nemotron_nano(
-    4480, 15680, "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
-)
-STRUCTURES["nemotron-nano-12b-v2"] = _nemotron_nano(
+STRUCTURES["nemotron-nano-9b-v2"] = _nemotron(4480, 15680, "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-")
+STRUCTURES["nemotron-nano-12b-v2"] = _nemotron(
     5120, 20480, "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
 )
+STRUCTURES["nemotron-3-nano-30b-a3b"] = _nemotron(
+    2688, 1856, "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", num_attention_heads=32, num_key_value_heads=2,
+    mamba_num_heads=64, mamba_head_dim=64, n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712, routed_scaling_factor=2.5, n_group=1, topk_group=1, norm_topk_prob=True,
+)  # fmt: skip
 STRUCTURES["llama-3.1-405b-tp8"] = STRUCTURES["llama-3.1-405b"].share(8)  # what one GPU of eight holds
 
 

@@ -151,12 +151,10 @@ def base(c: Config) -> Layer:
     the first block of experts."""
     entries = c.get("block_configs") or ()
     if "moe" in _types(c):
-        first = next((entry for entry in entries if entry["block_type"] == "moe"), {})
-        return {"attention": attention(c), "ffn": moe({**c, **first})}
-    return {
-        "attention": attention(c),
-        "ffn": mlp(c, max((e.get("intermediate_size", 1) for e in entries), default=None)),
-    }
+        first = [entry for entry in entries if entry["block_type"] == "moe"][:1]
+        return {"attention": attention(c), "ffn": moe({**c, **(first[0] if first else {})})}
+    widest = max((entry.get("intermediate_size", 1) for entry in entries), default=None)
+    return {"attention": attention(c), "ffn": mlp(c, widest)}
 
 
 @family(

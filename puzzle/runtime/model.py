@@ -139,14 +139,18 @@ class Weights(Protocol):
         ...
 
 
-def read_block(source: Weights, layer: int, move: Callable[[Tensor], Tensor], ranks: Ranks | None = None) -> Block:
-    """One layer, whole or this rank's share. move: a stored tensor to where, and to the dtype in which, it runs."""
+def read_block(
+    source: Weights, layer: int, move: Callable[[Tensor, torch.dtype | None], Tensor], ranks: Ranks | None = None
+) -> Block:
+    """One layer, whole or this rank's share. move: a stored tensor to where it runs, in this dtype, or None for the model's."""
     parts = {}
     for slot, sub_block in source.structure.layers[layer].items():
         weights = source.weights(layer, slot)
         if ranks is not None:
             weights, sub_block = sub_block.cut(weights, ranks.rank, ranks.world), sub_block.shared(ranks.world)
-        parts[slot] = loaded(sub_block, {n: move(t) for n, t in weights.items()})
+        parts[slot] = loaded(
+            sub_block, {n: move(t, t.dtype if n in sub_block.exact else None) for n, t in weights.items()}
+        )
     return Block(parts)
 
 
@@ -164,7 +168,10 @@ def load_model(
     def words(table: Tensor) -> Tensor:
         return (table if ranks is None else own_rows(ranks, table, structure.vocab_size)).to(device, dtype)
 
-    blocks = [read_block(opened, n, lambda t: t.to(device, dtype), ranks) for n in range(structure.num_layers)]
+    def move(tensor: Tensor, own: torch.dtype | None) -> Tensor:
+        return tensor.to(device, own or dtype)
+
+    blocks = [read_block(opened, n, move, ranks) for n in range(structure.num_layers)]
     model = CausalModel(
         structure,
         words(opened.embedding()),

@@ -31,11 +31,12 @@ class Reader:
         self.device, self.dtype = device, dtype
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def move(self, tensor: Tensor) -> Tensor:
-        """From host memory. In a thread on a GPU: what is returned is there once the work of `side` is done."""
+    def move(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """From host memory, in another dtype than the model's if need be. In a thread on a GPU: what is returned is there once the work of
+        `side` is done."""
         if self.side is None:
-            return tensor.to(self.device, self.dtype)
-        return tensor.to(self.dtype).pin_memory().to(self.device, non_blocking=True)
+            return tensor.to(self.device, dtype or self.dtype)
+        return tensor.to(dtype or self.dtype).pin_memory().to(self.device, non_blocking=True)
 
     def ahead(self, reads: Iterable[Callable[[], T]], tensors: Callable[[T], Iterable[Tensor]]) -> Iterator[T]:
         """What `reads` give, in order; the next one is read while the caller works with the one in hand. tensors: of a result."""

@@ -33,9 +33,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.sub_block import Normed
-from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.vllm.moe import one_by_one
 from puzzle.blocklib.vllm.place import Place, rms_norm
 from puzzle.parents.names import MATRICES, NORMS, module_of
@@ -277,7 +275,7 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
                 seen.add(name)
                 yield from one_by_one(name, tensor)
 
-        gated = any(isinstance(sub_block, SwiGLU | Moe) for _, _, sub_block in self.structure)
+        gated = any("gate_proj" in name for _, _, sub_block in self.structure for name in sub_block.tensors())
         stacked = {name: place for name, place in STACKED.items() if gated or ".gate_up_proj" not in place}
         mapper = WeightsMapper(orig_to_new_stacked=stacked, orig_to_new_substr={".mamba.A_log": ".mamba.A"})
         done = AutoWeightsLoader(self).load_weights(noted(), mapper=mapper)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.none import NoOp
-from puzzle.export.child import Child
+from puzzle.export.child import Child, with_dtype
 from puzzle.export.engines import HYBRIDS
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.export.write import Source, export
@@ -27,6 +28,12 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1, "max_new_
 def hybrid(tmp_path_factory) -> Path:
     """Blocks M-*M-M: what mixes tokens in layers 0, 2, 3 and 5, FFNs in 1 and 4."""
     return write_tiny_parent("nemotron_h", tmp_path_factory.mktemp("hybrid"))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    """Blocks ME*EM, five experts of which a token has three."""
+    return write_tiny_parent("nemotron_h with experts", tmp_path_factory.mktemp("experts"))
 
 
 def changed(parent: Path, *changes: tuple[int, str, dict | None]) -> Child:
@@ -60,19 +67,30 @@ ALIKE = {
     "fewer heads, all of them": tuple((i, "attention", {"num_heads": 3}) for i in (0, 3, 5)),
     "fewer KV heads": ((2, "attention", {"num_key_value_heads": 1}),),
 }
+FEWER = {"num_experts": 4, "num_experts_per_tok": 1}
+EXPERTS = {
+    "experts as they are": (),
+    "fewer experts, all of them": ((1, "ffn", FEWER), (3, "ffn", FEWER)),
+    "experts in one block": ((1, "ffn", FEWER), (3, "ffn", None)),
+    "experts that differ": (
+        (1, "ffn", FEWER),
+        (3, "ffn", {"moe_intermediate_size": 12, "shared_intermediate_size": 11}),
+    ),
+}
 UNLIKE = {
     "widths": ((1, "ffn", {"intermediate_size": 16}),),
     "a window": ((2, "attention", {"window": 7}), (4, "ffn", None)),
 }
 
 
-@pytest.mark.parametrize("changes", [*ALIKE.values(), *UNLIKE.values()], ids=[*ALIKE, *UNLIKE])
+@pytest.mark.parametrize("what", [*ALIKE, *UNLIKE, *EXPERTS])
 @pytest.mark.parametrize("format", HYBRIDS)
-def test_transformers_reads_what_was_meant(format, changes, hybrid, tmp_path):
+def test_transformers_reads_what_was_meant(format, what, hybrid, experts, tmp_path):
     """The same logits and text as `--format hf`, whose blocks stand in layers; plain by transformers' own class."""
-    child = changed(hybrid, *changes)
+    changes = (ALIKE | UNLIKE | EXPERTS)[what]
+    child = changed(experts if what in EXPERTS else hybrid, *changes)
     meant = written(child, tmp_path / "hf", "hf")
-    if format == "nemotron-h" and changes in UNLIKE.values():
+    if format == "nemotron-h" and (what in UNLIKE or what == "experts that differ"):
         return
     found = written(child, tmp_path / "out", format)
     ids = torch.randint(2, 384, (2, 31), generator=torch.Generator().manual_seed(0))
@@ -125,7 +143,50 @@ def test_entries_of_blocks(hybrid, tmp_path):
         open_model(out)
 
 
+def test_entries_of_experts(experts, tmp_path):
+    """What they say is in no global value; the numbers of another block are its own."""
+    out = written(changed(experts, *EXPERTS["experts that differ"]), tmp_path / "out", "nemotron-h-puzzle")
+    config = json.loads((out / "config.json").read_text())
+    shared = {
+        "routed_scaling_factor": 2.5,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "moe_latent_size": None,
+    }
+    sizes = ({"n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 20, "moe_shared_expert_intermediate_size": 28},
+             {"n_routed_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 11})  # fmt: skip
+    assert config["hybrid_override_pattern"] == "ME*EM"
+    assert [config["block_configs"][n] for n in (1, 3)] == [{"block_type": "moe"} | own | shared for own in sizes]
+    assert not set(config["block_configs"][1]) & set(config)
+    names = {name.partition(".mixer.")[2] for name in load_file(out / "model.safetensors") if ".layers.1." in name}
+    assert {"gate.e_score_correction_bias", "experts.3.up_proj.weight", "shared_experts.down_proj.weight"} <= names
+    entries = [*config["block_configs"]]
+    entries[3] |= {"moe_latent_size": 8}
+    (out / "config.json").write_text(json.dumps(config | {"block_configs": entries}))
+    with pytest.raises(UserError, match=r"moe_latent_size = 8 in config\.json is not supported beside experts"):
+        open_model(out)
+
+
+def test_a_correction_bias_is_never_rounded(experts, tmp_path):
+    """In bf16 the router adds the parent's own bias, in our runtime and in transformers, after every format."""
+    meant = load_file(experts / "model.safetensors")["backbone.layers.1.mixer.gate.e_score_correction_bias"]
+    assert not torch.equal(meant, meant.bfloat16().float())
+    for format in ("hf", *HYBRIDS):
+        out = written(with_dtype(changed(experts), torch.bfloat16), tmp_path / format, format)
+        ours = dict(load_model(out, dtype=torch.bfloat16).named_parameters())
+        theirs = AutoModelForCausalLM.from_pretrained(
+            out, trust_remote_code=format != "nemotron-h", dtype=torch.bfloat16
+        )
+        for named in (ours, {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}):
+            (bias,) = (t for n, t in named.items() if "s.1." in n and n.endswith("e_score_correction_bias"))
+            assert torch.equal(bias, meant), format
+        assert {t.dtype for n, t in ours.items() if "bias" not in n} == {torch.bfloat16}
+
+
 REFUSED = {
+    "experts": ("nemotron-h", EXPERTS["experts that differ"], {}, "layer 3 ffn: num_experts is 5, and 4 in layer 1 ffn; `format` nemotron-h has "
+                "one for all blocks of kind 'moe': write `format` hf, which transformers reads, or `format` nemotron-h-puzzle"),
     "FFN widths": ("nemotron-h", UNLIKE["widths"], {}, "layer 4 ffn: intermediate_size is 52, and 16 in layer 1 ffn; `format` nemotron-h has one "
                    "for all blocks of kind 'relu2': write `format` hf, which transformers reads, or `format` nemotron-h-puzzle"),
     "a window": ("nemotron-h", UNLIKE["a window"], {}, "layer 2 attention: `format` nemotron-h has no windows (this one's is 7)"),
@@ -143,10 +204,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_refusals_name_what_is_not_alike(what, hybrid, tmp_path):
+def test_refusals_name_what_is_not_alike(what, hybrid, experts, tmp_path):
     format, changes, options, message = REFUSED[what]
     with pytest.raises(UserError) as refused:
-        written(changed(hybrid, *changes), tmp_path / "out", format, **options)
+        written(changed(experts if what == "experts" else hybrid, *changes), tmp_path / "out", format, **options)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()

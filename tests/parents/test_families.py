@@ -164,8 +164,13 @@ def test_engines_take_it_or_refuse_it_by_name(name, engine, family_parent, tmp_p
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         (
             "nemotron_h",
-            {"layers_block_type": ["mamba", "moe"]},
-            r"block 1 in config.json is one of experts \(E, 'moe'\), which is not",
+            {"layers_block_type": ["mamba", "moe"], "moe_latent_size": 8},
+            "moe_latent_size = 8 in config.json is not supported beside experts: experts of the hidden size are",
+        ),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba", "moe"], "n_shared_experts": 2},
+            "n_shared_experts = 2 in config.json is not supported beside experts: one is",
         ),
         ("nemotron_h", {"sliding_window": 8}, "sliding_window = 8 .* windows, which transformers passes over"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act 'silu' in config.json is not supported: relu2 is"),
@@ -173,7 +178,7 @@ def test_engines_take_it_or_refuse_it_by_name(name, engine, family_parent, tmp_p
         (
             "nemotron_h",
             {"time_step_limit": [0.0, 0.5]},
-            r"time_step_limit = \[0.0, 0.5\] in config.json is passed over by engines",
+            r"time_step_limit = \[0.0, 0.5\] in config.json is not supported: steps of time without limits",
         ),
         ("nemotron_h", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1 .* is not understood"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, "use_sliding_window turns off"),
