@@ -276,7 +276,7 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
                 yield from one_by_one(name, tensor)
 
         gated = any("gate_proj" in name for _, _, sub_block in self.structure for name in sub_block.tensors())
-        stacked = {name: place for name, place in STACKED.items() if gated or ".gate_up_proj" not in place}
+        stacked = {name: place for name, place in STACKED.items() if gated or "gate_up_proj" not in place[0]}
         mapper = WeightsMapper(orig_to_new_stacked=stacked, orig_to_new_substr={".mamba.A_log": ".mamba.A"})
         done = AutoWeightsLoader(self).load_weights(noted(), mapper=mapper)
         if not self.loaded and (missing := sorted(missing_tensors(wanted, seen))):

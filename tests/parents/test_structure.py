@@ -98,6 +98,17 @@ def test_a_layer_that_is_not_understood(layer, wanted):
         Structure.from_json(value)
 
 
+def test_experts_as_their_card_says():
+    """Nemotron 3 Nano: 31.58 B parameters, of which a token uses 3.58 B."""
+    structure = STRUCTURES["nemotron-3-nano-30b-a3b"]
+    idle = sum(b.num_parameters - b.active_parameters() for _, _, b in structure)
+    assert structure.num_parameters == 31_577_940_288
+    assert structure.num_parameters - idle == 3_580_076_352
+    assert [
+        sum(kind in (b.kind for b in layer.values()) for layer in structure.layers) for kind in ("mamba2", "moe", "gqa")
+    ] == [23, 23, 6]
+
+
 def test_hybrids_as_their_cards_say():
     """Nemotron-Nano v2: parameters of the checkpoints on the hub, and what a sequence keeps: by tokens, and whatever its length."""
     for name, layers, count, attending in (("9b", 56, 8_888_227_328, 4), ("12b", 62, 12_310_001_152, 6)):

@@ -184,6 +184,43 @@ def test_a_child_of_every_kind_is_written_and_measured(library, hybrid, corpus, 
     assert "layer 2 attention: num_heads is 6, and 3 in layer 0 attention" in " ".join(done.output.split())
 
 
+def test_experts_of_a_hybrid_along_the_road(hybrid, corpus, puzzle, tmp_path):
+    """Blocks ME*EM: fewer experts here, a dense FFN of squared ReLUs there; a token's parameters; a child that says both in its entries."""
+    parent = write_tiny_parent("nemotron_h with experts", tmp_path / "parent")
+    for file in hybrid.glob("token*"):
+        (parent / file.name).write_bytes(file.read_bytes())
+    library, solution, child = (tmp_path / name for name in ("library", "solution", "child"))
+    offered = ("--attention", "heads2,none", "--ffn", "experts=4-topk=1,dense=24,none")
+    for arguments in (
+        ("build-library", parent, "--data", corpus, "--out", library, *offered, *SIZES, *HELD),
+        ("profile", library, "--gpu", "cpu", *GRID),
+        ("solve", library, *GOAL, "--active-params", "95%", "--out", solution),
+    ):
+        done = puzzle(*arguments)
+        assert done.exit_code == 0, done.output
+    spaces, record = Library.open(library).spaces, BlockStore(library).record(1, "ffn", "experts=4-topk=1")
+    assert list(spaces[1]["ffn"]) == ["parent", "experts=4-topk=1", "dense=24", "none"]
+    assert len(record["expert_load"]) == 4
+    assert record["validation_loss_after"] < record["validation_loss_before"]
+    solved = json.loads((solution / "architecture.json").read_text())
+    for layer, name in ((1, "experts=4-topk=1"), (3, "dense=24")):
+        key = spaces[layer]["ffn"][name].key()
+        solved["layers"][layer]["ffn"] = {"variant": name, "sub_block": key, "precision": "float32"}
+    (solution / "architecture.json").write_text(json.dumps(solved))
+    done = puzzle("export", library, solution, "--format", "nemotron-h-puzzle", "--out", child)
+    assert done.exit_code == 0, done.output
+    entries = json.loads((child / "config.json").read_text())["block_configs"]
+    assert [(e["block_type"], e.get("n_routed_experts"), e.get("intermediate_size")) for e in entries if e["block_type"][0] == "m"
+            and e["block_type"] != "mamba"] == [("moe", 4, None), ("mlp", None, 24)]  # fmt: skip
+    ids = torch.randint(2, 384, (2, 29), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(child, trust_remote_code=True, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (theirs(ids).logits - load_model(child)(ids)).abs().max() <= 1e-4
+    done = puzzle("export", child, "--format", "hf", "--out", tmp_path / "again")
+    assert done.exit_code == 0, done.output
+    assert torch.equal(load_model(tmp_path / "again")(ids), load_model(child)(ids))
+
+
 @torch.no_grad()
 def test_attention_of_a_llama_becomes_mamba(tmp_path):
     """In a layer that keeps its gated FFN, with multipliers (Granite) and norms after (OLMo-2) too: as transformers reads it."""

@@ -300,3 +300,17 @@ def test_an_expert_without_tokens_stays_as_it_is():
 def test_what_has_no_gradient_does_not_learn():
     part = loaded(parse_key(KEYS["sigmoid"]), block_of(KEYS["sigmoid"]).weights)
     assert [n for n, p in learning(part).named_parameters() if not p.requires_grad] == ["gate.e_score_correction_bias"]
+
+
+@pytest.mark.parametrize("act", ["silu", "relu2"])
+def test_a_dense_ffn_of_all_channels_is_a_mixture_that_prefers_nobody(act):
+    """A router of zeros gives every expert to every token with the same weight; the FFN is of the experts' kind."""
+    key = f"moe h{H} e4 k4 f10 act={act} router=sigmoid shared6 scaling=1.5"
+    block = block_of(key)
+    block.weights["gate.weight"] = torch.zeros_like(block.weights["gate.weight"])
+    own = loaded(block.sub_block, block.weights)
+    block.statistics = own.calibrate([rows(2)])
+    dense = variant_of(block.sub_block, "dense=46", "ffn")
+    assert dense.sub_block.kind == ("relu2" if act == "relu2" else "swiglu")
+    found = loaded(dense.sub_block, dense.initialise(block))(rows(5), {})
+    torch.testing.assert_close(found, own(rows(5), {}), rtol=1e-4, atol=1e-5)
