@@ -1,7 +1,7 @@
 """Nemotron-H: blocks of one mixer each, a norm before it: Mamba-2 (M), attention without positions (*), squared ReLUs (-), experts (E).
 
-Steps of time are as they come, as in vLLM; transformers holds those of prompts at `time_step_min` or more, by version in one path or in
-both (docs/architecture.md, "Mamba-2 is the recurrence"). A block is a layer here whose other slot is `none`: what mixes tokens stands in "attention", what mixes channels in "ffn".
+Steps of time have no limits, as in vLLM; those of transformers depend on its version (docs/architecture.md, "Steps of time"). A block is a
+layer here whose other slot is `none`: what mixes tokens stands in "attention", what mixes channels in "ffn".
 """
 
 from __future__ import annotations
