@@ -9,6 +9,7 @@ from typing import Any
 from puzzle import __version__
 from puzzle.base.files import json_text
 from puzzle.base.units import bytes_text
+from puzzle.blocklib.moe import Moe
 from puzzle.export.child import Child
 from puzzle.export.engines import ENGINES, HYBRIDS, PUZZLE_HYBRID, served_by
 from puzzle.export.picture import picture
@@ -244,17 +245,20 @@ def _serve(card: CardFacts) -> list[str]:
     """Exact commands of the engines that read this very checkpoint."""
     if card.format == "gguf":
         return [f"llama.cpp:\n\n```\nllama-server -m PATH/{card.file}\n```"]
+    gateless = any(
+        isinstance(b, Moe) and b.activation == "relu2" for layer in card.child.layers for b in layer.slots.values()
+    )
     if card.format == "hf":
         again = (
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
-        return [_transformers(card), _PLUG_IN, again]
+        return [_transformers(card), *([] if gateless else [_PLUG_IN]), again]
     if card.format == "qwen3-moe":
         return ["Whatever reads Qwen3-MoE, without code of ours: transformers, or vLLM:\n\n```\nvllm serve PATH\n```"]
     if card.format in HYBRIDS:
         trust = " --trust-remote-code" if card.format == PUZZLE_HYBRID else ""
         again = "For a reader of another format: write the child again with `puzzle export … --format` and its name."
-        vllm = f"vLLM, of which 0.32 was read and run:\n\n```\nvllm serve PATH{trust}\n```"
+        vllm = f"vLLM, of which 0.32 was read{'' if gateless else ' and run'}:\n\n```\nvllm serve PATH{trust}\n```"
         return [vllm, _transformers(card).replace("5.14", "5.17"), again]
     engines = [card.engine] if card.engine else list(card.also)
     rest = [name for name in _COMMANDS if name not in engines]

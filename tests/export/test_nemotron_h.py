@@ -159,6 +159,7 @@ def test_entries_of_experts(experts, tmp_path):
     assert config["hybrid_override_pattern"] == "ME*EM"
     assert [config["block_configs"][n] for n in (1, 3)] == [{"block_type": "moe"} | own | shared for own in sizes]
     assert not set(config["block_configs"][1]) & set(config)
+    assert "vLLM, of which 0.32 was read:" in (out / "README.md").read_text()  # and not run
     names = {name.partition(".mixer.")[2] for name in load_file(out / "model.safetensors") if ".layers.1." in name}
     assert {"gate.e_score_correction_bias", "experts.3.up_proj.weight", "shared_experts.down_proj.weight"} <= names
     entries = [*config["block_configs"]]
@@ -175,6 +176,7 @@ def test_a_correction_bias_is_never_rounded(experts, tmp_path):
     for format in ("hf", *HYBRIDS):
         out = written(with_dtype(changed(experts), torch.bfloat16), tmp_path / format, format)
         ours = dict(load_model(out, dtype=torch.bfloat16).named_parameters())
+        assert "plug-in" not in (out / "README.md").read_text()  # which refuses experts without a gate
         theirs = AutoModelForCausalLM.from_pretrained(
             out, trust_remote_code=format != "nemotron-h", dtype=torch.bfloat16
         )
