@@ -112,6 +112,7 @@ def _unlike(sub_block: SubBlock, norm_eps: float) -> str | None:
 def hybrid_config(child: Child, format: str, engine: str | None) -> dict[str, Any]:
     """config.json in one of the two formats. Raises UserError, naming two layers and what they differ in, for what is not alike."""
     blocks, puzzle = blocks_of(child), format == PUZZLE_HYBRID
+    engine = engine and engine.partition("==")[0]
     shared: dict[str, Normed] = {}
     for kind in KINDS:
         own = [block for block in blocks if block.sub_block.kind == kind]
@@ -151,6 +152,8 @@ def _check_alike(blocks: list[Block], puzzle: bool, engine: str | None) -> None:
     for block in blocks:
         first, here = blocks[0].sub_block, block.sub_block
         allowed = OWN[here.kind] if puzzle else {}
+        if isinstance(here, Moe) and engine == "mlx" and (what := _unlike_mlx(here)) is not None:
+            raise UserError(f"{block.where}: mlx {what}: {REST}")
         for f in fields(here):
             ours, theirs = getattr(here, f.name), getattr(first, f.name)
             other = f", or `format` {PUZZLE_HYBRID}" if f.name in OWN[here.kind] and not puzzle else ""
@@ -171,6 +174,15 @@ def _check_alike(blocks: list[Block], puzzle: bool, engine: str | None) -> None:
                 raise UserError(
                     f"{block.where}: {engine} passes over what an attention has of its own ({f.name} {ours}): {REST}"
                 )
+
+
+def _unlike_mlx(experts: Moe) -> str | None:
+    """What mlx-lm's router does otherwise."""
+    if experts.num_groups > 1:
+        return "holds the scores of other groups of experts at 0, which a correction bias may still choose"
+    if experts.num_experts_per_tok == 1 and experts.norm_topk_prob:
+        return "does not divide the weight of a token's only expert by itself"
+    return None
 
 
 def _around(child: Child, puzzle: bool) -> dict[str, Any]:

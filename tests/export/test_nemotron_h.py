@@ -189,6 +189,8 @@ def test_a_correction_bias_is_never_rounded(experts, tmp_path):
 REFUSED = {
     "experts": ("nemotron-h", EXPERTS["experts that differ"], {}, "layer 3 ffn: num_experts is 5, and 4 in layer 1 ffn; `format` nemotron-h has "
                 "one for all blocks of kind 'moe': write `format` hf, which transformers reads, or `format` nemotron-h-puzzle"),
+    "experts, one a token, for mlx": ("nemotron-h", EXPERTS["fewer experts, all of them"], {"engine": "mlx==0.32.2"},
+                                      "layer 1 ffn: mlx does not divide the weight of a token's only expert by itself: write `format` hf"),
     "FFN widths": ("nemotron-h", UNLIKE["widths"], {}, "layer 4 ffn: intermediate_size is 52, and 16 in layer 1 ffn; `format` nemotron-h has one "
                    "for all blocks of kind 'relu2': write `format` hf, which transformers reads, or `format` nemotron-h-puzzle"),
     "a window": ("nemotron-h", UNLIKE["a window"], {}, "layer 2 attention: `format` nemotron-h has no windows (this one's is 7)"),
@@ -209,7 +211,9 @@ REFUSED = {
 def test_refusals_name_what_is_not_alike(what, hybrid, experts, tmp_path):
     format, changes, options, message = REFUSED[what]
     with pytest.raises(UserError) as refused:
-        written(changed(experts if what == "experts" else hybrid, *changes), tmp_path / "out", format, **options)
+        written(
+            changed(experts if what.startswith("experts") else hybrid, *changes), tmp_path / "out", format, **options
+        )
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
