@@ -98,6 +98,17 @@ def test_damaged_blocks_are_trained_again(parent, corpus, tmp_path):
     assert hashes(out) == whole
 
 
+def test_a_run_killed_after_its_last_block_leaves_nothing(parent, corpus, tmp_path):
+    """The next one, which has nothing to train, takes its snapshot away."""
+    out = tmp_path / "lib"
+    build_library(str(parent), options(corpus, out, attention="kv1", ffn="none"))
+    whole = hashes(out)
+    (out / ".work/step-00000007").mkdir(parents=True)
+    (out / ".work/snapshot.json").write_text("{}")
+    build_library(str(parent), options(corpus, out, attention="kv1", ffn="none"))
+    assert hashes(out) == whole
+
+
 def test_a_snapshot_continues_bit_for_bit(parent, corpus, tmp_path, monkeypatch):
     """Stop in the middle of a group, with snapshots after every step, and run again."""
     build_library(str(parent), options(corpus, tmp_path / "whole", attention="kv1", ffn="0.5,linear"))
