@@ -90,9 +90,8 @@ class Results:
             found |= {layer: left} if left else {}
         return found
 
-    def screen(self, layer: int, estimates: dict[str, float], screened: set[str]) -> None:
-        """Keep the estimates of a layer, the same in every process, and which variants they drop."""
-        self.layers[layer].estimates, self.layers[layer].screened = estimates, screened
+    def keep(self, layer: int) -> None:
+        """Write a layer's file: estimates and what they drop are the same in every process."""
         if self.ranks.is_first:
             self._write(layer)
 
