@@ -64,6 +64,18 @@ def test_one_sequence_has_no_error_of_the_mean(own_library, parent, corpus, puzz
     )
 
 
+@pytest.mark.parametrize("content", ["not json", "[]", '{"schema": 0}', '{"schema": 1}'])
+def test_a_broken_file_is_scored_anew(own_library, corpus, puzzle, content):
+    score = ("score", own_library, "--data", corpus, "--sequences", 2, "--device", "cpu")
+    assert puzzle(*score).exit_code == 0
+    path = own_library / "scores/L01.json"
+    before = path.read_bytes()
+    path.write_text(content)
+    done = puzzle(*score)
+    assert done.exit_code == 0, done.output
+    assert path.read_bytes() == before
+
+
 def test_scores_on_other_text_go_first(own_library, corpus, puzzle, one_line_error, tmp_path, monkeypatch):
     """Wherever a second scoring is stopped, no layer keeps what does not add up with the others; what does is kept."""
     (tmp_path / "corpus").mkdir()
