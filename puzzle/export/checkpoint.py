@@ -27,7 +27,7 @@ FORMATS_FILES = tuple(
     f"{part}_{name}.py" for name in ("decilm", "nemotron_h_puzzle") for part in ("configuration", "modeling")
 )
 SHIPPED_CODE = (*FORMATS_FILES, *(path.name for path in (MODELING_FILE, *KINDS_FILES)))
-HEADER_BYTES = 64 * 1024  # kept free for a shard's header: about 500 tensors
+HEADER_BYTES = 256 * 1024  # kept free for a shard's header: about 2,000 tensors
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",

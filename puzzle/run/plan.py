@@ -105,12 +105,12 @@ def stages_of(
         subject = Subject(name="parent", structure=structure.timed(), offered=tuple(own | offered)).share(
             recipe.solve.tp
         )
-        structure = subject.structure
         each = grid.seconds if recipe.profile.gpu == "cpu" else SECONDS_PER_POINT
-        precision = "float32" if itemsize == 4 else "bf16"
-        cache = max(grid.batches) * sum(b.state().num_bytes(grid.capacity, precision) for _, _, b in structure)
+        own_share, precision = subject.structure, "float32" if itemsize == 4 else "bf16"
+        cache = max(grid.batches) * sum(b.state().num_bytes(grid.capacity, precision) for _, _, b in own_share)
         stages["profile"] = _row(
-            round(count_points(subject, grid) * grid.rounds * each * len(profiled(recipe)), 1), weights + cache
+            round(count_points(subject, grid) * grid.rounds * each * len(profiled(recipe)), 1),
+            own_share.num_parameters * itemsize + cache,
         )
     stages |= {"solve": _row(None, None), "child": _row(None, None, disk["child"])}
     if recipe.fuse is not None:
