@@ -150,20 +150,19 @@ class Mamba2(Normed):
 
     @classmethod
     def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
-        """`headsN`: the N heads that contribute most, as many of each group. `dimD`: of every head its D channels that contribute most.
+        """`headsN`: the N heads that contribute most, as many of each group. `dimD`: of every head its D channels that contribute most;
+        `headsN-dimD`: both.
         `mamba2-NxD-gG-sS`, in place of attention: N heads of D channels, G groups, a state of S, and random weights."""
-        if isinstance(parent, Mamba2) and (found := re.fullmatch(r"(heads|dim)(\d+)", name)):
-            number = int(found[2])
-            if found[1] == "heads":
-                if not 0 < number <= parent.num_heads or number % parent.num_groups:
-                    raise UserError(
-                        f"Mamba-2 variant '{name}': heads are cut alike in every group: give a multiple of "
-                        f"{parent.num_groups} and at most {parent.num_heads}"
-                    )
-                return _cut(name, replace(parent, num_heads=number))
-            if not 0 < number <= parent.head_dim:
+        if isinstance(parent, Mamba2) and (found := re.fullmatch(r"heads(\d+)(?:-dim(\d+))?|dim(\d+)", name)):
+            heads, dim = int(found[1] or parent.num_heads), int(found[2] or found[3] or parent.head_dim)
+            if not 0 < heads <= parent.num_heads or heads % parent.num_groups:
+                raise UserError(
+                    f"Mamba-2 variant '{name}': heads are cut alike in every group: give a multiple of "
+                    f"{parent.num_groups} and at most {parent.num_heads}"
+                )
+            if not 0 < dim <= parent.head_dim:
                 raise UserError(f"Mamba-2 variant '{name}': a head has from 1 to {parent.head_dim} channels here")
-            return _cut(name, replace(parent, head_dim=number))
+            return _cut(name, replace(parent, num_heads=heads, head_dim=dim))
         if not isinstance(parent, Gqa) or not name.startswith("mamba2"):
             return None
         if (found := re.fullmatch(r"mamba2-(\d+)x(\d+)-g(\d+)-s(\d+)", name)) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,29 @@ class SolveOptions:
         if self.precision is not None:
             return open_precisions(library, gpu, name, self.precisions, self.tp)
         return open_costs(library, gpu, name, self.engine, self.tp)
+
+    def priced(
+        self, points: Sequence[Library], gpu: str, whole: CostTable | EngineModel | Precisions
+    ) -> list[tuple[Library, CostTable | EngineModel]]:
+        """Libraries of global points with their prices: by the same fit as the whole parent's, or by tables of the same device and
+        precision. Raises UserError where a point has none."""
+        assert not isinstance(whole, Precisions)
+        found: list[tuple[Library, CostTable | EngineModel]] = []
+        for one in points:
+            if one.point is None or isinstance(whole, EngineModel):
+                found.append((one, whole if one.point is None else whole.of(one.structure)))
+                continue
+            try:
+                table = open_costs(one, gpu, None, tp=self.tp)
+            except UserError as error:
+                raise UserError(f"library {one.root}: {error}") from error
+            if (table.device, table.precision) != (whole.device, whole.precision):
+                raise UserError(
+                    f"library {one.root} is priced on {table.device} in {table.precision}, the whole parent on {whole.device} in "
+                    f"{whole.precision}: profile both alike"
+                )
+            found.append((one, table))
+        return found
 
     def shared(self, library: Library, gpu: str) -> Library:
         """`library` without the variants that `tp` GPUs cannot share, which is said. Raises UserError where there is no share."""

@@ -59,7 +59,8 @@ def layer_label(index: int) -> str:
 @dataclass(frozen=True)
 class Selection:
     """A request on a library at one set of costs, ready to be posed at any batch size. parent: at its best batch, or at the one
-    that is asked for. others: further workloads. batch: the only one; None: any. whole: prices of the parent."""
+    that is asked for. others: further workloads. batch: the only one; None: any. whole: prices of the parent, which at a global point
+    is the whole one. base: what its slicing cost, the score that all choices there begin with."""
 
     library: Library
     costs: CostModel
@@ -69,18 +70,28 @@ class Selection:
     others: tuple[Demand, ...] = ()
     batch: int | None = None
     way: Way | None = None  # where precision is chosen
+    base: float = 0.0
     known: dict[int, tuple[Layer, ...]] = field(
         default_factory=dict, compare=False
     )  # the layers of a problem, by batch
 
     def chosen_by(self, way: Way) -> Selection:
         """The same request, with the same parent, at another way's prices."""
+        return replace(self.priced(self.library, way), way=way)
+
+    def at_point(self, library: Library, table: CostTable | EngineModel) -> Selection:
+        """The same request, of the same parent, for children of what it was sliced to. library: of that, with its own prices."""
+        assert library.point is not None
+        return replace(self.priced(library, table), base=library.point.kl)
+
+    def priced(self, library: Library, table: CostTable | EngineModel | Way) -> Selection:
+        """With the choices of a library at these prices."""
 
         def priced(costs: CostModel) -> CostModel:
-            return CostModel(self.library, way, costs.work, costs.reduces)
+            return CostModel(library, table, costs.work, costs.reduces)
 
         others = tuple(replace(one, costs=priced(one.costs)) for one in self.others)
-        return replace(self, costs=priced(self.costs), others=others, way=way, known={})
+        return replace(self, library=library, costs=priced(self.costs), others=others, known={})
 
     @property
     def goal(self) -> Goal:
@@ -200,7 +211,7 @@ class Selection:
         """The limits of all workloads; those of further ones carry their suffix."""
         demands = self.demands
         if self.request.same_batch:
-            there = self.whole.predict(self.library.structure.layers, batch)
+            there = self.whole.predict(self.whole.library.structure.layers, batch)
             demands = (replace(demands[0], parent=there), *demands[1:])
         found = [c for one in demands for c in limits_of(one, one.at(batch))]
         goal = self.goal

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
+from typing import Any
 
 from puzzle import __version__
 from puzzle.base.errors import UserError
@@ -58,34 +59,64 @@ BASELINES: dict[str, Rule] = {
 }
 
 
-def solve_library(library: Library, table: CostTable | EngineModel | Precisions, request: Request) -> Architecture:
-    """Raises UserError when the goal cannot be met, with what can be."""
+def solve_library(
+    library: Library,
+    table: CostTable | EngineModel | Precisions,
+    request: Request,
+    points: Sequence[tuple[Library, CostTable | EngineModel]] | None = None,
+) -> Architecture:
+    """points: global ones, `library` itself or libraries of what its parent was sliced to, with their prices: the best of all counts.
+    Raises UserError when the goal cannot be met, with what can be."""
     first, *more = table.ways if isinstance(table, Precisions) else [table]
-    share = None if request.time_limit is None else request.time_limit / (1 + len(more))
-    selection = select(library, first, replace(request, time_limit=share))
-    best, solutions = choose(selection)
-    every = list(solutions.values())
-    for way in more:
-        other = selection.chosen_by(way)  # type: ignore[arg-type]
-        found = choose(other, math.inf if best is None else solutions[best].objective)
-        every += found[1].values()
-        if best is None or (found[0] is not None and found[1][found[0]].objective < solutions[best].objective):
-            selection, (best, solutions) = other, found
-    if best is None:  # of the last way, which has most to choose from
-        told = replace(selection.request, time_limit=request.time_limit)
-        raise UserError(_why_none(replace(selection, request=told, known={}), solutions))
+    number = 1 + len(more) if points is None else len(points)
+    share = None if request.time_limit is None else request.time_limit / number
+    whole = select(library, first, replace(request, time_limit=share))
+    if points is None:
+        others = [whole, *(whole.chosen_by(way) for way in more)]  # type: ignore[arg-type]
+    else:
+        others = [whole if one.point is None else whole.at_point(one, costs) for one, costs in points]
+    selection, best, solutions, lowest = whole, None, {}, math.inf  # type: ignore[var-annotated]
+    every: list[tuple[float, Solution]] = []
+    told = []
+    for other in others:
+        found = choose(other, math.inf if points is not None else lowest)
+        every += [(other.base, solution) for solution in found[1].values()]
+        score = math.inf if found[0] is None else found[1][found[0]].objective + other.base
+        told.append(_point(other, finite(score)))
+        if best is None or score < lowest:
+            selection, (best, solutions), lowest = other, found, score
+    if best is None:  # of the last one, which has most to choose from, or is the smallest
+        asked = replace(selection.request, time_limit=request.time_limit)
+        where = (
+            "" if points is None else f"no point meets it, and the smallest ({_sizes(selection.library)}) not because: "
+        )
+        raise UserError(where + _why_none(replace(selection, request=asked, known={}), solutions))
     batch, solution = best, solutions[best]
-    unproven = [other.bound for other in every if other.status in ("feasible", "time_limit")]
-    if more and unproven:  # another way may have had something better
-        solution = replace(solution, status="feasible", bound=min(unproven))
+    unproven = [base + other.bound for base, other in every if other.status in ("feasible", "time_limit")]
+    if len(others) > 1 and unproven:  # another one may have had something better
+        solution = replace(solution, status="feasible", bound=min(unproven) - selection.base)
     if request.baseline is None:
         batch, solution = _faster(selection, batch, solution)
     bought = [asdict(price) for price in prices(selection.problem(batch), solution)] if request.explain else None
     return replace(
         architecture(selection, batch, solution),
-        objective_per_batch={str(b): s.objective for b, s in sorted(solutions.items()) if s.choice},
+        objective_per_batch={str(b): s.objective + selection.base for b, s in sorted(solutions.items()) if s.choice},
         prices=None if bought is None else tuple(bought),
+        points=None if points is None else tuple(told),
     )
+
+
+def _sizes(library: Library) -> str:
+    structure = library.structure
+    return (
+        f"hidden {structure.hidden_size}, depth {structure.num_layers}" if library.point is None else library.point.told
+    )
+
+
+def _point(selection: Selection, objective: float | None) -> dict[str, Any]:
+    """What came out at one global point. objective: None where nothing meets the goal."""
+    library = selection.library
+    return {"library": str(library.root), "sizes": _sizes(library), "base": selection.base, "objective": objective}
 
 
 def solve_diverse(
@@ -179,7 +210,8 @@ def _certified(problem: Problem, choice: dict[str, str], solution: Solution) -> 
 def architecture(selection: Selection, batch: int, solution: Solution) -> Architecture:
     """One solution at one batch size, with what is promised for it."""
     library, costs, parent = selection.library, selection.costs, selection.parent
-    cells, whole = selection.chosen(solution), library.structure.layers
+    cells, structure = selection.chosen(solution), selection.whole.library.structure
+    whole, point = structure.layers, None if library is selection.whole.library else library.point
     child, layers = predicted(selection, costs, cells, batch), [cell.sub_blocks for cell in cells]
     same = selection.whole.predict(whole, batch)
     extrapolated = [*_extrapolated(costs, cells, batch), *selection.whole.extrapolated(whole, parent.batch)]
@@ -188,6 +220,8 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         parent_fingerprint=library.fingerprint,
         synthetic_scores=bool(library.facts.get("synthetic_scores")),
         parent=library.structure,
+        point=None if point is None else asdict(point),
+        whole=None if point is None else structure,
         layers=tuple(cell.choices(costs.table.precision) for cell in cells),
         goal=selection.goal.plain(),
         workload=costs.work,
@@ -195,8 +229,8 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         tp=costs.tp,
         kv_dtype=None if selection.way is None else costs.way.cache,
         status=solution.status,
-        objective=solution.objective,
-        bound=finite(solution.bound),
+        objective=solution.objective + selection.base,
+        bound=finite(solution.bound + selection.base),
         gap=finite(solution.gap),
         slack=solution.slack,
         seconds=solution.seconds,

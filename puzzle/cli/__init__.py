@@ -19,6 +19,7 @@ from puzzle.cli.heal import heal_command
 from puzzle.cli.profile import profile_command
 from puzzle.cli.run import run_command
 from puzzle.cli.serve_check import serve_check_command
+from puzzle.cli.slice import slice_command
 from puzzle.cli.solve import solve_command
 
 TOGETHER = (
@@ -105,6 +106,7 @@ def main(ctx: click.Context) -> None:
 
 
 for _command in (
+    slice_command,
     build_library_command,
     score_command,
     profile_command,

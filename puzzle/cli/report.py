@@ -58,6 +58,12 @@ def print_solution(solved: Architecture) -> None:
         console.print(line, markup=False)
     if solved.synthetic_scores:
         console.print("the scores are synthetic: speed and size are what counts here, not quality")
+    for one in solved.points or ():
+        score = "nothing meets the goal" if one["objective"] is None else f"{one['objective']:.5g} nats/token"
+        begun = (
+            f", of which slicing {one['base']:.5g} (measured)" if one["base"] and one["objective"] is not None else ""
+        )
+        console.print(f"{one['sizes']}: {score}{begun} ({one['library']})", markup=False)
     slack = ", ".join(f"{name} {value:.4g}" for name, value in solved.slack.items())
     console.print(
         f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, {solved.certificate}, "
@@ -76,7 +82,7 @@ def print_solution(solved: Architecture) -> None:
     if parent.active_parameters and child.active_parameters and parent.active_parameters < parent.num_parameters:
         rows.append(("of which a token uses", f"{parent.active_parameters:,}", f"{child.active_parameters:,}"))
     if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
-        rows.append(("tokens that its cache holds", solved.cached_tokens(solved.parent, parent), tokens))
+        rows.append(("tokens that its cache holds", solved.cached_tokens(solved.reference, parent), tokens))
     told = "" if solved.tp == 1 else "; memory and KV bytes of each"
     print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, rows)
     limit = solved.goal["memory"]
@@ -345,6 +351,28 @@ def print_fusion(found: dict[str, Any]) -> None:
             pairs = row["pairs"] if key == "together" else [row["layers"]]
             names = ", ".join(f"{first}|{second}" for first, second in pairs)
             console.print(f"blocks {names} {title}: KL {row['kl']:.5f} ± {row['kl_stderr']:.5f} (measured)")
+
+
+def print_sliced(found: dict[str, Any]) -> None:
+    """What `puzzle slice` made, or would make of any of the layers and channels."""
+    table = Table(
+        title="would be (any layers and channels)" if found["dry_run"] else found["point"]["name"] + ", sliced"
+    )
+    for name in ("", "parent", "sliced"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, key in (("hidden size", "hidden_size"), ("layers", "num_layers"), ("parameters", "num_parameters")):
+        table.add_row(name, *(f"{value:,}" for value in found[key]))
+    table.add_row("checkpoint", *map(bytes_text, found["num_bytes"]))
+    if found["dry_run"]:
+        console.print(table)
+        return
+    parent, child = found["measured"]["parent"], found["measured"]["child"]
+    table.add_row("LM loss (measured)", f"{parent['loss']:.4f}", f"{child['loss']:.4f}")
+    table.add_row("KL (measured)", "", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}")
+    table.add_row("same top-1 (measured)", "", f"{100 * child['top1_agreement']:.1f} %")
+    console.print(table)
+    if found["dropped"]:
+        console.print(f"layers left out: {', '.join(map(str, found['dropped']))}", markup=False)
 
 
 def print_fit(value: dict[str, Any]) -> None:

@@ -46,6 +46,11 @@ MODES = (
     ),
     Mode("without `fusion`", lambda p: not p["fusion"], unused="fusion_dependency"),
     Mode("with `precision`", lambda p: p["precision"] is not None, unused="pareto diverse fusion"),
+    Mode(
+        "with `hidden` or `depth`",
+        lambda p: p["hidden"] is not None or p["depth"] is not None,
+        unused="pareto diverse precision fusion fusion_dependency",
+    ),
     Mode("without `stages`", lambda p: p["stages"] is None, unused="stage_tolerance"),
 )
 
@@ -61,6 +66,15 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("library", type=options.PATH, required=False)
 @limits
 @click.option("--cached-tokens", metavar="COUNT", help="Tokens whose cache fits --memory too: 300K.")
+@click.option(
+    "--hidden",
+    metavar="SIZES",
+    callback=options.numbers,
+    help="Global points of these widths, by LIBRARY/points: 4352,4480.",
+)
+@click.option(
+    "--depth", metavar="LAYERS", callback=options.numbers, help="And of these depths: 48,56; the best point counts."
+)
 @click.option("--keep-attention", type=int, metavar="N", help="At least N layers keep softmax attention.")
 @click.option("--pin", "pinned", metavar="RANGES", help="Layers that keep the parent's block: 0-1,15.")
 @click.option("--alike", metavar="RANGES", help="Layers that all choose the same: 0-15.")
@@ -110,6 +124,8 @@ def solve_command(
     min_distance: int,
     problem: Path | None,
     out: Path | None,
+    hidden: tuple[int, ...] | None,
+    depth: tuple[int, ...] | None,
     as_json: bool,
     **wanted: Any,
 ) -> None:
@@ -129,6 +145,7 @@ def solve_command(
       puzzle solve lib --throughput 2x --also 256/16@1:ttft=50% --gpu cpu
       puzzle solve lib --throughput 2x --fusion --fusion-dependency dependency.json --gpu cpu
       puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
+      puzzle solve lib --throughput 2x --hidden 448,512 --depth 24,28 --gpu cpu     (see `puzzle slice`)
       puzzle solve --problem problem.json --out solution.json
     """
     if problem is not None:
@@ -139,6 +156,7 @@ def solve_command(
     if gpu is None:
         raise UserError("`gpu` is missing: say whose costs count, such as --gpu cpu (see `puzzle profile`)")
     from puzzle.choose.options import SolveOptions
+    from puzzle.choose.points import points_of
     from puzzle.choose.precision import Precisions
     from puzzle.choose.problem import select
     from puzzle.choose.solve import solve_library
@@ -149,7 +167,10 @@ def solve_command(
     asked.check()
     goal = GoalOptions(**wanted).goal(may_be_empty=bool(pareto or asked.also))
     opened = asked.shared(Library.open(library), gpu)
-    if screened := sum(len(opened.screened(layer)) for layer in opened.layers):
+    sliced = None
+    if hidden is not None or depth is not None:
+        sliced = [one if one is opened else asked.shared(one, gpu) for one in points_of(opened, hidden, depth)]
+    if screened := sum(len(one.screened(layer)) for one in sliced or [opened] for layer in one.layers):
         click.echo(
             f"{screened} blocks were screened out when the library was scored: no choice here has them", err=True
         )
@@ -182,7 +203,9 @@ def solve_command(
         options.print_json(found) if as_json else print_diverse(several)
         click.echo(f"wrote {len(several)} architectures into {target}", err=True)
         return
-    solved = solve_library(opened, costs, request)
+    solved = solve_library(opened, costs, request, None if sliced is None else asked.priced(sliced, gpu, costs))
+    if out is None and (best := solved.best_point) is not None:
+        target = Path(best["library"]) / "solution"
     write_architecture(target / "architecture.json", solved)
     if as_json:
         options.print_json(solved.to_json())

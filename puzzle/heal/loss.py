@@ -18,13 +18,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
 from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
+from puzzle.runtime.divergence import widened
 from puzzle.runtime.model import CausalModel
 
 SMALLEST = 1e-8  # of a norm, as torch's cosine similarity has it
@@ -189,8 +189,3 @@ def head_losses(
             found = linear_kl(teacher, child, head, child_head, labels, config=chunks, backward=chunks)
         assert found.lm_loss is not None
         return found.kl, found.lm_loss
-
-
-def widened(x: Tensor, width: int) -> Tensor:
-    """Zeros to the right of x up to `width` columns; x itself when it has them."""
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))

@@ -15,13 +15,14 @@ from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData
 from puzzle.library.manifest import SCHEMA, Space
 from puzzle.parents.opened import HfModel
+from puzzle.parents.point import point_of
 
 
 def write_library(
     root: Path, parent: HfModel, data: TokenData, recipe: Recipe, seed: int, spaces: Mapping[int, Mapping[str, Space]]
 ) -> None:
     """New, or the same parent with the search space widened. spaces: per layer and slot. Raises UserError for another parent."""
-    fingerprint = parent.checkpoint.fingerprint()
+    fingerprint, point = parent.checkpoint.fingerprint(), point_of(parent.directory)
     path, source = root / "library.json", parent.source
     local = Path(source).exists()
     layers: dict[str, dict[str, dict[str, str]]] = {}
@@ -47,6 +48,7 @@ def write_library(
             "name": Path(source).absolute().name if local else source.replace("/", "--"),
             "fingerprint": fingerprint,
             "config_hash": content_hash(parent.config),
+            **({} if point is None else {"point": asdict(point)}),
         },
         "structure": parent.structure.to_json(),
         "data": {

@@ -1,6 +1,6 @@
 """library.json: what a block library holds, readable without torch.
 
-{"schema": 2, "parent": {"source", "name", "fingerprint", …}, "structure": {… "layers": [{"attention": key, "ffn": key}, …]},
+{"schema": 2, "parent": {"source", "name", "fingerprint", …, of a sliced one "point"}, "structure": {… "layers": [{"attention": key, "ffn": key}, …]},
  "data": {…}, "recipe": {…}, "seed": 0, "stored_dtype": "bfloat16",
  "layers": {"0": {"attention": {"kv2": key, "none": "none"}, "ffn": {"0.5": key, …}}, …}}
 
@@ -20,6 +20,7 @@ from puzzle.base.files import read_any, read_json
 from puzzle.base.units import layer_name
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.blocklib.variant import PARENT
+from puzzle.parents.point import Point
 from puzzle.parents.structure import Structure
 
 SCHEMA = 2  # of library.json
@@ -97,6 +98,17 @@ class Library:
     def fingerprint(self) -> str:
         """Of the parent's checkpoint."""
         return self.facts["parent"]["fingerprint"]
+
+    @property
+    def point(self) -> Point | None:
+        """What its parent was sliced to; None of a whole one. Raises UserError where library.json is broken there."""
+        found = self.facts["parent"].get("point")
+        try:
+            return None if found is None else Point(**found)
+        except TypeError as error:
+            raise UserError(
+                f"{self.root}/library.json is broken ({error}): run `puzzle build-library` again"
+            ) from error
 
     def sub_blocks(self) -> list[SubBlock]:
         """All that a child of this library can be made of, each once, the parent's first."""

@@ -79,7 +79,9 @@ class Architecture:
     bound, gap: None of a baseline, which proves nothing. speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
     that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one
     since. objective_per_batch: {batch: sum of scores}. host_pace: where a serving engine's own Python sets the child's pace
-    (`CostModel.host_pace`); None: nowhere. tp: GPUs that share every sub-block; costs then have {"all_reduce"} too. prices: what looser limits would buy, where it was asked for."""
+    (`CostModel.host_pace`); None: nowhere. tp: GPUs that share every sub-block; costs then have {"all_reduce"} too. prices: what looser limits would buy, where it was asked for.
+    point: where the parent of these layers was itself sliced (`parents.point.Point`); objective and bound then begin with its kl, and
+    whole is the structure of the parent that it was sliced from. points: what came out at each global point."""
 
     parent_fingerprint: str
     parent: Structure
@@ -109,7 +111,21 @@ class Architecture:
     tp: int = 1
     host_pace: Mapping[str, float] | None = None
     synthetic_scores: bool = False
+    point: Mapping[str, Any] | None = None
+    whole: Structure | None = None
+    points: tuple[Mapping[str, Any], ...] | None = None
     puzzle: str = ""
+
+    @property
+    def reference(self) -> Structure:
+        """The parent that `parent_predicted` and every relative figure are of."""
+        return self.whole or self.parent
+
+    @property
+    def best_point(self) -> Mapping[str, Any] | None:
+        """Of `points`, the one that this is of."""
+        found = [one for one in self.points or () if one["objective"] is not None]
+        return min(found, key=lambda one: one["objective"], default=None)
 
     @property
     def certificate(self) -> str:
@@ -186,6 +202,7 @@ class Architecture:
             "schema": SCHEMA,
             **plain,
             "parent": self.parent.to_json(),
+            "whole": None if self.whole is None else self.whole.to_json(),
             "layers": [{slot: choice.to_json() for slot, choice in layer.items()} for layer in self.layers],
             "workload": asdict(self.workload),
             "predicted": asdict(self.predicted),
@@ -236,6 +253,8 @@ def _typed(value: Mapping[str, Any]) -> dict[str, Any]:
 
     return promised(value) | {
         "parent": Structure.from_json(value["parent"]),
+        "whole": Structure.from_json(value["whole"]) if value.get("whole") else None,
+        "points": tuple(value["points"]) if value.get("points") else None,
         "layers": tuple({slot: choice(raw) for slot, raw in layer.items()} for layer in value["layers"]),
         "also": tuple(Also(**one | promised(one)) for one in value["also"]),
         "fuse": None if value["fuse"] is None else tuple((first, last) for first, last in value["fuse"]),

@@ -73,7 +73,7 @@ def bench(
         models = {}
         if with_parent and solved is not None:
             at = solved.parent_predicted.batch if batch is None or solved.workload == work else batch
-            models["parent"] = (of_structure("the parent", solved.parent, ranks=ranks), at)
+            models["parent"] = (of_structure("the parent", solved.reference, ranks=ranks), at)
         child = of_structure(str(target), solved.structure(), solved, ranks) if solved and not is_checkpoint else None
         models["child"] = (
             child or of_checkpoint(str(target), ranks),

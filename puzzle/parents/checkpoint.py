@@ -79,6 +79,10 @@ class Checkpoint:
             raise UserError(f"{path} holds {type(value).__name__}, not an object: download the checkpoint again")
         return value
 
+    def stored(self, name: str) -> str:
+        """What the files call a tensor."""
+        return self._stored[name]
+
     @property
     def names(self) -> set[str]:
         return set(self._files)

@@ -86,10 +86,10 @@ class HfModel:
 
     def embedding(self) -> Tensor:
         """[vocab_size, H]"""
-        return self.checkpoint.tensor(self._embedding)
+        return self.checkpoint.tensor(self.embedding_name)
 
     @property
-    def _embedding(self) -> str:
+    def embedding_name(self) -> str:
         """A tied checkpoint may hold the one matrix under the head's name."""
         return HEAD if self.structure.tied and EMBEDDING not in self.checkpoint.names else EMBEDDING
 
@@ -99,12 +99,12 @@ class HfModel:
 
     def lm_head(self) -> Tensor:
         """[vocab_size, H]; the embedding when tied"""
-        return self.checkpoint.tensor(self._embedding if self.structure.tied else HEAD)
+        return self.checkpoint.tensor(self.embedding_name if self.structure.tied else HEAD)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the structure asks for, as the checkpoint holds them."""
         vocab, hidden = self.structure.vocab_size, self.structure.hidden_size
-        wanted: dict[str, tuple[int, ...]] = {self._embedding: (vocab, hidden), FINAL_NORM: (hidden,)}
+        wanted: dict[str, tuple[int, ...]] = {self.embedding_name: (vocab, hidden), FINAL_NORM: (hidden,)}
         if not self.structure.tied:
             wanted[HEAD] = (vocab, hidden)
         for layer, slot, sub_block in self.structure:
@@ -172,7 +172,7 @@ def open_model(source: str | Path) -> HfModel:
             f"{directory} is a '{model_type}' model, which is not supported; {hint} (supported: {', '.join(families())})"
         )
     known = families()[model_type]
-    config = _with_defaults(checkpoint, model_type)
+    config = defaults_of(checkpoint.config, directory)
     if known.prefixes:
         checkpoint.rename(known.prefixes)
     try:
@@ -248,27 +248,30 @@ def _check_all_read(config: _Noted, raw: dict[str, Any], model_type: str) -> Non
             )
 
 
-def _with_defaults(checkpoint: Checkpoint, model_type: str) -> _Noted:
+def structure_of(config: dict[str, Any], directory: Path) -> Structure:
+    """What a config.json of one of `families` says. directory: the one that messages name. Raises UserError as `open_model` does."""
+    return families()[config["model_type"]].structure(defaults_of(config, directory))
+
+
+def defaults_of(config: dict[str, Any], directory: Path) -> _Noted:
     """config.json with what transformers' own class for it adds and rewrites: defaults, today's names for yesterday's fields."""
-    raw = {k: v for k, v in checkpoint.config.items() if k not in QUANTISED}
+    raw, model_type = {k: v for k, v in config.items() if k not in QUANTISED}, config["model_type"]
     needed = families()[model_type].needed
     if missing := [name for name in needed if name not in raw]:
-        raise UserError(f"{checkpoint.directory}/config.json lacks '{missing[0]}': download the checkpoint again")
+        raise UserError(f"{directory}/config.json lacks '{missing[0]}': download the checkpoint again")
     if model_type in OWN_CONFIGS:
         return _Noted(_with_floats(raw))
     for name in needed:
         if not isinstance(raw[name], int) or raw[name] < 1:
-            raise UserError(
-                f"{checkpoint.directory}/config.json has {name} = {raw[name]!r}, no number above 0: correct it"
-            )
+            raise UserError(f"{directory}/config.json has {name} = {raw[name]!r}, no number above 0: correct it")
     from transformers import CONFIG_MAPPING
 
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(_with_floats(raw))
+        whole = CONFIG_MAPPING[model_type].from_dict(_with_floats(raw))
     except Exception as error:  # its checks raise many kinds; all mean that transformers cannot open it either
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"transformers cannot read {checkpoint.directory}/config.json ({reason}): mend it") from error
-    return _Noted(config.to_dict())
+        raise UserError(f"transformers cannot read {directory}/config.json ({reason}): mend it") from error
+    return _Noted(whole.to_dict())
 
 
 def _with_floats(value: Any) -> Any:

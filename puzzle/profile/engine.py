@@ -20,6 +20,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -96,6 +97,12 @@ class EngineModel:
         self.weight_bytes = 1 if precision == "fp8" else 2
         self.batches = [b for b in BATCHES if b < largest_batch] + [largest_batch]
         self.extrapolated: dict[tuple[str, str, int], tuple[int, int, str]] = {}  # a fitted model has no points
+
+    def of(self, structure: Structure) -> EngineModel:
+        """The same fit, for another parent."""
+        found = copy(self)
+        found.parent, found.extrapolated = (structure, structure.usual), {}
+        return found
 
     @property
     def hash(self) -> str:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.base.ranks import Ranks
@@ -33,14 +34,16 @@ class Divergence:
     def add(
         self, model: CausalModel, parent_hidden: Tensor, child: CausalModel, child_hidden: Tensor, ids: Tensor
     ) -> None:
-        """Residual streams before the final norm [S, T, H] each, in one dtype, and the ids [S, T] they come from."""
+        """Residual streams before the final norm [S, T, H] each, in one dtype, and the ids [S, T] they come from. They may be of
+        unequal widths."""
         head, own = model.head_weight, child.head_weight
         shared = own is head or (own.shape == head.shape and torch.equal(own, head))
+        width = max(head.shape[1], own.shape[1])
         found = linear_kl(
-            model.final(parent_hidden).flatten(0, 1),
-            child.final(child_hidden).flatten(0, 1),
-            head,
-            None if shared else own,
+            widened(model.final(parent_hidden).flatten(0, 1), width),
+            widened(child.final(child_hidden).flatten(0, 1), width),
+            widened(head, width),
+            None if shared else widened(own, width),
             labels_of(ids, parent_hidden.device),
             config=LOGITS,
         )
@@ -75,6 +78,11 @@ class Divergence:
             "top1_agreement": torch.cat(self._same).mean().item(),
             "num_tokens": self.num_tokens,
         }
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """Zeros to the right of x up to `width` columns; x itself when it has them."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def labels_of(ids: Tensor, device: torch.device) -> Tensor:

@@ -87,11 +87,11 @@ def bench_engine(
         found["child"] = _measured(list(lines), at, work)
     else:
         assert solved is not None
-        found["child"] = _random(solved.structure(), solved, at, work, how)
+        found["child"] = _random(solved.structure(), solved.parent, at, work, how)
     if with_parent and solved is not None:
         other = batch if batch is not None and solved.workload != work else solved.parent_predicted.batch
         how = how if how.reader in ("hf", "nemotron-nas") else replace(how, reader="hf")
-        found["parent"] = _random(solved.parent, solved, other, work, how)
+        found["parent"] = _random(solved.reference, solved.reference, other, work, how)
         ours, theirs = (found[who]["measured"]["tokens_per_second"] for who in ("child", "parent"))
         found["speedup"] = {"measured": ours / theirs, "predicted": promised.speedup if promised else None}
     for who, structure, told in _promises(promised):
@@ -105,11 +105,11 @@ def bench_engine(
 def _promises(solved: Architecture | None) -> list[tuple[str, Structure, Prediction]]:
     if solved is None:
         return []
-    return [("child", solved.structure(), solved.predicted), ("parent", solved.parent, solved.parent_predicted)]
+    return [("child", solved.structure(), solved.predicted), ("parent", solved.reference, solved.parent_predicted)]
 
 
-def _random(structure: Structure, solved: Architecture, batch: int, work: Workload, how: Engine) -> dict[str, Any]:
-    lines = measured_random(structure, solved.parent.usual, [Point(batch=batch, work=work)], how)
+def _random(structure: Structure, parent: Structure, batch: int, work: Workload, how: Engine) -> dict[str, Any]:
+    lines = measured_random(structure, parent.usual, [Point(batch=batch, work=work)], how)
     return _measured(list(lines), batch, work)
 
 
