@@ -84,7 +84,7 @@ class SolveOptions:
         found: list[tuple[Library, CostTable | EngineModel]] = []
         for one in points:
             if one.point is None or isinstance(whole, EngineModel):
-                found.append((one, whole if one.point is None else whole.of(one.structure)))
+                found.append((one, whole.of(one.structure) if isinstance(whole, EngineModel) else whole))
                 continue
             try:
                 table = open_costs(one, gpu, None, tp=self.tp)

@@ -49,7 +49,7 @@ MODES = (
     Mode(
         "with `hidden` or `depth`",
         lambda p: p["hidden"] is not None or p["depth"] is not None,
-        unused="pareto diverse precision fusion fusion_dependency",
+        unused="pareto diverse precision fusion",
     ),
     Mode("without `stages`", lambda p: p["stages"] is None, unused="stage_tolerance"),
 )
@@ -204,7 +204,8 @@ def solve_command(
         click.echo(f"wrote {len(several)} architectures into {target}", err=True)
         return
     solved = solve_library(opened, costs, request, None if sliced is None else asked.priced(sliced, gpu, costs))
-    if out is None and (best := solved.best_point) is not None:
+    best = solved.best_point
+    if out is None and best is not None:
         target = Path(best["library"]) / "solution"
     write_architecture(target / "architecture.json", solved)
     if as_json:
@@ -214,6 +215,10 @@ def solve_command(
         print_runs(solved)
         print_prices(solved)
         click.echo(f"wrote {target / 'architecture.json'}", err=True)
+        if best is not None and solved.point is not None:
+            click.echo(
+                f"export it from its own library: puzzle export {best['library']} {target} --out CHILD", err=True
+            )
 
 
 def _solve_file(problem: Path, out: Path, backend: str, time_limit: float | None, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData
 from puzzle.library.manifest import SCHEMA, Space
 from puzzle.parents.opened import HfModel
-from puzzle.parents.point import point_of
+from puzzle.parents.point import Point, point_of
 
 
 def write_library(
@@ -45,7 +45,7 @@ def write_library(
         "parent": {
             "source": os.path.relpath(Path(source).absolute(), root.absolute()) if local else source,
             "relative": local,
-            "name": Path(source).absolute().name if local else source.replace("/", "--"),
+            "name": _name(source, local, point),
             "fingerprint": fingerprint,
             "config_hash": content_hash(parent.config),
             **({} if point is None else {"point": asdict(point)}),
@@ -62,3 +62,10 @@ def write_library(
         "layers": {index: layers[index] for index in sorted(layers, key=int)},
     }
     write_json(path, facts, SCHEMA)
+
+
+def _name(source: str, local: bool, point: Point | None) -> str:
+    """Of the parent, as children's cards call it."""
+    if point is not None:
+        return f"{point.name}-{point.hidden_size}x{point.num_layers}"
+    return Path(source).absolute().name if local else source.replace("/", "--")

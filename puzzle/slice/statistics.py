@@ -89,7 +89,7 @@ def gather(
                         getattr(part, name).register_forward_hook(use.note)
                 streams = [part.add(x, ropes) for x in streams]
             pairs = zip(entered, streams, strict=True)
-            turned = [1 - F.cosine_similarity(x.double(), y.double(), dim=-1) for x, y in pairs]
+            turned = [1 - F.cosine_similarity(x.float(), y.float(), dim=-1).double() for x, y in pairs]
             found.influence.append(torch.cat(turned).mean().item())
             bar.advance()
     last = layered.last()

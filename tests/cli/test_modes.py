@@ -30,6 +30,7 @@ CASES = [
     ("solve", ("lib", "--gpu", "cpu", "--baseline", "greedy"), "with --baseline"),
     ("solve", ("lib", "--gpu", "cpu"), "without --fusion"),
     ("solve", ("lib", "--gpu", "h100", "--precision", "bf16,fp8"), "with --precision"),
+    ("solve", ("lib", "--gpu", "cpu", "--hidden", 24), "with --hidden or --depth"),
     ("solve", ("lib", "--gpu", "cpu"), "without --stages"),
     ("export", ("child", "--out", "x"), "without --kv-dtype"),
     ("export", ("lib", "sol", "--out", "x", "--engine", "llama.cpp"), "with --format gguf"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,24 @@ def test_mamba_and_layers_by_what_they_do(whole, tmp_path):
         lambda n, s: {k: t * (n != idle or "out_proj" not in k) for k, t in weights(parent, n, s).items()},
     )
     assert sliced(parent, depth=5).layers == [0, 1, 2, 4, 5]
+
+
+@torch.no_grad()
+def test_a_hybrid_as_the_hub_has_it(tmp_path):
+    """A pattern instead of a list, and a file of model code that is named and not copied."""
+    directory = write_tiny_parent("nemotron_h", tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    for name in ("layers_block_type", "layer_types", "time_step_limit"):
+        config.pop(name, None)
+    config |= {"hybrid_override_pattern": "M-*M-M", "num_hidden_layers": 6, "auto_map": {"AutoConfig": "code.Config"}}
+    (directory / "config.json").write_text(json.dumps(config | {"time_step_limit": [0.0, float("inf")]}))
+    made = sliced(open_model(directory), hidden=24, depth=4)
+    out = write(made, tmp_path / "sliced")
+    said = json.loads((out / "config.json").read_text())
+    assert said["hybrid_override_pattern"] == "".join("M-*M-M"[index] for index in made.layers)
+    assert said["num_hidden_layers"] == 4
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert (model(ids(), use_cache=False).logits - load_model(made)(ids())).abs().max() <= 1e-4
 
 
 def test_a_kind_without_a_hidden_axis_is_refused_by_name():
