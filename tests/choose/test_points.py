@@ -82,8 +82,8 @@ def test_the_best_of_all_points(puzzle, both, tmp_path, goal, best):
     assert json.loads(json_text(read_architecture(place / "solution").to_json())) == found
 
 
-def test_a_sliced_child_goes_down_the_road(puzzle, both, parent, corpus, tmp_path):
-    """With one point alone: exported from its library, measured beside the whole parent, in speed too."""
+def test_a_sliced_child_goes_down_the_road(puzzle, both, parent, corpus, tmp_path, one_line_error):
+    """With one point alone: exported from its library, measured beside the whole parent, in speed too, healed by it."""
     found, small = solved(puzzle, both, "--throughput", "2x", "--hidden", 24, "--depth", 3), both / "points" / "small"
     assert found["speedup"] >= 2
     assert found["whole"] == json.loads((both / "library.json").read_text())["structure"]
@@ -107,6 +107,23 @@ def test_a_sliced_child_goes_down_the_road(puzzle, both, parent, corpus, tmp_pat
     done = puzzle("evaluate", parent, tmp_path / "child", *evaluated, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     assert json.loads(done.stdout)["child"]["kl"] > 0
+    heal = (
+        "--teacher",
+        parent,
+        "--data",
+        corpus,
+        "--tokens",
+        128,
+        "--seq-len",
+        16,
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+    )
+    one_line_error(puzzle("heal", tmp_path / "child", *heal, "--out", tmp_path / "healed"), "pass --cosine-weight 0")
+    done = puzzle("heal", tmp_path / "child", *heal, "--out", tmp_path / "healed", "--cosine-weight", 0)
+    assert done.exit_code == 0, (done.output, done.exception)
     done = puzzle("bench", small / "solution", "--with-parent", "--gpu", "cpu", "--repeats", 1, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     shown = puzzle("solve", both, "--throughput", "2x", "--hidden", "24,32", *SOLVE[:-1])

@@ -11,10 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.hidden import at_hidden, hidden_axes
+from puzzle.blocklib.hidden import hidden_axes
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.plain.part import RMSNorm
-from puzzle.blocklib.sub_block import MissingFace, State, SubBlock
 from puzzle.export.checkpoint import write_checkpoint
 from puzzle.parents.opened import open_model
 from puzzle.runtime.model import load_model
@@ -182,17 +181,3 @@ def test_a_hybrid_as_the_hub_has_it(tmp_path):
     assert said["num_hidden_layers"] == 4
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     assert (model(ids(), use_cache=False).logits - load_model(made)(ids())).abs().max() <= 1e-4
-
-
-def test_a_kind_without_a_hidden_axis_is_refused_by_name():
-    class Odd(SubBlock):
-        kind = "odd"
-
-        def tensors(self):
-            return {"weight": (4, 4)}
-
-        def state(self):
-            return State()
-
-    with pytest.raises(MissingFace, match="kind 'odd' have no hidden axis"):
-        at_hidden(Odd(), 8)

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from fp8_parents import store_in_fp8
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
@@ -116,9 +117,23 @@ def test_refusals_of_families(puzzle, parent, corpus, tmp_path, one_line_error, 
     assert not (tmp_path / "x").exists()
 
 
-def test_children_are_refused(puzzle, child, corpus, tmp_path, one_line_error):
-    done = puzzle("slice", child, "--depth", 3, "--data", corpus, "--out", tmp_path / "x")
-    one_line_error(done, "'puzzle' checkpoint", "slice its parent")
+def test_what_cannot_be_written_anew_is_refused(puzzle, parent, child, corpus, tmp_path, one_line_error):
+    """Children, whose layers differ; weights in fp8."""
+    asked = ("--depth", 3, "--data", corpus, "--out", tmp_path / "x")
+    one_line_error(puzzle("slice", child, *asked), "'puzzle' checkpoint", "slice its parent")
+    quantised = with_tokenizer(parent, write_tiny_parent("llama", tmp_path / "fp8"))
+    store_in_fp8(quantised, "odd blocks")
+    one_line_error(puzzle("slice", quantised, *asked), "is in fp8: slice the checkpoint in bf16")
+
+
+def test_one_held_out_sequence_is_no_measure(puzzle, parent, corpus, tmp_path, one_line_error):
+    one = tmp_path / "one.txt"
+    one.write_text("a few words " * 60)
+    done = puzzle(
+        "slice", parent, "--depth", 3, "--data", one, "--out", tmp_path / "x", "--seq-len", 64, "--device", "cpu"
+    )
+    one_line_error(done, "one held-out sequence of 64 tokens", "give more --data")
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
