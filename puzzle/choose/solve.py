@@ -75,7 +75,8 @@ def solve_library(
         others = [whole, *(whole.chosen_by(way) for way in more)]  # type: ignore[arg-type]
     else:
         others = [whole if one.point is None else whole.at_point(one, costs) for one, costs in points]
-    selection, best, solutions, lowest = whole, None, {}, math.inf  # type: ignore[var-annotated]
+    selection, lowest, best = whole, math.inf, None
+    solutions: dict[int, Solution] = {}
     every: list[tuple[float, Solution]] = []
     told = []
     for other in others:
@@ -87,9 +88,8 @@ def solve_library(
             selection, (best, solutions), lowest = other, found, score
     if best is None:  # of the last one, which has most to choose from, or is the smallest
         asked = replace(selection.request, time_limit=request.time_limit)
-        where = (
-            "" if points is None else f"no point meets it, and the smallest ({_sizes(selection.library)}) not because: "
-        )
+        sizes = _sizes(selection.library)
+        where = "" if points is None else f"no child was found at any point; at the smallest ({sizes}): "
         raise UserError(where + _why_none(replace(selection, request=asked, known={}), solutions))
     batch, solution = best, solutions[best]
     unproven = [base + other.bound for base, other in every if other.status in ("feasible", "time_limit")]
@@ -114,7 +114,7 @@ def _sizes(library: Library) -> str:
 
 
 def _point(selection: Selection, objective: float | None) -> dict[str, Any]:
-    """What came out at one global point. objective: None where nothing meets the goal."""
+    """What came out at one global point. objective: None where no child was found."""
     library = selection.library
     return {"library": str(library.root), "sizes": _sizes(library), "base": selection.base, "objective": objective}
 

@@ -59,7 +59,11 @@ def print_solution(solved: Architecture) -> None:
     if solved.synthetic_scores:
         console.print("the scores are synthetic: speed and size are what counts here, not quality")
     for one in solved.points or ():
-        score = "nothing meets the goal" if one["objective"] is None else f"{one['objective']:.5g} nats/token"
+        score = (
+            "no child that meets the goal was found"
+            if one["objective"] is None
+            else f"{one['objective']:.5g} nats/token"
+        )
         begun = (
             f", of which slicing {one['base']:.5g} (measured)" if one["base"] and one["objective"] is not None else ""
         )

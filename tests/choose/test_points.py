@@ -157,7 +157,7 @@ def test_refusals(puzzle, both, one_line_error, tmp_path):
     )
     hopeless = puzzle("solve", both, "--params", "10", "--hidden", "24,32", *SOLVE)
     one_line_error(
-        hopeless, "no point meets it, and the smallest (hidden 24, depth 3) not because", "--params 10 cannot be met"
+        hopeless, "no child was found at any point; at the smallest (hidden 24, depth 3): ", "--params 10 cannot be met"
     )
     shutil.rmtree(small / "costs")
     one_line_error(

@@ -75,6 +75,7 @@ def test_output_directories(puzzle, one_line_error, own_library, parent, corpus,
 
 
 OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options fill
+    "slice": ("slice.verb.SliceOptions",),
     "build-library": ("library.build.BuildOptions",),
     "score": ("library.score.ScoreOptions",),
     "profile": ("profile.profile.ProfileOptions",),
