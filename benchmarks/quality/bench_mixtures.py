@@ -151,7 +151,7 @@ def main(
                     target = children / f"{limit}-{rule}"
                     write_hf(child, target, plain_card(child, None), force=True)
                 row = (
-                    text, rule, batch, f"{speed / own.tokens_per_second:.3f}", child.num_parameters, active, f"{total:.5f}",
+                    text, rule, batch, f"{speed / own.tokens_per_second:.3f}", child.num_parameters, active, f"{float(total):.5f}",
                     f"{found['kl']:.5f}", f"{found['kl_stderr']:.5f}", f"{found['lm_loss']:.4f}",
                     " ".join("/".join(cell.variants.values()) for cell in cells), name, time.strftime("%Y-%m-%d"),
                 )  # fmt: skip
