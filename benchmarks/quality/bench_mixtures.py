@@ -16,6 +16,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -129,8 +130,8 @@ def main(
         )
         for text in goals:
             limit, _, value = text.partition("=")
-            asked = GoalOptions(**{limit: value}).goal()
-            request = Request(work=Workload(input_len=128, output_len=128), goal=asked)
+            asked: dict[str, Any] = {limit: value}
+            request = Request(work=Workload(input_len=128, output_len=128), goal=GoalOptions(**asked).goal())
             selection = select(library, open_costs(library, gpu, None), request)
             costs, own = selection.costs, selection.parent
             for rule in ("mip", *RULES):

@@ -87,7 +87,7 @@ def mixed_architectures(parent: Structure, count: int, seed: int) -> list[Struct
 
 def alternatives(slot: str, own: SubBlock) -> list[SubBlock]:
     """What a profile offers in its place."""
-    found = {}
+    found: dict[SubBlock, None] = {}
     for name in (*default_names(own), *OFFERED):
         with contextlib.suppress(UserError):  # the name does not fit this sub-block
             found[variant_of(own, name, slot).sub_block] = None
