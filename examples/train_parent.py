@@ -1,12 +1,14 @@
-"""Train the reference parent: a Llama of 12.9 M parameters on permissively licensed Python source.
+"""Train a reference parent on permissively licensed Python source: a Llama of 12.9 M parameters, or one with experts of about 15 M.
 
     python examples/train_parent.py --out examples/parent --tokens 600e6      # one GPU, a few minutes
+    python examples/train_parent.py --family qwen3_moe --out examples/parent-moe --seconds 180
+    python examples/train_parent.py --family nemotron_h_moe --out examples/parent-hybrid --seconds 180
 
 Corpus: the standard library of the running Python and every installed distribution whose licence is
 permissive by its own metadata. Exact duplicates are dropped. A file is held out when the sha256 of its
 text says so (`puzzle.data.documents`), so the split does not depend on paths or order.
 Result: a Hugging Face checkpoint (bf16 safetensors, byte-level BPE tokenizer, model card) and
-`training.csv`. Quality is bits per byte on the held-out files, with `xz -9` on the same bytes beside it.
+`training.csv`. Those with experts train as `mixtures.py` has them, are evaluated as `puzzle` reads them and held against transformers. Quality is bits per byte on the held-out files, with `xz -9` on the same bytes beside it.
 
 Shapes: B sequences a step, T tokens a sequence, V vocabulary.
 """
@@ -23,13 +25,16 @@ import sysconfig
 import time
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle.data.documents import is_held_out, text_key
 
@@ -37,6 +42,14 @@ VOCAB, T = 4096, 1024
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 PERMISSIVE = re.compile(r"\b(mit|bsd|apache|psf|python software foundation|isc|zlib|hpnd|0bsd|unlicense|cc0)\b", re.I)
 RESTRICTIVE = re.compile(r"gpl|mpl|mozilla|eupl|cddl|proprietary|nvidia|non-?commercial", re.I)
+TITLES = {
+    "llama": ("The reference parent of `puzzle`", "A small Llama"),
+    "qwen3_moe": ("The reference mixture of experts of `puzzle`", "A small Qwen3-MoE"),
+    "nemotron_h_moe": (
+        "The reference hybrid of `puzzle`",
+        "A small model of Mamba-2, attention and experts, in the blocks of Nemotron-H,",
+    ),
+}
 PROMPTS = ["import os\nimport sys\n\ndef main(", "class Stack:\n    def __init__(self):\n", "for i in range("]
 
 
@@ -117,7 +130,7 @@ def batches(stream: torch.Tensor, num_sequences: int, seed: int):
 
 
 @torch.no_grad()
-def total_nats(model: LlamaForCausalLM, stream: torch.Tensor, num_sequences: int = 32) -> float:
+def total_nats(model: Any, stream: torch.Tensor, num_sequences: int = 32) -> float:
     """Sum of next-token losses over the whole stream, in windows of T without overlap (the harder count)."""
     nats = 0.0
     windows = [stream[i : i + T + 1] for i in range(0, len(stream) - 1, T)]
@@ -128,7 +141,7 @@ def total_nats(model: LlamaForCausalLM, stream: torch.Tensor, num_sequences: int
     return nats
 
 
-def completions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def completions(model: Any, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     torch.manual_seed(0)
     texts = []
     for prompt in PROMPTS:
@@ -146,18 +159,19 @@ def completions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> 
     return texts
 
 
-def model_card(facts: dict[str, str], samples: list[str], licences: dict[str, str]) -> str:
+def model_card(family: str, facts: dict[str, str], samples: list[str], licences: dict[str, str]) -> str:
     rows = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
     shown = "\n\n".join(f"```python\n{s}\n```" for s in samples)
     names = ", ".join(f"{n} ({lic})" for n, lic in sorted(licences.items(), key=lambda x: x[0].lower()))
+    title, what = TITLES[family]
     return f"""---
 license: apache-2.0
 language: code
 tags: [puzzle, reference-parent]
 ---
-# The reference parent of `puzzle`
+# {title}
 
-A small Llama trained on Python source, so that every stage of `puzzle` can be shown and tested on a real
+{what} trained on Python source, so that every stage of `puzzle` can be shown and tested on a real
 language model without a download. It is no coding assistant.
 
 | measured | |
@@ -172,16 +186,53 @@ Trained on the permissively licensed Python files of: {names}.
 """
 
 
+def dense(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=T,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # residual writers start smaller: depth-scaled init, as in GPT-2
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.div_(math.sqrt(2 * layers))
+    return model
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--family", type=click.Choice(list(TITLES)), default="llama", show_default=True)
 @click.option("--tokens", type=float, default=600e6, show_default=True, help="Training tokens.")
+@click.option("--seconds", type=float, default=None, help="End after so many seconds of training, if not by --tokens.")
 @click.option("--batch", type=int, default=128, show_default=True, help="Sequences of 1024 tokens a step.")
 @click.option("--lr", type=float, default=3e-3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--max-files", type=int, default=None, help="Use only the first files (for a rehearsal).")
-@click.option("--layers", type=int, default=16, show_default=True)
-def main(out: Path, tokens: float, batch: int, lr: float, seed: int, max_files: int | None, layers: int) -> None:
-    """Train the reference parent and write it to --out."""
+@click.option("--layers", type=int, default=None, help="16, 10 of qwen3_moe; of nemotron_h_moe the first of 18 blocks.")
+def main(
+    out: Path,
+    family: str,
+    tokens: float,
+    seconds: float | None,
+    batch: int,
+    lr: float,
+    seed: int,
+    max_files: int | None,
+    layers: int | None,
+) -> None:
+    """Train the reference parent of --family and write it to --out."""
     started = time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
@@ -202,30 +253,23 @@ def main(out: Path, tokens: float, batch: int, lr: float, seed: int, max_files: 
         flush=True,
     )
 
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=T,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-    model = LlamaForCausalLM(config).to(device)
-    with torch.no_grad():  # residual writers start smaller: depth-scaled init, as in GPT-2
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.div_(math.sqrt(2 * layers))
+    model: nn.Module
+    if family == "llama":
+        layers = layers or 16
+        model = dense(tokenizer, layers).to(device)
+        sizes = f"{layers} layers, hidden 256, 8 heads, 4 KV heads, FFN 704, tied"
+    else:
+        import mixtures
+
+        layers = layers or mixtures.NUM_LAYERS[family]
+        structure = mixtures.structure_of(family, layers, VOCAB, T)
+        active = structure.num_parameters - sum(b.num_parameters - b.active_parameters() for _, _, b in structure)
+        sizes = f"{active:,} active; {layers} layers, hidden 256: {'; '.join(sorted({b.key() for _, _, b in structure if b.tensors()}))}"
+        model = mixtures.Mixture(structure, compiled=device == "cuda").to(device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learnt if p.ndim > 1]
+    vectors = [p for p in learnt if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=lr,
@@ -241,33 +285,61 @@ def main(out: Path, tokens: float, batch: int, lr: float, seed: int, max_files: 
     step_fn = torch.compile(loss_fn) if device == "cuda" else loss_fn
     num_steps, warm_up = max(1, int(tokens / (batch * T))), 200
     data = batches(stream, batch, seed)
-    log = [("step", "tokens", "loss", "lr", "seconds")]
-    clock = time.time()
-    for step in range(1, num_steps + 1):
+    log = [("step", "tokens", "loss", "lr", "seconds", *([] if family == "llama" else ["busiest expert's load"]))]
+    clock, step, done, load = time.time(), 0, 0.0, None
+    while done < 1:
+        step += 1
         if step == 11:  # compilation is behind us
             clock = time.time()
-        rate = lr * min(1.0, step / warm_up) * min(1.0, (num_steps - step + 1) / (0.8 * num_steps))
+        spent = (time.time() - clock) / seconds if seconds and step > 11 else 0.0
+        done = max(step / num_steps, spent)
+        rate = lr * min(1.0, step / warm_up) * min(1.0, max(1 - done, 1 / num_steps) / 0.8)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = step_fn(next(data))
+        if family == "llama":
+            loss = step_fn(next(data))
+        else:
+            loss, load = model.loss(next(data))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0 or step in (30, num_steps):
-            seconds = time.time() - clock
-            log.append((step, step * batch * T, f"{loss.item():.4f}", f"{rate:.2e}", f"{seconds:.1f}"))
-            print(*log[-1], flush=True)
+        if load is not None:
+            model.balance(load)
+        if step % 100 == 0 or step in (1, 30) or done >= 1:
+            busiest = [] if load is None else [f"{load.max().item() * load.shape[1]:.2f}"]
+            row = (step, step * batch * T, f"{loss.item():.4f}", f"{rate:.2e}", f"{time.time() - clock:.1f}", *busiest)
+            log.append(row)
+            print(*row, flush=True)
 
-    num_tokens = num_steps * batch * T
-    model = model.to(torch.bfloat16).eval()
-    nats = total_nats(model, held)
+    num_tokens = step * batch * T
+    facts = {"parameters": f"{num_parameters:,} ({sizes})"}
+    if family == "llama":
+        model = model.to(torch.bfloat16).eval()
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        whole = sampler = model
+    else:
+        from puzzle.runtime.model import load_model
+
+        model.save(out, tokenizer)
+        read, ids = load_model(out, device=device, dtype=torch.bfloat16), held[None, :128].long().cpu()
+        sampler = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        whole = lambda ids: SimpleNamespace(logits=read(ids))  # noqa: E731
+        with torch.no_grad():
+            apart = (sampler(ids).logits - load_model(out)(ids)).abs().max().item()
+        facts["largest difference from transformers' logits"] = f"{apart:.1e} (float32, CPU)"
+        facts["load of the busiest expert, by layer"] = (
+            ", ".join(f"{x:.2f}" for x in (load.max(-1).values * load.shape[1]).tolist())
+            + " times its share (last step)"
+        )
+    nats = total_nats(whole, held)
     bits_per_byte = nats / math.log(2) / len(held_bytes)
     xz = 8 * len(lzma.compress(held_bytes, preset=9)) / len(held_bytes)
-    train_nats = total_nats(model, stream[: len(held)])
+    train_nats = total_nats(whole, stream[: len(held)])
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    facts = {
-        "parameters": f"{num_parameters:,} ({layers} layers, hidden 256, 8 heads, 4 KV heads, FFN 704, tied)",
+    options = "" if family == "llama" else f"--family {family} "
+    facts |= {
         "training tokens": f"{num_tokens / 1e6:.0f} M ({num_tokens / len(stream):.1f} epochs of "
         f"{len(stream) / 1e6:.1f} M; {len(train_texts)} files, {num_bytes / 1e6:.0f} MB)",
         "held-out loss": f"{nats / (len(held) - 1):.4f} nats/token",
@@ -277,17 +349,15 @@ def main(out: Path, tokens: float, batch: int, lr: float, seed: int, max_files: 
         "training-set loss, same count of tokens": f"{train_nats / (len(held) - 1):.4f} nats/token",
         "device": f"{gpu}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
         "wall time": f"{time.time() - started:.0f} s",
-        "command": f"`python examples/train_parent.py --out examples/parent --tokens {num_tokens} "
+        "command": f"`python examples/train_parent.py {options}--out {out} --tokens {num_tokens} "
         f"--batch {batch} --lr {lr} --seed {seed}`",
     }
-    samples = completions(model, tokenizer)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(model_card(facts, samples, licences), encoding="utf-8")
     with open(out / "training.csv", "w", newline="") as handle:
         csv.writer(handle, lineterminator="\n").writerows(log)
     for key, value in facts.items():
-        print(f"{key}: {value}")
+        print(f"{key}: {value}", flush=True)
+    samples = completions(sampler, tokenizer)
+    (out / "README.md").write_text(model_card(family, facts, samples, licences), encoding="utf-8")
     print("\n---\n".join(samples))
     print(f"{sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB in {os.fspath(out)}")
 

@@ -1,7 +1,8 @@
 """Does the sum of parts predict the whole? Random heterogeneous architectures, predicted from a cost table and measured.
 
 Architectures have the layers of the named shapes, each with a random attention (any variant, or none) and FFN (any width, wide
-ones as fusion makes them, linear, none); every fourth has a run of attention-free layers. Weights are random. A decode step is
+ones as fusion makes them, linear, none); every fourth has a run of attention-free layers. Where the parent's own layers differ, or have
+experts, every sub-block becomes one of what a profile offers in its place. Weights are random. A decode step is
 the median of CUDA-graph replays at a fixed context; prefill likewise. The prediction is the table's sum of medians,
 corrected by its whole parent as `solve` does it; nothing is fitted. Writes a row per point and, with --plot, a scatter plot; a point that does not fit in memory is left out. --fp8: weights
 of sub-blocks and KV cache in fp8, against the table of the same name. --measured takes measured times from an earlier CSV and
@@ -27,13 +28,15 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from puzzle.base.errors import UserError
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.blocklib.variant import variant_of
+from puzzle.blocklib.variant import default_names, variant_of
 from puzzle.parents.known import known_structure
 from puzzle.parents.structure import Structure
 from puzzle.profile.cost_table import PACKAGED, CostTable, around, find_costs
+from puzzle.profile.grid import OFFERED
 from puzzle.profile.parts import ends_of
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import random_model
@@ -45,6 +48,8 @@ FFN = ("parent", "0.75", "0.5", "0.25", "0.1", "linear", "none", "x2", "x4")
 
 def architectures(parent: Structure, num_layers: int, count: int, seed: int) -> list[Structure]:
     """The parent first, then `count` random ones."""
+    if not all(isinstance(layer["ffn"], SwiGLU) for layer in parent.layers):
+        return mixed_architectures(parent.with_layers(parent.layers[:num_layers]), count, seed)
     names = [[{"attention": "parent", "ffn": "parent"}] * num_layers]
     chance = random.Random(seed)
     for number in range(count):
@@ -64,6 +69,29 @@ def architectures(parent: Structure, num_layers: int, count: int, seed: int) -> 
         parent.with_layers([{slot: sub_block_of(usual[slot], name) for slot, name in layer.items()} for layer in one])
         for one in names
     ]
+
+
+def mixed_architectures(parent: Structure, count: int, seed: int) -> list[Structure]:
+    """The same of a parent whose layers are not all attention and SwiGLU; a child draws from some of what each may become."""
+    chance = random.Random(seed)
+    offered = {(slot, own): [own, *alternatives(slot, own)] for _, slot, own in parent}
+    found = [parent]
+    for _ in range(count):
+        drawn = {
+            place: chance.sample(some, chance.randint(min(2, len(some)), len(some))) for place, some in offered.items()
+        }
+        layers = [{slot: chance.choice(drawn[slot, own]) for slot, own in layer.items()} for layer in parent.layers]
+        found.append(parent.with_layers(layers))
+    return found
+
+
+def alternatives(slot: str, own: SubBlock) -> list[SubBlock]:
+    """What a profile offers in its place."""
+    found: dict[SubBlock, None] = {}
+    for name in (*default_names(own), *OFFERED):
+        with contextlib.suppress(UserError):  # the name does not fit this sub-block
+            found[variant_of(own, name, slot).sub_block] = None
+    return [sub_block for sub_block in found if sub_block != own]
 
 
 def sub_block_of(parent: SubBlock, name: str) -> SubBlock:

@@ -94,7 +94,8 @@ def sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def by_expert(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Every expert's rows times its matrix. rows [M, I], weight [E, O, I], ends [E] -> [M, O]
 
-    On a GPU in bf16 one grouped product, which needs sizes that are multiples of 8 and never waits; else expert by expert.
+    On a GPU in bf16 one grouped product, which needs sizes that are multiples of 8 and never waits; else expert by expert, and in a CUDA
+    graph, where nobody can wait for their numbers, every row by every expert.
     """
     kind = rows.device.type
     if torch.is_autocast_enabled(kind):
@@ -102,9 +103,20 @@ def by_expert(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
     if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
         return torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends.int())
+    if capturing(rows):
+        owner = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
+        out = rows.new_zeros(len(rows), weight.shape[1])
+        for index, matrix in enumerate(weight.unbind()):
+            out = out + F.linear(rows, matrix).masked_fill((owner != index)[:, None], 0)
+        return out
     begins = [0, *ends.tolist()]
     pairs = zip(rows.split([b - a for a, b in pairwise(begins)]), weight.unbind(), strict=True)  # one gradient for all
     return torch.cat([F.linear(some, matrix) for some, matrix in pairs if len(some)])
+
+
+def capturing(rows: Tensor) -> bool:
+    """Whether a CUDA graph is recorded."""
+    return rows.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class SharedExpert(nn.Module):

@@ -36,5 +36,6 @@ def mixture(c: Config) -> Layer:
 def qwen3_moe(c: Config) -> Structure:
     """Layers are dense by `mlp_only_layers`, and but for every `decoder_sparse_step`-th."""
     only, step, usual = c.get("mlp_only_layers") or (), c["decoder_sparse_step"], mixture(c)
+    c["intermediate_size"]  # which nothing reads where no layer is dense
     sparse = [index not in only and (index + 1) % step == 0 for index in range(c["num_hidden_layers"])]
     return decoder(c, [usual if is_moe else {**usual, "ffn": ffn(c)} for is_moe in sparse])

@@ -183,13 +183,16 @@ def load_model(
 
 
 def random_part(sub_block: SubBlock, device: torch.device | str, dtype: torch.dtype) -> Part:
-    """With random weights of the usual size; norms are one."""
+    """With random weights of the usual size; norms are one. What squared ReLUs have in common adds nothing: else all tokens would grow
+    alike, and have fewer experts between them than a trained router gives."""
     part = blank(sub_block).to(dtype).to_empty(device=device).requires_grad_(False)
-    for parameter in part.parameters():
+    for name, parameter in part.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0)
-        else:
-            parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
+            continue
+        parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
+        if "down_proj" in name:
+            parameter.sub_(parameter.mean(-1, keepdim=True))
     return part
 
 

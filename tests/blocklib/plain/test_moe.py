@@ -129,6 +129,22 @@ def test_our_kernels_path_is_the_plain_one(block):
         make_fast(part, batch)
 
 
+def test_a_graph_waits_for_no_numbers(monkeypatch):
+    """What a CUDA graph records in float32, or of other sizes: values and gradients of the loop, experts without rows among them."""
+    ends, found = torch.tensor([3, 3, 4, 9]), []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        rows, weight = (torch.randn(shape, requires_grad=True) for shape in ((9, 5), (4, 7, 5)))
+        monkeypatch.setattr(plain_moe, "capturing", lambda _, captured=captured: captured)
+        if captured:
+            monkeypatch.setattr(torch.Tensor, "tolist", None)
+        out = plain_moe.by_expert(rows, weight, ends)
+        monkeypatch.undo()
+        found.append([out, *torch.autograd.grad(out.square().sum(), (rows, weight))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_grouped_product_is_the_loop():
     """What a GPU runs: torch's grouped product takes the same rows, weights and ends."""
     x, weight = torch.randn(11, 16).bfloat16(), torch.randn(4, 24, 16).bfloat16()
