@@ -308,6 +308,19 @@ def fp8(rows: list[Row]) -> str:
     )  # fmt: skip
 
 
+def precision(rows: list[Row]) -> str:
+    names = {"parent": "reference parent", "smol": "SmolLM2-135M"}
+    return table(
+        ["library", "tokens/s", "memory at most", "precision", "KL", "±", "sum of scores", "attention, FFN in fp8", "cache", "GB"],
+        (
+            [names[r["library"]], f"{r['speed']}x", percent(r["memory"]), r["precision"].replace("bf16,fp8", "chosen"),
+             number(r["kl"], 4), number(r["kl_stderr"], 4), number(r["sum_of_scores"], 4), f"{r['fp8_attention']}, {r['fp8_ffn']}",
+             r["cache"], number(r["gigabytes"], 2)]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
 def fusion(rows: list[Row]) -> str:
     return f"{int(rows[0]['num_tokens']):,} tokens.\n\n" + table(
         ["child", "runs", "layers", "dependency", "KL", "±", "KL to unfused", "loss", "same top token"],

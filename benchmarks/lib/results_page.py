@@ -121,6 +121,14 @@ SECTIONS = {
         Result("bld_ffn.csv", "quality/bench_bld.py", "Distillation of narrow FFNs for longer", t.bld),
         Result("ffn_linear.csv", "quality/bench_ffn_linear.py", "An FFN as one matrix", t.ffn_linear),
         Result("fp8.csv", "quality/bench_fp8.py", "Children in fp8", t.fp8),
+        Result(
+            "precision.csv",
+            "quality/bench_precision.py",
+            "Precision as a choice",
+            t.precision,
+            command="python benchmarks/quality/bench_precision.py LIBRARY --gpu h100 --data DATA --speeds 1.1,1.25,1.5,2 --memories 1,0.7 "
+            "--input-len 128 --output-len 128 --out benchmarks/results/precision.csv",
+        ),
         Result("fusion.csv", "quality/bench_fusion.py", "Fused children, priced for a CPU", t.fusion),
         Result("fusion_h100.csv", "quality/bench_fusion.py", "Fused children, priced for an H100", t.fusion, H100),
         Result(

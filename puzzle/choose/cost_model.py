@@ -166,7 +166,8 @@ class CostModel:
     def bytes_of(self, sub_block: SubBlock, batch: int, precision: str | None = None) -> int:
         """Of its weights, and of what `batch` whole requests keep."""
         weights, kept = PRECISION_BYTES[precision or self.table.precision], PRECISION_BYTES[self.way.cache]
-        elements = sub_block.state().elements(self.length, self.table.page) * batch
+        state = sub_block.state()
+        elements = batch * (state.per_token * self.table.kept(state, self.length) + state.per_sequence)
         return weights * sub_block.num_parameters + kept * elements
 
     def runs(self, layer: Layer, index: int) -> list[SubBlock]:
@@ -207,7 +208,7 @@ class CostModel:
         total = 0.0
         for part, own in self.placed(layer, index, precisions):
             state = part.state()
-            kept = state.per_token * num_tokens * state.kept(self.length, self.table.page) / self.length
+            kept = state.per_token * num_tokens * self.table.kept(state, self.length) / self.length
             kept += state.per_sequence * num_tokens / self.length
             total += PRECISION_BYTES[own] * part.num_parameters + PRECISION_BYTES[self.way.cache] * kept
         return total

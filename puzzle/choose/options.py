@@ -14,7 +14,7 @@ from puzzle.blocklib.sub_block import check_tp
 from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import Goal
 from puzzle.choose.precision import Precisions, parse_precision
-from puzzle.choose.problem import Request
+from puzzle.choose.problem import Request, fitted
 from puzzle.choose.solve import open_costs, open_precisions
 from puzzle.choose.workloads import AlsoAsked, parse_also
 from puzzle.export.engines import CARD_SHARE
@@ -69,10 +69,14 @@ class SolveOptions:
         return () if self.precision is None else parse_precision(self.precision)
 
     def costs(self, library: Library, gpu: str, name: str | None) -> CostTable | EngineModel | Precisions:
-        """The prices that are asked for. name: of the cost table, or of an engine's fit."""
+        """The prices that are asked for; what an engine's fit has none for is said. name: of the cost table, or of an engine's fit."""
         if self.precision is not None:
             return open_precisions(library, gpu, name, self.precisions, self.tp)
-        return open_costs(library, gpu, name, self.engine, self.tp)
+        costs = open_costs(library, gpu, name, self.engine, self.tp)
+        if left_out := fitted(library, costs)[1]:
+            told = f"no fit of {self.engine} on {gpu} has measured {', '.join(left_out)}: left out"
+            console.print(told, markup=False, soft_wrap=True)
+        return costs
 
     def shared(self, library: Library, gpu: str) -> Library:
         """`library` without the variants that `tp` GPUs cannot share, which is said. Raises UserError where there is no share."""

@@ -236,10 +236,18 @@ def limits_of(one: Demand, batch: int) -> list[Constraint]:
     return found
 
 
+def fitted(library: Library, table: object) -> tuple[Library, list[str]]:
+    """`library` without the variants that an engine's fit has no price for, and the names of these."""
+    if not isinstance(table, EngineModel):
+        return library, []
+    return library.where(lambda sub_block: table.unfitted(sub_block) is None)
+
+
 def select(
     library: Library, table: CostTable | EngineModel | Way, request: Request, *, free: bool = False
 ) -> Selection:
     """free: the batch is free whatever the goal. Raises UserError for a workload or a batch that the costs do not cover."""
+    library, _ = fitted(library, table)
     costs, goal = CostModel(library, table, request.work, request.reduces), request.goal
     check_steps(goal, request.work)
     memory = goal.limits.get("memory")

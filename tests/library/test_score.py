@@ -21,8 +21,16 @@ from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import Block, load_model
 
 
-def test_scores_are_those_of_the_whole_model(library, parent, corpus):
+def scored_here(library, corpus, puzzle, *options):
+    """On the CPU, in float32, as `load_model` is: on a machine with a GPU scores are in bf16."""
+    done = puzzle("score", library, "--data", corpus, "--sequences", 6, "--device", "cpu", *options)
+    assert done.exit_code == 0, done.output
+
+
+def test_scores_are_those_of_the_whole_model(own_library, parent, corpus, puzzle):
     """A score equals the KL of a model assembled with that one block, computed the long way."""
+    library = own_library
+    scored_here(library, corpus, puzzle)
     opened = open_model(parent)
     data = load_tokens([str(corpus)], parent, seq_len=64, num_train=1, num_validation=6)
     whole, child = load_model(opened), load_model(opened)
@@ -106,9 +114,9 @@ def test_what_fp8_costs_the_parents_own(own_library, parent, corpus, puzzle):
     del facts["layers"]["3"]
     (own_library / "library.json").write_text(json.dumps(facts))
     path = own_library / "scores" / "L01.json"
+    scored_here(own_library, corpus, puzzle)
     before = json.loads(path.read_text())["scores"]
-    done = puzzle("score", own_library, "--data", corpus, "--sequences", 6, "--fp8")
-    assert done.exit_code == 0, done.output
+    scored_here(own_library, corpus, puzzle, "--fp8")
     names = {"attention/parent@fp8", "attention/parent@fp8-cache", "ffn/parent@fp8"}
     after = json.loads(path.read_text())["scores"]
     assert after.keys() == before.keys() | names
