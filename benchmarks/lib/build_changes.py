@@ -25,12 +25,12 @@ from puzzle.blocklib.plain.gqa import Attention
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.plain.swiglu import GatedFfn
 from puzzle.kernels.adamw import adamw_reference
-from puzzle.kernels.block_loss import block_loss
+from puzzle.kernels.block_loss import gradient, loss_and_energy
 
 
 def gradient_of_loss(child: Tensor, parent: Tensor, energy: Tensor) -> Tensor:
-    leaf = child.requires_grad_()
-    return torch.autograd.grad(block_loss(leaf, parent), leaf)[0]
+    child, parent = child.contiguous(), parent.contiguous()
+    return gradient(child, parent, loss_and_energy(child, parent)[1])
 
 
 OFF: dict[str, list[tuple[object, str, object]]] = {
