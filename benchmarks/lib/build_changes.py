@@ -15,7 +15,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 
 from puzzle.blocklib import distill, masters
