@@ -57,6 +57,11 @@ class Recipe:
     export: tuple[ExportOptions, ...] = (ExportOptions(format="hf"),)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
+    @property
+    def scoring(self) -> ScoreOptions:
+        """What is scored: a choice of fp8 asks for what that costs."""
+        return replace(self.score, fp8=self.score.fp8 or "fp8" in self.solve.precisions)
+
 
 SECTIONS = ("build", "score", "profile", "goal", "workload", "solve", "fuse", "heal", "evaluate")
 OPTIONAL = {
