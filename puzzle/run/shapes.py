@@ -25,7 +25,7 @@ from puzzle.run.plan import Road, Row, disk_of
 from puzzle.run.recipe import Recipe, naming
 from puzzle.runtime.residency import Memory
 
-MFU = 0.2798  # of training steps at Llama-3.1-8B's shapes, one H200, 2026-11-23: tokens per second of benchmarks/results/build_8b.csv
+MFU = 0.5634  # benchmarks/lib/scale_page.py writes it, from benchmarks/results/build_8b_steps.csv
 BYTES = 2  # of a weight, computing and stored: bf16
 UNLIMITED = 2**62
 HOST = 250 * 10**9  # bytes of host memory that a GPU has: an eighth of a node's 2 TB
