@@ -76,7 +76,7 @@ def plan_shapes(recipe: Recipe) -> dict[str, Any]:
     healing = None if recipe.heal is None else _heal(recipe.heal, structure, rate)
 
     def memory(limit: int | None) -> Memory:
-        return Memory(device=int(PLANNED * min(card.memory_bytes, limit or UNLIMITED)), host=HOST)
+        return Memory(device=int(PLANNED * min(card.memory_bytes, limit or UNLIMITED)), host=int(PLANNED * HOST))
 
     stages = Road(recipe, structure, spaces, BYTES, rate, memory).stages(build, healing, disk)
     if "profile" in stages:
