@@ -115,7 +115,7 @@ class Run:
         self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
         write_json(path, {"stages": self.marks})  # what is in the directory from now on is ours
         precisions = recipe.solve.precisions
-        score = replace(recipe.score, fp8=recipe.score.fp8 or "fp8" in precisions, **self.shared)
+        score = replace(recipe.scoring, **self.shared)
         build = self.build_options()
         options = content_hash([str(build), str(score), recipe.data])
         with holding(library):

@@ -12,6 +12,7 @@ from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import MissingFace
 from puzzle.data.packing import load_tokens
 from puzzle.kernels.fp8 import from_fp8, to_fp8
+from puzzle.library import score
 from puzzle.library.assemble import read_variant
 from puzzle.library.manifest import Library
 from puzzle.library.score import Scorer
@@ -106,6 +107,22 @@ def test_scores_on_other_text_go_first(own_library, corpus, puzzle, one_line_err
     assert (seen, [path.is_file() for path in paths]) == ([0, 1, 2], [True, True, False, False])
     done = puzzle("solve", own_library, "--throughput", "1.1x", "--gpu", "cpu", "--input-len", 16, "--output-len", 16)
     one_line_error(done, "L02.json does not exist", "puzzle score")
+
+
+def test_what_another_run_scored_until_now_is_kept(own_library, corpus, puzzle, monkeypatch):
+    """Scores are read again under the lock."""
+    asked = ("score", own_library, "--data", corpus, "--sequences", 2, "--seq-len", 16, "--device", "cpu")
+    plain = score.held_by_all
+
+    def another_was_faster(*arguments):
+        monkeypatch.setattr(score, "held_by_all", plain)
+        assert puzzle(*asked).exit_code == 0
+        return plain(*arguments)
+
+    monkeypatch.setattr(score, "held_by_all", another_was_faster)
+    done = puzzle(*asked)
+    assert done.exit_code == 0, done.output
+    assert "all are scored already" in done.stderr
 
 
 def test_what_fp8_costs_the_parents_own(own_library, parent, corpus, puzzle):
