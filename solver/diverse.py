@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from puzzle.solver.problem import Count, Problem, ProblemError
@@ -37,8 +37,7 @@ def diverse(
     """
     if count < 1:
         raise ProblemError(f"{count} diverse solutions: ask for at least 1")
-    if not 1 <= min_distance <= len(problem.layers):
-        raise ProblemError(f"a distance of {min_distance} layers: use 1 to {len(problem.layers)}, the number of layers")
+    _check(problem, min_distance)
     found = list(earlier)
     while len(found) < count:
         solution = solve(apart(problem, found, min_distance), backend, time_limit)
@@ -47,3 +46,35 @@ def diverse(
         found.append(solution)
         on_found(solution)
     return found
+
+
+def diverse_over(
+    problems: Mapping[int, Problem],
+    best: Mapping[int, Solution],
+    count: int,
+    min_distance: int,
+    *,
+    backend: str = "ortools",
+    time_limit: float | None = None,
+) -> list[tuple[int, Solution]]:
+    """The same over problems that differ in a setting, such as the batch size, with the setting of each: every one is the best of all
+    that differ from all earlier ones. best: the solutions of the problems. Raises ProblemError as `diverse` does."""
+    found: list[tuple[int, Solution]] = []
+    upcoming = {number: solution for number, solution in best.items() if solution.choice}
+    while upcoming and len(found) < count:
+        at = min(upcoming, key=lambda number: upcoming[number].objective)
+        _check(problems[at], min_distance)
+        found.append((at, upcoming[at]))
+        earlier, last = [solution for _, solution in found], upcoming[at].choice.items()
+        for number, waiting in list(upcoming.items()):
+            if len(waiting.choice.items() - last) < min_distance and len(found) < count:
+                again = solve(apart(problems[number], earlier, min_distance), backend, time_limit)
+                upcoming |= {number: again}
+                if not again.choice:
+                    del upcoming[number]
+    return found
+
+
+def _check(problem: Problem, min_distance: int) -> None:
+    if not 1 <= min_distance <= len(problem.layers):
+        raise ProblemError(f"a distance of {min_distance} layers: use 1 to {len(problem.layers)}, the number of layers")

@@ -116,6 +116,19 @@ def wanted(structure: Structure, spaces: Spaces, joint: bool, fp8: bool) -> Todo
     return found
 
 
+def held_out(library: Library, parent: HfModel, data: list[str], options: ScoreOptions) -> TokenData:
+    """The text that blocks, and children of them, are measured on."""
+    return load_tokens(
+        data,
+        parent.directory,
+        seq_len=options.seq_len or library.facts["data"]["seq_len"],
+        num_train=1,
+        num_validation=options.sequences,
+        text_field=options.text_field,
+        seed=library.facts["seed"],
+    )
+
+
 class Scoring:
     """What is there to score, and what it takes. ranks: the processes that score together, each its share; None: this one. Raises
     UserError for a library, parent or text that do not fit, before anything is measured or written."""
@@ -127,17 +140,7 @@ class Scoring:
         self.library = library = Library.open(root)
         self.options, self.parent = options, open_parent(library, parent)
         self.device = ranks.device
-        self.tokens: TokenData = ranks.from_first(
-            lambda: load_tokens(
-                data,
-                self.parent.directory,
-                seq_len=options.seq_len or library.facts["data"]["seq_len"],
-                num_train=1,
-                num_validation=options.sequences,
-                text_field=options.text_field,
-                seed=library.facts["seed"],
-            )
-        )
+        self.tokens: TokenData = ranks.from_first(lambda: held_out(library, self.parent, data, options))
         spaces = {layer: library.spaces[layer] for layer in library.layers}
         every, layers = wanted(library.structure, spaces, options.joint, options.fp8), range(library.num_layers)
         self.results = Results(root, every, layers, self._key, ranks)

@@ -111,7 +111,12 @@ def stages_of(
         stages["profile"] = _row(
             round(count_points(subject, grid) * grid.rounds * each * len(profiled(recipe)), 1), weights + cache
         )
-    stages |= {"solve": _row(None, None), "child": _row(None, None, disk["child"])}
+    stages["solve"] = _row(None, None)
+    if recipe.solve.measures:  # a round scores as many replacements again
+        children = (recipe.solve.finalists or 1) * (2 if recipe.solve.pairs else 1)
+        flops = (recipe.solve.rounds or 0) * flops + children * score.sequences * length * forward(length)
+        stages["solve"] = _row(seconds(flops), scored)
+    stages["child"] = _row(None, None, disk["child"])
     if recipe.fuse is not None:
         tokens = recipe.fuse.sequences * recipe.fuse.seq_len
         flops = tokens * forward(recipe.fuse.seq_len) * structure.num_layers / 2

@@ -1,0 +1,224 @@
+"""Choosing by measured divergence: finalists, pairs, rounds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from puzzle.base.errors import UserError
+from puzzle.base.workload import Workload
+from puzzle.choose.context import Around, Interactions
+from puzzle.choose.goal import GoalOptions
+from puzzle.choose.interactions import Terms, fit_interactions, predicted
+from puzzle.choose.problem import Request, Selection, select
+from puzzle.choose.refine import Refiner
+from puzzle.choose.solve import choose, open_costs
+from puzzle.library.children import Children
+from puzzle.library.manifest import Library
+from puzzle.library.passes import Passes
+from puzzle.library.score import ScoreOptions
+from puzzle.solver.solve import solve
+
+SOLVE = ("--throughput", "1.2x", "--gpu", "cpu", "--input-len", 16, "--output-len", 16)
+TEXT = ("--sequences", 4, "--device", "cpu")
+
+
+def test_finalists(puzzle, own_library, parent, corpus, tmp_path, monkeypatch):
+    """Every KL is what `evaluate` measures, the lowest is the answer, and nothing is measured twice."""
+    out = tmp_path / "s"
+    asked = ("solve", own_library, *SOLVE, "--finalists", 6, "--data", corpus, *TEXT, "--out", out, "--json")
+    done = puzzle(*asked)
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    kls = [one["kl"] for one in found["children"]]
+    assert len(kls) == 6
+    assert found["best"] == kls.index(min(kls))
+    sums = [one["sum_of_scores"] for one in found["children"]]
+    assert sums == sorted(sums)
+    plain = json.loads(puzzle("solve", own_library, *SOLVE, "--out", tmp_path / "plain", "--json").stdout)
+    assert sums[0] == pytest.approx(plain["objective"], abs=1e-12)
+    assert all(one["speedup"] >= 1.2 - 1e-9 for one in found["children"])
+    written = json.loads((out / "architecture.json").read_text())
+    assert written["measured"]["kl"] == min(kls)
+    with open(out / "finalists.csv", newline="") as handle:
+        assert [float(row["kl"]) for row in csv.DictReader(handle)] == kls
+    told = ("--data", corpus, "--sequences", 4, "--seq-len", 64, "--no-speed", "--device", "cpu", "--json")
+    measured = json.loads(puzzle("evaluate", parent, out, "--library", own_library, *told).stdout)
+    assert min(kls) == pytest.approx(measured["child"]["kl"], rel=1e-4)
+    monkeypatch.setattr("puzzle.library.children.Passes", None)
+    assert json.loads(puzzle(*asked).stdout) == found
+
+
+def test_a_run_that_is_stopped_goes_on(puzzle, own_library, corpus, tmp_path, monkeypatch):
+    """After the first group of children: these are not measured again, and the answer is the same."""
+    limited = ("solve", own_library, *SOLVE, "--finalists", 9, "--data", corpus, *TEXT, "--json")
+    whole, seen = Passes._measured, []
+
+    def stopped(self, paths, *more):
+        for measured in whole(self, paths, *more):
+            yield measured
+            seen.extend(path for path, _ in measured)
+            if len(seen) == 8:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Passes, "_measured", stopped)
+    assert puzzle(*limited, "--out", tmp_path / "a").exit_code != 0
+    done = puzzle(*limited, "--out", tmp_path / "a")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert len(seen) == len(set(seen)) == 9
+    shutil.rmtree(own_library / "children")
+    seen.clear()
+    monkeypatch.setattr(Passes, "_measured", whole)
+    assert json.loads(puzzle(*limited, "--out", tmp_path / "b").stdout) == json.loads(done.stdout)
+
+
+def test_pairs_and_rounds(puzzle, own_library, corpus, tmp_path):
+    out = tmp_path / "s"
+    asked = ("solve", own_library, *SOLVE, "--finalists", 6, "--min-distance", 2, "--pairs", "--rounds", 2)
+    done = puzzle(*asked, "--data", corpus, *TEXT, "--out", out, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    methods = [one["method"] for one in found["children"]]
+    assert methods[:6] == ["mip", *["finalist"] * 5]
+    assert found["pairs"]["error"] < found["pairs"]["error_before"]
+    assert found["children"][found["best"]]["kl"] <= found["children"][0]["kl"]
+    assert "round 1: KL" in done.stderr
+    rescored = ("rescore", own_library, out, "--gpu", "cpu", "--data", corpus, *TEXT, "--out", tmp_path / "r", "--json")
+    again = puzzle(*rescored)
+    assert again.exit_code == 0, (again.output, again.exception)
+    better = json.loads(again.stdout)
+    assert better["children"][0]["method"] == "start"
+    assert better["children"][better["best"]]["kl"] <= found["children"][found["best"]]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("--finalists", 4), "--data is missing: say on which text"),
+        (("--finalists", 0, "--data", "."), "--finalists 0: must be above 0"),
+        (("--rounds", -1, "--data", "."), "--rounds -1: must be above 0"),
+        (("--finalists", 4, "--min-distance", 9, "--data", "."), "a distance of 9 layers: use 1 to 4"),
+        (("--finalists", 4, "--data", "nowhere"), "nowhere"),
+        (("--finalists", 4, "--fusion", "--data", "."), "--fusion is not used with --finalists"),
+        (("--rounds", 4, "--precision", "bf16,fp8", "--data", "."), "--precision is not used with --rounds"),
+        (("--pairs",), "--pairs is not used without --finalists"),
+        (("--data", "."), "--data is not used without --finalists or --rounds"),
+        (("--throughput", "99x", "--finalists", 4, "--data", "CORPUS"), "the fastest child reaches"),
+    ],
+)
+def test_what_is_refused(puzzle, one_line_error, library, corpus, tmp_path, asked, told):
+    """In one line, before anything is written."""
+    words = [str(corpus) if word == "CORPUS" else word for word in asked]
+    done = puzzle(
+        "solve",
+        library,
+        *SOLVE,
+        *words,
+        *(TEXT if "--data" in words and "CORPUS" in asked else ()),
+        "--out",
+        tmp_path / "s",
+    )
+    one_line_error(done, told)
+    assert not (tmp_path / "s").exists()
+
+
+def test_rescore_asks_what_was_asked(puzzle, one_line_error, own_library, corpus, tmp_path):
+    """The goal is architecture.json's; what that does not hold in full, and other costs, are refused."""
+    out = tmp_path / "s"
+    asked = ("rescore", own_library, out, "--gpu", "cpu", "--data", corpus, *TEXT, "--out", tmp_path / "r")
+    solve = ("solve", own_library, *SOLVE, "--out", out)
+    assert puzzle(*solve, "--memory", "95%", "--keep-attention", 2, "--concurrency", 2, "--json").exit_code == 0
+    done = puzzle(*asked, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    for one in json.loads(done.stdout)["children"]:
+        assert one["batch"] == 2
+        assert one["speedup"] >= 1.2 - 1e-9
+        assert sum(layer["attention"] != "none" for layer in one["layers"]) >= 2
+    one_line_error(puzzle(*asked[:-1], out), f"--out {out} is where {out} lies")
+    assert puzzle(*solve, "--stages", 2, "--stage-tolerance", "60%").exit_code == 0
+    one_line_error(puzzle(*asked), "was solved with --stages")
+    assert puzzle(*solve, "--also", "16/8@1:ttft=90%").exit_code == 0
+    one_line_error(puzzle(*asked), "was solved with --also")
+    assert puzzle(*solve).exit_code == 0
+    solved = json.loads((out / "architecture.json").read_text())
+    for change, told in (
+        ({"goal": solved["goal"] | {"throughput": "1.9x"}}, "the architecture misses throughput at these costs"),
+        ({"costs": solved["costs"] | {"sha256": "other"}}, "--gpu cpu: the architecture was solved with other costs"),
+    ):
+        (out / "architecture.json").write_text(json.dumps(solved | change))
+        one_line_error(puzzle(*asked), told)
+
+
+def test_marginal_scores_are_differences_of_whole_children(own_library, corpus):
+    """Of children that were measured one by one."""
+    library = Library.open(own_library)
+    options = ScoreOptions(sequences=4, device="cpu")
+    own = [{"attention": "kv1", "ffn": "0.5"}, {"attention": "parent", "ffn": "none"}] * 2
+    refiner = Refiner(selection_of(library), Children(library, [str(corpus)], options))
+    found = refiner.marginal(own)
+    assert all("kv1" not in found[n]["attention"] for n in (0, 2))
+    shutil.rmtree(own_library / "children")
+    alone = Children(library, [str(corpus)], options)
+    base = alone.measure([own])[0].kl
+    for n, slot, name in ((0, "ffn", "none"), (1, "attention", "none"), (1, "ffn", "parent"), (3, "attention", "kv1")):
+        other = [layer | ({slot: name} if n == at else {}) for at, layer in enumerate(own)]
+        assert found[n][slot][name] == pytest.approx(alone.measure([other])[0].kl - base, abs=1e-6)
+
+
+def test_a_trust_region(own_library):
+    """No more layers change than may, and what changes has the least marginal score."""
+    library = Library.open(own_library)
+    selection = selection_of(library, "1x")
+    own = [dict.fromkeys(space, "parent") for space in library.spaces]
+    marginal = [{"ffn": {"0.5": -1.0 - n}, "attention": {"none": -0.5}} for n in range(4)]
+    for radius, told in ((1, -4.5), (2, -8.0), (4, -12.0)):
+        around = Around(layers=own, marginal=marginal, radius=radius)
+        asked = replace(selection, request=replace(selection.request, around=around), known={})
+        batch, solutions = choose(asked)
+        assert solutions[batch].objective == pytest.approx(told)
+        cells = [dict(cell.variants) for cell in asked.chosen(solutions[batch])]
+        assert sum(a != b for a, b in zip(cells, own, strict=True)) == radius
+
+
+def test_interactions_are_found_again(own_library):
+    """From children whose KL has them, and the solver's optimum is that of all choices, what is far apart being held fast."""
+    library = Library.open(own_library)
+    selection = selection_of(library)
+    terms, generator = Terms(library, selection.cells), random.Random(0)
+    known = Interactions(
+        within=[0.4] * 4,
+        adjacent=[0.3, 0.1, 0.2],
+        far=0.15,
+        far_sums=[0.0] * 4,
+        roots=terms.roots,
+        inner=terms.inner,
+    )
+    drawn = [
+        {n: dict(generator.choice(list(layer.values())).variants) for n, layer in enumerate(selection.cells)}
+        for _ in range(60)
+    ]
+    children = [(one, predicted(known, terms, one)) for one in drawn]
+    fit = fit_interactions(library, selection.cells, children, drawn[:5])
+    assert fit.error < 0.02 < fit.error_before
+    assert fit.interactions.far == pytest.approx(0.15, abs=0.05)
+    assert fit.interactions.adjacent == pytest.approx([0.3, 0.1, 0.2], abs=0.06)
+    with pytest.raises(UserError, match="8 measured children at least, here are 3"):
+        fit_interactions(library, selection.cells, children[:3], drawn[:1])
+    request = replace(selection.request, interactions=fit.interactions)
+    problem = replace(selection, request=request, known={}).problem(4)
+    few = replace(problem, layers=tuple(replace(la, variants=la.variants[::3]) for la in problem.layers), pairs=())
+    names = {(la.name, v.name) for la in few.layers for v in la.variants}
+    few = replace(few, pairs=tuple(p for p in problem.pairs if p.a in names and p.b in names))
+    assert solve(few).objective == pytest.approx(solve(few, "brute").objective)
+
+
+def selection_of(library: Library, throughput: str = "1.2x") -> Selection:
+    goal = GoalOptions(throughput=throughput).goal()
+    return select(
+        library, open_costs(library, "cpu", None), Request(work=Workload(input_len=16, output_len=16), goal=goal)
+    )
