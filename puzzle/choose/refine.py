@@ -31,7 +31,9 @@ from puzzle.solver.problem import ProblemError
 from puzzle.solver.solution import Solution, certified
 from puzzle.solver.solve import solve
 
-BATCHES = 3  # batch sizes that finalists come from
+BATCHES = (
+    3  # sizes that finalists come from: with interactions a problem takes a second, and there are hundreds of sizes
+)
 FIELDS = ("method", "batch", "sum_of_scores", "kl", "kl_stderr", "speedup", "changed", "layers")
 
 
@@ -112,7 +114,8 @@ class Refiner:
         self.found.fit = fit_interactions(library, self.selection.cells, known, own)
         request = replace(self.selection.request, interactions=self.found.fit.interactions)
         asked = replace(self.selection, request=request, known={})
-        solutions = near_best(asked, count, min_distance)
+        batches = sorted({one.solved.predicted.batch for one in self.found.candidates})
+        solutions = near_best(asked, count, min_distance, batches)
         self._add(["pairs"] * len(solutions), solutions)
 
     def rounds(self, count: int) -> None:
@@ -207,16 +210,20 @@ def solve_measured(
     return refiner.found
 
 
-def near_best(selection: Selection, count: int, min_distance: int) -> list[tuple[int, Solution]]:
+def near_best(
+    selection: Selection, count: int, min_distance: int, batches: Sequence[int] = ()
+) -> list[tuple[int, Solution]]:
     """Up to `count` near-optimal choices, each with its batch size, that differ from each other in `min_distance` layers or more; the
-    optimum first. Raises UserError where there is none, or for a distance that there cannot be."""
-    request = selection.request
-    best, solutions = choose(selection)
-    if best is None:
-        raise UserError(why_none(selection, solutions))
+    optimum first. batches: where to look; none: at the best ones. Raises UserError where there is none, or for a distance that there
+    cannot be."""
+    request, solutions = selection.request, dict[int, Solution]()
     how: dict[str, Any] = {"backend": request.backend, "time_limit": request.time_limit}
+    if not batches:
+        best, solutions = choose(selection)
+        if best is None:
+            raise UserError(why_none(selection, solutions))
     try:
-        for batch in selection.batches:
+        for batch in batches or selection.batches:
             if batch not in solutions or solutions[batch].status == "cutoff":
                 solutions[batch] = solve(selection.problem(batch), **how)
         ranked = sorted((b for b, s in solutions.items() if s.choice), key=lambda b: solutions[b].objective)
