@@ -9,6 +9,7 @@ is drawn to their mean by a ridge, whose strength has the least error on childre
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,7 @@ from puzzle.library.manifest import Library, Replacement, score_name
 RIDGES = (1e9, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # of what differs between places of a kind
 WEAK = 1e-4  # of the means
 LEAST = 8  # children
+PARTS = 6  # of children, measured for each layer
 Layers = Mapping[int, Replacement]  # of a child: what is not the parent's
 
 
@@ -145,14 +147,15 @@ def _inner(cell: Cell, scores: Mapping[str, Mapping[str, float]]) -> float:
 
 def sample(children: Sequence[Layers]) -> list[dict[int, Replacement]]:
     """Parts of these children whose measurement tells interactions apart: single layers of several replacements, and pairs of
-    neighbouring layers, each once."""
+    neighbouring layers, each once; at most PARTS a layer on average, drawn with a fixed seed."""
     found: dict[str, dict[int, Replacement]] = {}
     for child in children:
         alone = [{n: one} for n, one in child.items() if len(one) > 1]
         both = [{a: child[a], b: child[b]} for a, b in pairwise(sorted(child)) if b == a + 1]
         for part in (*alone, *both):
             found.setdefault(str(part), part)
-    return list(found.values())
+    every, most = list(found.values()), PARTS * max((len(child) for child in children), default=0)
+    return every if len(every) <= most else random.Random(0).sample(every, most)
 
 
 def root(score: float) -> float:
