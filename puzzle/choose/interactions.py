@@ -2,7 +2,8 @@
 
     KL(child) - Σ_i s_i  ≈  Σ_i ρ_i · 2 √(s_i,attention s_i,ffn) + Σ_i ρ_i,i+1 · 2 √(s_i s_{i+1}) + ρ · Σ_{far i < j} 2 √(s_i s_j)
 
-s_i is the score of layer i's cell in the library; every equation is divided by Σ s, so that relative errors count. Each ρ of its own kind
+s_i is the score of layer i's cell in the library; every equation is divided by Σ s, so that relative errors count, and weighs less the further Σ s
+is from that of near-optimal children (the ratio of the smaller to the larger). Each ρ of its own kind
 is drawn to their mean by a ridge, whose strength has the least error on children that are left out one by one (from the hat matrix).
 """
 
@@ -79,8 +80,8 @@ def fit_interactions(
 ) -> Fit:
     """children: measured ones, with their KL; near_best: those that say how much damage others do far away. Raises UserError for too
     few."""
-    terms, rows, targets = Terms(library, cells), [], []
-    count = library.num_layers
+    terms, rows, targets, totals = Terms(library, cells), [], [], []
+    count, best = library.num_layers, [chosen for one in near_best if (chosen := terms.chosen(one))]
     for layers, kl in children:
         chosen = terms.chosen(layers)
         total = sum(cell.score for cell in chosen or ())
@@ -89,14 +90,18 @@ def fit_interactions(
         inner, near, far = terms.of(chosen)
         rows.append(np.concatenate([[inner.sum(), near.sum(), far], inner, near]) / total)
         targets.append(kl / total - 1)
+        totals.append(total)
     if len(rows) < LEAST:
         raise UserError(
             f"`pairs` are fitted from {LEAST} measured children at least, here are {len(rows)}: ask for more `finalists`"
         )
-    design, target = np.array(rows), np.array(targets)
+    typical, each = float(np.mean([sum(cell.score for cell in chosen) for chosen in best])), np.array(totals)
+    weights = np.minimum(typical / each, each / typical)
+    design, target = np.array(rows) * np.sqrt(weights)[:, None], np.array(targets) * np.sqrt(weights)
+    scale = math.sqrt(len(weights) / weights.sum())
     error, ridge, values = min((_ridged(design, target, ridge) for ridge in RIDGES), key=lambda found: found[0])
     own = values[3:]
-    far_sums = np.mean([_far_sums(terms, chosen) for one in near_best if (chosen := terms.chosen(one))], axis=0)
+    far_sums = np.mean([_far_sums(terms, chosen) for chosen in best], axis=0)
     interactions = Interactions(
         within=[float(values[0] + one) for one in own[:count]],
         adjacent=[float(values[1] + one) for one in own[count:]],
@@ -105,7 +110,7 @@ def fit_interactions(
         roots=terms.roots,
         inner=terms.inner,
     )
-    before = float(np.sqrt(np.mean(target**2)))
+    error, before = error * scale, float(np.sqrt(np.mean(target**2))) * scale
     return Fit(interactions=interactions, num_children=len(rows), ridge=ridge, error=error, error_before=before)
 
 
