@@ -16,7 +16,7 @@ One call takes at most --minutes and says what is left: the same command goes on
     puzzle build-library examples/parent --data /usr/lib/python3.11 --out lib --attention kv2,kv1,none --ffn 0.5,0.25,none \\
         --tokens 16384 --seq-len 256 --lr 3e-3 --score-sequences 16 && puzzle profile lib --gpu cpu --batches 16,64
     python benchmarks/quality/bench_selection.py lib --gpu cpu --data /usr/lib/python3.11 --out selection.csv \\
-        --sequences 16 --children 8 --finalists 6 --rounds 1
+        --input-len 128 --output-len 128 --sequences 4 --speeds 1.25,1.5 --children 10 --finalists 6 --rounds 1
 """
 
 from __future__ import annotations
