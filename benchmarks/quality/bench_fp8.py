@@ -73,7 +73,7 @@ def main(children: tuple[Path, ...], parent: Path, data: tuple[str, ...], out: P
                 if what == "cache":
                     round_cache(model, path)
                 found = compare(whole, model, tokens.validation)
-                size = (path / "model.safetensors").stat().st_size
+                size = sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
                 rows.append(
                     {
                         "child": "parent" if child == parent else child.name,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,7 +108,8 @@ class Ranks:
 
 
 def start_ranks(device: str) -> Ranks:
-    """This process as `torchrun` describes it in the environment, or alone. Raises UserError for a missing device."""
+    """This process as `torchrun` describes it in the environment, or alone. Raises UserError for a missing device, and where
+    processes were started with different arguments."""
     world, on = int(os.environ.get("WORLD_SIZE", "1")), pick_device(device)
     if world == 1:
         return Ranks(device=on)
@@ -118,11 +121,26 @@ def start_ranks(device: str) -> Ranks:
             raise UserError(f"process {local} has no GPU of its own ({torch.cuda.device_count()} here): start fewer")
         on = torch.device("cuda", local)
         torch.cuda.set_device(on)
-    if not dist.is_initialized():
+    starts, here = not dist.is_initialized(), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if starts:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on.type == "cuda" else "gloo", timeout=TIMEOUT)
     console.quiet = dist.get_rank() > 0
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return Ranks(rank=dist.get_rank(), world=world, here=here, device=on)
+    ranks = Ranks(rank=dist.get_rank(), world=world, here=here, device=on)
+    if starts:
+        _check_alike(ranks.gather(sys.argv[1:]))
+    return ranks
+
+
+def _check_alike(every: list[list[str]]) -> None:
+    """Raises UserError unless all processes were started with the same arguments: else one would train or count what another
+    does not, or wait for it for ever."""
+    for rank, given in enumerate(every):
+        for at, (own, first) in enumerate(zip_longest(given, every[0])):
+            if own != first:
+                told, wanted = (" ".join(words[max(0, at - 1) : at + 1]) for words in (given, every[0]))
+                raise UserError(
+                    f"process {rank} was started with '{told}' where the first has '{wanted}': start all with the same arguments"
+                )
 
 
 @contextmanager

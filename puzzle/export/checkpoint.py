@@ -21,7 +21,7 @@ from puzzle.parents.checkpoint import LICENCE_FILES
 
 MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
 SHIPPED_CODE = ("configuration_decilm.py", "modeling_decilm.py", "modeling_puzzle.py")
-HEADER_BYTES = 64 * 1024  # kept free for a shard's header: about 500 tensors
+HEADER_BYTES = 256 * 1024  # kept free for a shard's header: about 2,000 tensors
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",

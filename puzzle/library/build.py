@@ -156,7 +156,11 @@ class Builder:
             tuple(range(*ends)) for ends in pairwise([0, *ends])
         ]  # gaps too: the parent passes through all layers
         absent = ranks.from_first(self._missing)
+        self._snapshots = Snapshots(
+            out / ".work", content_hash(list(self._keys.values())), self.options.snapshot_seconds, ranks
+        )
         if not absent:
+            self._snapshots.remove()  # of a run that was killed after its last block
             console.print(f"library {out} is complete: nothing to train")
             return
         last = max(index for index, group in enumerate(groups) if any(k[0] in group for k in absent))
@@ -166,9 +170,6 @@ class Builder:
         self._data = data
         self._embedding = self.parent.embedding().to(self.device, self.dtype)
         self._streams = ResidualStreams(self._embed, self._like)
-        self._snapshots = Snapshots(
-            out / ".work", content_hash(list(self._keys.values())), self.options.snapshot_seconds, ranks
-        )
         chain = list(range(ranks.world))
         with progress("distil", self.num_batches * len(rounds)) as bar:
             for number, of_round in enumerate(rounds):

@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from puzzle.base.errors import UserError
 from puzzle.base.files import read_json, write_json
 from puzzle.base.ranks import Ranks
 from puzzle.base.units import layer_name
@@ -90,9 +91,8 @@ class Results:
             found |= {layer: left} if left else {}
         return found
 
-    def screen(self, layer: int, estimates: dict[str, float], screened: set[str]) -> None:
-        """Keep the estimates of a layer, the same in every process, and which variants they drop."""
-        self.layers[layer].estimates, self.layers[layer].screened = estimates, screened
+    def keep(self, layer: int) -> None:
+        """Write a layer's file: estimates and what they drop are the same in every process."""
         if self.ranks.is_first:
             self._write(layer)
 
@@ -140,8 +140,11 @@ class Results:
         return found
 
     def _of(self, path: Path, layer: int) -> dict[str, Any]:
-        """{} of another key, or of no file."""
-        file = read_json(path, "puzzle score") if path.is_file() else {}
+        """{} of another key, of no file or of a broken one, which is measured anew."""
+        try:
+            file = read_json(path, "puzzle score") if path.is_file() else {}
+        except UserError:
+            return {}
         return file if file.get("key") == self.keys[layer] else {}
 
     def _path(self, layer: int) -> Path:

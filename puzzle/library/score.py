@@ -176,21 +176,26 @@ class Scoring:
 
     def screen(self) -> None:
         """Estimate what has no estimate yet, in the first process, and mark the worst; what has a score already keeps it."""
-        fraction, layers = self.options.sub_block_screen, self.results.layers
-        if fraction is None:
+        if self.options.sub_block_screen is None:
             return
-        lacking, memory = self.lacking(), self.memory
-        new = self.ranks.from_first(lambda: self._estimates(lacking, memory) if lacking else {})
-        found = {n: new.get(n, layers[n].estimates) for n in self.library.layers}
-        dropped = worst(found, fraction)
-        for layer in found:
-            left = {name for n, name in dropped if n == layer and name not in layers[layer].scores}
-            self.results.screen(layer, found[layer], left)
-        count = sum(len(layers[n].screened) for n in found)
+        lacking, memory, layers = self.lacking(), self.memory, self.results.layers
+        self.mark(self.ranks.from_first(lambda: self._estimates(lacking, memory) if lacking else {}))
+        for layer in self.library.layers:
+            self.results.keep(layer)
+        count = sum(len(layers[n].screened) for n in self.library.layers)
         console.print(
             f"{count} of {self.num_blocks} blocks are screened out: they get no score, and `solve` cannot choose them",
             soft_wrap=True,
         )
+
+    def mark(self, new: dict[int, dict[str, float]]) -> None:
+        """The worst of all by estimates, `new` ones beside those that are there; in memory alone."""
+        layers = self.results.layers
+        for layer, found in new.items():
+            layers[layer].estimates = found
+        dropped = worst({n: layers[n].estimates for n in self.library.layers}, self.options.sub_block_screen or 0)
+        for n in self.library.layers:
+            layers[n].screened = {name for layer, name in dropped if layer == n and name not in layers[n].scores}
 
     @property
     def num_blocks(self) -> int:
@@ -290,10 +295,13 @@ def plan_scores(
     options = options or ScoreOptions()
     with running_ranks(options.device) as ranks:
         work = Scoring(root, data, options, parent, ranks)
-        todo = work.missing()
-        count, own = (sum(map(len, some.values())) for some in (todo, work.mine(todo)))
         facts = {"device": str(work.device), "processes": ranks.world, "num_tokens": work.tokens.validation.numel()}
-        if options.sub_block_screen is not None and (lacking := work.lacking()):
-            facts["screened_out_at_most"] = int(options.sub_block_screen * work.num_blocks)
+        lacking = [] if options.sub_block_screen is None else work.lacking()
+        if lacking:
+            facts["screened_out_at_most"] = int((options.sub_block_screen or 0) * work.num_blocks)
             facts["screen"] = work.screen_plan(lacking, work.memory).to_json()
+        elif options.sub_block_screen is not None:
+            work.mark({})  # all is estimated: which it leaves out is known
+        todo = work.results.missing(options.sub_block_screen is not None and not lacking)
+        count, own = (sum(map(len, some.values())) for some in (todo, work.mine(todo)))
         return facts | {"missing": count, "plan": work.plan(todo).to_json(own) if count else None}

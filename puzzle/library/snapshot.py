@@ -77,9 +77,10 @@ class Snapshots:
             return 0, []
         try:
             found = read_json(path, "puzzle build-library")
-        except UserError:
+            key, step, layers = found["key"], int(found["step"]), list(found["layers"])
+        except (UserError, KeyError, TypeError, ValueError):  # broken, or of another version: as if there were none
             return 0, []
-        return (found["step"], found["layers"]) if found["key"] == self.key else (0, [])
+        return (step, layers) if key == self.key else (0, [])
 
     def _save(self, step: int, trainers: LayerTrainers) -> None:
         directory = self._directory(step)

@@ -105,11 +105,12 @@ def stages_of(
         subject = Subject(name="parent", structure=structure.timed(), offered=tuple(own | offered)).share(
             recipe.solve.tp
         )
-        structure = subject.structure
         each = grid.seconds if recipe.profile.gpu == "cpu" else SECONDS_PER_POINT
-        cache = sum(b.state().per_token for _, _, b in structure) * grid.capacity * max(grid.batches) * itemsize
+        own_share = subject.structure
+        cached = sum(b.state().per_token for _, _, b in own_share) * grid.capacity * max(grid.batches)
         stages["profile"] = _row(
-            round(count_points(subject, grid) * grid.rounds * each * len(profiled(recipe)), 1), weights + cache
+            round(count_points(subject, grid) * grid.rounds * each * len(profiled(recipe)), 1),
+            (own_share.num_parameters + cached) * itemsize,
         )
     stages["solve"] = _row(None, None)
     if recipe.solve.measures:  # a round scores as many replacements again

@@ -65,9 +65,9 @@ class Divergence:
         return whole
 
     def result(self) -> dict[str, float]:
-        """kl_stderr takes sequences as the independent draws: tokens of one text are not."""
+        """kl_stderr takes sequences as the independent draws: tokens of one text are not. Of a single one it has no bound (inf)."""
         kl = torch.cat(self._kl)
-        spread = kl.std(unbiased=True).item() if len(kl) > 1 else math.nan
+        spread = kl.std(unbiased=True).item() if len(kl) > 1 else math.inf
         return {
             "kl": kl.mean().item(),
             "kl_stderr": spread / math.sqrt(len(kl)),

@@ -140,9 +140,10 @@ def test_shards_and_index(model, tmp_path):
 
 
 def test_a_full_header_starts_a_new_shard(tmp_path):
-    tensors = {f"layer.{i}." + "x" * 50: torch.full((2,), float(i)) for i in range(900)}
+    tensors = {f"layer.{i}." + "x" * 50: torch.full((2,), float(i)) for i in range(3000)}
     write(tmp_path / "child", iter(tensors.items()))
     index = json.loads((tmp_path / "child" / INDEX).read_text())
+    assert len(set(index["weight_map"].values())) == 2
     found = {}
     for file in set(index["weight_map"].values()):
         found |= load_file(tmp_path / "child" / file)

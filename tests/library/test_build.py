@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from puzzle.base.ranks import Ranks
 from puzzle.blocklib.distill import Recipe
 from puzzle.library.build import Builder, BuildOptions, build_library
 from puzzle.library.manifest import Library
 from puzzle.library.plan import describe
+from puzzle.library.snapshot import Snapshots
 from puzzle.parents.opened import open_model
 
 SMALL = {
@@ -96,6 +98,32 @@ def test_damaged_blocks_are_trained_again(parent, corpus, tmp_path):
     (out / "blocks/L02/attention/kv1.json").write_text("{")
     build_library(str(parent), options(corpus, out, attention="kv1", ffn="0.5"))
     assert hashes(out) == whole
+
+
+def test_a_run_killed_after_its_last_block_leaves_nothing(parent, corpus, tmp_path):
+    """The next one, which has nothing to train, takes its snapshot away."""
+    out = tmp_path / "lib"
+    build_library(str(parent), options(corpus, out, attention="kv1", ffn="none"))
+    whole = hashes(out)
+    (out / ".work/step-00000007").mkdir(parents=True)
+    (out / ".work/snapshot.json").write_text("{}")
+    build_library(str(parent), options(corpus, out, attention="kv1", ffn="none"))
+    assert hashes(out) == whole
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "x",
+        "[]",
+        '{"schema": 1}',
+        '{"schema": 1, "key": "K", "step": 5}',
+        '{"schema": 1, "key": "K", "step": null, "layers": 3}',
+    ],
+)
+def test_a_broken_snapshot_counts_as_none(tmp_path, content):
+    (tmp_path / "snapshot.json").write_text(content)
+    assert Snapshots(tmp_path, "K", 60, Ranks(device=torch.device("cpu"))).load({}) == 0
 
 
 def test_a_snapshot_continues_bit_for_bit(parent, corpus, tmp_path, monkeypatch):

@@ -49,6 +49,33 @@ def test_joint_scores(own_library, corpus, puzzle):
     assert set(scores) == {"attention/none", "ffn/none", "attention/none+ffn/none"}
 
 
+def test_one_sequence_has_no_error_of_the_mean(own_library, parent, corpus, puzzle, one_line_error, tmp_path):
+    """Scores are kept without one, whatever the text gives; `evaluate`, which prints it, refuses text that gives no second sequence."""
+    done = puzzle("score", own_library, "--data", corpus, "--sequences", 1, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    scores = Library.open(own_library).scores(0)
+    assert all(score["kl_stderr"] is None and score["kl"] >= 0 for score in scores.values())
+    (tmp_path / "short.txt").write_text("a text of few words, " * 12)
+    done = puzzle(
+        "evaluate", parent, parent, "--data", tmp_path / "short.txt", "--seq-len", 64, "--no-speed", "--device", "cpu"
+    )
+    one_line_error(
+        done, "the text gives one held-out sequence of 64 tokens", "give more --data, or a smaller --seq-len"
+    )
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"schema": 0}', '{"schema": 1}'])
+def test_a_broken_file_is_scored_anew(own_library, corpus, puzzle, content):
+    score = ("score", own_library, "--data", corpus, "--sequences", 2, "--device", "cpu")
+    assert puzzle(*score).exit_code == 0
+    path = own_library / "scores/L01.json"
+    before = path.read_bytes()
+    path.write_text(content)
+    done = puzzle(*score)
+    assert done.exit_code == 0, done.output
+    assert path.read_bytes() == before
+
+
 def test_scores_on_other_text_go_first(own_library, corpus, puzzle, one_line_error, tmp_path, monkeypatch):
     """Wherever a second scoring is stopped, no layer keeps what does not add up with the others; what does is kept."""
     (tmp_path / "corpus").mkdir()

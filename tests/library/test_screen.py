@@ -63,6 +63,9 @@ def test_screened_blocks_are_never_chosen(puzzle, own_library, corpus, parent, t
     assert planned["screen"]["device_bytes"] > 0
     done = puzzle(*score, "--sub-block-screen", 0.5, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
+    for share in (0.25, 0.5):  # all is estimated: the dry run knows what another share leaves out
+        planned = json.loads(puzzle(*score, "--sub-block-screen", share, "--dry-run", "--json").stdout)
+        assert planned["missing"] == (0 if share == 0.5 else blocks // 2 - int(share * blocks))
     library = Library.open(own_library)
     dropped = {(n, name) for n in library.layers for name in library.screened(n)}
     assert len(dropped) == blocks // 2

@@ -164,6 +164,16 @@ Checkpoint.fingerprint = lambda self: plain(self) + os.environ["RANK"]
     assert "process 1 sees another parent" in line
 
 
+def test_other_arguments_in_one_process(launch, ended, build, tmp_path):
+    """A block trained by another recipe would go into the library, or the processes wait for each other."""
+    setup = "import os, sys\nsys.argv[1:] = ['build-library', '--lr', f'{1 + int(os.environ[\"RANK\"])}e-3', '--no-score']\n"
+    group = launch((*build, "--out", tmp_path / "lib"), processes=2, setup=setup)
+    assert ended(group) == [2, 2]
+    told = "process 1 was started with '--lr 2e-3' where the first has '--lr 1e-3': start all with the same arguments"
+    assert errors(group) == [f"error: {told}"]
+    assert not (tmp_path / "lib").exists()
+
+
 def test_verbs_that_one_process_does(launch, ended, whole):
     group = launch(("solve", whole, "--throughput", "2x"), processes=2)
     assert ended(group) == [2, 2]

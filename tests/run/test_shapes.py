@@ -34,6 +34,11 @@ def test_a_dry_run_needs_no_checkpoint(puzzle, name, tmp_path):
     assert found["activation_bytes"] == steps * 8192 * 4 * structure.hidden_size * 2
     assert stages["child"]["disk_bytes"] == 2 * structure.num_parameters
     assert stages["heal"]["memory_bytes"] == 18 * structure.num_parameters
+    held_out = (
+        recipe["evaluate"]["sequences"] * recipe["evaluate"]["seq_len"]
+    )  # the whole parent, however many GPUs share it to serve
+    passed = sum(forward_flops(b, 8192) for _, _, b in structure) + 2 * structure.vocab_size * structure.hidden_size
+    assert stages["evaluate"]["gpu_hours"] == pytest.approx(3 * held_out * passed / (MFU * 989e12) / 3600, rel=1e-3)
     for row in stages.values():
         if row["memory_bytes"] is not None:
             assert row["gpus"] == -(-row["memory_bytes"] // GPUS["h100"].memory_bytes)
