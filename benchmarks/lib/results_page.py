@@ -4,7 +4,7 @@
 
 What was measured is the first line of the script's docstring; the command is the one there, or in the header of a shell
 script, that names the file; device, versions and date are columns of the file (a JSON's date stands in the docstring).
-`result_tables.py` makes the tables.
+`result_tables.py` and `serving_tables.py` make the tables.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import result_tables as t
+import serving_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS, PAGE = ROOT / "benchmarks", ROOT / "docs" / "results.md"
@@ -144,11 +145,15 @@ SECTIONS = {
         Result("heal_resume.csv", "quality/bench_heal_resume.py", "Healing: continued", t.heal_resume, H100),
     ),
     "Serving": (
-        Result("serving.csv", "serving/bench_serving.py", "Throughput", t.serving),
-        Result("serving_matrix.csv", "serving/serving_matrix.py", "The matrix of engines", t.serving_matrix),
-        Result("serving_matrix_h100.csv", "serving/serving_matrix.py", "vLLM on a GPU", t.serving_matrix_gpu),
-        Result("engine_promise.csv", "serving/bench_promise.py", "vLLM and its promise", t.engine_promise),
-        Result("export.csv", "serving/bench_export.py", "Memory of an export", t.export),
+        Result("serving.csv", "serving/bench_serving.py", "Throughput", serving_tables.serving),
+        Result(
+            "serving_matrix.csv", "serving/serving_matrix.py", "The matrix of engines", serving_tables.serving_matrix
+        ),
+        Result(
+            "serving_matrix_h100.csv", "serving/serving_matrix.py", "vLLM on a GPU", serving_tables.serving_matrix_gpu
+        ),
+        Result("engine_promise.csv", "serving/bench_promise.py", "vLLM and its promise", serving_tables.engine_promise),
+        Result("export.csv", "serving/bench_export.py", "Memory of an export", serving_tables.export),
     ),
     "Solver": (
         Result("solver.csv", "solver/bench_solver.py", "Time to a proven optimum", t.solver),

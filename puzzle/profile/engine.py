@@ -223,7 +223,8 @@ def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: 
         more = {"device": value["device"], "precision": value["precision"], "parent": parent}
         if "largest_batch" in value:  # earlier ones were measured up to 256
             more |= {name: value[name] for name in ("largest_batch", "room_bytes", "format")}
-        left_out = value.get("leave_one_out", {}).get("throughput", {}).get("mean")
+        error = value.get("leave_one_out", {}).get("throughput", {}).get("mean")
+        left_out = None if error is None else float(error)
         if wrong or given:
             raise ValueError(f"constants {', '.join([*wrong, *given])} cannot be")
         _check_facts(more)

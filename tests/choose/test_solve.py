@@ -155,6 +155,8 @@ def test_solve_does_not_promise_past_an_engines_host(own_library):
         UserError, match=r"1000x cannot be met: at best, the fastest child reaches 1x.*the engine's own Py"
     ):
         solve_library(library, slow, asked(throughput="1000x"))  # neither the device nor the host allows it
+    with pytest.raises(UserError, match=r"1000x cannot be met: no value of one of them alone"):
+        solve_library(library, slow, asked(throughput="1000x", memory="1"))  # nor would the memory do
     found = solve_library(library, table, asked(throughput="1x"))
     assert found.predicted.tpot_seconds == pytest.approx(1e-3 + 8e-4)
     assert found.speedup == pytest.approx(1, abs=0.02)

@@ -137,6 +137,7 @@ def test_fits_of_ones_own_come_first_and_are_named(tmp_path):
         ({"constants": {"step": "a"}}, "is no engine fit"),
         ({"constants": []}, "is no engine fit"),
         ({"gpu": "h200"}, "is a fit of vllm on h200, not of vllm on h100"),
+        ({"leave_one_out": {"throughput": {"mean": "small"}}}, "is no engine fit .*small"),
         ({"engine": "sglang"}, "is a fit of sglang on h100, not of vllm on h100"),
     ],
 )
