@@ -34,6 +34,7 @@ from typing import Any
 
 import click
 
+from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.choose.goal import GoalOptions
 from puzzle.choose.interactions import Layers, Terms, fit_interactions, predicted
@@ -174,10 +175,10 @@ class Bench:
         known = [(one.layers, one.kl) for one in everything if _told(one.layers) not in apart]
         near = [one for one in everything if _told(one.layers) in mine]
         selection = self.selections[speed]
-        terms, fit = (
-            Terms(self.library, selection.cells),
-            fit_interactions(self.library, selection.cells, known, candidates),
-        )
+        terms = Terms(self.library, selection.cells)
+        fit = fit_interactions(self.library, selection.cells, known, candidates)
+        if isinstance(fit, str):
+            raise UserError(f"no interactions are fitted: {fit}")
         sums = [sum(cell.score for cell in terms.chosen(one.layers) or ()) for one in near]
         paired = [predicted(fit.interactions, terms, one.layers) for one in near]
         kls = [one.kl for one in near]

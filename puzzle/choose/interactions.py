@@ -17,7 +17,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from puzzle.base.errors import UserError
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.cells import Cell
 from puzzle.choose.context import Interactions
@@ -77,9 +76,9 @@ def fit_interactions(
     cells: Sequence[Mapping[str, Cell]],
     children: Sequence[tuple[Layers, float]],
     near_best: Sequence[Layers],
-) -> Fit:
-    """children: measured ones, with their KL; near_best: those that say how much damage others do far away. Raises UserError for too
-    few."""
+) -> Fit | str:
+    """children: measured ones, with their KL; near_best: those that say how much damage others do far away. Where they do not tell
+    interactions, what is lacking."""
     terms, rows, targets, totals = Terms(library, cells), [], [], []
     count, best = library.num_layers, [chosen for one in near_best if (chosen := terms.chosen(one))]
     for layers, kl in children:
@@ -92,10 +91,12 @@ def fit_interactions(
         targets.append(kl / total - 1)
         totals.append(total)
     if len(rows) < LEAST:
-        raise UserError(
-            f"`pairs` are fitted from {LEAST} measured children at least, here are {len(rows)}: ask for more `finalists`"
+        return (
+            f"that takes {LEAST} measured children whose scores sum to more than 0; {len(rows)} of {len(children)} do"
         )
     typical, each = float(np.mean([sum(cell.score for cell in chosen) for chosen in best])), np.array(totals)
+    if typical <= 0:
+        return f"scores of near-optimal children sum to {typical:.2g} nats/token on average, which none can be part of"
     weights = np.minimum(typical / each, each / typical)
     design, target = np.array(rows) * np.sqrt(weights)[:, None], np.array(targets) * np.sqrt(weights)
     scale = math.sqrt(len(weights) / weights.sum())

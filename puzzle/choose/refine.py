@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.console import console
+from puzzle.base.console import console, progress
 from puzzle.base.errors import UserError
 from puzzle.base.files import replacing, write_json
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.context import Around
-from puzzle.choose.interactions import Fit, Layers, fit_interactions, sample
+from puzzle.choose.interactions import PARTS, Fit, Layers, fit_interactions, sample
 from puzzle.choose.options import SolveOptions
 from puzzle.choose.problem import Selection
 from puzzle.choose.solve import architecture, choose, why_none
 from puzzle.library.children import Children
-from puzzle.library.manifest import Replacement
+from puzzle.library.manifest import Library, Replacement
 from puzzle.measure.architecture import Architecture, write_architecture
 from puzzle.solver.diverse import diverse_over
 from puzzle.solver.problem import ProblemError
@@ -111,8 +111,14 @@ class Refiner:
         own, library = [changed(one.solved) for one in self.found.candidates], self.selection.library
         self.children.measure([self._whole(one) for one in sample(own)])
         known = [(one.layers, one.kl) for one in self.children.measurements()]
-        self.found.fit = fit_interactions(library, self.selection.cells, known, own)
-        request = replace(self.selection.request, interactions=self.found.fit.interactions)
+        fit = fit_interactions(library, self.selection.cells, known, own)
+        if isinstance(fit, str):
+            console.print(
+                f"no interactions are fitted: {fit}; finalists stand as they are", markup=False, soft_wrap=True
+            )
+            return
+        self.found.fit = fit
+        request = replace(self.selection.request, interactions=fit.interactions)
         asked = replace(self.selection, request=request, known={})
         batches = sorted({one.solved.predicted.batch for one in self.found.candidates})
         solutions = near_best(asked, count, min_distance, batches)
@@ -144,13 +150,7 @@ class Refiner:
     def marginal(self, own: Sequence[Replacement]) -> list[dict[str, dict[str, float]]]:
         """Per layer and slot, what each other variant in its place adds to the KL of the child `own`, in nats per token."""
         library = self.selection.library
-        places = [
-            (n, slot, name)
-            for n in library.layers
-            for slot, space in library.spaces[n].items()
-            for name in space
-            if name != own[n][slot] and f"{slot}/{name}" not in library.screened(n)
-        ]
+        places = [one for one in choices(library) if one[2] != own[one[0]][one[1]]]
         others = [[*own[:n], {**own[n], slot: name}, *own[n + 1 :]] for n, slot, name in places]
         itself, *measured = self.children.measure([own, *others])
         found: list[dict[str, dict[str, float]]] = [{} for _ in own]
@@ -210,6 +210,35 @@ def solve_measured(
     return refiner.found
 
 
+def plan_measured(selection: Selection, asked: SolveOptions, children: Children) -> dict[str, Any]:
+    """What `solve_measured` would measure at most, for --dry-run; writes nothing. Children that a library has measured already are not
+    measured again."""
+    library, several = selection.library, asked.finalists or 1
+    slots = sum(len(library.spaces[n]) for n in library.layers)
+    of_round = len(choices(library)) - slots + (2 * library.num_layers - 1).bit_length()
+    parts = PARTS * library.num_layers if asked.pairs else 0
+    count = several * (2 if asked.pairs else 1) + parts + (asked.rounds or 0) * of_round
+    near_best(selection, several, asked.min_distance)
+    return {
+        "device": str(children.device),
+        "num_tokens": children.tokens.validation.numel(),
+        "children_at_most": count,
+        "measured_before": len(children.known),
+        "plan": children.plan(max(several, parts, of_round if asked.rounds else 0)).to_json(),
+    }
+
+
+def choices(library: Library) -> list[tuple[int, str, str]]:
+    """(layer, slot, variant) of all that the library offers and was not screened out, the parent's too."""
+    return [
+        (n, slot, name)
+        for n in library.layers
+        for slot, space in library.spaces[n].items()
+        for name in space
+        if f"{slot}/{name}" not in library.screened(n)
+    ]
+
+
 def near_best(
     selection: Selection, count: int, min_distance: int, batches: Sequence[int] = ()
 ) -> list[tuple[int, Solution]]:
@@ -229,7 +258,8 @@ def near_best(
         ranked = sorted((b for b, s in solutions.items() if s.choice), key=lambda b: solutions[b].objective)
         picked = {batch: solutions[batch] for batch in ranked[:BATCHES]}
         problems = {batch: selection.problem(batch) for batch in picked}
-        return diverse_over(problems, picked, count, min_distance, **how)
+        with progress("candidates", count) as bar:
+            return diverse_over(problems, picked, count, min_distance, **how, on_found=bar.advance)
     except ProblemError as error:
         raise UserError(str(error)) from error
 

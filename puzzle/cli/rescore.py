@@ -21,6 +21,7 @@ from puzzle.cli import options
     "--rounds", type=int, default=1, metavar="N", help="Score anew around the best, N times or until no gain."
 )
 @options.held_out
+@options.dry_run
 @click.option("--out", type=options.PATH, help="Default: LIBRARY/rescored.")
 @options.as_json
 def rescore_command(
@@ -38,6 +39,7 @@ def rescore_command(
     text_field: str,
     device: str,
     memory_limit: int | None,
+    dry_run: bool,
 ) -> None:
     """Score every replacement in LIBRARY in place of what ARCHITECTURE has there, and solve for its goal with these scores.
 
@@ -45,12 +47,13 @@ def rescore_command(
     kept in LIBRARY, so that a run that was stopped goes on where it was.
 
     \b
-    Example:
+    Examples:
       puzzle rescore lib lib/solution --gpu cpu --data corpus --rounds 3 --out better
+      puzzle rescore lib lib/solution --gpu h100 --data corpus --memory-limit 40GB --dry-run
     """
     from puzzle.choose.again import asked_again
     from puzzle.choose.options import SolveOptions
-    from puzzle.choose.refine import solve_measured
+    from puzzle.choose.refine import plan_measured, solve_measured
     from puzzle.cli.report import print_finalists
     from puzzle.library.assemble import architecture_of
     from puzzle.library.children import Children
@@ -68,7 +71,11 @@ def rescore_command(
     selection = asked_again(opened, solved, asked, gpu)
     if target.resolve() == architecture_path(architecture).resolve().parent:
         raise UserError(f"`out` {target} is where {architecture} lies: choose another directory")
-    refined = solve_measured(selection, asked, Children(opened, data, text, parent), solved)
+    children = Children(opened, data, text, parent)
+    if dry_run:
+        options.show(lambda: plan_measured(selection, asked, children), as_json, options.print_facts)
+        return
+    refined = solve_measured(selection, asked, children, solved)
     refined.write(target)
     if as_json:
         options.print_json({"schema": 1, **refined.to_json()})

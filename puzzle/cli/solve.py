@@ -18,7 +18,7 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 RULES = ["greedy", "uniform", "uniform-width", "depth", "random", "no-op", "most-parameters"]
-TEXT = "data sequences text_field device parent memory_limit"  # what children are measured on
+TEXT = "data sequences text_field device parent memory_limit dry_run"  # what children are measured on
 MEASURED = "pareto diverse baseline explain fusion fusion_dependency precision"  # modes that are not
 
 
@@ -40,7 +40,11 @@ MODES = (
         lambda p: p["diverse"] is not None,
         unused="baseline same_batch explain fusion fusion_dependency",
     ),
-    Mode("without `diverse`", lambda p: p["diverse"] is None and p["finalists"] is None, unused="min_distance"),
+    Mode(
+        "without `diverse` or `finalists`",
+        lambda p: p["diverse"] is None and p["finalists"] is None,
+        unused="min_distance",
+    ),
     Mode("with `finalists`", lambda p: p["finalists"] is not None, unused=MEASURED),
     Mode("with `rounds`", lambda p: p["rounds"] is not None, unused=MEASURED),
     Mode("without `finalists`", lambda p: p["finalists"] is None, unused="pairs"),
@@ -109,6 +113,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--pairs", is_flag=True, help="Then fit interactions from them, and measure N more that these favour.")
 @click.option("--rounds", type=int, metavar="N", help="Then score anew around the best, N times or until no gain.")
 @options.held_out
+@options.dry_run
 @click.option("--problem", type=options.PATH, help="A problem.json of your own, without a LIBRARY.")
 @click.option("--out", type=options.PATH, help="Default: LIBRARY/solution, or solution.json.")
 @options.as_json
@@ -129,6 +134,7 @@ def solve_command(
     device: str,
     parent: str | None,
     memory_limit: int | None,
+    dry_run: bool,
     as_json: bool,
     **wanted: Any,
 ) -> None:
@@ -149,6 +155,7 @@ def solve_command(
       puzzle solve lib --throughput 2x --fusion --fusion-dependency dependency.json --gpu cpu
       puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
       puzzle solve lib --throughput 2x --gpu h100 --finalists 16 --pairs --rounds 3 --data corpus
+      puzzle solve lib --throughput 2x --gpu h100 --rounds 3 --data corpus --memory-limit 40GB --dry-run
       puzzle solve --problem problem.json --out solution.json
     """
     if problem is not None:
@@ -203,7 +210,7 @@ def solve_command(
         click.echo(f"wrote {len(several)} architectures into {target}", err=True)
         return
     if asked.measures:
-        from puzzle.choose.refine import solve_measured
+        from puzzle.choose.refine import plan_measured, solve_measured
         from puzzle.cli.report import print_finalists
         from puzzle.library.children import Children
         from puzzle.library.score import ScoreOptions
@@ -211,7 +218,11 @@ def solve_command(
         text = ScoreOptions(sequences=sequences, text_field=text_field, device=device, memory_limit=memory_limit)
         assert not isinstance(costs, Precisions)
         selection = select(opened, costs, request)
-        refined = solve_measured(selection, asked, Children(opened, data, text, parent))
+        children = Children(opened, data, text, parent)
+        if dry_run:
+            options.show(lambda: plan_measured(selection, asked, children), as_json, options.print_facts)
+            return
+        refined = solve_measured(selection, asked, children)
         refined.write(target)
         if as_json:
             options.print_json({"schema": 1, **refined.to_json()})

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from puzzle.base.console import console, progress
@@ -18,6 +20,8 @@ from puzzle.base.files import content_hash, read_json, write_json
 from puzzle.base.lock import holding
 from puzzle.base.units import layer_name
 from puzzle.blocklib.variant import PARENT
+from puzzle.data.files import list_files
+from puzzle.data.packing import TokenData
 from puzzle.library.assemble import open_parent
 from puzzle.library.manifest import Library, Replacement, score_name
 from puzzle.library.passes import ChildPath, Passes, path_of
@@ -41,24 +45,43 @@ class Measurement:
 
 
 class Children:
-    """Of one library on one held-out text. Raises UserError where parent or text do not fit, before anything is measured."""
+    """Of one library on one held-out text, which is read when the first child is measured. Raises UserError where parent or text do
+    not fit, before anything is measured."""
 
     def __init__(self, library: Library, data: Sequence[str], options: ScoreOptions, parent: str | None = None):
         if not data:
             raise UserError("`data` is missing: say on which text children are measured, such as --data corpus")
-        self.library, self.options = library, options
+        self.library, self.options, self.data = library, options, list(data)
+        for place in self.data:
+            list_files(place)
         self.parent, self.device = open_parent(library, parent), pick_device(options.device)
-        self.tokens = held_out(library, self.parent, list(data), options)
-        self.key = content_hash([library.fingerprint, self.tokens.hash, self.device.type])
-        self.path = library.root / "children" / f"{self.key[:16]}.json"
         self._hashes: dict[tuple[int, str, str], str] = {}
-        self.known: dict[str, dict[str, Any]] = {}
-        self._look()
 
-    def _look(self) -> None:
-        """At what this or another process has left, of blocks that are as they were."""
-        kept = read_json(self.path, MADE_BY)["children"] if self.path.is_file() else {}
-        self.known |= {name: one for name, one in kept.items() if one["blocks"] == self._blocks(_read(one["layers"]))}
+    @cached_property
+    def tokens(self) -> TokenData:
+        """Of the text."""
+        return held_out(self.library, self.parent, self.data, self.options)
+
+    @cached_property
+    def path(self) -> Path:
+        """Where its measurements are kept."""
+        key = content_hash([self.library.fingerprint, self.tokens.hash, self.device.type])
+        return self.library.root / "children" / f"{key[:16]}.json"
+
+    @cached_property
+    def known(self) -> dict[str, dict[str, Any]]:
+        """By name, what has been measured."""
+        return self._kept()
+
+    def _kept(self) -> dict[str, dict[str, Any]]:
+        """What this or another process has left, of blocks that are as they were. A broken file counts as none."""
+        try:
+            kept = read_json(self.path, MADE_BY)["children"] if self.path.is_file() else {}
+            same = {name: one for name, one in kept.items() if one["blocks"] == self._blocks(_read(one["layers"]))}
+            assert all(math.isfinite(one["kl"]) and math.isfinite(one["kl_stderr"]) for one in same.values())
+        except (UserError, AssertionError, AttributeError, KeyError, TypeError, ValueError):
+            return {}
+        return same
 
     def measurements(self) -> list[Measurement]:
         """Of all that were ever measured, with the blocks that are there now."""
@@ -72,7 +95,7 @@ class Children:
         wanted = {_name(self._changed(child)): self._changed(child) for child in children}
         if not wanted.keys() <= self.known.keys():
             with holding(self.library.root):
-                self._look()
+                self.known |= self._kept()
                 missing = {name: layers for name, layers in wanted.items() if name not in self.known}
                 if missing:
                     self._measure(missing, self._changed(children[0]))
@@ -95,16 +118,18 @@ class Children:
         passes = Passes(self.library, self.parent, self.tokens.validation, self.device, plan)
         with progress("children", len(paths)) as bar:
             for measured in passes.run(list(_groups(paths, like, plan.together)), bar):
-                for path, result in measured:
-                    if not math.isfinite(result["kl"]):
-                        raise UserError(
-                            f"child {paths[path]} has no finite output: one of its blocks diverged in training; delete it and run "
-                            "`puzzle build-library` again with a smaller --lr"
-                        )
+                finite = [(path, result) for path, result in measured if math.isfinite(result["kl"])]
+                for path, result in finite:
                     layers = missing[paths[path]]
                     told = {str(n): dict(layer) for n, layer in layers.items()}
                     self.known[paths[path]] = {"layers": told, "blocks": self._blocks(layers), **result}
                 write_json(self.path, {"children": self.known})
+                for path, _ in measured:
+                    if paths[path] not in self.known:
+                        raise UserError(
+                            f"child {paths[path]} has no finite output: one of its blocks diverged in training; delete it and run "
+                            "`puzzle build-library` again with a smaller --lr"
+                        )
 
     def plan(self, count: int) -> Residency:
         """How the parent and `count` children go over the text."""

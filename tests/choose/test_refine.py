@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 
-from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.choose.context import Around, Interactions
 from puzzle.choose.goal import GoalOptions
@@ -103,7 +102,8 @@ def test_pairs_and_rounds(puzzle, own_library, corpus, tmp_path):
         (("--finalists", 0, "--data", "."), "--finalists 0: must be above 0"),
         (("--rounds", -1, "--data", "."), "--rounds -1: must be above 0"),
         (("--finalists", 4, "--min-distance", 9, "--data", "."), "a distance of 9 layers: use 1 to 4"),
-        (("--finalists", 4, "--data", "nowhere"), "nowhere"),
+        (("--finalists", 4, "--throughput", "99x", "--memory", "1%", "--data", "."), "cannot be met"),
+        (("--finalists", 4, "--data", "/nowhere"), "--data /nowhere does not exist"),
         (("--finalists", 4, "--fusion", "--data", "."), "--fusion is not used with --finalists"),
         (("--rounds", 4, "--precision", "bf16,fp8", "--data", "."), "--precision is not used with --rounds"),
         (("--pairs",), "--pairs is not used without --finalists"),
@@ -112,7 +112,7 @@ def test_pairs_and_rounds(puzzle, own_library, corpus, tmp_path):
     ],
 )
 def test_what_is_refused(puzzle, one_line_error, library, corpus, tmp_path, asked, told):
-    """In one line, before anything is written."""
+    """In one line, before anything is written, and before text is read, of which "." would have a lot."""
     words = [str(corpus) if word == "CORPUS" else word for word in asked]
     done = puzzle(
         "solve",
@@ -125,6 +125,79 @@ def test_what_is_refused(puzzle, one_line_error, library, corpus, tmp_path, aske
     )
     one_line_error(done, told)
     assert not (tmp_path / "s").exists()
+
+
+def test_finalists_differ_in_what_they_do(puzzle, own_library, corpus, tmp_path):
+    """A window that is longer than the text is the parent there: no child is measured beside one that does the same."""
+    asked = ("solve", own_library, *SOLVE, "--finalists", 8, "--data", corpus, *TEXT, "--out", tmp_path / "s", "--json")
+    kls = [one["kl"] for one in json.loads(puzzle(*asked).stdout)["children"]]
+    assert len(set(kls)) == len(kls) == 8
+
+
+def test_too_little_for_pairs(puzzle, own_library, corpus, tmp_path):
+    """Is said, and finalists and rounds are what they are without."""
+    told = ("--throughput", "1.01x", "--finalists", 1, "--rounds", 1, "--data", corpus, *TEXT, "--json")
+    paired = puzzle("solve", own_library, *SOLVE, *told, "--pairs", "--out", tmp_path / "a")
+    assert paired.exit_code == 0, (paired.output, paired.exception)
+    assert "no interactions are fitted: that takes 8 measured children" in paired.stderr
+    plain = puzzle("solve", own_library, *SOLVE, *told, "--out", tmp_path / "b")
+    assert json.loads(paired.stdout) == json.loads(plain.stdout)
+    assert json.loads(paired.stdout)["pairs"] is None
+
+
+@pytest.mark.parametrize("text", ["x", "{}", '{"schema": 1, "children": []}', '{"schema": 1, "children": {"a": {}}}'])
+def test_a_broken_file_of_children_counts_as_none(puzzle, own_library, corpus, tmp_path, text):
+    asked = ("solve", own_library, *SOLVE, "--finalists", 2, "--data", corpus, *TEXT, "--out", tmp_path / "s", "--json")
+    found = puzzle(*asked).stdout
+    (path,) = (own_library / "children").iterdir()
+    whole = path.read_text()
+    path.write_text(text)
+    assert puzzle(*asked).stdout == found
+    assert path.read_text() == whole
+
+
+def test_a_child_that_is_not_finite(puzzle, one_line_error, own_library, corpus, tmp_path, monkeypatch):
+    """Is named; the others that were measured with it are kept."""
+    whole = Passes._measured
+
+    def broken(self, paths, *more):
+        for measured in whole(self, paths, *more):
+            yield [(path, r | ({"kl": float("nan")} if n == 1 else {})) for n, (path, r) in enumerate(measured)]
+
+    monkeypatch.setattr(Passes, "_measured", broken)
+    asked = ("solve", own_library, *SOLVE, "--finalists", 4, "--data", corpus, *TEXT, "--out", tmp_path / "s")
+    one_line_error(puzzle(*asked), "has no finite output: one of its blocks diverged in training; delete it and run")
+    assert not (tmp_path / "s" / "architecture.json").exists()
+    (path,) = (own_library / "children").iterdir()
+    assert len(json.loads(path.read_text())["children"]) == 3
+
+
+def test_a_dry_run_measures_nothing(puzzle, own_library, corpus, tmp_path):
+    """It says how many children at most, which is no less than the run measures."""
+    asked = ("solve", own_library, *SOLVE, "--finalists", 3, "--pairs", "--rounds", 2, "--data", corpus, *TEXT)
+    planned = json.loads(puzzle(*asked, "--out", tmp_path / "s", "--dry-run", "--json").stdout)
+    assert planned["measured_before"] == 0 < planned["plan"]["device_bytes"]
+    assert not (tmp_path / "s").exists()
+    assert not (own_library / "children").exists()
+    assert puzzle(*asked, "--out", tmp_path / "s").exit_code == 0
+    (path,) = (own_library / "children").iterdir()
+    count = len(json.loads(path.read_text())["children"])
+    assert 3 < count <= planned["children_at_most"]
+    told = ("--gpu", "cpu", "--data", corpus, *TEXT, "--dry-run", "--json")
+    again = json.loads(puzzle("rescore", own_library, tmp_path / "s", *told).stdout)
+    assert again["measured_before"] == count
+    assert not (own_library / "rescored").exists()
+
+
+def test_streamed_children_are_the_same(puzzle, own_library, corpus, tmp_path, monkeypatch):
+    """Layer by layer, where memory has no room for the parent, to the bit."""
+    asked = ("solve", own_library, *SOLVE, "--finalists", 5, "--rounds", 1, "--data", corpus, *TEXT, "--json")
+    found = json.loads(puzzle(*asked, "--out", tmp_path / "a").stdout)
+    shutil.rmtree(own_library / "children")
+    plan = Children.plan
+    streamed = lambda self, count: replace(plan(self, count), streamed=True, together=3, on_device=2)  # noqa: E731
+    monkeypatch.setattr(Children, "plan", streamed)
+    assert json.loads(puzzle(*asked, "--out", tmp_path / "b").stdout) == found
 
 
 def test_rescore_asks_what_was_asked(puzzle, one_line_error, own_library, corpus, tmp_path):
@@ -207,8 +280,10 @@ def test_interactions_are_found_again(own_library):
     assert fit.error < 0.02 < fit.error_before
     assert fit.interactions.far == pytest.approx(0.15, abs=0.05)
     assert fit.interactions.adjacent == pytest.approx([0.3, 0.1, 0.2], abs=0.06)
-    with pytest.raises(UserError, match="8 measured children at least, here are 3"):
-        fit_interactions(library, selection.cells, children[:3], drawn[:1])
+    assert "takes 8 measured children whose scores sum to more than 0; 3 of 4 do" in fit_interactions(
+        library, selection.cells, [*children[:3], ({}, 0.0)], drawn[:1]
+    )
+    assert "sum to 0 nats/token" in fit_interactions(library, selection.cells, children, [{}])
     request = replace(selection.request, interactions=fit.interactions)
     problem = replace(selection, request=request, known={}).problem(4)
     few = replace(problem, layers=tuple(replace(la, variants=la.variants[::3]) for la in problem.layers), pairs=())

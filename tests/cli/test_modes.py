@@ -26,7 +26,7 @@ CASES = [
     ("solve", ("lib", "--gpu", "cpu", "--pareto", "memory"), "with --pareto memory"),
     ("solve", ("lib", "--gpu", "cpu"), "without --pareto"),
     ("solve", ("lib", "--gpu", "cpu", "--diverse", 2), "with --diverse"),
-    ("solve", ("lib", "--gpu", "cpu"), "without --diverse"),
+    ("solve", ("lib", "--gpu", "cpu"), "without --diverse or --finalists"),
     ("solve", ("lib", "--gpu", "cpu", "--finalists", 4), "with --finalists"),
     ("solve", ("lib", "--gpu", "cpu", "--rounds", 1), "with --rounds"),
     ("solve", ("lib", "--gpu", "cpu"), "without --finalists"),

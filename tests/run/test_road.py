@@ -199,6 +199,7 @@ BAD = [
     ({"solve": {"backend": "xyz"}}, "solve.backend xyz: known: ortools, pulp"),
     ({"solve": {"fusion_dependency": "/x.json"}}, "solve.fusion_dependency is not used without solve.fusion"),
     ({"solve": {"finalists": 2}}, "solve.explain is not measured with solve.finalists: leave one of them out"),
+    ({"solve": {"explain": False, "finalists": 2, "min_distance": 9}}, "solve.min_distance 9: the parent has 4 layers"),
     ({"solve": {"pairs": True}}, "solve.pairs are fitted from measured children: pass solve.finalists too"),
     ({"solve": {"baseline": "greedy"}}, "unknown key 'solve.baseline'"),
     ({"fuse": {"sequences": 0}}, "fuse.sequences 0: must be above 0"),
