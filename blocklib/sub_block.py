@@ -68,13 +68,15 @@ class Statistics:
     """Of a parent's FFN over calibration tokens, summed in float64.
 
     channel_sum [F]: Σ|x_i| of the intermediate activation; gram [H, H]: Σ n nᵀ of what enters its matrices (normed, where
-    there is a norm before); cross [H, H]: Σ y nᵀ with y what its last matrix gives.
+    there is a norm before); cross [H, H]: Σ y nᵀ with y what its last matrix gives. channel_gram() [F, F]: Σ x xᵀ of the activation,
+    computed when it is asked for.
     """
 
     num_tokens: int
     channel_sum: Tensor
     gram: Tensor
     cross: Tensor
+    channel_gram: Callable[[], Tensor]
 
 
 @dataclass(kw_only=True, slots=True)

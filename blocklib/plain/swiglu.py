@@ -68,11 +68,21 @@ class GatedFfn(Part):
         sub_block, device = self.sub_block, inputs[0].device
         assert isinstance(sub_block, SwiGLU)
         hidden, wide = sub_block.hidden_size, {"dtype": torch.float64, "device": device}
+
+        @torch.no_grad()
+        def channel_gram() -> Tensor:
+            flat = (self.channels(self.enter(x)).flatten(0, 1).double() for x in inputs)
+            total = torch.zeros(sub_block.intermediate_size, sub_block.intermediate_size, **wide)  # type: ignore[call-overload]
+            for channels in flat:
+                total.addmm_(channels.T, channels)
+            return total
+
         found = Statistics(
             num_tokens=0,
             channel_sum=torch.zeros(sub_block.intermediate_size, **wide),  # type: ignore[call-overload]
             gram=torch.zeros(hidden, hidden, **wide),  # type: ignore[call-overload]
             cross=torch.zeros(hidden, hidden, **wide),  # type: ignore[call-overload]
+            channel_gram=channel_gram,
         )
         for x in inputs:
             entered = self.enter(x)

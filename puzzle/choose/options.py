@@ -30,7 +30,9 @@ BACKENDS = ("ortools", "pulp")
 class SolveOptions:
     """also: further workloads. fusion_dependency: a dependency.json of the parent. shapes: which of several cost tables, or fits. engine:
     who serves; "puzzle" is our own runtime, whose costs are measured. precision: that weights and cache may have, the parent's first
-    (None: that of the cost table). tp: GPUs that share every sub-block. The rest as `Request` has it."""
+    (None: that of the cost table). tp: GPUs that share every sub-block. finalists: near-optimal children that are measured, differing in
+    min_distance layers; pairs: and again with interactions fitted from them; rounds: of new scores around the best child. The rest as
+    `Request` has it."""
 
     also: tuple[str, ...] = ()
     fusion: bool = False
@@ -43,10 +45,14 @@ class SolveOptions:
     backend: str = "ortools"
     time_limit: float | None = None
     explain: bool = False
+    finalists: int | None = None
+    min_distance: int = 1
+    pairs: bool = False
+    rounds: int | None = None
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be, or an option that another one leaves without use."""
-        check_positive(self, "time_limit")
+        check_positive(self, "time_limit", "finalists", "min_distance", "rounds")
         self.others()
         check_tp(self.tp)
         if self.tp > 1 and self.engine != "puzzle":
@@ -57,11 +63,23 @@ class SolveOptions:
             raise UserError(f"`backend` {self.backend}: {nearest(self.backend, list(BACKENDS))}")
         if self.fusion_dependency is not None and not self.fusion:
             raise UserError("`fusion_dependency` is not used without `fusion`: leave it out")
+        if self.pairs and self.finalists is None:
+            raise UserError("`pairs` are fitted from measured children: pass `finalists` too, such as 16")
+        if self.measures:
+            what = "finalists" if self.finalists is not None else "rounds"
+            for name in ("fusion", "precision", "explain"):
+                if getattr(self, name):
+                    raise UserError(f"`{name}` is not measured with `{what}`: leave one of them out")
         if self.precision is not None:
             parse_precision(self.precision)
             unpriced = "fusion" if self.fusion else "engine" if self.engine != "puzzle" else None
             if unpriced is not None:
                 raise UserError(f"`{unpriced}` has no price with `precision`: leave one of them out")
+
+    @property
+    def measures(self) -> bool:
+        """Whether the answer is chosen by measured divergence, for which text is needed."""
+        return self.finalists is not None or self.rounds is not None
 
     @property
     def precisions(self) -> tuple[str, ...]:

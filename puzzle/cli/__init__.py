@@ -17,6 +17,7 @@ from puzzle.cli.export import export_command
 from puzzle.cli.fuse import fuse_command
 from puzzle.cli.heal import heal_command
 from puzzle.cli.profile import profile_command
+from puzzle.cli.rescore import rescore_command
 from puzzle.cli.run import run_command
 from puzzle.cli.serve_check import serve_check_command
 from puzzle.cli.solve import solve_command
@@ -118,6 +119,7 @@ for _command in (
     score_command,
     profile_command,
     solve_command,
+    rescore_command,
     export_command,
     fuse_command,
     heal_command,

@@ -21,6 +21,7 @@ from puzzle.measure.architecture import Architecture, Prediction
 from puzzle.profile.engine import SHARES
 
 if TYPE_CHECKING:
+    from puzzle.choose.refine import Refined
     from puzzle.measure.evaluate import Evaluation
     from puzzle.measure.serve import Served
 
@@ -156,6 +157,29 @@ def print_diverse(found: list[Architecture]) -> None:
         console.print(f"{number}: sum of scores {solved.objective:.5g}, {solved.speedup:.3g}x (predicted)")
         for line in picture(solved.sub_blocks, solved.parent.layers)[:-1]:
             console.print(line, markup=False)
+
+
+def print_finalists(refined: Refined) -> None:
+    """Every measured child, what is told of interactions, and the best one."""
+    rows = [
+        (
+            one.method,
+            one.solved.predicted.batch,
+            f"{one.solved.speedup:.3g}x",
+            one.changed,
+            f"{one.solved.objective:.5f}",
+            f"{one.kl:.5f} ± {one.kl_stderr:.5f}" + (" best" if one is refined.best else ""),
+        )
+        for one in refined.candidates
+    ]
+    columns = ("chosen by", "batch", "speed-up (predicted)", "layers changed", "sum of scores", "KL (measured)")
+    print_table("children, nats/token", columns, rows)
+    if (fit := refined.fit) is not None:
+        console.print(
+            f"interactions from {fit.num_children} measured children: the KL of one left out is missed by {100 * fit.error:.1f} %, by the "
+            f"sum of scores by {100 * fit.error_before:.1f} % (root of the mean square)"
+        )
+    print_solution(refined.best.solved)
 
 
 def print_solutions(value: dict[str, Any]) -> None:

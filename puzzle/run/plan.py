@@ -91,7 +91,7 @@ class Road:
             stages["score"] = self.score()
         if is_measured(recipe):
             stages["profile"] = self.profile()
-        stages |= {"solve": _row(None, None), "child": _row(None, None, disk["child"])}
+        stages |= {"solve": self.solve(stages["score"]), "child": _row(None, None, disk["child"])}
         if recipe.fuse is not None:
             with naming("fuse"):
                 stages["fuse"] = self.fuse(disk["fuse"])
@@ -148,6 +148,18 @@ class Road:
         seconds = count_points(subject, grid) * grid.rounds * each * len(profiled(self.recipe))
         cached = sum(b.state().per_token for _, _, b in subject.structure) * grid.capacity * max(grid.batches)
         return _row(round(seconds, 1), (subject.structure.num_parameters + cached) * self.itemsize)
+
+    def solve(self, scored: Row) -> Row:
+        """A round scores as many replacements again; children that are measured go over the same text."""
+        solve, score = self.recipe.solve, self.recipe.scoring
+        if not solve.measures:
+            return _row(None, None)
+        seq_len = score.seq_len or self.recipe.build.seq_len
+        children = (solve.finalists or 1) * (2 if solve.pairs else 1)
+        measured = self.seconds(children * score.sequences * seq_len * self.forward(seq_len))
+        if measured is None:
+            return _row(None, scored["memory_bytes"])
+        return _row(round((solve.rounds or 0) * scored["seconds"] + measured, 1), scored["memory_bytes"])
 
     def fuse(self, disk: int) -> Row:
         assert self.recipe.fuse is not None

@@ -79,6 +79,7 @@ OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options
     "score": ("library.score.ScoreOptions",),
     "profile": ("profile.profile.ProfileOptions",),
     "solve": ("choose.goal.GoalOptions", "choose.options.SolveOptions", "base.workload.Workload"),
+    "rescore": ("library.score.ScoreOptions",),
     "export": (),
     "fuse": ("fuse.verb.FuseOptions", "fuse.runs.Rule"),
     "heal": ("heal.settings.HealOptions",),
@@ -90,6 +91,7 @@ OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options
 NO_FLAG = {  # fields that no option fills
     "build-library": {"snapshot_seconds"},
     "score": {"batch_size"},
+    "rescore": {"seq_len", "batch_size", "joint", "fp8", "sub_block_screen"},  # text and device alone
     "profile": {"precision"},  # --fp8 says it
     "heal": {"child", "max_skipped"},
 }

@@ -15,7 +15,7 @@ from puzzle.kernels.fp8 import from_fp8, to_fp8
 from puzzle.library import score
 from puzzle.library.assemble import read_variant
 from puzzle.library.manifest import Library
-from puzzle.library.score import Scorer
+from puzzle.library.passes import Passes
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
@@ -91,16 +91,16 @@ def test_scores_on_other_text_go_first(own_library, corpus, puzzle, one_line_err
     for path in sorted(corpus.iterdir())[:30]:
         (tmp_path / "corpus" / path.name).write_bytes(path.read_bytes())
     paths = sorted((own_library / "scores").iterdir())
-    whole, seen = Scorer._carry, []
+    whole, seen = Passes._carry, []
     before = [path.read_bytes() for path in paths]
 
-    def stopped(self, variants, *more):
-        seen.append(variants[0][0])
+    def stopped(self, begin, start, wanted, *more):
+        seen.append(next(n for n, choice in enumerate(wanted[0]) if choice))
         if seen[-1] == 2:
             raise KeyboardInterrupt
-        return whole(self, variants, *more)
+        return whole(self, begin, start, wanted, *more)
 
-    monkeypatch.setattr(Scorer, "_carry", stopped)
+    monkeypatch.setattr(Passes, "_carry", stopped)
     puzzle("score", own_library, "--data", corpus, "--sequences", 6)
     assert [path.read_bytes() for path in paths] == before
     puzzle("score", own_library, "--data", tmp_path / "corpus", "--sequences", 4)
