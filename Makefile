@@ -1,7 +1,7 @@
 # `make quickstart` runs the main job; `make test` the whole suite; `make check` format, lint and types;
 # `make test-versions` tries the oldest and the newest of every dependency in each Python (environments in .versions/);
 # `make test-serving` installs vLLM, llama.cpp and mlx-lm into .engines/ (half an hour) and runs tiny children in each;
-# `make results` writes docs/results.md from benchmarks/results/.
+# `make results` writes docs/results.md, the figures of docs/scale.md and MFU from benchmarks/results/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +34,7 @@ test-gpu: $(VENV)/installed
 
 results: $(VENV)/installed
 	$(BIN)/python benchmarks/lib/results_page.py
+	$(BIN)/python benchmarks/lib/scale_page.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

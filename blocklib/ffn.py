@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHADES = "▁▂▃▄▅▆▇█"
+SURGEON = "-obs"  # of names
 FRACTIONS = ("0.75", "0.5", "0.25", "0.1")
 
 
@@ -65,9 +66,10 @@ class Ffn(Normed):
     @classmethod
     def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
         """`0.5`: the parent's most contributing channels, the most contributing first, this fraction of them, rounded to a width that
-        hardware likes."""
+        hardware likes; `0.5-obs`: as many, chosen and corrected by second order (`initialize.surgeon`)."""
+        number = name.removesuffix(SURGEON)
         try:
-            fraction = float(name)
+            fraction = float(number)
         except ValueError:
             return None
         if not isinstance(parent, cls):
@@ -76,7 +78,9 @@ class Ffn(Normed):
             raise UserError(f"FFN variant '{name}': a width is a fraction of the parent's, above 0 and at most 1")
         width = narrowed(parent.intermediate_size, fraction)
         return Variant(
-            name=f"{fraction:g}", sub_block=replace(parent, intermediate_size=width), initialise=_narrow(width)
+            name=f"{fraction:g}" + name.removeprefix(number),
+            sub_block=replace(parent, intermediate_size=width),
+            initialise=_narrow(width, name != number),
         )
 
 
@@ -91,19 +95,26 @@ def narrowed(full: int, fraction: float) -> int:
     return min(full, max(step, round(fraction * full / step) * step))
 
 
-def _narrow(width: int) -> Initialise:
+def _narrow(width: int, second_order: bool) -> Initialise:
     def initialise(block: ParentBlock) -> dict[str, Tensor]:
-        from puzzle.blocklib.initialize import channel_order
+        from puzzle.blocklib.initialize import channel_order, surgeon
 
         assert isinstance(block.sub_block, Ffn)
         weights = {name: tensor.float() for name, tensor in block.weights.items()}
         if width < block.sub_block.intermediate_size:
             statistics = block.calibrated("a narrower FFN")
-            keep = channel_order(block.weights["down_proj.weight"], statistics)[:width]
+            down = weights["down_proj.weight"]
+            if second_order:
+                assert statistics.channel_gram is not None
+                keep, down = surgeon(down, statistics.channel_gram(), width)
+                down = down.to(weights["down_proj.weight"].device)
+            else:
+                keep = channel_order(block.weights["down_proj.weight"], statistics)[:width]
+                down = down[:, keep.to(down.device)]
             for name in ("gate_proj.weight", "up_proj.weight", "gate_proj.bias", "up_proj.bias"):
                 if name in weights:
                     weights[name] = weights[name][keep.to(weights[name].device)]
-            weights["down_proj.weight"] = weights["down_proj.weight"][:, keep.to(weights["down_proj.weight"].device)]
+            weights["down_proj.weight"] = down
         return weights
 
     return initialise

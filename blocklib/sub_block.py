@@ -77,13 +77,15 @@ class Statistics:
     """Of a parent's FFN or Mamba-2 over calibration tokens, summed in float64.
 
     channel_sum [F]: Σ|x_i| of what its last matrix reads; gram [H, H]: Σ n nᵀ of what enters its matrices (normed, where
-    there is a norm before); cross [H, H]: Σ y nᵀ with y what its last matrix gives.
+    there is a norm before); cross [H, H]: Σ y nᵀ with y what its last matrix gives. channel_gram() [F, F]: Σ x xᵀ of what its last
+    matrix reads, computed when it is asked for.
     """
 
     num_tokens: int
     channel_sum: Tensor
     gram: Tensor
     cross: Tensor
+    channel_gram: Callable[[], Tensor] | None = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -70,10 +70,13 @@ def search_spaces(
 
 def bundles(space: Mapping[str, SubBlock], nested: bool) -> list[tuple[str, ...]]:
     """Names of a place's variants, the parent left out, as they are trained: alone or, `nested`, those that begin the same widest one
-    together, the narrowest first (Matryoshka, arXiv 2310.07707)."""
+    together, the narrowest first (Matryoshka, arXiv 2310.07707). Raises UserError for nested ones of one size."""
     names = [name for name in space if name != PARENT]
     if not nested:
         return [(name,) for name in names]
+    for name in names:
+        if twin := next((n for n in names if n != name and space[n] == space[name]), None):
+            raise UserError(f"`nested` does not take {name} and {twin}, which are of one size: leave one out")
     widest = [n for n in names if not any(space[n].begins(space[m]) for m in names)]
     found = [[*(n for n in names if space[n].begins(space[last])), last] for last in widest]
     return [tuple(sorted(one, key=lambda n: space[n].num_parameters)) for one in found]

@@ -1,15 +1,14 @@
 """Normalised MSE of block outputs: loss = Σ (child - parent)² / Σ parent², and its gradient.
 
 The forward pass reads both tensors once and leaves float32 partial sums, one pair per program, which a second tiny kernel
-adds up in a fixed order (so equal inputs give equal bits). The backward pass reads both once more and writes
-2 (child - parent) / Σ parent² · grad. Letters: E elements, P programs.
+adds up in a fixed order (so equal inputs give equal bits). The gradient reads both once more and is
+2 (child - parent) / Σ parent². Letters: E elements, P programs.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,11 +71,11 @@ if triton is not None:
         tl.store(energy_ptr, energy)
 
     @triton.jit
-    def gradient_kernel(child_ptr, parent_ptr, energy_ptr, upstream_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
-        """out [E] = 2 (child - parent) · upstream / energy; upstream is a scalar on the device."""
+    def gradient_kernel(child_ptr, parent_ptr, energy_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
+        """out [E] = 2 (child - parent) / energy."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < num_elements
-        scale = 2.0 * tl.load(upstream_ptr).to(tl.float32) / tl.load(energy_ptr)
+        scale = 2.0 / tl.load(energy_ptr)
         target = tl.load(parent_ptr + at, mask=inside, other=0.0).to(tl.float32)
         gap = tl.load(child_ptr + at, mask=inside, other=0.0).to(tl.float32) - target
         tl.store(out_ptr + at, (gap * scale).to(out_ptr.dtype.element_ty), mask=inside)
@@ -107,43 +106,28 @@ def loss_and_energy(child: Tensor, parent: Tensor, config: dict[str, int] = FORW
     return loss, energy
 
 
-def gradient(
-    child: Tensor, parent: Tensor, energy: Tensor, upstream: Tensor, config: dict[str, int] = BACKWARD
-) -> Tensor:
-    """d loss / d child · upstream, in the dtype of child; energy from `loss_and_energy`, upstream a scalar tensor."""
+def gradient(child: Tensor, parent: Tensor, energy: Tensor, config: dict[str, int] = BACKWARD) -> Tensor:
+    """d loss / d child, in the dtype of child; energy from `loss_and_energy`."""
     out = torch.empty_like(child)
     grid = (triton.cdiv(child.numel(), config["BLOCK"]),)
     gradient_kernel[grid](
-        child, parent, energy, upstream, out, child.numel(), BLOCK=config["BLOCK"], num_warps=config["num_warps"]
+        child, parent, energy, out, child.numel(), BLOCK=config["BLOCK"], num_warps=config["num_warps"]
     )
     return out
-
-
-class _BlockLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, child: Tensor, parent: Tensor) -> Tensor:
-        loss, energy = loss_and_energy(child, parent)
-        ctx.save_for_backward(child, parent, energy)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        child, parent, energy = ctx.saved_tensors
-        return gradient(child, parent, energy, grad_outputs[0]), None
 
 
 def block_loss(child: Tensor, parent: Tensor) -> Tensor:
     """Σ (child - parent)² / Σ parent² as a float32 scalar: 1 for a block whose output is zero.
 
-    child and parent have one shape; their dtypes may differ (bf16, fp16, fp32). The parent is the target and gets no
-    gradient. Never waits for the device, so a CUDA graph can hold it. Raises ValueError for shapes that differ.
+    child and parent have one shape; their dtypes may differ (bf16, fp16, fp32). Without autograd: `output_gradient` is its gradient.
+    Never waits for the device, so a CUDA graph can hold it. Raises ValueError for shapes that differ.
     """
     if child.shape != parent.shape or child.numel() == 0:
         raise ValueError(f"child {tuple(child.shape)} and parent {tuple(parent.shape)} must have one non-empty shape")
     if not _on_kernels(child):
-        return block_loss_reference(child, parent.detach())
+        return block_loss_reference(child, parent)
     with torch.cuda.device_of(child):  # Triton launches on the current device
-        return _BlockLoss.apply(child.contiguous(), parent.detach().contiguous())
+        return loss_and_energy(child.contiguous(), parent.contiguous())[0]
 
 
 def energy(parent: Tensor) -> Tensor:
@@ -160,4 +144,4 @@ def output_gradient(child: Tensor, parent: Tensor, energy: Tensor) -> Tensor:
     if not _on_kernels(child):
         return gradient_reference(child, parent, energy)
     with torch.cuda.device_of(child):
-        return gradient(child.contiguous(), parent.contiguous(), energy, torch.ones_like(energy))
+        return gradient(child.contiguous(), parent.contiguous(), energy)

@@ -47,6 +47,11 @@ def uniform(problem: Problem) -> Solution:
     return _report(problem, [{la.name: n for la in problem.layers} for n in shared], started, "uniform")
 
 
+def best_of(problem: Problem, choices: list[dict[str, str]], rule: str) -> Solution:
+    """The least score of those of `choices` that are feasible. rule: what made them."""
+    return _report(problem, choices, time.monotonic(), rule)
+
+
 def random_feasible(problem: Problem, count: int, seed: int = 0) -> list[Solution]:
     """`count` feasible choices that leave little of the budget unused: from a uniform random choice, layers are visited in
     random order and given a cheaper random variant until all limits hold, then a dearer one while they still do."""

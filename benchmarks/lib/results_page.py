@@ -4,7 +4,7 @@
 
 What was measured is the first line of the script's docstring; the command is the one there, or in the header of a shell
 script, that names the file; device, versions and date are columns of the file (a JSON's date stands in the docstring).
-`result_tables.py` makes the tables.
+`result_tables.py` and `serving_tables.py` make the tables.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import result_tables as t
+import serving_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS, PAGE = ROOT / "benchmarks", ROOT / "docs" / "results.md"
@@ -120,6 +121,14 @@ SECTIONS = {
         Result("bld_ffn.csv", "quality/bench_bld.py", "Distillation of narrow FFNs for longer", t.bld),
         Result("ffn_linear.csv", "quality/bench_ffn_linear.py", "An FFN as one matrix", t.ffn_linear),
         Result("fp8.csv", "quality/bench_fp8.py", "Children in fp8", t.fp8),
+        Result(
+            "precision.csv",
+            "quality/bench_precision.py",
+            "Precision as a choice",
+            t.precision,
+            command="python benchmarks/quality/bench_precision.py LIBRARY --gpu h100 --data DATA --speeds 1.1,1.25,1.5,2 --memories 1,0.7 "
+            "--input-len 128 --output-len 128 --out benchmarks/results/precision.csv",
+        ),
         Result("fusion.csv", "quality/bench_fusion.py", "Fused children, priced for a CPU", t.fusion),
         Result("fusion_h100.csv", "quality/bench_fusion.py", "Fused children, priced for an H100", t.fusion, H100),
         Result(
@@ -144,11 +153,15 @@ SECTIONS = {
         Result("heal_resume.csv", "quality/bench_heal_resume.py", "Healing: continued", t.heal_resume, H100),
     ),
     "Serving": (
-        Result("serving.csv", "serving/bench_serving.py", "Throughput", t.serving),
-        Result("serving_matrix.csv", "serving/serving_matrix.py", "The matrix of engines", t.serving_matrix),
-        Result("serving_matrix_h100.csv", "serving/serving_matrix.py", "vLLM on a GPU", t.serving_matrix_gpu),
-        Result("engine_promise.csv", "serving/bench_promise.py", "vLLM and its promise", t.engine_promise),
-        Result("export.csv", "serving/bench_export.py", "Memory of an export", t.export),
+        Result("serving.csv", "serving/bench_serving.py", "Throughput", serving_tables.serving),
+        Result(
+            "serving_matrix.csv", "serving/serving_matrix.py", "The matrix of engines", serving_tables.serving_matrix
+        ),
+        Result(
+            "serving_matrix_h100.csv", "serving/serving_matrix.py", "vLLM on a GPU", serving_tables.serving_matrix_gpu
+        ),
+        Result("engine_promise.csv", "serving/bench_promise.py", "vLLM and its promise", serving_tables.engine_promise),
+        Result("export.csv", "serving/bench_export.py", "Memory of an export", serving_tables.export),
     ),
     "Solver": (
         Result("solver.csv", "solver/bench_solver.py", "Time to a proven optimum", t.solver),

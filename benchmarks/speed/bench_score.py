@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
+from puzzle.base.device import pick_device
 from puzzle.base.files import content_hash
 from puzzle.base.units import parse_bytes
 from puzzle.blocklib.distill import Recipe
@@ -32,6 +33,7 @@ from puzzle.library.describe import write_library
 from puzzle.library.score import ScoreOptions, plan_scores, score_library
 from puzzle.library.store import BlockStore
 from puzzle.measure.evaluate import EvaluateOptions, evaluate
+from puzzle.measure.measurable import name_of
 from puzzle.parents.known import known_structure
 from puzzle.parents.opened import open_model
 from random_child import random_child
@@ -126,7 +128,8 @@ def main(
     if again:
         shutil.rmtree(library / "scores", ignore_errors=True)
     limit = None if memory_limit is None else parse_bytes(memory_limit)
-    cuda = torch.cuda.is_available() and device != "cpu"
+    on = pick_device(device)
+    cuda = on.type == "cuda"
     options = ScoreOptions(
         sequences=sequences,
         seq_len=seq_len,
@@ -136,7 +139,7 @@ def main(
         sub_block_screen=screen,
     )
     facts = {"name": name, "layers": layers, "sequences": sequences, "seq_len": seq_len, "memory_limit": memory_limit}
-    facts["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    facts["device"] = name_of(on)
 
     def timed(what: str, work, **more) -> None:
         if cuda:

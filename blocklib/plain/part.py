@@ -125,11 +125,21 @@ def statistics_of(
     """Over the residual streams [B, T, H] that enter. channels: from the normed input to what `last` reads [B, T, F]."""
     wide = {"dtype": torch.float64, "device": inputs[0].device}
     hidden, width = inputs[0].shape[-1], last.in_features
+
+    @torch.no_grad()
+    def channel_gram() -> Tensor:
+        total = torch.zeros(width, width, **wide)  # type: ignore[call-overload]
+        for x in inputs:
+            read = channels(part.enter(x)).flatten(0, 1).double()
+            total.addmm_(read.T, read)
+        return total
+
     found = Statistics(
         num_tokens=0,
         channel_sum=torch.zeros(width, **wide),  # type: ignore[call-overload]
         gram=torch.zeros(hidden, hidden, **wide),  # type: ignore[call-overload]
         cross=torch.zeros(hidden, hidden, **wide),  # type: ignore[call-overload]
+        channel_gram=channel_gram,
     )
     for x in inputs:
         entered = part.enter(x)

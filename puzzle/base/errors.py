@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +21,16 @@ class UserError(ValueError):
 def first_line(error: Exception) -> str:
     """Of what a library's error says; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors inside name a field, written as `seq_len`, by what `names` has for it."""
+    try:
+        yield
+    except UserError as error:
+        told = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), str(error))
+        raise UserError(told) from error
 
 
 def nearest(value: str, known: list[str]) -> str:

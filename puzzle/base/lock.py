@@ -19,8 +19,9 @@ _held: set[Path] = set()  # by this process, which may ask again
 def holding(directory: Path) -> Iterator[None]:
     """Keep other processes out of `directory`, which is made, and removed again if the block leaves nothing in it.
 
-    The lock is the system's own on DIRECTORY/.lock: it ends with the process. Raises UserError, with host and number of the
-    process that holds it, and for a directory that cannot be made.
+    The lock is the system's own on DIRECTORY/.lock: it ends with the process, on NFS (where Linux hands it to the server) with the
+    host's lease. A file that a killed process has left holds nothing: the next one takes it over and removes it. Raises UserError, with
+    host and number of the process that holds it, and for a directory that cannot be made.
     """
     place = directory.absolute().resolve()
     if place in _held:

@@ -39,6 +39,11 @@ class Cell:
         return all(name == PARENT for name in self.variants.values())
 
     @property
+    def is_nothing(self) -> bool:
+        """Whether the whole layer is left out."""
+        return all(isinstance(sub_block, NoOp) for sub_block in self.sub_blocks.values())
+
+    @property
     def attends(self) -> bool:
         """Whether it keeps something of every token."""
         return any(sub_block.state().per_token for sub_block in self.sub_blocks.values())

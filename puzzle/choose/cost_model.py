@@ -166,8 +166,12 @@ class CostModel:
     def bytes_of(self, sub_block: SubBlock, batch: int, precision: str | None = None) -> int:
         """Of its weights, and of what `batch` whole requests keep."""
         weights = PRECISION_BYTES[precision or self.table.precision]
-        kept = sub_block.state().num_bytes(self.length, self.way.cache, self.table.page)
-        return weights * sub_block.num_parameters + kept * batch
+        return weights * sub_block.num_parameters + self._kept_bytes(sub_block) * batch
+
+    def _kept_bytes(self, sub_block: SubBlock) -> int:
+        """What one whole request keeps."""
+        state, cache = sub_block.state(), self.way.cache
+        return PRECISION_BYTES[cache] * state.per_token * self.table.kept(state, self.length) + state.fixed_bytes(cache)
 
     def runs(self, layer: Layer, index: int) -> list[SubBlock]:
         """What layer `index` runs: its own sub-blocks, or what an engine's export makes of them; a rank's share of each."""
@@ -208,9 +212,7 @@ class CostModel:
         """Bytes of one layer's weights and of what it keeps for `num_tokens` tokens in sequences of the workload's length."""
         total = 0.0
         for part, own in self.placed(layer, index, precisions):
-            state = part.state()
-            each = state.num_bytes(self.length, self.way.cache, self.table.page)
-            total += PRECISION_BYTES[own] * part.num_parameters + each * num_tokens / self.length
+            total += PRECISION_BYTES[own] * part.num_parameters + self._kept_bytes(part) * num_tokens / self.length
         return total
 
     def device_seconds(

@@ -32,15 +32,16 @@ def why_infeasible(problems: Mapping[str, Problem], demands: Sequence[Demand]) -
             words[host_label(option + one.suffix)] = replace(own, text=_at_host_pace(own.text))
     words |= _structure(demands[0])
     reach = {int(b): nearest(problem, limits) for b, problem in problems.items()}
-    typed = " and ".join(dict.fromkeys(words[label].typed for label in limits))
+    asked = list(dict.fromkeys(words[label].typed for label in limits))
+    typed = " and ".join(asked)
     found = [text for label in limits if (text := _reach(label, words[label], reach)) is not None]
     if not found and (both := _of_both(limits, next(iter(problems.values())))) is not None:
-        found = [_together(problems, both, words[both[1]])]
+        found = _together(problems, both, words[both[1]])
     if not found:
         return (
             f"{typed} cannot be met: no value of one of them alone would do; relax several, or offer cheaper variants"
         )
-    if len(found) == 1 and " and " not in typed:
+    if len(found) == len(asked) == 1:
         return f"{typed} cannot be met: {found[0]}; relax it or offer cheaper variants"
     return f"{typed} cannot be met together: with the rest kept, {', or '.join(found)}; relax one, or offer cheaper variants"
 
@@ -58,8 +59,8 @@ def _of_both(limits: Sequence[str], problem: Problem) -> tuple[str, str] | None:
     return next((pair for pair in pairs if set(limits) <= set(pair) <= known), None)
 
 
-def _together(problems: Mapping[str, Problem], both: tuple[str, str], words: Words) -> str:
-    """The best over the batch sizes of what each of the two allows by itself: nothing goes beyond it."""
+def _together(problems: Mapping[str, Problem], both: tuple[str, str], words: Words) -> list[str]:
+    """The best over the batch sizes of what each of the two allows by itself: nothing goes beyond it. [] where other limits allow nothing."""
     found = []
     for batch, problem in problems.items():
         limits, rest = [c for c in problem.constraints if c.label in both], without(problem, set(both))
@@ -67,7 +68,7 @@ def _together(problems: Mapping[str, Problem], both: tuple[str, str], words: Wor
         reached = [words.value(int(batch), amount) for amount in amounts if amount is not None]
         if len(reached) == len(limits):
             found.append((min if words.larger else max)(reached))
-    return f"at best, {words.text((max if words.larger else min)(found))}"
+    return [f"at best, {words.text((max if words.larger else min)(found))}"] if found else []
 
 
 def _words(limit: Limit, one: Demand) -> Words:

@@ -15,7 +15,7 @@ from puzzle.blocklib.sub_block import check_tp
 from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import Goal
 from puzzle.choose.precision import Precisions, parse_precision
-from puzzle.choose.problem import Request
+from puzzle.choose.problem import Request, fitted
 from puzzle.choose.solve import open_costs, open_precisions
 from puzzle.choose.workloads import AlsoAsked, parse_also
 from puzzle.export.engines import CARD_SHARE
@@ -31,7 +31,9 @@ BACKENDS = ("ortools", "pulp")
 class SolveOptions:
     """also: further workloads. fusion_dependency: a dependency.json of the parent. shapes: which of several cost tables, or fits. engine:
     who serves; "puzzle" is our own runtime, whose costs are measured. precision: that weights and cache may have, the parent's first
-    (None: that of the cost table). tp: GPUs that share every sub-block. The rest as `Request` has it."""
+    (None: that of the cost table). tp: GPUs that share every sub-block. finalists: near-optimal children that are measured, differing in
+    min_distance layers; pairs: and again with interactions fitted from them; rounds: of new scores around the best child. The rest as
+    `Request` has it."""
 
     also: tuple[str, ...] = ()
     fusion: bool = False
@@ -44,10 +46,14 @@ class SolveOptions:
     backend: str = "ortools"
     time_limit: float | None = None
     explain: bool = False
+    finalists: int | None = None
+    min_distance: int = 1
+    pairs: bool = False
+    rounds: int | None = None
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be, or an option that another one leaves without use."""
-        check_positive(self, "time_limit")
+        check_positive(self, "time_limit", "finalists", "min_distance", "rounds")
         self.others()
         check_tp(self.tp)
         if self.tp > 1 and self.engine != "puzzle":
@@ -58,6 +64,13 @@ class SolveOptions:
             raise UserError(f"`backend` {self.backend}: {nearest(self.backend, list(BACKENDS))}")
         if self.fusion_dependency is not None and not self.fusion:
             raise UserError("`fusion_dependency` is not used without `fusion`: leave it out")
+        if self.pairs and self.finalists is None:
+            raise UserError("`pairs` are fitted from measured children: pass `finalists` too, such as 16")
+        if self.measures:
+            what = "finalists" if self.finalists is not None else "rounds"
+            for name in ("fusion", "precision", "explain"):
+                if getattr(self, name):
+                    raise UserError(f"`{name}` is not measured with `{what}`: leave one of them out")
         if self.precision is not None:
             parse_precision(self.precision)
             unpriced = "fusion" if self.fusion else "engine" if self.engine != "puzzle" else None
@@ -65,15 +78,24 @@ class SolveOptions:
                 raise UserError(f"`{unpriced}` has no price with `precision`: leave one of them out")
 
     @property
+    def measures(self) -> bool:
+        """Whether the answer is chosen by measured divergence, for which text is needed."""
+        return self.finalists is not None or self.rounds is not None
+
+    @property
     def precisions(self) -> tuple[str, ...]:
         """Those to choose from; none where precision is no choice."""
         return () if self.precision is None else parse_precision(self.precision)
 
     def costs(self, library: Library, gpu: str, name: str | None) -> CostTable | EngineModel | Precisions:
-        """The prices that are asked for. name: of the cost table, or of an engine's fit."""
+        """The prices that are asked for; what an engine's fit has none for is said. name: of the cost table, or of an engine's fit."""
         if self.precision is not None:
             return open_precisions(library, gpu, name, self.precisions, self.tp)
-        return open_costs(library, gpu, name, self.engine, self.tp)
+        costs = open_costs(library, gpu, name, self.engine, self.tp)
+        if left_out := fitted(library, costs)[1]:
+            told = f"no fit of {self.engine} on {gpu} has measured {', '.join(left_out)}: left out"
+            console.print(told, markup=False, soft_wrap=True)
+        return costs
 
     def priced(
         self, points: Sequence[Library], gpu: str, whole: CostTable | EngineModel | Precisions

@@ -16,6 +16,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.units import parse_layers
 from puzzle.base.workload import Workload
 from puzzle.choose.cells import Cell, layer_cells
+from puzzle.choose.context import Around, Interactions
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import LIMITS, Goal, Target, check_steps, host_label
@@ -37,7 +38,8 @@ class Request:
     say what looser limits would buy. fusion: neighbouring FFNs without attention may become one; None: they stay apart.
     same_batch: a relative throughput is of the parent at the child's batch, not at its own best. time_limit: in seconds.
     card: bytes of the card that serves, which hold the parent's best batch, and the child where no memory limit is given.
-    reduces: of the ranks that share a model, for whose cards memory is; None: one card holds it."""
+    reduces: of the ranks that share a model, for whose cards memory is; None: one card holds it. around: scores are marginal ones of
+    a child, near which the answer is; interactions: between replacements, beside their scores."""
 
     work: Workload
     goal: Goal
@@ -50,6 +52,8 @@ class Request:
     same_batch: bool = False
     card: int | None = None
     reduces: AllReduces | None = None
+    around: Around | None = None
+    interactions: Interactions | None = None
 
 
 def layer_label(index: int) -> str:
@@ -86,6 +90,7 @@ class Selection:
 
     def priced(self, library: Library, table: CostTable | EngineModel | Way) -> Selection:
         """With the choices of a library at these prices."""
+        library, _ = fitted(library, table)
 
         def priced(costs: CostModel) -> CostModel:
             return CostModel(library, table, costs.work, costs.reduces)
@@ -109,8 +114,10 @@ class Selection:
     @cached_property
     def cells(self) -> list[dict[str, Cell]]:
         """Per layer, what it may choose, by the solver's name for it; with fusion also the twins."""
-        found = []
-        for cells in layer_cells(self.library, self.way):
+        found, every = [], layer_cells(self.library, self.way)
+        for context in (self.request.around, self.request.interactions):
+            every = every if context is None else context.scored(every)
+        for cells in every:
             twins = [] if self.fusion is None else [cell.twin() for cell in cells if cell.lone_ffn is not None]
             found.append({cell.name: cell for cell in (*cells, *twins)})
         return found
@@ -198,7 +205,9 @@ class Selection:
         return found
 
     def _pairs(self, batch: int) -> tuple[Pair, ...]:
-        """What fusing neighbours changes, in every workload."""
+        """What fusing neighbours changes, in every workload; or their interactions."""
+        if self.request.interactions is not None:
+            return self.request.interactions.pairs([layer_label(index) for index in range(len(self.cells))])
         if self.fusion is None:
             return ()
         labelled = [(layer_label(index), list(cells.values())) for index, cells in enumerate(self.cells)]
@@ -221,15 +230,16 @@ class Selection:
         return tuple(found)
 
     def _counts(self) -> tuple[Count, ...]:
+        found = [] if self.request.around is None else [self.request.around.count(self.cells, layer_label)]
         if self.goal.keep_attention is None:
-            return ()
+            return tuple(found)
         cells = frozenset(
             (layer_label(index), name)
             for index, cells in enumerate(self.cells)
             for name, cell in cells.items()
             if cell.attends
         )
-        return (Count(name="keep_attention", cells=cells, min=self.goal.keep_attention),)
+        return (*found, Count(name="keep_attention", cells=cells, min=self.goal.keep_attention))
 
 
 def limits_of(one: Demand, batch: int) -> list[Constraint]:
@@ -247,10 +257,18 @@ def limits_of(one: Demand, batch: int) -> list[Constraint]:
     return found
 
 
+def fitted(library: Library, table: object) -> tuple[Library, list[str]]:
+    """`library` without the variants that an engine's fit has no price for, and the names of these."""
+    if not isinstance(table, EngineModel):
+        return library, []
+    return library.where(lambda sub_block: table.unfitted(sub_block) is None)
+
+
 def select(
     library: Library, table: CostTable | EngineModel | Way, request: Request, *, free: bool = False
 ) -> Selection:
     """free: the batch is free whatever the goal. Raises UserError for a workload or a batch that the costs do not cover."""
+    library, _ = fitted(library, table)
     costs, goal = CostModel(library, table, request.work, request.reduces), request.goal
     check_steps(goal, request.work)
     memory = goal.limits.get("memory")

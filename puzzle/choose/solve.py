@@ -16,19 +16,20 @@ from puzzle import __version__
 from puzzle.base.errors import UserError
 from puzzle.base.files import finite
 from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.variant import PARENT
 from puzzle.choose.cells import Cell
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.goal import LIMITS, host_label
 from puzzle.choose.infeasible import why_infeasible
 from puzzle.choose.precision import Precisions
-from puzzle.choose.problem import Request, Selection, select
+from puzzle.choose.problem import Request, Selection, layer_label, select
 from puzzle.choose.workloads import Demand
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Also, Architecture, Prediction
 from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
 from puzzle.profile.engine import EngineModel, open_engine
 from puzzle.profile.parts import Head, Part, ends_of, priced_as, shared_name
-from puzzle.solver.baselines import greedy, most, only, random_feasible, uniform
+from puzzle.solver.baselines import best_of, greedy, most, only, random_feasible, uniform
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import prices, without
 from puzzle.solver.interval import best_between
@@ -45,14 +46,41 @@ def _no_op_only(selection: Selection, problem: Problem) -> Solution:
         name
         for cells in selection.cells
         for name, cell in cells.items()
-        if all(cell.variants[s] == "parent" or isinstance(b, NoOp) for s, b in cell.sub_blocks.items())
+        if all(cell.variants[s] == PARENT or isinstance(b, NoOp) for s, b in cell.sub_blocks.items())
     }
     return only(problem, sorted(allowed), "no-op only")
 
 
+def _depth(selection: Selection, problem: Problem) -> Solution:
+    """Whole layers go, first those whose removal alone has the lowest score (Shortened LLaMA's order by perplexity, arXiv 2402.02834)."""
+    free = [(n, cells) for n, cells in enumerate(selection.cells) if layer_label(n) not in problem.pins]
+    removed = [(c.score, layer_label(n), name) for n, cells in free for name, c in cells.items() if c.is_nothing]
+    choices = [_whole(selection)]
+    for _, layer, name in sorted(removed):
+        choices.append(choices[-1] | {layer: name})
+    return best_of(problem, choices, "depth")
+
+
+def _uniform_width(selection: Selection, problem: Problem) -> Solution:
+    """FFNs of one variant in every layer that may have it, beside the parent's other sub-blocks."""
+    widths: dict[str, dict[str, str]] = {}
+    for n, cells in enumerate(selection.cells):
+        for name, cell in cells.items():
+            if layer_label(n) not in problem.pins and all(v == PARENT for s, v in cell.variants.items() if s != "ffn"):
+                widths.setdefault(cell.variants.get("ffn", PARENT), {})[layer_label(n)] = name
+    return best_of(problem, [_whole(selection) | width for width in widths.values()], "uniform-width")
+
+
+def _whole(selection: Selection) -> dict[str, str]:
+    """The parent, as the solver calls its cells."""
+    return {layer_label(n): next(k for k, c in cells.items() if c.is_parent) for n, cells in enumerate(selection.cells)}
+
+
 BASELINES: dict[str, Rule] = {
+    "depth": _depth,
     "greedy": lambda _, problem: greedy(problem),
     "uniform": lambda _, problem: uniform(problem),
+    "uniform-width": _uniform_width,
     "random": lambda _, problem: min(random_feasible(problem, 20), key=lambda s: s.objective, default=uniform(problem)),
     "no-op": _no_op_only,
     "most-parameters": lambda _, problem: most(problem, "num_parameters"),
@@ -90,7 +118,7 @@ def solve_library(
         asked = replace(selection.request, time_limit=request.time_limit)
         sizes = _sizes(selection.library)
         where = "" if points is None else f"no child was found at any point; at the smallest ({sizes}): "
-        raise UserError(where + _why_none(replace(selection, request=asked, known={}), solutions))
+        raise UserError(where + why_none(replace(selection, request=asked, known={}), solutions))
     batch, solution = best, solutions[best]
     unproven = [base + other.bound for base, other in every if other.status in ("feasible", "time_limit")]
     if len(others) > 1 and unproven:  # another one may have had something better
@@ -127,7 +155,7 @@ def solve_diverse(
     selection = select(library, table, request)
     best, solutions = choose(selection)
     if best is None:
-        raise UserError(_why_none(selection, solutions))
+        raise UserError(why_none(selection, solutions))
     problem = selection.problem(best)
     try:
         found = diverse(problem, count, min_distance, backend=request.backend, time_limit=request.time_limit)
@@ -152,7 +180,7 @@ def choose(selection: Selection, cutoff: float = math.inf) -> tuple[int | None, 
     return min(feasible, key=lambda batch: solutions[batch].objective, default=None), solutions
 
 
-def _why_none(selection: Selection, solutions: Mapping[int, Solution]) -> str:
+def why_none(selection: Selection, solutions: Mapping[int, Solution]) -> str:
     request = selection.request
     if request.baseline is not None:
         return f"`baseline` {request.baseline} finds no child that meets the goal: leave it out, or relax the goal"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -17,6 +17,7 @@ from puzzle.cli.export import export_command
 from puzzle.cli.fuse import fuse_command
 from puzzle.cli.heal import heal_command
 from puzzle.cli.profile import profile_command
+from puzzle.cli.rescore import rescore_command
 from puzzle.cli.run import run_command
 from puzzle.cli.serve_check import serve_check_command
 from puzzle.cli.slice import slice_command
@@ -44,7 +45,10 @@ class _Cli(click.Group):
 
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         try:
-            return super().invoke(ctx)
+            found = super().invoke(ctx)
+            if several:
+                _end(0)
+            return found
         except click.ClickException as error:
             if not several:
                 raise
@@ -60,8 +64,7 @@ class _Cli(click.Group):
 
             if is_first_to_fail():
                 click.echo(f"error: {told}", err=True)
-            sys.stderr.flush()
-            os._exit(2)  # at once: the communication libraries' own end would wait for the other processes
+            _end(2)
         click.echo(f"error: {told}", err=True)
         sys.exit(2)
 
@@ -75,6 +78,13 @@ class _Cli(click.Group):
                     for name in (flag[2:].replace("-", "_"), option.name if flag in option.opts else None):
                         flags.setdefault(name or "", flag)
         return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: flags.get(found[1], found[0]), message)
+
+
+def _end(code: int) -> NoReturn:
+    """At once: the communication libraries' own end would wait for the other processes, and now and then their threads abort in it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @click.group(
@@ -111,6 +121,7 @@ for _command in (
     score_command,
     profile_command,
     solve_command,
+    rescore_command,
     export_command,
     fuse_command,
     heal_command,

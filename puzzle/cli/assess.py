@@ -17,6 +17,7 @@ from puzzle.cli.modes import Mode, Verb
 @options.data
 @options.parent
 @click.option("--sequences", type=int, default=64, help="Held-out sequences.")
+@click.option("--seq-len", type=int, help="Tokens of a sequence. Default: as in training.")
 @click.option("--joint", is_flag=True, help="Also score every (attention, FFN) pair of a layer.")
 @click.option("--fp8", is_flag=True, help="Also score the parent's own blocks in fp8, for `puzzle solve --precision`.")
 @click.option(

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from puzzle.base.errors import renaming
 from puzzle.base.units import parse_count
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
@@ -96,5 +97,7 @@ def build_library_command(
         build_library(source, wanted)
         if score:
             same = {name: chosen[name] for name in ("seq_len", "text_field", "device")} | {"memory_limit": memory_limit}
-            score_library(out, list(data), ScoreOptions(sequences=score_sequences, joint=joint, **same), parent=source)
+            scoring = ScoreOptions(sequences=score_sequences, joint=joint, **same)
+            with renaming({"sequences": "`score_sequences`"}):
+                score_library(out, list(data), scoring, parent=source)
     options.show(lambda: library_summary(out), as_json, print_library)

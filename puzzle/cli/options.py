@@ -81,6 +81,17 @@ memory_limit = click.option(
     help="Most GPU memory, or on a CPU most of the whole process's memory, e.g. 80GB.",
 )
 
+
+def held_out(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a verb that measures children: on which text, and where."""
+    sequences = click.option(
+        "--sequences", type=int, default=64, help="Held-out sequences that children are measured on."
+    )
+    for option in (memory_limit, parent, device, text_field, sequences, data):
+        command = option(command)
+    return command
+
+
 dry_run = click.option("--dry-run", is_flag=True, help="Print passes and memory; measure and write nothing.")
 
 

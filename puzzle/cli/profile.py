@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ def profile_command(
     if all_reduce:
         _all_reduce(gpu, tp, out or (Path("costs") if library is None else library / "costs"), as_json)
         return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "`puzzle profile` measures in one process: start it without torchrun, which is for `all_reduce`; shares (`tp`) are measured on "
+            "one GPU"
+        )
     if (library is None) == (shapes is None):
         raise UserError(
             "nothing to profile: name a LIBRARY (see `puzzle build-library`), or `shapes` of a known parent"

@@ -21,6 +21,7 @@ from puzzle.measure.architecture import Architecture, Prediction
 from puzzle.profile.engine import SHARES
 
 if TYPE_CHECKING:
+    from puzzle.choose.refine import Refined
     from puzzle.measure.evaluate import Evaluated, Evaluation
     from puzzle.measure.serve import Served
 
@@ -178,6 +179,29 @@ def print_diverse(found: list[Architecture]) -> None:
             console.print(line, markup=False)
 
 
+def print_finalists(refined: Refined) -> None:
+    """Every measured child, what is told of interactions, and the best one."""
+    rows = [
+        (
+            one.method,
+            one.solved.predicted.batch,
+            f"{one.solved.speedup:.3g}x",
+            one.changed,
+            f"{one.solved.objective:.5f}",
+            f"{one.kl:.5f} ± {one.kl_stderr:.5f}" + (" best" if one is refined.best else ""),
+        )
+        for one in refined.candidates
+    ]
+    columns = ("chosen by", "batch", "speed-up (predicted)", "layers changed", "sum of scores", "KL (measured)")
+    print_table("children, nats/token", columns, rows)
+    if (fit := refined.fit) is not None:
+        console.print(
+            f"interactions from {fit.num_children} measured children: the KL of one left out is missed by {100 * fit.error:.1f} %, by the "
+            f"sum of scores by {100 * fit.error_before:.1f} % (root of the mean square)"
+        )
+    print_solution(refined.best.solved)
+
+
 def print_solutions(value: dict[str, Any]) -> None:
     """What `puzzle solve --problem` found."""
     for number, solution in enumerate(value["solutions"], 1):
@@ -245,15 +269,27 @@ def print_shapes(facts: dict[str, Any]) -> None:
         (
             name,
             "–" if row["gpu_hours"] is None else f"{row['gpu_hours']:,.2f}",
-            "–" if row["gpus"] is None else row["gpus"],
+            "none" if row["gpus"] is None and row["memory_bytes"] else row["gpus"] or "–",
+            "–" if row.get("passes") is None else row["passes"],
             *("–" if row[key] is None else bytes_text(row[key]) for key in ("memory_bytes", "disk_bytes")),
         )
         for name, row in facts["stages"].items()
     ]
     total = sum(row["gpu_hours"] or 0.0 for row in facts["stages"].values())
-    columns = ("stage", f"{facts['gpu']}-hours", "GPUs that hold it", "memory together", "disk")
+    columns = ("stage", f"{facts['gpu']}-hours", "GPUs", "readings", "their memory", "disk")
     print_table(f"{facts['shapes']} by its shapes alone: computed, nothing measured here", columns, rows)
-    console.print(f"{total:,.0f} GPU-hours in all, at {facts['mfu']} of the datasheet's bf16 FLOPs (see docs/scale.md)")
+    console.print(
+        f"{total:,.{0 if total >= 100 else 2}f} GPU-hours in all, at {facts['mfu']} of the datasheet's bf16 FLOPs (see docs/scale.md)"
+    )
+    console.print(
+        "GPUs: the least that run it; readings: of models that pass layer by layer, from disk, with "
+        f"{bytes_text(facts['host_bytes'])} of host memory a GPU"
+    )
+    if facts["stages"]["build-library"]["gpus"] is None:
+        console.print(
+            f"one layer with its variants does not fit a GPU's {bytes_text(facts['card_bytes'])}, and no two share one: fewer variants at a "
+            "time, or a smaller build.batch_size or build.seq_len"
+        )
     if facts["activation_bytes"]:
         console.print(
             f"between layers the build keeps {bytes_text(facts['activation_bytes'])} of activations in host memory"

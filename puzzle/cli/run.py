@@ -16,10 +16,19 @@ from puzzle.cli import options
 @click.option("--out", type=options.PATH, required=True, metavar="RUN", help="Run directory; new or to continue.")
 @options.data
 @click.option("--throughput", help="Overrides the recipe's goal.")
+@click.option(
+    "--rounds", type=int, metavar="N", help="Overrides the recipe's solve.rounds: new scores around the best."
+)
 @click.option("--dry-run", is_flag=True, help="Print time, memory and disk of every stage; write nothing.")
 @options.as_json
 def run_command(
-    recipe: Path, out: Path, data: tuple[str, ...], throughput: str | None, dry_run: bool, as_json: bool
+    recipe: Path,
+    out: Path,
+    data: tuple[str, ...],
+    throughput: str | None,
+    rounds: int | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Go the whole road of RECIPE: library, scores, profile, solve, fuse, heal, export, evaluate. Resumable.
 
@@ -39,6 +48,8 @@ def run_command(
     if data:
         wanted.data = list(data)
     wanted.goal = replace(wanted.goal, **over)
+    if rounds is not None:
+        wanted.solve = replace(wanted.solve, rounds=rounds)
     from puzzle.cli.report import print_result, print_road, print_shapes, print_solution
     from puzzle.run.pipeline import Run
     from puzzle.run.shapes import is_shapes, plan_shapes

@@ -17,7 +17,9 @@ from puzzle.choose.goal import AXES, LIMITS, GoalOptions
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
-RULES = ["greedy", "uniform", "random", "no-op", "most-parameters"]
+RULES = ["greedy", "uniform", "uniform-width", "depth", "random", "no-op", "most-parameters"]
+TEXT = "data sequences text_field device parent memory_limit dry_run"  # what children are measured on
+MEASURED = "pareto diverse baseline explain fusion fusion_dependency precision"  # modes that are not
 
 
 def _is_axis(axis: str, given: Mapping[str, Any]) -> bool:
@@ -38,7 +40,19 @@ MODES = (
         lambda p: p["diverse"] is not None,
         unused="baseline same_batch explain fusion fusion_dependency",
     ),
-    Mode("without `diverse`", lambda p: p["diverse"] is None, unused="min_distance"),
+    Mode(
+        "without `diverse` or `finalists`",
+        lambda p: p["diverse"] is None and p["finalists"] is None,
+        unused="min_distance",
+    ),
+    Mode("with `finalists`", lambda p: p["finalists"] is not None, unused=MEASURED),
+    Mode("with `rounds`", lambda p: p["rounds"] is not None, unused=MEASURED),
+    Mode("without `finalists`", lambda p: p["finalists"] is None, unused="pairs"),
+    Mode(
+        "without `finalists` or `rounds`, which measure children",
+        lambda p: p["finalists"] is None and p["rounds"] is None,
+        unused=TEXT,
+    ),
     Mode(
         "with `baseline`",
         lambda p: p["baseline"] is not None,
@@ -108,7 +122,12 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--pareto", metavar="AXIS", help="Frontier against throughput, latency or memory.")
 @click.option("--points", type=int, default=50, help="Of the frontier.")
 @click.option("--diverse", type=int, metavar="N", help="N children that differ, each the best of the rest.")
-@click.option("--min-distance", type=int, default=1, help="Layers in which they differ.")
+@click.option("--min-distance", type=int, default=1, help="Layers in which they, or finalists, differ.")
+@click.option("--finalists", type=int, metavar="N", help="Measure the KL of N near-optimal children, take the best.")
+@click.option("--pairs", is_flag=True, help="Then fit interactions from them, and measure N more that these favour.")
+@click.option("--rounds", type=int, metavar="N", help="Then score anew around the best, N times or until no gain.")
+@options.held_out
+@options.dry_run
 @click.option("--problem", type=options.PATH, help="A problem.json of your own, without a LIBRARY.")
 @click.option("--out", type=options.PATH, help="Default: LIBRARY/solution, or solution.json.")
 @options.as_json
@@ -121,17 +140,23 @@ def solve_command(
     pareto: str | None,
     points: int,
     diverse: int | None,
-    min_distance: int,
     problem: Path | None,
     out: Path | None,
     hidden: tuple[int, ...] | None,
     depth: tuple[int, ...] | None,
+    data: tuple[str, ...],
+    sequences: int,
+    text_field: str,
+    device: str,
+    parent: str | None,
+    memory_limit: int | None,
+    dry_run: bool,
     as_json: bool,
     **wanted: Any,
 ) -> None:
     """Choose one variant per layer of LIBRARY: the least sum of scores within the goal.
 
-    Needs neither a GPU nor torch. Writes architecture.json; says what is reachable when the goal is not.
+    Needs neither a GPU nor torch, unless children are measured. Writes architecture.json; says what is reachable when the goal is not.
 
     \b
     Examples:
@@ -146,6 +171,8 @@ def solve_command(
       puzzle solve lib --throughput 2x --fusion --fusion-dependency dependency.json --gpu cpu
       puzzle solve lib --throughput 2x --gpu cpu --diverse 5 --min-distance 4
       puzzle solve lib --throughput 2x --hidden 448,512 --depth 24,28 --gpu cpu     (see `puzzle slice`)
+      puzzle solve lib --throughput 2x --gpu h100 --finalists 16 --pairs --rounds 3 --data corpus
+      puzzle solve lib --throughput 2x --gpu h100 --rounds 3 --data corpus --memory-limit 40GB --dry-run
       puzzle solve --problem problem.json --out solution.json
     """
     if problem is not None:
@@ -196,12 +223,33 @@ def solve_command(
         assert not isinstance(costs, Precisions)
         from puzzle.choose.solve import solve_diverse
 
-        several = solve_diverse(opened, costs, request, diverse, min_distance)
+        several = solve_diverse(opened, costs, request, diverse, asked.min_distance)
         for number, one in enumerate(several, 1):
             write_architecture(target / f"architecture-{number:02d}.json", one)
         found = {"schema": 1, "solutions": [one.to_json() for one in several]}
         options.print_json(found) if as_json else print_diverse(several)
         click.echo(f"wrote {len(several)} architectures into {target}", err=True)
+        return
+    if asked.measures:
+        from puzzle.choose.refine import plan_measured, solve_measured
+        from puzzle.cli.report import print_finalists
+        from puzzle.library.children import Children
+        from puzzle.library.score import ScoreOptions
+
+        text = ScoreOptions(sequences=sequences, text_field=text_field, device=device, memory_limit=memory_limit)
+        assert not isinstance(costs, Precisions)
+        selection = select(opened, costs, request)
+        children = Children(opened, data, text, parent)
+        if dry_run:
+            options.show(lambda: plan_measured(selection, asked, children), as_json, options.print_facts)
+            return
+        refined = solve_measured(selection, asked, children)
+        refined.write(target)
+        if as_json:
+            options.print_json({"schema": 1, **refined.to_json()})
+        else:
+            print_finalists(refined)
+            click.echo(f"wrote {target / 'architecture.json'} and {target / 'finalists.csv'}", err=True)
         return
     solved = solve_library(opened, costs, request, None if sliced is None else asked.priced(sliced, gpu, costs))
     best = solved.best_point

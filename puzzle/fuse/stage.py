@@ -24,7 +24,8 @@ from puzzle.export.write import Source, open_source
 from puzzle.fuse.matrix import Dependency
 from puzzle.fuse.rewrite import Norm, fuse_layers, widths_of
 from puzzle.fuse.runs import Rule, Run, choose_runs, members, stretches, width_of, worst
-from puzzle.runtime.residency import Memory, Passing, plan_residency
+from puzzle.parents.structure import Structure
+from puzzle.runtime.residency import Memory, Passing, Residency, plan_residency
 
 
 def open_walker(
@@ -51,16 +52,8 @@ def open_walker(
         text_field=text_field,
     )
     (count, length), wanted = tokens.validation.shape, len(child.layers) * (1 + ffns)
-    passing = Passing(
-        models=[child.structure],
-        sequences=count,
-        seq_len=length,
-        compute_bytes=compute_dtype(on).itemsize,
-        spare=2,
-        wanted=wanted,
-        at_once=wanted,
-    )
-    plan = plan_residency("dependency of", passing, Memory.of(on, memory_limit), AT_ONCE)
+    memory, size = Memory.of(on, memory_limit), compute_dtype(on).itemsize
+    plan = dependency_plan(child.structure, wanted, count, length, size, memory)
     console.print(
         f"measuring on {tokens.validation.numel():,} held-out tokens, the model {plan.told(wanted)}",
         markup=False,
@@ -76,6 +69,22 @@ def open_walker(
         "date": time.strftime("%Y-%m-%d"),
     }
     return walker, facts
+
+
+def dependency_plan(
+    structure: Structure, wanted: int, sequences: int, seq_len: int, compute_bytes: int, memory: Memory
+) -> Residency:
+    """How the model goes over the text, `wanted` streams with something left out beside it. Raises UserError where it cannot."""
+    passing = Passing(
+        models=[structure],
+        sequences=sequences,
+        seq_len=seq_len,
+        compute_bytes=compute_bytes,
+        spare=2,
+        wanted=wanted,
+        at_once=wanted,
+    )
+    return plan_residency("dependency of", passing, memory, AT_ONCE)
 
 
 def pick_runs(child: Child, rule: Rule, dependency: Dependency | None) -> list[Run]:

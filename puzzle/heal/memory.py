@@ -111,7 +111,7 @@ def heal_bytes(
 
 def _ends(structure: Structure) -> int:
     """Parameters of embedding and head."""
-    return structure.vocab_size * structure.hidden_size * (1 if structure.tied else 2)
+    return structure.num_fixed_parameters - structure.hidden_size  # the final norm is trained
 
 
 def _largest(structure: Structure) -> int:

@@ -10,7 +10,7 @@ A key is a sub-block's text form (`puzzle.blocklib.sub_block`). Layers that are 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,12 @@ class Library:
         """This library without the variants that `tp` ranks cannot share, and the names of these. Raises UserError where they cannot
         share the parent."""
         self.structure.share(tp)
+        return self.where(lambda sub_block: sub_block.can_share(tp))
+
+    def where(self, kept: Callable[[SubBlock], bool]) -> tuple[Library, list[str]]:
+        """This library without the variants whose sub-block is not `kept`, and the names of these."""
         spaces = tuple(
-            {slot: {n: b for n, b in names.items() if b.can_share(tp)} for slot, names in space.items()}
+            {slot: {n: b for n, b in names.items() if n == PARENT or kept(b)} for slot, names in space.items()}
             for space in self.spaces
         )
         left_out = {

@@ -10,6 +10,7 @@ from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.swiglu import SURGEON
 from puzzle.blocklib.variant import PARENT, bundles
 from puzzle.library.manifest import Replacement, Space
 from puzzle.parents.structure import Layer, Structure
@@ -176,6 +177,8 @@ def plan_build(
     working += NESTED_STREAMS * max(0, most_nested - 1) * tokens * hidden * compute_bytes
     step = flight * max((size for s in sizes for size in s), default=0) + working
     calibration = max(calibration_bytes(layer, hidden, recipe, compute_bytes) for layer in chosen)
+    if any(name.endswith(SURGEON) for index in layers for space in spaces[index].values() for name in space):
+        calibration += 4 * 8 * max(map(widest, chosen)) ** 2  # Hessian, its inverse, and what changes them, in float64
     sequences = max(recipe.num_steps * recipe.batch_size, recipe.calibration_sequences) + recipe.validation_sequences
     waiting = sequences * recipe.seq_len * hidden * compute_bytes  # between groups, in host memory
     extra, reserved = (HOST_BYTES, 1.0) if on_host else (0, RESERVED)

@@ -1,9 +1,7 @@
 """Replace-one-block scores: what each variant alone costs in an otherwise intact parent.
 
-A pass carries the parent's residual stream and those of many variants from layer to layer: a variant of layer i joins there, and runs
-layers i … L only (Puzzle, arXiv 2411.19146, section 4.1). A parent that does not fit the device is read layer by layer, once a pass, and
-a pass takes as many variants as memory has room for their streams; a later one begins at the layer of its first variant, whose input
-the one before has left. Where the parent is whole on the device a pass takes the variants of one layer.
+A parent that does not fit the device is read layer by layer, once a pass, and a pass takes as many variants as memory has room for
+their streams (`puzzle.library.passes`). Where the parent is whole on the device a pass takes the variants of one layer.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.base.console import Bar, console, progress
+from puzzle.base.console import console, progress
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, write_json
@@ -26,25 +24,20 @@ from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.units import check_positive
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NoOp
-from puzzle.blocklib.plain.fp8 import cache_in_fp8, weights_in_fp8
-from puzzle.blocklib.plain.gqa import Attention
-from puzzle.blocklib.plain.part import Part, loaded
+from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.assemble import open_parent, read_variant
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
+from puzzle.library.passes import ChildPath, Parts, Passes, path_of
 from puzzle.library.plan import Spaces, scoring, scoring_costs, screening, trained
 from puzzle.library.results import Results, Todo, share
 from puzzle.library.screen import AT_ONCE, SEQUENCES, compared, estimates, worst
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
 from puzzle.parents.structure import Structure
-from puzzle.runtime.divergence import Divergence, add_variants
-from puzzle.runtime.model import Block
-from puzzle.runtime.residency import HEAD_GROUP, Memory, Residency, plan_residency
-from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
-
-Parts = dict[str, Part]  # by slot
+from puzzle.runtime.residency import Memory, Residency, plan_residency
+from puzzle.runtime.stream import Layered, Room
 
 
 class Scorer:
@@ -53,127 +46,35 @@ class Scorer:
     def __init__(
         self, library: Library, parent: HfModel, sequences: Tensor, device: torch.device, plan: Residency, todo: Todo
     ):
-        self.library, self.device, self.plan, self.todo = library, device, plan, todo
-        self.store, self.dtype = BlockStore(library.root), compute_dtype(device)
-        self.model = Layered(parent, device, self.dtype, streamed=plan.streamed)
-        self.batches = [ids.long().to(device) for ids in sequences.split(plan.batch_size)]
-        self.ropes = self.model.ropes(sequences.shape[1])
-        self.room = Room(device, plan.on_device)
-        self._cached: dict[tuple[int, str, str], Part] = {}
+        self.library, self.plan, self.todo = library, plan, todo
+        self.passes = Passes(library, parent, sequences, device, plan)
 
-    @torch.no_grad()
     def run(self, results: Results) -> None:
         """Score all of `todo`, pass by pass."""
-        passes = list(self._passes())
-        trunk, final = self.room.filled(self.model.embedded(self.batches)), None
-        at = 0  # the layer that `trunk` enters
-        with progress("score", sum(map(len, self.todo.values()))) as bar:
-            for number, variants in enumerate(passes):
-                follows = passes[number + 1][0][0] if number + 1 < len(passes) else None
-                branches, trunk, at, final = self._carry(variants, trunk, at, follows, final, bar)
-                self._measure(variants, branches, final, results, bar)
-                self.room.drop(*branches)
+        groups = list(self._groups())
+        places = {self._path(*one): one for group in groups for one in group}
+        with progress("score", len(places)) as bar:
+            for measured in self.passes.run([[self._path(*one) for one in group] for group in groups], bar):
+                for path, result in measured:
+                    layer, replacement = places[path]
+                    name = score_name(replacement)
+                    if not math.isfinite(result["kl"]):
+                        raise UserError(
+                            f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
+                            f"{BlockStore(self.library.root).layer(layer)} and run `puzzle build-library` again with a smaller --lr"
+                        )
+                    results.put(layer, name, result)
 
-    def _passes(self) -> Iterator[list[tuple[int, Replacement]]]:
+    def _path(self, layer: int, replacement: Replacement) -> ChildPath:
+        return path_of({layer: replacement}, self.library.num_layers)
+
+    def _groups(self) -> Iterator[list[tuple[int, Replacement]]]:
         """(layer, replacement) of each pass, layer by layer; of one layer where the parent is whole."""
         every = [(layer, one) for layer, wanted in sorted(self.todo.items()) for one in wanted]
         groups = [every] if self.plan.streamed else [[(n, one) for one in self.todo[n]] for n in sorted(self.todo)]
         for group in groups:
             for begin in range(0, len(group), self.plan.together):
                 yield group[begin : begin + self.plan.together]
-
-    def _carry(
-        self,
-        variants: list[tuple[int, Replacement]],
-        trunk: Stream,
-        at: int,
-        follows: int | None,
-        final: Stream | None,
-        bar: Bar,
-    ) -> tuple[list[Stream], Stream, int, Stream]:
-        """One pass. trunk: the parent's stream before layer `at`; follows: the layer that the next pass begins with; final: the
-        parent's last stream, None in the first pass. Returns the variants' last streams, the next pass's trunk and layer, and final."""
-        branches: list[Stream] = []
-        saved: Stream | None = None
-        own = self.model.parts((self._reading(*one) for one in variants), tensors_of)
-        waiting = list(variants)
-        for layer, block in self.model.blocks(at):
-            if layer == follows:
-                saved = self.room.copy(trunk)
-            bar.note(f"layer {layer}")
-            jobs = [Job(x, x, lambda x: block(x, self.ropes)) for x in branches]  # noqa: B023 (run before the next block)
-            self.room.run(jobs)
-            while waiting and waiting[0][0] == layer:
-                replaced = self._replaced(block, waiting.pop(0)[1], next(own))
-                branches.append(self.room.stream())
-                self.room.run([Job(trunk, branches[-1], lambda x: replaced(x, self.ropes))])  # noqa: B023
-            if final is None or waiting or (follows is not None and saved is None):
-                self.room.run([Job(trunk, trunk, lambda x: block(x, self.ropes))])  # noqa: B023
-        if final is None:
-            final = trunk
-        else:
-            self.room.drop(trunk)
-        return branches, saved or final, follows or 0, final
-
-    def _reading(self, layer: int, replacement: Replacement) -> Callable[[], Parts]:
-        """What reads the trained parts of a replacement."""
-
-        def read() -> Parts:
-            found = {}
-            for slot, name in replacement.items():
-                if name in (FP8_WEIGHTS, FP8_CACHE):
-                    continue
-                if (layer, slot, name) not in self._cached:
-                    if len(replacement) == 1 or any(key[0] != layer for key in self._cached):
-                        self._cached = {}  # only joint scores take a part again, and only in its layer
-                    sub_block = self.library.spaces[layer][slot][name]
-                    tensors = read_variant(self.store, layer, slot, name, sub_block)
-                    moved = {n: self.model.reader.move(t) for n, t in tensors.items()}
-                    self._cached[layer, slot, name] = loaded(sub_block, moved)
-                found[slot] = self._cached[layer, slot, name]
-            return found
-
-        return read
-
-    def _replaced(self, block: Block, replacement: Replacement, read: Parts) -> Block:
-        """The layer with other parts; those in fp8 are made of its own."""
-        parts = block.parts() | read
-        for slot, name in replacement.items():
-            own = parts[slot]
-            if name == FP8_WEIGHTS:
-                parts[slot] = weights_in_fp8(own)
-            elif name == FP8_CACHE:
-                assert isinstance(own, Attention)
-                parts[slot] = cache_in_fp8(own)
-        return Block(parts)
-
-    def _measure(
-        self,
-        variants: list[tuple[int, Replacement]],
-        branches: list[Stream],
-        final: Stream,
-        results: Results,
-        bar: Bar,
-    ) -> None:
-        """The divergence of what left the last layer, and into the files with it."""
-        last = self.model.last()
-        for begin in range(0, len(variants), HEAD_GROUP):
-            group = branches[begin : begin + HEAD_GROUP]
-            meters = [Divergence() for _ in group]
-            places = [(stream, n) for n in range(len(self.batches)) for stream in (final, *group)]
-            fetched = self.room.fetched(places)
-            for ids in self.batches:
-                parent, *hidden = (next(fetched) for _ in range(1 + len(group)))
-                add_variants(meters, last, parent, hidden, ids)
-            for (layer, replacement), meter in zip(variants[begin : begin + HEAD_GROUP], meters, strict=True):
-                name, result = score_name(replacement), meter.result()
-                if not math.isfinite(result["kl"]):
-                    raise UserError(
-                        f"layer {layer} {name} makes the model's output NaN: its training diverged; delete "
-                        f"{self.store.layer(layer)} and run `puzzle build-library` again with a smaller --lr"
-                    )
-                results.put(layer, name, result)
-                bar.advance()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -215,6 +116,19 @@ def wanted(structure: Structure, spaces: Spaces, joint: bool, fp8: bool) -> Todo
     return found
 
 
+def held_out(library: Library, parent: HfModel, data: list[str], options: ScoreOptions) -> TokenData:
+    """The text that blocks, and children of them, are measured on."""
+    return load_tokens(
+        data,
+        parent.directory,
+        seq_len=options.seq_len or library.facts["data"]["seq_len"],
+        num_train=1,
+        num_validation=options.sequences,
+        text_field=options.text_field,
+        seed=library.facts["seed"],
+    )
+
+
 class Scoring:
     """What is there to score, and what it takes. ranks: the processes that score together, each its share; None: this one. Raises
     UserError for a library, parent or text that do not fit, before anything is measured or written."""
@@ -226,17 +140,7 @@ class Scoring:
         self.library = library = Library.open(root)
         self.options, self.parent = options, open_parent(library, parent)
         self.device = ranks.device
-        self.tokens: TokenData = ranks.from_first(
-            lambda: load_tokens(
-                data,
-                self.parent.directory,
-                seq_len=options.seq_len or library.facts["data"]["seq_len"],
-                num_train=1,
-                num_validation=options.sequences,
-                text_field=options.text_field,
-                seed=library.facts["seed"],
-            )
-        )
+        self.tokens: TokenData = ranks.from_first(lambda: held_out(library, self.parent, data, options))
         spaces = {layer: library.spaces[layer] for layer in library.layers}
         every, layers = wanted(library.structure, spaces, options.joint, options.fp8), range(library.num_layers)
         self.results = Results(root, every, layers, self._key, ranks)

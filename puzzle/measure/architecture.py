@@ -78,8 +78,9 @@ class Architecture:
     kv_dtype: what is cached, where precision was chosen; None: as the costs' precision, which the parent's figures are in.
     bound, gap: None of a baseline, which proves nothing. speedup: each at its best batch. extrapolated: prices beyond measured points, a line each. fuse: runs (first, last) of layers
     that were priced as one, and fusion how; None without --fusion. fused: runs of these layers that `puzzle fuse` has made one
-    since. objective_per_batch: {batch: sum of scores}. host_pace: where a serving engine's own Python sets the child's pace
-    (`CostModel.host_pace`); None: nowhere. tp: GPUs that share every sub-block; costs then have {"all_reduce"} too. prices: what looser limits would buy, where it was asked for.
+    since. measured: {"kl", "kl_stderr", "num_tokens"} of the child on held-out text, where it was chosen by that. objective_per_batch:
+    {batch: sum of scores}. host_pace: where a serving engine's own Python sets the child's pace (`CostModel.host_pace`); None: nowhere.
+    tp: GPUs that share every sub-block; costs then have {"all_reduce"} too. prices: what looser limits would buy, where it was asked for.
     point: where the parent of these layers was itself sliced (`parents.point.Point`); objective and bound then begin with its kl, and
     whole is the structure of the parent that it was sliced from. points: what came out at each global point."""
 
@@ -110,6 +111,7 @@ class Architecture:
     kv_dtype: str | None = None
     tp: int = 1
     host_pace: Mapping[str, float] | None = None
+    measured: Mapping[str, float] | None = None
     synthetic_scores: bool = False
     point: Mapping[str, Any] | None = None
     whole: Structure | None = None

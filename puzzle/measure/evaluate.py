@@ -214,7 +214,6 @@ def _opened(
         raise UserError(f"{parent.name} and {child.name}: random weights have no divergence; give checkpoints")
     (count, length), each = tokens.validation.shape, compute_dtype(on).itemsize
     models = [parent.structure, child.structure]
-    passing = Passing(models=models, sequences=count, seq_len=length, compute_bytes=each, spare=2)
     memory = Memory.of(on, options.memory_limit, ranks)
     largest = max((parent, child), key=lambda one: one.structure.num_parameters)
     size, too_large = largest.structure.num_parameters * each, None
@@ -227,9 +226,17 @@ def _opened(
         tokenizer=parent.tokenizer,
         device=on,
         tokens=tokens,
-        plan=plan_residency("evaluating", passing, memory, AT_ONCE),
+        plan=evaluation_plan(models, count, length, each, memory),
         too_large=too_large,
     )
+
+
+def evaluation_plan(
+    models: list[Structure], sequences: int, seq_len: int, compute_bytes: int, memory: Memory
+) -> Residency:
+    """How parent and child go over the text, side by side. Raises UserError where they cannot."""
+    passing = Passing(models=models, sequences=sequences, seq_len=seq_len, compute_bytes=compute_bytes, spare=2)
+    return plan_residency("evaluating", passing, memory, AT_ONCE)
 
 
 def plan_evaluation(

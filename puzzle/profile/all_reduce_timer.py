@@ -20,6 +20,7 @@ from puzzle.runtime.parallel import joined, nccl_words
 SIZES = tuple(size for power in range(6, 30) for size in (2**power, 3 * 2 ** (power - 1)))  # bytes: 64 B to 768 MiB
 CALLS, GRAPH_BYTES = 50, 2**32  # of one graph: so many all-reduces, fewer of large messages
 REPLAYS = 10
+MATRIX = {True: (4096, 8192), False: (16, 16)}  # 64 MiB, more than an L2 holds: about 25 us on an H100
 
 
 def measure_all_reduces(gpu: str, tp: int, out: Path, sizes: tuple[int, ...] = SIZES) -> tuple[Path, dict[str, Any]]:
@@ -50,17 +51,32 @@ def measure_all_reduces(gpu: str, tp: int, out: Path, sizes: tuple[int, ...] = S
 
 @torch.inference_mode()
 def one(ranks: Ranks, num_bytes: int, device: torch.device) -> float:
-    """Median seconds of one all-reduce among many in a CUDA graph, of the slowest rank."""
+    """Median seconds that an all-reduce adds to a product of a matrix in a CUDA graph of many such pairs, of the slowest rank: between
+    products, as in a model, small ones take less than one after another."""
+    cuda = device.type == "cuda"
     message = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
-    rounds = max(1, min(CALLS, GRAPH_BYTES // num_bytes)) if device.type == "cuda" else 1
-    graph = Graph(lambda: ranks.sum(message), device, warm_ups=3, rounds=rounds)
+    matrix = torch.zeros(*MATRIX[cuda], dtype=torch.bfloat16, device=device)
+    vector, product = matrix[0].clone(), matrix[:, 0].clone()
+    rounds = max(1, min(CALLS, GRAPH_BYTES // num_bytes)) if cuda else 1
+
+    def pair() -> None:
+        torch.mv(matrix, vector, out=product)
+        ranks.sum(message)
+
+    def alone() -> None:
+        torch.mv(matrix, vector, out=product)
+
+    both, less = (_seconds(Graph(call, device, warm_ups=3, rounds=rounds), device) for call in (pair, alone))
+    return max(1e-7, ranks.slowest([both - less])[0])
+
+
+def _seconds(graph: Graph, device: torch.device) -> float:
+    """Median of one round; as many replays on every rank."""
     if device.type == "cuda":
-        found = time_replays(graph.replay, rounds, device, 0.0, REPLAYS)
-    else:
-        samples = []
-        for _ in range(REPLAYS):  # as many on every rank
-            begin = time.perf_counter()
-            graph.replay()
-            samples.append(time.perf_counter() - begin)
-        found = percentiles(samples)
-    return ranks.slowest([found.p50])[0]
+        return time_replays(graph.replay, graph.rounds, device, 0.0, REPLAYS).p50
+    samples = []
+    for _ in range(REPLAYS):
+        begin = time.perf_counter()
+        graph.replay()
+        samples.append(time.perf_counter() - begin)
+    return percentiles(samples).p50

@@ -18,7 +18,7 @@ from puzzle.base.errors import UserError, nearest, writing
 from puzzle.base.files import file_hash, write_text
 from puzzle.base.workload import PAGE, PREFILL_ROWS, Workload
 from puzzle.blocklib.none import NoOp
-from puzzle.blocklib.sub_block import SubBlock
+from puzzle.blocklib.sub_block import State, SubBlock
 from puzzle.parents.structure import Layer, Structure
 from puzzle.profile.all_reduce import FOLDER
 from puzzle.profile.parts import Ends, Part, Whole, ends_of, priced_as
@@ -135,6 +135,10 @@ class CostTable:
     def page(self) -> int:
         """Tokens of a page of the caches where it was measured: the plain runtime, in float32, has none."""
         return 1 if self.precision == "float32" else PAGE
+
+    def kept(self, state: State, num_tokens: int) -> int:
+        """Tokens of a sequence that the cache has room for."""
+        return state.kept(num_tokens, self.page)
 
     @property
     def hash(self) -> str:

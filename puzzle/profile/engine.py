@@ -32,7 +32,7 @@ from puzzle.base.machine import gpu_facts
 from puzzle.base.units import PRECISION_BYTES
 from puzzle.base.workload import Workload
 from puzzle.blocklib.none import NoOp
-from puzzle.blocklib.sub_block import SubBlock, parse_key
+from puzzle.blocklib.sub_block import State, SubBlock, parse_key
 from puzzle.export.engines import ENGINES as SERVING
 from puzzle.export.engines import FORMATS, engine_named
 from puzzle.export.lower import lowered
@@ -41,6 +41,7 @@ from puzzle.profile.parts import Embedding, Ends, Head, Part
 
 ENGINES = Path(__file__).parent / "engines"
 BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # measured up to 256 sequences
+IN_FLIGHT = 8192  # tokens of a step of vLLM's server on a card of 70 GiB or more (max_num_batched_tokens)
 SHARES = ("weights", "kv", "matmul", "prefill")  # constants that are shares of the datasheet's figures
 
 
@@ -72,6 +73,8 @@ class EngineModel:
     what most of its layers have, which say what the engine's export makes of a layer; None: layers stay as they are. largest_batch: that
     was measured. room_bytes: of the card, for weights and caches; None: not measured. left_out: mean relative error of
     tokens/s of architectures that were left out of the fit; None: not known. format: of the export that was measured, whose rewriting counts.
+    windows: whether architectures with sliding windows were measured: vLLM keeps a table of cache blocks for every few layers that reach
+    as far, for each of which its Python takes its time for every sequence and step.
     """
 
     def __init__(
@@ -87,13 +90,14 @@ class EngineModel:
         room_bytes: int | None = None,
         format: str = "nemotron-nas",
         left_out: float | None = None,
+        windows: bool = False,
     ):
         facts = gpu_facts(gpu)
         self.engine, self.gpu, self.constants = engine, gpu, constants
         self.bandwidth, self.flops = facts.bandwidth, facts.bf16_flops
         self.device = f"{device or gpu}, {engine}"
         self.precision, self.parent = precision, parent
-        self.room_bytes, self.format, self.left_out = room_bytes, format, left_out
+        self.room_bytes, self.format, self.left_out, self.windows = room_bytes, format, left_out, windows
         self.weight_bytes = 1 if precision == "fp8" else 2
         self.batches = [b for b in BATCHES if b < largest_batch] + [largest_batch]
         self.extrapolated: dict[tuple[str, str, int], tuple[int, int, str]] = {}  # a fitted model has no points
@@ -117,8 +121,7 @@ class EngineModel:
     def seconds(self, part: Part, phase: str, batch: int, context: int) -> float:
         """One prefill of `context` tokens, or one decode step over `context` cached ones, of `batch` sequences.
 
-        Raises UserError for a kind whose sub-blocks keep what no token has (an SSM's state), or whose tokens use some of the weights
-        alone (a mixture of experts): nobody fitted that.
+        Raises UserError for what `unfitted` names.
         """
         if isinstance(part, NoOp | Embedding):
             return 0.0
@@ -137,10 +140,18 @@ class EngineModel:
             return max(own.launch, seconds + scores / (share * self.flops))
         return seconds + self.weight_bytes * state.per_token * batch * (reach + own.tail) / (own.kv * self.bandwidth)
 
+    def unfitted(self, part: SubBlock) -> str | None:
+        """What sub-blocks like this one are called, if nobody fitted them: those that keep what no token has (an SSM's state), of whose
+        weights a token uses some alone (a mixture of experts), or with a window; None where a promise holds for it."""
+        state = part.state()
+        if state.fixed_bytes("bf16") or part.active_parameters() != part.num_parameters:
+            return f"sub-blocks of kind '{part.kind}'"
+        return None if self.windows or state.reach is None else f"sub-blocks of kind '{part.kind}' with a window"
+
     def _check_fitted(self, part: SubBlock) -> None:
-        """Raise UserError for a kind whose sub-blocks keep what no token has, or of whose weights a token uses some alone."""
-        if part.state().fixed_bytes("bf16") or part.active_parameters() != part.num_parameters:
-            raise UserError(f"`engine` {self.engine}: sub-blocks of kind '{part.kind}' have not been fitted")
+        """Raise UserError for what `unfitted` names."""
+        if (what := self.unfitted(part)) is not None:
+            raise UserError(f"`engine` {self.engine}: {what} have not been fitted")
 
     def host_seconds(self, batch: int) -> float:
         """The least that a decode step of `batch` sequences takes, whatever the device has to do."""
@@ -168,7 +179,10 @@ class EngineModel:
             self._check_fitted(part)
         return lowered(layer, structure, base, self.engine, first=first)
 
-    page = 1  # tokens of a page of the caches; an engine's rounding is in what its memory limit leaves
+    def kept(self, state: State, num_tokens: int) -> int:
+        """Tokens of a sequence that the cache has room for; rounding to pages is in what the memory limit leaves. vLLM sets aside what
+        a window may hold while a prompt goes through in pieces (0.26, SlidingWindowSpec.max_admission_blocks_per_request)."""
+        return num_tokens if state.reach is None else min(num_tokens, state.reach - 1 + IN_FLIGHT)
 
     def workspace(self, part: Part, batch: int, input_len: int) -> int:
         """0: an engine takes a share of the card for itself, which the memory limit has to leave."""
@@ -237,7 +251,9 @@ def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: 
         more = {"device": value["device"], "precision": value["precision"], "parent": parent}
         if "largest_batch" in value:  # earlier ones were measured up to 256
             more |= {name: value[name] for name in ("largest_batch", "room_bytes", "format")}
-        left_out = value.get("leave_one_out", {}).get("throughput", {}).get("mean")
+        error = value.get("leave_one_out", {}).get("throughput", {}).get("mean")
+        left_out = None if error is None else float(error)
+        more["windows"] = bool(value.get("windows", False))
         if wrong or given:
             raise ValueError(f"constants {', '.join([*wrong, *given])} cannot be")
         _check_facts(more)

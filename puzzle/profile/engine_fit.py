@@ -26,6 +26,7 @@ import numpy as np
 from puzzle.base.errors import UserError
 from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
+from puzzle.blocklib.sub_block import SubBlock
 from puzzle.profile.engine import SHARES, Constants, EngineModel, parts_of, read_architectures
 
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
@@ -123,6 +124,12 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
     return paced if criterion(paced, len(HOST)) < criterion(without, 0) else without
 
 
+def has_windows(described: dict[str, Any]) -> bool:
+    """Whether any of the architectures has sub-blocks with a window."""
+    parts = [part for entry in described["architectures"].values() for part, _ in parts_of(entry)]
+    return any(isinstance(part, SubBlock) and part.state().reach is not None for part in parts)
+
+
 def _error(model: EngineModel, described: dict[str, Any], m: Measurement) -> float:
     """Relative, in logarithms."""
     return math.log(predicted(model, described["architectures"][m.architecture], m) / m.value)
@@ -157,12 +164,12 @@ def _least(
     odds = np.array([name in SHARES for name in names])
     usual, least = (np.array([d.get(name, 0.0) for name in names]) for d in (start, LEAST))
     usual = np.log(usual / np.where(odds, 1 - usual, 1.0))
-    largest = max(m.batch for m in measured)
+    largest, windows = max(m.batch for m in measured), has_windows(described)
 
     def model(x: np.ndarray) -> EngineModel:
         values = np.maximum(least, np.exp(x) / np.where(odds, 1 + np.exp(x), 1.0))
         constants = Constants(**start | dict(zip(names, values.tolist(), strict=True)))
-        told = {key: described[key] for key in ("device", "precision")}
+        told = {key: described[key] for key in ("device", "precision")} | {"windows": windows}
         return EngineModel(engine, described["gpu"], constants, largest_batch=largest, **told)
 
     def residuals(x: np.ndarray) -> np.ndarray:
@@ -246,6 +253,7 @@ def fit_engine(engine: str, path: Path, out: Path | None = None, *, gpu: str) ->
         "largest_batch": model.batches[-1],
         "room_bytes": described.get("room_bytes"),
         "format": described.get("format", "nemotron-nas"),
+        "windows": model.windows,
         "constants": asdict(model.constants),
         "errors": summary(compared(model, described, measured)),
         "leave_one_out": summary(rows),

@@ -116,6 +116,8 @@ def check_goal(recipe: Recipe, goal: Goal, structure: Structure) -> None:
             raise UserError(f"`tp` {asked.tp}: shares are priced on GPUs, and `gpu` is cpu: leave `tp` out")
         structure.share(asked.tp)
         find_all_reduces(recipe.profile.gpu, asked.tp, [PACKAGED])
+    if asked.min_distance > structure.num_layers:
+        raise UserError(f"`min_distance` {asked.min_distance}: the parent has {structure.num_layers} layers")
     check_steps(goal, recipe.workload)
     for work in workloads(recipe):
         work.check_fits(structure.max_length)

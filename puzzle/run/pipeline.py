@@ -20,12 +20,16 @@ from puzzle.base.files import content_hash, file_hash, read_json, write_json
 from puzzle.base.lock import holding
 from puzzle.base.machine import cpu_name
 from puzzle.base.units import parse_bytes, seconds_text
+from puzzle.choose.precision import Precisions
+from puzzle.choose.problem import select
+from puzzle.choose.refine import solve_measured
 from puzzle.choose.solve import solve_library
 from puzzle.export.write import export, open_source
 from puzzle.fuse.verb import fuse_verb
 from puzzle.heal.run import heal
 from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder, BuildOptions, build_library
+from puzzle.library.children import Children
 from puzzle.library.manifest import Library, scores_path
 from puzzle.library.score import score_library
 from puzzle.measure.architecture import Architecture, read_architecture, write_architecture
@@ -115,7 +119,7 @@ class Run:
         self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
         write_json(path, {"stages": self.marks})  # what is in the directory from now on is ours
         precisions = recipe.solve.precisions
-        score = replace(recipe.score, fp8=recipe.score.fp8 or "fp8" in precisions, **self.shared)
+        score = replace(recipe.scoring, **self.shared)
         build = self.build_options()
         options = content_hash([str(build), str(score), recipe.data])
         with holding(library):
@@ -208,8 +212,17 @@ class Run:
             str(recipe.workload),
         ]
 
+        text = replace(recipe.score, **self.shared)
+        if asked.measures:
+            facts += [recipe.data, str(text)]
+
         def solve() -> None:
-            write_architecture(target, solve_library(library, costs, request))
+            if asked.measures:
+                assert not isinstance(costs, Precisions)
+                children = Children(library, recipe.data, text)
+                solve_measured(select(library, costs, request), asked, children).write(target.parent)
+            else:
+                write_architecture(target, solve_library(library, costs, request))
 
         self._stage("solve", content_hash([*facts, gpu]), target, solve, "goal", "solve", "workload", "profile")
         return read_architecture(target)

@@ -7,21 +7,25 @@ Where the parent is the name of known shapes, nothing can be timed: all is compu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from puzzle.fuse.stage import dependency_plan
 from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
 from puzzle.heal.settings import HealOptions
 from puzzle.library.build import Builder
 from puzzle.library.estimate import plan_of
 from puzzle.library.plan import Spaces, forward_flops, scoring, screening, trained
-from puzzle.library.score import ScoreOptions, wanted
+from puzzle.library.score import wanted
 from puzzle.library.screen import AT_ONCE, SEQUENCES
+from puzzle.measure.evaluate import evaluation_plan
 from puzzle.parents.structure import Structure
 from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
 from puzzle.run.check import grid_of, is_measured, profiled
-from puzzle.run.recipe import Recipe
-from puzzle.runtime.residency import Memory, plan_residency
+from puzzle.run.recipe import Recipe, naming
+from puzzle.runtime.residency import Memory, Residency, plan_residency
 
 EXPORT_BYTES = {
     "float32": (4, 4),
@@ -29,7 +33,8 @@ EXPORT_BYTES = {
     "float16": (2, 2),
     "fp8": (1, 2),
 }  # of a parameter in a layer, and outside
-Row = dict[str, float | int | None]  # of a stage: "seconds", "memory_bytes", "disk_bytes"; None: next to nothing
+Row = dict[str, Any]  # of a stage: "seconds", "memory_bytes", "disk_bytes"; None: next to nothing; "passes": times
+# that a model is read, layer by layer, None: it is whole on the device
 
 
 def disk_of(recipe: Recipe, structure: Structure, size: int, library: int) -> dict[str, int]:
@@ -61,99 +66,120 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
     if heal is not None:
         taken = plan_heal(heal)["predicted"]
         healing = _row(taken["seconds"], taken["peak_memory_bytes"])
-    memory = Memory.of(builder.device, recipe.score.memory_limit)
-    size = builder.dtype.itemsize
-    stages = stages_of(recipe, builder.structure, builder.spaces, size, rate, own, healing, disk, memory)
-    return {"build": build, "stages": stages}
+    memory = partial(Memory.of, builder.device)
+    road = Road(recipe, builder.structure, builder.spaces, builder.dtype.itemsize, rate, memory)
+    return {"build": build, "stages": road.stages(own, healing, disk)}
 
 
-def stages_of(
-    recipe: Recipe,
-    structure: Structure,
-    spaces: Spaces,
-    itemsize: int,
-    rate: float | None,
-    build: Row,
-    heal: Row | None,
-    disk: Mapping[str, int],
-    memory: Memory,
-) -> dict[str, Row]:
-    """Every stage in its order. itemsize: bytes of a weight that computes; rate: FLOPs per second, None: none known; build, heal:
-    their seconds and memory; disk: as `disk_of`; memory: that scores may fill."""
-    weights, score, held_out = structure.num_parameters * itemsize, recipe.score, recipe.evaluate
+@dataclass(frozen=True, slots=True)
+class Road:
+    """What the stages of a recipe do. itemsize: bytes of a weight that computes; rate: FLOPs per second, None: none known; memory: what
+    is there for models that pass over text, within a stage's limit."""
 
-    def seconds(flops: float) -> float | None:
-        return None if rate is None else round(flops / rate, 1)
+    recipe: Recipe
+    structure: Structure
+    spaces: Spaces
+    itemsize: int
+    rate: float | None
+    memory: Callable[[int | None], Memory]
 
-    def forward(seq_len: int) -> float:
+    def stages(self, build: Row, heal: Row | None, disk: dict[str, int]) -> dict[str, Row]:
+        """Every stage in its order. build, heal: their seconds and memory; disk: as `disk_of`."""
+        recipe = self.recipe
+        stages = {"build-library": build | {"disk_bytes": disk["build-library"]}}
+        with naming("score"):
+            stages["score"] = self.score()
+        if is_measured(recipe):
+            stages["profile"] = self.profile()
+        stages |= {"solve": self.solve(stages["score"]), "child": _row(None, None, disk["child"])}
+        if recipe.fuse is not None:
+            with naming("fuse"):
+                stages["fuse"] = self.fuse(disk["fuse"])
+        if heal is not None:
+            stages["heal"] = heal | {"disk_bytes": disk["heal"]}
+        stages |= {name: _row(None, None, disk[name]) for name in disk if name.startswith("export ")}
+        with naming("evaluate"):
+            stages["evaluate"] = self.evaluate()
+        return stages
+
+    def seconds(self, flops: float) -> float | None:
+        return None if self.rate is None else round(flops / self.rate, 1)
+
+    def forward(self, seq_len: int) -> float:
         """FLOPs per token of the whole parent."""
-        layers = sum(forward_flops(sub_block, seq_len) for _, _, sub_block in structure)
-        return layers + 2 * structure.vocab_size * structure.hidden_size
+        layers = sum(forward_flops(sub_block, seq_len) for _, _, sub_block in self.structure)
+        return layers + 2 * self.structure.vocab_size * self.structure.hidden_size
 
-    length = score.seq_len or recipe.build.seq_len
-    flops, scored = scores_of(score, structure, spaces, length, itemsize, memory, forward(length))
-    stages: dict[str, Row] = {
-        "build-library": build | {"disk_bytes": disk["build-library"]},
-        "score": _row(seconds(flops), scored),
-    }
-    if is_measured(recipe):
-        grid = grid_of(recipe)
+    def score(self) -> Row:
+        """With the screen before it, if any. Which blocks that leaves out is not known: all are as likely."""
+        score, structure, spaces = self.recipe.scoring, self.structure, self.spaces
+        seq_len, count = score.seq_len or self.recipe.build.seq_len, structure.num_layers
+        memory = self.memory(score.memory_limit)
+        replaced, whole = wanted(structure, spaces, score.joint, score.fp8), self.forward(seq_len)
+        every = {index: spaces.get(index, {}) for index in replaced}
+        shape = {"seq_len": seq_len, "compute_bytes": self.itemsize}
+        passing = scoring(structure, replaced, every, sequences=score.sequences, **shape)
+        plan = plan_residency("scoring", passing, memory, score.batch_size)
+        taken, flops, kept = plan.device_bytes, 0.0, 1.0
+        if score.sub_block_screen is not None:
+            offered = [b for space in spaces.values() for b in trained(space, False)]
+            few = min(SEQUENCES, score.sequences)
+            screened = screening(structure, spaces, sequences=few, **shape)
+            taken = max(taken, plan_residency("screening", screened, memory, AT_ONCE).device_bytes)
+            # forward, backward with another forward on the way, and every variant on its own input
+            flops += few * seq_len * (3 * whole + sum(forward_flops(b, seq_len) for b in offered))
+            kept -= int(score.sub_block_screen * len(offered)) / max(len(offered), 1)
+        passes = 1.0
+        for index, some in replaced.items():
+            blocks = (sum(name in every[index].get(slot, {}) for slot, name in one.items()) for one in some)
+            passes += (count - index) / count * sum(kept**number for number in blocks)
+        flops += passes * score.sequences * seq_len * whole
+        return self._passed(flops, plan, passing.wanted) | {"memory_bytes": taken}
+
+    def profile(self) -> Row:
+        grid, options = grid_of(self.recipe), self.recipe.profile
         offered = dict.fromkeys(
-            (s, b) for slots in spaces.values() for s, space in slots.items() for b in space.values()
+            (s, b) for slots in self.spaces.values() for s, space in slots.items() for b in space.values()
         )
-        own = dict.fromkeys((slot, sub_block) for _, slot, sub_block in structure)
-        subject = Subject(name="parent", structure=structure.timed(), offered=tuple(own | offered)).share(
-            recipe.solve.tp
-        )
-        each = grid.seconds if recipe.profile.gpu == "cpu" else SECONDS_PER_POINT
-        own_share, precision = subject.structure, "float32" if itemsize == 4 else "bf16"
-        cache = max(grid.batches) * sum(b.state().num_bytes(grid.capacity, precision) for _, _, b in own_share)
-        stages["profile"] = _row(
-            round(count_points(subject, grid) * grid.rounds * each * len(profiled(recipe)), 1),
-            own_share.num_parameters * itemsize + cache,
-        )
-    stages |= {"solve": _row(None, None), "child": _row(None, None, disk["child"])}
-    if recipe.fuse is not None:
-        tokens = recipe.fuse.sequences * recipe.fuse.seq_len
-        flops = tokens * forward(recipe.fuse.seq_len) * structure.num_layers / 2
-        stages["fuse"] = _row(seconds(flops), weights, disk["fuse"])
-    if heal is not None:
-        stages["heal"] = heal | {"disk_bytes": disk["heal"]}
-    stages |= {name: _row(None, None, disk[name]) for name in disk if name.startswith("export ")}
-    flops = 3 * held_out.sequences * held_out.seq_len * forward(held_out.seq_len)
-    stages["evaluate"] = _row(seconds(flops), 2 * weights)
-    return stages
+        own = dict.fromkeys((slot, sub_block) for _, slot, sub_block in self.structure)
+        whole = Subject(name="parent", structure=self.structure.timed(), offered=tuple(own | offered))
+        subject = whole.share(self.recipe.solve.tp)
+        each = grid.seconds if options.gpu == "cpu" else SECONDS_PER_POINT
+        seconds = count_points(subject, grid) * grid.rounds * each * len(profiled(self.recipe))
+        precision = "float32" if self.itemsize == 4 else "bf16"
+        cached = max(grid.batches) * sum(b.state().num_bytes(grid.capacity, precision) for _, _, b in subject.structure)
+        return _row(round(seconds, 1), subject.structure.num_parameters * self.itemsize + cached)
 
+    def solve(self, scored: Row) -> Row:
+        """A round scores as many replacements again; children that are measured go over the same text."""
+        solve, score = self.recipe.solve, self.recipe.scoring
+        if not solve.measures:
+            return _row(None, None)
+        seq_len = score.seq_len or self.recipe.build.seq_len
+        children = (solve.finalists or 1) * (2 if solve.pairs else 1)
+        measured = self.seconds(children * score.sequences * seq_len * self.forward(seq_len))
+        if measured is None:
+            return _row(None, scored["memory_bytes"])
+        return _row(round((solve.rounds or 0) * scored["seconds"] + measured, 1), scored["memory_bytes"])
 
-def scores_of(
-    score: ScoreOptions,
-    structure: Structure,
-    spaces: Spaces,
-    seq_len: int,
-    itemsize: int,
-    memory: Memory,
-    whole: float,
-) -> tuple[float, int]:
-    """FLOPs, and bytes of the device, of scores and of the screen before them, if any. Which blocks that leaves out is not known: all are
-    as likely. whole: FLOPs per token of one pass of the parent."""
-    replaced, count = wanted(structure, spaces, score.joint, score.fp8), structure.num_layers
-    every = {index: spaces.get(index, {}) for index in replaced}
-    shape = {"seq_len": seq_len, "compute_bytes": itemsize}
-    passing = scoring(structure, replaced, every, sequences=score.sequences, **shape)
-    taken = plan_residency("scoring", passing, memory, score.batch_size).device_bytes
-    flops, kept = 0.0, 1.0
-    if score.sub_block_screen is not None:
-        offered, few = [b for space in spaces.values() for b in trained(space, False)], min(SEQUENCES, score.sequences)
-        passing = screening(structure, spaces, sequences=few, **shape)
-        taken = max(taken, plan_residency("screening", passing, memory, AT_ONCE).device_bytes)
-        # forward, backward with another forward on the way, and every variant on its own input
-        flops += few * seq_len * (3 * whole + sum(forward_flops(b, seq_len) for b in offered))
-        kept -= int(score.sub_block_screen * len(offered)) / max(len(offered), 1)
-    passes = 1.0
-    for index, some in replaced.items():
-        blocks = (sum(name in every[index].get(slot, {}) for slot, name in one.items()) for one in some)
-        passes += (count - index) / count * sum(kept**number for number in blocks)
-    return flops + passes * score.sequences * seq_len * whole, taken
+    def fuse(self, disk: int) -> Row:
+        assert self.recipe.fuse is not None
+        sequences, seq_len = self.recipe.fuse.sequences, self.recipe.fuse.seq_len
+        memory, count = self.memory(self.recipe.fuse.memory_limit), self.structure.num_layers
+        plan = dependency_plan(self.structure, count, sequences, seq_len, self.itemsize, memory)
+        flops = sequences * seq_len * self.forward(seq_len) * count / 2
+        return self._passed(flops, plan, count) | {"disk_bytes": disk}
+
+    def evaluate(self) -> Row:
+        sequences, seq_len = self.recipe.evaluate.sequences, self.recipe.evaluate.seq_len
+        memory = self.memory(self.recipe.evaluate.memory_limit)
+        plan = evaluation_plan([self.structure] * 2, sequences, seq_len, self.itemsize, memory)
+        return self._passed(3 * sequences * seq_len * self.forward(seq_len), plan)
+
+    def _passed(self, flops: float, plan: Residency, wanted: int = 1) -> Row:
+        """wanted: streams beside the parent's."""
+        passes = -(-wanted // max(plan.together, 1)) if plan.streamed else None
+        return _row(self.seconds(flops), plan.device_bytes) | {"passes": passes}
 
 
 def _row(seconds: float | None, memory: int | None, disk: int | None = None) -> Row:

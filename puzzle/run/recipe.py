@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from puzzle.base.errors import UserError, nearest
+from puzzle.base.errors import UserError, nearest, renaming
 from puzzle.base.workload import Workload
 from puzzle.choose.goal import GoalOptions
 from puzzle.choose.options import SolveOptions
@@ -57,6 +56,11 @@ class Recipe:
     heal: HealOptions | None = None
     export: tuple[ExportOptions, ...] = (ExportOptions(format="hf"),)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+
+    @property
+    def scoring(self) -> ScoreOptions:
+        """What is scored: a choice of fp8 asks for what that costs."""
+        return replace(self.score, fp8=self.score.fp8 or "fp8" in self.solve.precisions)
 
 
 SECTIONS = ("build", "score", "profile", "goal", "workload", "solve", "fuse", "heal", "evaluate")
@@ -147,11 +151,8 @@ def _exports(raw: Any, here: Path) -> tuple[ExportOptions, ...]:
 def naming(*sections: str) -> Iterator[None]:
     """Errors inside name the options of these sections as a recipe does: `seq_len` is build.seq_len."""
     classes = {name: _plain(hint) for name, hint in get_type_hints(Recipe).items()}
-    known = {key: f"{name}.{key}" for name in reversed(sections) for key in _keys(classes[name])}
-    try:
+    with renaming({key: f"{name}.{key}" for name in reversed(sections) for key in _keys(classes[name])}):
         yield
-    except UserError as error:
-        raise UserError(re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), str(error))) from error
 
 
 def _keys(options: type[Any]) -> list[str]:

@@ -2,8 +2,8 @@
 every stage, all of them computed.
 
 Time is FLOPs over MFU times the GPU's bf16 FLOPs by its datasheet, on one GPU; more of them share it at best evenly. Memory of the
-build is that of one layer with all its variants; of scores, healing and evaluation that of the whole models, over as many GPUs as hold
-them. A child counts as its parent.
+build is that of one layer with all its variants, which no two GPUs share. Scores, fusion and evaluation pass over text as on one GPU, whole
+or layer by layer, with HOST bytes beside it; only healing is sharded. A child counts as its parent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
 from puzzle.base.machine import gpu_facts
 from puzzle.blocklib.variant import search_spaces
@@ -20,13 +21,14 @@ from puzzle.library.plan import forward_flops, plan_build, trained, training_flo
 from puzzle.parents.known import STRUCTURES, known_structure
 from puzzle.parents.structure import Structure
 from puzzle.run.check import check_goal, check_grid, is_measured
-from puzzle.run.plan import Row, disk_of, stages_of
+from puzzle.run.plan import Road, Row, disk_of
 from puzzle.run.recipe import Recipe, naming
 from puzzle.runtime.residency import Memory
 
-MFU = 0.2798  # of training steps at Llama-3.1-8B's shapes, one H200, 2026-11-23: tokens per second of benchmarks/results/build_8b.csv
+MFU = 0.5634  # benchmarks/lib/scale_page.py writes it, from benchmarks/results/build_8b_steps.csv
 BYTES = 2  # of a weight, computing and stored: bf16
 UNLIMITED = 2**62
+HOST = 250 * 10**9  # bytes of host memory that a GPU has: an eighth of a node's 2 TB
 
 
 def is_shapes(parent: str) -> bool:
@@ -44,10 +46,11 @@ def check_weights(recipe: Recipe) -> None:
 
 
 def plan_shapes(recipe: Recipe) -> dict[str, Any]:
-    """{"shapes", "gpu", "mfu", "activation_bytes", "stages": {name: Row with "gpu_hours" and "gpus", the least that hold it}}.
+    """{"shapes", "gpu", "mfu", "activation_bytes", "card_bytes", "host_bytes", "stages": {name: Row with "gpu_hours" and "gpus"}}.
 
-    activation_bytes: what the build keeps in host memory between one layer and the next. Raises UserError for what can be seen to
-    be wrong without a checkpoint.
+    gpus: the least that run it, None: no number does, or nothing runs there. activation_bytes: what the build keeps in host memory
+    between one layer and the next; card_bytes, host_bytes: what a GPU has, and what is beside it. Raises UserError for what can be
+    seen to be wrong without a checkpoint.
     """
     structure, card = known_structure(recipe.parent), gpu_facts(recipe.profile.gpu.split("-")[0])
     with naming("goal", "workload", "solve", "profile"):
@@ -71,23 +74,28 @@ def plan_shapes(recipe: Recipe) -> dict[str, Any]:
     build: Row = {"seconds": flops / rate, "memory_bytes": one.peak_memory_bytes}
     disk = disk_of(recipe, structure, BYTES, one.disk_bytes + BYTES * later)
     healing = None if recipe.heal is None else _heal(recipe.heal, structure, rate)
-    stages = stages_of(
-        recipe, structure, spaces, BYTES, rate, build, healing, disk, Memory(device=UNLIMITED, host=UNLIMITED)
-    )
+
+    def memory(limit: int | None) -> Memory:
+        return Memory(device=int(PLANNED * min(card.memory_bytes, limit or UNLIMITED)), host=int(PLANNED * HOST))
+
+    stages = Road(recipe, structure, spaces, BYTES, rate, memory).stages(build, healing, disk)
     if "profile" in stages:
         stages["profile"]["memory_bytes"] = card.memory_bytes  # caches are cut from all that is free
     for row in stages.values():
-        seconds, memory = row["seconds"], row["memory_bytes"]
+        seconds, taken = row["seconds"], row["memory_bytes"]
         row["gpu_hours"] = None if seconds is None else seconds / 3600
-        row["gpus"] = None if memory is None else -(-int(memory) // card.memory_bytes)
+        row["gpus"] = None if taken is None else -(-int(taken) // card.memory_bytes)
+    if one.peak_memory_bytes > card.memory_bytes:
+        stages["build-library"]["gpus"] = None
     kept = 0 if len(spaces) == 1 else tokens * structure.hidden_size * BYTES
-    return {"shapes": recipe.parent, "gpu": card.name, "mfu": MFU, "activation_bytes": kept, "stages": stages}
+    sizes = {"activation_bytes": kept, "card_bytes": card.memory_bytes, "host_bytes": HOST}
+    return {"shapes": recipe.parent, "gpu": card.name, "mfu": MFU, **sizes, "stages": stages}
 
 
 def _heal(options: HealOptions, structure: Structure, rate: float) -> Row:
-    """A pass of the teacher, and of the child forward and backward."""
-    flops = 0.0
+    """A pass of the teacher, if there is one, and of the child forward and backward."""
+    flops, taught = 0.0, int(options.needs_teacher)
     for stage in options.plan_stages():
         each = sum(forward_flops(b, stage.seq_len) for _, _, b in structure)
-        flops += stage.num_tokens * 4 * (each + 2 * structure.vocab_size * structure.hidden_size)
-    return {"seconds": flops / rate, "memory_bytes": (MASTER_BYTES + BYTES) * structure.num_parameters}
+        flops += stage.num_tokens * (3 + taught) * (each + 2 * structure.vocab_size * structure.hidden_size)
+    return {"seconds": flops / rate, "memory_bytes": (MASTER_BYTES + taught * BYTES) * structure.num_parameters}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from puzzle.blocklib.initialize import attention_as_linear, channel_order, merge_kv_heads
+from puzzle.base.errors import UserError
+from puzzle.blocklib.initialize import RIDGE, attention_as_linear, channel_order, merge_kv_heads, surgeon
 from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import ParentBlock
-from puzzle.blocklib.variant import PARENT, variant_of
+from puzzle.blocklib.variant import PARENT, bundles, search_space, variant_of
 from puzzle.kernels.block_loss import block_loss
 
 
@@ -76,3 +78,38 @@ def test_channels_kept_are_those_that_contribute_most(make_layer):
     assert set(channel_order(block.weights["down_proj.weight"], block.statistics)[:32].tolist()) == set(keep.tolist())
     assert variant_of(block.sub_block, "0.5").sub_block.intermediate_size == 32
     assert block_loss(started(block, "0.5")(x, {}), ffn(x, {})) < 1e-4
+
+
+def test_second_order_channels_are_a_least_squares_fit(make_layer):
+    """On those kept; the first to go is the one whose removal with its best correction costs least, and all are better than as cut."""
+    block = make_layer()["ffn"]
+    ffn, x = part_of(block), torch.randn(4, 64, 24) @ torch.randn(24, 24)
+    block.statistics = ffn.calibrate([x[:2], x[2:]])
+    gram, down = block.statistics.channel_gram(), block.weights["down_proj.weight"].double()
+    channels = ffn.channels(ffn.enter(x)).flatten(0, 1).double()
+    assert torch.allclose(gram, channels.T @ channels)
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(63)
+
+    def fit(kept):
+        """(columns, and the squared error of the sum)"""
+        columns = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ down.T).T
+        wrong = down.clone()
+        wrong[:, kept] -= columns
+        return columns, torch.einsum("hf,fg,hg->", wrong, gram, wrong)
+
+    plain = block.statistics.channel_gram()
+    for width in (62, 32):
+        kept, columns = surgeon(block.weights["down_proj.weight"], plain, width)
+        assert torch.allclose(columns.double(), fit(kept)[0], atol=1e-4)
+    without = [torch.tensor([i for i in range(63) if i != j]) for j in range(63)]
+    first = surgeon(block.weights["down_proj.weight"], plain, 62)[0]
+    assert torch.equal(first, min(without, key=lambda kept: fit(kept)[1]))
+    target = ffn(x, {})
+    assert block_loss(started(block, "0.5-obs")(x, {}), target) < 0.9 * block_loss(started(block, "0.5")(x, {}), target)
+
+
+def test_one_size_twice_cannot_be_nested(make_layer):
+    space = search_space(make_layer()["ffn"].sub_block, "0.5,0.5-obs,0.25")
+    assert [len(names) for names in bundles(space, False)] == [1, 1, 1]
+    with pytest.raises(UserError, match=r"`nested` does not take 0\.5 and 0\.5-obs"):
+        bundles(space, True)

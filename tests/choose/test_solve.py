@@ -15,7 +15,7 @@ from puzzle.blocklib.none import NO_OP
 from puzzle.choose.cost_model import CostModel
 from puzzle.choose.goal import BY_OPTION, GoalOptions
 from puzzle.choose.problem import Request, select
-from puzzle.choose.solve import open_costs, solve_library
+from puzzle.choose.solve import BASELINES, open_costs, solve_library
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import read_architecture, write_architecture
 from puzzle.profile.engine import Constants, EngineModel
@@ -29,12 +29,28 @@ def test_baselines_explanations_and_relative_goals(puzzle, one_line_error, own_l
     best = json.loads(puzzle("solve", own_library, *goal, "--explain").stdout)
     assert {p["limit"] for p in best["prices"]} == {"throughput", "memory"}
     assert all(p["objective"] <= best["objective"] for p in best["prices"])
-    for rule in ("greedy", "uniform", "random", "no-op", "most-parameters"):
+    for rule in BASELINES:
         done = puzzle("solve", own_library, *goal, "--baseline", rule)
         if done.exit_code == 0:
             assert json.loads(done.stdout)["objective"] >= best["objective"] - 1e-12
         else:
             one_line_error(done, f"--baseline {rule} finds no child")
+
+
+def test_depth_and_uniform_width(puzzle, one_line_error, own_library, tmp_path):
+    """Whole layers go, as few as the goal needs and those of the lowest scores first; or all FFNs are as wide."""
+    scores = [json.loads(path.read_text())["scores"] for path in sorted((own_library / "scores").glob("L*.json"))]
+    order = sorted(range(4), key=lambda n: scores[n]["attention/none"]["kl"] + scores[n]["ffn/none"]["kl"])
+    asked = ("solve", own_library, "--throughput", "1.3x", *SOLVE, "--out", tmp_path / "s", "--json", "--baseline")
+    layers = json.loads(puzzle(*asked, "depth").stdout)["layers"]
+    gone = [n for n, layer in enumerate(layers) if layer["ffn"]["variant"] == "none"]
+    assert sorted(order[: len(gone)]) == gone
+    assert {choice["variant"] for layer in layers for choice in layer.values()} == {"parent", "none"}
+    pinned = json.loads(puzzle(*asked, "depth", "--pin", str(order[0])).stdout)["layers"]
+    assert pinned[order[0]]["ffn"]["variant"] == "parent"
+    layers = json.loads(puzzle(*asked, "uniform-width").stdout)["layers"]
+    assert {layer["attention"]["variant"] for layer in layers} == {"parent"}
+    assert len({layer["ffn"]["variant"] for layer in layers}) == 1
 
 
 def test_diverse_children_differ(puzzle, own_library, tmp_path):
@@ -139,6 +155,8 @@ def test_solve_does_not_promise_past_an_engines_host(own_library):
         UserError, match=r"1000x cannot be met: at best, the fastest child reaches 1x.*the engine's own Py"
     ):
         solve_library(library, slow, asked(throughput="1000x"))  # neither the device nor the host allows it
+    with pytest.raises(UserError, match=r"1000x cannot be met: no value of one of them alone"):
+        solve_library(library, slow, asked(throughput="1000x", memory="1"))  # nor would the memory do
     found = solve_library(library, table, asked(throughput="1x"))
     assert found.predicted.tpot_seconds == pytest.approx(1e-3 + 8e-4)
     assert found.speedup == pytest.approx(1, abs=0.02)

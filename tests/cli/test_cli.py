@@ -80,6 +80,7 @@ OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options
     "score": ("library.score.ScoreOptions",),
     "profile": ("profile.profile.ProfileOptions",),
     "solve": ("choose.goal.GoalOptions", "choose.options.SolveOptions", "base.workload.Workload"),
+    "rescore": ("library.score.ScoreOptions",),
     "export": (),
     "fuse": ("fuse.verb.FuseOptions", "fuse.runs.Rule"),
     "heal": ("heal.settings.HealOptions",),
@@ -90,9 +91,39 @@ OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options
 }
 NO_FLAG = {  # fields that no option fills
     "build-library": {"snapshot_seconds"},
-    "score": {"seq_len", "batch_size"},
+    "score": {"batch_size"},
+    "rescore": {"seq_len", "batch_size", "joint", "fp8", "sub_block_screen"},  # text and device alone
     "profile": {"precision"},  # --fp8 says it
     "heal": {"child", "max_skipped"},
+}
+SAID_IN = {  # verbs whose user may see the messages of these files; the longest beginning of a path counts
+    "puzzle/heal/": ("heal",),
+    "puzzle/fuse/": ("fuse",),
+    "puzzle/choose/": ("solve",),
+    "puzzle/export/": ("export",),
+    "puzzle/profile/": ("profile",),
+    "puzzle/profile/all_reduce.py": ("profile", "solve"),
+    "puzzle/profile/cost_table.py": ("solve",),
+    "puzzle/serving/": ("profile",),
+    "puzzle/serving/check.py": ("serve-check",),
+    "puzzle/serving/engine_bench.py": ("bench",),
+    "puzzle/measure/": ("evaluate",),
+    "puzzle/measure/bench.py": ("bench",),
+    "puzzle/measure/measurable.py": ("evaluate", "bench"),
+    "puzzle/library/": ("build-library",),
+    "puzzle/library/assemble.py": ("score", "evaluate"),
+    "puzzle/library/manifest.py": ("score", "evaluate", "export"),
+    "puzzle/library/score.py": ("score",),
+    "puzzle/runtime/parallel.py": ("profile", "bench"),
+    "puzzle/runtime/residency.py": ("score", "fuse", "evaluate"),  # and build-library, by other names
+    "puzzle/data/blend.py": ("heal",),
+    "puzzle/data/mixture.py": ("heal",),
+    "puzzle/data/": ("build-library", "score", "fuse", "heal", "evaluate"),
+    "puzzle/base/": (),  # words of many verbs; each reads its own options
+    "puzzle/cli/": (),
+    "puzzle/run/": (),  # keys of a recipe
+    "puzzle/parents/": (),
+    "blocklib/": (),
 }
 KEYS_OF_BLENDS = {"sources", "name", "path", "messages"}  # of a file, not options
 
@@ -109,15 +140,23 @@ def fields_of(verb: str) -> set[str]:
     return found
 
 
-def fields_in_messages() -> dict[str, set[str]]:
-    """Every `field` in the text of a UserError, and where it is raised."""
-    found: dict[str, set[str]] = {}
+def messages() -> dict[str, str]:
+    """Where a UserError is raised: the words of its text."""
+    found = {}
     for path in [p for room in ("puzzle", "blocklib") for p in (ROOT / room).rglob("*.py")]:
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             if isinstance(call.func, ast.Name) and call.func.id == "UserError":
                 constants = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
-                for name in re.findall(r"`([a-z][a-z0-9_]*)`", "".join(c for c in constants if isinstance(c, str))):
-                    found.setdefault(name, set()).add(f"{path.relative_to(ROOT)}:{call.lineno}")
+                found[f"{path.relative_to(ROOT)}:{call.lineno}"] = "".join(c for c in constants if isinstance(c, str))
+    return found
+
+
+def fields_in_messages() -> dict[str, set[str]]:
+    """Every `field` in the text of a UserError, and where it is raised."""
+    found: dict[str, set[str]] = {}
+    for place, text in messages().items():
+        for name in re.findall(r"`([a-z][a-z0-9_]*)`", text):
+            found.setdefault(name, set()).add(place)
     return found
 
 
@@ -162,6 +201,35 @@ def test_what_is_no_field_stays_as_it_is():
     for text in ("run `puzzle solve --fusion`", "`- path: text/`", "`build.seq_len` 0", "`Seq_len`", "seq_len", "``"):
         assert main.in_flags(text, "build-library") == text
     assert main.in_flags("`seq_len`", None) == "`seq_len`"
+
+
+def test_a_message_asks_for_no_option_that_its_verbs_lack():
+    lacking = {}
+    for name, places in fields_in_messages().items():
+        for place in sorted(places) if name not in KEYS_OF_BLENDS else ():
+            for verb in SAID_IN[max((start for start in SAID_IN if place.startswith(start)), key=len)]:
+                known = {option.name for option in main.commands[verb].params}
+                if name not in known and f"--{name.replace('_', '-')}" not in flags_of(verb):
+                    lacking[place] = (name, verb)
+    assert lacking == {}
+
+
+def test_commands_in_messages_have_their_flags():
+    verbs = rf"puzzle ({'|'.join(main.commands)})\b([^`]*)`"
+    found = [(place, *one) for place, text in messages().items() for one in re.findall(verbs, text)]
+    assert len(found) > 20
+    for place, verb, rest in found:
+        assert set(re.findall(r"--[a-z][a-z0-9-]*", rest)) <= flags_of(verb), place
+
+
+def test_scores_of_a_build_have_flags_of_their_own(puzzle, one_line_error, monkeypatch, parent, corpus, tmp_path):
+    def refused(*arguments, **values):
+        raise UserError("use fewer `sequences`, a smaller `seq_len` or a larger `memory_limit`")
+
+    monkeypatch.setattr("puzzle.library.score.score_library", refused)
+    sizes = ("--layers", 0, "--attention", "none", "--ffn", "none", "--tokens", 0, "--seq-len", 32, "--device", "cpu")
+    done = puzzle("build-library", parent, "--data", corpus, "--out", tmp_path / "lib", *sizes)
+    one_line_error(done, "use fewer --score-sequences, a smaller --seq-len or a larger --memory-limit")
 
 
 def test_errors_name_fields_that_there_are():

@@ -12,17 +12,26 @@ from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import MissingFace
 from puzzle.data.packing import load_tokens
 from puzzle.kernels.fp8 import from_fp8, to_fp8
+from puzzle.library import score
 from puzzle.library.assemble import read_variant
 from puzzle.library.manifest import Library
-from puzzle.library.score import Scorer
+from puzzle.library.passes import Passes
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import Block, load_model
 
 
-def test_scores_are_those_of_the_whole_model(library, parent, corpus):
+def scored_here(library, corpus, puzzle, *options):
+    """On the CPU, in float32, as `load_model` is: on a machine with a GPU scores are in bf16."""
+    done = puzzle("score", library, "--data", corpus, "--sequences", 6, "--device", "cpu", *options)
+    assert done.exit_code == 0, done.output
+
+
+def test_scores_are_those_of_the_whole_model(own_library, parent, corpus, puzzle):
     """A score equals the KL of a model assembled with that one block, computed the long way."""
+    library = own_library
+    scored_here(library, corpus, puzzle)
     opened = open_model(parent)
     data = load_tokens([str(corpus)], parent, seq_len=64, num_train=1, num_validation=6)
     whole, child = load_model(opened), load_model(opened)
@@ -82,16 +91,16 @@ def test_scores_on_other_text_go_first(own_library, corpus, puzzle, one_line_err
     for path in sorted(corpus.iterdir())[:30]:
         (tmp_path / "corpus" / path.name).write_bytes(path.read_bytes())
     paths = sorted((own_library / "scores").iterdir())
-    whole, seen = Scorer._carry, []
+    whole, seen = Passes._carry, []
     before = [path.read_bytes() for path in paths]
 
-    def stopped(self, variants, *more):
-        seen.append(variants[0][0])
+    def stopped(self, begin, start, wanted, *more):
+        seen.append(next(n for n, choice in enumerate(wanted[0]) if choice))
         if seen[-1] == 2:
             raise KeyboardInterrupt
-        return whole(self, variants, *more)
+        return whole(self, begin, start, wanted, *more)
 
-    monkeypatch.setattr(Scorer, "_carry", stopped)
+    monkeypatch.setattr(Passes, "_carry", stopped)
     puzzle("score", own_library, "--data", corpus, "--sequences", 6)
     assert [path.read_bytes() for path in paths] == before
     puzzle("score", own_library, "--data", tmp_path / "corpus", "--sequences", 4)
@@ -100,15 +109,31 @@ def test_scores_on_other_text_go_first(own_library, corpus, puzzle, one_line_err
     one_line_error(done, "L02.json does not exist", "puzzle score")
 
 
+def test_what_another_run_scored_until_now_is_kept(own_library, corpus, puzzle, monkeypatch):
+    """Scores are read again under the lock."""
+    asked = ("score", own_library, "--data", corpus, "--sequences", 2, "--seq-len", 16, "--device", "cpu")
+    plain = score.held_by_all
+
+    def another_was_faster(*arguments):
+        monkeypatch.setattr(score, "held_by_all", plain)
+        assert puzzle(*asked).exit_code == 0
+        return plain(*arguments)
+
+    monkeypatch.setattr(score, "held_by_all", another_was_faster)
+    done = puzzle(*asked)
+    assert done.exit_code == 0, done.output
+    assert "all are scored already" in done.stderr
+
+
 def test_what_fp8_costs_the_parents_own(own_library, parent, corpus, puzzle):
     """Beside the scores that are there, of every layer: weights and activations rounded, and what is cached."""
     facts = json.loads((own_library / "library.json").read_text())
     del facts["layers"]["3"]
     (own_library / "library.json").write_text(json.dumps(facts))
     path = own_library / "scores" / "L01.json"
+    scored_here(own_library, corpus, puzzle)
     before = json.loads(path.read_text())["scores"]
-    done = puzzle("score", own_library, "--data", corpus, "--sequences", 6, "--fp8")
-    assert done.exit_code == 0, done.output
+    scored_here(own_library, corpus, puzzle, "--fp8")
     names = {"attention/parent@fp8", "attention/parent@fp8-cache", "ffn/parent@fp8"}
     after = json.loads(path.read_text())["scores"]
     assert after.keys() == before.keys() | names

@@ -17,7 +17,8 @@ from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.sub_block import State
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.profile.engine import ENGINES, Constants, EngineModel, open_engine
+from puzzle.profile.engine import ENGINES, Constants, EngineModel, open_engine, read_fit
+from puzzle.profile.engine_fit import fit_engine
 from puzzle.profile.parts import Embedding, Head
 
 ATTENTION = Gqa(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
@@ -27,6 +28,7 @@ HEAD = Head(hidden_size=4096, vocab_size=128256)
 
 def test_more_work_takes_longer():
     model = open_engine("vllm", "h100")
+    model.windows = True
 
     def decode(part, batch, context=1024):
         return model.seconds(part, "decode", batch, context)
@@ -44,6 +46,7 @@ def test_more_work_takes_longer():
 
 def test_decode_seconds_are_the_sum_of_the_steps():
     model, work = open_engine("vllm", "h100"), Workload(input_len=100, output_len=65)
+    model.windows = True
     for part in (ATTENTION, replace(ATTENTION, window=128)):
         steps = [model.seconds(part, "decode", 8, 100 + i) for i in range(64)]
         assert model.decode_seconds(part, 8, work) == pytest.approx(sum(steps), rel=0.01)
@@ -53,6 +56,43 @@ def test_what_keeps_a_state_of_its_own_has_not_been_fitted(monkeypatch):
     monkeypatch.setattr(Gqa, "state", lambda self: State(per_sequence=4096))
     with pytest.raises(UserError, match="`engine` vllm: sub-blocks of kind 'gqa' have not been fitted"):
         open_engine("vllm", "h100").seconds(ATTENTION, "decode", 1, 16)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_windows_are_priced_where_architectures_with_some_were_measured(tmp_path, window):
+    """vLLM keeps a table of cache blocks for every few layers that reach as far, which costs its Python time that no other fit knows."""
+    described = json.loads((ENGINES / "vllm-h100" / "architectures.json").read_text())
+    if window is not None:
+        described["architectures"]["windows"] = {
+            "sub_blocks": {"gqa h4096 q32 kv8 d128 window64": 32},
+            "head": "head h4096 v128256",
+        }
+    (tmp_path / "architectures.json").write_text(json.dumps(described))
+    shutil.copy(ENGINES / "vllm-h100" / "measured.csv", tmp_path)
+    fit_engine("vllm", tmp_path / "measured.csv", gpu="h100")
+    model = read_fit(tmp_path / "fit.json")
+    part = replace(ATTENTION, window=64)
+    assert model.windows == (window is not None)
+    if window is None:
+        assert model.unfitted(part) == "sub-blocks of kind 'gqa' with a window"
+        with pytest.raises(UserError, match="'gqa' with a window have not been fitted"):
+            model.seconds(part, "decode", 1, 16)
+    else:
+        assert model.seconds(part, "decode", 1, 16) > 0
+    assert model.kept(part.state(), 768) == 768
+    assert model.kept(part.state(), 32768) == 63 + 8192
+    assert model.kept(ATTENTION.state(), 32768) == 32768
+
+
+def test_windows_are_left_out_and_said(puzzle, library, tmp_path):
+    """The parent's own is refused, as nothing could be promised."""
+    where = ("--gpu", "h100", "--engine", "vllm", "--input-len", 16, "--output-len", 16, "--json", "--out", tmp_path)
+    done = puzzle("solve", library, "--throughput", "1.01x", *where)
+    assert done.exit_code == 0, done.output
+    told = "no fit of vllm on h100 has measured attention/window-128"
+    assert told in " ".join(done.stderr.split())
+    solved = json.loads(done.stdout)
+    assert not any("window" in slot["sub_block"] for layer in solved["layers"] for slot in layer.values())
 
 
 def test_solve_prices_an_engine_without_a_table(puzzle, library, tmp_path):
@@ -137,6 +177,7 @@ def test_fits_of_ones_own_come_first_and_are_named(tmp_path):
         ({"constants": {"step": "a"}}, "is no engine fit"),
         ({"constants": []}, "is no engine fit"),
         ({"gpu": "h200"}, "is a fit of vllm on h200, not of vllm on h100"),
+        ({"leave_one_out": {"throughput": {"mean": "small"}}}, "is no engine fit .*small"),
         ({"engine": "sglang"}, "is a fit of sglang on h100, not of vllm on h100"),
     ],
 )

@@ -100,6 +100,22 @@ def test_fused_and_without_heal(puzzle, write, tmp_path):
     assert load_model(tmp_path / "run" / "fused").structure.num_layers < 4
 
 
+def test_children_are_measured(puzzle, write, tmp_path):
+    """On the recipe's own text, before one is exported; what was chosen is not chosen again."""
+    recipe = write(heal=None, export=None, solve={"explain": False, "finalists": 3})
+    done = puzzle("run", recipe, "--rounds", 1, "--out", tmp_path / "run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    chosen = json.loads((tmp_path / "run" / "solution" / "finalists.json").read_text())
+    best = chosen["children"][chosen["best"]]
+    assert [one["method"] for one in chosen["children"][:3]] == ["mip", "finalist", "finalist"]
+    assert best["kl"] <= chosen["children"][0]["kl"]
+    assert read_architecture(tmp_path / "run" / "solution").measured["kl"] == best["kl"]
+    again = puzzle("run", recipe, "--rounds", 1, "--out", tmp_path / "run")
+    assert again.stderr.count("done already") == 3
+    planned = puzzle("run", recipe, "--rounds", 1, "--out", tmp_path / "run", "--dry-run", "--json")
+    assert json.loads(planned.stdout)["stages"]["solve"]["memory_bytes"] > 0
+
+
 def test_an_export_in_fp8(puzzle, write, tmp_path):
     """The cache's scales come from the recipe's own data; disk is counted as fp8 takes it."""
     exports = [{"format": "hf", "dtype": "fp8", "kv_dtype": "fp8"}]
@@ -182,6 +198,9 @@ BAD = [
     ({"solve": {"also": ["16/1@2:tpot=50%"]}}, "solve.also 16/1@2:tpot=50%: `tpot` is the time per later token"),
     ({"solve": {"backend": "xyz"}}, "solve.backend xyz: known: ortools, pulp"),
     ({"solve": {"fusion_dependency": "/x.json"}}, "solve.fusion_dependency is not used without solve.fusion"),
+    ({"solve": {"finalists": 2}}, "solve.explain is not measured with solve.finalists: leave one of them out"),
+    ({"solve": {"explain": False, "finalists": 2, "min_distance": 9}}, "solve.min_distance 9: the parent has 4 layers"),
+    ({"solve": {"pairs": True}}, "solve.pairs are fitted from measured children: pass solve.finalists too"),
     ({"solve": {"baseline": "greedy"}}, "unknown key 'solve.baseline'"),
     ({"fuse": {"sequences": 0}}, "fuse.sequences 0: must be above 0"),
     ({"fuse": {"runs": "0-9"}}, "fuse.runs 0-9: '0-9' is outside the child's layers 0-3"),

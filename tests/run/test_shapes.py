@@ -39,12 +39,44 @@ def test_a_dry_run_needs_no_checkpoint(puzzle, name, tmp_path):
     )  # the whole parent, however many GPUs share it to serve
     passed = sum(forward_flops(b, 8192) for _, _, b in structure) + 2 * structure.vocab_size * structure.hidden_size
     assert stages["evaluate"]["gpu_hours"] == pytest.approx(3 * held_out * passed / (MFU * 989e12) / 3600, rel=1e-3)
-    for row in stages.values():
-        if row["memory_bytes"] is not None:
-            assert row["gpus"] == -(-row["memory_bytes"] // GPUS["h100"].memory_bytes)
+    card = GPUS["h100"].memory_bytes
+    assert stages["heal"]["gpus"] == -(-stages["heal"]["memory_bytes"] // card) > 1
+    alone = {"profile"} | {one for one in stages if "passes" in stages[one]}
+    assert alone == {"profile", "score", "evaluate"} | ({"fuse"} & stages.keys())
+    for one in alone:  # whatever the parent's size: read layer by layer
+        assert (stages[one]["gpus"], stages[one]["memory_bytes"] <= card) == (1, True)
+    assert stages["evaluate"]["passes"] == 1 < stages["score"]["passes"]
+    too_large = "405b" in name  # one layer with its variants
+    assert (stages["build-library"]["memory_bytes"] > card, stages["build-library"]["gpus"]) == (
+        too_large,
+        None if too_large else 1,
+    )
     assert not (tmp_path / "run").exists()
-    shown = puzzle("run", path, "--out", tmp_path / "run", "--dry-run").output
-    assert "by its shapes alone: computed, nothing measured here" in shown.replace("\n", " ")
+    shown = puzzle("run", path, "--out", tmp_path / "run", "--dry-run").output.replace("\n", " ")
+    assert "by its shapes alone: computed, nothing measured here" in shown
+    assert ("one layer with its variants does not fit a GPU's 78.2 GiB" in shown) is too_large
+
+
+def test_what_fits_is_whole(puzzle, tmp_path):
+    """An 8B parent is, in scores; beside its child it needs no second GPU either. A limit holds in each stage, and where nothing
+    can go through the stage says so by its recipe's keys."""
+    path = tmp_path / "recipe.yaml"
+    recipe = {"parent": "llama-3.1-8b", "profile": {"gpu": "h100"}, "goal": {"latency": "60%"}}
+
+    def planned(**sections):
+        path.write_text(yaml.safe_dump(recipe | sections))
+        return puzzle("run", path, "--out", tmp_path / "run", "--dry-run", "--json")
+
+    stages = json.loads(planned().stdout)["stages"]
+    assert {stages[name]["passes"] for name in ("score", "evaluate")} == {None}
+    stages = json.loads(planned(evaluate={"memory_limit": 20 * 10**9}).stdout)["stages"]
+    assert (stages["score"]["passes"], stages["evaluate"]["passes"]) == (None, 1)
+    assert stages["evaluate"]["memory_bytes"] < 20e9
+    fp8 = json.loads(planned(solve={"precision": "bf16,fp8"}).stdout)["stages"]
+    assert fp8["score"]["seconds"] > stages["score"]["seconds"]
+    done = planned(evaluate={"memory_limit": 10**9})
+    assert done.exit_code == 2
+    assert "use fewer evaluate.sequences, a smaller evaluate.seq_len or a larger evaluate.memory_limit" in done.stderr
 
 
 def test_a_screen_spares_scores(puzzle, tmp_path):

@@ -1,0 +1,163 @@
+"""Children of one library over text: those that begin alike run as one until the layer where they part.
+
+A pass carries the residual streams of several children from layer to layer. A child is the path of what stands in for the parent's
+sub-blocks, layer by layer; children of the same beginning share its stream, and a pass begins where the one before has left a stream
+that all of its children begin with. Replace-one-block scores are children that leave the parent's path in one layer (Puzzle, arXiv
+2411.19146, section 4.1), marginal scores those that leave another child's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from puzzle.base.console import Bar
+from puzzle.base.device import compute_dtype
+from puzzle.blocklib.plain.fp8 import cache_in_fp8, weights_in_fp8
+from puzzle.blocklib.plain.gqa import Attention
+from puzzle.blocklib.plain.part import Part, loaded
+from puzzle.blocklib.variant import PARENT
+from puzzle.library.assemble import read_variant
+from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement
+from puzzle.library.store import BlockStore
+from puzzle.parents.opened import HfModel
+from puzzle.runtime.divergence import Divergence, add_variants
+from puzzle.runtime.model import Block
+from puzzle.runtime.residency import HEAD_GROUP, Residency
+from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
+
+Parts = dict[str, Part]  # by slot
+ChildPath = tuple[
+    tuple[tuple[str, str], ...], ...
+]  # (slot, variant) of what stands in for the parent's, layer by layer
+Measured = list[tuple[ChildPath, dict[str, float]]]
+
+
+def path_of(layers: Mapping[int, Replacement], num_layers: int) -> ChildPath:
+    """layers: {slot: variant} of those that are not the parent's."""
+    return tuple(
+        tuple((slot, name) for slot, name in layers.get(n, {}).items() if name != PARENT) for n in range(num_layers)
+    )
+
+
+def beginning(paths: Sequence[ChildPath]) -> ChildPath:
+    """What all of them begin with."""
+    first, last = min(paths), max(paths)
+    return first[: next((n for n, (a, b) in enumerate(zip(first, last, strict=True)) if a != b), len(first))]
+
+
+class Passes:
+    """Over held-out sequences [S, T], of children of a library and of its parent."""
+
+    def __init__(self, library: Library, parent: HfModel, sequences: Tensor, device: torch.device, plan: Residency):
+        self.library, self.device, self.plan = library, device, plan
+        self.store, self.dtype = BlockStore(library.root), compute_dtype(device)
+        self.model = Layered(parent, device, self.dtype, streamed=plan.streamed)
+        self.batches = [ids.long().to(device) for ids in sequences.split(plan.batch_size)]
+        self.ropes = self.model.ropes(sequences.shape[1])
+        self.room = Room(device, plan.on_device)
+        self._cached: dict[tuple[int, str, str], Part] = {}
+
+    @torch.no_grad()
+    def run(self, groups: Sequence[Sequence[ChildPath]], bar: Bar) -> Iterator[Measured]:
+        """The divergence from the parent of every child, pass by pass. groups: the children of each, all different."""
+        whole = path_of({}, self.library.num_layers)
+        begin: ChildPath = ()
+        start: Stream | None = None
+        final: Stream | None = None  # the parent's last
+        for number, paths in enumerate(groups):
+            follows = beginning(groups[number + 1]) if number + 1 < len(groups) else begin
+            if start is None:
+                begin, start = (), self.room.filled(self.model.embedded(self.batches))
+            keep = [follows] if number + 1 < len(groups) and follows[: len(begin)] == begin else []
+            first = [whole] if final is None else []
+            streams = self._carry(begin, start, [*paths, *keep, *first], bar)
+            final = final or streams[whole]
+            yield from self._measured(paths, [streams[path] for path in paths], final, bar)
+            begin, start = (follows, streams[follows]) if keep else ((), None)
+            self.room.drop(*(s for path, s in streams.items() if s is not final and s is not start))
+
+    def _carry(self, begin: ChildPath, start: Stream, wanted: Sequence[ChildPath], bar: Bar) -> dict[ChildPath, Stream]:
+        """The streams where `wanted` paths end, which may be before the last layer. start: that of `begin`, with which all of them
+        begin, used up."""
+        ends, live = set(wanted), {begin: start}
+        kept = {begin: start} if begin in ends else {}
+        steps = {n: _steps(n, wanted) for n in range(len(begin), max(map(len, wanted)))}
+        reads = (self._reading(n, dict(choice)) for n, step in steps.items() for choice in step if choice)
+        own = self.model.parts(reads, tensors_of)
+        for layer, block in self.model.blocks(len(begin), len(begin) + len(steps)):
+            bar.note(f"layer {layer}")
+            left = Counter(prefix for prefixes in steps[layer].values() for prefix in prefixes)
+            left.update([prefix for prefix in left if prefix in kept])
+            grown: dict[ChildPath, Stream] = {}
+            for choice, prefixes in steps[layer].items():
+                replaced = self._replaced(block, dict(choice), next(own)) if choice else block
+                jobs = []
+                for prefix in prefixes:
+                    left[prefix] -= 1
+                    target = self.room.stream() if left[prefix] else live[prefix]
+                    jobs.append(Job(live[prefix], target, lambda x: replaced(x, self.ropes)))  # noqa: B023 (run before the next)
+                    grown[*prefix, choice] = target
+                self.room.run(jobs)
+            live = grown
+            kept |= {path: stream for path, stream in live.items() if path in ends}
+        return kept
+
+    def _reading(self, layer: int, replacement: Replacement) -> Callable[[], Parts]:
+        """What reads the trained parts of a replacement."""
+
+        def read() -> Parts:
+            found = {}
+            for slot, name in replacement.items():
+                if name in (FP8_WEIGHTS, FP8_CACHE):
+                    continue
+                if (layer, slot, name) not in self._cached:
+                    if len(replacement) == 1 or any(key[0] != layer for key in self._cached):
+                        self._cached = {}  # only several slots together take a part again, and only in its layer
+                    sub_block = self.library.spaces[layer][slot][name]
+                    tensors = read_variant(self.store, layer, slot, name, sub_block)
+                    moved = {n: self.model.reader.move(t) for n, t in tensors.items()}
+                    self._cached[layer, slot, name] = loaded(sub_block, moved)
+                found[slot] = self._cached[layer, slot, name]
+            return found
+
+        return read
+
+    def _replaced(self, block: Block, replacement: Replacement, read: Parts) -> Block:
+        """The layer with other parts; those in fp8 are made of its own."""
+        parts = block.parts() | read
+        for slot, name in replacement.items():
+            own = parts[slot]
+            if name == FP8_WEIGHTS:
+                parts[slot] = weights_in_fp8(own)
+            elif name == FP8_CACHE:
+                assert isinstance(own, Attention)
+                parts[slot] = cache_in_fp8(own)
+        return Block(parts)
+
+    def _measured(
+        self, paths: Sequence[ChildPath], streams: Sequence[Stream], final: Stream, bar: Bar
+    ) -> Iterator[Measured]:
+        """The divergence of what left the last layer, some children at a time."""
+        last = self.model.last()
+        for begin in range(0, len(paths), HEAD_GROUP):
+            group = streams[begin : begin + HEAD_GROUP]
+            meters = [Divergence() for _ in group]
+            fetched = self.room.fetched((s, n) for n in range(len(self.batches)) for s in (final, *group))
+            for ids in self.batches:
+                parent, *hidden = (next(fetched) for _ in range(1 + len(group)))
+                add_variants(meters, last, parent, hidden, ids)
+            yield [(p, meter.result()) for p, meter in zip(paths[begin : begin + HEAD_GROUP], meters, strict=True)]
+            bar.advance(len(group))
+
+
+def _steps(layer: int, wanted: Sequence[ChildPath]) -> dict[tuple[tuple[str, str], ...], list[ChildPath]]:
+    """Of one layer: by what stands in it, the parent's last, the beginnings that it follows."""
+    found: dict[tuple[tuple[str, str], ...], list[ChildPath]] = {}
+    for path in dict.fromkeys(path[: layer + 1] for path in wanted if len(path) > layer):
+        found.setdefault(path[layer], []).append(path[:layer])
+    whole = found.pop((), None)
+    return found if whole is None else found | {(): whole}
