@@ -19,7 +19,7 @@ from puzzle.cli.modes import Mode, Verb
 
 RULES = ["greedy", "uniform", "uniform-width", "depth", "random", "no-op", "most-parameters"]
 TEXT = "data sequences text_field device parent memory_limit dry_run"  # what children are measured on
-MEASURED = "pareto diverse baseline explain fusion fusion_dependency precision"  # modes that are not
+MEASURED = "pareto diverse baseline explain fusion fusion_dependency precision hidden depth"  # modes that are not
 
 
 def _is_axis(axis: str, given: Mapping[str, Any]) -> bool:
