@@ -59,7 +59,7 @@ PARTS = {
     "kernels": ("tests/kernels",),
 }
 FROM_TRANSFORMERS = tuple(
-    f"tests/export/test_{name}.py" for name in ("generation", "modeling", "matrix", "before", "nemotron_nas")
+    f"tests/export/test_{name}.py" for name in ("generation", "modeling", "packed", "matrix", "before", "nemotron_nas")
 )
 COMPILED = "kernels compiled for sm_90"
 NEED_TORCH = {"torch", "transformers", "triton", "safetensors", "gguf"}
