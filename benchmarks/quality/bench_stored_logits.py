@@ -38,14 +38,14 @@ from reference_corpus import write_corpus
 PARENT = Path(__file__).resolve().parents[2] / "examples" / "parent"
 WAYS: dict[str, dict[str, Any]] = {
     "teacher there": {},
+    **{f"top {k}": {"top_k": k} for k in (8, 32, 128)},
     "half reverse": {"reverse_kl": 0.5},
     "reverse": {"reverse_kl": 1.0},
-    **{f"top {k}": {"top_k": k} for k in (8, 32, 128)},
 }
 
 
 @click.command()
-@click.option("--tokens", default=65536)
+@click.option("--tokens", default=24576)
 @click.option("--max-files", type=int)
 @click.option("--lr", default=5e-4)
 @click.option("--device", default="cpu")
@@ -75,7 +75,7 @@ def main(tokens: int, max_files: int | None, lr: float, device: str, out: Path) 
             record = heal(
                 HealOptions(
                     child=str(root / "child"), teacher=str(PARENT), data=[str(root / "corpus.jsonl")], out=root / "out",
-                    tokens=tokens, seq_len=256, batch_size=8, lr=lr, cosine_weight=0.0, eval_every=0, save_every=0,
+                    tokens=tokens, seq_len=256, batch_size=4, lr=lr, cosine_weight=0.0, eval_every=0, save_every=0,
                     validation_sequences=8, device=device, force=True, **options, **stored,
                 )
             )  # fmt: skip
@@ -96,10 +96,10 @@ def main(tokens: int, max_files: int | None, lr: float, device: str, out: Path) 
                 }
             )
             click.echo(rows[-1])
-    with open(out, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+            with open(out, "w", newline="", encoding="utf-8") as handle:
+                writer = csv.DictWriter(handle, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,10 @@ class HealOptions:
                 raise UserError(f"`{name}` {getattr(self, name):g}: {what}, between 0 and 1")
         if self.kl_weight == self.cosine_weight == self.lm_weight == 0:
             raise UserError("`kl_weight` 0 `cosine_weight` 0 `lm_weight` 0: nothing to learn from; set one above 0")
-        if self.teacher_logits is not None and self.cosine_weight > 0:
-            raise UserError("`teacher_logits` holds no hidden states to compare: pass `cosine_weight` 0")
+        if self.teacher_logits is not None and (self.cosine_weight > 0 or self.kl_weight == 0):
+            raise UserError(
+                "`teacher_logits` holds no hidden states to compare: pass `cosine_weight` 0, `kl_weight` above 0"
+            )
         if self.needs_teacher and self.teacher is None and self.teacher_logits is None:
             raise UserError(
                 "no `teacher`: give the parent, or learn from the text alone with `kl_weight` 0 `cosine_weight` 0 "

@@ -95,8 +95,8 @@ class Stored:
 
     def _read(self, handle: Any, begin: int, end: int) -> Told:
         """Made to sum to 1, which rounding to float16 has moved."""
-        words, logs, rest = (handle.get_slice(name)[begin:end].to(self.device) for name in ("words", "logs", "rest"))
-        logs = logs.float()
+        words, logs, rest = (handle.get_slice(name)[begin:end] for name in ("words", "logs", "rest"))
+        words, logs, rest = words.int().to(self.device), logs.to(self.device).float(), rest.to(self.device)
         total = torch.logaddexp(logs.logsumexp(-1), rest)
         return Told(words=words.long(), logs=logs - total[:, None], rest=rest - total)
 

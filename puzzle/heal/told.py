@@ -48,7 +48,7 @@ def told_losses(
     child [R, H]: normed hidden states; head [V, H]. In chunks of rows that are computed again in the backward pass.
     """
     with torch.autocast(child.device.type, enabled=False):
-        rows = max(1, MOST_LOGITS // len(head))
+        rows, head = max(1, MOST_LOGITS // len(head)), head.to(torch.promote_types(child.dtype, torch.float32))
         parts = [
             checkpoint(
                 _losses, *some, head, temperature, reverse, use_reentrant=False, preserve_rng_state=False
@@ -64,10 +64,9 @@ def told_losses(
 def _losses(
     words: Tensor, logs: Tensor, rest: Tensor, child: Tensor, labels: Tensor, head: Tensor, tau: float, reverse: float
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(child.dtype, torch.float32)
-    logits = child.to(wide) @ head.to(wide).T
+    logits = child.to(head.dtype) @ head.T
     own = F.log_softmax(logits / tau, -1)
     q = torch.cat((own.gather(-1, words), own.scatter(-1, words, -torch.inf).logsumexp(-1, keepdim=True)), -1)
-    p = torch.cat((logs, rest[:, None]), -1).to(wide)
+    p = torch.cat((logs, rest[:, None]), -1).to(head.dtype)
     kl = (1 - reverse) * (p.exp() * (p - q)).sum(-1) + reverse * (q.exp() * (q - p)).sum(-1)
     return kl, F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")

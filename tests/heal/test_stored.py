@@ -101,8 +101,19 @@ def test_it_heals_as_with_the_teacher_there(puzzle, parent, child, small, said, 
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
-def test_two_processes_write_and_read_their_parts(launch, ended, child, parent, small, said, tmp_path):
-    options = ("--teacher", parent, "--teacher-logits", tmp_path / "said", "--top-k", ALL_BUT_ONE, *NO_STATES)
+@pytest.mark.parametrize("parallel", ["replicas", "shards"])
+def test_two_processes_write_and_read_their_parts(launch, ended, child, parent, small, said, tmp_path, parallel):
+    options = (
+        "--parallel",
+        parallel,
+        "--teacher",
+        parent,
+        "--teacher-logits",
+        tmp_path / "said",
+        "--top-k",
+        ALL_BUT_ONE,
+        *NO_STATES,
+    )
     setup = "import puzzle.heal.stored as s; s.SHARD_BYTES = 10**6"
     group = launch(("heal", child, *options, *small, "--out", tmp_path / "out"), processes=2, setup=setup)
     assert ended(group) == [0, 0], [process.log.read_text() for process in group]
