@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from puzzle.base.ranks import Ranks, running_ranks
+from puzzle.base.units import bytes_text
 from puzzle.data.mixture import Stage
 from puzzle.heal.memory import micro_batch, plan_memory
 from puzzle.heal.prepare import Models, build_teacher, build_trainer, open_models
@@ -60,7 +61,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
             "stages": [{**asdict(stage), "num_tokens": stage.num_tokens} for stage in stages],
             "trained_parameters": trained,
             "matching_layers": len(models.pairs),
-            "teacher": _told(options, words)
+            "teacher": _told(options, words, kept)
             or (None if models.teacher is None else plan.taught(stages[0].tokens_per_step // ranks.world)),
             "predicted": {
                 "num_steps": sum(stage.num_steps for stage in stages),
@@ -76,11 +77,11 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
         }
 
 
-def _told(options: HealOptions, words: int) -> str | None:
+def _told(options: HealOptions, words: int, kept: int) -> str | None:
     if options.teacher_logits is None:
         return None
     each = bytes_per_token(options.top_k, words)
-    return f"runs once, {each} bytes a token in {options.teacher_logits}, then is not there"
+    return f"runs once, {each} bytes a token, {bytes_text(kept)} in {options.teacher_logits}, then is not there"
 
 
 def _seconds_to_teach(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, words: int) -> float:

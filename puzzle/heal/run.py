@@ -239,7 +239,7 @@ class Run:
                 else f"held-out {name} of {self.options.child} is {found[name]:g} before any training: its weights are broken"
             )
         self.log.write([{"step": step, "tokens": self._tokens, "held_out": found | dict.fromkeys(broken)}])
-        kl = next((f"KL {found[name]:.4f}, " for name in ("kl", "kl_top") if name in found), "")
+        kl = "".join(f"{what} {found[name]:.4f}, " for name, what in _divergences(self.options.top_k) if name in found)
         console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}", markup=False)
 
     def record(self, facts: dict[str, Any], models: Models) -> dict[str, Any]:
@@ -269,6 +269,11 @@ class Run:
         }
 
 
+def _divergences(top_k: int | None) -> tuple[tuple[str, str], ...]:
+    """Name and words of what an evaluation may hold."""
+    return ("kl", "KL"), ("kl_top", f"KL over the top {top_k} words and the rest")
+
+
 def _name_of(stored: Stored | None, models: Models) -> str | None:
     if stored is not None:
         return str(stored.facts["name"])
@@ -279,7 +284,7 @@ def summary(record: dict[str, Any]) -> str:
     """One line for people."""
     before, after = record["before"], record["after"]
     text = f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}"
-    for name, what in (("kl", "KL"), ("kl_top", f"KL over the top {record['run'].get('top_k')}")):
+    for name, what in _divergences(record["run"].get("top_k")):
         if name in after:
             text += f" (teacher {after['teacher_loss']:.4f}), {what} {before[name]:.4f} -> {after[name]:.4f}"
     sources = ", ".join(f"{s['source']} {s['epochs']:.2f} epochs" for s in record["sources"])
