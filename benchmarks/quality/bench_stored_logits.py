@@ -45,7 +45,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @click.command()
-@click.option("--tokens", default=24576)
+@click.option("--tokens", default=8192)
 @click.option("--max-files", type=int)
 @click.option("--lr", default=5e-4)
 @click.option("--device", default="cpu")

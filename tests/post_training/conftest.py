@@ -8,7 +8,7 @@ import pytest
 
 from puzzle.blocklib.none import NO_OP
 from puzzle.export.hf import write_hf
-from tiny_children import BLOCK, FFN, LINEAR, Tiny, build, kv, width, write_tokenizer
+from tiny_children import BLOCK, FAMILIES, FFN, LINEAR, Tiny, build, kv, width, write_tokenizer
 
 CHATS = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -22,9 +22,21 @@ MIXED = Tiny(
 
 
 @pytest.fixture(scope="session")
-def mixed(tmp_path_factory) -> Path:
-    """No attention, a fused FFN, no FFN, one matrix each, nothing: as `--format hf` writes them."""
+def scaled(tmp_path_factory):
+    """`scaled(name)`: the directory of one of FAMILIES, or of MIXED, as `--format hf` writes it."""
     root = tmp_path_factory.mktemp("post_training")
-    write_hf(build("mixed", MIXED, write_tokenizer(root / "tokenizer")), root / "mixed", "card")
-    (root / "mixed" / "chat_template.jinja").write_text(CHATS)
-    return root / "mixed"
+    tokenizer = write_tokenizer(root / "tokenizer")
+
+    def directory(name: str) -> Path:
+        if not (root / name).is_dir():
+            write_hf(build(name, {"mixed": MIXED, **FAMILIES}[name], tokenizer), root / name, "card")
+            (root / name / "chat_template.jinja").write_text(CHATS)
+        return root / name
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def mixed(scaled) -> Path:
+    """No attention, a fused FFN, no FFN, one matrix each, nothing."""
+    return scaled("mixed")

@@ -59,11 +59,11 @@ def grpo(**options):
 
 @pytest.fixture
 def train(mixed, tmp_path):
-    def run(make, lora, **options):
+    def run(make, lora, child=mixed, **options):
         kind, config, rows, more = make(output_dir=str(tmp_path / "run"), **options)
         if lora:
             more["peft_config"] = peft.LoraConfig(r=4, target_modules=lora, task_type="CAUSAL_LM")
-        trainer = kind(model=str(mixed), args=config, train_dataset=datasets.Dataset.from_list(rows), **more)
+        trainer = kind(model=str(child), args=config, train_dataset=datasets.Dataset.from_list(rows), **more)
         trainer.train()
         return trainer
 
@@ -106,6 +106,18 @@ def check_saved(model, saved, before):
     again = load(saved)
     options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
     assert torch.equal(again.generate(ids, **options), again.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma3", "biases"])
+def test_the_loss_is_the_models_own(name, scaled, train):
+    """TRL computes it from hidden states and head: multipliers of either are in it, windows and several RoPEs beside packing too."""
+    child = scaled(name)
+    for options in ({"per_device_train_batch_size": len(SUMS)}, {"packing": True, "max_length": 512}):
+        trainer = train(sft, None, child=child, **options)
+        batch = next(iter(trainer.get_train_dataloader()))
+        with torch.no_grad():
+            wanted = load(child)(**{k: v for k, v in batch.items() if k != "seq_lengths"}).loss
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_packing_gives_the_loss_of_padded_rows(train, mixed):
