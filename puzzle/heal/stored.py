@@ -26,7 +26,7 @@ from puzzle.heal.told import Told
 from puzzle.parents.checkpoint import read_header
 
 SHARD_BYTES = 2**26
-HELD_OUT = "held-out.safetensors"
+HELD_OUT, RECORD = "held-out.safetensors", "teacher.json"
 
 
 def bytes_per_token(top_k: int, words: int) -> int:

@@ -21,7 +21,7 @@ from puzzle.heal.loss import Teacher, head_losses
 from puzzle.heal.memory import micro_batch, plan_memory
 from puzzle.heal.prepare import Models, build_teacher
 from puzzle.heal.settings import HealOptions
-from puzzle.heal.stored import HELD_OUT, Stored, bytes_per_token
+from puzzle.heal.stored import HELD_OUT, RECORD, Stored, bytes_per_token
 from puzzle.heal.teacher import StreamedTeacher
 from puzzle.heal.told import Told, tell
 
@@ -46,6 +46,8 @@ def write_missing(
     plan = plan_memory(replace(options, parallel="replicas"), stages, models, ranks)
     teacher = build_teacher(models, [], plan.tokens)
     with held_by_all(stored.directory, ranks), torch.no_grad():
+        if ranks.is_first:
+            write_json(stored.directory / RECORD, {"run": stored.facts})
         teach(stored, teacher, data, ranks, max(1, micro_batch(options, stages, ranks) // stages[0].seq_len))
 
 
@@ -65,7 +67,7 @@ def facts_of(options: HealOptions, stages: list[Stage], models: Models, data: He
 
 
 def claim(options: HealOptions, stages: list[Stage], models: Models, data: HealData, ranks: Ranks) -> Stored:
-    """The directory, begun or as it was found. Raises UserError where it was written for something else, naming what."""
+    """The directory as it was found, or will be written. Raises UserError where it was written for something else, naming what."""
     assert options.teacher_logits is not None
     directory, facts = options.teacher_logits, facts_of(options, stages, models, data)
     vocabulary = models.child.structure.vocab_size
@@ -73,13 +75,13 @@ def claim(options: HealOptions, stages: list[Stage], models: Models, data: HealD
         own = models.teacher.structure.vocab_size
         facts |= {"teacher": models.teacher.checkpoint.fingerprint(), "words": min(own, vocabulary), "vocabulary": own}
         facts["name"] = models.teacher.directory.absolute().name
-    record = directory / "teacher.json"
+    record = directory / RECORD
 
     def find() -> dict[str, Any]:
         if not record.is_file() and models.teacher is None:
-            raise UserError(f"`teacher_logits` {directory} has no {record.name}: pass `teacher`, which writes it")
+            raise UserError(f"`teacher_logits` {directory} has no {RECORD}: pass `teacher`, which writes it")
         if not record.is_file():
-            write_json(record, {"run": facts})
+            return facts
         found: dict[str, Any] = read_json(record, "puzzle heal --teacher-logits").get("run", {})
         return found
 
