@@ -297,6 +297,15 @@ def ffn_linear(rows: list[Row]) -> str:
     )
 
 
+def stored_logits(rows: list[Row]) -> str:
+    first = rows[0]
+    before = f"{int(first['tokens']):,} tokens; KL before {number(first['kl_before'], 3)}, the parent's loss {number(first['parent_loss'], 3)}."
+    return f"{before}\n\n" + table(
+        ["teacher", "bytes a token", "KL", "loss"],
+        ([r["way"], r["bytes_per_token"], number(r["kl"], 4), number(r["loss"], 4)] for r in rows),
+    )
+
+
 def fp8(rows: list[Row]) -> str:
     return f"{int(rows[0]['num_tokens']):,} tokens.\n\n" + table(
         ["child", "in fp8", "KL", "±", "loss", "same top token", "MB"],

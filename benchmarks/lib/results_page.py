@@ -150,6 +150,7 @@ SECTIONS = {
         ),
         Result("heal_lr.csv", "quality/bench_heal.py", "Healing: learning rates", t.heal("lr"), H100),
         Result("heal.csv", "quality/bench_heal.py", "Healing: losses", t.heal("ablation"), H100, "heal.png"),
+        Result("stored_logits.csv", "quality/bench_stored_logits.py", "Healing: a stored teacher", t.stored_logits),
         Result("heal_resume.csv", "quality/bench_heal_resume.py", "Healing: continued", t.heal_resume, H100),
     ),
     "Serving": (

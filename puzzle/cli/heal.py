@@ -15,7 +15,8 @@ MODES = (
     Mode("by one process, without torchrun", lambda p: os.environ.get("WORLD_SIZE", "1") == "1", unused="parallel"),
     Mode("with `blend`, whose sources name their own", lambda p: p["blend"] is not None, unused="text_field"),
     Mode("with `stages`, which say both", lambda p: p["stages"] is not None, unused="tokens seq_len"),
-    Mode("with `kl_weight` 0", lambda p: p["kl_weight"] == 0, unused="temperature"),
+    Mode("with `kl_weight` 0", lambda p: p["kl_weight"] == 0, unused="temperature reverse_kl teacher_logits"),
+    Mode("without `teacher_logits`", lambda p: p["teacher_logits"] is None, unused="top_k"),
     Mode(
         "with `kl_weight` 0 and `cosine_weight` 0",
         lambda p: p["kl_weight"] == p["cosine_weight"] == 0 < p["lm_weight"],
@@ -39,6 +40,16 @@ MODES = (
 @click.option("--cosine-weight", type=float, default=1.0, help="Of the hidden states' cosine distance.")
 @click.option("--lm-weight", type=float, default=0.0, help="Of the next-token loss on the text.")
 @click.option("--temperature", type=float, default=1.0, help="Of both distributions in the KL.")
+@click.option(
+    "--reverse-kl", type=float, default=0.0, metavar="SHARE", help="Of the KL, 0 to 1, that is KL(child‖teacher)."
+)
+@click.option(
+    "--teacher-logits",
+    type=options.PATH,
+    metavar="DIR",
+    help="Run the teacher once, keep its top words of every token there, learn from these.",
+)
+@click.option("--top-k", type=int, default=32, help="Words kept of a token.")
 @click.option("--lr", type=float, default=3e-4, help="Peak learning rate; cosine after warm-up.")
 @click.option("--warm-up", type=float, default=0.05, help="Share of all steps.")
 @click.option("--weight-decay", type=float, default=0.0, help="Of matrices (AdamW).")
@@ -85,6 +96,7 @@ def heal_command(
       puzzle heal child --teacher examples/parent --data /usr/lib/python3.11 --tokens 50M --out healed
       puzzle heal child --teacher parent --data-blend blend.yaml --stages 8k:100M,64k:20M --recompute --out healed
       puzzle heal child --data-blend chats.yaml --kl-weight 0 --cosine-weight 0 --lm-weight 1 --out healed
+      puzzle heal child --teacher parent --data corpus --teacher-logits said --cosine-weight 0 --out healed
       torchrun --nproc-per-node 8 -m puzzle.cli heal child --teacher parent --data corpus.jsonl --out healed
 
     \b

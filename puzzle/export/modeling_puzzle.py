@@ -158,27 +158,53 @@ class Rope:
 
     @torch.no_grad()
     def tables(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, computed in float32, of positions [B or 1, T] in sequences of lengths [B or 1]. [B or 1, 1, T, R]"""
+        """cos and sin, computed in float32, of positions [B or 1, T] in sequences of lengths [B or 1, T or 1]. [B or 1, 1, T, R]"""
         longest = int(lengths.max()) if self.kind in ("dynamic", "longrope") else 1
         inv_freq, scaling = self.frequencies(longest, positions.device)
         if self.switches_at is not None:
             short, _ = self.frequencies(1, positions.device)
-            inv_freq = torch.where(lengths[:, None, None, None] > self.switches_at, inv_freq, short)
+            inv_freq = torch.where(lengths[:, None, :, None] > self.switches_at, inv_freq, short)
         angles = (positions[:, None, :, None].float() * inv_freq).repeat(1, 1, 1, 2)
         return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
-def visible(num_new: int, num_past: int, window: int | None, real: Tensor | None, device: Any) -> Tensor | None:
-    """True where a query may see a key. [T, S], or [B, 1, T, S] with padding; None: every key up to its own.
+def sequence_starts(positions: Tensor, num_past: int, real: Tensor | None) -> Tensor | None:
+    """Of rows that hold several sequences, after how many tokens of its row that of each token begins [B, T]; None: all hold one.
 
-    real [B, S] is False at padding. Every query, padding too, sees itself: no row is empty. A query alone needs no
-    mask for its window, since PuzzleAttention cuts the keys.
+    What tells them are positions [B or 1, T] that begin again at 0, as TRL and transformers pack without padding. real [B, S] is False
+    at padding. Raises ValueError for other jumps of the positions, and where tokens are cached.
+    """
+    num_new = positions.shape[1]
+    if num_new == 1:
+        return None
+    before = torch.arange(num_past, num_past + num_new, device=positions.device)
+    starts, kept = before - positions, torch.ones_like(positions, dtype=torch.bool)
+    if real is not None:
+        starts, kept = real.cumsum(-1)[:, num_past:] - 1 - positions, real[:, num_past:]
+    furthest = starts.masked_fill(~kept, -num_past - num_new).cummax(-1).values
+    if not (kept & (starts != furthest[:, -1:])).any():
+        return None
+    if num_past or (kept & ((starts != furthest) | (starts < 0))).any():
+        raise ValueError("position_ids jump: packed sequences begin at 0, go up by 1, and take no cached tokens")
+    return starts.masked_fill(~kept, 0)
+
+
+def visible(
+    num_new: int, num_past: int, window: int | None, real: Tensor | None, starts: Tensor | None, device: Any
+) -> Tensor | None:
+    """True where a query may see a key. [T, S], or [B, 1, T, S] with padding or packing; None: every key up to its own.
+
+    real [B, S] is False at padding; starts: as of `sequence_starts`. Every query, padding too, sees itself: no row is empty. A
+    query alone needs no mask for its window, since PuzzleAttention cuts the keys.
     """
     num_all = num_past + num_new
-    if real is None and (num_new == 1 or (num_past == 0 and (window is None or window >= num_all))):
+    plain = real is None and starts is None
+    if plain and (num_new == 1 or (num_past == 0 and (window is None or window >= num_all))):
         return None
     query, key = torch.arange(num_past, num_all, device=device)[:, None], torch.arange(num_all, device=device)
     mask = key <= query if window is None else (key <= query) & (key > query - window)
+    if starts is not None:
+        mask = mask & (starts[:, None, :, None] == starts[:, None, None, :])
     return mask if real is None else (mask & real[:, None, None]) | (key == query)
 
 
@@ -341,18 +367,30 @@ class PuzzleModel(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, *, cache: Cache | None = None,
-        use_cache: bool | None = None, output_hidden_states: bool | None = None,
+        use_cache: bool | None = None, output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        return_dict: bool | None = None, cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None, max_length_k: int | None = None, seq_idx: Tensor | None = None,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """input_ids [B, T] or inputs_embeds [B, T, E], attention_mask [B, S] -> last_hidden_state [B, T, E]
 
-        cache and past_key_values are two names of one thing, for whichever transformers calls.
+        position_ids [B or 1, T] that begin again at 0 tell packed sequences, which do not see each other; collators say the same again
+        in the names from cu_seq_lens_q to seq_idx. cache and past_key_values are two names of one thing, for whichever transformers
+        calls.
         """
+        if output_attentions or return_dict is False:
+            raise ValueError("this model never holds attention weights, and its decoder returns no tuples: leave "
+                             "output_attentions and return_dict out")  # fmt: skip
+        if cu_seq_lens_q is not None and (
+            position_ids is None
+            or (position_ids == 0).flatten().nonzero().flatten().tolist() != cu_seq_lens_q[:-1].tolist()
+        ):
+            raise ValueError("cu_seq_lens_q without position_ids that begin again at 0 in the same places: give both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.embedding_multiplier != 1:
             x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one thing: give one of them")
-        cache = past_key_values if cache is None else cache
+        cache = given = past_key_values if cache is None else cache
         replayed = any(layer.training and layer.gradient_checkpointing for layer in self.layers)
         replayed = replayed and torch.is_grad_enabled()
         if cache is not None and replayed:
@@ -366,11 +404,23 @@ class PuzzleModel(nn.Module):
                 raise ValueError(f"attention_mask has shape {list(attention_mask.shape)} instead of "
                                  f"{[x.shape[0], num_all]}: one entry per cached and new token")  # fmt: skip
             real = None if attention_mask.all() else attention_mask.bool()
+        starts = None
+        if position_ids is not None and self.windows:
+            starts = sequence_starts(position_ids, num_past, real)
         if position_ids is None:
             position_ids = torch.arange(num_all, device=x.device)[None] if real is None else real.cumsum(-1) - 1
             position_ids = position_ids[:, num_past:].clamp(min=0)
-        lengths = position_ids[:, -1] + 1
-        if num_past and self.crosses(position_ids[:, 0], lengths):
+        lengths = position_ids[:, -1:] + 1
+        if starts is not None:
+            if given is not None:
+                raise ValueError("packed sequences, which position_ids tell, take no cache: leave it out")
+            if "state" in self.windows:
+                raise ValueError("position_ids tell of packed sequences, and Mamba-2 would carry its state from one to the next: "
+                                 "give each sequence a row of its own")  # fmt: skip
+            cache, position_ids = None, position_ids if real is None else position_ids.masked_fill(~real, 0)
+            ends = torch.zeros_like(starts).scatter_reduce(1, starts, (position_ids + 1).expand_as(starts), "amax")
+            lengths = ends.gather(1, starts)
+        if num_past and self.crosses(position_ids[:, 0], lengths[:, -1]):
             raise ValueError("the cache ends before, the new tokens after the length where longrope changes its frequencies: "
                              "give the whole text without a cache, as `generate` does")  # fmt: skip
         ropes: dict[str | None, Any] = {
@@ -378,7 +428,7 @@ class PuzzleModel(nn.Module):
         }
         ropes[None] = None
         spans = set(self.windows) - {"state"}
-        masks: dict[Any, Any] = {window: visible(num_new, num_past, window, real, x.device) for window in spans}
+        masks: dict[Any, Any] = {window: visible(num_new, num_past, window, real, starts, x.device) for window in spans}
         masks["real"] = None if real is None else real[:, num_past:, None]
 
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -422,17 +472,17 @@ class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None, *,
         cache: Cache | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None, output_attentions: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None, max_length_q: int | None = None, max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """As PuzzleModel; logits [B, T, V], or of the last `logits_to_keep` tokens; labels [B, T] for the loss.
 
         num_items_in_batch: labels of all micro-batches, which the loss is then divided by instead of its own.
         """
-        if output_attentions:
-            raise ValueError("output_attentions: this model never holds attention weights; leave it out")
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
-            cache=cache, use_cache=use_cache, output_hidden_states=output_hidden_states,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, cache=cache, use_cache=use_cache,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions, cu_seq_lens_q=cu_seq_lens_q,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None

@@ -1,6 +1,6 @@
 """Global knowledge distillation: KL of the next-token distributions and cosine of the hidden states, without logits.
 
-    L = w_kl · τ² · mean_t KL(softmax(z_p/τ) ‖ softmax(z_c/τ))
+    L = w_kl · τ² · mean_t KL(softmax(z_p/τ) ‖ softmax(z_c/τ))     (a share of it the other way round: `reverse`)
       + w_cos · mean_{t, pairs} (1 - cos(h_c, h_p))
       + w_lm · mean_t -log softmax(z_c)[next token]
 
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
+from puzzle.heal.told import Told, told_losses
 from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
 from puzzle.runtime.divergence import widened
 from puzzle.runtime.model import CausalModel
@@ -32,12 +33,13 @@ SMALLEST = 1e-8  # of a norm, as torch's cosine similarity has it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Of the three losses, and the temperature τ of the first."""
+    """Of the three losses, and of the first the temperature τ and the share that is KL(child‖teacher)."""
 
     kl: float = 1.0
     cosine: float = 1.0
     lm: float = 0.0
     temperature: float = 1.0
+    reverse: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +99,7 @@ class Learner(nn.Module):
                 )
 
     def forward(
-        self, ids: Tensor, labels: Tensor, ropes: Ropes, shown: Shown | None, scale: Tensor, weights: Weights
+        self, ids: Tensor, labels: Tensor, ropes: Ropes, shown: Shown | Told | None, scale: Tensor, weights: Weights
     ) -> Tensor:
         """Loss, KL, cosine distance and LM loss [4]: sums over the tokens that count, times `scale`. ids, labels [B, T]"""
         counts = labels.flatten() != IGNORE
@@ -106,7 +108,7 @@ class Learner(nn.Module):
         seen = 0
         for index, block in enumerate(self.child.blocks):
             x = block(x, ropes)
-            if weights.cosine and shown is not None and seen < len(self.layers) and self.layers[seen] == index:
+            if weights.cosine and isinstance(shown, Shown) and seen < len(self.layers) and self.layers[seen] == index:
                 distance = distance + (cosine_distance(x, shown.hidden[seen]).flatten() * counts).sum()
                 seen += 1
         distance = distance * scale / max(1, len(self.layers))
@@ -117,15 +119,27 @@ class Learner(nn.Module):
         return torch.stack((total, *(part.detach() for part in (kl, distance, lm))))
 
     def _head(
-        self, normed: Tensor, shown: Shown | None, labels: Tensor, counts: Tensor, scale: Tensor, weights: Weights
+        self,
+        normed: Tensor,
+        shown: Shown | Told | None,
+        labels: Tensor,
+        counts: Tensor,
+        scale: Tensor,
+        weights: Weights,
     ) -> tuple[Tensor, Tensor]:
         head = self.child.head_weight
+        if isinstance(shown, Told):
+            own = head if self.train_head else head.detach()
+            found, loss = told_losses(shown, normed, own, labels, weights.temperature, weights.reverse)
+            return (found * counts).sum() * scale, (loss * counts).sum() * scale
         from_teacher = normed.detach() if shown is None else shown.normed
         teacher_head = head.detach() if shown is None or self.teacher_head is None else self.teacher_head
         child_head = None if self.teacher_head is None and not self.train_head else head
         kl = lm = scale.new_zeros(())
         if weights.kl:
-            found, loss = head_losses(from_teacher, normed, teacher_head, child_head, labels, weights.temperature)
+            found, loss = head_losses(
+                from_teacher, normed, teacher_head, child_head, labels, weights.temperature, weights.reverse
+            )
             kl = (found * counts).sum() * scale
             lm = (loss * counts).sum() * scale if weights.temperature == 1 else lm
         if weights.lm and (not weights.kl or weights.temperature != 1):
@@ -162,13 +176,21 @@ def cosine_distance(child: Tensor, teacher: Tensor) -> Tensor:
 
 
 def head_losses(
-    teacher: Tensor, child: Tensor, head: Tensor, child_head: Tensor | None, labels: Tensor, temperature: float
+    teacher: Tensor,
+    child: Tensor,
+    head: Tensor,
+    child_head: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    reverse: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """KL(teacher‖child) at `temperature`, in nats, and (at temperature 1) the LM loss, per row.
+    """KL(teacher‖child) at `temperature`, in nats, of which the share `reverse` is KL(child‖teacher), and (at temperature 1) the LM
+    loss, per row.
 
     teacher [R, H'], child [R, H]: normed hidden states; head [V', H'] of the teacher, child_head [V, H] (None: the
     same one, which then learns nothing). Words that only one of them knows are left out; a narrower model is filled up
-    with zeros. A head that learns takes the plain way, in chunks of rows that are computed again in the backward pass.
+    with zeros. A head that learns, and KL(child‖teacher), take the plain way, in chunks of rows that are computed again in the
+    backward pass.
     """
     with torch.autocast(child.device.type, enabled=False):
         own = head if child_head is None else child_head
@@ -188,4 +210,9 @@ def head_losses(
         else:
             found = linear_kl(teacher, child, head, child_head, labels, config=chunks, backward=chunks)
         assert found.lm_loss is not None
-        return found.kl, found.lm_loss
+        kl = found.kl
+        if reverse:
+            own = head if child_head is None else child_head
+            back = linear_kl_by_rows(child, teacher, own, None if child_head is None else head, None, chunks).kl
+            kl = back if reverse == 1 else (1 - reverse) * kl + reverse * back
+        return kl, found.lm_loss

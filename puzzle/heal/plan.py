@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import repeat
 from typing import Any
 
 import torch
 
-from puzzle.base.ranks import running_ranks
+from puzzle.base.ranks import Ranks, running_ranks
+from puzzle.base.units import bytes_text
 from puzzle.data.mixture import Stage
-from puzzle.heal.memory import plan_memory
-from puzzle.heal.prepare import build_trainer, open_models
+from puzzle.heal.memory import micro_batch, plan_memory
+from puzzle.heal.prepare import Models, build_teacher, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
+from puzzle.heal.stored import bytes_per_token
+from puzzle.heal.teach import shown
+from puzzle.heal.told import Told, tell
 from puzzle.heal.train import Trainer
 
 TIMED_STEPS = 3
@@ -31,11 +36,20 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
     stages = options.plan_stages()
     with running_ranks(options.device) as ranks:
         models = open_models(options, stages, ranks)
+        tokens = sum(stage.num_tokens for stage in stages)
+        taught = None if models.teacher is None else models.teacher.structure.vocab_size
+        words, kept, teaching = min(models.child.structure.vocab_size, taught or 2**32), 0, 0.0
+        if options.teacher_logits is not None:
+            kept = bytes_per_token(options.top_k, words) * (tokens + options.validation_sequences * stages[0].seq_len)
+            teaching = _seconds_to_teach(options, stages, models, ranks, words) * tokens / ranks.world
+            options = replace(options, cuda_graph=False)
+            models = replace(models, teacher=None, pairs=[])
         plan = plan_memory(options, stages, models, ranks)
         trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens)
-        seconds = sum(_seconds_per_step(trainer, n, stage) * stage.num_steps for n, stage in enumerate(stages))
+        top_k = None if options.teacher_logits is None else options.top_k
+        times = (_seconds_per_step(trainer, n, stage, top_k) * stage.num_steps for n, stage in enumerate(stages))
+        seconds = teaching + sum(times)
         trained = trainer.num_trained
-        tokens = sum(stage.num_tokens for stage in stages)
         device = ranks.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else plan.device_bytes
         exported = sum(t.numel() for _, t in trainer.learner.child.named_weights()) * 2
@@ -47,7 +61,8 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
             "stages": [{**asdict(stage), "num_tokens": stage.num_tokens} for stage in stages],
             "trained_parameters": trained,
             "matching_layers": len(models.pairs),
-            "teacher": None if models.teacher is None else plan.taught(stages[0].tokens_per_step // ranks.world),
+            "teacher": _told(options, words, kept)
+            or (None if models.teacher is None else plan.taught(stages[0].tokens_per_step // ranks.world)),
             "predicted": {
                 "num_steps": sum(stage.num_steps for stage in stages),
                 "num_tokens": tokens,
@@ -55,20 +70,52 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
                 "tokens_per_second": round(tokens / seconds, 1),
                 "peak_memory_bytes": int(peak),
                 "host_memory_bytes": plan.host_bytes,
-                "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained + exported,
+                "teacher_logits_bytes": kept,
+                "teacher_seconds": round(teaching, 3),
+                "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained + exported + kept,
             },
         }
 
 
-def _seconds_per_step(trainer: Trainer, number: int, stage: Stage) -> float:
-    """The mean of TIMED_STEPS steps of one stage on random ids, after warm-up, and with a pass of their own of a streamed teacher,
+def _told(options: HealOptions, words: int, kept: int) -> str | None:
+    if options.teacher_logits is None:
+        return None
+    each = bytes_per_token(options.top_k, words)
+    return f"runs once, {each} bytes a token, {bytes_text(kept)} in {options.teacher_logits}, then is not there"
+
+
+def _seconds_to_teach(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, words: int) -> float:
+    """Per token of one process, by a second micro-batch of random ids; 0 without a teacher, whose directory is then complete."""
+    if models.teacher is None:
+        return 0.0
+    plan = plan_memory(replace(options, parallel="replicas"), stages, replace(models, pairs=[]), ranks)
+    teacher = build_teacher(models, [], plan.tokens)
+    size = max(1, micro_batch(options, stages, ranks) // stages[0].seq_len)
+    ids = torch.randint(words, (size, stages[0].seq_len), generator=torch.Generator().manual_seed(0))
+    head = teacher.model.head_weight[:words]
+    with torch.no_grad():
+        for _ in range(2):
+            begin = time.perf_counter()
+            [normed] = shown(teacher, [ids], stages[0].seq_len)
+            tell(normed, head, options.top_k, options.temperature).rest.tolist()  # waits for the device
+    return (time.perf_counter() - begin) / ids.numel()
+
+
+def _seconds_per_step(trainer: Trainer, number: int, stage: Stage, top_k: int | None) -> float:
+    """top_k: words of a stored teacher. The mean of TIMED_STEPS steps of one stage on random ids, after warm-up, and with a pass of their own of a streamed teacher,
     which in truth serves more. The weights move: nothing keeps them."""
     generator = torch.Generator().manual_seed(number)
     vocab = len(trainer.learner.child.head_weight)
     rows = stage.batch_size // trainer.ranks.world
     batch = torch.randint(vocab, (2, rows, stage.seq_len), generator=generator)
     warm_ups = WARM_UP_STEPS if trainer.device.type == "cuda" else 1
-    trainer.begin_stage(stage.seq_len, repeat(batch, warm_ups))
+    lessons = None
+    if top_k is not None:
+        each = rows // trainer.accumulate * stage.seq_len
+        logs = torch.full((each, top_k + 1), -math.log(top_k + 1), device=trainer.device)
+        told = Told(words=torch.arange(top_k, device=trainer.device).repeat(each, 1), logs=logs[:, 1:], rest=logs[:, 0])
+        lessons = repeat(told)
+    trainer.begin_stage(stage.seq_len, repeat(batch, warm_ups), lessons)
 
     def mean_seconds(count: int) -> float:
         begin = time.perf_counter()

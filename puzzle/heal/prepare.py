@@ -16,6 +16,7 @@ from puzzle.data.tokenizer import same_tokenizer
 from puzzle.heal.loss import Learner, Teacher, Weights
 from puzzle.heal.parallel import shard
 from puzzle.heal.settings import HealOptions
+from puzzle.heal.stored import Stored
 from puzzle.heal.teacher import StreamedTeacher
 from puzzle.heal.train import Trainer
 from puzzle.parents.opened import HfModel, open_model
@@ -116,19 +117,14 @@ def build_trainer(
     *,
     sharded: bool = False,
     ahead: int | None = None,
+    stored: Stored | None = None,
 ) -> Trainer:
     """Both models in memory, and a trainer around them. sharded: split over the ranks, else in each of them. ahead: tokens that a
-    streamed teacher, which every rank reads, looks at in one pass; None: it is whole."""
+    streamed teacher, which every rank reads, looks at in one pass; None: it is whole. stored: what is there in place of a teacher."""
     device = ranks.device
     child = load_model(models.child, device=device, dtype=torch.float32)
     learning(child).train()
-    teacher: Teacher | None = None
-    compared = [layer for _, layer in models.pairs]
-    if models.teacher is not None and ahead is not None:
-        teacher = StreamedTeacher(models.teacher, compared, models.teacher_device, models.dtype, ahead)
-    elif models.teacher is not None:
-        loaded = load_model(models.teacher, device=models.teacher_device, dtype=models.dtype)
-        teacher = Teacher(loaded, compared)
+    teacher = None if models.teacher is None else build_teacher(models, [layer for _, layer in models.pairs], ahead)
     if not options.train_embeddings:
         _freeze(child, None if teacher is None else teacher.model, models.dtype)
     head = None
@@ -142,7 +138,11 @@ def build_trainer(
             shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
         shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
     weights = Weights(
-        kl=options.kl_weight, cosine=options.cosine_weight, lm=options.lm_weight, temperature=options.temperature
+        kl=options.kl_weight,
+        cosine=options.cosine_weight,
+        lm=options.lm_weight,
+        temperature=options.temperature,
+        reverse=options.reverse_kl,
     )
     return Trainer(
         learner,
@@ -153,7 +153,16 @@ def build_trainer(
         accumulate=options.accumulate,
         cuda_graph=options.cuda_graph,
         sharded=sharded,
+        stored=stored,
     )
+
+
+def build_teacher(models: Models, layers: list[int], ahead: int | None) -> Teacher:
+    """Frozen, in `models.dtype`. layers: after which it shows hidden states; ahead: as of `build_trainer`."""
+    assert models.teacher is not None
+    if ahead is not None:
+        return StreamedTeacher(models.teacher, layers, models.teacher_device, models.dtype, ahead)
+    return Teacher(load_model(models.teacher, device=models.teacher_device, dtype=models.dtype), layers)
 
 
 def _frozen_ends(model: CausalModel) -> set[nn.Parameter]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from puzzle.heal.log import Log, read_log, trackers
 from puzzle.heal.memory import plan_memory
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
+from puzzle.heal.stored import Stored
+from puzzle.heal.teach import claim, write_missing
+from puzzle.heal.told import Told
 from puzzle.heal.train import METRICS, Trainer
 from puzzle.heal.write import write_healed
 
@@ -74,9 +79,13 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
             f"{line['available_tokens']:,} tokens",
             markup=False,
         )
+    stored = None
+    if options.teacher_logits is not None:
+        stored = claim(options, stages, models, data, ranks)
+    told = None if stored is None else stored.facts["teacher"]
     facts = {
         "child": models.child.checkpoint.fingerprint(),
-        "teacher": None if models.teacher is None else models.teacher.checkpoint.fingerprint(),
+        "teacher": told if models.teacher is None else models.teacher.checkpoint.fingerprint(),
         "data": data.mixture.hash,
         **options.trained_with(stages, str(models.dtype).removeprefix("torch.")),
     }
@@ -88,6 +97,9 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
             work.remove()  # a run killed after its last file was written leaves it
             return record
         ranks.from_first(lambda: claim_output(options.out, options.force))
+    if stored is not None:
+        write_missing(stored, options, stages, models, data, ranks)
+        models = replace(models, teacher=None, pairs=[])
     plan = plan_memory(options, stages, models, ranks)
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
     work.claim(facts, options.force)
@@ -96,7 +108,7 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     if plan.tokens is not None:
         taught = plan.taught(stages[0].tokens_per_step // ranks.world)
         console.print(f"the teacher {taught}", markup=False, soft_wrap=True)
-    trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens)
+    trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens, stored=stored)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
     run.train()
     record = ranks.from_first(lambda: run.record(facts, models))
@@ -136,15 +148,25 @@ class Run:
                 stage, _, inner = self._place(step)
                 if step == start or inner == 0:
                     coming = range(step, step - inner + stage.num_steps)
-                    self.trainer.begin_stage(stage.seq_len, map(self._batch, coming))
+                    self.trainer.begin_stage(stage.seq_len, map(self._batch, coming), self._stored(step))
                 self._pending.append(self.trainer.step(self._batch(step), step))
                 self._after(step + 1, bar)
 
     def _batch(self, step: int) -> Tensor:
         """Ids and labels [2, B, T] of this rank."""
         stage, number, inner = self._place(step)
+        return self.data.mixture.batch(number, inner, self._rows(stage))
+
+    def _rows(self, stage: Stage) -> slice:
+        """This rank's of a step."""
         share = stage.batch_size // self.ranks.world
-        return self.data.mixture.batch(number, inner, slice(self.ranks.rank * share, (self.ranks.rank + 1) * share))
+        return slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+
+    def _stored(self, step: int) -> Iterator[Told] | None:
+        """What a teacher has written of this rank's micro-batches, from `step` to the end of its stage."""
+        stage, number, inner = self._place(step)
+        kept, steps = self.trainer.stored, range(inner, stage.num_steps)
+        return None if kept is None else kept.lessons(number, steps, self._rows(stage), self.options.accumulate)
 
     def _place(self, step: int) -> tuple[Stage, int, int]:
         """(stage, its number, step within it)"""
@@ -217,7 +239,7 @@ class Run:
                 else f"held-out {name} of {self.options.child} is {found[name]:g} before any training: its weights are broken"
             )
         self.log.write([{"step": step, "tokens": self._tokens, "held_out": found | dict.fromkeys(broken)}])
-        kl = f"KL {found['kl']:.4f}, " if "kl" in found else ""
+        kl = "".join(f"{what} {found[name]:.4f}, " for name, what in _divergences(self.options.top_k) if name in found)
         console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}", markup=False)
 
     def record(self, facts: dict[str, Any], models: Models) -> dict[str, Any]:
@@ -235,7 +257,7 @@ class Run:
             "torch": torch.__version__,
             "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
             "processes": self.ranks.world,
-            "teacher": None if models.teacher is None else models.teacher.directory.absolute().name,
+            "teacher": _name_of(self.trainer.stored, models),
             "num_steps": self.num_steps,
             "num_tokens": self._tokens,
             "skipped_steps": steps[-1]["skipped"],
@@ -247,11 +269,23 @@ class Run:
         }
 
 
+def _divergences(top_k: int | None) -> tuple[tuple[str, str], ...]:
+    """Name and words of what an evaluation may hold."""
+    return ("kl", "KL"), ("kl_top", f"KL over the top {top_k} words and the rest")
+
+
+def _name_of(stored: Stored | None, models: Models) -> str | None:
+    if stored is not None:
+        return str(stored.facts["name"])
+    return None if models.teacher is None else models.teacher.directory.absolute().name
+
+
 def summary(record: dict[str, Any]) -> str:
     """One line for people."""
     before, after = record["before"], record["after"]
     text = f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}"
-    if "kl" in after:
-        text += f" (teacher {after['teacher_loss']:.4f}), KL {before['kl']:.4f} -> {after['kl']:.4f}"
+    for name, what in _divergences(record["run"].get("top_k")):
+        if name in after:
+            text += f" (teacher {after['teacher_loss']:.4f}), {what} {before[name]:.4f} -> {after[name]:.4f}"
     sources = ", ".join(f"{s['source']} {s['epochs']:.2f} epochs" for s in record["sources"])
     return f"{text} after {record['num_tokens']:,} tokens in {seconds_text(record['seconds'])}; {sources}"

@@ -22,7 +22,8 @@ class HealOptions:
     """One healing. batch_size: sequences of the first stage a step, over all ranks; later stages keep its tokens a step.
     accumulate: micro-batches of a step. tokens: to train on, rounded up to whole steps; `stages` ("8k:100M,64k:20M")
     replaces seq_len and tokens. max_skipped: steps in a row with a non-finite gradient that end the run.
-    memory_limit: of the device, beyond which the teacher is streamed. parallel: of several processes, "replicas" of the child in each,
+    memory_limit: of the device, beyond which the teacher is streamed. teacher_logits: a directory for what the teacher says of every
+    token, its top_k words, from which the child then learns without it; reverse_kl: the share of KL(child‖teacher). parallel: of several processes, "replicas" of the child in each,
     "shards" of it, or "auto": replicas where they fit. save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the
     start)."""
 
@@ -37,6 +38,9 @@ class HealOptions:
     cosine_weight: float = 1.0
     lm_weight: float = 0.0
     temperature: float = 1.0
+    reverse_kl: float = 0.0
+    teacher_logits: Path | None = None
+    top_k: int = 32
     tokens: int = 10_000_000
     stages: str | None = None
     seq_len: int = 1024
@@ -75,6 +79,7 @@ class HealOptions:
             "accumulate",
             "validation_sequences",
             "memory_limit",
+            "top_k",
         )
         if self.seq_len < 2:
             raise UserError(f"`seq_len` {self.seq_len}: must be at least 2, a token and the next one")
@@ -82,11 +87,16 @@ class HealOptions:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"`{name}` {value:g}: must not be negative")
-        if not 0 <= self.warm_up <= 1:
-            raise UserError(f"`warm_up` {self.warm_up:g}: the share of all steps, between 0 and 1")
+        for name, what in {"warm_up": "the share of all steps", "reverse_kl": "the share of KL(child‖teacher)"}.items():
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"`{name}` {getattr(self, name):g}: {what}, between 0 and 1")
         if self.kl_weight == self.cosine_weight == self.lm_weight == 0:
             raise UserError("`kl_weight` 0 `cosine_weight` 0 `lm_weight` 0: nothing to learn from; set one above 0")
-        if self.needs_teacher and self.teacher is None:
+        if self.teacher_logits is not None and (self.cosine_weight > 0 or self.kl_weight == 0):
+            raise UserError(
+                "`teacher_logits` holds no hidden states to compare: pass `cosine_weight` 0, `kl_weight` above 0"
+            )
+        if self.needs_teacher and self.teacher is None and self.teacher_logits is None:
             raise UserError(
                 "no `teacher`: give the parent, or learn from the text alone with `kl_weight` 0 `cosine_weight` 0 "
                 "`lm_weight` 1"
@@ -129,6 +139,8 @@ class HealOptions:
         losses = ("kl_weight", "cosine_weight", "lm_weight", "temperature")
         steps = ("accumulate", "lr", "warm_up", "weight_decay", "clip_norm", "train_embeddings", "seed")
         kept = {name: getattr(self, name) for name in (*losses, *steps)}
+        kept |= {"reverse_kl": self.reverse_kl} if self.reverse_kl else {}
+        kept |= {"top_k": self.top_k} if self.teacher_logits is not None else {}
         return {**kept, "dtype": dtype, "stages": [asdict(stage) for stage in stages]}
 
 

@@ -71,6 +71,9 @@ def healing(record: dict[str, Any]) -> str:
     rows = [("held-out loss, nats/token", before["loss"], after["loss"], after.get("teacher_loss"))]
     if "kl" in after:
         rows.append(("KL(teacher‖child), nats/token", before["kl"], after["kl"], 0.0))
+    if "kl_top" in after:
+        told = f"KL over the teacher's top {run['top_k']} words and the rest, nats/token"
+        rows.append((told, before["kl_top"], after["kl_top"], 0.0))
     if "cosine" in after:
         rows.append(("cosine distance of hidden states", before["cosine"], after["cosine"], 0.0))
     lines = "\n".join(

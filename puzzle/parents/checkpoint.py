@@ -36,6 +36,11 @@ class Checkpoint:
         if not directory.is_dir():
             wrong = "is a file" if directory.is_file() else "does not exist"
             raise UserError(f"model directory {directory} {wrong}: give a local directory or a hub id")
+        if (directory / "adapter_config.json").is_file():
+            raise UserError(
+                f"{directory} holds a LoRA adapter: merge it into its model with peft's merge_and_unload(), and give the directory "
+                "that save_pretrained then writes"
+            )
         self.config = self.read("config.json")
         try:
             self.fp8 = fp8_of(self.config)

@@ -15,6 +15,7 @@ from typing import Any
 from puzzle.fuse.stage import dependency_plan
 from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
 from puzzle.heal.settings import HealOptions
+from puzzle.heal.stored import bytes_per_token
 from puzzle.library.build import Builder
 from puzzle.library.estimate import plan_of
 from puzzle.library.plan import Spaces, forward_flops, scoring, screening, trained
@@ -46,6 +47,9 @@ def disk_of(recipe: Recipe, structure: Structure, size: int, library: int) -> di
     if recipe.heal is not None:
         states = KEPT_CHECKPOINTS * CHECKPOINT_BYTES * structure.num_parameters
         found["heal"] = checkpoint + states
+        if recipe.heal.teacher_logits is not None:
+            tokens = sum(stage.num_tokens for stage in recipe.heal.plan_stages())
+            found["heal"] += tokens * bytes_per_token(recipe.heal.top_k, structure.vocab_size)
         if recipe.solve.precisions:
             found["quantised"] = checkpoint
     for one in recipe.export:

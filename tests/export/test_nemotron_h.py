@@ -115,6 +115,16 @@ def test_transformers_reads_what_was_meant(format, what, hybrid, experts, tmp_pa
     )
 
 
+def test_packed_sequences_are_refused(hybrid, tmp_path):
+    """Mamba-2's state would go from one to the next."""
+    out = written(hybrid, tmp_path / "out", "hf")
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    ids, positions = torch.full((1, 6), 7), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match="Mamba-2 would carry its state"):
+        model(ids, position_ids=positions)
+    assert model(ids, position_ids=torch.arange(6)[None]).logits.shape[1] == 6
+
+
 def test_entries_of_blocks(hybrid, tmp_path):
     out = written(changed(hybrid, *UNLIKE["widths"], *UNLIKE["a window"][:1]), tmp_path / "out", "nemotron-h-puzzle")
     config = json.loads((out / "config.json").read_text())

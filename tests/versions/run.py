@@ -60,7 +60,7 @@ PARTS = {
 }
 FROM_TRANSFORMERS = tuple(
     f"tests/export/test_{name}.py"
-    for name in ("generation", "modeling", "matrix", "before", "nemotron_nas", "nemotron_h", "qwen3_moe")
+    for name in ("generation", "modeling", "packed", "matrix", "before", "nemotron_nas", "nemotron_h", "qwen3_moe")
 )
 COMPILED = "kernels compiled for sm_90"
 NEED_TORCH = {"torch", "transformers", "triton", "safetensors", "gguf"}

@@ -1,0 +1,100 @@
+"""How hard each prompt is for a child, by sampling, and batches that go from easy to hard.
+
+    python examples/post_training/curriculum.py CHILD prompts.jsonl --out rated.jsonl --samples 8
+    python examples/post_training/grpo.py CHILD rated.jsonl --out rl
+
+prompts.jsonl has a row {"question": …, "answer": …} or {"question": …, "tests": …} per line; rated.jsonl the same with `pass_rate`, in
+the mode with thinking. Typed again, it goes on where it was stopped. As in Llama-Nemotron (arXiv 2505.00949): prompts that are
+mostly solved are dropped, and the pass rates of a batch are drawn from a Gaussian whose mean falls from batch to batch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from puzzle.base.errors import UserError
+from puzzle.data.tokenizer import load_tokenizer
+from rewards import Script, is_right, prompt
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Raises UserError for a row without a question, or without an answer to check."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("question"), str) or (row.get("answer") is None and not row.get("tests")):
+            raise UserError(f"{path} line {number}: a prompt has a `question`, and an `answer` or `tests`")
+    return rows
+
+
+def by_difficulty(
+    rates: list[float], batch_size: int, num_batches: int, *, easiest: float = 0.75, width: float = 0.15, seed: int = 0
+) -> list[list[int]]:
+    """Prompts of each batch. rates: how often each is solved; those above `easiest` are dropped. Each batch's are drawn, none twice
+    until all were, from a Gaussian of `width` over the rates, whose mean goes from the easiest that is left to the hardest."""
+    kept = np.array([index for index, rate in enumerate(rates) if rate <= easiest])
+    if not len(kept):
+        raise UserError(f"all {len(rates)} prompts are solved more often than {easiest:g}: give harder ones")
+    found, left = np.array([rates[index] for index in kept]), np.ones(len(kept), dtype=bool)
+    draw, batches = np.random.default_rng(seed), []
+    for mean in np.linspace(found.max(), found.min(), num_batches):
+        batch: list[int] = []
+        while len(batch) < batch_size:
+            left |= not left.any()
+            weights = np.exp(-0.5 * ((found - mean) / width) ** 2) * left + 1e-12 * left
+            count = min(batch_size - len(batch), int(left.sum()))
+            picked = draw.choice(len(kept), count, replace=False, p=weights / weights.sum())
+            left[picked] = False
+            batch += kept[picked].tolist()
+        batches.append(batch)
+    return batches
+
+
+@torch.no_grad()
+def pass_rate(model: Any, tokenizer: Any, row: dict, samples: int, max_new_tokens: int, sandbox: str | None) -> float:
+    """The share of `samples` answers, drawn at temperature 1 with thinking, that are right."""
+    text = tokenizer.apply_chat_template(prompt(row["question"], True), tokenize=False, add_generation_prompt=True)
+    given = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": samples}
+    drawn = model.generate(**given, **sampling, max_new_tokens=max_new_tokens)
+    texts = tokenizer.batch_decode(drawn[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(is_right(text, row, sandbox) for text in texts) / samples
+
+
+@click.command(cls=Script)
+@click.argument("child")
+@click.argument("prompts", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--samples", default=8, show_default=True)
+@click.option("--max-new-tokens", default=1024, show_default=True)
+@click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
+@click.option("--seed", default=0)
+def main(child: str, prompts: Path, out: Path, samples: int, max_new_tokens: int, sandbox: str | None, seed: int):
+    """Write PROMPTS to --out with the share of CHILD's answers that are right."""
+    rows = read_rows(prompts)
+    done = read_rows(out) if out.is_file() else []
+    if [row["question"] for row in done] != [row["question"] for row in rows[: len(done)]]:
+        raise UserError(f"`out` {out} holds other prompts than {prompts}: give another, or remove it")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(child, trust_remote_code=True, dtype="auto").to(device).eval()
+    tokenizer = load_tokenizer(Path(child))
+    with open(out, "a", encoding="utf-8") as handle:
+        for number, row in enumerate(rows[len(done) :], len(done)):
+            torch.manual_seed(seed + number)
+            row["pass_rate"] = pass_rate(model, tokenizer, row, samples, max_new_tokens, sandbox)
+            handle.write(json.dumps(row) + "\n")
+            handle.flush()
+    rates = [row["pass_rate"] for row in [*done, *rows[len(done) :]]]
+    click.echo(
+        f"{len(rates)} prompts, solved {np.mean(rates):.1%} of the time: {np.histogram(rates, 5, (0, 1))[0]} by fifths"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""GRPO of a child on questions with checkable answers: a reward for the answer, one for the format of the mode, KL to where it began.
+
+    python examples/post_training/grpo.py healed rated.jsonl --out rl --group 16 --prompts-per-step 8 --steps 200
+
+Rows as curriculum.py has them; where all have a `pass_rate`, batches go from easy to hard. Every prompt is asked with the system
+prompt `detailed thinking on`, or `off` for the share --off. Several GPUs: `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from curriculum import by_difficulty, read_rows
+from puzzle.base.errors import UserError
+from puzzle.data.tokenizer import load_tokenizer
+from rewards import Script, prompt, rewards
+
+
+def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: float, seed: int) -> list[dict[str, Any]]:
+    """The prompts of all steps."""
+    if all("pass_rate" in row for row in rows):
+        rates = [row["pass_rate"] for row in rows]
+        return [rows[i] for batch in by_difficulty(rates, per_step, steps, easiest=easiest, seed=seed) for i in batch]
+    drawn: list[dict[str, Any]] = []
+    shuffle = random.Random(seed)
+    while len(drawn) < per_step * steps:
+        drawn += shuffle.sample(rows, len(rows))
+    return drawn[: per_step * steps]
+
+
+@click.command(cls=Script)
+@click.argument("child")
+@click.argument("prompts", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--steps", default=200, show_default=True)
+@click.option("--group", default=16, show_default=True, help="Answers to a prompt, which are compared with each other.")
+@click.option("--prompts-per-step", default=8, show_default=True)
+@click.option("--accumulate", default=1, help="Micro-batches of a step.")
+@click.option("--max-new-tokens", default=1024, show_default=True)
+@click.option("--lr", default=1e-6, show_default=True)
+@click.option("--beta", default=0.02, show_default=True, help="Of KL(child‖CHILD as it was).")
+@click.option("--off", default=0.2, show_default=True, help="Share of prompts without thinking.")
+@click.option("--easiest", default=0.75, show_default=True, help="Prompts that are solved more often are dropped.")
+@click.option("--lora", type=int, help="Train adapters of this rank, and merge them at the end.")
+@click.option("--vllm", is_flag=True, help="Sample in vLLM on the same GPU, through puzzle's plug-in.")
+@click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
+@click.option("--seed", default=0)
+def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
+    """Train CHILD on PROMPTS and write it to --out."""
+    rows = read_rows(prompts)
+    if o["sandbox"] is None and any(row.get("tests") for row in rows):
+        raise UserError(f"{prompts} has `tests`: a model's program runs in a sandbox alone; pass `sandbox`")
+    off, drawn = random.Random(o["seed"]), []
+    for row in ordered(rows, o["prompts_per_step"], o["steps"], o["easiest"], o["seed"]):
+        thinking = off.random() >= o["off"]
+        asked = {"prompt": prompt(row["question"], thinking), "thinking": thinking}
+        drawn.append({**asked, "answer": str(row.get("answer") or ""), "tests": row.get("tests") or ""})
+    gpu = torch.cuda.is_available()
+    config = GRPOConfig(
+        output_dir=str(out),
+        max_steps=o["steps"],
+        per_device_train_batch_size=o["group"] * o["prompts_per_step"] // o["accumulate"],
+        gradient_accumulation_steps=o["accumulate"],
+        num_generations=o["group"],
+        max_completion_length=o["max_new_tokens"],
+        learning_rate=o["lr"],
+        beta=o["beta"],
+        shuffle_dataset=False,  # the order is the curriculum
+        use_vllm=o["vllm"],
+        trust_remote_code=True,
+        use_cpu=not gpu,
+        bf16=gpu,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        seed=o["seed"],
+    )
+    adapters = LoraConfig(r=o["lora"], target_modules="all-linear", task_type="CAUSAL_LM") if o["lora"] else None
+    trainer = GRPOTrainer(
+        child,
+        rewards(o["sandbox"]),
+        config,
+        train_dataset=Dataset.from_list(drawn),
+        processing_class=load_tokenizer(Path(child)),
+        peft_config=adapters,
+    )
+    trainer.train()
+    if o["lora"]:
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model(str(out))
+
+
+if __name__ == "__main__":
+    main()

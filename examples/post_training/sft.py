@@ -1,0 +1,140 @@
+"""Supervised fine-tuning of a child on chats, in stages, with reasoning switched by the system prompt.
+
+    python examples/post_training/sft.py examples/post_training/stages.yaml --child healed --out sft
+
+A stage names a blend file of `puzzle heal` whose sources have `messages`, and `tokens` to draw from it: sources in proportion to their
+weights, none more often than its `max_epochs`. A chat whose answers hold <think>…</think> gets the system prompt `detailed
+thinking on`, any other `detailed thinking off`. The loss is the mean over the assistant's tokens; chats are packed without padding.
+Several GPUs: `accelerate launch`. Finished stages are left alone when the command is typed again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from puzzle.base.errors import UserError
+from puzzle.base.units import parse_count
+from puzzle.data.blend import read_blend
+from puzzle.data.chats import render_chat, within
+from puzzle.data.documents import Source
+from puzzle.data.files import list_files, read_field
+from puzzle.data.tokenizer import load_tokenizer
+from rewards import MODES, Script
+
+USUAL = {"max_length": 8192, "batch_size": 32, "lr": 1e-5, "tokens": "10M"}
+
+
+def with_mode(messages: list[dict[str, str]], where: str) -> list[dict[str, str]]:
+    """The chat with the system prompt of its mode before its own. Raises UserError where answers and prompt contradict each other."""
+    found = {"<think>" in m["content"] for m in messages if m["role"] == "assistant"}
+    if len(found) != 1:
+        raise UserError(f"{where}: all answers of a chat think, or none does, and there is one: split the chat")
+    [thinks] = found
+    own, rest = (messages[0]["content"], messages[1:]) if messages[0]["role"] == "system" else ("", messages)
+    if own.startswith(MODES[not thinks]):
+        raise UserError(f"{where}: the system prompt says '{MODES[not thinks]}', the answers do otherwise")
+    said = own if own.startswith(MODES[thinks]) else f"{MODES[thinks]}\n\n{own}".strip()
+    return [{"role": "system", "content": said}, *rest]
+
+
+def chats(source: Source, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
+    """Tokens of every chat that fits, and a mask of the assistant's."""
+    if not source.messages:
+        raise UserError(f"source '{source.name}' is plain text: add `messages: FIELD`, or use `puzzle heal`")
+    rows, found = 0, []
+    for _, path in [file for place in source.paths for file in list_files(place) or []]:
+        for where, messages, _ in read_field(path, source.messages):
+            text, spans = render_chat(tokenizer, with_mode(messages, where), where)
+            coded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+            rows += 1
+            if len(coded["input_ids"]) <= max_length:
+                mask = within(coded["offset_mapping"], spans).astype(int).tolist()
+                found.append({"input_ids": coded["input_ids"], "assistant_masks": mask})
+    if not found:
+        raise UserError(f"source '{source.name}' has no chat of at most `max_length` {max_length} tokens")
+    click.echo(
+        f"{source.name}: {len(found)} chats; {rows - len(found)} are longer than {max_length} tokens and left out"
+    )
+    return found
+
+
+def draw(sources: list[Source], pools: list[list[dict]], tokens: int, seed: int) -> Iterator[dict]:
+    """Chats until there are `tokens`: always from the source that is furthest behind its weight."""
+    used, orders, read = [0.0] * len(pools), [[] for _ in pools], [0] * len(pools)
+    shuffle = random.Random(seed)
+    while sum(used) < tokens:
+        i = min(range(len(pools)), key=lambda i: used[i] / sources[i].weight)
+        limit = sources[i].max_epochs
+        if limit is not None and read[i] >= limit * len(pools[i]):
+            raise UserError(
+                f"source '{sources[i].name}' would be read more often than its max_epochs {limit:g}: lower `tokens` "
+                "or its weight"
+            )
+        orders[i] = orders[i] or shuffle.sample(pools[i], len(pools[i]))
+        row = orders[i].pop()
+        read[i] += 1
+        used[i] += len(row["input_ids"])
+        yield row
+
+
+@click.command(cls=Script)
+@click.argument("stages", type=click.Path(exists=True, path_type=Path))
+@click.option("--child", required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--lora", type=int, help="Train adapters of this rank, and merge them after each stage.")
+@click.option("--seed", default=0)
+def main(stages: Path, child: str, out: Path, lora: int | None, seed: int) -> None:
+    """Train --child through STAGES; the child of each stands in OUT/NAME."""
+    for number, given in enumerate(yaml.safe_load(stages.read_text(encoding="utf-8"))["stages"]):
+        if unknown := sorted(set(given) - {"name", "blend", *USUAL}):
+            raise UserError(
+                f"{stages} stage {number + 1}: unknown key '{unknown[0]}'; known: name, blend, {', '.join(USUAL)}"
+            )
+        stage, target = {**USUAL, **given}, out / given["name"]
+        if (target / "config.json").is_file():
+            click.echo(f"{target} is there already")
+            child = str(target)
+            continue
+        tokenizer, sources = load_tokenizer(Path(child)), read_blend(stages.parent / given["blend"])
+        pools = [chats(source, tokenizer, int(stage["max_length"])) for source in sources]
+        rows = list(draw(sources, pools, parse_count("tokens", str(stage["tokens"])), seed))
+        gpu = torch.cuda.is_available()
+        config = SFTConfig(
+            output_dir=str(target),
+            num_train_epochs=1,
+            per_device_train_batch_size=1,  # a row of packed chats
+            gradient_accumulation_steps=int(stage["batch_size"]),
+            max_length=int(stage["max_length"]),
+            packing=True,
+            learning_rate=float(stage["lr"]),
+            lr_scheduler_type="cosine",
+            trust_remote_code=True,
+            use_cpu=not gpu,
+            bf16=gpu,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            seed=seed,
+        )
+        adapters = LoraConfig(r=lora, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+        data = Dataset.from_list(rows)
+        trainer = SFTTrainer(child, config, train_dataset=data, processing_class=tokenizer, peft_config=adapters)
+        trainer.train()
+        if lora:
+            trainer.model = trainer.model.merge_and_unload()
+        trainer.save_model(str(target))
+        child = str(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""`--teacher-logits DIR`: the teacher runs once over all that will be trained on, and what it says of every token waits on disk.
+
+    DIR/teacher.json                        what it depends on: a healing with other text, order or lengths is refused by name
+    DIR/stage0-00000000.safetensors         words [R, K], logs [R, K] (float16) and rest [R] of some steps, in the order of training
+    DIR/held-out.safetensors                of the held-out rows, at temperature 1, with the teacher's own loss
+
+Files are renamed into place when they are whole: after a kill -9 the same command writes those that are missing.
+Letters: R tokens, K words kept, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from puzzle.base.errors import UserError
+from puzzle.base.files import content_hash, replacing
+from puzzle.data.mixture import Stage
+from puzzle.heal.told import Told
+from puzzle.parents.checkpoint import read_header
+
+SHARD_BYTES = 2**26
+HELD_OUT, RECORD = "held-out.safetensors", "teacher.json"
+
+
+def bytes_per_token(top_k: int, words: int) -> int:
+    """Of K numbers of words (two bytes each where the vocabulary allows), K log-probabilities and the rest's."""
+    return top_k * ((2 if words <= 2**16 else 4) + 2) + 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """Some steps of a stage."""
+
+    path: Path
+    stage: int
+    steps: range
+
+
+class Stored:
+    """A directory of stored logits, which `claim` has found to be of this run. facts: teacher.json's."""
+
+    def __init__(self, directory: Path, stages: list[Stage], facts: dict[str, Any], device: torch.device):
+        self.directory, self.stages, self.facts, self.device = directory, stages, facts, device
+        self.key, self.top_k = content_hash(facts), int(facts["top_k"])
+        self.shards = [
+            Shard(path=directory / f"stage{n}-{first:08}.safetensors", stage=n, steps=steps)
+            for n, stage in enumerate(stages)
+            for first, steps in _cut(stage, bytes_per_token(self.top_k, facts["words"]))
+        ]
+
+    @property
+    def missing(self) -> list[Path]:
+        """What is not there, or is not whole, or is another run's."""
+        return [path for path in (*(s.path for s in self.shards), self.directory / HELD_OUT) if not self._whole(path)]
+
+    def _whole(self, path: Path) -> bool:
+        try:
+            return path.is_file() and read_header(path).get("__metadata__", {}).get("run") == self.key
+        except UserError:
+            return False
+
+    def write(self, path: Path, told: Told, **more: str) -> None:
+        number = torch.uint16 if self.facts["words"] <= 2**16 else torch.int32
+        tensors = {"words": told.words.to(number), "logs": told.logs.half(), "rest": told.rest.float()}
+        with replacing(path) as temporary:
+            save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"run": self.key, **more})
+
+    def lessons(self, stage: int, steps: range, rows: slice, parts: int) -> Iterator[Told]:
+        """Of the rows of these steps, in `parts` micro-batches each."""
+        length, size = self.stages[stage].seq_len, self.stages[stage].batch_size
+        for shard in (s for s in self.shards if s.stage == stage and s.steps.stop > steps.start):
+            with safe_open(shard.path, framework="pt") as handle:
+                for step in shard.steps:
+                    if step < steps.start:
+                        continue
+                    first = (step - shard.steps.start) * size
+                    each = (rows.stop - rows.start) // parts
+                    for row in range(first + rows.start, first + rows.stop, each):
+                        yield self._read(handle, row * length, (row + each) * length)
+
+    def held_out(self, rows: slice, seq_len: int) -> Told:
+        with safe_open(self.directory / HELD_OUT, framework="pt") as handle:
+            return self._read(handle, rows.start * seq_len, rows.stop * seq_len)
+
+    @property
+    def teacher_loss(self) -> float:
+        return float(read_header(self.directory / HELD_OUT)["__metadata__"]["loss"])
+
+    def _read(self, handle: Any, begin: int, end: int) -> Told:
+        """Made to sum to 1, which rounding to float16 has moved."""
+        words, logs, rest = (handle.get_slice(name)[begin:end] for name in ("words", "logs", "rest"))
+        words, logs, rest = words.int().to(self.device), logs.to(self.device).float(), rest.to(self.device)
+        total = torch.logaddexp(logs.logsumexp(-1), rest)
+        return Told(words=words.long(), logs=logs - total[:, None], rest=rest - total)
+
+
+def _cut(stage: Stage, each: int) -> Iterator[tuple[int, range]]:
+    count = max(1, SHARD_BYTES // (each * stage.tokens_per_step))
+    for first in range(0, stage.num_steps, count):
+        yield first, range(first, min(first + count, stage.num_steps))

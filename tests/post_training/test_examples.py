@@ -1,0 +1,219 @@
+"""The scripts of examples/post_training/: what they count as right, and a few steps of each on the tiny child."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from puzzle.base.errors import UserError
+from puzzle.runtime.model import load_model
+
+for package in ("trl", "peft", "datasets"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'puzzle-nas[train]'")
+
+FOLDER = Path(__file__).parents[2] / "examples" / "post_training"
+SANDBOX = shlex.join([sys.executable, "-"])  # of a test that knows what it runs
+PROMPTS = [{"question": f"{a} + {b}?", "answer": str(a + b)} for a in range(3) for b in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(tmp_path)
+
+
+def module(name: str):
+    return importlib.import_module(name)
+
+
+def run(name: str, *arguments: object):
+    done = CliRunner().invoke(module(name).main, [str(a) for a in arguments])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("<think>2+2</think> It is \\boxed{4}.", "4", True),
+        ("<think>so \\boxed{4}</think> I do not know", "4", False),  # what is thought does not count
+        ("\\boxed{\\frac{1}{2}}", "0.5", True),
+        ("\\boxed{\\dfrac{2}{4}}", "1/2", True),
+        ("\\boxed{x = 1,234}", "1234", True),
+        ("\\boxed{12\\,\\text{cm}}", "12", True),
+        ("\\boxed{0.333}", "1/3", False),  # near is not equal
+        ("\\boxed{(1, 2)}", "(1,2)", True),
+        ("\\boxed{(2, 1)}", "(1,2)", False),
+        ("\\boxed{1/0}", "1/0", True),
+        ("first 3, then 7", "7", True),
+        ("nothing here", "7", False),
+        ("\\boxed{}", "", False),
+        ("\\boxed{4", "4", True),  # cut off: the last number
+    ],
+)
+def test_answers(text, answer, right):
+    assert module("rewards").is_right(text, {"answer": answer}) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "on", "off"),
+    [
+        ("<think>why</think>\n\nyes", True, False),
+        ("yes", False, True),
+        ("<think>why</think>", False, False),
+        ("<think></think>yes", False, False),
+        ("before <think>why</think> yes", False, False),
+        ("<think>a</think> b <think>c</think> d", False, False),
+        ("why</think>yes", False, False),
+        ("  ", False, False),
+    ],
+)
+def test_formats(text, on, off):
+    in_format = module("rewards").in_format
+    assert (in_format(text, True), in_format(text, False)) == (on, off)
+
+
+@pytest.mark.parametrize(
+    ("program", "right"),
+    [
+        ("f = lambda: 3", True),
+        ("f = lambda: 4", False),
+        ("while True: pass", False),
+        ("import sys; sys.exit(1)", False),
+    ],
+)
+def test_programs_run_in_the_sandbox_that_was_named_or_nowhere(program, right):
+    is_right, row = module("rewards").is_right, {"tests": "assert f() == 3"}
+    text = f"<think>?</think>\n```python\n{program}\n```\n"
+    assert is_right(text, row, SANDBOX, seconds=3) is right
+    assert not is_right("no program", row, SANDBOX)
+    with pytest.raises(UserError, match="a model's program runs in a sandbox alone: pass `sandbox`"):
+        is_right(text, row)
+
+
+def test_batches_go_from_easy_to_hard():
+    by_difficulty = module("curriculum").by_difficulty
+    rates = [i / 100 for i in range(101)]
+    batches = by_difficulty(rates, 6, 5, easiest=0.75, width=0.08)
+    drawn = [index for batch in batches for index in batch]
+    assert len(set(drawn)) == len(drawn) == 30
+    assert max(rates[i] for i in drawn) <= 0.75
+    means = [sum(rates[i] for i in batch) / 6 for batch in batches]
+    assert means[0] > 0.55
+    assert means[-1] < 0.25
+    assert means == sorted(means, reverse=True)
+    assert batches == by_difficulty(rates, 6, 5, easiest=0.75, width=0.08)
+    few = by_difficulty([0.1, 0.5, 1.0], 4, 2)  # two are left: each comes as often as the other
+    assert [sorted(batch) for batch in few] == [[0, 0, 1, 1]] * 2
+    with pytest.raises(UserError, match="all 2 prompts are solved more often"):
+        by_difficulty([0.8, 1.0], 4, 2)
+
+
+def test_a_chat_gets_the_prompt_of_its_mode():
+    with_mode = module("sft").with_mode
+    question = {"role": "user", "content": "why?"}
+    thinks, plain = ({"role": "assistant", "content": c} for c in ("<think>x</think>y", "y"))
+    assert with_mode([question, thinks], "")[0] == {"role": "system", "content": "detailed thinking on"}
+    own = {"role": "system", "content": "Be brief."}
+    assert with_mode([own, question, plain], "")[0]["content"] == "detailed thinking off\n\nBe brief."
+    assert with_mode([own, question, plain], "")[1:] == [question, plain]
+    said = {"role": "system", "content": "detailed thinking off"}
+    assert with_mode([said, question, plain], "")[0] == said
+    for chat in ([said, question, thinks], [question, thinks, question, plain], [question]):
+        with pytest.raises(UserError, match=r"row 1: (the system prompt says|all answers of a chat think)"):
+            with_mode(chat, "row 1")
+
+
+def sft_files(folder: Path) -> Path:
+    """Two stages of two blends."""
+    chats = [
+        [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}] for r in PROMPTS
+    ]
+    thoughts = [[c[0], {"role": "assistant", "content": f"<think>sum</think>{c[1]['content']}"}] for c in chats]
+    for name, rows in (("plain", chats), ("thinks", thoughts)):
+        write_rows(folder / f"{name}.jsonl", [{"messages": chat} for chat in rows])
+    sources = [
+        {"path": f"{name}.jsonl", "weight": w, "messages": "messages", "max_epochs": 2}
+        for name, w in (("plain", 0.25), ("thinks", 0.75))
+    ]
+    (folder / "blend.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    stage = {"blend": "blend.yaml", "tokens": 600, "max_length": 128, "batch_size": 2, "lr": 1e-3}
+    stages = {"stages": [{"name": "first", **stage}, {"name": "second", **stage, "tokens": 300}]}
+    (folder / "stages.yaml").write_text(yaml.safe_dump(stages))
+    return folder / "stages.yaml"
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", 4)], ids=["all", "lora"])
+def test_sft_runs(mixed, tmp_path, lora):
+    stages = sft_files(tmp_path)
+    done = run("sft", stages, "--child", mixed, "--out", tmp_path / "out", *lora)
+    assert "thinks.jsonl: 9 chats; 0 are longer" in done.output
+    norms = [load_model(path).norm.weight for path in (mixed, tmp_path / "out/first", tmp_path / "out/second")]
+    assert torch.equal(norms[0], norms[1]) == bool(lora)
+    first, second = (
+        load_model(tmp_path / "out" / name).blocks[1].attention.q_proj.weight for name in ("first", "second")
+    )
+    assert not torch.equal(first, second)
+    again = run("sft", stages, "--child", mixed, "--out", tmp_path / "out")
+    assert again.output.count("is there already") == 2
+
+
+def test_sft_draws_by_weight_and_loses_no_mask(mixed, tmp_path):
+    sft, data = module("sft"), importlib.import_module("puzzle.data.blend")
+    sft_files(tmp_path)
+    tokenizer = importlib.import_module("puzzle.data.tokenizer").load_tokenizer(mixed)
+    sources = data.read_blend(tmp_path / "blend.yaml")
+    pools = [sft.chats(source, tokenizer, 128) for source in sources]
+    counted = [i for i, m in zip(pools[0][0]["input_ids"], pools[0][0]["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(counted) == "0<|endoftext|>"
+    rows = list(sft.draw(sources, pools, 600, 0))
+    shares = [sum(len(r["input_ids"]) for r in rows if r in pool) for pool in pools]
+    assert shares[0] / sum(shares) == pytest.approx(0.25, abs=0.05)
+    with pytest.raises(UserError, match=r"source 'thinks.jsonl' would be read more often than its max_epochs 2"):
+        list(sft.draw(sources, pools, 10_000, 0))
+
+
+def test_curriculum_and_grpo_run(mixed, tmp_path):
+    """Rated, stopped in the middle and gone on with, then trained on from easy to hard."""
+    prompts, rated = write_rows(tmp_path / "prompts.jsonl", PROMPTS), tmp_path / "rated.jsonl"
+    options = ("--out", rated, "--samples", 2, "--max-new-tokens", 4)
+    run("curriculum", mixed, prompts, *options)
+    whole = rated.read_text()
+    rated.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    run("curriculum", mixed, prompts, *options)
+    assert rated.read_text() == whole
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert all(0 <= row["pass_rate"] <= 1 for row in rows)
+    small = ("--steps", 2, "--group", 2, "--prompts-per-step", 2, "--max-new-tokens", 6, "--lr", 1e-3, "--off", 0.5)
+    run("grpo", mixed, rated, "--out", tmp_path / "rl", *small, "--easiest", 1.0)
+    run("grpo", mixed, prompts, "--out", tmp_path / "lora", *small, "--lora", 4)
+    assert load_model(tmp_path / "rl").structure == load_model(tmp_path / "lora").structure
+
+
+def test_what_the_scripts_refuse(mixed, tmp_path, one_line_error):
+    tests = write_rows(tmp_path / "tests.jsonl", [{"question": "write f", "tests": "f()"}])
+    broken = write_rows(tmp_path / "broken.jsonl", [{"question": "why"}])
+    small = ("--out", tmp_path / "out")
+    grpo, curriculum, sft = (module(name).main for name in ("grpo", "curriculum", "sft"))
+    stages = tmp_path / "stages.yaml"
+    stages.write_text("stages: [{name: a, blend: b.yaml, epochs: 3}]")
+    for main, arguments, words in (
+        (grpo, (mixed, tests), "runs in a sandbox alone"),
+        (grpo, (mixed, broken), "broken.jsonl line 1: a prompt has a `question`, and an `answer` or `tests`"),
+        (curriculum, (mixed, broken), "broken.jsonl line 1"),
+        (sft, (stages, "--child", mixed), "stage 1: unknown key 'epochs'"),
+    ):
+        one_line_error(CliRunner().invoke(main, [str(a) for a in (*arguments, *small)]), words)
