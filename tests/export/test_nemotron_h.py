@@ -117,7 +117,7 @@ def test_transformers_reads_what_was_meant(format, what, hybrid, experts, tmp_pa
 
 def test_packed_sequences_are_refused(hybrid, tmp_path):
     """Mamba-2's state would go from one to the next."""
-    out = written(hybrid, tmp_path / "out", "hf")
+    out = written(changed(hybrid, *ALIKE["no attention"]), tmp_path / "out", "hf")
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
     ids, positions = torch.full((1, 6), 7), torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ValueError, match="Mamba-2 would carry its state"):
