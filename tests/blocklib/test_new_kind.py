@@ -18,7 +18,7 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.sub_block import MissingFace, Normed, State, Variant, parse_key, register
 from puzzle.choose.goal import Goal, Target
-from puzzle.choose.problem import Request
+from puzzle.choose.problem import Request, fitted
 from puzzle.choose.solve import open_costs, solve_library
 from puzzle.export.write import export, open_source
 from puzzle.library.assemble import architecture_of, assemble, open_parent
@@ -212,8 +212,13 @@ def test_what_it_cannot_do_is_refused_by_its_name(made, solved, tmp_path):
     with pytest.raises(MissingFace, match=f"{by_name} have no profile on a GPU of what it keeps between tokens"):
         profile(subject_of(library), gpu="h100", out=tmp_path / "costs", device="cpu", grid=small)
     engine = open_costs(library, "h100", None, "vllm")
+    kept, left_out = fitted(library, engine)
+    assert left_out == [
+        f"attention/{name}" for name, one in library.spaces[0]["attention"].items() if one.kind == "linear_memory"
+    ]
+    assert kept.spaces[0]["attention"].keys() == library.spaces[0]["attention"].keys() - {left_out[0].partition("/")[2]}
     with pytest.raises(UserError, match=f"`engine` vllm: sub-blocks of {by_name} have not been fitted"):
-        solve_library(library, engine, Request(work=WORK, goal=goal(0.9)))
+        engine.seconds(parse_key("linear_memory h32"), "decode", 1, 16)
     for format, message in (
         ("hf", f"{by_name} have no entry in per_layer_config where other layers have 'gqa'"),
         ("nemotron-nas", f"layer 0 attention: .* has no sub-blocks of {by_name}"),
