@@ -16,6 +16,7 @@ from puzzle.cli.build_library import build_library_command
 from puzzle.cli.export import export_command
 from puzzle.cli.fuse import fuse_command
 from puzzle.cli.heal import heal_command
+from puzzle.cli.page import report_command
 from puzzle.cli.profile import profile_command
 from puzzle.cli.rescore import rescore_command
 from puzzle.cli.run import run_command
@@ -127,5 +128,6 @@ for _command in (
     evaluate_command,
     bench_command,
     run_command,
+    report_command,
 ):
     main.add_command(_command)

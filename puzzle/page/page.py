@@ -1,0 +1,157 @@
+"""report.html: all sections, what is missing in the place of each, and the style sheet."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from puzzle import __version__
+from puzzle.base.errors import UserError
+from puzzle.base.files import read_any, write_text
+from puzzle.base.units import seconds_text
+from puzzle.page import sections, training
+from puzzle.page.found import Found, understood
+from puzzle.page.sections import flat, say, table
+
+MOST_BYTES = 2_000_000
+STYLE = Path(__file__).with_name("style.css")
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}: puzzle report</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>{style}</style></head>
+"""
+MARKS = "Predicted figures and marks are hollow (○), measured ones filled (●). Nothing on this page is loaded from elsewhere."
+
+
+def write_page(root: Path, out: Path | None = None) -> dict[str, Any]:
+    """Write the page of a directory, whole or not at all. Returns {"report", "bytes", "found": {kind: files}, "missing": {section:
+    the command that makes it}}. Raises UserError for a directory with nothing in it, and for a file that is not understood."""
+    run, target = Found(root), out or root / "report.html"
+    if target.is_dir():
+        raise UserError(f"`out` {target} is a directory: give a file, such as report.html")
+    body, missing = [], {}
+    for title, section, command in SECTIONS:
+        made = section(run)
+        if not made:
+            missing[title] = _command(run, command)
+            made = _lacking(missing[title])
+        body.append(f"<section><h2>{title}</h2>{made}</section>")
+    name = run.library.name if run.library else root.absolute().name
+    when = f"{root.absolute().name}, reported by puzzle {__version__} on {datetime.now():%Y-%m-%d %H:%M}"
+    top = HEAD.format(title=escape(name), style=STYLE.read_text(encoding="utf-8"))
+    html = f"{top}<body><main><h1>{escape(name)} and its child</h1>{say(when)}{say(MARKS)}{''.join(body)}</main></body></html>\n"
+    if (size := len(html.encode())) > MOST_BYTES:
+        raise UserError(
+            f"the report of {root} would have {size:,} bytes, over {MOST_BYTES:,}: give a directory with less in it"
+        )
+    write_text(target, html)
+    found = {kind: [str(path.relative_to(root)) for path in paths] for kind, paths in run.files.items() if paths}
+    return {"report": str(target), "bytes": size, "found": found, "missing": missing}
+
+
+def _command(run: Found, words: str) -> str:
+    """With the paths of what is there, or of where it should be."""
+    places = {"root": run.root, "library": run.root / "library", "solution": run.root / "solution"}
+    for kind, place in (("library", "library"), ("architecture", "solution")):
+        places |= {place: run.files[kind][0].parent} if run.files[kind] else {}
+    return words.format(**{name: shlex.quote(str(path)) for name, path in places.items()})
+
+
+def _lacking(command: str) -> str:
+    return f'<p class="missing">Not measured or not there: run <code>{escape(command)}</code></p>'
+
+
+def _promise(run: Found) -> str:
+    made = sections.promise(run)
+    lacking = [BENCH] * (not run.files["bench"]) + [EVALUATE] * (not run.files["result"] + run.files["evaluate"])
+    return made and made + "".join(_lacking(_command(run, words)) for words in lacking)
+
+
+def _recipe(run: Found) -> str:
+    """What was asked for: of the whole road, of the library, of the solver, of the healing."""
+    parts: dict[str, Any] = dict(run.each("recipe", lambda name, value: (name, value)))
+    if run.library is not None:
+        with understood(run.files["library"][0]):
+            parts["the library"] = {name: run.library.facts[name] for name in ("recipe", "seed", "data")}
+    if (solved := run.solved) is not None:
+        told = f"{solved.solver}: {solved.status}, {solved.certificate}"
+        parts["the solution"] = {
+            "goal": solved.goal,
+            "workload": asdict(solved.workload),
+            "GPUs": solved.tp,
+            "solver": told,
+        }
+    for path, record in _healed(run):
+        parts[f"the healing, {path.parent.name}"] = {
+            name: record.get(name) for name in ("teacher", "run", "num_tokens", "sources")
+        }
+    return "".join(
+        f"<details><summary>{escape(name)}</summary>{table(('', ''), [(k, str(v)) for k, v in flat(value).items()], 2)}</details>"
+        for name, value in parts.items()
+    )
+
+
+def _healed(run: Found) -> list[tuple[Path, dict[str, Any]]]:
+    beside = [path.with_name("heal.json") for path in run.files["heal"]]
+    return [(path, read_any(path, "puzzle heal")) for path in beside if path.is_file()]
+
+
+def _versions(run: Found) -> str:
+    """A row a file: what made it, where, and when."""
+    rows: list[tuple[Any, ...]] = []
+
+    def row(path: Path, versions: Any, device: Any, date: str | None = None) -> None:
+        changed = f"file of {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d}"
+        rows.append((str(path.relative_to(run.root)), versions, device, date or changed))
+
+    if run.library is not None:
+        row(run.files["library"][0], f"puzzle {run.library.facts.get('puzzle', 'unknown')}", "")
+        for path in sorted(run.library.root.glob("costs/*/*.csv")):
+            with understood(path), open(path, newline="", encoding="utf-8") as handle:
+                for told in sorted(
+                    {(r["versions"], r["device"], r["date"]) for r in csv.DictReader(handle) if "date" in r}
+                ):
+                    row(path, *told)
+    for name, solved in run.architectures:
+        row(run.root / name, f"puzzle {solved.puzzle}", f"priced for {solved.costs['device']}")
+    for kind in ("result", "evaluate", "bench"):
+        run.each(kind, lambda name, value: row(run.root / name, "", value["device"]))
+    for path, record in _healed(run):
+        with understood(path):
+            row(path, f"puzzle {record['puzzle']}, torch {record['torch']}", record["device"])
+    times = run.each("result", lambda _, v: ", ".join(f"{k} {seconds_text(s)}" for k, s in v["seconds"].items()))
+    made = table(("", "versions", "device", "date"), rows, 4) if rows else ""
+    return made + "".join(say(f"Time of each stage: {one}.") for one in times)
+
+
+BUILD = "puzzle build-library PARENT --data TEXT --out {library}"
+SOLVE = "puzzle solve {library} --gpu GPU --throughput 2x --out {root}/solution"
+BENCH = "puzzle bench {solution} --gpu GPU --with-parent --json > {root}/bench.json"
+EVALUATE = "puzzle evaluate PARENT {solution} --data TEXT --json > {root}/evaluate.json"
+SECTIONS: tuple[tuple[str, Callable[[Found], str], str], ...] = (
+    ("Architecture", sections.architecture, SOLVE),
+    ("Promise and delivery", _promise, SOLVE),
+    (
+        "Frontier",
+        sections.frontier,
+        "puzzle solve {library} --gpu GPU --pareto throughput --points 20 --out {root}/frontier",
+    ),
+    ("Scores", training.scores, "puzzle score {library} --data TEXT"),
+    ("Block-local distillation", training.distillation, BUILD),
+    ("Healing", training.healing, "puzzle heal CHILD --teacher PARENT --data TEXT --out {root}/healed"),
+    ("Tasks", sections.tasks, "puzzle evaluate PARENT CHILD --data TEXT --tasks NAMES --json > {root}/tasks.json"),
+    (
+        "Continuations",
+        sections.continuations,
+        "puzzle evaluate PARENT CHILD --data TEXT --prompt TEXT --json > {root}/evaluate.json",
+    ),
+    ("Recipe", _recipe, BUILD),
+    ("Versions, devices, dates", _versions, BUILD),
+)
