@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,32 +17,23 @@ from puzzle.measure.architecture import Architecture, read_architecture
 
 T = TypeVar("T")
 DEPTH = 3  # of files below the directory: RUN/library/solution/architecture.json
-KINDS = {  # what the files of each kind are called
-    "library": "library.json",
-    "architecture": "architecture.json",
-    "result": "result.json",
-    "evaluate": "evaluate*.json",
-    "bench": "bench*.json",
-    "frontier": "frontier.csv",
-    "finalists": "finalists.json",
-    "heal": "heal.jsonl",
-    "tasks": "tasks*.json",
-    "recipe": "recipe.json",
+KINDS = {
+    **{kind: f"{kind}.json" for kind in ("recipe", "library", "architecture", "finalists", "result")},
+    **{kind: f"{kind}*.json" for kind in ("evaluate", "bench", "tasks")},
+    **{"frontier": "frontier.csv", "heal": "heal.jsonl"},
 }
 
 
 class Found:
-    """The files of every kind, nearest first. Raises UserError for a directory without any, and for a file that is not understood
-    as soon as it is read."""
+    """The files of every kind, those of a solution first, then the nearest. Raises UserError for a directory without any, and for a
+    file that is not understood when it is read."""
 
     def __init__(self, root: Path):
-        if not root.is_dir():
-            raise UserError(f"{root} is no directory: give one that `puzzle run` made, or one with a library in it")
         self.root = root
         self.files = {kind: self._named(pattern) for kind, pattern in KINDS.items()}
         if not any(self.files.values()):
             raise UserError(
-                f"{root} holds nothing to report: give a directory that `puzzle run` made, or one with a library, a solution or a child in it"
+                f"{root} holds nothing to report: give what `puzzle run` made, or a directory with a library in it"
             )
 
     def _named(self, pattern: str) -> list[Path]:
@@ -62,18 +55,18 @@ class Found:
         return Library.open(self.files["library"][0].parent) if self.files["library"] else None
 
     @cached_property
-    def architectures(self) -> list[tuple[str, Architecture]]:
-        """Those that differ: children carry copies. The first is what the page is about."""
-        found: list[tuple[str, Architecture]] = []
+    def architectures(self) -> dict[str, Architecture]:
+        """Those that differ, by the names of their files: children carry copies. The first is what the page is about."""
+        found: dict[str, Architecture] = {}
         for path in self.files["architecture"]:
             one = read_architecture(path)
-            if all(one.layers != other.layers for _, other in found):
-                found.append((str(path.relative_to(self.root)), one))
+            if all(one.layers != other.layers for other in found.values()):
+                found[str(path.relative_to(self.root))] = one
         return found
 
     @property
     def solved(self) -> Architecture | None:
-        return self.architectures[0][1] if self.architectures else None
+        return next(iter(self.architectures.values()), None)
 
 
 @contextmanager
@@ -83,6 +76,13 @@ def understood(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, csv.Error) as error:
         told = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} is not what puzzle writes ({told}): make it again, or move it away") from error
+
+
+def numbers(*values: Any) -> None:
+    """Raise ValueError unless each is a finite number, or None."""
+    for value in values:
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ValueError(f"{value!r} is no finite number")

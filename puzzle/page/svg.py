@@ -17,25 +17,21 @@ LINE, NUM_COLOURS, NUM_SHADES = 15, 8, 8  # pixels of a line of text
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Axis:
     """From low to high; log: in decades."""
 
-    label: str
     low: float
     high: float
     log: bool = False
 
     @classmethod
-    def over(cls, label: str, values: Sequence[float], log: bool = False) -> Axis:
-        """With some room at both ends."""
-        scale = (lambda v: math.log10(v)) if log else (lambda v: v)
-        ends = [scale(min(values)), scale(max(values))] if values else [0.0, 1.0]
-        room = 0.05 * (ends[1] - ends[0]) or 0.1 * abs(ends[0]) or 0.5
-        low, high = ends[0] - room, ends[1] + room
-        if not log and ends[0] >= 0 > low:
-            low = 0.0
-        return cls(label=label, low=10**low if log else low, high=10**high if log else high, log=log)
+    def over(cls, values: Sequence[float], log: bool = False) -> Axis:
+        """With some room at both ends, but not below 0 where nothing is."""
+        low, high = (math.log10(v) if log else v for v in (min(values, default=1.0), max(values, default=1.0)))
+        room = 0.05 * (high - low) or 0.1 * abs(low) or 0.5
+        least = max(low - room, 0.0) if low >= 0 and not log else low - room
+        return cls(10**least, 10 ** (high + room), True) if log else cls(least, high + room)
 
     def at(self, value: float) -> float:
         """Its place: 0 at the low end, 1 at the high one."""
@@ -43,17 +39,16 @@ class Axis:
         return (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Round numbers inside: 4 to 10 of them."""
+        """Round numbers inside: 3 to 10 of them."""
         if self.log and self.high / self.low > 8:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            few = (1.0,) if len(decades) > 5 else (1.0, 2.0, 5.0) if len(decades) <= 3 else (1.0, 3.0)
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
+            few = (1.0,) if len(decades) > 4 else (1.0, 3.0) if len(decades) > 2 else (1.0, 2.0, 5.0)
             every = [m * 10.0**n for n in decades for m in few]
         else:
             rough = (self.high - self.low) / 5
             power = 10.0 ** math.floor(math.log10(rough))
             step = power * min(m for m in (1, 2, 5, 10) if m * power >= rough)
-            first = math.ceil(self.low / step)
-            every = [n * step for n in range(first, math.floor(self.high / step) + 1)]
+            every = [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         return [v for v in every if self.low <= v <= self.high]
 
 
@@ -95,8 +90,8 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log_
     shown = [(one, _drawable(one.points, log_y)) for one in series]
     lost = sum(len(one.points) - len(points) for one, points in shown)
     shown = [(one, points) for one, points in shown if points]
-    x = Axis.over(x_label, [p[0] for _, points in shown for p in points])
-    y = Axis.over(y_label, [p[1] for _, points in shown for p in points], log_y)
+    x = Axis.over([p[0] for _, points in shown for p in points])
+    y = Axis.over([p[1] for _, points in shown for p in points], log_y)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def placed(point: Point) -> Point:
@@ -124,12 +119,8 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log_
         ends.append((places[-1][1], one, name))
     heights = apart([end for end, _, _ in ends], LINE, TOP, bottom)
     for height, (_, one, name) in zip(heights, ends, strict=True):
-        parts.append(
-            f'<path class="line {one.line or "solid"} {name}" d="M{right + 8} {height:.1f}h16"/>' if one.line else ""
-        )
-        parts.append(
-            f'<circle class="{one.mark} {name}" cx="{right + 16}" cy="{height:.1f}" r="4"/>' if one.mark else ""
-        )
+        parts += [f'<path class="line {one.line} {name}" d="M{right + 8} {height:.1f}h16"/>'] * bool(one.line)
+        parts += [f'<circle class="{one.mark} {name}" cx="{right + 16}" cy="{height:.1f}" r="4"/>'] * bool(one.mark)
         parts.append(text(right + 30, height + 4, clipped(one.label, 20)))
     if lost:
         parts.append(text(right, TOP + 4, f"{lost} values are not finite: left out", "end", "label"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -11,7 +12,7 @@ from puzzle.base.units import layer_name
 from puzzle.blocklib.variant import PARENT
 from puzzle.heal.log import read_log
 from puzzle.library.manifest import Library, score_name, scores_path
-from puzzle.page.found import Found, understood
+from puzzle.page.found import Found, numbers, understood
 from puzzle.page.sections import MEASURED, figure, say, table
 from puzzle.page.svg import NUM_SHADES, Cell, Point, Series, chart, grid
 
@@ -29,21 +30,18 @@ def scores(run: Found) -> str:
         path = scores_path(library.root, layer)
         if path.is_file():
             with understood(path):
-                found |= {
-                    (layer, name): (float(s["kl"]), float(s["kl_stderr"])) for name, s in library.scores(layer).items()
-                }
+                for name, score in library.scores(layer).items():
+                    numbers(score["kl"], score["kl_stderr"])
+                    found[layer, name] = float(score["kl"]), float(score["kl_stderr"])
                 screened |= {(layer, name) for name in library.screened(layer)}
-    if not found:
-        return ""
     names = [score_name({slot: variant}) for slot, variant in _offered(library)]
+    if not names or not found:
+        return ""
     drawn = [kl for (_, name), (kl, _) in found.items() if name in names and kl > 0]
     high = max(drawn, default=1.0)
     low = min(max(min(drawn, default=1.0), high * LEAST_SHADE), high / 1.001)
-    chosen = {
-        (n, score_name({s: v}))
-        for n, layer in enumerate(run.solved.variants if run.solved else ())
-        for s, v in layer.items()
-    }
+    layers = enumerate(run.solved.variants if run.solved else ())
+    chosen = {(n, score_name({slot: name})) for n, layer in layers for slot, name in layer.items()}
 
     def cell(layer: int, name: str) -> Cell | None:
         slot, variant = name.split("/", 1)
@@ -84,58 +82,56 @@ def distillation(run: Found) -> str:
     rows: list[tuple[Any, ...]] = []
     missing = 0
     for slot, name in _offered(library):
+        ends, layers = [], [n for n in library.layers if name in library.spaces[n].get(slot, ())]
         curves: dict[int, list[float]] = {}
-        ends, kept = [], 0
-        for n in (n for n in library.layers if name in library.spaces[n].get(slot, ())):
-            path = library.root / "blocks" / layer_name(n) / slot / f"{name}.json"
-            if not path.is_file():
-                missing += 1
-                continue
-            with understood(path):
-                record = read_any(path, "puzzle build-library")
-                both = record["validation_loss_before"], record["validation_loss_after"]
-                ends.append([float(loss) for loss in both])
-                kept += record["status"] == "kept as initialised"
-                curve = record.get("validation_curve") or {"num_tokens": [0, record["num_tokens"]], "losses": both}
-                for tokens, loss in zip(curve["num_tokens"], curve["losses"], strict=True):
-                    curves.setdefault(int(tokens), []).append(math.inf if loss is None else float(loss))
+        for path in (library.root / "blocks" / layer_name(n) / slot / f"{name}.json" for n in layers):
+            if path.is_file():
+                with understood(path):
+                    both, kept, curve = _record(path)
+                    ends.append((*both, kept))
+                    for tokens, loss in curve:
+                        curves.setdefault(int(tokens), []).append(math.inf if loss is None else float(loss))
+        missing += len(layers) - len(ends)
         if ends:
-            rows.append(
-                (f"{slot}/{name}", len(ends), *(f"{median(loss):.4f}" for loss in zip(*ends, strict=True)), kept)
-            )
+            medians = (f"{median(one[n] for one in ends):.4f}" for n in (0, 1))
+            rows.append((f"{slot}/{name}", len(ends), *medians, sum(one[2] for one in ends)))
         if len(curves) > 1:
-            places = sorted((tokens, median(losses)) for tokens, losses in curves.items())
+            places = [(tokens, median(losses)) for tokens, losses in sorted(curves.items())]
             drawn.setdefault(slot, []).append(Series(name, places, len(drawn.get(slot, ())), mark="filled"))
     words = "Measured on held-out text, medians over layers: 0 is the parent's own sub-block, 1 is one that contributes nothing."
-    parts = [
-        figure(
-            chart(f"distillation of {slot}", "training tokens", f"nMSE of {slot} variants", series, log_y=True), words
-        )
-        for slot, series in drawn.items()
-    ]
-    if missing:
-        parts.append(say(f"{missing} blocks are not built yet: the same `puzzle build-library` goes on.", "missing"))
+    charts = {s: chart(s, "training tokens", f"nMSE of {s} variants", some, log_y=True) for s, some in drawn.items()}
     heads = ("variant", "layers", f"{MEASURED} nMSE at start", f"{MEASURED} nMSE trained", "kept as initialised")
-    return "".join(parts) + (table(heads, rows) if rows else "")
+    told = f"{missing} blocks are not built yet: the same `puzzle build-library` goes on."
+    made = "".join(figure(one, words) for one in charts.values()) + (say(told, "missing") if missing else "")
+    return made + (table(heads, rows) if rows else "")
+
+
+def _record(path: Path) -> tuple[tuple[float, float], int, list[tuple[int, float | None]]]:
+    """Losses before and after; 1 where it was kept as initialised; losses at numbers of tokens on the way."""
+    record = read_any(path, "puzzle build-library")
+    both = record["validation_loss_before"], record["validation_loss_after"]
+    curve = record.get("validation_curve") or {"num_tokens": [0, record["num_tokens"]], "losses": both}
+    numbers(*both, *curve["num_tokens"], *curve["losses"])
+    places = list(zip(curve["num_tokens"], curve["losses"], strict=True))
+    return (float(both[0]), float(both[1])), int(record["status"] == "kept as initialised"), places
 
 
 def healing(run: Found) -> str:
     def drawn(name: str, path: Any) -> str:
         lines, made = read_log(path), ""
+        numbers(*(line["tokens"] for line in lines))
         steps, looks = ([line for line in lines if ("held_out" in line) == look] for look in (False, True))
         held = [{"tokens": line["tokens"]} | line["held_out"] for line in looks]
-        for label, trained, key, teacher in (
-            ("KL to the teacher, nats/token", "kl", "kl", None),
-            ("loss, nats/token", "lm", "loss", "teacher_loss"),
-        ):
-            series = [
-                Series("training", _thinned(_curve(steps, trained))),
-                Series("held out", _curve(held, key), 0, mark="filled"),
-                *([Series("teacher, held out", _curve(held, teacher), 1)] if teacher else []),
-            ]
-            if any(one.points for one in series):
-                words = f"{name}, measured. Training: means over {-(-len(steps) // MOST_POINTS)} steps."
-                made += figure(chart("healing", "training tokens", label, [one for one in series if one.points]), words)
+        for label, trained, key in (("KL to the teacher, nats/token", "kl", "kl"), ("loss, nats/token", "lm", "loss")):
+            training, own = _thinned(_curve(steps, trained)), _curve(held, key)
+            teacher = _curve(held, "teacher_loss") if key == "loss" else []
+            series = [Series("training", training), Series("held out", own, 0, mark="filled")]
+            series = [one for one in (*series, Series("teacher, held out", teacher, 1)) if one.points]
+            if series:
+                words = f"{name}, measured." + f" Training: means over {-(-len(steps) // MOST_POINTS)} steps." * bool(
+                    training
+                )
+                made += figure(chart("healing", "training tokens", label, series), words)
         beside = path.with_name("heal.json")
         if not beside.is_file():
             return made + say(f"{name}: this healing has not ended; the same `puzzle heal` goes on.", "missing")
