@@ -54,6 +54,7 @@ def write_page(root: Path, out: Path | None = None) -> dict[str, Any]:
     )
     top = HEAD.format(title=escape(name), style=STYLE.read_text(encoding="utf-8"))
     html = f"{top}<body><main><h1>{escape(name)}</h1>{''.join(map(say, lines))}{body}</main></body></html>\n"
+    html = html.encode("utf-8", "replace").decode()  # JSON may hold halves of characters
     if (size := len(html.encode())) > MOST_BYTES:
         raise UserError(
             f"the report of {root} would have {size:,} bytes, over {MOST_BYTES:,}: give a directory with less in it"
@@ -115,17 +116,27 @@ def _versions(run: Found) -> str:
     """A row a file: what made it, where, and when."""
     rows: list[tuple[Any, ...]] = []
     if run.library is not None:
-        rows.append((str(run.files["library"][0].relative_to(run.root)), run.library.facts.get("puzzle"), "", ""))
+        rows.append(
+            (str(run.files["library"][0].relative_to(run.root)), f"puzzle {run.library.facts.get('puzzle')}", "", "")
+        )
         for path in sorted(run.library.root.glob("costs/*/*.csv")):
             with understood(path), open(path, newline="", encoding="utf-8") as handle:
                 words = ("versions", "device", "date")
                 told = {tuple(str.strip(row[word]) for word in words) for row in csv.DictReader(handle)}
                 rows += [(str(path.relative_to(run.root)), *one) for one in sorted(told)]
     for name, solved in run.architectures.items():
-        rows.append((name, solved.puzzle, f"priced for {solved.costs['device']}", ""))
+        rows.append((name, f"puzzle {solved.puzzle}", f"priced for {solved.costs['device']}", ""))
     for kind in ("result", "evaluate", "bench", "tasks"):
-        rows += run.each(kind, lambda name, value: (name, "", value.get("device"), ""))
-    rows += [(name, f"{one['puzzle']}, torch {one['torch']}", one["device"], "") for name, one in _healed(run)]
+        rows += run.each(
+            kind,
+            lambda name, value: (
+                name,
+                value.get("child", {}).get("measured", {}).get("versions"),
+                value.get("device"),
+                "",
+            ),
+        )
+    rows += [(name, f"puzzle {one['puzzle']}, torch {one['torch']}", one["device"], "") for name, one in _healed(run)]
     changed = [datetime.fromtimestamp((run.root / row[0]).stat().st_mtime) for row in rows]
     dated = [(*row[:3], row[3] or f"file of {when:%Y-%m-%d}") for row, when in zip(rows, changed, strict=True)]
     times = run.each("result", lambda _, v: ", ".join(f"{k} {seconds_text(s)}" for k, s in v["seconds"].items()))

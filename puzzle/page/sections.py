@@ -177,7 +177,10 @@ def frontier(run: Found) -> str:
             series.append(Series("child, predicted", [there], 1, "", "hollow"))
             ran = run.each("result", lambda _, value: (value["measured"].get(name), value["child"]["kl"]))
             series += [Series("child, measured", [(x / size, kl)], 1, "", "filled") for x, kl in ran if x is not None]
-        words = f"{told}: the least sum of scores at each limit, {len(rows)} points, predicted (hollow); filled is a child's KL, measured."
+        words = f"{told}: the least sum of scores at each limit, {len(rows)} points, predicted (hollow)."
+        words += f" Filled: the child's KL as run measured it{', after healing' * bool(run.files['heal'])}." * (
+            len(series) > 2
+        )
         return figure(chart("frontier", label, "sum of scores or KL, nats/token", series), words)
 
     def finalists(told: str, value: Any) -> str:

@@ -17,7 +17,7 @@ import yaml
 from puzzle.page.page import SECTIONS, write_page
 from puzzle.page.svg import Axis, Series, apart, chart
 
-SCRIPT = "<script>alert(1)</script>"
+SCRIPT = "<script>alert(1)</script>\ud800"
 VOID = {"meta", "br"}
 TASKS = {
     "device": "cpu",
@@ -138,7 +138,7 @@ def test_all_of_it(puzzle, own):
     assert "http" not in html.replace("http-equiv", "")
     assert check_drawn(html) == 8  # architecture, frontier, finalists, scores, two slots, two of healing
     for words in ("class=\"predicted\"", "class=\"measured\"", "prefers-color-scheme", "Ringed: chosen", "0.5 [0.25, 0.75]",
-                  "by bench, bench.json", "by run, result.json", "AMD" if "AMD" in html else "cores", "goal throughput"):  # fmt: skip
+                  "by bench, bench.json", "by run, result.json", "goal throughput"):  # fmt: skip
         assert words in html, words
     assert "Not measured or not there" not in html
     assert not list(own.glob(".*.tmp"))
@@ -147,9 +147,9 @@ def test_all_of_it(puzzle, own):
 def test_losses_on_the_way_are_kept_and_drawn(ran):
     record = json.loads((ran / "library" / "blocks" / "L01" / "ffn" / "0.5.json").read_text())
     curve = record["validation_curve"]
-    assert curve["num_tokens"] == [0, 256, 512, 768, 1024, 1280][:1] + curve["num_tokens"][1:]
-    assert len(curve["num_tokens"]) == len(curve["losses"]) > 2
-    assert curve["num_tokens"][-1] == record["num_tokens"]
+    assert curve["num_tokens"] == [0, 256, 512, 768, 1024, 1280]
+    assert len(curve["losses"]) == 6
+    assert record["num_tokens"] == 1280
     assert (curve["losses"][0], curve["losses"][-1]) == (
         record["validation_loss_before"],
         record["validation_loss_after"],
