@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from html import escape
 from typing import Any
 
 from puzzle.base.units import bytes_text, layer_name
 from puzzle.choose.frontier import read_frontier
 from puzzle.export.picture import LEGEND
+from puzzle.measure.architecture import Architecture
 from puzzle.page.found import Found, numbers, understood
 from puzzle.page.svg import Cell, Series, chart, grid, number
 
@@ -94,7 +96,11 @@ def architecture(run: Found) -> str:
 
 def promise(run: Found) -> str:
     """A column a source: the architecture's promise, then all that measured it."""
-    measured = (run.each("result", _by_run), run.each("evaluate", _by_evaluate), run.each("bench", _by_bench))
+    measured = (
+        run.each("result", partial(_by_run, run.solved)),
+        run.each("evaluate", _by_evaluate),
+        run.each("bench", _by_bench),
+    )
     columns = [*_promised(run), *(column for one in measured for column in one if column is not None)]
     rows = []
     for name, (label, form) in FIGURES.items():
@@ -115,9 +121,8 @@ def promise(run: Found) -> str:
 def _column(head: str, figures: Figures, promised: Figures, about: Any, work: Any) -> Column:
     """about: what has the device and the precision."""
     for side in (figures, promised):
-        numbers(
-            *(v for who in WHO for k, v in side.get(who, {}).items() if f"{who} {k.removesuffix('_stderr')}" in FIGURES)
-        )
+        every = [(f"{who} {k.removesuffix('_stderr')}", v) for who in WHO for k, v in side.get(who, {}).items()]
+        numbers(*(v for name, v in every if name in FIGURES))
     told = f"{work['input_len']} tokens in, {work['output_len']} out" if work else "no speed"
     return f"{head} {about['device']}, {about['precision']}, {told}", figures, promised
 
@@ -135,7 +140,7 @@ def _promised(run: Found) -> Iterator[Column]:
             yield f"{MEASURED} when it was chosen, {found['num_tokens']:,} tokens", {"child": found}, {}
 
 
-def _by_run(name: str, value: Any) -> Column | None:
+def _by_run(solved: Architecture | None, name: str, value: Any) -> Column | None:
     found, told = value["measured"], value["predicted"]
     figures = {"child": value["child"] | found, "parent": value["parent"], "both": found}
     del figures["child"]["sum_of_scores"]  # which was not measured
@@ -144,7 +149,9 @@ def _by_run(name: str, value: Any) -> Column | None:
     for who in ("child", "parent") if unmeasured else ():
         del figures[who]["batch"]
     work = None if unmeasured else value["requested"]
-    return _column(f"{MEASURED} by run, {name}:", figures, {"child": told, "parent": parent, "both": told}, value, work)
+    promised = {"child": told, "parent": parent, "both": told}
+    here = solved is not None and solved.costs["device"] == value["device"]
+    return _column(f"{MEASURED} by run, {name}:", figures, promised if here else {}, value, work)
 
 
 def _by_evaluate(name: str, value: Any) -> Column | None:

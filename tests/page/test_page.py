@@ -264,6 +264,16 @@ def test_what_was_not_measured_is_not_told_as_measured(own):
     assert "no speed" in html
 
 
+def test_what_was_promised_for_another_machine_is_not_held_against_it(own):
+    write_page(own)
+    before = (own / "report.html").read_text()
+    value = json.loads((own / "result.json").read_text())
+    (own / "result.json").write_text(json.dumps(value | {"device": "another"}))
+    write_page(own)
+    ratios = [len(re.findall(r"×[^<]* \(\d+\.\d{3}\)", html)) for html in (before, (own / "report.html").read_text())]
+    assert ratios == [2, 1]  # of run and bench
+
+
 def test_many_layers_stay_small(synthetic, tmp_path):
     """126 layers."""
     made = write_page(synthetic("llama-3.1-405b"), tmp_path / "page.html")
