@@ -103,8 +103,9 @@ def main(ctx: click.Context) -> None:
       puzzle export LIB SOL --out CHILD                        write a Hugging Face checkpoint
       puzzle serve-check CHILD --engine vllm                   compare an engine with ours
       puzzle evaluate PARENT CHILD --data TEXT                 measure parent and child side by side
-    or all of it:
+    or all of it, and a page of what came out:
       puzzle run examples/quickstart.yaml --data TEXT --out RUN
+      puzzle report RUN
     """
     verb = ctx.invoked_subcommand
     if os.environ.get("WORLD_SIZE", "1") != "1" and verb not in TOGETHER:

@@ -114,6 +114,9 @@ def promise(run: Found) -> str:
             cells.append(told + (f" ({value / held:.3f})" if told and held else ""))
         rows += [(label, *cells)] if any(cells) else []
     note = "In brackets: measured over predicted, both for one machine. A sum of scores predicts an order of children, not their KL."
+    note += " The scores are synthetic: speed and size are what counts here." * bool(
+        run.solved and run.solved.synthetic_scores
+    )
     note += " Run measures the child after healing; the promise is for the child before." * bool(run.files["heal"])
     return table(("", *(head for head, _, _ in columns)), rows) + say(note) if rows else ""
 

@@ -59,7 +59,8 @@ def scores(run: Found) -> str:
     edges = [low * (high / low) ** (n / NUM_SHADES) for n in range(NUM_SHADES)]
     shades = "".join(f'<span><i class="h{n}"></i>{edge:.2g}</span>' for n, edge in enumerate(edges))
     more = sum(name not in names for _, name in found)
-    words = "Measured: KL to the parent when one block alone is replaced; the stronger the shade, the worse, on a logarithmic scale."
+    words = "Synthetic, measured by nobody" if library.facts.get("synthetic_scores") else "Measured"
+    words += ": KL to the parent when one block alone is replaced; the stronger the shade, the worse, on a logarithmic scale."
     words += " Ringed: chosen." * bool(chosen) + " ×: screened out, no score." * bool(screened)
     words += f" {more} scores of pairs or in fp8 are not drawn." * bool(more)
     return f'<p class="key">KL, nats/token, from {shades} to {high:.2g}</p>' + figure(
