@@ -46,6 +46,14 @@ class Recipe:
     calibration_sequences: int = 64
     validation_sequences: int = 16
 
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """After how many steps held-out losses are measured: none, all, and up to eight numbers between, as far as that takes no more
+        than about a thirtieth of the training."""
+        most = self.num_steps * self.batch_size // (10 * self.validation_sequences)
+        parts = 1 + max(0, min(8, most, self.num_steps - 1))
+        return tuple(round(self.num_steps * n / parts) for n in range(parts + 1))
+
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to final_lr · lr."""
         warm = max(1, round(self.warm_up * self.num_steps))
@@ -63,13 +71,12 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 class Trained(NamedTuple):
-    """loss_before, loss_after: on held-out text. facts: what the kept module does beside, there (`Part.watched`)."""
+    """losses: on held-out text, at `Recipe.looks`. facts: what the kept module does beside, there (`Part.watched`)."""
 
     variant: Variant
     tensors: dict[str, Tensor]
     improved: bool
-    loss_before: float
-    loss_after: float
+    losses: list[float]
     facts: dict[str, Any]
 
 
@@ -101,7 +108,7 @@ class Shown:
 
 
 class VariantTrainer:
-    """One variant of one sub-block, or nested ones: their module, its masters, their losses [V]."""
+    """One variant of one sub-block, or nested ones: their module, its masters, their losses [looks, V] as far as they were measured."""
 
     def __init__(
         self,
@@ -126,7 +133,7 @@ class VariantTrainer:
         rule = Rule(lr=lr, **{name: getattr(recipe, name) for name in RULE})
         self.masters = Masters(self.module, weights, compute_dtype(device), device, rule)
         self._start = {name: p.to("cpu", copy=True) for name, p in self.masters.values().items()}
-        self.loss_before = self.loss_after = torch.full((len(variants),), math.nan, dtype=torch.float64)
+        self.losses = torch.full((len(recipe.looks), len(variants)), math.nan, dtype=torch.float64)
         self._validation: list[Tensor] = []
         self._facts: list[dict[str, Any]] = []  # at the start, and at the end
 
@@ -167,12 +174,10 @@ class VariantTrainer:
         """Of every variant: the trained weights, or the initial ones where training left it worse on held-out text than it started
         (or NaN)."""
         now, found = self.masters.values(), []
-        for variant, before, after in zip(
-            self.variants, self.loss_before.tolist(), self.loss_after.tolist(), strict=True
-        ):
-            improved = after <= before
+        for variant, losses in zip(self.variants, self.losses.T.tolist(), strict=True):
+            improved = losses[-1] <= losses[0]
             tensors = self.module.beginning(now if improved else self._start, variant.sub_block)
-            found.append(Trained(variant, tensors, improved, before, after, self._facts[-1 if improved else 0]))
+            found.append(Trained(variant, tensors, improved, losses, self._facts[-1 if improved else 0]))
         return found
 
     def state(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
         writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
         if not rows:
             writer.writeheader()
-        write_json(out / "frontier.json", {"key": key})
+        write_json(
+            out / "frontier.json",
+            {"key": key, "axis": axis, "workload": asdict(selection.request.work), "costs": costs.facts},
+        )
         had = {row["value"] for row in rows}
 
         def keep(value: float, batch: int, solution: Solution) -> None:
@@ -100,7 +103,11 @@ def _resume(out: Path, key: str) -> list[dict]:
     if not path.is_file() or not mark.is_file() or read_json(mark, "puzzle solve --pareto").get("key") != key:
         return []
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a killed run may have left half a line
-    with open(path, newline="") as handle:
+    return _rows(path)
+
+
+def _rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as handle:
         return [
             {
                 **{k: float(row[k]) for k in ("value", "score", "tokens_per_second", "latency_seconds")},
@@ -109,6 +116,13 @@ def _resume(out: Path, key: str) -> list[dict]:
             }
             for row in csv.DictReader(handle)
         ]
+
+
+def read_frontier(path: Path) -> tuple[list[dict], dict[str, Any]]:
+    """The rows of a frontier.csv, and {"axis", "workload", "costs"} of what it is for; earlier versions did not say that."""
+    mark = path.with_name("frontier.json")
+    facts = read_json(mark, "puzzle solve --pareto") if mark.is_file() else {}
+    return sorted(_rows(path), key=lambda row: row["value"]), facts
 
 
 def draw(rows: list[dict], axis: str, path: Path) -> None:

@@ -16,6 +16,7 @@ from puzzle.cli.build_library import build_library_command
 from puzzle.cli.export import export_command
 from puzzle.cli.fuse import fuse_command
 from puzzle.cli.heal import heal_command
+from puzzle.cli.page import report_command
 from puzzle.cli.profile import profile_command
 from puzzle.cli.rescore import rescore_command
 from puzzle.cli.run import run_command
@@ -103,8 +104,9 @@ def main(ctx: click.Context) -> None:
       puzzle export LIB SOL --out CHILD                        write a Hugging Face checkpoint
       puzzle serve-check CHILD --engine vllm                   compare an engine with ours
       puzzle evaluate PARENT CHILD --data TEXT                 measure parent and child side by side
-    or all of it:
+    or all of it, and a page of what came out:
       puzzle run examples/quickstart.yaml --data TEXT --out RUN
+      puzzle report RUN
     """
     verb = ctx.invoked_subcommand
     if os.environ.get("WORLD_SIZE", "1") != "1" and verb not in TOGETHER:
@@ -129,5 +131,6 @@ for _command in (
     evaluate_command,
     bench_command,
     run_command,
+    report_command,
 ):
     main.add_command(_command)

@@ -197,22 +197,21 @@ class Builder:
         ropes = {name: rope.tables(length, self.device) for name, rope in self.structure.ropes.items()}
         self._lr = torch.zeros((), device=self.device)
         parts, trainers = self._prepare_group(group, missing, ropes)
-        every = [trainer for of_place in trainers.values() for trainer in of_place]
         by_layer = {i: [t for place, of in trainers.items() if place[0] == i for t in of] for i, _ in trainers}
         done = self._snapshots.load(by_layer)
         if done == 0 and group:
-            self._validate(parts, trainers, ropes, last=False)
-            for trainer in every:
-                trainer.loss_before = trainer.validated()
+            self._validate(parts, trainers, ropes, 0)
         forward = Replayed(lambda x: self.through(parts, {}, ropes, x))
         training = Replayed(lambda x: self.through(parts, trainers, ropes, x))
-        begin = time.monotonic()
+        begin, looks = time.monotonic(), self.recipe.looks[:-1]
         for step in range(self.num_batches):
             train = done <= step < self.recipe.num_steps and bool(missing)
             if group and (train or go_on):
                 self._lr.fill_(self.recipe.lr_at(step))
                 x = (training if train else forward)(self._streams.get("train", step))
                 self._streams.put("train", step, x)
+                if train and step + 1 in looks:
+                    self._validate(parts, trainers, ropes, looks.index(step + 1))
             bar.advance()
             if train and step + 1 < self.recipe.num_steps:
                 self._snapshots.after(step + 1, by_layer)
@@ -220,10 +219,8 @@ class Builder:
             torch.cuda.synchronize(self.device)
         self.train_seconds += time.monotonic() - begin
         if group:
-            self._validate(parts, trainers, ropes)
+            self._validate(parts, trainers, ropes, -1)
             self._streams.finish()
-        for trainer in every:
-            trainer.loss_after = trainer.validated()
         self.ranks.wait()  # nobody writes for a run of which a process is gone
         self._write_blocks(trainers)
 
@@ -274,11 +271,14 @@ class Builder:
             x = x + shown.target
         return x
 
-    def _validate(self, parts: Parts, trainers: Trainers, ropes: Ropes, last: bool = True) -> None:
-        """Show every trainer the held-out sequences, and hand their residual streams on. last: they will not pass again."""
+    def _validate(self, parts: Parts, trainers: Trainers, ropes: Ropes, look: int) -> None:
+        """Show every trainer the held-out sequences, and hand their residual streams on. look: which of the recipe's; after -1, the
+        last one, they do not pass again."""
         for batch in range(-(-len(self._data.validation) // self.recipe.batch_size)):
             x = self.through(parts, trainers, ropes, self._streams.get("validation", batch), VariantTrainer.validate)
-            self._streams.put("validation", batch, x, last=last)
+            self._streams.put("validation", batch, x, last=look == -1)
+        for trainer in (one for of_place in trainers.values() for one in of_place):
+            trainer.losses[look] = trainer.validated()
 
     @property
     def num_calibration(self) -> int:
@@ -330,7 +330,8 @@ class Builder:
         return found
 
     def _write_blocks(self, trainers: Trainers) -> None:
-        tokens = self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len
+        shown = [step * self.recipe.batch_size * self.recipe.seq_len for step in self.recipe.looks]
+        tokens = shown[-1]
         for (index, slot), of_place in trainers.items():
             for found in (found for trainer in of_place for found in trainer.trained()):
                 name, sub_block = found.variant.name, found.variant.sub_block
@@ -339,10 +340,12 @@ class Builder:
                     "status": ("trained" if found.improved else "kept as initialised") if tensors else "empty",
                     "key": self._keys[index, slot, name],
                     "num_tokens": tokens if tensors else 0,
-                    "validation_loss_before": found.loss_before,
-                    "validation_loss_after": found.loss_after,
+                    "validation_loss_before": found.losses[0],
+                    "validation_loss_after": found.losses[-1],
                     **found.facts,
                 }
+                if tensors:
+                    record["validation_curve"] = {"num_tokens": shown, "losses": found.losses}
                 spec = {"layer": index, "slot": slot, "variant": name, "sub_block": sub_block.key()}
                 self.store.write(index, slot, name, tensors, spec, record)
 

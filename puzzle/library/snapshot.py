@@ -1,6 +1,6 @@
 """Snapshots of layers in training: what a killed run needs to continue bit for bit, with any number of processes.
 
-    LIB/.work/step-00000120/L07.safetensors   weights, moments and first losses of a layer's trainers, by whoever trains them
+    LIB/.work/step-00000120/L07.safetensors   weights, moments and losses so far of a layer's trainers, by whoever trains them
     LIB/.work/snapshot.json                   {"key", "step", "layers"}: written when all files of that step are there
 
 The step before is removed after that, so that a process killed at any moment leaves one step that is whole.
@@ -42,7 +42,7 @@ class Snapshots:
         elif found is not None:
             for trainer in (one for of_layer in trainers.values() for one in of_layer):
                 trainer.load_state(found)
-                trainer.loss_before = found[f"{trainer.key}|loss_before"]
+                trainer.losses = found[f"{trainer.key}|losses"]
         self._begun = self._saved = step
         self._next, self._saved_at = step + 1, time.monotonic()
         return step
@@ -88,7 +88,7 @@ class Snapshots:
             tensors: dict[str, Tensor] = {}
             for trainer in of_layer:
                 tensors |= {name: tensor.cpu() for name, tensor in trainer.state().items()}
-                tensors[f"{trainer.key}|loss_before"] = trainer.loss_before
+                tensors[f"{trainer.key}|losses"] = trainer.losses
             with replacing(directory / f"{layer_name(layer)}.safetensors") as temporary:
                 save_file(tensors, temporary)
         layers = [layer for of_rank in self.ranks.gather(list(trainers)) for layer in of_rank]
@@ -107,7 +107,7 @@ class Snapshots:
                     found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
             except (SafetensorError, OSError):
                 return None
-            if not {n for t in of_layer for n in (f"{t.key}|loss_before", *t.state())} <= found.keys():
+            if not {n for t in of_layer for n in (f"{t.key}|losses", *t.state())} <= found.keys():
                 return None
         return found
 

@@ -1,11 +1,12 @@
 """The whole road as one resumable call: `puzzle run RECIPE.yaml --out RUN`.
 
 RUN/library, RUN/solution/architecture.json, RUN/child and, where the recipe asks for them, RUN/fused, RUN/healed and
-RUN/exports/NAME; RUN/stages.json, what is done, and last RUN/result.json. Everything is checked before anything is built.
+RUN/exports/NAME; RUN/recipe.json, what was asked for, RUN/stages.json, what is done, and last RUN/result.json. Everything is checked before anything is built.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -118,6 +119,7 @@ class Run:
         path = out / "stages.json"
         self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
         write_json(path, {"stages": self.marks})  # what is in the directory from now on is ours
+        write_json(out / "recipe.json", json.loads(json.dumps(asdict(recipe), default=str)))
         precisions = recipe.solve.precisions
         score = replace(recipe.scoring, **self.shared)
         build = self.build_options()

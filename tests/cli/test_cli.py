@@ -88,6 +88,7 @@ OPTION_CLASSES: dict[str, tuple[str, ...]] = {  # of each verb: what its options
     "evaluate": ("measure.evaluate.EvaluateOptions", "base.workload.Workload"),
     "bench": ("base.workload.Workload",),
     "run": (),
+    "report": (),
 }
 NO_FLAG = {  # fields that no option fills
     "build-library": {"snapshot_seconds"},
@@ -99,6 +100,7 @@ NO_FLAG = {  # fields that no option fills
 SAID_IN = {  # verbs whose user may see the messages of these files; the longest beginning of a path counts
     "puzzle/heal/": ("heal",),
     "puzzle/fuse/": ("fuse",),
+    "puzzle/page/": ("report",),
     "puzzle/choose/": ("solve",),
     "puzzle/export/": ("export",),
     "puzzle/profile/": ("profile",),

@@ -26,7 +26,7 @@ SMALL = {
     "seq_len": 32,
     "batch_size": 4,
     "calibration_sequences": 8,
-    "validation_sequences": 4,
+    "validation_sequences": 1,
     "lr": 3e-3,
 }
 

@@ -148,7 +148,7 @@ def test_killed_in_any_stage_and_run_again(puzzle, launch, write, tmp_path, stag
     result = json.loads(done.stdout)
     assert result["healed"]["num_tokens"] == 1024
     assert {path.name for path in out.iterdir()} == {
-        "library", "solution", "child", "healed", "exports", "stages.json", "result.json",
+        "library", "solution", "child", "healed", "exports", "recipe.json", "stages.json", "result.json",
     }  # fmt: skip
     ids = torch.arange(2, 40)[None]
     healed, written = (load_model(out / path) for path in result["exports"].values())
