@@ -61,6 +61,10 @@ class HfModel:
         places = {name: self.family.where(layer, slot, sub_block, name) for name in sub_block.tensors()}
         return {name: self.checkpoint.tensor(where.name, where.rows) for name, where in places.items()}
 
+    def fingerprint(self) -> str:
+        """As the checkpoint's."""
+        return self.checkpoint.fingerprint()
+
     def embedding(self) -> Tensor:
         """[vocab_size, H]"""
         return self.checkpoint.tensor(self._embedding)
