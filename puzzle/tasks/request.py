@@ -44,8 +44,9 @@ class Answers:
         for number, line in enumerate(data[: self.end].splitlines(), 1):
             try:
                 one = json.loads(line)
-                self.lines[one["key"]] = {name: one[name] for name in ("model", "answer", "tokens", "seconds")}
-            except (ValueError, KeyError, TypeError):
+                assert one.keys() >= {"key", "model", "answer", "tokens", "seconds"}
+                self.lines[one["key"]] = one
+            except (ValueError, AttributeError, AssertionError):
                 raise self._foreign(number) from None
         if not self.end and not START.startswith(data[: len(START)]):
             raise self._foreign(1)
@@ -55,10 +56,11 @@ class Answers:
 
     def keep(self, lines: Sequence[dict[str, Any]]) -> None:
         """At the end of the file, at once."""
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as handle:
                 handle.truncate(self.end)
-                handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-                self.end = handle.tell()
+                handle.write(data)
+        self.end += len(data)
         self.lines |= {line["key"]: line for line in lines}
