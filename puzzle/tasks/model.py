@@ -222,6 +222,8 @@ class Model:
     def close(self) -> None:
         """Give the device's memory back."""
         self._runtime, self._noise, self._steps = None, None, {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _score(self, runtime: Runtime, batch: list[Encoded]) -> list[Answer]:

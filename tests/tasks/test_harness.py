@@ -46,7 +46,6 @@ def files(tmp_path, data, monkeypatch):
 def test_same_numbers_as_its_own_model_and_as_our_reader(files, chatting, cut, data, tmp_path, chat):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parent = of_checkpoint(str(chatting))
