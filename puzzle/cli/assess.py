@@ -115,7 +115,7 @@ def evaluate_command(
       puzzle evaluate parent child --tasks gsm8k,hellaswag --task-data sets --limit 200
       puzzle evaluate examples/parent lib/solution --data /usr/lib/python3.11
     """
-    given = {name: chosen.pop(name) for name in tasks.NAMES.split()}
+    given = {name: chosen.pop(name) for name in ("tasks", *tasks.NAMES.split())}
     if given["tasks"] is not None:
         shared = {"device": chosen["device"], "memory_limit": chosen["memory_limit"]}
         tasks.evaluate_command(parent, child, library, dry_run, as_json, **given, **shared)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.cli import options
-from puzzle.cli.report import print_table
 
 OPTIONS = (
     click.option("--tasks", metavar="NAME,…", help="Measure what both can do: tasks by name, or task files (.yaml) of lm-eval's form."),
@@ -27,8 +26,8 @@ OPTIONS = (
     click.option("--precision", "precisions", metavar="NAME,…", help="Of the child, e.g. bf16,fp8, side by side."),
     click.option("--answers", type=options.PATH, default=Path("answers.jsonl"), help="File that answers are kept in: the same command goes on from there."),
 )  # fmt: skip
-NAMES = "tasks task_data limit samples temperature max_new_tokens chat system thinking run_code precisions answers"
-SHARED = "parent child library memory_limit device dry_run as_json"  # with evaluating on text
+NAMES = "task_data limit samples temperature max_new_tokens chat system thinking run_code precisions answers"
+SHARED = "tasks parent child library memory_limit device dry_run as_json"  # tasks itself, and what evaluating on text takes too
 
 
 def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,8 +41,6 @@ def evaluate_command(
     parent: str, child: str, library: Path | None, dry_run: bool, as_json: bool, **chosen: Any
 ) -> None:
     """What the verb does with --tasks."""
-    import os
-
     from puzzle.library.assemble import open_child
     from puzzle.measure.measurable import of_checkpoint
     from puzzle.tasks.evaluate import TaskOptions, evaluate_tasks
@@ -60,6 +57,9 @@ def evaluate_command(
 
 def print_tasks(found: dict[str, Any]) -> None:
     """A row for each metric: every model's mean and the paired differences, with their intervals."""
+    from puzzle.base.console import console
+    from puzzle.cli.report import print_table
+
     models = list(found["cut"])
     differences = list(dict.fromkeys(name for one in found["tasks"].values() for name in one["differences"]))
     rows = [

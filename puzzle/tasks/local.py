@@ -150,7 +150,7 @@ class LocalTask:
 
     def program(self, row: Row, answer: str) -> str:
         """The answer and its tests. Of an answer in prose the last fenced part counts; it completes the prompt or stands for itself."""
-        fenced = re.findall(r"```(?:python|py)?\s*?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+        fenced = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, re.DOTALL)
         code = fenced[-1] if fenced else answer.partition("```")[0]
         begin = row["prompt"] + ("\n" if re.search(r"^(def|import|from) ", code, re.MULTILINE) else "")
         return f"{begin}{code}\n{self.render('doc_to_target', row)}"

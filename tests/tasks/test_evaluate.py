@@ -116,6 +116,10 @@ def test_right_answers_count(data, monkeypatch, chatting):
     scores = rows["gsm8k"].scores([[one] for one in said])
     assert scores == {"exact_match,strict-match": [1.0, 0.0, 0.0], "exact_match,flexible-extract": [1.0, 1.0, 0.0]}
     assert rows["humaneval"].scores([["    return a\n"], ["    return a\n"]])["pass@1,none"] == [1.0, 0.0]
+    assert rows["humaneval"].scores([["    return a\n```\nwhich"], ["    return a + 1\n```"]])["pass@1,none"] == [
+        1.0,
+        1.0,
+    ]
     chat = ["Sure:\n```python\ndef add0(a):\n    return a + 0\n```\nDone.", "```\n    return a + 1\n```"]
     assert rows["humaneval_instruct"].scores([[one] for one in chat])["pass@1,none"] == [1.0, 1.0]
 
