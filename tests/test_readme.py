@@ -17,6 +17,11 @@ SMALLER = {
     "solve": ["--throughput", "1.02x"],
     "evaluate": ["--sequences", "2", "--seq-len", "64", "--batch", "1,1", "--repeats", "1"],
 }
+SETS = {
+    "hellaswag.jsonl": {"activity_label": "a", "ctx": "b", "endings": ["c", "d"], "label": 0},
+    "truthfulqa_mc1.jsonl": {"question": "a", "choices": ["c", "d"], "expected_index": 1},
+    "HumanEval.jsonl": {"prompt": "def f():\n", "test": "def check(f): ...", "entry_point": "f"},
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -67,11 +72,15 @@ def test_every_command_runs(puzzle, make_parent, corpus, tmp_path, monkeypatch):
     (tmp_path / "corpus").mkdir()
     rows = [json.dumps({"text": path.read_text()}) for path in sorted(corpus.glob("*.py"))]
     (tmp_path / "corpus" / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "sets").mkdir()
+    for name, row in SETS.items():
+        (tmp_path / "sets" / name).write_text(json.dumps(row) + "\n")
     monkeypatch.chdir(tmp_path)
     here = {"examples/parent": str(parent), "meta-llama/Llama-3.1-8B": str(parent), "/usr/lib/python3": str(corpus)}
     for command in commands():
         arguments = [here.get(a, a) for a in command]
-        smaller = [] if "--pareto" in command else SMALLER.get(command[0], [])  # the frontier sets its own limit
+        # the frontier sets its own limit
+        smaller = [] if {"--pareto", "--tasks"} & {*command} else SMALLER.get(command[0], [])
         result = puzzle(*arguments, *smaller)
         assert result.exit_code == 0, f"{command}: {result.output}"
     for code in blocks("python"):

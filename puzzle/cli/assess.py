@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from puzzle.base.errors import UserError
-from puzzle.cli import options
+from puzzle.cli import options, tasks
 from puzzle.cli.modes import Mode, Verb
 
 
@@ -56,7 +56,11 @@ def score_command(
     options.show(lambda: library_summary(library), as_json, print_library)
 
 
-MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len output_len batch repeats"),)
+MODES = (
+    Mode("with `tasks`", lambda p: p["tasks"] is not None, uses=f"{tasks.NAMES} {tasks.SHARED}"),
+    Mode("without `tasks`", lambda p: p["tasks"] is None, unused=tasks.NAMES),
+    Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len output_len batch repeats"),
+)
 
 
 @click.command("evaluate", cls=Verb, modes=MODES)
@@ -81,6 +85,7 @@ MODES = (Mode("with `no_speed`", lambda p: p["no_speed"], unused="input_len outp
     "--prompt", "prompts", multiple=True, metavar="TEXT", help="Show how both continue it, sampled. Repeatable."
 )
 @click.option("--no-speed", is_flag=True, help="Measure divergence and sizes only.")
+@tasks.task_options
 @options.memory_limit
 @options.dry_run
 @options.text_field
@@ -102,13 +107,19 @@ def evaluate_command(
     """Measure PARENT and CHILD side by side: loss, KL, top-1 agreement, tokens/s, bytes, KV cache.
 
     CHILD is a checkpoint, or what `puzzle solve` wrote, whose blocks then come from its library. Models that do not fit into
-    memory together go over the text layer by layer.
+    memory together go over the text layer by layer. With --tasks: what both can do, and how they differ document by document.
 
     \b
     Examples:
       puzzle evaluate examples/parent child --data /usr/lib/python3.11 --json
+      puzzle evaluate parent child --tasks gsm8k,hellaswag --task-data sets --limit 200
       puzzle evaluate examples/parent lib/solution --data /usr/lib/python3.11
     """
+    given = {name: chosen.pop(name) for name in ("tasks", *tasks.NAMES.split())}
+    if given["tasks"] is not None:
+        shared = {"device": chosen["device"], "memory_limit": chosen["memory_limit"]}
+        tasks.evaluate_command(parent, child, library, dry_run, as_json, **given, **shared)
+        return
     from puzzle.base.console import console
     from puzzle.base.workload import Workload
     from puzzle.cli.report import print_evaluation

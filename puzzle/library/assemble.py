@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError
+from puzzle.base.files import content_hash
 from puzzle.blocklib.plain.part import Part, loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT
@@ -127,6 +128,12 @@ class LibraryChild:
             return self.parent.weights(layer, slot)
         sub_block = self.library.spaces[layer][slot][name]
         return read_variant(BlockStore(self.library.root), layer, slot, name, sub_block)
+
+    def fingerprint(self) -> str:
+        """Of the parent, and of every block that is not its own."""
+        store, chosen = BlockStore(self.library.root), [sorted(layer.items()) for layer in self.layers]
+        places = [(n, *one) for n, layer in enumerate(chosen) for one in layer if one[1] != PARENT]
+        return content_hash([self.library.fingerprint, [[*place, store.record(*place)["sha256"]] for place in places]])
 
     def embedding(self) -> Tensor:
         return self.parent.embedding()

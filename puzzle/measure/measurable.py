@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -25,6 +26,14 @@ MAX_DRIFT = 0.05  # of the parent's speed since the profile; beyond it the speed
 MAX_ATTEMPTS = 3
 
 
+class Source(Weights, Protocol):
+    """Weights that are on disk."""
+
+    def fingerprint(self) -> str:
+        """Hash of what tells them from others."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurable:
     """solved: what was promised for it. tokenizer: its directory; source: its weights; both None where they are random. ranks: of
@@ -34,7 +43,7 @@ class Measurable:
     structure: Structure
     tokenizer: Path | None
     solved: Architecture | None
-    source: Weights | None
+    source: Source | None
     ranks: Ranks | None = None
 
     def load(self, device: torch.device, dtype: torch.dtype) -> CausalModel:

@@ -84,6 +84,10 @@ class HfModel:
             return self.checkpoint.stacked(where.names)
         return self.checkpoint.tensor(where.name, where.rows, where.dim)
 
+    def fingerprint(self) -> str:
+        """As the checkpoint's."""
+        return self.checkpoint.fingerprint()
+
     def embedding(self) -> Tensor:
         """[vocab_size, H]"""
         return self.checkpoint.tensor(self.embedding_name)

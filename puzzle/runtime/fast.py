@@ -116,33 +116,47 @@ class FastRuntime(Runtime):
         own, inside = among_own_rows(self.ranks, ids, len(self.embedding))
         return self.ranks.sum(embed(own, self.embedding, scale) * inside), None
 
-    def _next(self, stream: Stream) -> Tensor:
-        """Final norm, head and argmax of the rows in hand; no divisor of the logits changes which is the largest. -> [B]"""
+    def _next(self, stream: Stream, rows: slice = slice(None)) -> Tensor:
+        """Final norm, head and the next token of some sequences; no divisor of the logits changes which is the largest. -> [B]"""
         normed, _ = rms_norm(*stream, self.final_norm, self.structure.norm_eps)
-        return self._best(linear(normed, self.head))
+        return self._best(linear(normed, self.head), rows)
 
-    def _best(self, logits: Tensor) -> Tensor:
-        """The likeliest word. logits [B, V], or of this rank's words"""
-        return logits.argmax(-1) if self.ranks is None else best_word(self.ranks, logits)
+    def _best(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The next word. logits [B, V], or of this rank's words"""
+        if self.ranks is not None:
+            return best_word(self.ranks, logits)
+        return self.choose(logits if self.noise is None else logits / self.structure.logits_divisor, rows)
+
+    def _groups(self, prompts: Tensor) -> list[slice]:
+        """Sequences go through together as long as they are PREFILL_ROWS tokens at most: more gain nothing but memory."""
+        check_lengths(self.structure, prompts.shape[1], self.max_length)
+        together = max(1, PREFILL_ROWS // prompts.shape[1])
+        return [slice(begin, min(begin + together, len(prompts))) for begin in range(0, len(prompts), together)]
+
+    def _through(self, prompts: Tensor, rows: slice) -> Stream:
+        """Some of the prompts, through all sub-blocks. -> [rows·T, H] each"""
+        batch, stream = self.batch.part(rows), self._embedded(prompts[rows].flatten())
+        for part in self.parts:
+            stream = part.prefill(stream, batch)
+        return stream
 
     @torch.inference_mode()
     def prefill(self, prompts: Tensor) -> Tensor:
-        """Sequences go through together as long as they are PREFILL_ROWS tokens at most: more gain nothing but memory."""
         num_tokens = prompts.shape[1]
-        check_lengths(self.structure, num_tokens, self.max_length)
-        together = max(1, PREFILL_ROWS // num_tokens)
-        for begin in range(0, len(prompts), together):
-            rows = slice(begin, min(begin + together, len(prompts)))
-            batch = self.batch.part(rows)
-            stream = self._embedded(prompts[rows].flatten())
-            for part in self.parts:
-                stream = part.prefill(stream, batch)
-            delta, residual = (None if x is None else x.view(batch.size, num_tokens, -1)[:, -1].clone() for x in stream)
+        for rows in self._groups(prompts):
+            stream, count = self._through(prompts, rows), rows.stop - rows.start
+            delta, residual = (None if x is None else x.view(count, num_tokens, -1)[:, -1].clone() for x in stream)
             del stream  # the next prompts need its memory
             assert delta is not None
-            self.ids[rows] = self._next((delta, residual))
+            self.ids[rows] = self._next((delta, residual), rows)
         self.batch.at(num_tokens)
         return self.ids.clone()
+
+    @torch.inference_mode()
+    def hidden(self, prompts: Tensor) -> Tensor:
+        scale, eps = self.final_norm, self.structure.norm_eps
+        found = [rms_norm(*self._through(prompts, rows), scale, eps)[0] for rows in self._groups(prompts)]
+        return torch.cat(found).view(*prompts.shape, -1).div_(self.structure.logits_divisor)
 
     @torch.inference_mode()
     def step_in_place(self) -> None:

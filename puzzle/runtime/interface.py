@@ -26,11 +26,16 @@ class Fp8:
 
 
 class Runtime(ABC):
-    """ids [B]: the token in hand of each sequence, which is the next step's input; position: where it stands."""
+    """ids [B]: the token in hand of each sequence, which is the next step's input; position: where it stands. head [V, H]: what
+    makes logits of `hidden`."""
 
     ids: Tensor
+    head: Tensor
+    noise: Tensor | None = None  # [B, V]: tokens are sampled with it, see `choose`
+    temperature: Tensor  # [B, 1], beside it
     device: torch.device
     vocab_size: int
+    max_length: int  # tokens of a sequence
     weight_bytes: int  # of the whole model as it runs
 
     @property
@@ -49,6 +54,17 @@ class Runtime(ABC):
     @abstractmethod
     def prefill(self, prompts: Tensor) -> Tensor:
         """prompts [B, T] -> the first generated token of each sequence [B], now in hand."""
+
+    @abstractmethod
+    def hidden(self, prompts: Tensor) -> Tensor:
+        """prompts [≤ B, T] -> what the head multiplies, of every token [≤ B, T, H]; states count for nothing afterwards."""
+
+    def choose(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The next token of some sequences: the likeliest, or with noise, drawn from an exponential distribution, a sample of
+        softmax(logits / temperature) (Gumbel's trick). logits [rows, V] -> [rows]"""
+        if self.noise is None:
+            return logits.argmax(-1)
+        return (logits.float() / self.temperature[rows] - self.noise[rows].log()).argmax(-1)
 
     @abstractmethod
     def step(self) -> None:

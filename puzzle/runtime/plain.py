@@ -17,6 +17,7 @@ class PlainRuntime(Runtime):
         self.model, self.max_length = model, max_length
         like = model.embedding.weight
         self.device, self.vocab_size, self.weight_bytes = like.device, len(like), model.weight_bytes
+        self.head = model.head_weight.data
         self.tables = model.ropes(max_length)
         self.parts = [part for _, _, part in model.parts()]
         self.states = [part.new_state(batch, max_length, like) for part in self.parts]
@@ -45,14 +46,19 @@ class PlainRuntime(Runtime):
         ropes, x = self._ropes(0, num_tokens), self.model.embed(prompts)
         for part, state in zip(self.parts, self.states, strict=True):
             x = part.prefill(x, ropes, state)
-        self.ids.copy_(self.model.logits(x[:, -1]).argmax(-1))
+        self.ids.copy_(self.choose(self.model.logits(x[:, -1])))
         self.position = num_tokens
         return self.ids.clone()
+
+    @torch.inference_mode()
+    def hidden(self, prompts: Tensor) -> Tensor:
+        check_lengths(self.model.structure, prompts.shape[1], self.max_length)
+        return self.model.final(self.model.hidden(prompts))
 
     @torch.inference_mode()
     def step(self) -> None:
         ropes, x = self._ropes(self.position, self.position + 1), self.model.embed(self.ids[:, None])
         for part, state in zip(self.parts, self.states, strict=True):
             x = part.decode(x, ropes, state, self.position)
-        self.ids.copy_(self.model.logits(x[:, 0]).argmax(-1))
+        self.ids.copy_(self.choose(self.model.logits(x[:, 0])))
         self.position += 1

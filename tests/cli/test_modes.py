@@ -56,6 +56,8 @@ CASES = [
         "with --kl-weight 0 and --cosine-weight 0",
     ),
     ("evaluate", ("p", "c", "--no-speed"), "with --no-speed"),
+    ("evaluate", ("p", "c", "--tasks", "gsm8k"), "with --tasks"),
+    ("evaluate", ("p", "c"), "without --tasks"),
 ]
 
 

@@ -62,3 +62,22 @@ def test_each_sub_block_in_its_own_precision(mixed):
     found = [none[0], whole[0], cached[0], weighted[0], one[0]]
     assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
     assert all((other - none[0]).norm() < 0.2 * none[0].norm() for other in found)
+
+
+def test_hidden_is_the_plain_ones(mixed, monkeypatch):
+    """Of every token, of fewer prompts than the batch holds, in groups; in fp8 close to it. And samples are the plain ones."""
+    monkeypatch.setattr(fast, "PREFILL_ROWS", 47)
+    prompts = torch.randint(0, 384, (3, 20), generator=torch.Generator().manual_seed(4))
+    plain, runtime = PlainRuntime(mixed, 4, 60), FastRuntime(mixed, 4, 60)
+    want = plain.hidden(prompts)
+    torch.testing.assert_close(runtime.hidden(prompts), want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(runtime.head, plain.head)
+    far = (FastRuntime(mixed, 4, 60, fp8=True).hidden(prompts) - want).norm() / want.norm()
+    assert 1e-4 < far < 0.2
+    noise = torch.empty(4, 384).exponential_(generator=torch.Generator().manual_seed(5))
+    for one in (plain, runtime):
+        one.noise, one.temperature = noise, torch.full((4, 1), 0.9)
+    four = torch.cat((prompts, prompts[:1]))
+    said = [one.generate(four, 5) for one in (plain, runtime)]
+    assert torch.equal(said[0], said[1])
+    assert not torch.equal(said[0][0], said[0][3])  # the same prompt, other numbers

@@ -1,0 +1,251 @@
+"""Tasks from a YAML file of lm-eval's form and local data, read here: choices by log-likelihood, exact match of what a regular
+expression finds in an answer, and code by its unit tests. What the file asks for besides is lm-eval's."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import os
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from puzzle.base.errors import UserError, first_line
+from puzzle.tasks import sandbox
+from puzzle.tasks.request import Answer, Request
+
+SHIPPED = Path(__file__).parent / "shipped"
+READ = {  # keys of a file; of those that lie within another, its name first
+    "task", "tag", "dataset_path", "dataset_kwargs", "test_split", "output_type", "unsafe_code", "doc_to_text", "doc_to_target",
+    "doc_to_choice", "target_delimiter", "fewshot_delimiter", "fewshot_config", "num_fewshot", "generation_kwargs", "metric_list",
+    "filter_list", "repeats", "metadata",
+    "dataset_kwargs data_files", "fewshot_config sampler", "fewshot_config samples", "generation_kwargs until",
+    "generation_kwargs max_gen_toks", "generation_kwargs do_sample", "generation_kwargs temperature", "metric_list metric",
+    "metric_list aggregation", "metric_list higher_is_better", "metric_list ignore_case", "metric_list ignore_punctuation",
+    "metric_list regexes_to_ignore", "filter_list name", "filter_list filter",
+}  # fmt: skip
+METRICS = {"multiple_choice": ("acc", "acc_norm"), "generate_until": ("exact_match", "pass@1")}
+Row = Mapping[str, Any]
+Prompt = Callable[[list[dict[str, str]]], str]  # messages -> what the model reads
+
+_environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_environment.filters["regex_replace"] = lambda text, pattern, by, count=0: re.sub(pattern, by, text, count=count)
+
+
+class NotReadHere(Exception):
+    """What of a file only lm-eval knows."""
+
+
+@dataclass(kw_only=True)
+class LocalTask:
+    """config: as the file has it. rows: its documents."""
+
+    name: str
+    config: Mapping[str, Any]
+    rows: Sequence[Row] = field(repr=False)
+
+    @property
+    def generates(self) -> bool:
+        return self.config["output_type"] == "generate_until"
+
+    @property
+    def runs_code(self) -> bool:
+        return any(metric["metric"] == "pass@1" for metric in self.config["metric_list"])
+
+    def render(self, name: str, row: Row) -> str:
+        try:
+            return _environment.from_string(str(self.config[name])).render(**row)
+        except (TemplateError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"task {self.name}: `{name}` does not fit a row of its data ({first_line(error)}; the row has {', '.join(row)})"
+            ) from error
+
+    def choices(self, row: Row) -> list[str]:
+        asked = self.config["doc_to_choice"]
+        if isinstance(asked, list):
+            return asked
+        return list(row[asked]) if asked in row else ast.literal_eval(self.render("doc_to_choice", row))
+
+    def right(self, row: Row) -> int:
+        """Which choice is."""
+        told, choices = self.render("doc_to_target", row), self.choices(row)
+        number = int(told) if told.isdigit() else choices.index(told) if told in choices else -1
+        if not 0 <= number < len(choices):
+            raise UserError(f"task {self.name}: the right answer is {told!r} of {len(choices)} choices in {dict(row)}")
+        return number
+
+    @cached_property
+    def shots(self) -> list[tuple[str, str]]:
+        """Questions and answers that stand before every question."""
+        samples = (self.config.get("fewshot_config") or {}).get("samples") or []
+        samples = samples[: self.config.get("num_fewshot") or 0]
+        return [(self.render("doc_to_text", one), self.render("doc_to_target", one)) for one in samples]
+
+    def requests(
+        self, row: Row, prompt: Prompt | None, max_tokens: int | None = None, **settings: Any
+    ) -> list[Request]:
+        """prompt: the chat template; None: plain text. max_tokens: instead of the file's. settings: of every generation."""
+        question, delimiter = self.render("doc_to_text", row), self.config.get("target_delimiter", " ")
+        if prompt is None:
+            between = self.config.get("fewshot_delimiter", "\n\n")
+            context = "".join(f"{text}{delimiter}{answer}{between}" for text, answer in self.shots) + question
+        else:
+            said = [
+                {"role": role, "content": one}
+                for shot in self.shots
+                for role, one in zip(("user", "assistant"), shot, strict=True)
+            ]
+            context, delimiter = prompt([*said, {"role": "user", "content": question}]), ""
+        if not self.generates:
+            return [Request(context=context, continuation=delimiter + choice) for choice in self.choices(row)]
+        asked = self.config.get("generation_kwargs") or {}
+        until = asked.get("until") or []
+        until = (until,) if isinstance(until, str) else tuple(until)
+        return [
+            Request(context=context, until=until, max_tokens=max_tokens or asked.get("max_gen_toks", 256), **settings)
+        ]
+
+    def scores(self, answers: Sequence[Sequence[Answer]]) -> dict[str, list[float]]:
+        """By metric and filter, as lm-eval names them, of each document. answers: to `requests` of each document."""
+        if self.runs_code:
+            programs = [self.program(row, one[0]) for row, one in zip(self.rows, answers, strict=True)]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return {"pass@1,none": [float(passed) for passed, _ in pool.map(sandbox.run, programs)]}
+        if self.generates:
+            return {
+                f"exact_match,{one['name']}": [
+                    float(self.same(_filtered(answer[0], one["filter"]), self.render("doc_to_target", row)))
+                    for row, answer in zip(self.rows, answers, strict=True)
+                ]
+                for one in self.config.get("filter_list") or [{"name": "none", "filter": []}]
+            }
+        found: dict[str, list[float]] = {}
+        for metric in self.config["metric_list"]:
+            values = found.setdefault(f"{metric['metric']},none", [])
+            for row, each in zip(self.rows, answers, strict=True):
+                lengths = [len(choice) if metric["metric"] == "acc_norm" else 1 for choice in self.choices(row)]
+                likely = [value / length for (value, _), length in zip(each, lengths, strict=True)]
+                values.append(float(likely.index(max(likely)) == self.right(row)))
+        return found
+
+    def same(self, found: str, wanted: str) -> bool:
+        rules = self.config["metric_list"][0]
+        for pattern in rules.get("regexes_to_ignore") or []:
+            found, wanted = re.sub(pattern, "", found), re.sub(pattern, "", wanted)
+        if rules.get("ignore_case"):
+            found, wanted = found.lower(), wanted.lower()
+        if rules.get("ignore_punctuation"):
+            found, wanted = (text.translate(str.maketrans("", "", string.punctuation)) for text in (found, wanted))
+        return found == wanted
+
+    def program(self, row: Row, answer: str) -> str:
+        """The answer and its tests. Of an answer in prose the last fenced part counts; it completes the prompt or stands for itself."""
+        fenced = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, re.DOTALL)
+        code = fenced[-1] if fenced else answer.partition("```")[0]
+        begin = row["prompt"] + ("\n" if re.search(r"^(def|import|from) ", code, re.MULTILINE) else "")
+        return f"{begin}{code}\n{self.render('doc_to_target', row)}"
+
+
+def _filtered(answer: str, steps: Sequence[Mapping[str, Any]]) -> str:
+    """As lm-eval's filter `regex` does."""
+    for step in steps:
+        if step["function"] == "regex":
+            found = re.findall(step["regex_pattern"], answer)
+            one = found[step.get("group_select", 0)] if found else ""
+            one = next((part for part in one if part), "") if isinstance(one, tuple) else one
+            answer = one.strip() if one else step.get("fallback", "[invalid]")
+    return answer
+
+
+def shipped() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def read_task(path: Path, data: Path | None, limit: int | None) -> LocalTask:
+    """data: directory that the file's data lie in; None: beside it. Raises NotReadHere for what only lm-eval knows, UserError for a broken
+    file and for missing data."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.constructor.ConstructorError as error:
+        raise NotReadHere(f"{first_line(error)}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"`tasks` {path} cannot be read ({first_line(error)}): give a task file of lm-eval's form"
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("task"), str):
+        raise UserError(f"`tasks` {path} has no `task: NAME`: give a task file of lm-eval's form")
+    _check_read(config)
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    files = files.get(config.get("test_split")) if isinstance(files, dict) else files
+    if config.get("dataset_path") != "json" or not files:
+        raise NotReadHere("data that are not `dataset_path: json` with `data_files` of its test_split")
+    rows = read_rows(
+        config["task"], [files] if isinstance(files, str) else files, data or path.parent, "task_data" if data else None
+    )
+    return LocalTask(name=config["task"], config=config, rows=rows[:limit])
+
+
+def _check_read(config: Mapping[str, Any]) -> None:
+    keys = set(config)
+    for name in ("dataset_kwargs", "fewshot_config", "generation_kwargs", "metric_list", "filter_list"):
+        inside = config.get(name) or []
+        keys |= {f"{name} {key}" for one in (inside if isinstance(inside, list) else [inside]) for key in one}
+    if unknown := sorted(keys - READ):
+        raise NotReadHere(f"`{unknown[0]}`")
+    kind, metrics = config.get("output_type"), [one.get("metric") for one in config.get("metric_list") or [{}]]
+    if kind not in METRICS:
+        raise NotReadHere(f"`output_type: {kind}`")
+    if unknown := [str(one) for one in metrics if one not in METRICS[kind]]:
+        raise NotReadHere(f"`metric: {unknown[0]}`")
+    if kind == "generate_until" and len(metrics) > 1:
+        raise NotReadHere("several metrics of one answer")
+    steps = [step for one in config.get("filter_list") or [] for step in one["filter"]]
+    if unknown := [step["function"] for step in steps if step["function"] not in ("regex", "take_first")]:
+        raise NotReadHere(f"the filter `{unknown[0]}`")
+    if unknown := sorted(
+        {key for step in steps for key in step} - {"function", "regex_pattern", "group_select", "fallback"}
+    ):
+        raise NotReadHere(f"`{unknown[0]}` of a filter")
+    if (config.get("num_fewshot") or 0) > len((config.get("fewshot_config") or {}).get("samples") or []):
+        raise NotReadHere("`num_fewshot` without as many `samples`")
+    if (config.get("repeats") or 1) != 1 or (config.get("generation_kwargs") or {}).get("do_sample"):
+        raise NotReadHere("`repeats` and `do_sample`")
+
+
+def read_rows(task: str, patterns: Sequence[str], directory: Path, option: str | None) -> list[Row]:
+    """Of the first pattern that a file has. Raises UserError for none, for several, and for one that is no table of JSON."""
+    for pattern in patterns:
+        found = [Path(pattern)] if Path(pattern).is_file() else sorted(directory.glob(pattern.lstrip("/")))
+        if len(found) > 1:
+            raise UserError(
+                f"task {task}: {found[0]} and {found[1]} are both its data: give a directory with one of them"
+            )
+        if found:
+            break
+    else:
+        fix = f"`{option}` with the directory that has it" if option is None else f"another `{option}`"
+        raise UserError(f"task {task}: no {' or '.join(patterns)} under {directory}: give {fix}")
+    try:
+        opened = gzip.open if found[0].suffix == ".gz" else open
+        with opened(found[0], "rt", encoding="utf-8") as handle:
+            text = handle.read()
+        rows = (
+            json.loads(text)
+            if text.startswith("[")
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"task {task}: {found[0]} cannot be read as rows of JSON ({first_line(error)})") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"task {task}: {found[0]} has no rows, an object of JSON on each line")
+    return rows
