@@ -18,7 +18,7 @@ from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, ChildLayer, Read, Tensors, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, HYBRIDS, Engine, engine_named
+from puzzle.export.engines import ANY_DECILM_READER, HYBRIDS, STOCK, Engine, engine_named
 from puzzle.export.refuse import refuse
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 from puzzle.parents.structure import Layer, Structure
@@ -64,7 +64,7 @@ def lower(
     if format in HYBRIDS or (engine is None and format == "hf"):
         return child, []
     target = ANY_DECILM_READER if engine is None else engine_named(engine)
-    if format != "qwen3-moe":  # which says itself what it has no words for
+    if format not in STOCK:
         refuse(child, target, format)
     done: list[Lowering] = []
     for name, what, rewrite in _plan(target, format):
@@ -88,7 +88,7 @@ def lower(
 
 def _plan(engine: Engine, format: str) -> list[tuple[str, str, Callable[[Child], Rewritten]]]:
     """(name, what it does, rewrite) of the lowerings that an engine needs, in order."""
-    if format == "qwen3-moe":
+    if format in STOCK:
         return [("drop-empty-layers", "neither attention nor FFN: left out", drop_empty_layers)]
     stock, first = engine is not ANY_DECILM_READER, engine.first_layer
     rows: list[tuple[bool, str, str, Callable[[Child], Rewritten]]] = [

@@ -14,7 +14,7 @@ from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, HYBRIDS, Engine
+from puzzle.export.engines import ANY_DECILM_READER, ENGINES, GRANITE_HYBRID, HYBRIDS, Engine
 
 
 def refuse(child: Child, engine: Engine, format: str) -> None:
@@ -41,7 +41,8 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
             if slot not in ("attention", "ffn"):
                 raise UserError(f"{where} has no slot of that name: {rest}")
             if (what := _unlike_llama(sub_block)) is not None:
-                other = f"`format` {' or '.join(HYBRIDS)}, or " if isinstance(sub_block, Mamba2 | Relu2) else ""
+                formats = {Mamba2: (GRANITE_HYBRID, *HYBRIDS), Relu2: HYBRIDS}.get(type(sub_block))
+                other = f"`format` {' or '.join(formats)}, or " if formats else ""
                 raise UserError(f"{where} has no {what}: write {other}{rest.removeprefix('write ')}")
     around, attends = child.around, child.attention
     for rope in around.ropes.values():

@@ -9,8 +9,8 @@ from functools import cache
 from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
 from puzzle.blocklib.distill import Recipe
-from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.ffn import SURGEON
+from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT, bundles
 from puzzle.library.manifest import Replacement, Space
 from puzzle.parents.structure import Layer, Structure
