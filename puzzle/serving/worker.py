@@ -5,11 +5,13 @@ This file imports nothing of puzzle: an engine's environment need not have it, o
 job:    {"engine": "hf" | "vllm" | "llama.cpp" | "mlx", "path": export, "format": "hf" | "nemotron-nas" | "gguf" | "parent",
          "prompt": [token ids], "num_tokens": N, "threads": T, "text": str | null,
         "batch": {"cpu" | "gpu": {"prompts": [[token ids]], "num_tokens": N, "top": K}} (vllm alone, may be left out),
-        "gpu_bytes": what it may take of a GPU, "gpu_share": and of its memory at most (both with batch)}
+        "gpu_bytes": what it may take of a GPU, "cache_bytes": and of that for caches, "gpu_share": and of its memory at most (with batch),
+        "state_dtype": of Mamba-2's states, null where there is none (vLLM alone)}
 result: logits [len(prompt), vocab_size] float32, or log-probabilities, tokens [N] (greedy, never stopping at EOS), text_ids (`text`
         in the engine's own tokenizer, empty when it has none), version
         of a batch of P prompts, all at once: device ("cpu" or the GPU's name), dtype, after [P, vocab_size] log-probabilities after
         each prompt, texts [P, N] greedy, words [P, N, K] the likeliest at each step, during [P, N, K] their log-probabilities
+        pages, of vLLM: JSON of its groups of layers and their pages (`vllm_pages`)
         On a GPU vLLM runs in bf16, as FlashAttention does, and the batch alone: logits and tokens are empty.
 Exit code 3 and one line on standard error: the engine is not installed in this Python; 4: vLLM is, puzzle's plug-in is not.
 """
@@ -21,6 +23,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -70,6 +73,10 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     if not on_cpu:  # decoding in CUDA graphs, as it is served; not compiled, which takes minutes
         settings = {"dtype": "bfloat16", "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
         settings["gpu_memory_utilization"] = min(job["gpu_share"], job["gpu_bytes"] / torch.cuda.mem_get_info()[1])
+        # Else vLLM looks how much memory is left, and gives up where another process on the GPU ends meanwhile.
+        settings["kv_cache_memory_bytes"] = job["cache_bytes"]
+    if job.get("state_dtype"):
+        settings["mamba_ssm_cache_dtype"] = job["state_dtype"]
     engine = LLM(
         model=job["path"],
         trust_remote_code=job["format"] != "hf",  # which the plug-in reads without
@@ -82,6 +89,7 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     )
     text_ids = engine.get_tokenizer().encode(job["text"], add_special_tokens=False) if job["text"] else []
     found = vllm_batch(engine, batch, settings["dtype"], on_cpu) if batch["prompts"] else {}
+    found["pages"] = json.dumps(vllm_pages(engine, on_cpu))
     if not on_cpu:
         return numpy.zeros((0, 0), numpy.float32), [], list(text_ids), found
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
@@ -91,6 +99,29 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     rows = [whole_row(entry) for entry in answer.prompt_logprobs[1:]]
     (answer,) = engine.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
     return numpy.stack(rows), list(answer.outputs[0].token_ids), list(text_ids), found
+
+
+def vllm_pages(engine: Any, on_cpu: bool) -> dict[str, Any]:
+    """Its groups: the tokens of a page (0 of states), the window, and of each layer the bytes per token or of a state; and the bytes of a
+    page of all layers of a group, of which a sequence takes one at a time."""
+    config = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    sizes, groups = [tensor.size for tensor in config.kv_cache_tensors], []
+    one_each = all(
+        hasattr(tensor, "shared_by") for tensor in config.kv_cache_tensors
+    )  # since 0.27 or so, all lie in one allocation
+    for group in config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        specs, layers = getattr(spec, "kv_cache_specs", dict.fromkeys(group.layer_names, spec)), []
+        for one in specs.values():
+            fixed = 0
+            for shape, dtype in zip(getattr(one, "shapes", ()), getattr(one, "dtypes", ()), strict=True):
+                fixed += dtype.itemsize * math.prod(shape)
+            per_token = 0 if fixed else one.real_page_size_bytes // one.block_size
+            layers.append({"per_token": per_token, "fixed": fixed, "window": getattr(one, "sliding_window", None)})
+        tokens = 0 if layers[0]["fixed"] else next(iter(specs.values())).block_size
+        groups.append({"tokens": tokens, "window": layers[0]["window"], "layers": layers})
+    whole = sum(sizes) if one_each else max(sizes, default=0)
+    return {"on_cpu": on_cpu, "page_bytes": whole // config.num_blocks, "groups": groups}
 
 
 def whole_row(entry: dict[int, Any]) -> Any:

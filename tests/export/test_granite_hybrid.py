@@ -106,7 +106,9 @@ def test_what_is_not_uniform_is_refused_by_name(case, parents, tmp_path):
 
 def test_engines_are_told_of_it(parents, tmp_path):
     source = child_of(parents("llama"), {0: MAMBA})
-    with pytest.raises(UserError, match=r"vllm has no sub-blocks of kind 'mamba2': write `format` granitemoehybrid or"):
+    with pytest.raises(
+        UserError, match=r"vllm has no sub-blocks of kind 'mamba2': write `format` granitemoehybrid, if"
+    ):
         export(source, tmp_path / "child", engine="vllm")
     for engine in ("vllm", "mlx", "sglang"):
         assert export(source, tmp_path / engine, engine=engine, format="granitemoehybrid").engine == engine

@@ -19,8 +19,11 @@ from puzzle.export.sources import child_of_checkpoint
 from puzzle.export.write import Source, export
 from puzzle.parents.opened import open_model
 from puzzle.runtime.model import load_model
+from puzzle.serving.check import mixed_kv_heads
+from puzzle.serving.reference import find_export
 from tiny_parents import write_tiny_parent
 
+IDS = torch.randint(2, 384, (2, 31), generator=torch.Generator().manual_seed(0))
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1, "max_new_tokens": 9}
 
 
@@ -113,6 +116,24 @@ def test_transformers_reads_what_was_meant(format, what, hybrid, experts, tmp_pa
     assert (
         config["num_hidden_layers"] == len(config["hybrid_override_pattern"]) == open_model(found).structure.num_layers
     )
+
+
+@torch.no_grad()
+def test_kv_heads_that_differ_are_repeated_for_engines_that_mix_them_up(tmp_path):
+    """vLLM before 0.29 plans FlashAttention 3 with one number for all layers; SGLang reads none of a block's own."""
+    sizes = {"hybrid_override_pattern": "M*-*", "num_hidden_layers": 4}
+    child = changed(
+        write_tiny_parent("nemotron_h", tmp_path / "parent", **sizes), (1, "attention", {"num_key_value_heads": 1})
+    )
+    meant = logits(written(child, tmp_path / "hf", "hf"), IDS)
+    for engine, heads in (("vllm", [1, 2]), ("vllm==0.26", [2, 2]), ("sglang", [2, 2])):
+        out = written(child, tmp_path / engine, "nemotron-h-puzzle", engine=engine)
+        assert (logits(out, IDS) - meant).abs().max() <= 1e-5
+        export = find_export(out)
+        assert list(export.kv_heads) == heads
+        detected = mixed_kv_heads(export, "vllm", "vllm 0.26.0")
+        assert (detected is not None) is (engine == "vllm")
+        assert mixed_kv_heads(export, "vllm", "vllm 0.29.0") is None
 
 
 def test_entries_of_blocks(hybrid, tmp_path):
