@@ -259,7 +259,7 @@ def _serve(card: CardFacts) -> list[str]:
         again = (
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
-        return [_transformers(card), *([] if gateless else [_PLUG_IN]), again]
+        return [_transformers(card), _PLUG_IN, again]
     if card.format in STOCK:
         name, more = ("Qwen3-MoE", "") if card.format == "qwen3-moe" else ("Granite-4", _state_dtype(card.child))
         return [

@@ -197,7 +197,7 @@ def test_a_correction_bias_is_never_rounded(experts, tmp_path):
     for format in ("hf", *HYBRIDS):
         out = written(with_dtype(changed(experts), torch.bfloat16), tmp_path / format, format)
         ours = dict(load_model(out, dtype=torch.bfloat16).named_parameters())
-        assert "plug-in" not in (out / "README.md").read_text()  # which refuses experts without a gate
+        assert ("through puzzle's plug-in" in (out / "README.md").read_text()) is (format == "hf")
         theirs = AutoModelForCausalLM.from_pretrained(
             out, trust_remote_code=format != "nemotron-h", dtype=torch.bfloat16
         )
@@ -223,6 +223,7 @@ REFUSED = {
     "for nemotron-nas": ("nemotron-nas", (), {}, "layer 0 attention: a reader of nemotron-nas has no sub-blocks of kind 'mamba2': write "
                          "`format` nemotron-h or nemotron-h-puzzle, or `format` hf"),
     "in fp8": ("nemotron-h", (), {"dtype": "fp8"}, "`dtype` fp8 with `format` nemotron-h: "),
+    "for llama.cpp": ("gguf", (), {}, "layer 0 attention: llama.cpp has no sub-blocks of kind 'mamba2': write `format` nemotron-h or "),
     "hf in fp8": ("hf", (), {"dtype": "fp8"}, "layer 0 attention: sub-blocks of kind 'mamba2' have no form in fp8"),
     "a cache in fp8": ("nemotron-h-puzzle", (), {"kv_dtype": "fp8"}, "`kv_dtype` fp8: `format` nemotron-h-puzzle has no scales of a cache"),
 }  # fmt: skip
