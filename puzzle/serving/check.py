@@ -173,7 +173,12 @@ def serve_check(
     }
     if engine == "vllm":
         job["batch"] = plan_batches(export)
-        states = {part.sub_block.state_dtype for _, _, part in model.parts() if isinstance(part.sub_block, Mamba2)}
+        served = (
+            model if compared is export else load_reference(export)
+        )  # rewritten for the engine, it keeps other states
+        sub_blocks = [part.sub_block for _, _, part in served.parts()]
+        del served
+        states = {one.state_dtype for one in sub_blocks if isinstance(one, Mamba2)}
         job["state_dtype"] = next(iter(states), None)
         job |= gpu_bytes(model, job["batch"]["gpu"]) | {"gpu_share": CARD_SHARE}
     hint = outdated_code(export.path) if engine == "hf" else None
@@ -198,7 +203,6 @@ def serve_check(
         longest = (
             max(len(prompt) for prompt in prompts) + job["batch"]["cpu" if device == "cpu" else "gpu"]["num_tokens"]
         )
-        sub_blocks = [part.sub_block for _, _, part in model.parts()]
         held = compare_pages(sub_blocks, json.loads(str(found["pages"])), precision, longest)
     cause = mixed_kv_heads(export, engine, version)
     return ServeCheck(

@@ -84,11 +84,10 @@ def _pages(num_tokens: int, page: int, reach: int | None) -> int:
 
 
 def compare(sub_blocks: Iterable[SubBlock], told: Mapping[str, Any], precision: str, num_tokens: int) -> Held:
-    """told: what `worker.py` says of the engine's groups."""
+    """told: what `worker.py` says of the engine's layers and groups."""
     ours = list(sub_blocks)
-    layers = [layer for group in told["groups"] for layer in group["layers"]]
     theirs = sum(
-        layer["per_token"] * min(num_tokens, layer["window"] or num_tokens) + layer["fixed"] for layer in layers
+        one["per_token"] * min(num_tokens, one["window"] or num_tokens) + one["fixed"] for one in told["layers"]
     )
     taken = sum(
         _pages(num_tokens, group["tokens"], group["window"]) if group["tokens"] else 1 for group in told["groups"]

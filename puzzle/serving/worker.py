@@ -102,26 +102,30 @@ def run_vllm(job: dict[str, Any]) -> Answer:
 
 
 def vllm_pages(engine: Any, on_cpu: bool) -> dict[str, Any]:
-    """Its groups: the tokens of a page (0 of states), the window, and of each layer the bytes per token or of a state; and the bytes of a
-    page of all layers of a group, of which a sequence takes one at a time."""
+    """Of each layer the bytes per token, within its window, or of a state; of each group of layers the tokens of a page (0 of states) and
+    the window; and the bytes of a page of all layers of a group, of which a sequence takes one at a time."""
     config = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
-    sizes, groups = [tensor.size for tensor in config.kv_cache_tensors], []
-    one_each = all(
-        hasattr(tensor, "shared_by") for tensor in config.kv_cache_tensors
-    )  # since 0.27 or so, all lie in one allocation
+    specs = engine.collective_rpc("get_kv_cache_spec")[0].values()  # of a group, the scheduler keeps one alone
+    layers = []
+    for spec in specs:
+        window, states = getattr(spec, "sliding_window", None), getattr(spec, "shapes", None)
+        if states is None:
+            layers.append({"per_token": spec.real_page_size_bytes // spec.block_size, "window": window, "fixed": 0})
+            continue
+        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in zip(states, spec.dtypes, strict=True))
+        layers.append({"per_token": 0, "window": None, "fixed": sum(sizes)})
+    groups = []
     for group in config.kv_cache_groups:
         spec = group.kv_cache_spec
-        specs, layers = getattr(spec, "kv_cache_specs", dict.fromkeys(group.layer_names, spec)), []
-        for one in specs.values():
-            fixed = 0
-            for shape, dtype in zip(getattr(one, "shapes", ()), getattr(one, "dtypes", ()), strict=True):
-                fixed += dtype.itemsize * math.prod(shape)
-            per_token = 0 if fixed else one.real_page_size_bytes // one.block_size
-            layers.append({"per_token": per_token, "fixed": fixed, "window": getattr(one, "sliding_window", None)})
-        tokens = 0 if layers[0]["fixed"] else next(iter(specs.values())).block_size
-        groups.append({"tokens": tokens, "window": layers[0]["window"], "layers": layers})
-    whole = sum(sizes) if one_each else max(sizes, default=0)
-    return {"on_cpu": on_cpu, "page_bytes": whole // config.num_blocks, "groups": groups}
+        one = next(iter(getattr(spec, "kv_cache_specs", {}).values()), spec)
+        tokens = 0 if hasattr(one, "shapes") else one.block_size
+        groups.append({"tokens": tokens, "window": getattr(one, "sliding_window", None)})
+    whole = [tensor.size for tensor in config.kv_cache_tensors]
+    apart = all(
+        hasattr(tensor, "shared_by") for tensor in config.kv_cache_tensors
+    )  # as in 0.26; in 0.32 all lie in one allocation
+    page = (sum(whole) if apart else max(whole, default=0)) // config.num_blocks
+    return {"on_cpu": on_cpu, "page_bytes": page, "layers": layers, "groups": groups}
 
 
 def whole_row(entry: dict[int, Any]) -> Any:

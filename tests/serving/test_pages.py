@@ -43,18 +43,17 @@ def test_bytes_of_a_sequence(sub_blocks, num_tokens, held, pages):
 def test_what_an_engine_says():
     """Of groups as vLLM holds them: two layers of attention in one, a state beside."""
     attends = SimpleNamespace(block_size=272, real_page_size_bytes=PAGE, sliding_window=None)
-    shapes, dtypes = ((768, 3), (8, 64, 64)), (torch.bfloat16, torch.float32)
-    groups = [
-        SimpleNamespace(layer_names=["a", "b"], kv_cache_spec=attends),
-        SimpleNamespace(layer_names=["c", "d"], kv_cache_spec=SimpleNamespace(shapes=shapes, dtypes=dtypes)),
-    ]
+    states = SimpleNamespace(shapes=((768, 3), (8, 64, 64)), dtypes=(torch.bfloat16, torch.float32))
+    groups = [SimpleNamespace(kv_cache_spec=one) for one in (attends, states)]
+    specs = {"a": attends, "b": attends, "c": states, "d": states}
     apart = [SimpleNamespace(size=9 * PAGE, shared_by=["a", "c"]), SimpleNamespace(size=9 * PAGE, shared_by=["b", "d"])]
     together = [SimpleNamespace(size=18 * PAGE, layers=["a", "b"]), SimpleNamespace(size=18 * PAGE, layers=["c", "d"])]
     for tensors in (apart, together):  # vLLM 0.26, 0.32
         config = SimpleNamespace(num_blocks=9, kv_cache_groups=groups, kv_cache_tensors=tensors)
         scheduler = SimpleNamespace(kv_cache_config=config)
         core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
-        told = vllm_pages(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core)), on_cpu=False)
+        engine = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core), collective_rpc=lambda name: [specs])
+        told = vllm_pages(engine, on_cpu=False)
         held = compare([FULL, MAMBA, MAMBA, FULL], told, "bf16", 300)
         size = 600 * 512 + 2 * STATE
         assert held == Held(num_tokens=300, ours=size, theirs=size, pages=6 * PAGE, their_pages=6 * PAGE)
