@@ -1,8 +1,8 @@
-"""Twelve tiny children that hold, between them, every kind of layer, and one of each family that is unlike Llama: for the matrix
-of engines and for tests.
+"""Twelve tiny children that hold, between them, every kind of layer, one of each family that is unlike Llama, and those that have
+formats of their own: for the matrix of engines and for tests.
 
     python benchmarks/lib/tiny_children.py DIRECTORY        (writes them all as --format hf: DIRECTORY/<name>)
-    from tiny_children import CHILDREN, FAMILIES, on_gpu, tiny_child, write_tiny_child
+    from tiny_children import CHILDREN, FAMILIES, WITH_FORMATS, on_gpu, tiny_child, write_tiny_child
 
 Random weights of fixed seeds, scaled so that greedy text varies and its margins are wide; a byte-level tokenizer of 384
 tokens. hidden_size 256 and head_dim 32: the smallest that all engines' kernels take. About 15 MB each in float32.
@@ -25,8 +25,10 @@ from transformers import PreTrainedTokenizerFast
 
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP
+from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, ChildLayer
@@ -62,15 +64,16 @@ def width(channels: int) -> SwiGLU:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiny:
     """layers: (attention, FFN) each; context: the most tokens. base: what config.json's global values describe. ropes: by name, where there is not one alone,
-    `rope`; around: other fields of `Structure`."""
+    `rope`; around: other fields of `Structure`; formats: of stock engines, that have words for it beside those that all are tried in."""
 
     layers: tuple[tuple[SubBlock, SubBlock], ...]
-    base: tuple[Gqa, SwiGLU | Moe] = BLOCK
+    base: tuple[Gqa, SwiGLU | Relu2 | Moe] = BLOCK
     tied: bool = False
     rope: dict[str, object] | None = None
     ropes: dict[str, dict[str, object]] | None = None
     around: Mapping[str, Any] = field(default_factory=dict)
     context: int = CONTEXT
+    formats: tuple[str, ...] = ()
 
     def but(self, attention: Mapping[str, Any] | None = None, ffn: Mapping[str, Any] | None = None) -> Tiny:
         """With other values of these fields in every attention and every FFN; those of norms in every linear map too."""
@@ -162,6 +165,49 @@ FAMILIES: dict[str, Tiny] = {
 }  # fmt: skip
 
 
+# Kinds that stock engines read in formats of their own. Inner channels of Mamba-2 are twice the hidden size, as Granite-4 has them.
+MAMBA = Mamba2(hidden_size=HIDDEN, num_heads=8, head_dim=64, num_groups=2, state_size=64, chunk_size=64, norm_eps=EPS)
+WIDE = replace(FULL, num_attention_heads=4, num_key_value_heads=2, head_dim=64)  # whose heads are as wide on a GPU
+PLAIN_HEADS = replace(FULL, num_key_value_heads=2, rope=None)
+SQUARED = Relu2(hidden_size=HIDDEN, intermediate_size=512, norm_eps=EPS)
+GATELESS = replace(SIGMOIDS, activation="relu2", num_groups=1, shared_intermediate_size=128)
+
+
+def blocks(pattern: str, **experts: Moe) -> tuple[tuple[SubBlock, SubBlock], ...]:
+    """Layers of one sub-block each: M, *, - or a letter of `experts`."""
+    mixers = {"M": (MAMBA, NO_OP), "*": (PLAIN_HEADS, NO_OP), "-": (NO_OP, SQUARED)}
+    return tuple(mixers[letter] if letter in mixers else (NO_OP, experts[letter]) for letter in pattern)
+
+
+WITH_FORMATS: dict[str, Tiny] = {
+    "qwen3-moe, alike": Tiny(
+        base=(WIDE, replace(EXPERTS, shared_intermediate_size=None, shared_gate=False)), layers=((WIDE, width(352)), *[(WIDE, replace(EXPERTS, shared_intermediate_size=None, shared_gate=False))] * 3), formats=("qwen3-moe",),
+    ).but({"qk_norm": "head"}),
+    "nemotron-h, dense": Tiny(base=(PLAIN_HEADS, SQUARED), layers=blocks("M-*M-M*-"), formats=("nemotron-h", "nemotron-h-puzzle")),
+    "nemotron-h, experts": Tiny(
+        base=(PLAIN_HEADS, GATELESS),
+        layers=blocks(
+            "MA*BM*MCD", A=GATELESS,
+            B=replace(GATELESS, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=96, shared_intermediate_size=64),
+            C=replace(GATELESS, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=192, shared_intermediate_size=256),
+            D=replace(GATELESS, num_experts_per_tok=4, moe_intermediate_size=32),
+        ),
+        formats=("nemotron-h-puzzle",),
+    ),
+    "nemotron-h, one mixture": Tiny(base=(PLAIN_HEADS, GATELESS), layers=blocks("ME*EM", E=GATELESS), formats=("nemotron-h",)),
+    "mamba in a llama": Tiny(base=(WIDE, FFN), layers=((WIDE, FFN), (MAMBA, FFN), (MAMBA, FFN), (WIDE, FFN), (MAMBA, FFN)), formats=("granitemoehybrid",)),
+    "mamba, all sizes": Tiny(
+        layers=(
+            BLOCK, (MAMBA, width(352)), (replace(MAMBA, num_heads=4, head_dim=32), FFN), (kv(2), NO_OP), (replace(FULL, window=64), FFN),
+            (replace(MAMBA, num_groups=1, num_heads=16, chunk_size=48), FFN), (NO_OP, FFN), (MAMBA, NO_OP),
+        ),
+    ),
+}  # fmt: skip
+
+
+ALL = CHILDREN | FAMILIES | WITH_FORMATS
+
+
 def random_tensors(sub_block: SubBlock, seed: str) -> dict[str, Tensor]:
     """A sub-block's tensors in float32, the same for the same seed: norms about 1, matrices of unit gain."""
     generator = torch.Generator().manual_seed(crc32(seed.encode()))
@@ -172,6 +218,8 @@ def random_tensors(sub_block: SubBlock, seed: str) -> dict[str, Tensor]:
         found[name] = (
             one + 0.2 * noise if "norm" in name else 0.1 * noise if len(dims) == 1 else noise / dims[-1] ** 0.5
         )
+        if name == "dt_bias":  # steps of time from 0.001 to 1: states of a few and of a thousand tokens
+            found[name] = 1.5 * noise - 3
     return found
 
 
@@ -235,8 +283,8 @@ def build(name: str, tiny: Tiny, tokenizer: Path | None = None) -> Child:
 
 
 def tiny_child(name: str, tokenizer: Path | None = None, *, gpu: bool = False) -> Child:
-    """One of CHILDREN or FAMILIES in memory; gpu: as `on_gpu` makes it."""
-    tiny = (CHILDREN | FAMILIES)[name]
+    """One of ALL in memory; gpu: as `on_gpu` makes it."""
+    tiny = ALL[name]
     return build(name, on_gpu(tiny) if gpu else tiny, tokenizer)
 
 
@@ -272,5 +320,5 @@ def write_tiny_child(name: str, out: Path, *, gpu: bool = False) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    for child_name in CHILDREN | FAMILIES:
+    for child_name in ALL:
         print(write_tiny_child(child_name, Path(sys.argv[1]) / child_name))

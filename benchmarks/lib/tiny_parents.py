@@ -100,6 +100,14 @@ PARENTS = {
         | {"layer_types": ["attention"] * 4, "mamba_n_heads": 6, "mamba_d_head": 12},
         ffn="experts=3-topk=1,shared=16,dense=24,linear,none",
     ),
+    "granitemoehybrid, Mamba-2 and dense FFNs": Tiny(
+        model_type="granitemoehybrid",
+        changes=rope("default")
+        | NATURAL
+        | {"embedding_multiplier": 3.0, "attention_multiplier": 0.21, "residual_multiplier": 0.6, "logits_scaling": 2.5}
+        | {"num_local_experts": 0, "shared_intermediate_size": 52, "position_embedding_type": "nope", "mamba_chunk_size": 8}
+        | {"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 6, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 9},
+    ),
     "phi3": Tiny(model_type="phi3", changes=rope("default") | NATURAL, engines=ALL),
     "phi3, partial longrope": Tiny(
         model_type="phi3",

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.platforms import current_platform
 
 from puzzle.blocklib.moe import Moe
-from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.vllm.place import Place
-from puzzle.blocklib.vllm.swiglu import VllmGatedFfn
 
-make_experts: Any = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE  # as vLLM 0.32, 0.26 call it
+SINCE = getattr(fused_moe, "FusedMoEFactory", None)  # what vLLM 0.32 calls it, and 0.26 FusedMoE
+make_experts: Any = SINCE or fused_moe.FusedMoE
+NO_GATE = {"activation": "relu2_no_mul", "ckpt_names": ("up_proj", "down_proj", None if SINCE else "")}
 
 
 class VllmMoe(nn.Module):
-    """Routed experts with silu, and the shared one as a gated FFN beside them. Raises ValueError for what is not served: sigmoids without a
-    correction bias, a softmax with one, other activations (vLLM on a CPU, where this is checked, has no relu2), experts that are spread over
-    ranks, and quantised ones."""
+    """Routed experts with silu, or with squared ReLUs and no gate (which vLLM has on GPUs alone), and the shared one as an FFN beside them.
+    Raises ValueError for what is not served: sigmoids without a correction bias, a softmax with one, other activations, experts that are
+    spread over ranks, and quantised ones."""
 
     def __init__(self, sub_block: Moe, place: Place):
         super().__init__()
@@ -37,7 +38,11 @@ class VllmMoe(nn.Module):
                 soft == sub_block.correction_bias,
                 f"{sub_block.router} router with correction_bias {sub_block.correction_bias}",
             ),
-            (sub_block.activation != "silu", f"experts with {sub_block.activation}"),
+            (sub_block.activation not in ("silu", "relu2"), f"experts with {sub_block.activation}"),
+            (
+                sub_block.activation == "relu2" and current_platform.is_cpu(),
+                "experts with relu2 on a CPU, which vLLM lacks,",
+            ),
             (place.quant_config is not None, "quantised experts"),
             (parallel.enable_expert_parallel, "--enable-expert-parallel"),
             (parallel.enable_eplb, "--enable-eplb"),
@@ -53,6 +58,8 @@ class VllmMoe(nn.Module):
             self.gate.e_score_correction_bias = bias
             groups = {"num_expert_group": sub_block.num_groups, "topk_group": sub_block.num_topk_groups}
             routing = {"use_grouped_topk": True, "scoring_func": "sigmoid", "e_score_correction_bias": bias, **groups}
+        if sub_block.activation == "relu2":
+            routing |= NO_GATE
         self.experts = make_experts(
             num_experts=sub_block.num_experts,
             top_k=sub_block.num_experts_per_tok,
@@ -65,8 +72,8 @@ class VllmMoe(nn.Module):
         self.shared_expert: nn.Module | None = None
         self.shared_expert_gate: nn.Module | None = None
         if shared is not None:
-            beside = SwiGLU(**sub_block.norm_fields(), intermediate_size=shared)
-            self.shared_expert = VllmGatedFfn(beside, replace(place, prefix=f"{place.prefix}.shared_expert"))
+            own = replace(place, prefix=f"{place.prefix}.shared_expert")
+            self.shared_expert = sub_block.dense(shared).in_vllm(own)
         if sub_block.shared_gate:
             self.shared_expert_gate = ReplicatedLinear(hidden, 1, bias=False, **place.layer("shared_expert_gate"))
 

@@ -38,7 +38,8 @@ MODES = (
 @click.argument("architecture", type=options.PATH, required=False)
 @click.option("--out", type=options.PATH, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
 @click.option(
-    "--format", help="hf (default), nemotron-nas, qwen3-moe, gguf; of hybrids nemotron-h or nemotron-h-puzzle."
+    "--format",
+    help="hf (default), nemotron-nas, qwen3-moe, gguf; of hybrids granitemoehybrid, nemotron-h or nemotron-h-puzzle.",
 )
 @click.option(
     "--engine", metavar="NAME[==VERSION]", help="Who will serve it: vllm, llama.cpp, sglang, mlx, tensorrt-llm."

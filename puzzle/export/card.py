@@ -9,9 +9,10 @@ from typing import Any
 from puzzle import __version__
 from puzzle.base.files import json_text
 from puzzle.base.units import bytes_text
+from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.moe import Moe
 from puzzle.export.child import Child
-from puzzle.export.engines import ENGINES, HYBRIDS, PUZZLE_HYBRID, served_by
+from puzzle.export.engines import ENGINES, HYBRIDS, PUZZLE_HYBRID, STOCK, served_by
 from puzzle.export.picture import picture
 from puzzle.measure.architecture import Architecture
 
@@ -241,6 +242,12 @@ def _transformers(card: CardFacts) -> str:
     return f"{needs}{_TRANSFORMERS}"
 
 
+def _state_dtype(child: Child) -> str:
+    """What tells vLLM the dtype of Mamba-2's states, where a config has no word for it: else it takes that of activations."""
+    dtypes = {b.state_dtype for layer in child.layers for b in layer.slots.values() if isinstance(b, Mamba2)}
+    return "".join(f" --mamba-ssm-cache-dtype {dtype}" for dtype in sorted(dtypes))
+
+
 def _serve(card: CardFacts) -> list[str]:
     """Exact commands of the engines that read this very checkpoint."""
     if card.format == "gguf":
@@ -252,9 +259,12 @@ def _serve(card: CardFacts) -> list[str]:
         again = (
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
-        return [_transformers(card), *([] if gateless else [_PLUG_IN]), again]
-    if card.format == "qwen3-moe":
-        return ["Whatever reads Qwen3-MoE, without code of ours: transformers, or vLLM:\n\n```\nvllm serve PATH\n```"]
+        return [_transformers(card), _PLUG_IN, again]
+    if card.format in STOCK:
+        name, more = ("Qwen3-MoE", "") if card.format == "qwen3-moe" else ("Granite-4", _state_dtype(card.child))
+        return [
+            f"Whatever reads {name}, without code of ours: transformers, or vLLM:\n\n```\nvllm serve PATH{more}\n```"
+        ]
     if card.format in HYBRIDS:
         trust = " --trust-remote-code" if card.format == PUZZLE_HYBRID else ""
         again = "For a reader of another format: write the child again with `puzzle export … --format` and its name."

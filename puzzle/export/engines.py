@@ -18,9 +18,14 @@ from puzzle.base.errors import UserError, nearest
 from puzzle.base.units import parse_bytes
 
 PLAIN_HYBRID, PUZZLE_HYBRID = HYBRIDS = ("nemotron-h", "nemotron-h-puzzle")  # formats of blocks of one mixer
-FORMATS = ("hf", "nemotron-nas", "qwen3-moe", "gguf", *HYBRIDS)
+GRANITE_HYBRID = "granitemoehybrid"  # of layers with attention or Mamba-2, and one FFN
+STOCK = (
+    "qwen3-moe",
+    GRANITE_HYBRID,
+)  # formats of model families that are alike in all layers, which say themselves what they have no words for
+FORMATS = ("hf", "nemotron-nas", *STOCK, "gguf", *HYBRIDS)
 DTYPES = ("float32", "bfloat16", "float16")
-OTHER_DTYPES = {"gguf": ("q8_0",), "qwen3-moe": ()}  # by format; fp8 else
+OTHER_DTYPES = {"gguf": ("q8_0",), **dict.fromkeys(STOCK, ())}  # by format; fp8 else
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +65,7 @@ ENGINES = {
     for engine in (
         Engine(
             name="vllm",
-            formats=("nemotron-nas", "qwen3-moe", *HYBRIDS),
+            formats=("nemotron-nas", *STOCK, *HYBRIDS),
             linear_attention=False,
             linear_ffn=False,
             first_layer="softmax attention",  # the residual stream starts in the first input_layernorm
@@ -80,7 +85,7 @@ ENGINES = {
         ),
         Engine(
             name="mlx",
-            formats=("nemotron-nas", PLAIN_HYBRID),
+            formats=("nemotron-nas", GRANITE_HYBRID, PLAIN_HYBRID),
             linear_attention=False,  # read, but it takes a cache slot that stays empty, and masks come from slot 0
             attention_bias="joint",
             any_head_dim=False,
@@ -88,7 +93,7 @@ ENGINES = {
         ),
         Engine(
             name="sglang",
-            formats=("nemotron-nas", *HYBRIDS),
+            formats=("nemotron-nas", GRANITE_HYBRID, *HYBRIDS),
             linear_attention=False,
             linear_ffn=False,
             ffn_bias=False,

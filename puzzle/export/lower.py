@@ -18,7 +18,7 @@ from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, ChildLayer, Read, Tensors, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, HYBRIDS, Engine, engine_named
+from puzzle.export.engines import ANY_DECILM_READER, HYBRIDS, STOCK, Engine, engine_named
 from puzzle.export.refuse import refuse
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 from puzzle.parents.structure import Layer, Structure
@@ -61,10 +61,10 @@ def lower(
 
     Raises UserError, naming layer, sub-block and engine, for a shape that has no exact rewrite.
     """
-    if format in HYBRIDS or (engine is None and format == "hf"):
+    if engine is None and format in ("hf", *HYBRIDS):
         return child, []
     target = ANY_DECILM_READER if engine is None else engine_named(engine)
-    if format != "qwen3-moe":  # which says itself what it has no words for
+    if format not in (*STOCK, *HYBRIDS):  # which say themselves what they have no words for
         refuse(child, target, format)
     done: list[Lowering] = []
     for name, what, rewrite in _plan(target, format):
@@ -88,8 +88,14 @@ def lower(
 
 def _plan(engine: Engine, format: str) -> list[tuple[str, str, Callable[[Child], Rewritten]]]:
     """(name, what it does, rewrite) of the lowerings that an engine needs, in order."""
-    if format == "qwen3-moe":
+    if format in STOCK:
         return [("drop-empty-layers", "neither attention nor FFN: left out", drop_empty_layers)]
+    equal_kv = (
+        engine.equal_kv_heads,
+        "equal-kv-heads",
+        "KV heads repeated, so that all layers have as many",
+        equal_kv_heads,
+    )
     stock, first = engine is not ANY_DECILM_READER, engine.first_layer
     rows: list[tuple[bool, str, str, Callable[[Child], Rewritten]]] = [
         (stock, "drop-empty-layers", "neither attention nor FFN: left out", drop_empty_layers),
@@ -106,10 +112,11 @@ def _plan(engine: Engine, format: str) -> list[tuple[str, str, Callable[[Child],
         (engine.ffn_required, "zero-ffn", f"no FFN: a zero FFN of width {WIDTH_STEP}", zero_ffn),
         (engine.attention_bias == "joint", "zero-output-bias",
          "biases on q, k and v alone: zero biases on o", zero_output_bias),
-        (engine.equal_kv_heads, "equal-kv-heads", "KV heads repeated, so that all layers have as many", equal_kv_heads),
+        equal_kv,
         (format == "nemotron-nas" and not engine.any_width, "zero-padded-ffn",
          f"FFN padded with zero channels to a multiple of {WIDTH_STEP}", pad_widths),
     ]  # fmt: skip
+    rows = [equal_kv] if format in HYBRIDS else rows
     return [(name, what, rewrite) for needed, name, what, rewrite in rows if needed]
 
 

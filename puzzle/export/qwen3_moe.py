@@ -20,6 +20,7 @@ from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child
 from puzzle.parents.child import hidden_act
 from puzzle.parents.qwen3_moe import qwen3_moe
+from puzzle.parents.structure import Structure
 
 READER = "`format` qwen3-moe"
 REST = "write `format` hf, in which layers may differ"
@@ -28,7 +29,7 @@ REST = "write `format` hf, in which layers may differ"
 def qwen3_moe_config(child: Child) -> dict[str, Any]:
     """config.json. Raises UserError for what the format has no words for: the first layer, and what of it is not as in the others."""
     around, structure = child.around, child.structure
-    attends, mixture, dense = (_usual(structure, kind) for kind in (Gqa, Moe, SwiGLU))
+    attends, mixture, dense = (usual(structure, kind) for kind in (Gqa, Moe, SwiGLU))
     if attends is None or mixture is None:
         raise UserError(
             f"{child.name} has no {'attention' if attends is None else 'mixture of experts'}, which {READER} needs: {REST}"
@@ -65,14 +66,18 @@ def qwen3_moe_config(child: Child) -> dict[str, Any]:
         "moe_intermediate_size": mixture.moe_intermediate_size,
         "norm_topk_prob": mixture.norm_topk_prob,
     }
-    said = qwen3_moe(config)
+    check_as_said(child, qwen3_moe(config), READER)
+    return config
+
+
+def check_as_said(child: Child, said: Structure, reader: str) -> None:
+    """Raise UserError, naming the first layer that is not as the format's config says, and what of it."""
     for layer, found in zip(child.layers, said.layers, strict=True):
         for slot, sub_block in layer.slots.items():
             if slot not in found or sub_block != found[slot]:
-                raise UserError(f"layer {layer.origin} {slot}: {READER} {_differs(sub_block, found.get(slot))}: {REST}")
-    if said != structure.with_layers(said.layers):
-        raise UserError(f"{child.name}: {READER} has no words for what stands around its layers: {REST}")
-    return config
+                raise UserError(f"layer {layer.origin} {slot}: {reader} {_differs(sub_block, found.get(slot))}: {REST}")
+    if said != child.structure.with_layers(said.layers):
+        raise UserError(f"{child.name}: {reader} has no words for what stands around its layers: {REST}")
 
 
 def qwen3_moe_tensors(child: Child) -> Iterator[tuple[str, Tensor]]:
@@ -86,7 +91,7 @@ def qwen3_moe_tensors(child: Child) -> Iterator[tuple[str, Tensor]]:
             yield f"{head}{middle}{index}.{matrix}.weight", expert
 
 
-def _usual(structure: Any, kind: type[SubBlock]) -> Any:
+def usual(structure: Structure, kind: type[SubBlock]) -> Any:
     """What most layers that have this kind have; None where none has."""
     counted = Counter(sub_block for _, _, sub_block in structure if isinstance(sub_block, kind)).most_common(1)
     return counted[0][0] if counted else None

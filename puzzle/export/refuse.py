@@ -14,7 +14,7 @@ from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, HYBRIDS, Engine
+from puzzle.export.engines import ANY_DECILM_READER, ENGINES, GRANITE_HYBRID, HYBRIDS, Engine
 
 
 def refuse(child: Child, engine: Engine, format: str) -> None:
@@ -32,16 +32,18 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
     Every kind and field that is not known to be sayable is refused.
     """
     rest = "`format` hf, which transformers reads"
-    if any(isinstance(sub_block, Moe) for layer in child.layers for sub_block in layer.slots.values()):
+    gateless = getattr(child.base.get("ffn"), "activation", "relu2") == "relu2"
+    if not gateless and any(isinstance(sub_block, Moe) for layer in child.layers for sub_block in layer.slots.values()):
         rest = f"`format` qwen3-moe, if all mixtures are alike, or {rest}"
     rest = f"write {rest}"
+    mixed = " or ".join(HYBRIDS) if gateless else f"{GRANITE_HYBRID}, if its FFNs and its Mamba-2 are alike"
     for layer in child.layers:
         for slot, sub_block in layer.slots.items():
             where = f"layer {layer.origin} {slot}: {reader}"
             if slot not in ("attention", "ffn"):
                 raise UserError(f"{where} has no slot of that name: {rest}")
             if (what := _unlike_llama(sub_block)) is not None:
-                other = f"`format` {' or '.join(HYBRIDS)}, or " if isinstance(sub_block, Mamba2 | Relu2) else ""
+                other = f"`format` {mixed}, or " if isinstance(sub_block, Mamba2 | Relu2) else ""
                 raise UserError(f"{where} has no {what}: write {other}{rest.removeprefix('write ')}")
     around, attends = child.around, child.attention
     for rope in around.ropes.values():

@@ -21,6 +21,7 @@ from puzzle.export.child import Child, with_dtype
 from puzzle.export.engines import (
     ENGINES,
     FP8_READERS,
+    GRANITE_HYBRID,
     HYBRIDS,
     PUZZLE_HYBRID,
     check_dtypes,
@@ -32,6 +33,7 @@ from puzzle.export.engines import (
 )
 from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, kept_in_bf16, quantization_config
 from puzzle.export.gguf import export_gguf
+from puzzle.export.granite_hybrid import granite_hybrid_config, granite_hybrid_tensors
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
 from puzzle.export.nemotron_h import CODE as CODE_OF_HYBRIDS
@@ -108,7 +110,7 @@ def export(
 ) -> Exported:
     """Write the child to `out`, sub-block by sub-block, and say what it took.
 
-    format: hf, nemotron-nas, qwen3-moe or gguf; engine: the one that will read it. Either may be left out (`pick_format`).
+    format: one of `FORMATS`; engine: the one that will read it. Either may be left out (`pick_format`).
     dtype: float32, bfloat16, float16 or fp8, and q8_0 for gguf; None is what was solved for, where precision was chosen, else the
     checkpoint's own, bf16 of one in fp8. kv_dtype: fp8
     calibrates the cache's scales on `data`. measured: what `puzzle evaluate --json` printed, for the card. out: a directory;
@@ -204,6 +206,8 @@ def _written(
     """config.json, tensors and model code in a format of directories."""
     if format == "qwen3-moe":
         return qwen3_moe_config(child), qwen3_moe_tensors(child), ()
+    if format == GRANITE_HYBRID:
+        return granite_hybrid_config(child), granite_hybrid_tensors(child), ()
     if format in HYBRIDS:
         code = CODE_OF_HYBRIDS if format == PUZZLE_HYBRID else ()
         return hybrid_config(child, format, engine), hybrid_tensors(child, format), code

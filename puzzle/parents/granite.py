@@ -1,15 +1,27 @@
-"""Granite-3: Llama with four multipliers, on the embedding, the scores, what each sub-block adds, and the logits; Granite-4's layers with
-attention, whose FFN is a mixture of experts beside a shared one, or that one alone."""
+"""Granite-3: Llama with four multipliers, on the embedding, the scores, what each sub-block adds, and the logits; Granite-4: layers of
+attention or Mamba-2, whose FFN is a mixture of experts beside a shared one, or that one alone."""
 
 from __future__ import annotations
 
-from puzzle.base.errors import UserError
-from puzzle.blocklib.sub_block import SubBlock
-from puzzle.parents.family import Config, attention, decoder, family, ffn, moe
-from puzzle.parents.names import Where, plain
-from puzzle.parents.structure import Structure
+from typing import Any
 
-ATTENDS = ("attention", "full_attention")  # of `layer_types`
+from puzzle.base.errors import UserError
+from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.sub_block import SubBlock
+from puzzle.parents.family import Config, attention, decoder, family, ffn, head_dim, moe
+from puzzle.parents.names import Where, plain
+from puzzle.parents.structure import Layer, Structure
+
+TYPES = {
+    "attention": "gqa",
+    "full_attention": "gqa",
+    "mamba": "mamba2",
+    "linear_attention": "mamba2",
+}  # earlier names and today's
+MAMBA = {  # fields of Mamba-2, and their words in config.json
+    "num_heads": "mamba_n_heads", "head_dim": "mamba_d_head", "num_groups": "mamba_n_groups", "state_size": "mamba_d_state",
+    "conv_width": "mamba_d_conv", "chunk_size": "mamba_chunk_size", "conv_bias": "mamba_conv_bias", "bias": "mamba_proj_bias",
+}  # fmt: skip
 
 
 def around(c: Config) -> dict[str, float]:
@@ -41,22 +53,45 @@ def flat(layer: int, slot: str, sub_block: SubBlock, name: str) -> Where:
     return Where(f"{prefix}.input_linear.weight", (begin, begin + shape[dim]), dim=dim)
 
 
-@family("granitemoehybrid", where=flat)
-def granitemoehybrid(c: Config) -> Structure:
-    residual = {"residual_scale": float(c["residual_multiplier"])}
-    for index, kind in enumerate(c["layer_types"]):
-        if kind not in ATTENDS:
-            raise UserError(
-                f"layer_types[{index}] = '{kind}' in config.json is not supported: layers with attention are"
-            )
-    for name in [name for name in c if name.startswith("mamba_")] + ["time_step_limit"]:
-        c.get(name)  # which only a layer with Mamba-2 reads
+def mamba(c: Config, **changes: Any) -> Mamba2:
+    """Raises UserError for steps of time with limits, and for activations but silu."""
+    if c["hidden_act"] != "silu":
+        raise UserError(f"hidden_act '{c['hidden_act']}' in config.json is not supported for Mamba-2: silu is")
+    low, high = c.get("time_step_limit") or (0.0, float("inf"))
+    if low > 0 or high < float("inf"):
+        raise UserError(
+            f"time_step_limit = {[low, high]} in config.json is not supported: steps of time without limits, [0.0, inf], are"
+        )
+    own = {name: c[word] for name, word in MAMBA.items()}
+    return Mamba2(hidden_size=c["hidden_size"], norm_eps=float(c["rms_norm_eps"]), **own | changes)
+
+
+def attends(c: Config) -> Layer:
+    """A layer with attention."""
+    residual: dict[str, Any] = {"residual_scale": float(c["residual_multiplier"])}
+    scale: float | None = float(c["attention_multiplier"])
+    scale = None if scale == head_dim(c) ** -0.5 else scale
     rope = "default" if c["position_embedding_type"] == "rope" else None
-    attends = attention(c, scale=float(c["attention_multiplier"]), rope=rope, **residual)
     mixed = {**c, "moe_intermediate_size": c["intermediate_size"], "norm_topk_prob": True}
     shared = c["shared_intermediate_size"]
     if c["num_local_experts"]:
         gated: SubBlock = moe(mixed, shared_intermediate_size=shared, **residual)
     else:
         gated = ffn(c, intermediate_size=shared, **residual)
-    return decoder(c, [{"attention": attends, "ffn": gated}] * c["num_hidden_layers"], **around(c))
+    return {"attention": attention(c, scale=scale, rope=rope, **residual), "ffn": gated}
+
+
+@family("granitemoehybrid", where=flat, base=attends)
+def granitemoehybrid(c: Config) -> Structure:
+    usual, kinds = attends(c), [TYPES.get(kind) for kind in c["layer_types"]]
+    if None in kinds:
+        wrong = kinds.index(None)
+        raise UserError(
+            f"layer_types[{wrong}] = '{c['layer_types'][wrong]}' in config.json is not supported: {', '.join(TYPES)} are"
+        )
+    for name in (*MAMBA.values(), "mamba_expand", "time_step_limit", "num_experts_per_tok"):
+        c.get(name)  # which only a layer with Mamba-2, or with experts, reads
+    made: dict[str | None, Layer] = {"gqa": usual}
+    if "mamba2" in kinds:
+        made["mamba2"] = {**usual, "attention": mamba(c, residual_scale=float(c["residual_multiplier"]))}
+    return decoder(c, [made[kind] for kind in kinds], **around(c))

@@ -20,6 +20,7 @@ from puzzle.serving.reference import Export
 TIMES_PLAIN = 1.2
 LIKELIEST = 20
 WORKSPACE = 8 * 2**30  # bytes of an engine's activations, CUDA graphs and context
+SPARE = 2**30
 
 
 class Size(NamedTuple):
@@ -85,17 +86,15 @@ def plan_batches(export: Export) -> dict[str, dict[str, Any]]:
     return found
 
 
-def gpu_bytes(model: CausalModel, batch: dict[str, Any]) -> int:
-    """What an engine in bf16 may take of a GPU for `batch` (one of `plan_batches`): others may be at work there. Weights, caches four
-    times over, since an engine pads layers to equal pages, and WORKSPACE."""
+def gpu_bytes(model: CausalModel, batch: dict[str, Any]) -> dict[str, int]:
+    """What an engine in bf16 may take of a GPU for `batch` (one of `plan_batches`), since others may be at work there: `cache_bytes`, four
+    times what is kept, since an engine pads layers to equal pages, and SPARE; `gpu_bytes`: these, weights and WORKSPACE."""
     tokens = sum(len(prompt) + batch["num_tokens"] for prompt in batch["prompts"])
     states = [part.sub_block.state() for _, _, part in model.parts()]
     per_token, fixed = sum(s.per_token for s in states), sum(s.fixed_bytes("bf16") for s in states)
-    return (
-        int(1.1 * model.weight_bytes * 2 / model.embedding.weight.element_size())
-        + 4 * (2 * per_token * tokens + fixed * len(batch["prompts"]))
-        + WORKSPACE
-    )
+    caches = 4 * (2 * per_token * tokens + fixed * len(batch["prompts"])) + SPARE
+    weights = int(1.1 * model.weight_bytes * 2 / model.embedding.weight.element_size())
+    return {"gpu_bytes": weights + caches + WORKSPACE, "cache_bytes": caches}
 
 
 @torch.no_grad()

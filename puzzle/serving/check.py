@@ -9,6 +9,7 @@ own continuation: if the reference's most likely token is the engine's at every 
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import subprocess
@@ -25,11 +26,14 @@ from torch import Tensor
 from puzzle.base.device import device_memory, pick_device
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.files import json_text
+from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.export.checkpoint import outdated_code
 from puzzle.export.engines import CARD_SHARE, release, served_by, wrong_before
 from puzzle.export.engines import ENGINES as TABLE
 from puzzle.runtime.model import CausalModel
 from puzzle.serving.batch import Batch, compare_batch, gpu_bytes, plan_batches
+from puzzle.serving.pages import Held
+from puzzle.serving.pages import compare as compare_pages
 from puzzle.serving.reference import Export, find_export, load_reference, tokenize
 
 ENGINES = {"hf": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
@@ -68,7 +72,7 @@ class Shape:
 class ServeCheck:
     """delta: max |Δ log p| / std over the prompt, None where the batch alone was run; num_same: greedy tokens that are the
     reference's too, counted up to the first other one; near_tie: that one's logit is within twice the tolerance of the
-    reference's best; batch: many prompts at once (vLLM); same_text: whether the engine's tokenizer encodes TEXT as Hugging Face's
+    reference's best; batch: many prompts at once (vLLM); held: what one sequence of the longest takes there; same_text: whether the engine's tokenizer encodes TEXT as Hugging Face's
     does (None: no tokenizer to compare); hint: what may have gone wrong and how to go on; served_by: which versions of the
     engine serve the export, where that depends on more than was run here."""
 
@@ -84,6 +88,7 @@ class ServeCheck:
     near_tie: bool
     same_text: bool | None
     batch: Batch | None = None
+    held: Held | None = None
     hint: str | None = None
     served_by: str | None = None
 
@@ -105,6 +110,7 @@ class ServeCheck:
         parts = [
             f"{'equal' if self.equal else 'DIFFERENT'}: {self.version} on {self.device}: {one}{text[self.same_text]}",
             None if self.batch is None else self.batch.verdict,
+            None if self.held is None else self.held.verdict,
             None if self.equal else self.hint,
             self.served_by,
         ]
@@ -167,7 +173,14 @@ def serve_check(
     }
     if engine == "vllm":
         job["batch"] = plan_batches(export)
-        job |= {"gpu_bytes": gpu_bytes(model, job["batch"]["gpu"]), "gpu_share": CARD_SHARE}
+        served = (
+            model if compared is export else load_reference(export)
+        )  # rewritten for the engine, it keeps other states
+        sub_blocks = [part.sub_block for _, _, part in served.parts()]
+        del served
+        states = {one.state_dtype for one in sub_blocks if isinstance(one, Mamba2)}
+        job["state_dtype"] = next(iter(states), None)
+        job |= gpu_bytes(model, job["batch"]["gpu"]) | {"gpu_share": CARD_SHARE}
     hint = outdated_code(export.path) if engine == "hf" else None
     try:
         found = run_engine(job, python or Path(sys.executable))
@@ -184,6 +197,13 @@ def serve_check(
             raise EngineFailed(f"{found['after'].shape[1]} words instead of {export.vocab_size}")
         prompts = job["batch"]["cpu" if device == "cpu" else "gpu"]["prompts"]
         batch = compare_batch(model, prompts, found, tolerance, _place(model))
+    held = None
+    if "pages" in found:
+        precision = {"float32": "float32", "bfloat16": "bf16"}[str(found["dtype"])]
+        longest = (
+            max(len(prompt) for prompt in prompts) + job["batch"]["cpu" if device == "cpu" else "gpu"]["num_tokens"]
+        )
+        held = compare_pages(sub_blocks, json.loads(str(found["pages"])), precision, longest)
     cause = mixed_kv_heads(export, engine, version)
     return ServeCheck(
         engine=engine,
@@ -195,6 +215,7 @@ def serve_check(
         num_tokens=num_tokens if len(found["logits"]) else 0,
         same_text=text_ids == found["text_ids"].tolist() if text_ids else None,
         batch=batch,
+        held=held,
         hint=hint if device == "cpu" else cause,
         served_by=cause and served_by(TABLE[engine], export.kv_heads) if device == "cpu" else None,
         **one,

@@ -36,7 +36,7 @@ FORMATS = {"puzzle": "hf", "nemotron-nas": "nemotron-nas"}
 class Export:
     """path: the directory or .gguf file; format: hf, nemotron-nas, gguf, or parent (a supported checkpoint that we did not
     write); dtype: what an engine computes in: float32, or for .gguf files the type of their matrices. rounds: in fp8, to which
-    engines round activations or cache as they come. kv_heads: of its layers with attention, as nemotron-nas says it."""
+    engines round activations or cache as they come. kv_heads: of its layers with attention, where an engine's own reader reads them."""
 
     path: Path
     format: str
@@ -57,16 +57,18 @@ def find_export(path: Path) -> Export:
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give the directory or the .gguf file that `puzzle export` wrote")
     config = Checkpoint(path).config
-    if config.get("model_type") != "nemotron-nas":
-        open_model(path)  # raises for what is neither a child nor a supported parent
+    format, attends = FORMATS.get(str(config.get("model_type")), "parent"), []
+    if format != "nemotron-nas":  # raises for what is neither a child nor a supported parent
+        attends = [b.num_key_value_heads for _, _, b in open_model(path).structure if isinstance(b, Gqa)]
     return Export(
         path=path,
-        format=FORMATS.get(config["model_type"], "parent"),
+        format=format,
         dtype="float32",
         vocab_size=int(config["vocab_size"]),
         max_length=int(config.get("max_position_embeddings", 2048)),
         rounds=bool(config.get("quantization_config")),
-        kv_heads=tuple(
+        kv_heads=tuple(attends if format == "parent" else ())
+        or tuple(
             int(config["num_attention_heads"]) // one["attention"]["n_heads_in_group"]
             for one in config.get("block_configs", ())
             if one.get("attention", {}).get("n_heads_in_group")

@@ -62,7 +62,10 @@ def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
     if states := mambas(structure):
         kinds = {Gqa: "attention", Mamba2: "mamba"}
         types = [kinds.get(type(layer["attention"]), "mlp") for layer in structure.layers]
-        found |= {"architectures": [HYBRID], "layers_block_type": types, "chunk_size": states[0].chunk_size}
+        chunk = 1 << (
+            max(state.chunk_size for state in states).bit_length() - 1
+        )  # which changes no result; kernels take powers of 2
+        found |= {"architectures": [HYBRID], "layers_block_type": types, "chunk_size": chunk}
     return found | {
         "num_key_value_heads": max(
             [a.num_key_value_heads for a in attentions(structure)] or [config["num_key_value_heads"]]
@@ -121,8 +124,8 @@ class HybridSettings(EngineSettings):
         states = mambas(structure)
         if not attentions(structure):
             raise ValueError("this child has Mamba-2 and no attention: vLLM pages the states of hybrids alone")
-        if len({(state.chunk_size, state.state_dtype) for state in states}) > 1:
-            raise ValueError("this child's layers of Mamba-2 differ in chunk_size or state_dtype: vLLM has one of each")
+        if len({state.state_dtype for state in states}) > 1:
+            raise ValueError("this child's layers of Mamba-2 differ in state_dtype: vLLM has one for all")
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

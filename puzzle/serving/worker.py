@@ -5,11 +5,13 @@ This file imports nothing of puzzle: an engine's environment need not have it, o
 job:    {"engine": "hf" | "vllm" | "llama.cpp" | "mlx", "path": export, "format": "hf" | "nemotron-nas" | "gguf" | "parent",
          "prompt": [token ids], "num_tokens": N, "threads": T, "text": str | null,
         "batch": {"cpu" | "gpu": {"prompts": [[token ids]], "num_tokens": N, "top": K}} (vllm alone, may be left out),
-        "gpu_bytes": what it may take of a GPU, "gpu_share": and of its memory at most (both with batch)}
+        "gpu_bytes": what it may take of a GPU, "cache_bytes": and of that for caches, "gpu_share": and of its memory at most (with batch),
+        "state_dtype": of Mamba-2's states, null where there is none (vLLM alone)}
 result: logits [len(prompt), vocab_size] float32, or log-probabilities, tokens [N] (greedy, never stopping at EOS), text_ids (`text`
         in the engine's own tokenizer, empty when it has none), version
         of a batch of P prompts, all at once: device ("cpu" or the GPU's name), dtype, after [P, vocab_size] log-probabilities after
         each prompt, texts [P, N] greedy, words [P, N, K] the likeliest at each step, during [P, N, K] their log-probabilities
+        pages, of vLLM: JSON of its groups of layers and their pages (`vllm_pages`)
         On a GPU vLLM runs in bf16, as FlashAttention does, and the batch alone: logits and tokens are empty.
 Exit code 3 and one line on standard error: the engine is not installed in this Python; 4: vLLM is, puzzle's plug-in is not.
 """
@@ -21,6 +23,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -70,6 +73,10 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     if not on_cpu:  # decoding in CUDA graphs, as it is served; not compiled, which takes minutes
         settings = {"dtype": "bfloat16", "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
         settings["gpu_memory_utilization"] = min(job["gpu_share"], job["gpu_bytes"] / torch.cuda.mem_get_info()[1])
+        # Else vLLM looks how much memory is left, and gives up where another process on the GPU ends meanwhile.
+        settings["kv_cache_memory_bytes"] = job["cache_bytes"]
+    if job.get("state_dtype"):
+        settings["mamba_ssm_cache_dtype"] = job["state_dtype"]
     engine = LLM(
         model=job["path"],
         trust_remote_code=job["format"] != "hf",  # which the plug-in reads without
@@ -82,6 +89,7 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     )
     text_ids = engine.get_tokenizer().encode(job["text"], add_special_tokens=False) if job["text"] else []
     found = vllm_batch(engine, batch, settings["dtype"], on_cpu) if batch["prompts"] else {}
+    found["pages"] = json.dumps(vllm_pages(engine, on_cpu))
     if not on_cpu:
         return numpy.zeros((0, 0), numpy.float32), [], list(text_ids), found
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
@@ -91,6 +99,33 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     rows = [whole_row(entry) for entry in answer.prompt_logprobs[1:]]
     (answer,) = engine.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
     return numpy.stack(rows), list(answer.outputs[0].token_ids), list(text_ids), found
+
+
+def vllm_pages(engine: Any, on_cpu: bool) -> dict[str, Any]:
+    """Of each layer the bytes per token, within its window, or of a state; of each group of layers the tokens of a page (0 of states) and
+    the window; and the bytes of a page of all layers of a group, of which a sequence takes one at a time."""
+    config = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    specs = engine.collective_rpc("get_kv_cache_spec")[0].values()  # of a group, the scheduler keeps one alone
+    layers = []
+    for spec in specs:
+        window, states = getattr(spec, "sliding_window", None), getattr(spec, "shapes", None)
+        if states is None:
+            layers.append({"per_token": spec.real_page_size_bytes // spec.block_size, "window": window, "fixed": 0})
+            continue
+        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in zip(states, spec.dtypes, strict=True))
+        layers.append({"per_token": 0, "window": None, "fixed": sum(sizes)})
+    groups = []
+    for group in config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        one = next(iter(getattr(spec, "kv_cache_specs", {}).values()), spec)
+        tokens = 0 if hasattr(one, "shapes") else one.block_size
+        groups.append({"tokens": tokens, "window": getattr(one, "sliding_window", None)})
+    whole = [tensor.size for tensor in config.kv_cache_tensors]
+    apart = all(
+        hasattr(tensor, "shared_by") for tensor in config.kv_cache_tensors
+    )  # as in 0.26; in 0.32 all lie in one allocation
+    page = (sum(whole) if apart else max(whole, default=0)) // config.num_blocks
+    return {"on_cpu": on_cpu, "page_bytes": page, "layers": layers, "groups": groups}
 
 
 def whole_row(entry: dict[int, Any]) -> Any:

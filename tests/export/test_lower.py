@@ -10,7 +10,7 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.export.engines import ANY_DECILM_READER, ENGINES, HYBRIDS, pick_format
+from puzzle.export.engines import ANY_DECILM_READER, ENGINES, HYBRIDS, STOCK, pick_format
 from puzzle.export.lower import equal_kv_heads, linear_ffn_as_swiglu, lower, pad_widths
 
 REFUSED = {
@@ -29,7 +29,7 @@ def ids(length=24):
 
 def formats(engine):
     """In which children like a Llama are written."""
-    return [format for format in ENGINES[engine].formats if format not in ("qwen3-moe", *HYBRIDS)]
+    return [format for format in ENGINES[engine].formats if format not in (*STOCK, *HYBRIDS)]
 
 
 def assert_takes(engine, child, format):

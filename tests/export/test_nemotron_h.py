@@ -19,8 +19,11 @@ from puzzle.export.sources import child_of_checkpoint
 from puzzle.export.write import Source, export
 from puzzle.parents.opened import open_model
 from puzzle.runtime.model import load_model
+from puzzle.serving.check import mixed_kv_heads
+from puzzle.serving.reference import find_export
 from tiny_parents import write_tiny_parent
 
+IDS = torch.randint(2, 384, (2, 31), generator=torch.Generator().manual_seed(0))
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1, "max_new_tokens": 9}
 
 
@@ -125,6 +128,24 @@ def test_packed_sequences_are_refused(hybrid, tmp_path):
     assert model(ids, position_ids=torch.arange(6)[None]).logits.shape[1] == 6
 
 
+@torch.no_grad()
+def test_kv_heads_that_differ_are_repeated_for_engines_that_mix_them_up(tmp_path):
+    """vLLM before 0.29 plans FlashAttention 3 with one number for all layers; SGLang reads none of a block's own."""
+    sizes = {"hybrid_override_pattern": "M*-*", "num_hidden_layers": 4}
+    child = changed(
+        write_tiny_parent("nemotron_h", tmp_path / "parent", **sizes), (1, "attention", {"num_key_value_heads": 1})
+    )
+    meant = logits(written(child, tmp_path / "hf", "hf"), IDS)
+    for engine, heads in (("vllm", [1, 2]), ("vllm==0.26", [2, 2]), ("sglang", [2, 2])):
+        out = written(child, tmp_path / engine, "nemotron-h-puzzle", engine=engine)
+        assert (logits(out, IDS) - meant).abs().max() <= 1e-5
+        export = find_export(out)
+        assert list(export.kv_heads) == heads
+        detected = mixed_kv_heads(export, "vllm", "vllm 0.26.0")
+        assert (detected is not None) is (engine == "vllm")
+        assert mixed_kv_heads(export, "vllm", "vllm 0.29.0") is None
+
+
 def test_entries_of_blocks(hybrid, tmp_path):
     out = written(changed(hybrid, *UNLIKE["widths"], *UNLIKE["a window"][:1]), tmp_path / "out", "nemotron-h-puzzle")
     config = json.loads((out / "config.json").read_text())
@@ -186,7 +207,7 @@ def test_a_correction_bias_is_never_rounded(experts, tmp_path):
     for format in ("hf", *HYBRIDS):
         out = written(with_dtype(changed(experts), torch.bfloat16), tmp_path / format, format)
         ours = dict(load_model(out, dtype=torch.bfloat16).named_parameters())
-        assert "plug-in" not in (out / "README.md").read_text()  # which refuses experts without a gate
+        assert ("through puzzle's plug-in" in (out / "README.md").read_text()) is (format == "hf")
         theirs = AutoModelForCausalLM.from_pretrained(
             out, trust_remote_code=format != "nemotron-h", dtype=torch.bfloat16
         )
@@ -212,6 +233,7 @@ REFUSED = {
     "for nemotron-nas": ("nemotron-nas", (), {}, "layer 0 attention: a reader of nemotron-nas has no sub-blocks of kind 'mamba2': write "
                          "`format` nemotron-h or nemotron-h-puzzle, or `format` hf"),
     "in fp8": ("nemotron-h", (), {"dtype": "fp8"}, "`dtype` fp8 with `format` nemotron-h: "),
+    "for llama.cpp": ("gguf", (), {}, "layer 0 attention: llama.cpp has no sub-blocks of kind 'mamba2': write `format` nemotron-h or "),
     "hf in fp8": ("hf", (), {"dtype": "fp8"}, "layer 0 attention: sub-blocks of kind 'mamba2' have no form in fp8"),
     "a cache in fp8": ("nemotron-h-puzzle", (), {"kv_dtype": "fp8"}, "`kv_dtype` fp8: `format` nemotron-h-puzzle has no scales of a cache"),
 }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from puzzle.export.engines import ENGINES
 from puzzle.export.write import export, open_source
 from puzzle.serving import batch, check
-from puzzle.serving.batch import SIZES, WORKSPACE, Size, gpu_bytes, plan_batches
+from puzzle.serving.batch import SIZES, SPARE, WORKSPACE, Size, gpu_bytes, plan_batches
 from puzzle.serving.check import EngineFailed, serve_check
 from puzzle.serving.reference import find_export, load_reference
 from tiny_children import write_tiny_child
@@ -149,4 +149,7 @@ def test_an_engine_may_take_what_the_batch_needs_of_a_gpu(exports):
     tokens = sum(len(prompt) + batch["num_tokens"] for prompt in batch["prompts"])
     cache = sum(2 * 32 * heads for heads in export.kv_heads) * 2 * tokens
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2
-    assert gpu_bytes(model, batch) == pytest.approx(1.1 * weights + 4 * cache + WORKSPACE, rel=1e-6)
+    assert gpu_bytes(model, batch)["gpu_bytes"] == pytest.approx(
+        1.1 * weights + 4 * cache + SPARE + WORKSPACE, rel=1e-6
+    )
+    assert gpu_bytes(model, batch)["cache_bytes"] == 4 * cache + SPARE

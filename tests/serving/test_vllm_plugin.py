@@ -20,11 +20,12 @@ from puzzle.blocklib.sub_block import MissingFace, ParentBlock, kinds, parse_key
 from puzzle.blocklib.variant import variant_of
 from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
+from puzzle.export.write import Source, export
 from puzzle.parents.opened import open_model
 from puzzle.serving import vllm_plugin
 from puzzle.serving.check import EngineFailed, run_engine, serve_check
 from serving_environments import python_of
-from tiny_children import CHILDREN, FAMILIES, MIXED, build, tiny_child, write_tiny_child
+from tiny_children import CHILDREN, FAMILIES, MIXED, WITH_FORMATS, build, tiny_child, write_tiny_child
 from tiny_parents import write_tiny_parent
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,9 @@ def test_a_hybrid_is_another_architecture(registered, tmp_path):
     assert config.architectures == ["PuzzleHybridForCausalLM"]
     assert config.layers_block_type == ["mamba", "mlp", "attention", "mamba", "mlp", "mamba"]
     assert config.chunk_size == 64
+    other = json.loads((path / "config.json").read_text())
+    other["per_layer_config"]["3"]["mamba"]["chunk_size"] = 96  # which no kernel takes, and changes no result
+    assert vllm_plugin.ServedConfig.from_dict(other).chunk_size == 64
     assert config.structure() == open_model(path).structure
     settings, model_config = registered["settings"]["PuzzleHybridForCausalLM"], SimpleNamespace(hf_config=config)
     settings.verify_and_update_model_config(model_config)
@@ -188,6 +192,18 @@ def test_the_engine_computes_the_same_of_a_hybrid(engine, tmp_path):
     changes = ((0, "attention", "heads4"), (2, "attention", "kv1"), (3, "attention", "dim16"), (1, "ffn", "0.5"))
     check = serve_check(hybrid(tmp_path / "child", *changes), "vllm", python=engine, num_tokens=16)
     assert check.equal, check.verdict
+    assert check.held.equal, check.held.verdict
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe, alike", "nemotron-h, dense", "mamba in a llama"])
+def test_the_engine_reads_stock_formats(engine, tmp_path, name):
+    """With its own code, the same as our child before it was written so; states and pages are as we say."""
+    reference, (format, *_) = write_tiny_child(name, tmp_path / "child"), WITH_FORMATS[name].formats
+    source = Source(child=tiny_child(name, tmp_path / "tokenizer"), solved=None, facts=None, measured=None)
+    out = export(source, tmp_path / "out", format=format, engine="vllm").out
+    check = serve_check(out, "vllm", python=engine, reference=reference, num_tokens=16)
+    assert check.equal, check.verdict
+    assert check.held.equal, check.held.verdict
 
 
 @pytest.mark.parametrize("name", ["empty-layers", "gemma3", "qwen3_moe"])
