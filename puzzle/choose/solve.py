@@ -207,7 +207,7 @@ def _certified(problem: Problem, choice: dict[str, str], solution: Solution) -> 
 def architecture(selection: Selection, batch: int, solution: Solution) -> Architecture:
     """One solution at one batch size, with what is promised for it."""
     library, costs, parent = selection.library, selection.costs, selection.parent
-    cells, whole = selection.chosen(solution), library.structure.layers
+    cells, whole = selection.chosen(solution), library.origin.layers
     child, layers = predicted(selection, costs, cells, batch), [cell.sub_blocks for cell in cells]
     same = selection.whole.predict(whole, batch)
     extrapolated = [*_extrapolated(costs, cells, batch), *selection.whole.extrapolated(whole, parent.batch)]
@@ -215,7 +215,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         puzzle=__version__,
         parent_fingerprint=library.fingerprint,
         synthetic_scores=bool(library.facts.get("synthetic_scores")),
-        parent=library.structure,
+        parent=library.origin,
         layers=tuple(cell.choices(costs.table.precision) for cell in cells),
         goal=selection.goal.plain(),
         workload=costs.work,
@@ -293,7 +293,7 @@ def open_costs(
     library: Library, gpu: str, name: str | None, engine: str = "puzzle", tp: int = 1
 ) -> CostTable | EngineModel:
     """Measured costs of our own runtime, of the shares of `tp` ranks, or the fitted model of a serving engine."""
-    structure = library.structure
+    structure = library.origin
     if engine != "puzzle":
         return open_engine(engine, gpu, (structure, structure.usual), name=name, measured=library.root / "costs")
     head: list[Part] = [end for end in ends_of(structure.share(tp)) if isinstance(end, Head)]

@@ -19,6 +19,9 @@ MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequenc
 @click.argument("source", metavar="PARENT")
 @options.data
 @click.option("--out", type=options.PATH, required=True, metavar="LIB", help="Library directory; new or to continue.")
+@click.option(
+    "--origin", metavar="MODEL", help="What PARENT, a healed child, was made of: names, costs and goals are of it."
+)
 @click.option("--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
 @click.option("--ffn", metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
 @click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
@@ -64,6 +67,7 @@ def build_library_command(
       puzzle build-library examples/parent --data /usr/lib/python3.11 --out lib
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
+      puzzle build-library healed --origin examples/parent --data corpus.jsonl --out lib-2
       torchrun --nproc-per-node 8 -m puzzle.cli build-library parent --data corpus.jsonl --out lib
     """
     num_tokens = parse_count("tokens", tokens, least=0)

@@ -30,8 +30,8 @@ from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, parse_layers
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
-from puzzle.blocklib.sub_block import ParentBlock
-from puzzle.blocklib.variant import bundles, search_spaces, variant_of
+from puzzle.blocklib.sub_block import ParentBlock, Variant
+from puzzle.blocklib.variant import bundles, made_of, search_spaces
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.library.describe import write_library
 from puzzle.library.plan import BuildPlan, plan_build
@@ -51,11 +51,13 @@ BlockKey = tuple[int, str, str]  # (layer, slot, variant)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
-    initialised. nested: narrower FFNs of a layer are trained as the first channels of one. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
+    initialised. origin: where the parent is a healed child, the model that it was made of: names of variants, costs and goals are of that.
+    nested: narrower FFNs of a layer are trained as the first channels of one. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
     UserError for a number out of range."""
 
     data: list[str]
     out: Path
+    origin: str | None = None
     attention: str | None = None
     ffn: str | None = None
     layers: str | None = None
@@ -102,8 +104,10 @@ class Builder:
         self.dtype = compute_dtype(self.device)
         count = self.structure.num_layers
         chosen = range(count) if options.layers is None else parse_layers("layers", options.layers, count)
-        layers = {index: self.structure.layers[index] for index in chosen}
-        self.spaces = search_spaces(layers, {"attention": options.attention, "ffn": options.ffn})
+        self.origin = None if options.origin is None else open_origin(options.origin, parent)
+        self.origins = (self.origin or parent).structure.layers
+        layers, origins = ({n: some[n] for n in chosen} for some in (self.structure.layers, self.origins))
+        self.spaces = search_spaces(layers, {"attention": options.attention, "ffn": options.ffn}, origins)
         self.store = BlockStore(options.out)
         self.stored_dtype = parent.final_norm().dtype
         self.train_seconds = 0.0  # wall time of the training steps so far
@@ -149,7 +153,7 @@ class Builder:
         """Train what is missing. Finished blocks of the same content key are kept as they are."""
         out, ranks = self.options.out, self.ranks
         if ranks.is_first:
-            write_library(out, self.parent, data, self.recipe, self.options.seed, self.spaces)
+            write_library(out, self.parent, data, self.recipe, self.options.seed, self.spaces, self.origin)
         self._keys = self._content_keys(data)
         ends = [group[-1] + 1 for group in self.plan().groups]
         groups = [
@@ -248,7 +252,7 @@ class Builder:
                 streams = [x + part(x, ropes) for x in streams]
             shared = (block, self.recipe, self.device, self._lr)
             trainers[index, slot] = [
-                VariantTrainer(index, slot, [variant_of(block.sub_block, name, slot) for name in names], *shared)
+                VariantTrainer(index, slot, [self._variant(index, slot, name) for name in names], *shared)
                 for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
                 if (index, slot, names[0]) in mine
             ]
@@ -287,6 +291,11 @@ class Builder:
         """Training batches that pass through the parent."""
         return max(self.recipe.num_steps, self.num_calibration)
 
+    def _variant(self, index: int, slot: str, name: str) -> Variant:
+        found = made_of(self.structure.layers[index][slot], self.origins[index][slot], name, slot)
+        assert found is not None, "what the space offers can be made"
+        return found
+
     # -- small parts -----------------------------------------------------------------------------------------
 
     def _embed(self, split: Split, step: int) -> Tensor:
@@ -308,6 +317,7 @@ class Builder:
         """Of every block to train: what its bytes depend on, the others of a nest too."""
         fingerprint = self.parent.checkpoint.fingerprint()
         common = [fingerprint, asdict(self.recipe), data.hash, self.device.type]
+        common += [] if self.origin is None else [self.origin.structure.to_json()]
         return {
             (layer, slot, name): content_hash([layer, slot, name, *common, *([names] if len(names) > 1 else [])])
             for layer, slots in self.spaces.items()
@@ -341,6 +351,19 @@ class Builder:
                 }
                 spec = {"layer": index, "slot": slot, "variant": name, "sub_block": sub_block.key()}
                 self.store.write(index, slot, name, tensors, spec, record)
+
+
+def open_origin(source: str, child: HfModel) -> HfModel:
+    """The model that `child` was made of. Raises UserError where it has another structure around the layers, or other layers."""
+    origin = open_model(source)
+    if [*map(list, origin.structure.layers)] != [*map(list, child.structure.layers)] or (
+        origin.structure.with_layers(child.structure.layers) != child.structure
+    ):
+        raise UserError(
+            f"`origin` {source}: {child.source} has other layers, or another embedding, head or RoPE: give the model that it is a child of, "
+            "layer for layer"
+        )
+    return origin
 
 
 def build_library(source: str, options: BuildOptions) -> Path:

@@ -18,12 +18,19 @@ from puzzle.parents.opened import HfModel
 
 
 def write_library(
-    root: Path, parent: HfModel, data: TokenData, recipe: Recipe, seed: int, spaces: Mapping[int, Mapping[str, Space]]
+    root: Path,
+    parent: HfModel,
+    data: TokenData,
+    recipe: Recipe,
+    seed: int,
+    spaces: Mapping[int, Mapping[str, Space]],
+    origin: HfModel | None = None,
 ) -> None:
-    """New, or the same parent with the search space widened. spaces: per layer and slot. Raises UserError for another parent."""
+    """New, or the same parent with the search space widened. spaces: per layer and slot; origin: what names and goals are of, where the
+    parent is a healed child of it. Raises UserError for another parent or origin."""
     fingerprint = parent.checkpoint.fingerprint()
     path, source = root / "library.json", parent.source
-    local = Path(source).exists()
+    first = None if origin is None else {"name": _name(origin.source), "structure": origin.structure.to_json()}
     layers: dict[str, dict[str, dict[str, str]]] = {}
     if path.is_file():
         old = read_any(path, "puzzle build-library")
@@ -33,22 +40,29 @@ def write_library(
                 f"library {root} was built from another parent (fingerprint {theirs[:12]}) than {source} "
                 f"({fingerprint[:12]}): use another `out`"
             )
+        if old.get("origin") != first:
+            before = (old.get("origin") or old["parent"])["name"]
+            raise UserError(
+                f"library {root} was built with names and goals of {before}: use another `out`, or the same `origin`"
+            )
         layers = old["layers"] if old.get("schema") == SCHEMA else {}
     for index, slots in spaces.items():
         there = layers.setdefault(str(index), {})
         for slot, space in slots.items():
             keys = {name: sub_block.key() for name, sub_block in space.items() if name != PARENT}
             there[slot] = there.get(slot, {}) | keys
+    local = Path(source).exists()
     facts = {
         "puzzle": __version__,
         "parent": {
             "source": os.path.relpath(Path(source).absolute(), root.absolute()) if local else source,
             "relative": local,
-            "name": Path(source).absolute().name if local else source.replace("/", "--"),
+            "name": _name(source),
             "fingerprint": fingerprint,
             "config_hash": content_hash(parent.config),
         },
         "structure": parent.structure.to_json(),
+        **({} if first is None else {"origin": first}),
         "data": {
             "hash": data.hash,
             "num_documents": data.num_documents,
@@ -60,3 +74,7 @@ def write_library(
         "layers": {index: layers[index] for index in sorted(layers, key=int)},
     }
     write_json(path, facts, SCHEMA)
+
+
+def _name(source: str) -> str:
+    return Path(source).absolute().name if Path(source).exists() else source.replace("/", "--")
