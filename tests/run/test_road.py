@@ -242,6 +242,20 @@ def test_killed_in_any_stage_and_run_again(puzzle, launch, write, tmp_path, stag
     assert torch.equal(healed(ids), written(ids))
 
 
+def test_the_example_of_steps(puzzle, parent, corpus, tmp_path):
+    """As it stands but for the parent, planned: it is the quickstart with a step and without prompts."""
+    recipe, usual = (yaml.safe_load((ROOT / "examples" / name).read_text()) for name in ("steps.yaml", "quickstart.yaml"))
+    changed = {name for name in recipe | usual if recipe.get(name) != usual.get(name)}
+    assert changed == {"steps", "heal", "evaluate"}
+    for value in (recipe["build"], recipe["heal"], recipe["evaluate"]):
+        value["seq_len"] = 64
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"parent": str(parent), "workload": {"input_len": 8, "output_len": 8}}))
+    done = puzzle("run", path, "--data", corpus, "--out", tmp_path / "run", "--dry-run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "step 1 heal" in json.loads(done.stdout)["stages"]
+
+
 def test_the_quickstart(puzzle, parent, corpus, tmp_path):
     """Every stage and option of the shipped recipe, with small numbers; the terminal ends with promise and continuations."""
     recipe = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
