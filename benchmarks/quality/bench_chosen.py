@@ -44,8 +44,11 @@ class OutOfTime(Exception):
 
 
 class Bench:
-    def __init__(self, recipe: dict[str, Any], work: Path, data: tuple[str, ...], sequences: int, seconds: float):
+    def __init__(
+        self, recipe: dict[str, Any], work: Path, data: tuple[str, ...], sequences: int, seconds: float, longest: float
+    ):
         self.recipe, self.work, self.sequences, self.until = recipe, work, sequences, time.monotonic() + seconds
+        self.longest = longest
         self.data = [word for one in data for word in ("--data", one)]
         self.base = work / "base" / "0" / "step-1"  # as deep as a step of a run, to which its parent is on the same way
         work.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,7 @@ class Bench:
             found: dict[str, Any] = json.loads(path.read_text())
             return found
         left, before = self.until - time.monotonic(), float(spent.read_text()) if spent.is_file() else 0.0
-        if left < 20:
+        if left < self.longest:
             raise OutOfTime
         path.parent.mkdir(parents=True, exist_ok=True)
         begin, command = time.monotonic(), [sys.executable, "-m", "puzzle", *map(str, arguments), "--json"]
@@ -208,12 +211,16 @@ class Bench:
     "--between", type=float, default=3e6, show_default=True, help="Of the recipe's healing: tokens between steps."
 )
 @click.option("--minutes", type=float, default=8.8, show_default=True)
+@click.option("--longest", type=float, default=20, show_default=True, help="With fewer seconds left nothing is begun.")
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[str, ...], speeds: str, methods: str, finalists: int, min_distance: int, rounds: int, chosen_on: int, sequences: int, between: float, minutes: float, work: Path, out: Path) -> None:  # fmt: skip
+def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[str, ...], speeds: str, methods: str, finalists: int, min_distance: int, rounds: int, chosen_on: int, sequences: int, between: float, minutes: float, longest: float, work: Path, out: Path) -> None:  # fmt: skip
     value = yaml.safe_load(recipe.read_text())
     value["parent"] = str(Path(parent).resolve() if parent else (recipe.parent / value["parent"]).resolve())
-    bench, every = Bench(value, work.resolve(), data, sequences, 60 * minutes), [float(s) for s in speeds.split(",")]
+    bench, every = (
+        Bench(value, work.resolve(), data, sequences, 60 * minutes, longest),
+        [float(s) for s in speeds.split(",")],
+    )
     measured, several = ["--sequences", chosen_on], ["--finalists", finalists, "--min-distance", min_distance]
     flags: dict[str, list[object]] = {
         "mip": [],
