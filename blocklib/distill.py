@@ -77,10 +77,11 @@ RULE = ("beta1", "beta2", "weight_decay", "clip_norm")  # what AdamW takes of a 
 class Shown:
     """What a sub-block of the parent shows its variants in a step: x [B, T, H], which enters it, and target [B, T, H], what it adds."""
 
-    def __init__(self, part: Part, x: Tensor, ropes: Ropes):
+    def __init__(self, part: Part, x: Tensor, ropes: Ropes, target: Tensor | None = None):
+        """target: what is to be added in place of what the parent's `part` adds."""
         self.x, self.ropes = x, ropes
         with torch.no_grad(), autocast(x.device):
-            self.target = part(x, ropes).to(x.dtype)
+            self.target = part(x, ropes).to(x.dtype) if target is None else target
         self._normed: dict[float, Tensor] = {}
         self._energy: Tensor | None = None
 
@@ -127,16 +128,17 @@ class VariantTrainer:
         self.loss_before = self.loss_after = torch.full((len(variants),), math.nan, dtype=torch.float64)
         self._validation: list[Tensor] = []
 
-    def step(self, shown: Shown) -> None:
-        """One optimiser step. A step with a non-finite gradient is left out.
+    def step(self, shown: Shown) -> list[Tensor]:
+        """One optimiser step, and what the variants gave before it, [B, T, H] each. A step with a non-finite gradient is left out.
 
         Never waits for the device, so that a CUDA graph can hold it.
         """
         if not self.masters.weights:
-            return
+            return []
         outputs = self._outputs(shown)
         grads = [output_gradient(out.detach(), shown.target, shown.energy) for out in outputs]
         self.masters.step(torch.autograd.grad(outputs, self.masters.parameters, grads))
+        return outputs
 
     def _outputs(self, shown: Shown) -> list[Tensor]:
         """[B, T, H] of every variant"""
@@ -146,10 +148,11 @@ class VariantTrainer:
             return self.module.prefixes(entered, shown.ropes, self.sub_blocks)
 
     @torch.no_grad()
-    def validate(self, shown: Shown) -> None:
-        """Add one validation batch; `validated()` gives the means and starts over."""
-        losses = [block_loss(out, shown.target) for out in self._outputs(shown)]
-        self._validation.append(torch.stack(losses))
+    def validate(self, shown: Shown) -> list[Tensor]:
+        """Add one validation batch; `validated()` gives the means and starts over. Returns what the variants gave."""
+        outputs = self._outputs(shown)
+        self._validation.append(torch.stack([block_loss(out, shown.target) for out in outputs]))
+        return outputs
 
     def validated(self) -> Tensor:
         """[V], float64 on the CPU"""

@@ -12,7 +12,15 @@ from puzzle.base.units import parse_count
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
-MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequences joint"),)
+MODES = (
+    Mode("with `no_score`", lambda p: not p["score"], unused="score_sequences joint"),
+    Mode(
+        "with `inputs_from`",
+        lambda p: p["inputs_from"] is not None,
+        unused="origin attention ffn calibration_sequences nested group_size",
+    ),
+    Mode("without `inputs_from`", lambda p: p["inputs_from"] is None, unused="mix"),
+)
 
 
 @click.command("build-library", cls=Verb, modes=MODES)
@@ -22,6 +30,10 @@ MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequenc
 @click.option(
     "--origin", metavar="MODEL", help="What PARENT, a healed child, was made of: names, costs and goals are of it."
 )
+@click.option(
+    "--inputs-from", type=options.PATH, metavar="ARCHITECTURE", help="Its blocks learn again, on what the child gives."
+)
+@click.option("--mix", type=float, default=0.5, help="Share of a batch that is the child's then.")
 @click.option("--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
 @click.option("--ffn", metavar="NAMES", help="e.g. 0.75,0.5,0.25,0.1,linear,none (default: all).")
 @click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
@@ -68,6 +80,7 @@ def build_library_command(
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
       puzzle build-library healed --origin examples/parent --data corpus.jsonl --out lib-2
+      puzzle build-library examples/parent --inputs-from lib/solution --data corpus.jsonl --lr 1e-3 --out lib-again
       torchrun --nproc-per-node 8 -m puzzle.cli build-library parent --data corpus.jsonl --out lib
     """
     num_tokens = parse_count("tokens", tokens, least=0)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from puzzle import __version__
 from puzzle.base.errors import UserError
@@ -24,13 +25,12 @@ def write_library(
     recipe: Recipe,
     seed: int,
     spaces: Mapping[int, Mapping[str, Space]],
-    origin: HfModel | None = None,
+    first: Mapping[str, Any] | None = None,
 ) -> None:
-    """New, or the same parent with the search space widened. spaces: per layer and slot; origin: what names and goals are of, where the
-    parent is a healed child of it. Raises UserError for another parent or origin."""
+    """New, or the same parent with the search space widened. spaces: per layer and slot; first: as `origin_facts`, where the parent is a
+    healed child. Raises UserError for another parent or origin."""
     fingerprint = parent.checkpoint.fingerprint()
     path, source = root / "library.json", parent.source
-    first = None if origin is None else {"name": _name(origin.source), "structure": origin.structure.to_json()}
     layers: dict[str, dict[str, dict[str, str]]] = {}
     if path.is_file():
         old = read_any(path, "puzzle build-library")
@@ -74,6 +74,11 @@ def write_library(
         "layers": {index: layers[index] for index in sorted(layers, key=int)},
     }
     write_json(path, facts, SCHEMA)
+
+
+def origin_facts(origin: HfModel) -> dict[str, Any]:
+    """What library.json says of the model that names and goals are of."""
+    return {"name": _name(origin.source), "structure": origin.structure.to_json()}
 
 
 def _name(source: str) -> str:

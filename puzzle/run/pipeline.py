@@ -78,6 +78,12 @@ class Run:
         disk: dict[str, int] = {}
         found: dict[str, Builder] = {}
         for name, one in self.roads.items():
+            made = one._made()
+            if made is not None and ("origin" in made.facts) != (one.before is not None):
+                raise UserError(
+                    f"{one.library} was built by a recipe with{'out' * (one.before is not None)} steps before it: give this recipe another "
+                    "`out`, and nothing of that one is lost"
+                )
             with _told(name):  # no child is there yet: the parent stands for all of them
                 build = replace(one.build_options(), origin=None)
                 found[name] = builder = check_road(one.recipe, build, one.heal_options(one.recipe.parent), one.out)
@@ -164,8 +170,9 @@ class Run:
         build = self.build_options()
         parent = recipe.parent
         if self.before is not None:
-            parent = str(self.before.out / "healed")
-            self._clear(parent)
+            parent, made = str(self.before.out / "healed"), self._made()
+            if made is not None and made.fingerprint != open_model(parent).checkpoint.fingerprint():
+                shutil.rmtree(library)  # of another child: a step before has changed
         options = content_hash([str(build), str(score), recipe.data])
         with holding(library):
             self._stage("build-library", options, None, lambda: build_library(parent, build), "build")
@@ -207,12 +214,9 @@ class Run:
                 self._stage("quantised", key, child, again)
         return solved, child, key
 
-    def _clear(self, parent: str) -> None:
-        """Remove the library of another child than `parent`: a step before has changed."""
-        if not (self.library / "library.json").is_file():
-            return
-        if Library.open(self.library).fingerprint != open_model(parent).checkpoint.fingerprint():
-            shutil.rmtree(self.library)
+    def _made(self) -> Library | None:
+        """The library of an earlier call."""
+        return Library.open(self.library) if (self.library / "library.json").is_file() else None
 
     def _finish(self, solved: Architecture, child: Path, key: str) -> dict[str, Any]:
         """Exports, evaluation, result.json."""

@@ -34,7 +34,16 @@ LISTS = (
     "solve.precision",
 )  # names or ranges
 SHARED = ("data", "out", "text_field", "device")  # one value for all stages, outside the sections
-OF_THE_RUN = ("child", "origin", "library", "force", "dry_run", "dependency_only")  # what the road itself says
+OF_THE_RUN = (
+    "child",
+    "origin",
+    "inputs_from",
+    "mix",
+    "library",
+    "force",
+    "dry_run",
+    "dependency_only",
+)  # what the road itself says
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,7 +124,7 @@ STEPPED = {
 }  # fmt: skip
 
 
-def test_steps(puzzle, write, parent, corpus, tmp_path):
+def test_steps(puzzle, one_line_error, write, parent, corpus, tmp_path):
     """Each is solved for a goal of the first parent's, healed by it, and the parent of the next; costs are measured once."""
     out, recipe = tmp_path / "run", write(**STEPPED)
     done = puzzle("run", recipe, "--out", out, "--json")
@@ -170,6 +170,8 @@ def test_steps(puzzle, write, parent, corpus, tmp_path):
         if path.is_file() and path.stat().st_mtime_ns == at
     }
     assert same == {("step-1", "library"), ("step-1", "child")}
+    told = f"{out / 'library'} was built by a recipe with steps before it: give this recipe another --out"
+    one_line_error(puzzle("run", write(**STEPPED | {"steps": []}), "--out", out), told)
 
 
 @pytest.mark.parametrize("stage", ["step-1/heal", "build-library", "heal"])
@@ -244,7 +246,9 @@ def test_killed_in_any_stage_and_run_again(puzzle, launch, write, tmp_path, stag
 
 def test_the_example_of_steps(puzzle, parent, corpus, tmp_path):
     """As it stands but for the parent, planned: it is the quickstart with a step and without prompts."""
-    recipe, usual = (yaml.safe_load((ROOT / "examples" / name).read_text()) for name in ("steps.yaml", "quickstart.yaml"))
+    recipe, usual = (
+        yaml.safe_load((ROOT / "examples" / name).read_text()) for name in ("steps.yaml", "quickstart.yaml")
+    )
     changed = {name for name in recipe | usual if recipe.get(name) != usual.get(name)}
     assert changed == {"steps", "heal", "evaluate"}
     for value in (recipe["build"], recipe["heal"], recipe["evaluate"]):
