@@ -52,7 +52,7 @@ Place = tuple[int, str]  # layer and slot
 Tensors = dict[str, Tensor]
 FIELDS = ("library", "target", "mix", "tokens", "lr", "kl", "kl_stderr", "loss", "seconds", "healed_tokens", "kl_healed", "loss_healed",
           "heal_s", "device", "date")  # fmt: skip
-METHODS = ("ordinary:0", "own:1", "own:0.5", "parent:0.5", "stream:0.5")
+METHODS = ("stream:0.5", "ordinary:0", "own:1", "parent:0.5", "stream:1", "stream:0.25")
 
 
 class Seen(Shown):

@@ -152,12 +152,14 @@ class Builder:
             world=self.ranks.world,
             nested=self.options.nested,
         )
-        if self.coupled is not None and len(found.groups) > 1:
+        if self.coupled is None:
+            return found
+        if len(found.groups) > 1:
             raise UserError(
                 f"`inputs_from`: the child's blocks learn at once, and need {len(found.groups)} groups within this memory: use a smaller "
                 "`batch_size`, fewer `layers`, or a larger `memory_limit`"
             )
-        return found
+        return replace(found, num_tokens=self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len)
 
     @property
     def rows(self) -> int:

@@ -38,7 +38,12 @@ class Coupled:
     learn. Raises UserError for a child of another parent than the one of this fingerprint."""
 
     def __init__(self, path: Path, mix: float, layers: set[int], fingerprint: str, out: Path):
-        self.library, self.mix = Library.open(library_of(path)), mix
+        try:
+            self.library, self.mix = Library.open(library_of(path)), mix
+        except UserError as error:
+            raise UserError(
+                f"`inputs_from` {path} lies in no library: put it into that which it was solved from"
+            ) from error
         self.solved = architecture_of(path, self.library)
         if self.library.fingerprint != fingerprint:
             raise UserError(f"`inputs_from` {path} is a child of another parent: give that one, or a child of this one")

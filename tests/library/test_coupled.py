@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from puzzle.blocklib.distill import VariantTrainer
+from puzzle.blocklib.distill import Recipe, VariantTrainer
 from puzzle.library.assemble import assemble, open_parent
-from puzzle.library.build import Builder, BuildOptions
+from puzzle.library.build import Builder, BuildOptions, build_library
 from puzzle.library.coupled import Coupled
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import read_architecture
@@ -129,4 +130,35 @@ def test_what_cannot_learn_so(puzzle, one_line_error, poison, own_library, archi
     one_line_error(puzzle(*given, *out, "--mix", 0), "--mix 0: the child's share of a batch, above 0 and at most 1")
     one_line_error(puzzle(*given, *out, "--ffn", "0.5"), "--ffn is not used with --inputs-from")
     one_line_error(puzzle(*given[:-2], *out, "--mix", 0.3), "--mix is not used without --inputs-from")
+    lost = shutil.copytree(architecture, tmp_path / "lost")
+    one_line_error(puzzle(*given[:-1], lost, *out), f"--inputs-from {lost} lies in no library")
     assert not (tmp_path / "again").exists()
+
+
+def test_stopped_and_gone_on(architecture, parent, corpus, tmp_path, monkeypatch):
+    """The same bits: both streams of the steps that are done are not needed again."""
+    shared = {
+        "data": [str(corpus)],
+        "inputs_from": architecture,
+        "device": "cpu",
+        "tokens": 1024,
+        "seq_len": 64,
+        "batch_size": 4,
+    }
+    shared |= {"validation_sequences": 4, "lr": 1e-3}
+    build_library(str(parent), BuildOptions(out=tmp_path / "whole", **shared))
+    plain, seen = Recipe.lr_at, []
+
+    def stop_once(self, step):
+        seen.append(step)
+        if seen == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return plain(self, step)
+
+    monkeypatch.setattr(Recipe, "lr_at", stop_once)
+    stopped = BuildOptions(out=tmp_path / "stopped", snapshot_seconds=0, **shared)
+    with pytest.raises(KeyboardInterrupt):
+        build_library(str(parent), stopped)
+    build_library(str(parent), stopped)
+    assert seen == [0, 1, 2, 2, 3]
+    assert hashes(tmp_path / "stopped") == hashes(tmp_path / "whole")
