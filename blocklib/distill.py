@@ -86,10 +86,11 @@ RULE = ("beta1", "beta2", "weight_decay", "clip_norm")  # what AdamW takes of a 
 class Shown:
     """What a sub-block of the parent shows its variants in a step: x [B, T, H], which enters it, and target [B, T, H], what it adds."""
 
-    def __init__(self, part: Part, x: Tensor, ropes: Ropes):
+    def __init__(self, part: Part, x: Tensor, ropes: Ropes, target: Tensor | None = None):
+        """target: what is to be added in place of what the parent's `part` adds."""
         self.x, self.ropes = x, ropes
         with torch.no_grad(), autocast(x.device):
-            self.target = part(x, ropes).to(x.dtype)
+            self.target = part(x, ropes).to(x.dtype) if target is None else target
         self._normed: dict[float, Tensor] = {}
         self._energy: Tensor | None = None
 
@@ -137,16 +138,17 @@ class VariantTrainer:
         self._validation: list[Tensor] = []
         self._facts: list[dict[str, Any]] = []  # at the start, and at the end
 
-    def step(self, shown: Shown) -> None:
-        """One optimiser step. A step with a non-finite gradient is left out.
+    def step(self, shown: Shown) -> list[Tensor]:
+        """One optimiser step, and what the variants gave before it, [B, T, H] each. A step with a non-finite gradient is left out.
 
         Never waits for the device, so that a CUDA graph can hold it.
         """
         if not self.masters.parameters:
-            return
+            return []
         outputs = self._outputs(shown)
         grads = [output_gradient(out.detach(), shown.target, shown.energy) for out in outputs]
         self.masters.step(torch.autograd.grad(outputs, self.masters.parameters, grads, materialize_grads=True))
+        return outputs
 
     def _outputs(self, shown: Shown) -> list[Tensor]:
         """[B, T, H] of every variant"""
@@ -156,12 +158,13 @@ class VariantTrainer:
             return self.module.prefixes(entered, shown.ropes, self.sub_blocks)
 
     @torch.no_grad()
-    def validate(self, shown: Shown) -> None:
-        """Add one validation batch; `validated()` gives the means and starts over."""
-        losses = [block_loss(out, shown.target) for out in self._outputs(shown)]
-        self._validation.append(torch.stack(losses))
+    def validate(self, shown: Shown) -> list[Tensor]:
+        """Add one validation batch; `validated()` gives the means and starts over. Returns what the variants gave."""
+        outputs = self._outputs(shown)
+        self._validation.append(torch.stack([block_loss(out, shown.target) for out in outputs]))
         with autocast(shown.x.device):
             self.module.watch(shown.x)
+        return outputs
 
     def validated(self) -> Tensor:
         """[V], float64 on the CPU"""

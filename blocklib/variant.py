@@ -29,6 +29,18 @@ def variant_of(parent: SubBlock, name: str, slot: str = "sub-block") -> Variant:
     raise UserError(f"unknown {slot} variant '{name}': {nearest(name, [PARENT, *default_names(parent)])}")
 
 
+def made_of(own: SubBlock, origin: SubBlock, name: str, slot: str = "sub-block") -> Variant | None:
+    """What `name` means in place of `origin`, made of `own`, to which `origin` has been cut before; None where it cannot be."""
+    wanted = variant_of(origin, name, slot)
+    if wanted.sub_block.begins(own):  # a narrower FFN starts from whatever is wider
+        return wanted
+    try:
+        made = variant_of(own, name, slot)
+    except UserError:
+        return None
+    return made if made.sub_block == wanted.sub_block else None
+
+
 def default_names(parent: SubBlock) -> list[str]:
     """What every kind offers for `parent`."""
     return [name for kind in kinds().values() for name in kind.stand_ins(parent)]
@@ -49,22 +61,28 @@ def search_space(parent: SubBlock, names: str | None, slot: str = "sub-block") -
 
 
 def search_spaces(
-    layers: Mapping[int, Mapping[str, SubBlock]], names: Mapping[str, str | None]
+    layers: Mapping[int, Mapping[str, SubBlock]],
+    names: Mapping[str, str | None],
+    origins: Mapping[int, Mapping[str, SubBlock]] | None = None,
 ) -> dict[int, dict[str, dict[str, SubBlock]]]:
     """The `search_space` of every slot of several layers, slots in the order of each layer. names: per slot, comma-separated; None
-    takes what each place offers.
+    takes what each place offers. origins: what the layers were before they were cut, in place of which names mean what they mean; None: these.
 
     A name that some layers cannot take (a window where the parent's is smaller) is left out there. Raises UserError for a name
     that none of them takes.
     """
     spaces: dict[int, dict[str, dict[str, SubBlock]]] = {index: {} for index in layers}
+    origins = origins or layers
     for slot in dict.fromkeys(slot for layer in layers.values() for slot in layer):
-        having = {index: layer[slot] for index, layer in layers.items() if slot in layer}
+        having = {index: origins[index][slot] for index, layer in layers.items() if slot in layer}
         asked = names.get(slot)
         taken = None if asked is None else _taken(list(having.values()), asked, slot)
         for index, parent in having.items():
             own = None if taken is None else ",".join(taken[parent])
-            spaces[index][slot] = search_space(parent, own, slot)
+            now, space = layers[index][slot], search_space(parent, own, slot)
+            made = {name: made_of(now, parent, name, slot) for name in space}
+            kept = {name: one.sub_block for name, one in made.items() if one is not None and one.sub_block != now}
+            spaces[index][slot] = {PARENT: now} | kept
     return {index: {slot: spaces[index][slot] for slot in layer} for index, layer in layers.items()}
 
 

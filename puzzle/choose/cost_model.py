@@ -45,7 +45,7 @@ class CostModel:
         self.way = table if isinstance(table, Way) else Way(tables={table.precision: table}, cache=table.precision)
         self.library, self.table, self.work = library, self.way.first, work
         self.reduces, self.tp = reduces, 1 if reduces is None else reduces.tp
-        self.own = structure = library.structure.share(self.tp)  # what one rank runs of the parent
+        self.own = structure = library.origin.share(self.tp)  # what one rank runs of the parent
         work.check_fits(structure.max_length)
         self.bytes_per_element = PRECISION_BYTES[self.table.precision]
         self.batches = self.way.batches
@@ -150,7 +150,7 @@ class CostModel:
     def stream(self, batch: int) -> int:
         """Bytes of the two tensors that come into a sub-block, of the prompts that go through together."""
         rows = self.work.input_len * min(batch, self._prompts_together())
-        return 2 * rows * self.library.structure.hidden_size * FIXED_BYTES[self.table.precision]
+        return 2 * rows * self.library.origin.hidden_size * FIXED_BYTES[self.table.precision]
 
     def workspace(self, batch: int) -> int:
         """Bytes beside weights and caches: the stream that comes into a sub-block, and what the sub-block of this library that
@@ -197,8 +197,8 @@ class CostModel:
         count = self.own.num_fixed_parameters
         return self._timed([self.part_seconds(part, batch) for part in self.ends], self.host_seconds(batch)) | {
             "memory_bytes": count * FIXED_BYTES[self.table.precision] + self.workspace(batch),
-            "num_parameters": self.library.structure.num_fixed_parameters,
-            "active_parameters": self.library.structure.num_fixed_parameters,
+            "num_parameters": self.library.origin.num_fixed_parameters,
+            "active_parameters": self.library.origin.num_fixed_parameters,
         }
 
     def _timed(self, parts: list[tuple[float, float]], host: float) -> dict[str, float]:
@@ -304,6 +304,6 @@ class CostModel:
 
     def best_parent(self, memory: int | None) -> Prediction:
         """The parent at its own best batch that fits `memory` (at the smallest batch when none does)."""
-        found = [self.predict(self.library.structure.layers, b) for b in self.every_batch]
+        found = [self.predict(self.library.origin.layers, b) for b in self.every_batch]
         fitting = [p for p in found if memory is None or p.memory_bytes <= memory] or found[:1]
         return max(fitting, key=lambda p: p.tokens_per_second)

@@ -50,7 +50,7 @@ class WideFfn:
 
     def __init__(self, costs: CostModel):
         self.costs = costs
-        own = {layer.get("ffn") for layer in costs.library.structure.layers}
+        own = {layer.get("ffn") for layer in costs.library.origin.layers}
         gated = [ffn for ffn in own if isinstance(ffn, SwiGLU)]
         if len(gated) != 1 or len(own) != 1:
             kinds = ", ".join(sorted("nothing" if ffn is None else ffn.key() for ffn in own))

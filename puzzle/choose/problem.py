@@ -220,7 +220,7 @@ class Selection:
         """The limits of all workloads; those of further ones carry their suffix."""
         demands = self.demands
         if self.request.same_batch:
-            there = self.whole.predict(self.whole.library.structure.layers, batch)
+            there = self.whole.predict(self.whole.library.origin.layers, batch)
             demands = (replace(demands[0], parent=there), *demands[1:])
         found = [c for one in demands for c in limits_of(one, one.at(batch))]
         goal = self.goal
@@ -282,7 +282,7 @@ def select(
     ):
         batch = parent.batch
     if batch is not None:
-        parent = costs.predict(library.structure.layers, batch)
+        parent = costs.predict(library.origin.layers, batch)
     limit = card if memory is None else int(memory.absolute(parent.memory_bytes))
     others = tuple(demand(one, library, table, limit, request.reduces) for one in request.also)
     if memory is None and card is not None:

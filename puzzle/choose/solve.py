@@ -238,7 +238,7 @@ def _certified(problem: Problem, choice: dict[str, str], solution: Solution) -> 
 def architecture(selection: Selection, batch: int, solution: Solution) -> Architecture:
     """One solution at one batch size, with what is promised for it."""
     library, costs, parent = selection.library, selection.costs, selection.parent
-    cells, structure = selection.chosen(solution), selection.whole.library.structure
+    cells, structure = selection.chosen(solution), selection.whole.library.origin
     whole, point = structure.layers, None if library is selection.whole.library else library.point
     child, layers = predicted(selection, costs, cells, batch), [cell.sub_blocks for cell in cells]
     same = selection.whole.predict(whole, batch)
@@ -247,7 +247,7 @@ def architecture(selection: Selection, batch: int, solution: Solution) -> Archit
         puzzle=__version__,
         parent_fingerprint=library.fingerprint,
         synthetic_scores=bool(library.facts.get("synthetic_scores")),
-        parent=library.structure,
+        parent=library.origin,
         point=None if point is None else asdict(point),
         whole=None if point is None else structure,
         layers=tuple(cell.choices(costs.table.precision) for cell in cells),
@@ -327,7 +327,7 @@ def open_costs(
     library: Library, gpu: str, name: str | None, engine: str = "puzzle", tp: int = 1
 ) -> CostTable | EngineModel:
     """Measured costs of our own runtime, of the shares of `tp` ranks, or the fitted model of a serving engine."""
-    structure = library.structure
+    structure = library.origin
     if engine != "puzzle":
         return open_engine(engine, gpu, (structure, structure.usual), name=name, measured=library.root / "costs")
     head: list[Part] = [end for end in ends_of(structure.share(tp)) if isinstance(end, Head)]

@@ -12,13 +12,28 @@ from puzzle.base.units import parse_count
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
-MODES = (Mode("with `no_score`", lambda p: not p["score"], unused="score_sequences joint"),)
+MODES = (
+    Mode("with `no_score`", lambda p: not p["score"], unused="score_sequences joint"),
+    Mode(
+        "with `inputs_from`",
+        lambda p: p["inputs_from"] is not None,
+        unused="origin attention ffn calibration_sequences nested group_size",
+    ),
+    Mode("without `inputs_from`", lambda p: p["inputs_from"] is None, unused="mix"),
+)
 
 
 @click.command("build-library", cls=Verb, modes=MODES)
 @click.argument("source", metavar="PARENT")
 @options.data
 @click.option("--out", type=options.PATH, required=True, metavar="LIB", help="Library directory; new or to continue.")
+@click.option(
+    "--origin", metavar="MODEL", help="What PARENT, a healed child, was made of: names, costs and goals are of it."
+)
+@click.option(
+    "--inputs-from", type=options.PATH, metavar="ARCHITECTURE", help="Its blocks learn again, on what the child gives."
+)
+@click.option("--mix", type=float, default=0.5, help="Share of a batch that is the child's then.")
 @click.option("--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
 @click.option(
     "--ffn",
@@ -77,6 +92,8 @@ def build_library_command(
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library Qwen/Qwen3-30B-A3B --data corpus --ffn experts=96,experts=64-topk=6,width=0.5,none --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib
+      puzzle build-library healed --origin examples/parent --data corpus.jsonl --out lib-2
+      puzzle build-library examples/parent --inputs-from lib/solution --data corpus.jsonl --lr 1e-3 --out lib-again
       torchrun --nproc-per-node 8 -m puzzle.cli build-library parent --data corpus.jsonl --out lib
     """
     num_tokens = parse_count("tokens", tokens, least=0)

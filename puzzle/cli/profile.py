@@ -190,7 +190,7 @@ def _run(
         raise UserError("`run` needs `engine`: name the one that is installed, such as --engine vllm")
     check_engine(engine)
     opened = None if library is None else Library.open(library)
-    name, structure = (shapes, known_structure(shapes or "")) if opened is None else (opened.name, opened.structure)
+    name, structure = (shapes, known_structure(shapes or "")) if opened is None else (opened.name, opened.origin)
     precision = "fp8" if fp8 else "float32" if gpu == "cpu" else "bf16"
     how, asked = Engine(gpu=gpu, python=python, reader=reader, precision=precision), stage.EngineGrid(**grid)
     folder = (out or (library / "costs" if library else Path("costs"))) / gpu / engine / f"{name}{'-fp8' * fp8}"

@@ -218,6 +218,7 @@ def print_result(result: dict[str, Any]) -> None:
 
     predicted, measured = result["predicted"], result["measured"]
     parent, child = result["parent"], result["child"]
+    of_the_last = ", of the last step alone" if "steps" in result else ""
     parents = f"{parent['predicted_tokens_per_second']:.5g}", told(parent["tokens_per_second"], "{:.5g}".format)
     rows = [
         ("speed-up", f"{predicted['speedup']:.3g}x", told(measured["speedup"], "{:.3g}x".format)),
@@ -225,7 +226,11 @@ def print_result(result: dict[str, Any]) -> None:
         ("the parent's tokens/s", *parents),
         ("weights and KV cache", bytes_text(predicted["memory_bytes"]), told(measured["memory_bytes"], bytes_text)),
         ("KV bytes per token", predicted["kv_bytes_per_token"], measured["kv_bytes_per_token"]),
-        ("KL to the parent, nats/token", f"{child['sum_of_scores']:.4f} (sum of scores)", f"{child['kl']:.4f}"),
+        (
+            "KL to the parent, nats/token",
+            f"{child['sum_of_scores']:.4f} (sum of scores{of_the_last})",
+            f"{child['kl']:.4f}",
+        ),
         ("held-out loss", f"parent {parent['loss']:.4f}", f"{child['loss']:.4f}"),
     ]
     print_table("promised and delivered", ("", "predicted", "measured"), rows)

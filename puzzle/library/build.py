@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,10 +30,11 @@ from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, parse_layers
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
-from puzzle.blocklib.sub_block import ParentBlock
-from puzzle.blocklib.variant import bundles, search_spaces, variant_of
+from puzzle.blocklib.sub_block import ParentBlock, Variant
+from puzzle.blocklib.variant import bundles, made_of, search_spaces
 from puzzle.data.packing import TokenData, load_tokens
-from puzzle.library.describe import write_library
+from puzzle.library.coupled import Coupled
+from puzzle.library.describe import origin_facts, write_library
 from puzzle.library.plan import BuildPlan, plan_build
 from puzzle.library.snapshot import Snapshots
 from puzzle.library.store import BlockStore
@@ -51,11 +52,16 @@ BlockKey = tuple[int, str, str]  # (layer, slot, variant)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """What `puzzle build-library` was asked for. tokens: to train on, rounded up to whole steps; 0 leaves the blocks as
-    initialised. nested: narrower FFNs of a layer are trained as the first channels of one. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
+    initialised. origin: where the parent is a healed child, the model that it was made of: names of variants, costs and goals are of that.
+    inputs_from: an architecture whose blocks learn again on what the child gives (`coupled`), in `mix` of every batch.
+    nested: narrower FFNs of a layer are trained as the first channels of one. attention, ffn: what to offer in the slots of that name; None: what each place takes by default. Raises
     UserError for a number out of range."""
 
     data: list[str]
     out: Path
+    origin: str | None = None
+    inputs_from: Path | None = None
+    mix: float = 0.5
     attention: str | None = None
     ffn: str | None = None
     layers: str | None = None
@@ -76,6 +82,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         check_positive(self, "seq_len", "batch_size", "lr", "calibration_sequences", "validation_sequences")
         check_positive(self, "group_size", "memory_limit")
+        if not 0 < self.mix <= 1:
+            raise UserError(f"`mix` {self.mix:g}: the child's share of a batch, above 0 and at most 1")
         if self.tokens < 0:
             raise UserError(f"`tokens` {self.tokens}: must be 0 or more")
 
@@ -102,8 +110,20 @@ class Builder:
         self.dtype = compute_dtype(self.device)
         count = self.structure.num_layers
         chosen = range(count) if options.layers is None else parse_layers("layers", options.layers, count)
-        layers = {index: self.structure.layers[index] for index in chosen}
-        self.spaces = search_spaces(layers, {"attention": options.attention, "ffn": options.ffn})
+        self.origin = None if options.origin is None else open_origin(options.origin, parent)
+        self.origins = (self.origin or parent).structure.layers
+        layers, origins = ({n: some[n] for n in chosen} for some in (self.structure.layers, self.origins))
+        self.spaces = search_spaces(layers, {"attention": options.attention, "ffn": options.ffn}, origins)
+        self.coupled: Coupled | None = None
+        if options.inputs_from is not None:
+            self.coupled = Coupled(
+                options.inputs_from, options.mix, {*chosen}, parent.checkpoint.fingerprint(), options.out
+            )
+            self.spaces = self.coupled.spaces
+            if self.ranks.world > 1:
+                raise UserError(
+                    f"`inputs_from` with {self.ranks.world} processes: both streams pass through one; start it without torchrun"
+                )
         self.store = BlockStore(options.out)
         self.stored_dtype = parent.final_norm().dtype
         self.train_seconds = 0.0  # wall time of the training steps so far
@@ -119,10 +139,10 @@ class Builder:
             torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_limit / total), self.device)
 
     def plan(self) -> BuildPlan:
-        return plan_build(
+        found = plan_build(
             self.structure,
             self.spaces,
-            self.recipe,
+            self.recipe if self.coupled is None else replace(self.recipe, batch_size=self.rows),
             memory_bytes=self.ranks.memory(self.options.memory_limit),
             compute_bytes=self.dtype.itemsize,
             stored_bytes=self.stored_dtype.itemsize,
@@ -132,6 +152,19 @@ class Builder:
             world=self.ranks.world,
             nested=self.options.nested,
         )
+        if self.coupled is None:
+            return found
+        if len(found.groups) > 1:
+            raise UserError(
+                f"`inputs_from`: the child's blocks learn at once, and need {len(found.groups)} groups within this memory: use a smaller "
+                "`batch_size`, fewer `layers`, or a larger `memory_limit`"
+            )
+        return replace(found, num_tokens=self.recipe.num_steps * self.recipe.batch_size * self.recipe.seq_len)
+
+    @property
+    def rows(self) -> int:
+        """Of a batch that passes through, the child's too."""
+        return self.recipe.batch_size + (0 if self.coupled is None else self.coupled.childs(self.recipe.batch_size))
 
     def load_data(self) -> TokenData:
         recipe = self.recipe
@@ -149,7 +182,13 @@ class Builder:
         """Train what is missing. Finished blocks of the same content key are kept as they are."""
         out, ranks = self.options.out, self.ranks
         if ranks.is_first:
-            write_library(out, self.parent, data, self.recipe, self.options.seed, self.spaces)
+            offered = self.spaces if self.coupled is None else self.coupled.every
+            first = None if self.origin is None else origin_facts(self.origin)
+            if self.coupled is not None:
+                first = self.coupled.library.facts.get("origin")
+            write_library(out, self.parent, data, self.recipe, self.options.seed, offered, first)
+        if self.coupled is not None:
+            self.coupled.put(out)
         self._keys = self._content_keys(data)
         ends = [group[-1] + 1 for group in self.plan().groups]
         groups = [
@@ -244,15 +283,17 @@ class Builder:
         for (index, slot), block in blocks.items() if mine else ():
             part = parts[index, slot]
             with torch.no_grad(), autocast(self.device):
-                block.statistics = part.calibrate(streams)
+                block.statistics = part.calibrate(streams) if streams else None
                 streams = [x + part(x, ropes) for x in streams]
             shared = (block, self.recipe, self.device, self._lr)
             trainers[index, slot] = [
-                VariantTrainer(index, slot, [variant_of(block.sub_block, name, slot) for name in names], *shared)
+                VariantTrainer(index, slot, [self.variant(index, slot, name) for name in names], *shared)
                 for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
                 if (index, slot, names[0]) in mine
             ]
             block.statistics = None
+        if self.coupled is not None:
+            self.coupled.load(parts, trainers, self._embedding)
         return parts, trainers
 
     def through(
@@ -261,9 +302,11 @@ class Builder:
         trainers: Trainers,
         ropes: Ropes,
         x: Tensor,
-        show: Callable[[VariantTrainer, Shown], None] = VariantTrainer.step,
+        show: Callable[[VariantTrainer, Shown], list[Tensor]] = VariantTrainer.step,
     ) -> Tensor:
         """The parent on x; every trainer is shown what enters its sub-block and what the parent adds there. [B, T, H] each"""
+        if self.coupled is not None:
+            return self.coupled.through(parts, trainers, ropes, x, show)
         for place, part in parts.items():
             shown = Shown(part, x, ropes)
             for trainer in trainers.get(place, ()):
@@ -283,12 +326,20 @@ class Builder:
     @property
     def num_calibration(self) -> int:
         """Batches that initialise the variants: the first ones of the training data."""
-        return -(-self.recipe.calibration_sequences // self.recipe.batch_size)
+        return 0 if self.coupled is not None else -(-self.recipe.calibration_sequences // self.recipe.batch_size)
 
     @property
     def num_batches(self) -> int:
         """Training batches that pass through the parent."""
         return max(self.recipe.num_steps, self.num_calibration)
+
+    def variant(self, index: int, slot: str, name: str) -> Variant:
+        """What stands in for the parent, by its name in the space."""
+        if self.coupled is not None:
+            return self.coupled.variant(index, slot, name)
+        found = made_of(self.structure.layers[index][slot], self.origins[index][slot], name, slot)
+        assert found is not None, "what the space offers can be made"
+        return found
 
     # -- small parts -----------------------------------------------------------------------------------------
 
@@ -298,7 +349,8 @@ class Builder:
             ids = self._data.train_batch(step, size)
         else:
             ids = self._data.validation[step * size : (step + 1) * size].long()
-        return embed(ids.to(self.device), self._embedding, self.structure.embedding_scale)
+        x = embed(ids.to(self.device), self._embedding, self.structure.embedding_scale)
+        return x if self.coupled is None else self.coupled.doubled(x)
 
     def _like(self, split: Split, step: int) -> Tensor:
         """An empty batch of the residual stream. [B, T, H]"""
@@ -311,6 +363,8 @@ class Builder:
         """Of every block to train: what its bytes depend on, the others of a nest too."""
         fingerprint = self.parent.checkpoint.fingerprint()
         common = [fingerprint, asdict(self.recipe), data.hash, self.device.type]
+        common += [] if self.origin is None else [self.origin.structure.to_json()]
+        common += [] if self.coupled is None else self.coupled.key()
         return {
             (layer, slot, name): content_hash([layer, slot, name, *common, *([names] if len(names) > 1 else [])])
             for layer, slots in self.spaces.items()
@@ -320,14 +374,14 @@ class Builder:
         }
 
     def _missing(self) -> list[BlockKey]:
-        """Blocks that are not there yet; of a nest all or none."""
+        """Blocks that are not there yet; of a nest, or of blocks that learn from each other, all or none."""
         found: list[BlockKey] = []
         for layer, slots in self.spaces.items():
             for slot, space in slots.items():
                 for names in bundles(space, self.options.nested):
                     keys = [(layer, slot, name) for name in names]
                     found += [] if all(self.store.has(*key, self._keys[key]) for key in keys) else keys
-        return found
+        return [*self._keys] if found and self.coupled is not None else found
 
     def _write_blocks(self, trainers: Trainers) -> None:
         shown = [step * self.recipe.batch_size * self.recipe.seq_len for step in self.recipe.looks]
@@ -348,6 +402,19 @@ class Builder:
                     record["validation_curve"] = {"num_tokens": shown, "losses": found.losses}
                 spec = {"layer": index, "slot": slot, "variant": name, "sub_block": sub_block.key()}
                 self.store.write(index, slot, name, tensors, spec, record)
+
+
+def open_origin(source: str, child: HfModel) -> HfModel:
+    """The model that `child` was made of. Raises UserError where it has another structure around the layers, or other layers."""
+    origin = open_model(source)
+    if [*map(list, origin.structure.layers)] != [*map(list, child.structure.layers)] or (
+        origin.structure.with_layers(child.structure.layers) != child.structure
+    ):
+        raise UserError(
+            f"`origin` {source}: {child.source} has other layers, or another embedding, head or RoPE: give the model that it is a child of, "
+            "layer for layer"
+        )
+    return origin
 
 
 def build_library(source: str, options: BuildOptions) -> Path:

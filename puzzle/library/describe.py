@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from puzzle import __version__
 from puzzle.base.errors import UserError
@@ -19,12 +20,18 @@ from puzzle.parents.point import Point, point_of
 
 
 def write_library(
-    root: Path, parent: HfModel, data: TokenData, recipe: Recipe, seed: int, spaces: Mapping[int, Mapping[str, Space]]
+    root: Path,
+    parent: HfModel,
+    data: TokenData,
+    recipe: Recipe,
+    seed: int,
+    spaces: Mapping[int, Mapping[str, Space]],
+    first: Mapping[str, Any] | None = None,
 ) -> None:
-    """New, or the same parent with the search space widened. spaces: per layer and slot. Raises UserError for another parent."""
+    """New, or the same parent with the search space widened. spaces: per layer and slot; first: as `origin_facts`, where the parent is a
+    healed child. Raises UserError for another parent or origin."""
     fingerprint, point = parent.checkpoint.fingerprint(), point_of(parent.directory)
     path, source = root / "library.json", parent.source
-    local = Path(source).exists()
     layers: dict[str, dict[str, dict[str, str]]] = {}
     if path.is_file():
         old = read_any(path, "puzzle build-library")
@@ -34,23 +41,30 @@ def write_library(
                 f"library {root} was built from another parent (fingerprint {theirs[:12]}) than {source} "
                 f"({fingerprint[:12]}): use another `out`"
             )
+        if old.get("origin") != first:
+            before = (old.get("origin") or old["parent"])["name"]
+            raise UserError(
+                f"library {root} was built with names and goals of {before}: use another `out`, or the same `origin`"
+            )
         layers = old["layers"] if old.get("schema") == SCHEMA else {}
     for index, slots in spaces.items():
         there = layers.setdefault(str(index), {})
         for slot, space in slots.items():
             keys = {name: sub_block.key() for name, sub_block in space.items() if name != PARENT}
             there[slot] = there.get(slot, {}) | keys
+    local = Path(source).exists()
     facts = {
         "puzzle": __version__,
         "parent": {
             "source": os.path.relpath(Path(source).absolute(), root.absolute()) if local else source,
             "relative": local,
-            "name": _name(source, local, point),
+            "name": _name(source, point),
             "fingerprint": fingerprint,
             "config_hash": content_hash(parent.config),
             **({} if point is None else {"point": asdict(point)}),
         },
         "structure": parent.structure.to_json(),
+        **({} if first is None else {"origin": first}),
         "data": {
             "hash": data.hash,
             "num_documents": data.num_documents,
@@ -64,8 +78,13 @@ def write_library(
     write_json(path, facts, SCHEMA)
 
 
-def _name(source: str, local: bool, point: Point | None) -> str:
+def origin_facts(origin: HfModel) -> dict[str, Any]:
+    """What library.json says of the model that names and goals are of."""
+    return {"name": _name(origin.source, point_of(origin.directory)), "structure": origin.structure.to_json()}
+
+
+def _name(source: str, point: Point | None) -> str:
     """Of the parent, as children's cards call it."""
     if point is not None:
         return f"{point.name}-{point.hidden_size}x{point.num_layers}"
-    return Path(source).absolute().name if local else source.replace("/", "--")
+    return Path(source).absolute().name if Path(source).exists() else source.replace("/", "--")

@@ -13,7 +13,7 @@ from puzzle.base.replay import WARM_UP, Replayed
 from puzzle.blocklib.distill import VariantTrainer
 from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import ParentBlock
-from puzzle.blocklib.variant import bundles, variant_of
+from puzzle.blocklib.variant import bundles
 from puzzle.library.build import Builder
 from puzzle.library.plan import BuildPlan, describe, training_flops
 
@@ -25,7 +25,7 @@ def layer_step(builder: Builder) -> tuple[Replayed, Tensor]:
     random of the right shape: nothing is read or written."""
     structure, recipe, device = builder.structure, builder.recipe, builder.device
     dtype, first = compute_dtype(device), min(builder.spaces)
-    x = torch.randn(recipe.batch_size, recipe.seq_len, structure.hidden_size, device=device, dtype=dtype)
+    x = torch.randn(builder.rows, recipe.seq_len, structure.hidden_size, device=device, dtype=dtype)
     ropes = {name: rope.tables(recipe.seq_len, device) for name, rope in structure.ropes.items()}
     lr = torch.full((), recipe.lr, device=device)
     parts, trainers = {}, {}
@@ -36,7 +36,7 @@ def layer_step(builder: Builder) -> tuple[Replayed, Tensor]:
         block.statistics = part.calibrate([x[:1]])
         together = bundles(builder.spaces[first][slot], builder.options.nested)
         trainers[first, slot] = [
-            VariantTrainer(first, slot, [variant_of(sub_block, n, slot) for n in names], block, recipe, device, lr)
+            VariantTrainer(first, slot, [builder.variant(first, slot, n) for n in names], block, recipe, device, lr)
             for names in together
         ]
     return Replayed(lambda x: builder.through(parts, trainers, ropes, x)), x

@@ -2,9 +2,9 @@
 
 {"schema": 2, "parent": {"source", "name", "fingerprint", …, of a sliced one "point"}, "structure": {… "layers": [{"attention": key, "ffn": key}, …]},
  "data": {…}, "recipe": {…}, "seed": 0, "stored_dtype": "bfloat16",
- "layers": {"0": {"attention": {"kv2": key, "none": "none"}, "ffn": {"0.5": key, …}}, …}}
+ "layers": {"0": {"attention": {"kv2": key, "none": "none"}, "ffn": {"0.5": key, …}}, …}, "origin": {"name", "structure"}}
 
-A key is a sub-block's text form (`puzzle.blocklib.sub_block`). Layers that are not named keep the parent's sub-blocks.
+origin: only where the parent is a healed child: the model that it was made of, which names, costs and goals are of. A key is a sub-block's text form (`puzzle.blocklib.sub_block`). Layers that are not named keep the parent's sub-blocks.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ def score_name(replacement: Replacement) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One library directory, its library.json already read. structure: the parent's. spaces: per layer and slot."""
+    """One library directory, its library.json already read. structure: the parent's. spaces: per layer and slot. origin: of the model that
+    costs and goals are held against, the parent but where that is a healed child of another one."""
 
     root: Path
     facts: dict[str, Any]
     structure: Structure
     spaces: tuple[dict[str, Space], ...]
+    origin: Structure
 
     @classmethod
     def open(cls, root: Path) -> Library:
@@ -66,6 +68,8 @@ class Library:
             )
         try:
             structure = Structure.from_json(facts["structure"])
+            first = facts.get("origin")
+            origin = structure if first is None else Structure.from_json(first["structure"])
             trained = [facts["layers"].get(str(index), {}) for index in range(structure.num_layers)]
             spaces = tuple(
                 {
@@ -78,7 +82,7 @@ class Library:
             raise UserError(
                 f"{path} is broken ({error}): run `puzzle build-library` again, it keeps all blocks"
             ) from error
-        return cls(root, facts, structure, spaces)
+        return cls(root, facts, structure, spaces, origin)
 
     @property
     def num_layers(self) -> int:
@@ -87,12 +91,12 @@ class Library:
     @property
     def layers(self) -> list[int]:
         """The layers that have alternatives; the others keep the parent's sub-blocks."""
-        return sorted(map(int, self.facts["layers"]))
+        return sorted(int(layer) for layer, slots in self.facts["layers"].items() if any(slots.values()))
 
     @property
     def name(self) -> str:
-        """Of the parent."""
-        return self.facts["parent"]["name"]
+        """Of the parent, or of its origin."""
+        return (self.facts.get("origin") or self.facts["parent"])["name"]
 
     @property
     def fingerprint(self) -> str:
@@ -117,7 +121,7 @@ class Library:
     def shareable(self, tp: int) -> tuple[Library, list[str]]:
         """This library without the variants that `tp` ranks cannot share, and the names of these. Raises UserError where they cannot
         share the parent."""
-        self.structure.share(tp)
+        self.origin.share(tp)
         return self.where(lambda sub_block: sub_block.can_share(tp))
 
     def where(self, kept: Callable[[SubBlock], bool]) -> tuple[Library, list[str]]:

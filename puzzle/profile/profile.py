@@ -69,9 +69,9 @@ class Subject:
 
 
 def subject_of(library: Library) -> Subject:
-    """A library's parent with the library's variants."""
+    """A library's parent, or its origin, with the library's variants."""
     offered = dict.fromkeys((s, b) for space in library.spaces for s, names in space.items() for b in names.values())
-    return Subject(name=library.name, structure=library.structure, offered=tuple(offered))
+    return Subject(name=library.name, structure=library.origin, offered=tuple(offered))
 
 
 def subject_named(name: str, structure: Structure, tp: int = 1) -> Subject:

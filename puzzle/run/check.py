@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from puzzle.base.device import check_gpu
@@ -14,7 +15,7 @@ from puzzle.base.ranks import running_ranks
 from puzzle.base.units import bytes_text, parse_layers
 from puzzle.base.workload import Workload
 from puzzle.blocklib.gqa import Gqa
-from puzzle.choose.goal import Goal, check_steps
+from puzzle.choose.goal import BY_OPTION, Goal, check_steps
 from puzzle.data.mixture import Stage
 from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child, no_tensors
@@ -76,6 +77,31 @@ def check_road(recipe: Recipe, build: BuildOptions, heal: HealOptions | None, ou
     _check_exports(recipe.export, builder, "fp8" in recipe.solve.precisions)
     _check_data(recipe, heal, opened)
     return builder
+
+
+def check_steps_cut(recipe: Recipe) -> None:
+    """Raise UserError for steps that do not lead to the goal, or for what does not go with them."""
+    if not recipe.steps:
+        return
+    if recipe.heal is None:
+        raise UserError(
+            "steps: the last child has no heal: add that section, with the tokens that it is to be healed on"
+        )
+    for name in ("fusion", "precision"):
+        if getattr(recipe.solve, name):
+            raise UserError(
+                f"solve.{name} does not go with steps, whose children are neither fused nor quantised: leave one of them out"
+            )
+    roads = list(recipe.roads.values())
+    for number, (one, after) in enumerate(pairwise(roads), 1):
+        mine, later = (road.goal.read().limits for road in (one, after))
+        for name in mine.keys() & later.keys():
+            here, there = mine[name], later[name]
+            cut = (there.value - here.value) * (1 if BY_OPTION[name].larger else -1)
+            if here.relative == there.relative and cut < 0:
+                raise UserError(
+                    f"steps.{number}.goal.{name} {here} asks for more than what comes after it, {there}: steps cut gradually"
+                )
 
 
 def check_run_directory(out: Path) -> None:

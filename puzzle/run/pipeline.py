@@ -1,7 +1,9 @@
 """The whole road as one resumable call: `puzzle run RECIPE.yaml --out RUN`.
 
 RUN/library, RUN/solution/architecture.json, RUN/child and, where the recipe asks for them, RUN/fused, RUN/healed and
-RUN/exports/NAME; RUN/recipe.json, what was asked for, RUN/stages.json, what is done, and last RUN/result.json. Everything is checked before anything is built.
+RUN/exports/NAME; RUN/recipe.json, what was asked for, RUN/stages.json, what is done, and last RUN/result.json. Everything is checked before
+anything is built. A recipe with steps has RUN/step-N/ before, as far as a healed child, which the next library is built of
+(`build-library --origin`).
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,10 +38,11 @@ from puzzle.library.manifest import Library, scores_path
 from puzzle.library.score import score_library
 from puzzle.measure.architecture import Architecture, read_architecture, write_architecture
 from puzzle.measure.evaluate import Evaluation, evaluate
+from puzzle.parents.opened import open_model
 from puzzle.profile.parts import shared_name
 from puzzle.profile.profile import profile, subject_of
-from puzzle.run.check import check_disk, check_road, grid_of, is_measured, profiled
-from puzzle.run.plan import disk_of, plan_road
+from puzzle.run.check import check_disk, check_road, check_steps_cut, grid_of, is_measured, profiled
+from puzzle.run.plan import disk_of, in_order, plan_road
 from puzzle.run.recipe import Recipe, naming
 from puzzle.run.shapes import check_weights
 
@@ -48,9 +52,15 @@ Show = Callable[[Architecture], None]
 class Run:
     """One run directory. Every stage skips what is complete, so running again continues where it was."""
 
-    def __init__(self, recipe: Recipe, out: Path, show: Show = lambda solved: None):
-        """show: what is done with the solution as soon as it is known."""
+    def __init__(self, recipe: Recipe, out: Path, show: Show = lambda solved: None, before: Run | None = None):
+        """show: what is done with the solution as soon as it is known. before: whose healed child the library is built of, in place of the
+        parent."""
         self.recipe, self.out, self.show = recipe, out, show
+        self.steps: dict[str, Run] = {}  # by what is put before the names of their stages
+        for name, one in recipe.roads.items():
+            if name:
+                before = self.steps[name] = Run(one, out / name.strip().replace(" ", "-"), show, before)
+        self.before = before
         check_weights(recipe)
         if not recipe.data:
             raise UserError("no data: add 'data:' to the recipe or pass `data`")
@@ -64,19 +74,41 @@ class Run:
         ] = {}  # of stages: the "key" of what they begin from, "seconds" once they are done
         self.gone: list[str] = []  # stages of this recipe; another one may have had more
 
-    def check(self) -> Builder:
-        """Raises UserError for all that can be known to be wrong beforehand."""
-        builder = check_road(self.recipe, self.build_options(), self.heal_options(self.recipe.parent), self.out)
-        size, library = builder.stored_dtype.itemsize, builder.plan().disk_bytes
-        check_disk(self.out, disk_of(self.recipe, builder.structure, size, library))
-        return builder
+    def check(self) -> dict[str, Builder]:
+        """The build of every road, planned. Raises UserError for all that can be known to be wrong beforehand."""
+        check_steps_cut(self.recipe)
+        disk: dict[str, int] = {}
+        found: dict[str, Builder] = {}
+        for name, one in self.roads.items():
+            made = one._made()
+            if made is not None and ("origin" in made.facts) != (one.before is not None):
+                raise UserError(
+                    f"{one.library} was built by a recipe with{'out' * (one.before is not None)} steps before it: give this recipe another "
+                    "`out`, and nothing of that one is lost"
+                )
+            with _told(name):  # no child is there yet: the parent stands for all of them
+                build = replace(one.build_options(), origin=None)
+                found[name] = builder = check_road(one.recipe, build, one.heal_options(one.recipe.parent), one.out)
+            size, library = builder.stored_dtype.itemsize, builder.plan().disk_bytes
+            disk |= {name + k: v for k, v in disk_of(one.recipe, builder.structure, size, library).items()}
+        check_disk(self.out, disk)
+        return found
 
     def plan(self) -> dict[str, Any]:
         """As `plan_road`, after the check."""
-        return plan_road(self.recipe, self.check(), self.heal_options(self.recipe.parent))
+        builders = self.check()
+        roads = self.roads.items()
+        plans = {n: plan_road(one.recipe, builders[n], one.heal_options(one.recipe.parent)) for n, one in roads}
+        return plans[""] | {"stages": in_order({name: planned["stages"] for name, planned in plans.items()})}
+
+    @property
+    def roads(self) -> dict[str, Run]:
+        """The steps and this one, by what is put before the names of their stages."""
+        return self.steps | {"": self}
 
     def build_options(self) -> BuildOptions:
-        return replace(self.recipe.build, data=self.recipe.data, out=self.library, **self.shared)
+        origin = None if self.before is None else self.recipe.parent
+        return replace(self.recipe.build, data=self.recipe.data, out=self.library, origin=origin, **self.shared)
 
     def heal_options(self, child: str) -> HealOptions | None:
         asked = self.recipe.heal
@@ -114,20 +146,43 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         """All stages; returns result.json's content."""
-        recipe, library, out, begin = self.recipe, self.library, self.out, time.monotonic()
+        begin = time.monotonic()
         self.check()
-        path = out / "stages.json"
+        self._begin()
+        for name, step in self.steps.items():
+            console.rule(f"[bold]{name.strip()}")
+            step._begin()
+            with _told(name):
+                step.child()
+        result = self._finish(*self.child())
+        console.print(f"done in {seconds_text(time.monotonic() - begin)}: {self.out / 'result.json'}")
+        return result
+
+    def _begin(self) -> None:
+        """What is in the directory from now on is ours."""
+        path = self.out / "stages.json"
         self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
-        write_json(path, {"stages": self.marks})  # what is in the directory from now on is ours
-        write_json(out / "recipe.json", json.loads(json.dumps(asdict(recipe), default=str)))
+        write_json(path, {"stages": self.marks})
+        write_json(self.out / "recipe.json", json.loads(json.dumps(asdict(self.recipe), default=str)))
+
+    def child(self) -> tuple[Architecture, Path, str]:
+        """The stages up to the last child on disk; with the key of what it comes from."""
+        recipe, library, out = self.recipe, self.library, self.out
         precisions = recipe.solve.precisions
         score = replace(recipe.scoring, **self.shared)
         build = self.build_options()
+        parent = recipe.parent
+        if self.before is not None:
+            parent, made = str(self.before.out / "healed"), self._made()
+            if made is not None and made.fingerprint != open_model(parent).checkpoint.fingerprint():
+                shutil.rmtree(library)  # of another child: a step before has changed
         options = content_hash([str(build), str(score), recipe.data])
         with holding(library):
-            self._stage("build-library", options, None, lambda: build_library(recipe.parent, build), "build")
+            self._stage("build-library", options, None, lambda: build_library(parent, build), "build")
             self._stage("score", options, None, lambda: score_library(library, recipe.data, score), "score")
-        if is_measured(recipe):
+        if is_measured(recipe) and self.before is not None:  # of the same sub-blocks, and some more
+            shutil.copytree(self.before.library / "costs", library / "costs", dirs_exist_ok=True)
+        elif is_measured(recipe):
             tp = recipe.solve.tp
             opened = recipe.solve.shared(Library.open(library), recipe.profile.gpu)
             grid, gpu = grid_of(recipe), recipe.profile.gpu
@@ -160,6 +215,15 @@ class Run:
                 healed, child = child, out / "quantised"
                 again = partial(export, open_source(healed), child, force=True, **self._as_solved(solved))
                 self._stage("quantised", key, child, again)
+        return solved, child, key
+
+    def _made(self) -> Library | None:
+        """The library of an earlier call."""
+        return Library.open(self.library) if (self.library / "library.json").is_file() else None
+
+    def _finish(self, solved: Architecture, child: Path, key: str) -> dict[str, Any]:
+        """Exports, evaluation, result.json."""
+        recipe, out = self.recipe, self.out
         exports = {one.name: child if one.is_the_child else out / "exports" / one.name for one in recipe.export}
         for one in recipe.export:
             if one.is_the_child:
@@ -181,7 +245,6 @@ class Run:
         self._stage("evaluate", key, None, lambda: measured.append(self._evaluate(child)), "evaluate", "workload")
         result = self._result(solved, measured[0], {name: str(path.relative_to(out)) for name, path in exports.items()})
         write_json(out / "result.json", result)
-        console.print(f"done in {seconds_text(time.monotonic() - begin)}: {out / 'result.json'}")
         return result
 
     def _costs_name(self, library: Library, precision: str | None) -> str:
@@ -241,15 +304,14 @@ class Run:
         """On the device that was profiled; the speed of a serving engine, or of several GPUs, is not this process's to measure."""
         recipe = self.recipe
         device = recipe.device if not is_measured(recipe) else "cpu" if recipe.profile.gpu == "cpu" else "cuda"
-        parent = Library.open(self.library).parent_source()
         options = replace(recipe.evaluate, **self.shared | {"device": device})
         work = recipe.workload if is_measured(recipe) and recipe.solve.tp == 1 else None
-        return evaluate(parent, str(child), recipe.data, options, work=work)
+        return evaluate(recipe.parent, str(child), recipe.data, options, work=work)
 
     def _result(self, solved: Architecture, measured: Evaluation, exports: dict[str, str]) -> dict[str, Any]:
         parent, child = measured.parent, measured.child
         slow, fast = parent.speed, child.speed
-        result = {
+        result: dict[str, Any] = {
             "requested": {**solved.goal, **asdict(solved.workload)},
             "predicted": {
                 "speedup": solved.speedup,
@@ -284,11 +346,31 @@ class Run:
             "exports": exports,
             "device": cpu_name() if measured.device == "cpu" else measured.device,
             "precision": measured.precision,
-            "seconds": {name: self.marks[name]["seconds"] for name in self.gone},
+            "seconds": {n + name: run.marks[name]["seconds"] for n, run in self.roads.items() for name in run.gone},
         }
         if measured.continuations is not None:
             result["continuations"] = measured.continuations
         if self.recipe.heal is not None:
-            record = read_json(self.out / "healed" / "heal.json", "puzzle run")
-            result["healed"] = {name: record[name] for name in ("before", "after", "num_tokens", "seconds")}
+            result["healed"] = self._healed()
+        if self.steps:
+            result["steps"] = [step._on_the_way() for step in self.steps.values()]
         return result
+
+    def _healed(self) -> dict[str, Any]:
+        record = read_json(self.out / "healed" / "heal.json", "puzzle run")
+        return {name: record[name] for name in ("before", "after", "num_tokens", "seconds")}
+
+    def _on_the_way(self) -> dict[str, Any]:
+        """What result.json says of a step: goals and speed-ups are held against the parent, scores are of the step's own library."""
+        solved = read_architecture(self.out / "solution" / "architecture.json")
+        told = {"goal": solved.goal, "speedup": solved.speedup, "memory_bytes": solved.predicted.memory_bytes}
+        return told | {"sum_of_scores": solved.objective, "healed": self._healed()}
+
+
+@contextmanager
+def _told(step: str) -> Iterator[None]:
+    """Errors inside say which step it was."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{step.strip()}: {error}" if step else str(error)) from error

@@ -7,7 +7,7 @@ Where the parent is the name of known shapes, nothing can be timed: all is compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,6 +73,13 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
     memory = partial(Memory.of, builder.device)
     road = Road(recipe, builder.structure, builder.spaces, builder.dtype.itemsize, rate, memory)
     return {"build": build, "stages": road.stages(own, healing, disk)}
+
+
+def in_order(roads: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
+    """The stages of all roads, by the prefix of their names: costs are measured on the first, and evaluated is the last child."""
+    first, last = next(iter(roads)), list(roads)[-1]
+    once = {"profile": first, "evaluate": last}
+    return {p + name: row for p, rows in roads.items() for name, row in rows.items() if once.get(name, p) == p}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import yaml
 
 from puzzle.base.errors import UserError, nearest, renaming
 from puzzle.base.workload import Workload
-from puzzle.choose.goal import GoalOptions
+from puzzle.choose.goal import BY_OPTION, GoalOptions
 from puzzle.choose.options import SolveOptions
 from puzzle.export.engines import ENGINES, ExportOptions
 from puzzle.fuse.verb import FuseOptions
@@ -34,13 +34,31 @@ LISTS = (
     "solve.precision",
 )  # names or ranges
 SHARED = ("data", "out", "text_field", "device")  # one value for all stages, outside the sections
-OF_THE_RUN = ("child", "library", "force", "dry_run", "dependency_only")  # what the road itself says
+OF_THE_RUN = (
+    "child",
+    "origin",
+    "inputs_from",
+    "mix",
+    "library",
+    "force",
+    "dry_run",
+    "dependency_only",
+)  # what the road itself says
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A child on the way: solved for this goal, of blocks that were built so, healed so, and the parent of what comes next."""
+
+    build: BuildOptions
+    goal: GoalOptions
+    heal: HealOptions
 
 
 @dataclass(kw_only=True, slots=True)
 class Recipe:
     """parent and data: paths relative to the recipe file, or absolute; a parent may be a hub id. fuse, heal: None leaves the stage
-    out. export: what is written of the child at the end of the road."""
+    stage out. export: what is written of the child at the end of the road. steps: children on the way to it."""
 
     parent: str
     data: list[str] = field(default_factory=list)
@@ -56,6 +74,14 @@ class Recipe:
     heal: HealOptions | None = None
     export: tuple[ExportOptions, ...] = (ExportOptions(format="hf"),)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def roads(self) -> dict[str, Recipe]:
+        """What is gone one after another, by what is put before the names of its stages: every step up to its healing, then the rest."""
+        usual = {"steps": (), "fuse": None, "export": (ExportOptions(format="hf"),)}
+        steps = [replace(self, build=s.build, goal=s.goal, heal=s.heal, **usual) for s in self.steps]  # type: ignore[arg-type]
+        return {f"step {n} ": one for n, one in enumerate(steps, 1)} | {"": replace(self, steps=())}
 
     @property
     def scoring(self) -> ScoreOptions:
@@ -103,7 +129,7 @@ def _recipe(raw: dict[str, Any], here: Path) -> Recipe:
     _refuse_unknown(raw, [f.name for f in fields(Recipe)], "")
     hints = get_type_hints(Recipe)
     values: dict[str, Any] = {
-        key: _typed(raw[key], hints[key], key) for key in raw if key not in (*SECTIONS, "data", "export")
+        key: _typed(raw[key], hints[key], key) for key in raw if key not in (*SECTIONS, "data", "export", "steps")
     }
     recipe = Recipe(**values, data=_data(raw.get("data"), here))
     if raw.get("export") is not None:
@@ -111,8 +137,11 @@ def _recipe(raw: dict[str, Any], here: Path) -> Recipe:
     for name in SECTIONS:
         if raw.get(name) is not None:
             setattr(recipe, name, _section(raw[name], getattr(recipe, name) or OPTIONAL[name], name, here))
+    if raw.get("steps") is not None:
+        recipe.steps = _steps(raw["steps"], recipe, here)
     with naming("goal"):
-        recipe.goal.read()
+        for one in recipe.roads.values():
+            one.goal.read()
     if "seq_len" not in (raw.get("evaluate") or {}):
         recipe.evaluate = replace(recipe.evaluate, seq_len=recipe.build.seq_len)
     if (here / recipe.parent).exists():
@@ -129,6 +158,28 @@ def _section(raw: Any, usual: Options, name: str, here: Path) -> Options:
     typed = {key: _typed(value, hints[key], f"{name}.{key}", here) for key, value in raw.items()}
     with naming(name):
         return replace(usual, **typed)  # type: ignore[type-var]
+
+
+def _steps(raw: Any, recipe: Recipe, here: Path) -> tuple[Step, ...]:
+    """Each has the recipe's own build, heal and goal, but for what it says, and for the recipe's limits, in place of which it names its
+    own."""
+    found = []
+    goal = replace(recipe.goal, **dict.fromkeys(BY_OPTION))  # type: ignore[arg-type]
+    usual: dict[str, Any] = {"build": recipe.build, "goal": goal, "heal": recipe.heal or OPTIONAL["heal"]}
+    for number, one in enumerate(raw if isinstance(raw, list) else [raw], 1):
+        prefix = f"steps.{number}"
+        if not isinstance(one, dict) or not isinstance(one.get("goal"), dict):
+            raise UserError(f"{prefix} names no goal: write a list of steps such as '- goal: {{throughput: 1.4x}}'")
+        _refuse_unknown(one, list(usual), f"{prefix}.")
+        if told := next((k for k in ("attention", "ffn", "layers") if k in (one.get("build") or {})), None):
+            raise UserError(
+                f"{prefix}.build.{told}: all steps choose from what build.{told} offers, whose costs are measured once: leave it out"
+            )
+        try:
+            found.append(Step(**{name: _section(one.get(name) or {}, usual[name], name, here) for name in usual}))
+        except UserError as error:
+            raise UserError(f"{prefix}: {error}") from error
+    return tuple(found)
 
 
 def _exports(raw: Any, here: Path) -> tuple[ExportOptions, ...]:

@@ -20,8 +20,8 @@ from puzzle.heal.settings import HealOptions
 from puzzle.library.plan import forward_flops, plan_build, trained, training_flops
 from puzzle.parents.known import STRUCTURES, known_structure
 from puzzle.parents.structure import Structure
-from puzzle.run.check import check_goal, check_grid, is_measured
-from puzzle.run.plan import Road, Row, disk_of
+from puzzle.run.check import check_goal, check_grid, check_steps_cut, is_measured
+from puzzle.run.plan import Road, Row, disk_of, in_order
 from puzzle.run.recipe import Recipe, naming
 from puzzle.runtime.residency import Memory
 
@@ -52,6 +52,13 @@ def plan_shapes(recipe: Recipe) -> dict[str, Any]:
     between one layer and the next; card_bytes, host_bytes: what a GPU has, and what is beside it. Raises UserError for what can be
     seen to be wrong without a checkpoint.
     """
+    check_steps_cut(recipe)
+    plans = {name: _plan_one(one) for name, one in recipe.roads.items()}
+    return plans[""] | {"stages": in_order({name: planned["stages"] for name, planned in plans.items()})}
+
+
+def _plan_one(recipe: Recipe) -> dict[str, Any]:
+    """Of a recipe without steps."""
     structure, card = known_structure(recipe.parent), gpu_facts(recipe.profile.gpu.split("-")[0])
     with naming("goal", "workload", "solve", "profile"):
         recipe.solve.check()

@@ -32,7 +32,7 @@ DUMMY, SMALL = kv(1), replace(width(256), bias=True)
 def tiny_library() -> Library:
     """Two layers of hidden 256, 8 query heads of 32."""
     structure = tiny_child("kv-heads").around.with_layers([{"attention": FULL, "ffn": FFN}] * 2)
-    return Library(Path("tiny"), {}, structure, (SPACE, SPACE))
+    return Library(Path("tiny"), {}, structure, (SPACE, SPACE), structure)
 
 
 def priced(library: Library, engine: str, constants: Constants | None = None) -> CostModel:

@@ -11,6 +11,8 @@ from puzzle.cli.modes import Verb
 # (verb, what puts it into the mode, the mode's words)
 CASES = [
     ("build-library", ("p", "--out", "x", "--no-score"), "with --no-score"),
+    ("build-library", ("p", "--out", "x", "--inputs-from", "y"), "with --inputs-from"),
+    ("build-library", ("p", "--out", "x", "--data", "y"), "without --inputs-from"),
     ("profile", ("--gpu", "h100", "--engine", "vllm", "--fit", "x.csv"), "with --engine and --fit"),
     ("profile", ("--gpu", "h100", "--engine", "vllm", "--run"), "with --run"),
     ("profile", ("lib", "--gpu", "h100"), "without --run"),

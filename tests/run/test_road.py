@@ -13,9 +13,11 @@ import torch
 import yaml
 
 from puzzle.base import device
+from puzzle.choose.cost_model import CostModel
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import read_architecture
 from puzzle.measure.evaluate import evaluate
+from puzzle.profile.cost_table import CostTable
 from puzzle.run import check, pipeline
 from puzzle.run.recipe import read_recipe
 from puzzle.runtime.model import load_model
@@ -116,6 +118,93 @@ def test_children_are_measured(puzzle, write, tmp_path):
     assert json.loads(planned.stdout)["stages"]["solve"]["memory_bytes"] > 0
 
 
+STEPPED = {
+    "goal": {"throughput": None, "params": "62%"}, "solve": {"also": [], "explain": False}, "export": None,
+    "steps": [{"goal": {"params": "80%"}, "build": {"tokens": 512}, "heal": {"tokens": 512}}],
+}  # fmt: skip
+
+
+def test_steps(puzzle, one_line_error, write, parent, corpus, tmp_path):
+    """Each is solved for a goal of the first parent's, healed by it, and the parent of the next; costs are measured once."""
+    out, recipe = tmp_path / "run", write(**STEPPED)
+    done = puzzle("run", recipe, "--out", out, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads(done.stdout)
+    first = ["build-library", "score", "profile", "solve", "child", "heal"]
+    then = ["build-library", "score", "solve", "child", "heal", "evaluate"]
+    assert list(result["seconds"]) == [f"step 1 {name}" for name in first] + then
+    (on_the_way,) = result["steps"]
+    assert (on_the_way["goal"]["params"], on_the_way["healed"]["num_tokens"]) == ("0.8x", 512)
+    whole, cut = (Library.open(out / name) for name in ("step-1/library", "library"))
+    one, last = (read_architecture(out / name) for name in ("step-1/solution", "solution"))
+    assert cut.origin == last.parent == one.parent == whole.structure
+    assert list(cut.structure.layers) == one.sub_blocks
+    share = [a.predicted.num_parameters / a.parent_predicted.num_parameters for a in (one, last)]
+    assert [share[0] <= 0.8, share[1] <= 0.62] == [True, True]
+    # names, and with them costs, are the first parent's; its promise is what a child of the first library would have been promised
+    assert all(
+        cut.spaces[n][s][v] == whole.spaces[n][s][v]
+        for n in range(4)
+        for s in cut.spaces[n]
+        for v in cut.spaces[n][s]
+        if v != "parent"
+    )
+    (table,) = (out / "step-1/library/costs/cpu").glob("*.csv")
+    assert table.read_bytes() == (out / "library/costs/cpu" / table.name).read_bytes()
+    promised = CostModel(whole, CostTable(table), last.workload)
+    assert promised.predict(last.sub_blocks, last.predicted.batch).tokens_per_second == last.predicted.tokens_per_second
+    assert promised.best_parent(None) == last.parent_predicted
+    healed = json.loads((out / "healed" / "heal.json").read_text())
+    assert healed["teacher"] == parent.name
+    again = evaluate(str(parent), str(out / "healed"), [str(corpus)], read_recipe(recipe).evaluate)
+    assert result["child"]["kl"] == again.child.kl
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert puzzle("run", recipe, "--out", out).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    # another child on the way: all that comes of it is made anew
+    STEP = [STEPPED["steps"][0] | {"heal": {"tokens": 512, "lr": 1e-3}}]
+    assert puzzle("run", write(**STEPPED | {"steps": STEP}), "--out", out).exit_code == 0
+    same = {
+        path.relative_to(out).parts[:2]
+        for path, at in before.items()
+        if path.is_file() and path.stat().st_mtime_ns == at
+    }
+    assert same == {("step-1", "library"), ("step-1", "child")}
+    told = f"{out / 'library'} was built by a recipe with steps before it: give this recipe another --out"
+    one_line_error(puzzle("run", write(**STEPPED | {"steps": []}), "--out", out), told)
+
+
+@pytest.mark.parametrize("stage", ["step-1/heal", "build-library", "heal"])
+def test_steps_killed_and_run_again(puzzle, launch, write, tmp_path, stage):
+    """The same bits as of a run that was left alone."""
+    out, recipe, (step, _, name) = tmp_path / "run", write(**STEPPED), stage.rpartition("/")
+    steady = "from puzzle.profile.cpu import CpuTimer\nCpuTimer.reference = lambda timer: 1.0"
+    (process,), marks = launch(("run", recipe, "--out", out), setup=steady), out / step / "stages.json"
+    until = time.monotonic() + 100
+    while process.is_alive() and time.monotonic() < until:
+        if marks.is_file() and name in json.loads(marks.read_text())["stages"]:
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    alone = tmp_path / "alone"
+    for where in (out, alone):
+        done = puzzle("run", recipe, "--out", where, "--json")
+        assert done.exit_code == 0, (done.output, done.exception)
+    sums = [load_model(where / "healed")(torch.arange(2, 40)[None]) for where in (out, alone)]
+    assert torch.equal(*sums)
+
+
+def test_the_plan_of_steps(puzzle, write, tmp_path):
+    done = puzzle("run", write(**STEPPED), "--out", tmp_path / "run", "--dry-run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    stages = json.loads(done.stdout)["stages"]
+    first = ["build-library", "score", "profile", "solve", "child", "heal"]
+    assert list(stages) == [*(f"step 1 {n}" for n in first), *(n for n in first if n != "profile"), "evaluate"]
+    assert stages["step 1 heal"]["seconds"] > 0
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_export_in_fp8(puzzle, write, tmp_path):
     """The cache's scales come from the recipe's own data; disk is counted as fp8 takes it."""
     exports = [{"format": "hf", "dtype": "fp8", "kv_dtype": "fp8"}]
@@ -153,6 +242,22 @@ def test_killed_in_any_stage_and_run_again(puzzle, launch, write, tmp_path, stag
     ids = torch.arange(2, 40)[None]
     healed, written = (load_model(out / path) for path in result["exports"].values())
     assert torch.equal(healed(ids), written(ids))
+
+
+def test_the_example_of_steps(puzzle, parent, corpus, tmp_path):
+    """As it stands but for the parent, planned: it is the quickstart with a step and without prompts."""
+    recipe, usual = (
+        yaml.safe_load((ROOT / "examples" / name).read_text()) for name in ("steps.yaml", "quickstart.yaml")
+    )
+    changed = {name for name in recipe | usual if recipe.get(name) != usual.get(name)}
+    assert changed == {"steps", "heal", "evaluate"}
+    for value in (recipe["build"], recipe["heal"], recipe["evaluate"]):
+        value["seq_len"] = 64
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"parent": str(parent), "workload": {"input_len": 8, "output_len": 8}}))
+    done = puzzle("run", path, "--data", corpus, "--out", tmp_path / "run", "--dry-run", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "step 1 heal" in json.loads(done.stdout)["stages"]
 
 
 def test_the_quickstart(puzzle, parent, corpus, tmp_path):
@@ -218,6 +323,14 @@ BAD = [
     ({"export": ["hf", "hf"]}, "export has 'hf' twice"),
     ({"export": [{"format": "gguf", "dtype": "int4"}]}, "dtype int4 with"),
     ({"build": {"attention": "kv1,window-16"}, "export": "sglang"}, "export sglang cannot take 'window-16', which build.attention"),
+    ({"steps": [{"heal": {"tokens": 512}}]}, "steps.1 names no goal: write a list of steps"),
+    ({"steps": [{"goal": {"throughput": "1.3x"}}]}, "steps.1.goal.throughput 1.3x asks for more than what comes after it, 1.2x"),
+    ({"steps": [{"goal": {"throughput": "1.1x"}}], "heal": None}, "steps: the last child has no heal: add that section"),
+    ({"steps": [{"goal": {"throughput": "1.1x"}, "build": {"ffn": "0.5"}}]}, "steps.1.build.ffn: all steps choose from what build.ffn offers"),
+    ({"steps": [{"goal": {"throughput": "1.1x"}, "solve": {}}]}, "unknown key 'steps.1.solve'; known: build, goal, heal"),
+    ({"steps": [{"goal": {"throughput": "abc"}}]}, "goal.throughput abc"),
+    ({"steps": [{"goal": {"throughput": "1.1x"}, "heal": {"accumulate": 3}}]}, "step 1: "),
+    ({"steps": [{"goal": {"throughput": "1.1x"}}], "solve": {"fusion": True, "explain": False}}, "solve.fusion does not go with steps"),
     ({"data": "/nowhere"}, "/nowhere does not exist"),
     ({"evaluate": {"seq_len": 256}, "data": "short.txt"}, "less than one sequence of 256"),
 ]  # fmt: skip
