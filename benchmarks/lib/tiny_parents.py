@@ -106,7 +106,7 @@ PARENTS = {
         | NATURAL
         | {"embedding_multiplier": 3.0, "attention_multiplier": 0.21, "residual_multiplier": 0.6, "logits_scaling": 2.5}
         | {"num_local_experts": 0, "shared_intermediate_size": 52, "position_embedding_type": "nope", "mamba_chunk_size": 8}
-        | {"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 6, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 9},
+        | {"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 6, "mamba_d_head": 12, "mamba_n_groups": 1, "mamba_d_state": 9},
     ),
     "phi3": Tiny(model_type="phi3", changes=rope("default") | NATURAL, engines=ALL),
     "phi3, partial longrope": Tiny(

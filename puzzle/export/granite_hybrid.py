@@ -26,8 +26,8 @@ from puzzle.parents.granite import MAMBA, flat, granitemoehybrid
 READER = f"`format` {GRANITE_HYBRID}"
 
 
-def granite_hybrid_config(child: Child) -> dict[str, Any]:
-    """config.json. Raises UserError for what the format has no words for: the first layer, and what of it is not as in the others."""
+def granite_hybrid_config(child: Child, engine: str | None) -> dict[str, Any]:
+    """config.json. engine: that will read it, None for any. Raises UserError for what the format has no words for: the first layer, and what of it is not as in the others."""
     around, structure = child.around, child.structure
     attends, mamba, mixture, dense = (usual(structure, kind) for kind in (Gqa, Mamba2, Moe, SwiGLU))
     gated = mixture or dense
@@ -62,17 +62,25 @@ def granite_hybrid_config(child: Child) -> dict[str, Any]:
         "max_position_embeddings": around.max_length,
         "tie_word_embeddings": around.tied,
         "dtype": str(child.dtype).removeprefix("torch."),
-        **_mamba_config(child, mamba),
+        **_mamba_config(child, mamba, engine),
     }
     check_as_said(child, granitemoehybrid(config), READER)
     return config
 
 
-def _mamba_config(child: Child, mamba: Mamba2 | None) -> dict[str, Any]:
-    """Inner channels are a whole multiple of the hidden size in this format. Without Mamba-2: sizes that go together."""
+def _mamba_config(child: Child, mamba: Mamba2 | None, engine: str | None) -> dict[str, Any]:
+    """Inner channels are a whole multiple of the hidden size in this format. Without Mamba-2: sizes that go together.
+
+    transformers norms all of them together until 5.17, each group by itself in 5.24, as vLLM does and Mamba-2 is meant.
+    """
     hidden = child.around.hidden_size
     if mamba is None:
         return {"mamba_n_heads": 1, "mamba_d_head": hidden, "mamba_expand": 1}
+    if mamba.num_groups > 1 and engine != "vllm":
+        raise UserError(
+            f"{READER} with Mamba-2 in {mamba.num_groups} groups is another model to some readers (transformers before 5.24), which norm all "
+            f"groups together: write it for `engine` vllm, solve with one group, or {REST}"
+        )
     if mamba.inner_size % hidden:
         raise UserError(
             f"{READER} has Mamba-2 of whole multiples of hidden_size {hidden} channels, and {child.name}'s has {mamba.num_heads} heads "

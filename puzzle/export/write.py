@@ -207,7 +207,7 @@ def _written(
     if format == "qwen3-moe":
         return qwen3_moe_config(child), qwen3_moe_tensors(child), ()
     if format == GRANITE_HYBRID:
-        return granite_hybrid_config(child), granite_hybrid_tensors(child), ()
+        return granite_hybrid_config(child, engine), granite_hybrid_tensors(child), ()
     if format in HYBRIDS:
         code = CODE_OF_HYBRIDS if format == PUZZLE_HYBRID else ()
         return hybrid_config(child, format, engine), hybrid_tensors(child, format), code

@@ -21,7 +21,7 @@ from tiny_parents import write_tiny_parent
 
 IDS = torch.randint(2, 384, (2, 33), generator=torch.Generator().manual_seed(3))
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1, "max_new_tokens": 9}
-MAMBA = {"attention": "mamba2-6x12-g2-s16"}
+MAMBA = {"attention": "mamba2-6x12-g1-s16"}
 GRANITE = "granitemoehybrid, Mamba-2 and dense FFNs"
 
 
@@ -88,9 +88,10 @@ OTHERS = {
     "KV heads": ({0: MAMBA, 1: {"attention": "kv1"}}, "layer 1 attention: .* num_key_value_heads 1 beside 2"),
     "a window": ({0: MAMBA, 1: {"attention": "window-4"}}, "layer 1 attention: .* window 4 beside None"),
     "a matrix": ({0: MAMBA, 1: {"attention": "linear"}}, "layer 1 attention: .* no place for 'linear h36'"),
-    "another state": ({0: MAMBA, 1: MAMBA, 2: {"attention": "mamba2-6x12-g2-s8"}}, "layer 2 attention: .* state_size 8 beside 16"),
+    "another state": ({0: MAMBA, 1: MAMBA, 2: {"attention": "mamba2-6x12-g1-s8"}}, "layer 2 attention: .* state_size 8 beside 16"),
     "no attention at all": (dict.fromkeys(range(4), MAMBA), "has no attention, which"),
-    "odd inner size": ({0: {"attention": "mamba2-6x7-g2-s8"}}, "whole multiples of hidden_size 36 channels, and .* has 6 heads of 7"),
+    "groups": ({0: {"attention": "mamba2-6x12-g2-s16"}}, "in 2 groups is another model to some readers .*: write it for `engine` vllm"),
+    "odd inner size": ({0: {"attention": "mamba2-6x7-g1-s8"}}, "whole multiples of hidden_size 36 channels, and .* has 6 heads of 7"),
 }  # fmt: skip
 
 
@@ -112,6 +113,8 @@ def test_engines_are_told_of_it(parents, tmp_path):
         export(source, tmp_path / "child", engine="vllm")
     for engine in ("vllm", "mlx", "sglang"):
         assert export(source, tmp_path / engine, engine=engine, format="granitemoehybrid").engine == engine
+    groups = child_of(parents("llama"), {0: {"attention": "mamba2-6x12-g2-s16"}})  # each is normed by itself there
+    assert export(groups, tmp_path / "groups", engine="vllm", format="granitemoehybrid").lowerings == ()
     with pytest.raises(UserError, match=r"`engine` llama\.cpp does not read `format` granitemoehybrid"):
         export(source, tmp_path / "other", engine="llama.cpp", format="granitemoehybrid")
 

@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 NO_WORDS = {
     "gemma3": "embedding_scale would be",
     "granitemoehybrid, attention alone": "Mamba head state do not match",
+    "granitemoehybrid, Mamba-2 and dense FFNs": "Mamba head state do not match",
     "phi3, partial longrope": "short_factor field must have length",
 }
 
