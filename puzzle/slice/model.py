@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
+from puzzle.base.files import content_hash
 from puzzle.blocklib.hidden import at_hidden, with_channels
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.sub_block import Normed, ParentBlock, SubBlock, Variant
@@ -67,6 +68,10 @@ class SlicedParent:
     @property
     def structure(self) -> Structure:
         return self.axes.structure(self.parent.structure, self.layers)
+
+    def fingerprint(self) -> str:
+        """Of the parent, and of what is left of it."""
+        return content_hash([self.parent.fingerprint(), asdict(self.axes), self.layers, self.channels.tolist()])
 
     def weights(self, layer: int, slot: str) -> dict[str, Tensor]:
         """In the parent's dtypes."""

@@ -56,7 +56,7 @@ class Answers:
 
     def keep(self, lines: Sequence[dict[str, Any]]) -> None:
         """At the end of the file, at once."""
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        data = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines).encode()
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as handle:

@@ -101,6 +101,8 @@ SAID_IN = {  # verbs whose user may see the messages of these files; the longest
     "puzzle/heal/": ("heal",),
     "puzzle/fuse/": ("fuse",),
     "puzzle/page/": ("report",),
+    "puzzle/slice/": ("slice",),
+    "puzzle/tasks/": ("evaluate",),
     "puzzle/choose/": ("solve",),
     "puzzle/export/": ("export",),
     "puzzle/profile/": ("profile",),

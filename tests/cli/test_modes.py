@@ -52,6 +52,7 @@ CASES = [
     ("heal", ("child", "--stages", "8k:1M", "--out", "x"), "with --stages, which say both"),
     ("heal", ("child", "--out", "x"), "by one process, without torchrun"),
     ("heal", ("child", "--kl-weight", 0, "--out", "x"), "with --kl-weight 0"),
+    ("heal", ("child", "--out", "x"), "without --teacher-logits"),
     (
         "heal",
         ("child", "--kl-weight", 0, "--cosine-weight", 0, "--lm-weight", 1, "--out", "x"),

@@ -279,11 +279,11 @@ def test_training_reaches_the_router_and_tells_the_load(block):
     trainer = VariantTrainer(0, "ffn", [variant], block, recipe, torch.device("cpu"), lr)
     shown = Shown(loaded(block.sub_block, block.weights), rows(4), {})
     trainer.validate(shown)
-    trainer.loss_before = trainer.validated()
+    trainer.losses[0] = trainer.validated()
     for _ in range(8):
         trainer.step(shown)
     trainer.validate(shown)
-    trainer.loss_after = trainer.validated()
+    trainer.losses[-1] = trainer.validated()
     (found,) = trainer.trained()
     started = variant.initialise(block)
     assert found.improved
