@@ -128,7 +128,11 @@ def _teach_held_out(stored: Stored, teacher: Teacher, rows: Tensor, head: Tensor
     for some, normed in zip(labels.split(size * rows.shape[2]), states, strict=True):
         told.append(tell(normed, head, stored.top_k, 1.0))
         total += float(head_losses(normed, normed, head, None, some, 1.0)[1][some != IGNORE].sum())
-    stored.write(stored.directory / HELD_OUT, _joined(told), loss=json.dumps(total / int((labels != IGNORE).sum())))
+    stored.write(
+        stored.directory / HELD_OUT,
+        _joined(told),
+        loss=json.dumps(total / int((labels != IGNORE).sum()), allow_nan=False),
+    )
 
 
 def shown(teacher: Teacher, ids: Iterable[Tensor], seq_len: int) -> Iterator[Tensor]:

@@ -163,7 +163,7 @@ class Run:
         path = self.out / "stages.json"
         self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
         write_json(path, {"stages": self.marks})
-        write_json(self.out / "recipe.json", json.loads(json.dumps(asdict(self.recipe), default=str)))
+        write_json(self.out / "recipe.json", json.loads(json.dumps(asdict(self.recipe), default=str, allow_nan=False)))
 
     def child(self) -> tuple[Architecture, Path, str]:
         """The stages up to the last child on disk; with the key of what it comes from."""

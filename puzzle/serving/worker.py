@@ -89,7 +89,7 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     )
     text_ids = engine.get_tokenizer().encode(job["text"], add_special_tokens=False) if job["text"] else []
     found = vllm_batch(engine, batch, settings["dtype"], on_cpu) if batch["prompts"] else {}
-    found["pages"] = json.dumps(vllm_pages(engine, on_cpu))
+    found["pages"] = json.dumps(vllm_pages(engine, on_cpu), allow_nan=False)
     if not on_cpu:
         return numpy.zeros((0, 0), numpy.float32), [], list(text_ids), found
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
