@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -128,11 +129,12 @@ def _teach_held_out(stored: Stored, teacher: Teacher, rows: Tensor, head: Tensor
     for some, normed in zip(labels.split(size * rows.shape[2]), states, strict=True):
         told.append(tell(normed, head, stored.top_k, 1.0))
         total += float(head_losses(normed, normed, head, None, some, 1.0)[1][some != IGNORE].sum())
-    stored.write(
-        stored.directory / HELD_OUT,
-        _joined(told),
-        loss=json.dumps(total / int((labels != IGNORE).sum()), allow_nan=False),
-    )
+    if not math.isfinite(total):
+        raise UserError(
+            "the `teacher`'s loss on held-out text is not a number: look at its weights, or heal from another one"
+        )
+    loss = total / int((labels != IGNORE).sum())
+    stored.write(stored.directory / HELD_OUT, _joined(told), loss=json.dumps(loss, allow_nan=False))
 
 
 def shown(teacher: Teacher, ids: Iterable[Tensor], seq_len: int) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from itertools import pairwise
@@ -11,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from puzzle.data.mixture import IGNORE
 from puzzle.heal import told
@@ -188,6 +190,17 @@ def test_what_does_not_fit_is_refused_by_name(
     (lacks / "teacher.json").write_text((directory / "teacher.json").read_text())
     top = ("--top-k", ALL_BUT_ONE)
     one_line_error(puzzle(*run, lacks, *NO_STATES, *top), "lacks stage0-00000000.safetensors: pass --teacher")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_overflows_is_refused(puzzle, one_line_error, parent, child, small, tmp_path):
+    shutil.copytree(parent, tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher/model.safetensors")
+    weights["model.norm.weight"] *= 1e38  # its logits overflow
+    save_file(weights, tmp_path / "teacher/model.safetensors", {"format": "pt"})
+    options = ("--teacher", tmp_path / "teacher", "--teacher-logits", tmp_path / "said", "--top-k", 8, *NO_STATES)
+    done = puzzle("heal", child, *options, *small, "--out", tmp_path / "out")
+    one_line_error(done, "--teacher's loss on held-out text is not a number")
     assert not (tmp_path / "out").exists()
 
 
