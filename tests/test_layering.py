@@ -17,6 +17,7 @@ ROOMS = (  # from the top; a file imports from its own room and from those below
 SHIPPED = {
     "modeling_puzzle.py",
     "modeling_puzzle_moe.py",
+    "modeling_puzzle_masks.py",
     "modeling_puzzle_mamba.py",
     "modeling_decilm.py",
     "configuration_decilm.py",

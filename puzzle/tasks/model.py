@@ -19,7 +19,7 @@ from puzzle.base.console import progress
 from puzzle.base.device import device_memory
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_any
-from puzzle.base.units import PRECISION_BYTES, bytes_text
+from puzzle.base.units import bytes_text
 from puzzle.base.workload import PREFILL_ROWS
 from puzzle.data.tokenizer import load_tokenizer, tokenizer_hash
 from puzzle.measure.measurable import Measurable
@@ -210,9 +210,7 @@ class Model:
                     f"{self.opened.name} ({bytes_text(size)}) does not fit whole into the {bytes_text(memory)} of this device, and `tasks` "
                     "does not stream: use a larger device"
                 )
-            cache = (
-                sum(block.state().elements(longest, 64) for _, _, block in structure) * PRECISION_BYTES[self.precision]
-            )
+            cache = sum(block.state().num_bytes(longest, self.precision, 64) for _, _, block in structure)
             each = cache + 16 * structure.vocab_size + 64 * longest
             batch = max(1, min(MOST[kind], len(wanted), int(0.6 * (memory - size) / each)))
             model = self.opened.load(self.device, dtype)

@@ -294,7 +294,13 @@ def test_save_and_load_round_trip(layout, tmp_path):
         assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
     loaded.save_pretrained(tmp_path / "second")
-    for name in ("config.json", "modeling_puzzle.py", "modeling_puzzle_mamba.py", "model.safetensors"):
+    for name in (
+        "config.json",
+        "modeling_puzzle.py",
+        "modeling_puzzle_mamba.py",
+        "modeling_puzzle_masks.py",
+        "model.safetensors",
+    ):
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
     saved = json.loads((tmp_path / "second" / "config.json").read_text())
     wanted = {i: {k: sorted(v) if k == "skip" else v for k, v in entry.items()} for i, entry in LAYOUTS[layout].items()}

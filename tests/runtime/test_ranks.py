@@ -60,9 +60,9 @@ def said_by(model: CausalModel, ranks: Ranks | None) -> tuple[torch.Tensor, torc
     runtime, logits = FastRuntime(model, 2, 24, ranks=ranks), []
     best = runtime._best
 
-    def kept(found):
+    def kept(found, rows=slice(None)):
         logits.append(found)
-        return best(found)
+        return best(found, rows)
 
     runtime._best = kept
     prompts = torch.randint(0, 384, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -117,7 +117,7 @@ source, out = sys.argv[1:]
 with joined(2, "cpu") as (ranks, device), torch.inference_mode():
     runtime = FastRuntime(load_model(source, ranks=ranks), 2, 24, ranks=ranks)
     seen, best = [], runtime._best
-    runtime._best = lambda logits: seen.append(logits) or best(logits)
+    runtime._best = lambda logits, rows: seen.append(logits) or best(logits, rows)
     tokens = runtime.generate(torch.arange(34).view(2, 17), 4)
     torch.save((tokens, torch.stack(seen)), f"{out}/{ranks.rank}.pt")
 """
@@ -130,7 +130,7 @@ def test_two_processes_over_gloo_say_what_one_says(child, torchrun, tmp_path):
         assert process.returncode == 0, errors
     runtime, seen = FastRuntime(load_model(child), 2, 24), []
     best = runtime._best
-    runtime._best = lambda logits: seen.append(logits) or best(logits)
+    runtime._best = lambda logits, rows: seen.append(logits) or best(logits, rows)
     tokens = runtime.generate(torch.arange(34).view(2, 17), 4)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert all(torch.equal(found, tokens) for found, _ in shares)
