@@ -123,7 +123,7 @@ def described(structure: Structure, how: Engine) -> dict[str, Any]:
     """An entry of architectures.json: what runs, after the export's rewriting where the reader needs one."""
     runs = [b for layer in structure.layers for b in layer.values() if not isinstance(b, NoOp)]
     if how.reader != "hf":
-        model = EngineModel(ENGINE, how.gpu, Constants(), parent=(structure, structure.usual))
+        model = EngineModel(ENGINE, how.gpu, Constants(), parent=(structure, structure.usual), windows=True)
         runs = [b for i, layer in enumerate(structure.layers) for b in model.lowered(layer, first=i == 0)]
     (head,) = (end for end in ends_of(structure) if isinstance(end, Head))
     return {"sub_blocks": dict(Counter(priced_as(b.timed()) for b in runs)), "head": head.key()}

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,14 @@ def test_architectures_tell_the_constants_apart():
     points = [(p.batch, p.work.input_len) for p in EngineGrid().points("h100", 131072)]
     assert points == [(1, 128), (16, 128), (64, 128), (128, 128), (256, 128), (64, 1024), (16, 2048)]
     assert [p.work.input_len for p in EngineGrid(contexts=(64, 9999)).points("h100", 1024)][-1] == 1024 - 64
+
+
+def test_a_parent_with_windows_is_described_through_every_reader():
+    """What is about to be measured needs no fit."""
+    layers = [{**layer, "attention": replace(layer["attention"], window=64)} for layer in TINY.layers]
+    for reader in ("hf", "nemotron-nas"):
+        found = described(TINY.with_layers(layers), Engine(gpu="h100", reader=reader))["sub_blocks"]
+        assert found == {"gqa h256 q8 kv4 d32 window64": 16, "swiglu h256 f704": 16}
 
 
 @pytest.mark.parametrize(
