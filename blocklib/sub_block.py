@@ -55,7 +55,11 @@ class State:
 
     def num_bytes(self, num_tokens: int, cache: str, page: int = 1) -> int:
         """Of one sequence of `num_tokens`, in a cache of pages of `page` tokens in the precision `cache`."""
-        return PRECISION_BYTES[cache] * self.per_token * self.kept(num_tokens, page) + self.fixed_bytes(cache)
+        return self.bytes_of(self.kept(num_tokens, page), cache)
+
+    def bytes_of(self, num_kept: int, cache: str) -> int:
+        """Of one sequence of which `num_kept` tokens are kept."""
+        return PRECISION_BYTES[cache] * self.per_token * num_kept + self.fixed_bytes(cache)
 
     def fixed_bytes(self, cache: str) -> int:
         """Of one sequence, whatever its length."""

@@ -170,8 +170,8 @@ class CostModel:
 
     def _kept_bytes(self, sub_block: SubBlock) -> int:
         """What one whole request keeps."""
-        state, cache = sub_block.state(), self.way.cache
-        return PRECISION_BYTES[cache] * state.per_token * self.table.kept(state, self.length) + state.fixed_bytes(cache)
+        state = sub_block.state()
+        return state.bytes_of(self.table.kept(state, self.length), self.way.cache)
 
     def runs(self, layer: Layer, index: int) -> list[SubBlock]:
         """What layer `index` runs: its own sub-blocks, or what an engine's export makes of them; a rank's share of each."""

@@ -53,8 +53,7 @@ def rescore_command(
     """
     from puzzle.choose.again import asked_again
     from puzzle.choose.options import SolveOptions
-    from puzzle.choose.refine import plan_measured, solve_measured
-    from puzzle.cli.report import print_finalists
+    from puzzle.cli.finalists import choose_measured
     from puzzle.library.assemble import architecture_of
     from puzzle.library.children import Children
     from puzzle.library.manifest import Library
@@ -72,13 +71,4 @@ def rescore_command(
     if target.resolve() == architecture_path(architecture).resolve().parent:
         raise UserError(f"`out` {target} is where {architecture} lies: choose another directory")
     children = Children(opened, data, text, parent)
-    if dry_run:
-        options.show(lambda: plan_measured(selection, asked, children), as_json, options.print_facts)
-        return
-    refined = solve_measured(selection, asked, children, solved)
-    refined.write(target)
-    if as_json:
-        options.print_json({"schema": 1, **refined.to_json()})
-    else:
-        print_finalists(refined)
-        click.echo(f"wrote {target / 'architecture.json'} and {target / 'finalists.csv'}", err=True)
+    choose_measured(selection, asked, children, target, solved, dry_run=dry_run, as_json=as_json)

@@ -231,8 +231,7 @@ def solve_command(
         click.echo(f"wrote {len(several)} architectures into {target}", err=True)
         return
     if asked.measures:
-        from puzzle.choose.refine import plan_measured, solve_measured
-        from puzzle.cli.report import print_finalists
+        from puzzle.cli.finalists import choose_measured
         from puzzle.library.children import Children
         from puzzle.library.score import ScoreOptions
 
@@ -240,16 +239,7 @@ def solve_command(
         assert not isinstance(costs, Precisions)
         selection = select(opened, costs, request)
         children = Children(opened, data, text, parent)
-        if dry_run:
-            options.show(lambda: plan_measured(selection, asked, children), as_json, options.print_facts)
-            return
-        refined = solve_measured(selection, asked, children)
-        refined.write(target)
-        if as_json:
-            options.print_json({"schema": 1, **refined.to_json()})
-        else:
-            print_finalists(refined)
-            click.echo(f"wrote {target / 'architecture.json'} and {target / 'finalists.csv'}", err=True)
+        choose_measured(selection, asked, children, target, dry_run=dry_run, as_json=as_json)
         return
     solved = solve_library(opened, costs, request, None if sliced is None else asked.priced(sliced, gpu, costs))
     best = solved.best_point

@@ -28,6 +28,15 @@ class TokenData:
     num_documents: int
     hash: str
 
+    def check_error_of_mean(self) -> None:
+        """Raise UserError for one held-out sequence alone: over sequences there is no error of the mean then."""
+        count, length = self.validation.shape
+        if count < 2:
+            raise UserError(
+                f"the text gives one held-out sequence of {length} tokens, and an error of the mean takes 2: give more `data`, or a "
+                "smaller `seq_len`"
+            )
+
     def train_batch(self, step: int, batch_size: int) -> Tensor:
         """The step's [batch_size, seq_len] int64; past the end it starts over in a new seeded order."""
         count, rows = len(self.train), range(step * batch_size, (step + 1) * batch_size)

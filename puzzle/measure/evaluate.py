@@ -203,11 +203,7 @@ def _opened(
             text_field=options.text_field,
         )
     )
-    if len(tokens.validation) < 2:
-        raise UserError(
-            f"the text gives one held-out sequence of {tokens.validation.shape[1]} tokens, and an error of the mean takes 2: give more "
-            "`data`, or a smaller `seq_len`"
-        )
+    tokens.check_error_of_mean()
     if options.prompts:  # wrong ones are refused before anything is measured
         encode(options.prompts, parent.tokenizer, parent.structure)
     if parent.source is None or child.source is None:

@@ -13,7 +13,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable
 from puzzle.base.machine import cpu_name
 from puzzle.base.ranks import Ranks
-from puzzle.kernels.timer import Graph, percentiles, time_replays
+from puzzle.kernels.timer import Graph, time_replays
 from puzzle.profile.all_reduce import FOLDER, AllReduceRow, read_all_reduces, write_all_reduces
 from puzzle.runtime.parallel import joined, nccl_words
 
@@ -59,24 +59,15 @@ def one(ranks: Ranks, num_bytes: int, device: torch.device) -> float:
     vector, product = matrix[0].clone(), matrix[:, 0].clone()
     rounds = max(1, min(CALLS, GRAPH_BYTES // num_bytes)) if cuda else 1
 
-    def pair() -> None:
-        torch.mv(matrix, vector, out=product)
-        ranks.sum(message)
-
     def alone() -> None:
         torch.mv(matrix, vector, out=product)
 
-    both, less = (_seconds(Graph(call, device, warm_ups=3, rounds=rounds), device) for call in (pair, alone))
+    def pair() -> None:
+        alone()
+        ranks.sum(message)
+
+    graphs = [Graph(call, device, warm_ups=3, rounds=rounds) for call in (pair, alone)]
+    both, less = (
+        time_replays(graph.replay, rounds, device, 0.0, REPLAYS).p50 for graph in graphs
+    )  # as many on every rank
     return max(1e-7, ranks.slowest([both - less])[0])
-
-
-def _seconds(graph: Graph, device: torch.device) -> float:
-    """Median of one round; as many replays on every rank."""
-    if device.type == "cuda":
-        return time_replays(graph.replay, graph.rounds, device, 0.0, REPLAYS).p50
-    samples = []
-    for _ in range(REPLAYS):
-        begin = time.perf_counter()
-        graph.replay()
-        samples.append(time.perf_counter() - begin)
-    return percentiles(samples).p50

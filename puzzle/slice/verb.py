@@ -127,11 +127,7 @@ def slice_verb(source: str, wanted: SliceOptions) -> dict[str, Any]:
         num_validation=wanted.score_sequences,
         text_field=wanted.text_field,
     )
-    if len(tokens.validation) < 2:
-        raise UserError(
-            f"the text gives one held-out sequence of {wanted.seq_len} tokens, and an error of the mean takes 2: give more `data`, or "
-            "a smaller `seq_len`"
-        )
+    tokens.check_error_of_mean()
     statistics = gather(parent, tokens.train, device, compute_dtype(device), mixers=axes.mamba is not None)
     sliced = SlicedParent.of(parent, axes, statistics)
     config, structure = sliced_config(parent, sliced.structure, sliced.layers), sliced.structure

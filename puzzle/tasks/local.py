@@ -12,7 +12,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ Row = Mapping[str, Any]
 Prompt = Callable[[list[dict[str, str]]], str]  # messages -> what the model reads
 
 _environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_template = cache(_environment.from_string)  # rows of a task share theirs
 _environment.filters["regex_replace"] = lambda text, pattern, by, count=0: re.sub(pattern, by, text, count=count)
 
 
@@ -64,7 +65,7 @@ class LocalTask:
 
     def render(self, name: str, row: Row) -> str:
         try:
-            return _environment.from_string(str(self.config[name])).render(**row)
+            return _template(str(self.config[name])).render(**row)
         except (TemplateError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"task {self.name}: `{name}` does not fit a row of its data ({first_line(error)}; the row has {', '.join(row)})"
