@@ -28,7 +28,9 @@ CHATS = 0.6  # of the questions; prompts get half of the rest and more, held-out
 def worked(a: int, sign: str, b: int) -> tuple[str, int]:
     """How one gets there, a line a step, and the result. b: below 10 for a product."""
     if sign == "*":
-        parts = [(int(digit) * 10**place, place) for place, digit in enumerate(reversed(str(a))) if digit != "0"]
+        parts = [(int(digit) * 10**place, place) for place, digit in enumerate(reversed(str(a))) if digit != "0"] or [
+            (0, 0)
+        ]
         lines = [f"{part} * {b} = {part * b}" for part, _ in parts]
         total, sums = 0, []
         for part, _ in parts:

@@ -295,7 +295,9 @@ def print_shapes(facts: dict[str, Any]) -> None:
     if told := [name for name, row in facts["stages"].items() if row.get("told")]:
         console.print(f"{', '.join(told)}: hours as the recipe says them, not computed")
     if drawn := [name for name, row in facts["stages"].items() if row.get("sampled") and not row["told"]]:
-        console.print(f"{', '.join(drawn)}: tokens that are sampled count as read ones: sampling takes longer, at least as long")
+        console.print(
+            f"{', '.join(drawn)}: tokens that are sampled count as read ones: sampling takes longer, at least as long"
+        )
     console.print(
         "GPUs: the least that run it; readings: of models that pass layer by layer, from disk, with "
         f"{bytes_text(facts['host_bytes'])} of host memory a GPU"

@@ -144,7 +144,11 @@ class Road:
             seconds = one.gpu_hours * 3600
         memory = int(one.bytes_per_parameter * self.structure.num_parameters) if one.trains else None
         told = one.gpu_hours is not None
-        return _row(seconds, memory) | {"tokens": int(one.trains) or None, "told": told, "sampled": int(one.samples) or None}
+        return _row(seconds, memory) | {
+            "tokens": int(one.trains) or None,
+            "told": told,
+            "sampled": int(one.samples) or None,
+        }
 
     def seconds(self, flops: float) -> float | None:
         return None if self.rate is None else round(flops / self.rate, 1)

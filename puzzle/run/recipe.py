@@ -84,7 +84,7 @@ class Recipe:
     @property
     def roads(self) -> dict[str, Recipe]:
         """What is gone one after another, by what is put before the names of its stages: every step up to its healing, then the rest."""
-        usual = {"steps": (), "after": {}, "fuse": None, "export": (ExportOptions(format="hf"),)}
+        usual: dict[str, Any] = {"steps": (), "after": {}, "fuse": None, "export": (ExportOptions(format="hf"),)}
         steps = [replace(self, build=s.build, goal=s.goal, heal=s.heal, **usual) for s in self.steps]  # type: ignore[arg-type]
         return {f"step {n} ": one for n, one in enumerate(steps, 1)} | {"": replace(self, steps=())}
 
@@ -128,7 +128,7 @@ def read_recipe(path: Path, size: str | None = None) -> Recipe:
         sizes = raw.pop("sizes", None) or {}
         if not isinstance(sizes, dict) or not all(isinstance(one, dict) for one in sizes.values()):
             raise UserError("'sizes' must be sections by name, each with what it says in place of the recipe")
-        found = {None: _recipe(raw, path.parent)}
+        found: dict[str | None, Recipe] = {None: _recipe(raw, path.parent)}
         for name, over in sizes.items():
             try:
                 found[str(name)] = _recipe(_over(raw, over), path.parent)
@@ -221,7 +221,8 @@ def _after(raw: Any, here: Path) -> dict[str, After]:
         heal = given.get("heal")
         stage = _section({key: value for key, value in given.items() if key != "heal"}, After(), told, here)
         if heal is not None:
-            stage = replace(stage, heal=_section(heal, OPTIONAL["heal"], f"{told}.heal", here))
+            usual: Any = OPTIONAL["heal"]
+            stage = replace(stage, heal=_section(heal, usual, f"{told}.heal", here))
         with stage_of(name):
             stage.check()
         found[str(name)] = stage

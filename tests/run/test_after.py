@@ -147,7 +147,9 @@ def test_the_road_of_llama_nemotron(puzzle, tmp_path, size, tokens):
     found = json.loads(done.stdout)
     stages = [found["stages"][name] for name in ("heal", "after pretrain")[: len(tokens)]]
     assert [row["tokens"] for row in stages] == pytest.approx(tokens, rel=1e-4)
-    least = known_structure(found["shapes"]).num_parameters * 6 / (MFU * 989e12) / 3600  # forward and backward, no attention
+    least = (
+        known_structure(found["shapes"]).num_parameters * 6 / (MFU * 989e12) / 3600
+    )  # forward and backward, no attention
     assert stages[-1]["gpu_hours"] > least * tokens[-1] * 0.95
     grpo, sft, rate = (found["stages"][f"after {name}"] for name in ("grpo", "sft", "rate"))
     assert (grpo["gpu_hours"] == 140e3, grpo["told"]) == (size == "405b",) * 2
