@@ -17,11 +17,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from puzzle.base.errors import UserError
-from puzzle.data.tokenizer import load_tokenizer
 from rewards import Script, is_right, prompt
+from sampling import Child
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -56,39 +55,42 @@ def by_difficulty(
     return batches
 
 
-@torch.no_grad()
-def pass_rate(model: Any, tokenizer: Any, row: dict, samples: int, max_new_tokens: int, sandbox: str | None) -> float:
-    """The share of `samples` answers, drawn at temperature 1 with thinking, that are right."""
-    text = tokenizer.apply_chat_template(prompt(row["question"], True), tokenize=False, add_generation_prompt=True)
-    given = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": samples}
-    drawn = model.generate(**given, **sampling, max_new_tokens=max_new_tokens)
-    texts = tokenizer.batch_decode(drawn[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(is_right(text, row, sandbox) for text in texts) / samples
-
-
 @click.command(cls=Script)
 @click.argument("child")
 @click.argument("prompts", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--samples", default=8, show_default=True)
+@click.option(
+    "--samples", default=8, show_default=True, help="Answers to a prompt, drawn at temperature 1 with thinking."
+)
+@click.option("--at-once", default=32, show_default=True, help="Prompts.")
 @click.option("--max-new-tokens", default=1024, show_default=True)
 @click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
 @click.option("--seed", default=0)
-def main(child: str, prompts: Path, out: Path, samples: int, max_new_tokens: int, sandbox: str | None, seed: int):
+def main(
+    child: str,
+    prompts: Path,
+    out: Path,
+    samples: int,
+    at_once: int,
+    max_new_tokens: int,
+    sandbox: str | None,
+    seed: int,
+):
     """Write PROMPTS to --out with the share of CHILD's answers that are right."""
     rows = read_rows(prompts)
     done = read_rows(out) if out.is_file() else []
     if [row["question"] for row in done] != [row["question"] for row in rows[: len(done)]]:
         raise UserError(f"`out` {out} holds other prompts than {prompts}: give another, or remove it")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(child, trust_remote_code=True, dtype="auto").to(device).eval()
-    tokenizer = load_tokenizer(Path(child))
+    asked = Child(child)
     with open(out, "a", encoding="utf-8") as handle:
-        for number, row in enumerate(rows[len(done) :], len(done)):
-            torch.manual_seed(seed + number)
-            row["pass_rate"] = pass_rate(model, tokenizer, row, samples, max_new_tokens, sandbox)
-            handle.write(json.dumps(row) + "\n")
+        for begin in range(len(done) // at_once * at_once, len(rows), at_once):
+            batch = rows[begin : begin + at_once]
+            torch.manual_seed(seed + begin)
+            drawn = asked.answers([prompt(row["question"], True) for row in batch], max_new_tokens, samples)
+            for number, (row, texts) in enumerate(zip(batch, drawn, strict=True), begin):
+                row["pass_rate"] = sum(is_right(text, row, sandbox) for text in texts) / samples
+                if number >= len(done):  # a batch that was cut off is drawn again, with the same numbers
+                    handle.write(json.dumps(row) + "\n")
             handle.flush()
     rates = [row["pass_rate"] for row in [*done, *rows[len(done) :]]]
     click.echo(

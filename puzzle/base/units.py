@@ -20,6 +20,14 @@ def bytes_text(count: float) -> str:
     raise AssertionError
 
 
+def count_text(count: float) -> str:
+    """1,234,000 -> "1.23 M": three digits and k, M, B or T."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}" if count < 999.5 * size else f"{count / size:.0f}{unit}"
+    return f"{count:.0f}"
+
+
 def seconds_text(seconds: float) -> str:
     """95 -> '1 min 35 s'"""
     if seconds < 100:

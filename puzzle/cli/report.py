@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from puzzle.base.console import console
-from puzzle.base.units import bytes_text, seconds_text
+from puzzle.base.units import bytes_text, count_text, seconds_text
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.frontier import terminal_plot
 from puzzle.export.picture import picture
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from puzzle.measure.evaluate import Evaluated, Evaluation
     from puzzle.measure.serve import Served
 
-ROAD = (("seconds", seconds_text), ("memory_bytes", bytes_text), ("disk_bytes", bytes_text))  # figures of a stage
+ROAD = (
+    ("tokens", count_text),
+    ("seconds", seconds_text),
+    ("memory_bytes", bytes_text),
+    ("disk_bytes", bytes_text),
+)  # figures of a stage
 COMPARED = ("", "parent", "child")
 FIT_ERROR = 0.05  # of an engine's fit, above which it is said
 Row = tuple[str, Any, Any]  # of these columns
@@ -265,7 +270,7 @@ def print_road(facts: dict[str, Any]) -> None:
         (name, *("–" if row[key] is None else text(row[key]) for key, text in ROAD))
         for name, row in facts["stages"].items()
     ]
-    print_table("stages (predicted; –: next to nothing)", ("stage", "time", "memory", "disk"), rows)
+    print_table("stages (predicted; –: next to nothing)", ("stage", "tokens", "time", "memory", "disk"), rows)
 
 
 def print_shapes(facts: dict[str, Any]) -> None:
@@ -273,6 +278,7 @@ def print_shapes(facts: dict[str, Any]) -> None:
     rows = [
         (
             name,
+            "–" if row["tokens"] is None else count_text(row["tokens"]),
             "–" if row["gpu_hours"] is None else f"{row['gpu_hours']:,.2f}",
             "none" if row["gpus"] is None and row["memory_bytes"] else row["gpus"] or "–",
             "–" if row.get("passes") is None else row["passes"],
@@ -281,11 +287,17 @@ def print_shapes(facts: dict[str, Any]) -> None:
         for name, row in facts["stages"].items()
     ]
     total = sum(row["gpu_hours"] or 0.0 for row in facts["stages"].values())
-    columns = ("stage", f"{facts['gpu']}-hours", "GPUs", "readings", "their memory", "disk")
+    columns = ("stage", "tokens", f"{facts['gpu']}-hours", "GPUs", "readings", "their memory", "disk")
     print_table(f"{facts['shapes']} by its shapes alone: computed, nothing measured here", columns, rows)
     console.print(
         f"{total:,.{0 if total >= 100 else 2}f} GPU-hours in all, at {facts['mfu']} of the datasheet's bf16 FLOPs (see docs/scale.md)"
     )
+    if told := [name for name, row in facts["stages"].items() if row.get("told")]:
+        console.print(f"{', '.join(told)}: hours as the recipe says them, not computed")
+    if drawn := [name for name, row in facts["stages"].items() if row.get("sampled") and not row["told"]]:
+        console.print(
+            f"{', '.join(drawn)}: tokens that are sampled count as read ones: sampling takes longer, at least as long"
+        )
     console.print(
         "GPUs: the least that run it; readings: of models that pass layer by layer, from disk, with "
         f"{bytes_text(facts['host_bytes'])} of host memory a GPU"

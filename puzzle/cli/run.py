@@ -19,6 +19,8 @@ from puzzle.cli import options
 @click.option(
     "--rounds", type=int, metavar="N", help="Overrides the recipe's solve.rounds: new scores around the best."
 )
+@click.option("--size", metavar="NAME", help="The one of the recipe's `sizes` to take.")
+@click.option("--run-commands", is_flag=True, help="Let the recipe's `after` run its programs: they can do anything.")
 @click.option("--dry-run", is_flag=True, help="Print time, memory and disk of every stage; write nothing.")
 @options.as_json
 def run_command(
@@ -27,10 +29,12 @@ def run_command(
     data: tuple[str, ...],
     throughput: str | None,
     rounds: int | None,
+    size: str | None,
+    run_commands: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Go the whole road of RECIPE: library, scores, profile, solve, fuse, heal, export, evaluate. Resumable.
+    """Go the whole road of RECIPE: library, scores, profile, solve, fuse, heal, what comes after, export, evaluate. Resumable.
 
     All of it is checked before anything is built. Ends with RUN/result.json: what was promised beside what was measured.
 
@@ -38,13 +42,14 @@ def run_command(
     Example:
       puzzle run examples/quickstart.yaml --data /usr/lib/python3.11 --out runs/quickstart
       puzzle run examples/llama_405b_eight_h100.yaml --out runs/405b --dry-run
+      puzzle run examples/llama_nemotron.yaml --size 70b --out runs/70b --dry-run
     """
     from puzzle.choose.goal import GoalOptions
     from puzzle.run.recipe import read_recipe
 
     over: dict[str, Any] = {} if throughput is None else {"throughput": throughput}
     GoalOptions(**over).read()
-    wanted = read_recipe(recipe)
+    wanted = read_recipe(recipe, size)
     if data:
         wanted.data = list(data)
     wanted.goal = replace(wanted.goal, **over)
@@ -62,5 +67,5 @@ def run_command(
         facts = Run(wanted, out).plan()
         options.print_json({"schema": 1, **facts}) if as_json else print_road(facts)
         return
-    result = Run(wanted, out, print_solution).run()
+    result = Run(wanted, out, print_solution, run_commands=run_commands).run()
     options.print_json({"schema": 1, **result}) if as_json else print_result(result)

@@ -131,9 +131,9 @@ class EngineModel:
             overhead = own.step + own.sequence * batch + (own.request * batch if prompt else 0.0)
             return overhead + self._matmul(part.hidden_size * part.vocab_size, batch, own.matmul, 2)
         assert isinstance(part, SubBlock)
-        state = part.state()
+        num_weights, state, _ = _facts(part)
         self._check_fitted(part)
-        seconds = self._matmul(_num_weights(part), rows, share, self.weight_bytes)
+        seconds = self._matmul(num_weights, rows, share, self.weight_bytes)
         seconds, reach = seconds + (own.attention if state else own.ffn), state.kept(context)
         if prompt:  # half of the scores, by causality
             scores = batch * context * part.mixing_flops(reach) / 2 if state else 0.0
@@ -143,8 +143,8 @@ class EngineModel:
     def unfitted(self, part: SubBlock) -> str | None:
         """What sub-blocks like this one are called, if nobody fitted them: those that keep what no token has (an SSM's state), of whose
         weights a token uses some alone (a mixture of experts), or with a window; None where a promise holds for it."""
-        state = part.state()
-        if state.fixed_bytes("bf16") or part.active_parameters() != part.num_parameters:
+        _, state, apart = _facts(part)
+        if apart:
             return f"sub-blocks of kind '{part.kind}'"
         return None if self.windows or state.reach is None else f"sub-blocks of kind '{part.kind}' with a window"
 
@@ -198,9 +198,11 @@ class EngineModel:
 
 
 @cache
-def _num_weights(part: SubBlock) -> int:
-    """A fit asks for it a million times."""
-    return part.num_matrix_parameters
+def _facts(part: SubBlock) -> tuple[int, State, bool]:
+    """Elements of its matrices, what it keeps, and whether it is of a kind that no fit knows. A fit asks a million times."""
+    state = part.state()
+    apart = bool(state.fixed_bytes("bf16")) or part.active_parameters() != part.num_parameters
+    return part.num_matrix_parameters, state, apart
 
 
 def open_engine(

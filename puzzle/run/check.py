@@ -243,9 +243,15 @@ def _check_data(recipe: Recipe, heal: HealOptions | None, opened: HfModel) -> No
     if recipe.evaluate.prompts:
         with naming("evaluate"):
             encode(recipe.evaluate.prompts, opened.directory, opened.structure)
-    if heal is None:
-        return
-    with naming("heal"), running_ranks(heal.device) as ranks:
+    if heal is not None:
+        with naming("heal"):
+            check_heal(heal)
+
+
+def check_heal(heal: HealOptions) -> None:
+    """Raises UserError for what a healing would refuse: its options, models, and text for one step of each stage."""
+    heal.check()
+    with running_ranks(heal.device) as ranks:
         stages = heal.plan_stages()
         models = open_models(heal, stages, ranks)
         one_step = [Stage(seq_len=s.seq_len, batch_size=s.batch_size, num_steps=1) for s in stages]

@@ -1,7 +1,7 @@
 """The whole road as one resumable call: `puzzle run RECIPE.yaml --out RUN`.
 
-RUN/library, RUN/solution/architecture.json, RUN/child and, where the recipe asks for them, RUN/fused, RUN/healed and
-RUN/exports/NAME; RUN/recipe.json, what was asked for, RUN/stages.json, what is done, and last RUN/result.json. Everything is checked before
+RUN/library, RUN/solution/architecture.json, RUN/child and, where the recipe asks for them, RUN/fused, RUN/healed,
+RUN/after/NAME and RUN/exports/NAME; RUN/recipe.json, what was asked for, RUN/stages.json, what is done, and last RUN/result.json. Everything is checked before
 anything is built. A recipe with steps has RUN/step-N/ before, as far as a healed child, which the next library is built of
 (`build-library --origin`).
 """
@@ -41,9 +41,9 @@ from puzzle.measure.evaluate import Evaluation, evaluate
 from puzzle.parents.opened import open_model
 from puzzle.profile.parts import shared_name
 from puzzle.profile.profile import profile, subject_of
-from puzzle.run.check import check_disk, check_road, check_steps_cut, grid_of, is_measured, profiled
+from puzzle.run.check import check_disk, check_heal, check_road, check_steps_cut, grid_of, is_measured, profiled
 from puzzle.run.plan import disk_of, in_order, plan_road
-from puzzle.run.recipe import Recipe, naming
+from puzzle.run.recipe import Recipe, naming, stage_of
 from puzzle.run.shapes import check_weights
 
 Show = Callable[[Architecture], None]
@@ -52,10 +52,18 @@ Show = Callable[[Architecture], None]
 class Run:
     """One run directory. Every stage skips what is complete, so running again continues where it was."""
 
-    def __init__(self, recipe: Recipe, out: Path, show: Show = lambda solved: None, before: Run | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        show: Show = lambda solved: None,
+        before: Run | None = None,
+        *,
+        run_commands: bool = False,
+    ):
         """show: what is done with the solution as soon as it is known. before: whose healed child the library is built of, in place of the
-        parent."""
-        self.recipe, self.out, self.show = recipe, out, show
+        parent. run_commands: that those of the recipe may be run, which can be anything."""
+        self.recipe, self.out, self.show, self.run_commands = recipe, out, show, run_commands
         self.steps: dict[str, Run] = {}  # by what is put before the names of their stages
         for name, one in recipe.roads.items():
             if name:
@@ -89,6 +97,12 @@ class Run:
             with _told(name):  # no child is there yet: the parent stands for all of them
                 build = replace(one.build_options(), origin=None)
                 found[name] = builder = check_road(one.recipe, build, one.heal_options(one.recipe.parent), one.out)
+            for stage, after in one.recipe.after.items():
+                with stage_of(stage):
+                    if after.heal is None:
+                        after.check_there(one.recipe.here)
+                    else:
+                        check_heal(one._filled_in(after.heal, one.recipe.parent, one.out / "after" / stage))
             size, library = builder.stored_dtype.itemsize, builder.plan().disk_bytes
             disk |= {name + k: v for k, v in disk_of(one.recipe, builder.structure, size, library).items()}
         check_disk(self.out, disk)
@@ -111,12 +125,12 @@ class Run:
         return replace(self.recipe.build, data=self.recipe.data, out=self.library, origin=origin, **self.shared)
 
     def heal_options(self, child: str) -> HealOptions | None:
-        asked = self.recipe.heal
-        if asked is None:
-            return None
+        return None if self.recipe.heal is None else self._filled_in(self.recipe.heal, child, self.out / "healed")
+
+    def _filled_in(self, asked: HealOptions, child: str, out: Path) -> HealOptions:
         data = self.recipe.data if asked.blend is None else []
         teacher = asked.teacher or (self.recipe.parent if asked.needs_teacher else None)
-        return replace(asked, child=child, teacher=teacher, data=data, out=self.out / "healed", **self.shared)
+        return replace(asked, child=child, teacher=teacher, data=data, out=out, **self.shared)
 
     def _stage(self, name: str, key: str, done: Path | None, work: Callable[[], Any], *sections: str) -> None:
         """Do `work`, unless its file or directory `done` is there and was made from the same `key`; None: it knows by itself.
@@ -147,6 +161,11 @@ class Run:
     def run(self) -> dict[str, Any]:
         """All stages; returns result.json's content."""
         begin = time.monotonic()
+        if not self.run_commands and (told := [n for n, one in self.recipe.after.items() if one.command is not None]):
+            raise UserError(
+                f"after.{told[0]}.command runs a program that the recipe names: pass `run_commands` where you trust it ("
+                f"{self.recipe.after[told[0]].command})"
+            )
         self.check()
         self._begin()
         for name, step in self.steps.items():
@@ -211,11 +230,34 @@ class Run:
             key = content_hash([key, str(healing)])
             self._stage("heal", key, healing.out, lambda: heal(healing), "heal")
             child = healing.out
-            if solved.kv_dtype is not None:
-                healed, child = child, out / "quantised"
-                again = partial(export, open_source(healed), child, force=True, **self._as_solved(solved))
-                self._stage("quantised", key, child, again)
+        child, key = self._after(child, key)
+        if healing is not None and solved.kv_dtype is not None:
+            last, child = child, out / "quantised"
+            again = partial(export, open_source(last), child, force=True, **self._as_solved(solved))
+            self._stage("quantised", key, child, again)
         return solved, child, key
+
+    def _after(self, child: Path, key: str) -> tuple[Path, str]:
+        """The recipe's own stages, each of the child that the one before it left; what one was made from is all that was done before."""
+        for name, one in self.recipe.after.items():
+            out = self.out / "after" / name
+            key = content_hash([key, str(one)])
+            with stage_of(name):
+                if one.heal is not None:
+                    healing = self._filled_in(one.heal, str(child), out)
+                    self._stage(f"after {name}", key, out, partial(heal, healing))
+                    child = out
+                    continue
+                places = {
+                    "child": child,
+                    "out": out,
+                    "parent": self.recipe.parent,
+                    "here": self.recipe.here,
+                    "run": self.out,
+                }
+                self._stage(f"after {name}", key, out, partial(one.run, {n: str(p) for n, p in places.items()}))
+                child = child if one.result is None else out / one.result
+        return child, key
 
     def _made(self) -> Library | None:
         """The library of an earlier call."""
@@ -352,6 +394,8 @@ class Run:
             result["continuations"] = measured.continuations
         if self.recipe.heal is not None:
             result["healed"] = self._healed()
+        if self.recipe.after:
+            result["after"] = {name: str(Path("after", name)) for name in self.recipe.after}
         if self.steps:
             result["steps"] = [step._on_the_way() for step in self.steps.values()]
         return result

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from puzzle.fuse.stage import dependency_plan
+from puzzle.heal.memory import MASTER_BYTES
 from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.stored import bytes_per_token
@@ -24,6 +25,7 @@ from puzzle.library.screen import AT_ONCE, SEQUENCES
 from puzzle.measure.evaluate import evaluation_plan
 from puzzle.parents.structure import Structure
 from puzzle.profile.profile import SECONDS_PER_POINT, Subject, count_points
+from puzzle.run.after import After
 from puzzle.run.check import grid_of, is_measured, profiled
 from puzzle.run.recipe import Recipe, naming
 from puzzle.runtime.residency import Memory, Residency, plan_residency
@@ -34,8 +36,14 @@ EXPORT_BYTES = {
     "float16": (2, 2),
     "fp8": (1, 2),
 }  # of a parameter in a layer, and outside
-Row = dict[str, Any]  # of a stage: "seconds", "memory_bytes", "disk_bytes"; None: next to nothing; "passes": times
+Row = dict[
+    str, Any
+]  # of a stage: "tokens", "seconds", "memory_bytes", "disk_bytes"; None: next to nothing; "passes": times
 # that a model is read, layer by layer, None: it is whole on the device
+
+
+def tokens_of(heal: HealOptions) -> int:
+    return sum(stage.num_tokens for stage in heal.plan_stages())
 
 
 def disk_of(recipe: Recipe, structure: Structure, size: int, library: int) -> dict[str, int]:
@@ -44,14 +52,16 @@ def disk_of(recipe: Recipe, structure: Structure, size: int, library: int) -> di
     found = {"build-library": library, "child": checkpoint}
     if recipe.fuse is not None:
         found["fuse"] = checkpoint
-    if recipe.heal is not None:
-        states = KEPT_CHECKPOINTS * CHECKPOINT_BYTES * structure.num_parameters
-        found["heal"] = checkpoint + states
-        if recipe.heal.teacher_logits is not None:
-            tokens = sum(stage.num_tokens for stage in recipe.heal.plan_stages())
-            found["heal"] += tokens * bytes_per_token(recipe.heal.top_k, structure.vocab_size)
-        if recipe.solve.precisions:
-            found["quantised"] = checkpoint
+    after = {f"after {name}": one for name, one in recipe.after.items()}
+    for name, heal in {"heal": recipe.heal, **{name: one.heal for name, one in after.items()}}.items():
+        if heal is not None:
+            found[name] = checkpoint + KEPT_CHECKPOINTS * CHECKPOINT_BYTES * structure.num_parameters
+            if heal.teacher_logits is not None:
+                found[name] += tokens_of(heal) * bytes_per_token(heal.top_k, structure.vocab_size)
+        elif name in after and after[name].result is not None:
+            found[name] = checkpoint
+    if recipe.heal is not None and recipe.solve.precisions:
+        found["quantised"] = checkpoint
     for one in recipe.export:
         if not one.is_the_child:
             fixed, each = structure.num_fixed_parameters, EXPORT_BYTES.get(one.dtype or "", (size, size))
@@ -97,7 +107,9 @@ class Road:
     def stages(self, build: Row, heal: Row | None, disk: dict[str, int]) -> dict[str, Row]:
         """Every stage in its order. build, heal: their seconds and memory; disk: as `disk_of`."""
         recipe = self.recipe
-        stages = {"build-library": build | {"disk_bytes": disk["build-library"]}}
+        asked = recipe.build.recipe()
+        trained_on = asked.num_steps * asked.batch_size * asked.seq_len
+        stages = {"build-library": build | {"disk_bytes": disk["build-library"], "tokens": trained_on}}
         with naming("score"):
             stages["score"] = self.score()
         if is_measured(recipe):
@@ -107,11 +119,36 @@ class Road:
             with naming("fuse"):
                 stages["fuse"] = self.fuse(disk["fuse"])
         if heal is not None:
-            stages["heal"] = heal | {"disk_bytes": disk["heal"]}
+            assert recipe.heal is not None
+            stages["heal"] = heal | {"disk_bytes": disk["heal"], "tokens": tokens_of(recipe.heal)}
+        for name, one in recipe.after.items():
+            row = self.command(one) if one.heal is None else self.healing(one.heal)
+            stages[f"after {name}"] = row | {"disk_bytes": disk.get(f"after {name}")}
         stages |= {name: _row(None, None, disk[name]) for name in disk if name.startswith("export ")}
         with naming("evaluate"):
             stages["evaluate"] = self.evaluate()
-        return stages
+        return {name: {"tokens": None} | row for name, row in stages.items()}
+
+    def healing(self, options: HealOptions) -> Row:
+        """A pass of the teacher, if there is one, and of the child, as large as the parent, forward and backward."""
+        taught = int(options.needs_teacher)
+        flops = sum(s.num_tokens * (3 + taught) * self.forward(s.seq_len) for s in options.plan_stages())
+        memory = (MASTER_BYTES + taught * self.itemsize) * self.structure.num_parameters
+        return _row(self.seconds(flops), memory) | {"tokens": tokens_of(options)}
+
+    def command(self, one: After) -> Row:
+        """What its section says of it. A token that is sampled counts as one that is read, of which it is at least as slow."""
+        passes = 3 * one.trains + one.reads + one.samples
+        seconds = self.seconds(passes * self.forward(one.seq_len)) if passes else None
+        if one.gpu_hours is not None:
+            seconds = one.gpu_hours * 3600
+        memory = int(one.bytes_per_parameter * self.structure.num_parameters) if one.trains else None
+        told = one.gpu_hours is not None
+        return _row(seconds, memory) | {
+            "tokens": int(one.trains) or None,
+            "told": told,
+            "sampled": int(one.samples) or None,
+        }
 
     def seconds(self, flops: float) -> float | None:
         return None if self.rate is None else round(flops / self.rate, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from puzzle.library.build import BuildOptions
 from puzzle.library.score import ScoreOptions
 from puzzle.measure.evaluate import EvaluateOptions
 from puzzle.profile.profile import ProfileOptions
+from puzzle.run.after import After
 
 Options = TypeVar("Options")
 KINDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}  # of values
@@ -58,7 +60,8 @@ class Step:
 @dataclass(kw_only=True, slots=True)
 class Recipe:
     """parent and data: paths relative to the recipe file, or absolute; a parent may be a hub id. fuse, heal: None leaves the stage
-    stage out. export: what is written of the child at the end of the road. steps: children on the way to it."""
+    stage out. export: what is written of the child at the end of the road. steps: children on the way to it. after: stages between the
+    healing and the exports, by name. here: the recipe's directory."""
 
     parent: str
     data: list[str] = field(default_factory=list)
@@ -75,11 +78,13 @@ class Recipe:
     export: tuple[ExportOptions, ...] = (ExportOptions(format="hf"),)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     steps: tuple[Step, ...] = ()
+    after: dict[str, After] = field(default_factory=dict)
+    here: Path = Path()
 
     @property
     def roads(self) -> dict[str, Recipe]:
         """What is gone one after another, by what is put before the names of its stages: every step up to its healing, then the rest."""
-        usual = {"steps": (), "fuse": None, "export": (ExportOptions(format="hf"),)}
+        usual: dict[str, Any] = {"steps": (), "after": {}, "fuse": None, "export": (ExportOptions(format="hf"),)}
         steps = [replace(self, build=s.build, goal=s.goal, heal=s.heal, **usual) for s in self.steps]  # type: ignore[arg-type]
         return {f"step {n} ": one for n, one in enumerate(steps, 1)} | {"": replace(self, steps=())}
 
@@ -107,9 +112,10 @@ class _EveryKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Raises UserError, in one line that names the key, for a missing file, broken YAML, an unknown key (with the nearest known
-    one), a wrong type or an impossible value."""
+def read_recipe(path: Path, size: str | None = None) -> Recipe:
+    """size: the one of the recipe's `sizes` whose values stand in place of the others. Raises UserError, in one line that names the key,
+    for a missing file, broken YAML, an unknown key (with the nearest known one), a wrong type, an impossible value or a size that is not
+    there."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _EveryKeyOnce)
     except (OSError, UnicodeDecodeError) as error:
@@ -119,19 +125,37 @@ def read_recipe(path: Path) -> Recipe:
     if not isinstance(raw, dict) or raw.get("parent") is None:
         raise UserError(f"recipe {path} names no parent: add a line such as 'parent: path/to/model'")
     try:
-        return _recipe(raw, path.parent)
+        sizes = raw.pop("sizes", None) or {}
+        if not isinstance(sizes, dict) or not all(isinstance(one, dict) for one in sizes.values()):
+            raise UserError("'sizes' must be sections by name, each with what it says in place of the recipe")
+        found: dict[str | None, Recipe] = {None: _recipe(raw, path.parent)}
+        for name, over in sizes.items():
+            try:
+                found[str(name)] = _recipe(_over(raw, over), path.parent)
+            except UserError as error:
+                raise UserError(f"sizes.{name}: {error}") from error
+        if size not in found:
+            raise UserError(
+                f"no `size` {size}; {nearest(str(size), [n for n in found if n]) if sizes else 'it has none'}"
+            )
+        return found[size]
     except UserError as error:
         raise UserError(f"recipe {path}: {error}") from error
 
 
+def _over(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with what `over` says, section by section."""
+    both = {k: _over(raw[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(raw.get(k), dict)}
+    return raw | over | both
+
+
 def _recipe(raw: dict[str, Any], here: Path) -> Recipe:
     """here: what paths are relative to."""
-    _refuse_unknown(raw, [f.name for f in fields(Recipe)], "")
+    _refuse_unknown(raw, [f.name for f in fields(Recipe) if f.name != "here"], "")
     hints = get_type_hints(Recipe)
-    values: dict[str, Any] = {
-        key: _typed(raw[key], hints[key], key) for key in raw if key not in (*SECTIONS, "data", "export", "steps")
-    }
-    recipe = Recipe(**values, data=_data(raw.get("data"), here))
+    apart = (*SECTIONS, "data", "export", "steps", "after")
+    values: dict[str, Any] = {key: _typed(raw[key], hints[key], key) for key in raw if key not in apart}
+    recipe = Recipe(**values, data=_data(raw.get("data"), here), here=here)
     if raw.get("export") is not None:
         recipe.export = _exports(raw["export"], here)
     for name in SECTIONS:
@@ -139,6 +163,8 @@ def _recipe(raw: dict[str, Any], here: Path) -> Recipe:
             setattr(recipe, name, _section(raw[name], getattr(recipe, name) or OPTIONAL[name], name, here))
     if raw.get("steps") is not None:
         recipe.steps = _steps(raw["steps"], recipe, here)
+    if raw.get("after") is not None:
+        recipe.after = _after(raw["after"], here)
     with naming("goal"):
         for one in recipe.roads.values():
             one.goal.read()
@@ -156,7 +182,7 @@ def _section(raw: Any, usual: Options, name: str, here: Path) -> Options:
     _refuse_unknown(raw, _keys(type(usual)), f"{name}.")
     hints = get_type_hints(type(usual))
     typed = {key: _typed(value, hints[key], f"{name}.{key}", here) for key, value in raw.items()}
-    with naming(name):
+    with renaming({key: f"{name}.{key}" for key in _keys(type(usual))}):
         return replace(usual, **typed)  # type: ignore[type-var]
 
 
@@ -182,6 +208,27 @@ def _steps(raw: Any, recipe: Recipe, here: Path) -> tuple[Step, ...]:
     return tuple(found)
 
 
+def _after(raw: Any, here: Path) -> dict[str, After]:
+    if not isinstance(raw, dict) or not all(re.fullmatch(r"[\w-]+", str(name)) for name in raw):
+        raise UserError(f"'after' is {raw!r}, it must be sections by name, of letters, digits, '-' and '_'")
+    found = {}
+    for name, given in raw.items():
+        told = f"after.{name}"
+        if given is None:  # a size goes without it
+            continue
+        if not isinstance(given, dict):
+            raise UserError(f"{told} is {given!r}, it must be a section with `heal` or `command`")
+        heal = given.get("heal")
+        stage = _section({key: value for key, value in given.items() if key != "heal"}, After(), told, here)
+        if heal is not None:
+            usual: Any = OPTIONAL["heal"]
+            stage = replace(stage, heal=_section(heal, usual, f"{told}.heal", here))
+        with stage_of(name):
+            stage.check()
+        found[str(name)] = stage
+    return found
+
+
 def _exports(raw: Any, here: Path) -> tuple[ExportOptions, ...]:
     """A list of formats and engines by name, or as sections with more to say; one alone needs no list."""
     found = []
@@ -196,6 +243,16 @@ def _exports(raw: Any, here: Path) -> tuple[ExportOptions, ...]:
     if not found:
         raise UserError("export is empty: name at least one format, such as hf")
     return tuple(found)
+
+
+@contextmanager
+def stage_of(name: str) -> Iterator[None]:
+    """Errors inside name the options of this stage of `after`, its healing's too."""
+    of = f"after.{name}"
+    with renaming(
+        {key: f"{of}.heal.{key}" for key in _keys(HealOptions)} | {key: f"{of}.{key}" for key in _keys(After)}
+    ):
+        yield
 
 
 @contextmanager

@@ -15,11 +15,8 @@ from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
 from puzzle.base.machine import gpu_facts
 from puzzle.blocklib.variant import search_spaces
-from puzzle.heal.memory import MASTER_BYTES
-from puzzle.heal.settings import HealOptions
-from puzzle.library.plan import forward_flops, plan_build, trained, training_flops
+from puzzle.library.plan import plan_build, trained, training_flops
 from puzzle.parents.known import STRUCTURES, known_structure
-from puzzle.parents.structure import Structure
 from puzzle.run.check import check_goal, check_grid, check_steps_cut, is_measured
 from puzzle.run.plan import Road, Row, disk_of, in_order
 from puzzle.run.recipe import Recipe, naming
@@ -80,12 +77,12 @@ def _plan_one(recipe: Recipe) -> dict[str, Any]:
     )
     build: Row = {"seconds": flops / rate, "memory_bytes": one.peak_memory_bytes}
     disk = disk_of(recipe, structure, BYTES, one.disk_bytes + BYTES * later)
-    healing = None if recipe.heal is None else _heal(recipe.heal, structure, rate)
 
     def memory(limit: int | None) -> Memory:
         return Memory(device=int(PLANNED * min(card.memory_bytes, limit or UNLIMITED)), host=int(PLANNED * HOST))
 
-    stages = Road(recipe, structure, spaces, BYTES, rate, memory).stages(build, healing, disk)
+    road = Road(recipe, structure, spaces, BYTES, rate, memory)
+    stages = road.stages(build, None if recipe.heal is None else road.healing(recipe.heal), disk)
     if "profile" in stages:
         stages["profile"]["memory_bytes"] = card.memory_bytes  # caches are cut from all that is free
     for row in stages.values():
@@ -97,12 +94,3 @@ def _plan_one(recipe: Recipe) -> dict[str, Any]:
     kept = 0 if len(spaces) == 1 else tokens * structure.hidden_size * BYTES
     sizes = {"activation_bytes": kept, "card_bytes": card.memory_bytes, "host_bytes": HOST}
     return {"shapes": recipe.parent, "gpu": card.name, "mfu": MFU, **sizes, "stages": stages}
-
-
-def _heal(options: HealOptions, structure: Structure, rate: float) -> Row:
-    """A pass of the teacher, if there is one, and of the child forward and backward."""
-    flops, taught = 0.0, int(options.needs_teacher)
-    for stage in options.plan_stages():
-        each = sum(forward_flops(b, stage.seq_len) for _, _, b in structure)
-        flops += stage.num_tokens * (3 + taught) * (each + 2 * structure.vocab_size * structure.hidden_size)
-    return {"seconds": flops / rate, "memory_bytes": (MASTER_BYTES + taught * BYTES) * structure.num_parameters}

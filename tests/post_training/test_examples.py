@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_sft_draws_by_weight_and_loses_no_mask(mixed, tmp_path):
 def test_curriculum_and_grpo_run(mixed, tmp_path):
     """Rated, stopped in the middle and gone on with, then trained on from easy to hard."""
     prompts, rated = write_rows(tmp_path / "prompts.jsonl", PROMPTS), tmp_path / "rated.jsonl"
-    options = ("--out", rated, "--samples", 2, "--max-new-tokens", 4)
+    options = ("--out", rated, "--samples", 2, "--at-once", 3, "--max-new-tokens", 4)
     run("curriculum", mixed, prompts, *options)
     whole = rated.read_text()
     rated.write_text("".join(whole.splitlines(keepends=True)[:4]))
@@ -201,6 +202,50 @@ def test_curriculum_and_grpo_run(mixed, tmp_path):
     run("grpo", mixed, rated, "--out", tmp_path / "rl", *small, "--easiest", 1.0)
     run("grpo", mixed, prompts, "--out", tmp_path / "lora", *small, "--lora", 4)
     assert load_model(tmp_path / "rl").structure == load_model(tmp_path / "lora").structure
+
+
+def test_arithmetic_is_right_and_assessed(mixed, tmp_path, one_line_error):
+    """Every line of a solution holds, no question is asked twice, and what is made of it goes through sft.py and assess.py."""
+    small = ("--count", 300, "--largest", 99, "--tokens", 600)
+    for name in ("one", "two"):
+        run("arithmetic", "--out", tmp_path / name, *small)
+    files = {path.name: path.read_text() for path in (tmp_path / "one").iterdir()}
+    assert files == {path.name: path.read_text() for path in (tmp_path / "two").iterdir()}
+    rows = {n: [json.loads(line) for line in text.splitlines()] for n, text in files.items() if n.endswith("jsonl")}
+    chats = rows["reasoning.jsonl"] + rows["direct.jsonl"]
+    told = [(c["messages"][0]["content"], c["messages"][1]["content"]) for c in chats]
+    told += [(r["question"], f"\\boxed{{{r['answer']}}}") for r in rows["prompts.jsonl"] + rows["held-out.jsonl"]]
+    assert len(told) == 300
+    seen = set()
+    for question, answer in told:
+        a, sign, b = re.search(r"(\d+) (\S+) (\d+)", question).groups()
+        sign = {"plus": "+", "minus": "-", "times": "*"}.get(sign, sign)
+        seen.add((a, sign, b))
+        assert module("rewards").is_right(answer, {"answer": str(eval(a + sign + b))})
+        for line in answer.partition("</think>")[0].splitlines() if "<think>" in answer else ():
+            left, equals, right = line.partition(" = ")
+            assert not equals or eval(left) == int(right)
+        assert module("rewards").in_format(answer, "<think>" in answer)
+    assert len(seen) == 300
+    run("sft", tmp_path / "one/stages.yaml", "--child", mixed, "--out", tmp_path / "sft")
+    out = tmp_path / "deep/assessed.json"
+    asked = ("--limit", 3, "--at-once", 2, "--max-new-tokens", 4)
+    run("assess", tmp_path / "sft/both", tmp_path / "one/held-out.jsonl", "--out", out, *asked)
+    found = json.loads(out.read_text())
+    assert found["questions"] == 3
+    assert all(0 <= found[f"detailed thinking {m}"][k] <= 1 for m in ("on", "off") for k in ("format", "accuracy"))
+    many = CliRunner().invoke(
+        module("arithmetic").main, ["--out", str(tmp_path / "x"), "--count", "999", "--largest", "3"]
+    )
+    one_line_error(many, "`count` 999: numbers up to 3 make fewer different questions")
+
+
+def test_answers_do_not_depend_on_their_neighbours(mixed):
+    """Questions of several lengths in a batch, greedy."""
+    child, ask = module("sampling").Child(str(mixed)), module("rewards").prompt
+    chats = [ask("1 + 1?" + " again" * n, n % 2 == 0) for n in range(4)]
+    assert child.answers(chats, 8, None) == [child.answers([chat], 8, None)[0] for chat in chats]
+    assert [len(texts) for texts in child.answers(chats, 4, 3)] == [3] * 4
 
 
 def test_what_the_scripts_refuse(mixed, tmp_path, one_line_error):

@@ -69,7 +69,7 @@ def write(tmp_path):
 def test_sections_are_the_stages_option_classes():
     hints = get_type_hints(Recipe)
     assert {name: hints[name] for name in SECTIONS} == SECTIONS | {n: SECTIONS[n] | None for n in OPTIONAL}
-    assert hints.keys() == {"parent", "data", "text_field", "device", "export", "steps", *SECTIONS}
+    assert hints.keys() == {"parent", "data", "text_field", "device", "export", "steps", "after", "here", *SECTIONS}
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS)

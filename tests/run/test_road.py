@@ -50,7 +50,7 @@ def write(parent, corpus, tmp_path):
         for name, value in changed.items():
             whole[name] = whole.get(name, {}) | value if isinstance(value, dict) else value
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({name: value for name, value in whole.items() if value is not None}))
+        path.write_text(yaml.safe_dump({n: v for n, v in whole.items() if v is not None}, sort_keys=False))
         return path
 
     return recipe
