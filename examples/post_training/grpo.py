@@ -96,6 +96,7 @@ def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
     if o["lora"]:
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model(str(out))
+    trainer.state.save_to_json(str(out / "trainer_state.json"))  # rewards of every step
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ def main(stages: Path, child: str, out: Path, lora: int | None, seed: int) -> No
         if lora:
             trainer.model = trainer.model.merge_and_unload()
         trainer.save_model(str(target))
+        trainer.state.save_to_json(str(target / "trainer_state.json"))  # losses of every step
         child = str(target)
 
 
