@@ -4,8 +4,10 @@ Protocol: one library and one cost table, of RECIPE without its healing. At ever
 of finalists (`finalists`), with interactions (`pairs`), after new scores around the MIP's child (`rescored`), around the best of
 finalists and pairs (`all`). Each in a copy of the library, so that none is spared what another one has measured. Then `steps`: half of
 the speed-up first (its square root), healed on --between tokens, and the rest from there. All meet the same limit at the same prices and
-are healed on as many tokens as RECIPE says, those between the steps among them. KL(parent‖child) and loss on --sequences of held-out text,
-the first of which the choices have seen; `choose_s` is what choosing takes beyond library and scores, which `library_s` has.
+are healed on as many tokens as RECIPE (or --tokens) says, those between the steps among them. `depth`, `uniform-width`, `greedy` and `random`
+are `solve --baseline`, at the same limit. KL(parent‖child) and loss on --sequences of held-out text, the first of which the choices have
+seen; `measured` is the speed of `bench` over that of the parent, `choose_s` what choosing takes beyond library and scores, which `library_s`
+has; with --task-data the healed child's share of right answers in each task, and its error.
 
     python benchmarks/quality/bench_chosen.py examples/smollm2_h100.yaml library choose heal steps --parent MODEL --data DATA \\
         --work WORK --out benchmarks/results/chosen.csv
@@ -34,9 +36,10 @@ import yaml
 from puzzle.base.files import content_hash
 from puzzle.measure.architecture import read_architecture
 
-PARTS = ("library", "choose", "heal", "steps")
-COLUMNS = ("speed", "method", "promised", "sum_of_scores", "choose_s", "library_s", "heal_s", "healed_tokens", "kl", "kl_stderr",
-           "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "changed", "device", "date")  # fmt: skip
+PARTS = ("library", "choose", "bench", "heal", "steps", "tasks")
+BASELINES = ("depth", "uniform-width", "greedy", "random")
+COLUMNS = ("speed", "method", "promised", "measured", "sum_of_scores", "choose_s", "library_s", "heal_s", "healed_tokens", "kl", "kl_stderr",
+           "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "tasks", "changed", "device", "date")  # fmt: skip
 
 
 class OutOfTime(Exception):
@@ -48,7 +51,7 @@ class Bench:
         self, recipe: dict[str, Any], work: Path, data: tuple[str, ...], sequences: int, seconds: float, longest: float
     ):
         self.recipe, self.work, self.sequences, self.until = recipe, work, sequences, time.monotonic() + seconds
-        self.longest = longest
+        self.longest, self.tag = longest, ""  # tag: of what depends on the tokens of the healing
         self.data = [word for one in data for word in ("--data", one)]
         self.base = work / "base" / "0" / "step-1"  # as deep as a step of a run, to which its parent is on the same way
         work.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,7 @@ class Bench:
             shutil.rmtree(partial / "children", ignore_errors=True)
             partial.rename(copy)
         asked = ["--throughput", f"{speed:g}x", "--gpu", self.recipe["profile"]["gpu"], *self.flags(work)]
-        text = self.data if flags else []
+        text = self.data if "--sequences" in flags else []
         self.once(
             f"chosen/{method}-{speed:g}", "solve", copy, *asked, *flags, *text, "--out", self.solution(speed, method)
         )
@@ -122,16 +125,35 @@ class Bench:
 
     def heal(self, speed: float, method: str) -> None:
         name = self.name(speed, method)
-        child, healed = (self.work / folder / name for folder in ("children", "healed"))
+        child, healed = self.work / "children" / name, self.work / f"healed{self.tag}" / name
         if not child.is_dir():
             self.once(f"exported/{name}", "export", self.base / "library", self.solution(speed, method), "--out", child)
         asked = ("--teacher", self.recipe["parent"], *self.data, *self.flags(self.recipe["heal"]))
-        self.once(f"heal/{name}", "heal", child, *asked, "--out", healed)
+        self.once(f"heal{self.tag}/{name}", "heal", child, *asked, "--out", healed)
         self.after(name, healed)
 
     def after(self, name: str, healed: Path) -> None:
         asked = ("--sequences", self.sequences, "--seq-len", self.recipe["evaluate"].get("seq_len", 1024), "--no-speed")
-        self.once(f"after/{name}", "evaluate", self.recipe["parent"], healed, *self.data, *asked)
+        self.once(f"after{self.tag}/{name}", "evaluate", self.recipe["parent"], healed, *self.data, *asked)
+
+    def bench(self, speed: float, method: str) -> None:
+        solution, gpu = self.solution(speed, method), self.recipe["profile"]["gpu"]
+        self.once(f"bench/{method}-{speed:g}", "bench", solution, "--gpu", gpu, "--with-parent")
+
+    def tasks(self, speed: float, method: str, task_data: Path, names: str) -> None:
+        """Of the healed child; the parent's answers are kept for all."""
+        name = self.name(speed, method)
+        asked = (
+            "--tasks",
+            names,
+            "--task-data",
+            task_data,
+            "--answers",
+            self.work / f"answers-{os.getpid()}.jsonl",
+            "--run-code",
+        )
+        healed = self.work / f"healed{self.tag}" / name
+        self.once(f"tasks{self.tag}/{name}", "evaluate", self.recipe["parent"], healed, *asked)
 
     def steps(self, speed: float, between: float) -> None:
         out, total = self.work / "steps" / f"{speed:g}", float(self.recipe["heal"]["tokens"])
@@ -163,7 +185,10 @@ class Bench:
         place = self.work / "steps" / f"{speed:g}" / "solution" if stepped else self.solution(speed, method)
         solved, name = read_architecture(place), f"steps-{speed:g}" if stepped else self.name(speed, method)
         first, spent = road["said"]["seconds"], chosen["seconds"]
-        heal, own = self.kept(f"heal/{name}"), {"library_s": first["build-library"] + first["score"], "choose_s": spent}
+        heal, own = (
+            self.kept(f"heal{self.tag}/{name}"),
+            {"library_s": first["build-library"] + first["score"], "choose_s": spent},
+        )
         if stepped:
             taken = chosen["said"]["seconds"]
             healing, libraries = (
@@ -181,7 +206,16 @@ class Bench:
         if (mip / "architecture.json").is_file():
             other = read_architecture(mip)
             found["changed"] = sum(a != b for a, b in zip(solved.sub_blocks, other.sub_blocks, strict=True))
-        for kind, ends in (("before", ""), ("after", "_healed")):
+        if (benched := self.kept(f"bench/{method}-{speed:g}")) is not None:
+            found["measured"] = benched["said"]["speedup"]["measured"]
+        if (answered := self.kept(f"tasks{self.tag}/{name}")) is not None:
+            found["tasks"] = "; ".join(
+                f"{task} {who} {each[who]['mean']:.4f} [{each[who]['low']:.4f}, {each[who]['high']:.4f}]"
+                for task, one in answered["said"]["tasks"].items()
+                for each in one["metrics"].values()
+                for who in each
+            )
+        for kind, ends in (("before", ""), (f"after{self.tag}", "_healed")):
             if (measured := self.kept(f"{kind}/{name}")) is not None:
                 said = measured["said"]
                 found |= {f"kl{ends}": said["child"]["kl"], f"kl{ends}_stderr": said["child"]["kl_stderr"]}
@@ -210,11 +244,14 @@ class Bench:
 @click.option(
     "--between", type=float, default=3e6, show_default=True, help="Of the recipe's healing: tokens between steps."
 )
+@click.option("--tokens", type=float, help="Of the healing, in place of the recipe's.")
+@click.option("--task-data", type=click.Path(path_type=Path), help="For the part `tasks`.")
+@click.option("--tasks", default="hellaswag,truthfulqa_mc1,humaneval", show_default=True)
 @click.option("--minutes", type=float, default=8.8, show_default=True)
 @click.option("--longest", type=float, default=20, show_default=True, help="With fewer seconds left nothing is begun.")
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[str, ...], speeds: str, methods: str, finalists: int, min_distance: int, rounds: int, chosen_on: int, sequences: int, between: float, minutes: float, longest: float, work: Path, out: Path) -> None:  # fmt: skip
+def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[str, ...], speeds: str, methods: str, finalists: int, min_distance: int, rounds: int, chosen_on: int, sequences: int, between: float, tokens: float | None, task_data: Path | None, tasks: str, minutes: float, longest: float, work: Path, out: Path) -> None:  # fmt: skip
     value = yaml.safe_load(recipe.read_text())
     value["parent"] = str(Path(parent).resolve() if parent else (recipe.parent / value["parent"]).resolve())
     bench, every = (
@@ -228,7 +265,10 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
         "pairs": [*measured, *several, "--pairs"],
         "rescored": [*measured, "--rounds", rounds],
         "all": [*measured, *several, "--pairs", "--rounds", rounds],
+        **{name: ["--baseline", name] for name in BASELINES},
     }
+    if tokens is not None:
+        value["heal"]["tokens"], bench.tag = tokens, f"-{tokens:g}"
     asked = methods.split(",")
     try:
         for part in parts:
@@ -237,8 +277,14 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
             for speed in every:
                 if part == "steps":
                     bench.steps(speed, between)
-                for method in asked if part in ("choose", "heal") else ():
-                    bench.choose(speed, method, flags[method]) if part == "choose" else bench.heal(speed, method)
+                for method in asked if part not in ("library", "steps") else ():
+                    if part == "choose":
+                        bench.choose(speed, method, flags[method])
+                    elif part == "tasks":
+                        assert task_data is not None, "--task-data"
+                        bench.tasks(speed, method, task_data, tasks)
+                    else:
+                        bench.bench(speed, method) if part == "bench" else bench.heal(speed, method)
     except OutOfTime:
         print("out of time: run the same command again, it goes on from here")
     found = [bench.row(speed, method) for speed in every for method in (*asked, "steps")]
