@@ -189,10 +189,7 @@ def _from_attention(block: ParentBlock, made: GatedDelta) -> dict[str, Tensor]:
     taps[:, :, -1] = 1
     o = weights["o_proj.weight"]
     out = _heads(o.T, queries, own.head_dim, heads, made.value_dim)  # what heads gave together, their mean gives alone
-    if out is None:
-        out = torch.randn(made.inner_size, made.hidden_size).to(o) * o.std()
-    else:
-        out = out * (queries / heads)
+    out = torch.randn(made.inner_size, made.hidden_size).to(o) * o.std() if out is None else out * (queries / heads)
     spread = float(v.square().sum(1).mean().sqrt()) * (1 if made.gate else 0.25)  # of what comes normed
     steps = torch.empty(heads, device=device).uniform_(math.log(0.001), math.log(0.1)).exp()
     return found | {

@@ -229,6 +229,11 @@ class SubBlock:
     # -- what follows from them ------------------------------------------------------------------------------
 
     @property
+    def has_vllm(self) -> bool:
+        """Whether there is a face in vLLM; needs none to say so."""
+        return self.on_vllm is not None or type(self).in_vllm is not SubBlock.in_vllm
+
+    @property
     def num_parameters(self) -> int:
         """Elements of all tensors, norms included."""
         return sum(math.prod(shape) for shape in self.tensors().values())

@@ -36,7 +36,11 @@ class RecurrentMixer(Part):
         self.split = (num_gates, convolved, num_rest)
         self.in_proj = nn.Linear(sizes.hidden_size, sum(self.split), bias=bias)
         self.conv1d = nn.Conv1d(convolved, convolved, sizes.conv_width, groups=convolved, bias=conv_bias)
-        self.out_proj = nn.Linear(sizes.inner_size, sizes.hidden_size, bias=bias)
+
+    def finish(self) -> None:
+        sizes = self.sizes
+        self.out_proj = nn.Linear(sizes.inner_size, sizes.hidden_size, bias=self.in_proj.bias is not None)
+        super().finish()
 
     def recurrence(self, convolved: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """Of whole sequences: convolved [B, T, channels] in float32 or wider, rest [B, T, …] -> y [B, T, I] and the state after the

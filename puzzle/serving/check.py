@@ -26,7 +26,8 @@ from torch import Tensor
 from puzzle.base.device import device_memory, pick_device
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.files import json_text
-from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.recurrent import Recurrent
+from puzzle.blocklib.sub_block import MissingFace
 from puzzle.export.checkpoint import outdated_code
 from puzzle.export.engines import CARD_SHARE, release, served_by, wrong_before
 from puzzle.export.engines import ENGINES as TABLE
@@ -178,7 +179,9 @@ def serve_check(
         )  # rewritten for the engine, it keeps other states
         sub_blocks = [part.sub_block for _, _, part in served.parts()]
         del served
-        states = {one.state_dtype for one in sub_blocks if isinstance(one, Mamba2)}
+        if missing := next((one.kind for one in sub_blocks if not one.has_vllm), None):
+            raise MissingFace(missing, "face in vLLM")
+        states = {one.state_dtype for one in sub_blocks if isinstance(one, Recurrent)}
         job["state_dtype"] = next(iter(states), None)
         job |= gpu_bytes(model, job["batch"]["gpu"]) | {"gpu_share": CARD_SHARE}
     hint = outdated_code(export.path) if engine == "hf" else None

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.sub_block import MissingFace
 from puzzle.parents.child import child as read_child
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
 from puzzle.parents.structure import Structure
@@ -56,8 +57,11 @@ class ServedConfig(PreTrainedConfig):
 
 def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of config.json that hold for the whole model, and what vLLM derives from the others: the most KV heads of any layer,
-    for what is sized once (each layer's cache is sized by its own)."""
+    for what is sized once (each layer's cache is sized by its own). Raises MissingFace for a kind that vLLM does not run."""
     structure = read_child(config)
+    for _, _, sub_block in structure:
+        if not sub_block.has_vllm:
+            raise MissingFace(sub_block.kind, "face in vLLM")
     found = {name: value for name, value in config.items() if name not in OF_LAYERS}
     if states := mambas(structure):
         kinds = {Gqa: "attention", Mamba2: "mamba"}
