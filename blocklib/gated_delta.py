@@ -33,6 +33,7 @@ class GatedDelta(Recurrent):
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.gated_delta:DeltaMixer"
     in_training: ClassVar[str | None] = "puzzle.blocklib.fast.gated_delta:DeltaInTraining"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.gated_delta:FastDelta"
+    on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.gated_delta:VllmDelta"
 
     read_input: ClassVar[tuple[str, ...]] = ("in_proj.weight",)
 
@@ -102,6 +103,10 @@ class GatedDelta(Recurrent):
         """Whole key heads with the value heads that share them, as vLLM."""
         keys, values = (divided(getattr(self, name), tp, name) for name in ("num_key_heads", "num_value_heads"))
         return replace(self, num_key_heads=keys, num_value_heads=values)
+
+    @property
+    def lacks_in_vllm(self) -> str | None:
+        return None if self.gate else "face in vLLM without a gate"
 
     @property
     def widest(self) -> int:

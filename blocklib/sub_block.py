@@ -32,16 +32,7 @@ from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 if TYPE_CHECKING:
     from torch import Tensor
 
-OURS = (
-    "gqa",
-    "swiglu",
-    "relu2",
-    "moe",
-    "mamba2",
-    "gated_delta",
-    "linear",
-    "none",
-)  # in the order in which they offer replacements
+OURS = ("gqa", "swiglu", "relu2", "moe", "mamba2", "gated_delta", "linear", "none")  # in the order of their offers
 DEFAULT_EPS = 1e-6
 TPS = (1, 2, 4, 8)  # ranks of tensor parallel
 
@@ -192,7 +183,7 @@ class SubBlock:
 
     def in_vllm(self, place: Any) -> Any:
         """What stands between its norms, in vLLM's layers at this place (`vllm.place.Place`); None: nothing to run."""
-        return _imported(self.on_vllm, self.kind, "face in vLLM")(self, place)
+        return _imported(None if self.lacks_in_vllm else self.on_vllm, self.kind, str(self.lacks_in_vllm))(self, place)
 
     @classmethod
     def stand_ins(cls, parent: SubBlock) -> list[str]:
@@ -229,9 +220,9 @@ class SubBlock:
     # -- what follows from them ------------------------------------------------------------------------------
 
     @property
-    def has_vllm(self) -> bool:
-        """Whether there is a face in vLLM; needs none to say so."""
-        return self.on_vllm is not None or type(self).in_vllm is not SubBlock.in_vllm
+    def lacks_in_vllm(self) -> str | None:
+        """The face that vLLM does not have for it; None where it runs there. Needs no vLLM."""
+        return "face in vLLM" if self.on_vllm is None and type(self).in_vllm is SubBlock.in_vllm else None
 
     @property
     def num_parameters(self) -> int:

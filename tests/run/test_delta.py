@@ -140,9 +140,9 @@ def test_formats_that_cannot_hold_it(options, wanted, child, puzzle, one_line_er
     assert not (tmp_path / "out").exists()
 
 
-def test_vllm_is_told_that_it_cannot(child, puzzle, one_line_error):
+def test_vllm_is_told_that_it_cannot_without_a_gate(child, puzzle, one_line_error):
     """By the plug-in in vLLM's own process, by serve-check before one starts; and the card names no command for it."""
-    wanted = "sub-blocks of kind 'gated_delta' have no face in vLLM"
+    wanted = "sub-blocks of kind 'gated_delta' have no face in vLLM without a gate"
     with pytest.raises(ValueError, match=wanted):
         seen_by_engine(json.loads((child / "config.json").read_text()))
     done = puzzle("serve-check", child, "--engine", "vllm")

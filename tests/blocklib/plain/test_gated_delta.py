@@ -167,8 +167,8 @@ def test_in_its_place():
     assert isinstance(linear.sub_block, Linear)
     block = ParentBlock(sub_block=SIZES, weights=own, statistics=loaded(SIZES, own).calibrate([stream(2, 40)]))
     assert linear.initialise(block)["linear.weight"].shape == (20, 20)
-    with pytest.raises(MissingFace, match="'gated_delta' have no face in vLLM"):
-        SIZES.in_vllm(None)
+    with pytest.raises(MissingFace, match="'gated_delta' have no face in vLLM without a gate"):
+        replace(SIZES, gate=False).in_vllm(None)
 
 
 ATTENTION = Gqa(hidden_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
