@@ -37,11 +37,12 @@ class GatedDelta(Recurrent):
 
     read_input: ClassVar[tuple[str, ...]] = ("in_proj.weight",)
 
-    chunk_size: int = size("chunk", default=64)
     num_key_heads: int = size("kheads")
     key_dim: int = size("k")
     num_value_heads: int = size("vheads")
     value_dim: int = size("v")
+    conv_width: int = size("conv", default=4)
+    chunk_size: int = size("chunk", default=64)
     gate: bool = size("gate", default=True)
     state_dtype: str = size("state_dtype", default="float32", choices=tuple(STATE_BYTES))
 

@@ -40,6 +40,8 @@ class Mamba2(Recurrent):
     head_dim: int = size("d", config="mamba_head_dim")
     num_groups: int = size("groups", config="mamba_n_groups")
     state_size: int = size("state", config="ssm_state_size")
+    conv_width: int = size("conv", default=4)
+    chunk_size: int = size("chunk", default=128)
     conv_bias: bool = size("conv_bias", default=True)
     bias: bool = size("bias", default=False)
     state_dtype: str = size("state_dtype", default="float32", choices=tuple(STATE_BYTES))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from puzzle.blocklib.sub_block import MissingFace, Normed, ParentBlock, State, size
+from puzzle.blocklib.sub_block import MissingFace, Normed, ParentBlock, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +23,12 @@ STATE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recurrent(Normed):
-    """chunk_size: tokens that are multiplied together, which changes no result. state_dtype: of the recurrent state, which engines keep
-    apart from the cache's (vLLM: mamba_ssm_cache_dtype); a kind has it as a field, after its others."""
+    """Every such kind has these as fields, in places of its own. chunk_size: tokens that are multiplied together, which changes no
+    result. state_dtype: of the recurrent state, which engines keep apart from the cache's (vLLM: mamba_ssm_cache_dtype)."""
 
-    conv_width: int = size("conv", default=4)
-    chunk_size: int = size("chunk", default=128)
     if TYPE_CHECKING:
+        conv_width: int = 4
+        chunk_size: int = 64
         state_dtype: str = "float32"
 
     @property

@@ -20,7 +20,7 @@ from puzzle.blocklib.plain.gated_delta import DeltaMixer
 FLA = (
     (0, 4),
     (0, 6),
-)  # the oldest and the newest fla-core whose functions are called; they were read, and never ran here
+)  # the oldest and the newest fla-core that is called; they were read, and never ran here
 WIDEST_KEY = 256  # of its kernels
 
 Rule = Callable[..., tuple[Tensor, Tensor]]

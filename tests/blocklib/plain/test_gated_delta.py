@@ -102,10 +102,10 @@ def test_it_is_transformers_layer(changes, length):
     assert (part.inner(entered, {}) - layer(entered)).abs().max() <= 1e-5
     cache, state = DynamicCache(config=Qwen3NextConfig(num_hidden_layers=1, layer_types=["linear_attention"])), None
     state = part.new_state(2, length + 3, entered)
-    theirs = [layer(entered[:, :length], cache=cache)]
+    theirs = [layer(entered[:, :length], cache)]
     ours = [part.out_proj(part.mixed(part.in_proj(entered[:, :length]), state))]
     for t in range(length, length + 3):
-        theirs.append(layer(entered[:, t : t + 1], cache=cache))
+        theirs.append(layer(entered[:, t : t + 1], cache))
         ours.append(part.out_proj(part.stepped(part.in_proj(entered[:, t]), state))[:, None])
     assert (torch.cat(ours, 1) - torch.cat(theirs, 1)).abs().max() <= 1e-5
 
