@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -26,10 +27,9 @@ WIDEST_KEY = 256  # of its kernels
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
-def fla_rules(device: torch.device, dtype: torch.dtype, key_dim: int) -> tuple[Rule, Rule] | None:
-    """(of whole sequences, of single tokens) in flash-linear-attention; None where it is not there, or not for such tensors."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or key_dim > WIDEST_KEY:
-        return None
+@cache
+def installed() -> tuple[Rule, Rule] | None:
+    """(of whole sequences, of single tokens) in flash-linear-attention; None without a version that was read."""
     try:
         found = re.match(r"(\d+)\.(\d+)", version("fla-core"))
         if found is None or not FLA[0] <= (int(found[1]), int(found[2])) <= FLA[1]:
@@ -38,6 +38,12 @@ def fla_rules(device: torch.device, dtype: torch.dtype, key_dim: int) -> tuple[R
     except (PackageNotFoundError, ImportError):
         return None
     return chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+
+def fla_rules(device: torch.device, dtype: torch.dtype, key_dim: int) -> tuple[Rule, Rule] | None:
+    """`installed`; None for tensors that its kernels do not take."""
+    taken = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and key_dim <= WIDEST_KEY
+    return installed() if taken else None
 
 
 class DeltaOnGpu(DeltaMixer):

@@ -44,7 +44,11 @@ def test_when_its_kernels_are_chosen(device, dtype, key_dim, version, chosen, mo
     ):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(gated_delta, "version", lambda name: {"fla-core": version}[name])
-    assert fla_rules(device, dtype, key_dim) == ((1, 2) if chosen else None)
+    gated_delta.installed.cache_clear()
+    try:
+        assert fla_rules(device, dtype, key_dim) == ((1, 2) if chosen else None)
+    finally:
+        gated_delta.installed.cache_clear()
 
 
 def test_without_it():
