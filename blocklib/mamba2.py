@@ -11,30 +11,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
-from puzzle.blocklib.sub_block import Normed, ParentBlock, State, SubBlock, Variant, divided, register, size
+from puzzle.blocklib.recurrent import STATE_BYTES, Recurrent
+from puzzle.blocklib.sub_block import ParentBlock, SubBlock, Variant, divided, register, size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mamba2(Normed):
-    """chunk_size: tokens that are multiplied together, which changes no result. state_dtype: of the
-    recurrent state, which engines keep apart from the cache's (vLLM: mamba_ssm_cache_dtype). norm_eps: of the gated norm too, which
-    norms each group of I / G channels by itself."""
+class Mamba2(Recurrent):
+    """norm_eps: of the gated norm too, which norms each group of I / G channels by itself."""
 
     kind: ClassVar[str] = "mamba2"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.mamba2:Mixer"
-    on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.mamba2:FastMamba"
+    on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.recurrent:FastRecurrent"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.mamba2:VllmMamba"
 
     read_input: ClassVar[tuple[str, ...]] = ("in_proj.weight",)
@@ -75,12 +71,16 @@ class Mamba2(Normed):
         shapes |= {"conv1d.bias": (convolved,)} if self.conv_bias else {}
         return shapes | ({"in_proj.bias": (rows,), "out_proj.bias": (hidden,)} if self.bias else {})
 
-    def state(self) -> State:
-        """Of the convolution, its last W - 1 inputs; and the recurrent state [N, D, S]."""
-        return State(
-            per_sequence=self.conv_channels * (self.conv_width - 1),
-            own_bytes=STATE_BYTES[self.state_dtype] * self.inner_size * self.state_size,
-        )
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """[N, D, S]"""
+        return self.num_heads, self.head_dim, self.state_size
+
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        inner, shared, heads = self.inner_size, self.num_groups * self.state_size, self.num_heads
+        by_head = dict.fromkeys(("dt_bias", "A_log", "D"), (heads,))
+        rows = {"in_proj": (inner, inner, shared, shared, heads), "conv1d": (inner, shared, shared)}
+        return rows | by_head | {"gate_norm": (inner,), "out_proj": (inner,)}
 
     def mixing_flops(self, context: float) -> float:
         """The state's decay, update and product with C; and within a chunk, scores and values."""
@@ -92,28 +92,6 @@ class Mamba2(Normed):
         heads, groups = divided(self.num_heads, tp, "num_heads"), divided(self.num_groups, tp, "num_groups")
         return replace(self, num_heads=heads, num_groups=groups)
 
-    def cut(self, weights: Mapping[str, Tensor], rank: int, tp: int) -> dict[str, Tensor]:
-        """The rows of in_proj and of the convolution are several things one after another, each of which is cut."""
-        import torch
-
-        inner, shared = self.inner_size, self.num_groups * self.state_size
-        parts = {"in_proj": (inner, inner, shared, shared, self.num_heads), "conv1d": (inner, shared, shared)}
-
-        def own(tensor: Tensor, sizes: tuple[int, ...], dim: int = 0) -> Tensor:
-            split = zip(tensor.split(sizes, dim), sizes, strict=True)
-            return torch.cat([part.narrow(dim, rank * size // tp, size // tp) for part, size in split], dim)
-
-        found = {}
-        for name, tensor in weights.items():
-            owner = name.partition(".")[0]
-            if name == "out_proj.weight":
-                found[name] = own(tensor, (inner,), dim=1)
-            elif owner in parts or owner in ("gate_norm", "dt_bias", "A_log", "D"):
-                found[name] = own(tensor, parts.get(owner, (len(tensor),)))
-            else:
-                found[name] = torch.zeros_like(tensor) if rank and name in self.added_once else tensor
-        return found
-
     @property
     def widest(self) -> int:
         """Three times what in_proj gives: what follows it is in float32, and there is more of it."""
@@ -124,11 +102,6 @@ class Mamba2(Normed):
 
     def words(self, parent: SubBlock) -> str:
         return f"Mamba-2, {self.num_heads} heads of {self.head_dim}"
-
-    def linear_map(self, block: ParentBlock) -> Tensor:
-        from puzzle.blocklib.initialize import ffn_as_linear
-
-        return ffn_as_linear(block.calibrated("a linear map in place of Mamba-2"))
 
     def check_groups(self) -> None:
         """Raise UserError for heads that its groups do not share."""

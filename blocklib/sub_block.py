@@ -5,6 +5,7 @@
     moe h2048 e128 k8 f768                    mixture of 128 experts of 768 channels, of which a token has 8
     relu2 h4480 f15680                        FFN without a gate, of squared ReLUs
     mamba2 h4480 heads128 d80 groups8 state128    Mamba-2: hidden size, heads, head_dim, groups, state size
+    gated_delta h4096 kheads16 k128 vheads32 v128    Gated DeltaNet: key heads and their size, value heads and theirs
     linear h4096                              one matrix
     none                                      nothing, not even a norm
 
@@ -31,7 +32,7 @@ from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 if TYPE_CHECKING:
     from torch import Tensor
 
-OURS = ("gqa", "swiglu", "relu2", "moe", "mamba2", "linear", "none")  # in the order in which they offer replacements
+OURS = ("gqa", "swiglu", "relu2", "moe", "mamba2", "gated_delta", "linear", "none")  # in the order of their offers
 DEFAULT_EPS = 1e-6
 TPS = (1, 2, 4, 8)  # ranks of tensor parallel
 
@@ -78,7 +79,7 @@ class State:
 
 @dataclass(kw_only=True, slots=True)
 class Statistics:
-    """Of a parent's FFN or Mamba-2 over calibration tokens, summed in float64.
+    """Of a parent's FFN or recurrent kind over calibration tokens, summed in float64.
 
     channel_sum [F]: Σ|x_i| of what its last matrix reads; gram [H, H]: Σ n nᵀ of what enters its matrices (normed, where
     there is a norm before); cross [H, H]: Σ y nᵀ with y what its last matrix gives. channel_gram() [F, F]: Σ x xᵀ of what its last
@@ -182,7 +183,7 @@ class SubBlock:
 
     def in_vllm(self, place: Any) -> Any:
         """What stands between its norms, in vLLM's layers at this place (`vllm.place.Place`); None: nothing to run."""
-        return _imported(self.on_vllm, self.kind, "face in vLLM")(self, place)
+        return _imported(None if self.lacks_in_vllm else self.on_vllm, self.kind, str(self.lacks_in_vllm))(self, place)
 
     @classmethod
     def stand_ins(cls, parent: SubBlock) -> list[str]:
@@ -217,6 +218,11 @@ class SubBlock:
         return False
 
     # -- what follows from them ------------------------------------------------------------------------------
+
+    @property
+    def lacks_in_vllm(self) -> str | None:
+        """The face that vLLM does not have for it; None where it runs there. Needs no vLLM."""
+        return "face in vLLM" if self.on_vllm is None and type(self).in_vllm is SubBlock.in_vllm else None
 
     @property
     def num_parameters(self) -> int:

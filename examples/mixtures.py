@@ -27,9 +27,10 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP
-from puzzle.blocklib.plain.mamba2 import MambaState, Mixer
+from puzzle.blocklib.plain.mamba2 import Mixer
 from puzzle.blocklib.plain.moe import SparseMoe
 from puzzle.blocklib.plain.part import Part, Ropes, learning
+from puzzle.blocklib.plain.recurrent import RecurrentState
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.export.child import Child, ChildLayer
 from puzzle.export.nemotron_h import hybrid_config, hybrid_tensors
@@ -94,12 +95,12 @@ class AllExperts(SparseMoe):
 
 
 class AllChunks(Mixer):
-    def mixed(self, projected: Tensor, state: MambaState | None = None) -> Tensor:
+    def mixed(self, projected: Tensor, state: RecurrentState | None = None) -> Tensor:
         z, before, dt = projected.split(self.split, dim=-1)
         width, length = self.sizes.conv_width, before.shape[1]
         padded, taps = F.pad(before, (0, 0, width - 1, 0)).float(), self.conv1d.weight[:, 0].float()
         convolved = sum(padded[:, k : k + length] * taps[:, k] for k in range(width)) + self.conv1d.bias.float()
-        x, b, c = self.parts(convolved)
+        x, b, c = self.parts(F.silu(convolved))
         y = scan(x, self.steps(dt), -self.A_log.float().exp(), b, c) + self.D.float()[:, None] * x
         return self.gate_norm(y.flatten(-2), z)
 

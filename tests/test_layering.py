@@ -19,6 +19,8 @@ SHIPPED = {
     "modeling_puzzle_moe.py",
     "modeling_puzzle_masks.py",
     "modeling_puzzle_mamba.py",
+    "modeling_puzzle_delta.py",
+    "modeling_puzzle_recurrent.py",
     "modeling_decilm.py",
     "configuration_decilm.py",
     "modeling_nemotron_h_puzzle.py",

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from puzzle.blocklib.gated_delta import GatedDelta
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.mamba2 import Mamba2
@@ -165,8 +166,9 @@ FAMILIES: dict[str, Tiny] = {
 }  # fmt: skip
 
 
-# Kinds that stock engines read in formats of their own. Inner channels of Mamba-2 are twice the hidden size, as Granite-4 has them.
+# Kinds that stock engines read in formats of their own, and Gated DeltaNet, whose keys are as wide as values in vLLM on a CPU. Inner channels of Mamba-2 are twice the hidden size, as Granite-4 has them.
 MAMBA = Mamba2(hidden_size=HIDDEN, num_heads=8, head_dim=64, num_groups=2, state_size=64, chunk_size=64, norm_eps=EPS)
+DELTA = GatedDelta(hidden_size=HIDDEN, num_key_heads=2, key_dim=64, num_value_heads=4, value_dim=64, norm_eps=EPS)
 WIDE = replace(FULL, num_attention_heads=4, num_key_value_heads=2, head_dim=64)  # whose heads are as wide on a GPU
 PLAIN_HEADS = replace(FULL, num_key_value_heads=2, rope=None)
 SQUARED = Relu2(hidden_size=HIDDEN, intermediate_size=512, norm_eps=EPS)
@@ -200,6 +202,12 @@ WITH_FORMATS: dict[str, Tiny] = {
         layers=(
             BLOCK, (MAMBA, width(352)), (replace(MAMBA, num_heads=4, head_dim=32), FFN), (kv(2), NO_OP), (replace(FULL, window=64), FFN),
             (replace(MAMBA, num_groups=1, num_heads=16, chunk_size=48), FFN), (NO_OP, FFN), (MAMBA, NO_OP),
+        ),
+    ),
+    "gated delta, all sizes": Tiny(
+        layers=(
+            BLOCK, (DELTA, width(352)), (replace(DELTA, num_value_heads=8), FFN), (kv(2), NO_OP), (replace(DELTA, num_key_heads=4), FFN),
+            (replace(DELTA, num_key_heads=1, num_value_heads=2), FFN), (NO_OP, FFN), (DELTA, NO_OP),
         ),
     ),
 }  # fmt: skip

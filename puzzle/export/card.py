@@ -259,7 +259,8 @@ def _serve(card: CardFacts) -> list[str]:
         again = (
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
-        return [_transformers(card), _PLUG_IN, again]
+        served = not any(b.lacks_in_vllm for layer in card.child.layers for b in layer.slots.values())
+        return [_transformers(card), *([_PLUG_IN, again] if served else [])]
     if card.format in STOCK:
         name, more = ("Qwen3-MoE", "") if card.format == "qwen3-moe" else ("Granite-4", _state_dtype(card.child))
         return [

@@ -6,7 +6,8 @@
      "7": {"skip": ["attention", "mlp"]}, "9": {"intermediate_size": 352, "sliding_window": 128},
      "11": {"num_experts": 24, "num_experts_per_tok": 2}, "12": {"dense": ["mlp"], "intermediate_size": 96}}
 
-A layer with `mamba`, {"num_heads": 128, "head_dim": 80, …}, has Mamba-2 in place of attention, and keeps a state for it.
+A layer with `mamba`, {"num_heads": 128, "head_dim": 80, …}, has Mamba-2 in place of attention, one with `gated_delta` Gated DeltaNet, and
+keeps a state for it.
 Every layer computes h = x + attention(norm(x)) and y = h + mlp(norm(h)), with norms after in place of these, or both, by
 `norm_placement`. A skipped sub-block adds nothing and has no weights, not even its norm; a linear one is a single [E, E]
 matrix in its place. With `num_experts` an mlp is a mixture of them (`modeling_puzzle_moe.py`) unless it is dense. With `sliding_window` W the query at position i sees the keys i-W+1 … i; `rope` names its rotary
@@ -33,12 +34,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .modeling_puzzle_mamba import PuzzleMamba, PuzzleState
+from .modeling_puzzle_delta import PuzzleDelta
+from .modeling_puzzle_mamba import PuzzleMamba
 from .modeling_puzzle_masks import sequence_starts, visible
 from .modeling_puzzle_moe import PuzzleMoE
+from .modeling_puzzle_recurrent import PuzzleRecurrent, PuzzleState
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 MODULES = {"attention": "self_attn", "mlp": "mlp"}  # what a sub-block is called in config.json, and in the weights
+RECURRENT = {
+    kind.word: kind for kind in (PuzzleMamba, PuzzleDelta)
+}  # in place of attention, and what it is called there too
 NORMS = {  # by placement: the names of the norms before and after attention, and before and after the FFN
     "before": (("input_layernorm", None), ("post_attention_layernorm", None)),
     "after": ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
@@ -94,6 +100,7 @@ class PuzzleConfig(PreTrainedConfig):
     dense: list[str] | None = None  # per layer only: ["mlp"] where it is of intermediate_size, whatever num_experts
     linear: list[str] | None = None  # per layer only: the sub-blocks that are one matrix
     mamba: Any = None  # per layer only: sizes of Mamba-2 in place of attention
+    gated_delta: Any = None  # per layer only: sizes of Gated DeltaNet in place of attention
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -242,20 +249,21 @@ class PuzzleLayer(GradientCheckpointingLayer):
     def __init__(self, config: Any, index: int, slot: int):
         super().__init__()
         skip, linear, size = set(getattr(config, "skip", ())), set(config.linear or ()), config.hidden_size
-        mamba = config.mamba is not None
-        if not skip | linear <= {"attention", "mlp"} or skip & linear or (mamba and "attention" in skip | linear):
-            raise ValueError(f"per_layer_config[{index}] has skip={sorted(skip)}, linear={sorted(linear)}, mamba={config.mamba}: "
-                             "lists may name 'attention' and 'mlp', a sub-block in one of them only")  # fmt: skip
+        recurrent = {word: sizes for word in RECURRENT if (sizes := getattr(config, word)) is not None}
+        mixers = len(recurrent) + ("attention" in skip | linear)
+        if not skip | linear <= {"attention", "mlp"} or skip & linear or mixers > 1:
+            raise ValueError(f"per_layer_config[{index}] has skip={sorted(skip)}, linear={sorted(linear)}, {recurrent}: "
+                             "lists may name 'attention' and 'mlp', and a sub-block is one thing only")  # fmt: skip
         if config.dense not in (None, [], ["mlp"]):
             raise ValueError(f"per_layer_config[{index}] has dense={config.dense}: it may name 'mlp' alone")
-        self.attends, self.recurs = not mamba and "attention" not in skip | linear, mamba
+        self.attends, self.recurs = not mixers, bool(recurrent)
         self.residual = config.residual_multiplier
         self.norms: dict[str, tuple[str | None, str | None]] = {}  # {sub-block: names of its norms}
         for (owner, name), norms in zip(MODULES.items(), NORMS[config.norm_placement], strict=True):
             if owner in skip:
                 continue
-            mixes = PuzzleMamba if mamba and owner == "attention" else PuzzleAttention
-            name = "mamba" if mixes is PuzzleMamba else name
+            word = next(iter(recurrent), None) if owner == "attention" else None
+            mixes, name = (PuzzleAttention, name) if word is None else (RECURRENT[word], word)
             self.norms[name] = before, after = norms
             if before is not None:
                 self.add_module(before, PuzzleRMSNorm(size, config))
@@ -270,7 +278,7 @@ class PuzzleLayer(GradientCheckpointingLayer):
     def forward(self, x: Tensor, ropes: dict, masks: dict, cache: Cache | None) -> Tensor:
         for name, (before, after) in self.norms.items():
             module = getattr(self, name)
-            more = (ropes, masks, cache) if isinstance(module, PuzzleAttention | PuzzleMamba) else ()
+            more = (ropes, masks, cache) if isinstance(module, PuzzleAttention | PuzzleRecurrent) else ()
             y = module(x if before is None else getattr(self, before)(x), *more)
             y = y if after is None else getattr(self, after)(y)
             x = x + (y if self.residual == 1 else y * self.residual)
@@ -376,7 +384,7 @@ class PuzzleModel(nn.Module):
             if given is not None:
                 raise ValueError("packed sequences, which position_ids tell, take no cache: leave it out")
             if "state" in self.windows:
-                raise ValueError("position_ids tell of packed sequences, and Mamba-2 would carry its state from one to the next: "
+                raise ValueError("position_ids tell of packed sequences, and a recurrent layer would carry its state from one to the next: "
                                  "give each sequence a row of its own")  # fmt: skip
             cache, position_ids = None, position_ids if real is None else position_ids.masked_fill(~real, 0)
             ends = torch.zeros_like(starts).scatter_reduce(1, starts, (position_ids + 1).expand_as(starts), "amax")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from puzzle.base.errors import UserError
+from puzzle.blocklib.gated_delta import GatedDelta
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.mamba2 import Mamba2
@@ -15,6 +16,8 @@ from puzzle.blocklib.sub_block import Normed, SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child
 from puzzle.export.engines import ANY_DECILM_READER, ENGINES, GRANITE_HYBRID, HYBRIDS, Engine
+
+HF = "`format` hf, which transformers reads"
 
 
 def refuse(child: Child, engine: Engine, format: str) -> None:
@@ -31,7 +34,7 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
 
     Every kind and field that is not known to be sayable is refused.
     """
-    rest = "`format` hf, which transformers reads"
+    rest = HF
     gateless = getattr(child.base.get("ffn"), "activation", "relu2") == "relu2"
     if not gateless and any(isinstance(sub_block, Moe) for layer in child.layers for sub_block in layer.slots.values()):
         rest = f"`format` qwen3-moe, if all mixtures are alike, or {rest}"
@@ -44,6 +47,7 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
                 raise UserError(f"{where} has no slot of that name: {rest}")
             if (what := _unlike_llama(sub_block)) is not None:
                 other = f"`format` {mixed}, or " if isinstance(sub_block, Mamba2 | Relu2) else ""
+                rest = HF if isinstance(sub_block, GatedDelta) else rest
                 raise UserError(f"{where} has no {what}: write {other}{rest.removeprefix('write ')}")
     around, attends = child.around, child.attention
     for rope in around.ropes.values():

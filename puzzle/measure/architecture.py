@@ -43,7 +43,7 @@ Chosen = Mapping[str, Choice]  # one layer: its choices by slot
 class Prediction:
     """What the cost model says of one architecture at one batch size. memory: weights, KV cache at full context, and workspace,
     what the largest sub-block of the library works with; of GPUs that share the model, of each, as kv_bytes_per_token and
-    state_bytes: of a sequence, whatever its length (Mamba-2). latency: prompt to last token; ttft: to the first; tpot: per later one.
+    state_bytes: of a sequence, whatever its length (Mamba-2, Gated DeltaNet). latency: prompt to last token; ttft: to the first; tpot: per later one.
     """
 
     batch: int

@@ -5,8 +5,8 @@
 
 With `num_experts` the usual FFN is a mixture, and layers say `num_experts`, `num_experts_per_tok`, `moe_intermediate_size` and
 `shared_expert_intermediate_size` of their own, or `{"dense": ["mlp"], "intermediate_size": 512}`.
-A layer with Mamba-2 in place of attention has its sizes, {"mamba": {"num_heads": 128, "head_dim": 80, …}}; with hidden_act "relu2" FFNs
-have no gate. The global values describe what most layers have (`usual`), `per_layer_config` what single layers change. A word that is not
+A layer with Mamba-2 in place of attention has its sizes, {"mamba": {"num_heads": 128, "head_dim": 80, …}}, one with Gated DeltaNet
+{"gated_delta": {"num_key_heads": 16, "key_dim": 128, …}}; with hidden_act "relu2" FFNs have no gate. The global values describe what most layers have (`usual`), `per_layer_config` what single layers change. A word that is not
 understood is refused: it would mean a layer that this version cannot know. Needs no torch.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from puzzle.base.errors import UserError, nearest
 from puzzle.blocklib.ffn import Ffn
+from puzzle.blocklib.gated_delta import GatedDelta
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.mamba2 import Mamba2
@@ -32,7 +33,10 @@ from puzzle.parents.structure import Layer, Structure
 OWNERS = {"attention": "attention", "ffn": "mlp"}  # slot: its name in the lists of `per_layer_config`
 LISTS = {"skip": NoOp, "linear": Linear}  # lists of `per_layer_config`, and the kind of what they name
 DENSE = "dense"  # a list too: of what is one FFN for all tokens where others are mixtures
-SIZED = {"mamba": ("attention", Mamba2)}  # words with the sizes of a kind: the slot that it stands in, and the kind
+SIZED = {
+    "mamba": ("attention", Mamba2),
+    "gated_delta": ("attention", GatedDelta),
+}  # words with the sizes of a kind: the slot that it stands in, and the kind
 PLACEMENTS = ("before", "after", "both")
 MIXTURE = {  # fields of a mixture that config.json has where they differ from their defaults, and their names there
     "router": "router", "correction_bias": "correction_bias", "num_groups": "n_group", "num_topk_groups": "topk_group",

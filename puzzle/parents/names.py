@@ -8,7 +8,7 @@ from puzzle.base.errors import UserError
 from puzzle.blocklib.sub_block import Normed, SubBlock
 
 MODULES = {"attention": "self_attn", "ffn": "mlp"}  # of a slot
-OF_KIND = {"mamba2": "mamba"}  # of a kind that is not what its slot usually has
+OF_KIND = {"mamba2": "mamba", "gated_delta": "gated_delta"}  # of a kind that is not what its slot usually has
 MATRICES = {"attention": "linear_attn", "ffn": "linear_mlp"}  # of a linear sub-block in it
 NORMS = {  # (placement of the sub-block's norms, slot): names of the norm before and of the one after
     ("before", "attention"): ("input_layernorm", ""),
@@ -59,7 +59,9 @@ def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:
     placement = sub_block.norm if isinstance(sub_block, Normed) else "before"
     before, after = NORMS[placement, slot]
     module = module_of(slot, sub_block)
-    name = name.replace("gate_norm.", "norm.") if owner == "gate_norm" else name  # Mamba-2's own, inside its module
+    name = (
+        name.replace("gate_norm.", "norm.") if owner == "gate_norm" else name
+    )  # a recurrent kind's own, inside its module
     path = {"norm": before, "post_norm": after, "linear": f"{module}.{MATRICES[slot]}"}.get(owner)
     return f"model.layers.{layer}.{module}.{name}" if path is None else f"model.layers.{layer}.{path}.{rest}"
 

@@ -21,8 +21,8 @@ from puzzle.base.machine import cpu_name
 from puzzle.base.workload import PAGE
 from puzzle.blocklib.fast.batch import Batch, CachePool, Fast, Stream, make_fast, new_batch
 from puzzle.blocklib.gqa import Gqa
-from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.plain.part import Part as Module
+from puzzle.blocklib.recurrent import Recurrent
 from puzzle.blocklib.sub_block import MissingFace, SubBlock
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.swiglu import linear
@@ -150,7 +150,7 @@ class GpuTimer:
         if sub_block.by_rows:
             parts, state = self.parts, self._batch(sub_block, 1, PAGE)
         else:
-            if not isinstance(sub_block, Gqa | Mamba2):
+            if not isinstance(sub_block, Gqa | Recurrent):
                 raise MissingFace(sub_block.kind, "profile on a GPU of what it keeps between tokens")
             length = context + 1 if phase == "decode" else context
             cache_bytes = batch * sub_block.state().num_bytes(length, "fp8" if self.fp8 else "bf16", PAGE)

@@ -26,7 +26,9 @@ from torch import Tensor
 from puzzle.base.device import device_memory, pick_device
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.files import json_text
-from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.gated_delta import GatedDelta
+from puzzle.blocklib.recurrent import Recurrent
+from puzzle.blocklib.sub_block import MissingFace
 from puzzle.export.checkpoint import outdated_code
 from puzzle.export.engines import CARD_SHARE, release, served_by, wrong_before
 from puzzle.export.engines import ENGINES as TABLE
@@ -178,8 +180,13 @@ def serve_check(
         )  # rewritten for the engine, it keeps other states
         sub_blocks = [part.sub_block for _, _, part in served.parts()]
         del served
-        states = {one.state_dtype for one in sub_blocks if isinstance(one, Mamba2)}
+        for sub_block in sub_blocks:
+            if sub_block.lacks_in_vllm:
+                raise MissingFace(sub_block.kind, sub_block.lacks_in_vllm)
+        states = {one.state_dtype for one in sub_blocks if isinstance(one, Recurrent)}
         job["state_dtype"] = next(iter(states), None)
+        if any(isinstance(one, GatedDelta) for one in sub_blocks):
+            job["cpu_dtype"] = "bfloat16"  # alone, in vLLM's kernels of it for CPUs
         job |= gpu_bytes(model, job["batch"]["gpu"]) | {"gpu_share": CARD_SHARE}
     hint = outdated_code(export.path) if engine == "hf" else None
     try:

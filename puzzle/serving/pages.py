@@ -15,7 +15,7 @@ from typing import Any
 
 from puzzle.base.units import PRECISION_BYTES
 from puzzle.blocklib.gqa import Gqa
-from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.recurrent import Recurrent
 from puzzle.blocklib.sub_block import SubBlock
 
 STEPS = {"cpu": 128, "gpu": 16}  # tokens of a page that vLLM starts from
@@ -55,8 +55,8 @@ def allocated(sub_blocks: Iterable[SubBlock], precision: str, num_tokens: int, s
         state = one.state()
         if isinstance(one, Gqa):
             attends[PRECISION_BYTES[precision] * state.per_token, state.reach] += 1
-        elif isinstance(one, Mamba2):
-            mambas[one.num_heads, one.head_dim, one.state_size, one.conv_channels, one.conv_width] += 1
+        elif isinstance(one, Recurrent):
+            mambas[(*one.state_shape, one.conv_channels, one.conv_width)] += 1
             largest = max(largest, state.fixed_bytes(precision))
     if not attends:
         return 0

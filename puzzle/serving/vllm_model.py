@@ -33,6 +33,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from puzzle.blocklib.gated_delta import GatedDelta
 from puzzle.blocklib.sub_block import Normed
 from puzzle.blocklib.vllm.moe import one_by_one
 from puzzle.blocklib.vllm.place import Place, rms_norm
@@ -44,8 +45,8 @@ from puzzle.serving.vllm_plugin import (
     attentions,
     check_version,
     logger,
-    mambas,
     missing_tensors,
+    recurrents,
     wanted_tensors,
 )
 
@@ -288,7 +289,7 @@ class PuzzleForCausalLM(nn.Module, SupportsPP, SupportsQuant):
 
 
 class PuzzleHybridForCausalLM(PuzzleForCausalLM, HasInnerState, IsHybrid):
-    """A child with Mamba-2. vLLM sizes pages by the largest state of a layer; each layer's own may be smaller."""
+    """A child with a recurrent kind. vLLM sizes pages by the largest state of a layer; each layer's own may be smaller."""
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -303,18 +304,23 @@ class PuzzleHybridForCausalLM(PuzzleForCausalLM, HasInnerState, IsHybrid):
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Any:
         from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
 
-        largest = max(
-            mambas(vllm_config.model_config.hf_config.structure()), key=lambda m: m.state().fixed_bytes("bf16")
-        )
+        structure = vllm_config.model_config.hf_config.structure()
+        largest: Any = max(recurrents(structure), key=lambda m: m.state().fixed_bytes("bf16"))
+        tp, num_spec = vllm_config.parallel_config.tensor_parallel_size, vllm_config.num_speculative_tokens
+        if isinstance(largest, GatedDelta):
+            heads, dims = (largest.num_key_heads, largest.num_value_heads), (largest.key_dim, largest.value_dim)
+            return MambaStateShapeCalculator.gated_delta_net_state_shape(
+                tp, *heads, *dims, largest.conv_width, num_spec
+            )
         return MambaStateShapeCalculator.mamba2_state_shape(
             intermediate_size=largest.inner_size,
-            tp_world_size=vllm_config.parallel_config.tensor_parallel_size,
+            tp_world_size=tp,
             n_groups=largest.num_groups,
             num_heads=largest.num_heads,
             head_dim=largest.head_dim,
             state_size=largest.state_size,
             conv_kernel=largest.conv_width,
-            num_spec=vllm_config.num_speculative_tokens,
+            num_spec=num_spec,
         )
 
     @classmethod

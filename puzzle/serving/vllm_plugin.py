@@ -12,14 +12,15 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from puzzle.blocklib.gqa import Gqa
-from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.recurrent import Recurrent
+from puzzle.blocklib.sub_block import MissingFace
 from puzzle.parents.child import child as read_child
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
 from puzzle.parents.structure import Structure
 
 logger = logging.getLogger("vllm.puzzle")  # below vLLM's own, whose handlers it has
 READ_AGAINST = ((0, 26), (0, 32))  # the oldest and the newest vLLM whose sources the plug-in was read against
-ARCHITECTURE, HYBRID = "PuzzleForCausalLM", "PuzzleHybridForCausalLM"  # the other of children with Mamba-2
+ARCHITECTURE, HYBRID = "PuzzleForCausalLM", "PuzzleHybridForCausalLM"  # the other of children with a recurrent kind
 # What single layers have of their own, by which vLLM must not judge all of them: it would cut every cache to a window, or stretch the
 # context by a RoPE's factor (`max_position_embeddings` has it already).
 OF_LAYERS = ("per_layer_config", "sliding_window", "rope", "ropes", "auto_map")
@@ -56,11 +57,14 @@ class ServedConfig(PreTrainedConfig):
 
 def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of config.json that hold for the whole model, and what vLLM derives from the others: the most KV heads of any layer,
-    for what is sized once (each layer's cache is sized by its own)."""
+    for what is sized once (each layer's cache is sized by its own). Raises MissingFace for a kind that vLLM does not run."""
     structure = read_child(config)
+    for _, _, sub_block in structure:
+        if sub_block.lacks_in_vllm:
+            raise MissingFace(sub_block.kind, sub_block.lacks_in_vllm)
     found = {name: value for name, value in config.items() if name not in OF_LAYERS}
-    if states := mambas(structure):
-        kinds = {Gqa: "attention", Mamba2: "mamba"}
+    if states := recurrents(structure):
+        kinds = {Gqa: "attention", **dict.fromkeys(map(type, states), "mamba")}
         types = [kinds.get(type(layer["attention"]), "mlp") for layer in structure.layers]
         chunk = 1 << (
             max(state.chunk_size for state in states).bit_length() - 1
@@ -80,8 +84,8 @@ def attentions(structure: Structure) -> list[Gqa]:
     return [sub_block for _, _, sub_block in structure if isinstance(sub_block, Gqa)]
 
 
-def mambas(structure: Structure) -> list[Mamba2]:
-    return [sub_block for _, _, sub_block in structure if isinstance(sub_block, Mamba2)]
+def recurrents(structure: Structure) -> list[Recurrent]:
+    return [sub_block for _, _, sub_block in structure if isinstance(sub_block, Recurrent)]
 
 
 def wanted_tensors(structure: Structure, tied: bool) -> set[str]:
@@ -114,24 +118,28 @@ class EngineSettings:
 
 
 class HybridSettings(EngineSettings):
-    """Of a child with Mamba-2, whose states vLLM keeps in pages beside those of attention."""
+    """Of a child with a recurrent kind, whose states vLLM keeps in pages beside those of attention."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Raises ValueError too for a child that vLLM would take for another model."""
         EngineSettings.verify_and_update_model_config(model_config)
         structure = model_config.hf_config.structure()
-        states = mambas(structure)
+        states = recurrents(structure)
         if not attentions(structure):
-            raise ValueError("this child has Mamba-2 and no attention: vLLM pages the states of hybrids alone")
+            raise ValueError(
+                f"this child has {states[0].kind} and no attention: vLLM pages the states of hybrids alone"
+            )
         if len({state.state_dtype for state in states}) > 1:
-            raise ValueError("this child's layers of Mamba-2 differ in state_dtype: vLLM has one for all")
+            raise ValueError("this child's recurrent layers differ in state_dtype: vLLM has one for all")
+        if len(kinds := sorted({state.kind for state in states})) > 1:
+            raise ValueError(f"this child has {' and '.join(kinds)}: vLLM has one kind of recurrent layer in a model")
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """The recurrent state in the dtype that config.json says, unless the user does."""
         if vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
-            states = mambas(vllm_config.model_config.hf_config.structure())
+            states = recurrents(vllm_config.model_config.hf_config.structure())
             vllm_config.cache_config.mamba_ssm_cache_dtype = states[0].state_dtype
 
 

@@ -69,7 +69,7 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     prompt, count, on_cpu = job["prompt"], job["num_tokens"], current_platform.is_cpu()
     batch = job.get("batch", {}).get("cpu" if on_cpu else "gpu", {"prompts": [], "num_tokens": 0})
     lengths = [len(prompt) + count, *(len(one) + batch["num_tokens"] for one in batch["prompts"])]
-    settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+    settings: dict[str, Any] = {"dtype": job.get("cpu_dtype", "float32"), "enforce_eager": True}
     if not on_cpu:  # decoding in CUDA graphs, as it is served; not compiled, which takes minutes
         settings = {"dtype": "bfloat16", "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
         settings["gpu_memory_utilization"] = min(job["gpu_share"], job["gpu_bytes"] / torch.cuda.mem_get_info()[1])
@@ -90,7 +90,7 @@ def run_vllm(job: dict[str, Any]) -> Answer:
     text_ids = engine.get_tokenizer().encode(job["text"], add_special_tokens=False) if job["text"] else []
     found = vllm_batch(engine, batch, settings["dtype"], on_cpu) if batch["prompts"] else {}
     found["pages"] = json.dumps(vllm_pages(engine, on_cpu), allow_nan=False)
-    if not on_cpu:
+    if settings["dtype"] != "float32":
         return numpy.zeros((0, 0), numpy.float32), [], list(text_ids), found
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, ignore_eos=True, detokenize=False)

@@ -30,6 +30,7 @@ PARENTS = (
     "relu2 h32 f64 bias norm=both",
     "mamba2 h32 heads4 d5 groups2 state6 conv3 chunk7",
     "mamba2 h32 heads4 d5 groups2 state6 bias norm=both residual=0.4",
+    "gated_delta h32 kheads2 k5 vheads4 v6 conv3 chunk7",
 )
 MIXTURES = (  # whose norms train through autograd
     "moe h32 e6 k2 f20 shared17 shared_gate norm_topk norm=both",
@@ -38,6 +39,7 @@ MIXTURES = (  # whose norms train through autograd
 MORE = {
     "gqa": "window-7,kv2,linear,none",
     "mamba2": "heads2,dim3,linear,none",
+    "gated_delta": "linear,none",
     "moe": "experts=3,width=0.8,none",
 }  # variants of a kind
 

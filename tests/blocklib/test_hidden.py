@@ -14,6 +14,7 @@ KEYS = (
     "relu2 h12 f20 bias",
     "moe h12 e12 k2 f12 shared12 shared_gate router=sigmoid correction_bias",
     "mamba2 h12 heads6 d2 groups3 state4 bias",
+    "gated_delta h12 kheads2 k3 vheads4 v3",
     "linear h12",
     "none",
 )

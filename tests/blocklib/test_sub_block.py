@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from puzzle.base.errors import UserError
 from puzzle.blocklib import sub_block as registry
 from puzzle.blocklib.fast.batch import make_fast, new_batch
+from puzzle.blocklib.gated_delta import GatedDelta
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.mamba2 import Mamba2
@@ -57,6 +58,8 @@ def sub_blocks(draw) -> SubBlock:
         values["router"] = "sigmoid" if values["num_groups"] > 1 else values["router"]
         values["num_experts"] = 4 * values["num_experts_per_tok"] * draw(st.integers(1, 9)) + 4
         values["shared_gate"] = values["shared_gate"] and values["shared_intermediate_size"] is not None
+    if cls is GatedDelta:
+        values["num_value_heads"] = values["num_key_heads"] * draw(st.integers(1, 9))
     return cls(**values)
 
 
@@ -108,6 +111,10 @@ def test_keys_as_people_read_them():
         (
             Mamba2(hidden_size=4480, num_heads=128, head_dim=80, num_groups=8, state_size=128, norm_eps=1e-5),
             "mamba2 h4480 heads128 d80 groups8 state128 eps=1e-05",
+        ),
+        (
+            GatedDelta(hidden_size=2048, num_key_heads=16, key_dim=128, num_value_heads=32, value_dim=128),
+            "gated_delta h2048 kheads16 k128 vheads32 v128",
         ),
         (Relu2(hidden_size=4480, intermediate_size=15680), "relu2 h4480 f15680"),
         (Linear(hidden_size=4096, residual_scale=0.22), "linear h4096 residual=0.22"),

@@ -100,7 +100,8 @@ def test_everything_is_written_and_loads(model, tmp_path):
     )
 
     made = ["README.md", "architecture.json", "config.json", "generation_config.json", "modeling_puzzle.py"]
-    made += ["modeling_puzzle_mamba.py", "modeling_puzzle_masks.py", "modeling_puzzle_moe.py"]
+    made += ["modeling_puzzle_delta.py", "modeling_puzzle_mamba.py", "modeling_puzzle_masks.py"]
+    made += ["modeling_puzzle_moe.py", "modeling_puzzle_recurrent.py"]
     assert listing(out) == sorted([*copied, *made, "manifest.json", "model.safetensors"])
     assert listing(out.parent) == ["child"]
     for name in copied:

@@ -26,7 +26,8 @@ SHARED = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-# A layer is (attention, FFN): KV heads with "w" behind them for a window, or a width; "-" is nothing, "linear" a matrix, "m" Mamba-2.
+# A layer is (attention, FFN): KV heads with "w" behind them for a window, or a width; "-" is nothing, "linear" a matrix, "m" Mamba-2, "g" and "G" Gated
+# DeltaNet.
 LAYOUTS = {
     "plain": (("4", 80), ("4", 80)),
     "kv heads and widths": (("1", 80), ("4", 24), ("2", 80)),
@@ -39,6 +40,8 @@ LAYOUTS = {
     "windows in all": (("4w", 80), ("2w", 80)),
     "mamba": (("m", 80), ("4", "-"), ("m", "linear"), ("2w", 80)),
     "mamba alone": (("-", 80), ("m", "-"), ("m", "-"), ("-", "relu2")),
+    "delta": (("g", 80), ("4", "-"), ("G", "linear"), ("2w", 80)),
+    "delta alone and beside mamba": (("-", 80), ("g", "-"), ("m", "-"), ("-", "relu2")),
     "window after nothing": (("-", "-"), ("linear", 80), ("2w", 80), ("-", "linear"), ("4", 80)),
 }
 WINDOW, NUM_NEW = 6, 16
@@ -51,6 +54,8 @@ MAMBA = {
     "chunk_size": 4,
     "bias": True,
 }
+DELTA = {"num_key_heads": 2, "key_dim": 5, "num_value_heads": 6, "value_dim": 7, "conv_width": 3, "chunk_size": 4}
+RECURRENT = {"m": ("mamba", MAMBA), "g": ("gated_delta", DELTA), "G": ("gated_delta", DELTA | {"gate": False})}
 OPTIONS = {"do_sample": False, "max_new_tokens": NUM_NEW, "min_new_tokens": NUM_NEW}
 
 
@@ -61,8 +66,9 @@ def puzzle_model(layout: str) -> PuzzleForCausalLM:
         for owner, part in (("attention", attention), ("mlp", ffn)):
             if part in ("-", "linear"):
                 entry["skip" if part == "-" else "linear"].append(owner)
-        if attention == "m":
-            entry["mamba"] = MAMBA
+        if attention in RECURRENT:
+            word, sizes = RECURRENT[attention]
+            entry[word] = sizes
         if attention[0].isdigit():
             entry["num_key_value_heads"] = int(attention[0])
             entry |= {"sliding_window": WINDOW} if attention.endswith("w") else {}
@@ -104,8 +110,8 @@ def layout(request) -> str:
 @pytest.fixture(params=FORMATS)
 def model(request, layout) -> nn.Module:
     """Random weights, large enough for greedy text to vary."""
-    if request.param == "nemotron-nas" and layout.startswith("mamba"):
-        pytest.skip("the format has no words for Mamba-2")
+    if request.param == "nemotron-nas" and layout.startswith(("mamba", "delta")):
+        pytest.skip("the format has no words for kinds with a recurrent state")
     made = FORMATS[request.param](layout)
     generator = torch.Generator().manual_seed(0)
     for name, weight in made.named_parameters():

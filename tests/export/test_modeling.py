@@ -298,6 +298,8 @@ def test_save_and_load_round_trip(layout, tmp_path):
         "config.json",
         "modeling_puzzle.py",
         "modeling_puzzle_mamba.py",
+        "modeling_puzzle_delta.py",
+        "modeling_puzzle_recurrent.py",
         "modeling_puzzle_masks.py",
         "model.safetensors",
     ):

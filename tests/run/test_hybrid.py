@@ -222,20 +222,26 @@ def test_experts_of_a_hybrid_along_the_road(hybrid, corpus, puzzle, tmp_path):
 
 
 @torch.no_grad()
-def test_attention_of_a_llama_becomes_mamba(tmp_path):
+@pytest.mark.parametrize(
+    ("offered", "kind"),
+    [("mamba2-4x9-g2-s5", "mamba2"), ("gdn", "gated_delta"), ("gdn-2x5-4x7-nogate", "gated_delta")],
+)
+def test_attention_of_a_llama_becomes_recurrent(offered, kind, tmp_path):
     """In a layer that keeps its gated FFN, with multipliers (Granite) and norms after (OLMo-2) too: as transformers reads it."""
     for name in ("llama", "granite", "olmo2"):
         child = child_of_checkpoint(write_tiny_parent(name, tmp_path / name))
-        variant = variant_of(child.layers[1].slots["attention"], "mamba2-4x9-g2-s5")
+        variant = variant_of(child.layers[1].slots["attention"], offered)
         own = ParentBlock(sub_block=child.layers[1].slots["attention"], weights=child.layers[1].read("attention"))
-        weights = variant.initialise(own)
+        weights = {
+            n: t + 0.1 * torch.randn_like(t) for n, t in variant.initialise(own).items()
+        }  # gates that begin at 0
         layers = list(child.layers)
         layers[1] = layers[1].put("attention", variant.sub_block, lambda weights=weights: dict(weights))
         write_hf(replace(child, layers=tuple(layers)), tmp_path / f"{name}-child", "")
         ours = load_model(tmp_path / f"{name}-child")
         assert [part.sub_block.kind for _, slot, part in ours.parts() if slot == "attention"] == [
             "gqa",
-            "mamba2",
+            kind,
             "gqa",
             "gqa",
         ]

@@ -130,8 +130,16 @@ def test_a_hybrid_is_another_architecture(registered, tmp_path):
         assert engine.cache_config.mamba_ssm_cache_dtype == found
     shutil.rmtree(tmp_path / "parent")
     model_config.hf_config = AutoConfig.from_pretrained(hybrid(tmp_path / "other", (2, "attention", "none")))
-    with pytest.raises(ValueError, match="this child has Mamba-2 and no attention"):
+    with pytest.raises(ValueError, match="this child has mamba2 and no attention"):
         settings.verify_and_update_model_config(model_config)
+    sizes = {"num_key_heads": 2, "key_dim": 64, "num_value_heads": 4, "value_dim": 64}
+    other["per_layer_config"]["3"] = {"gated_delta": sizes, "skip": ["mlp"]}
+    model_config.hf_config = vllm_plugin.ServedConfig.from_dict(other)
+    with pytest.raises(ValueError, match="this child has gated_delta and mamba2: vLLM has one kind"):
+        settings.verify_and_update_model_config(model_config)
+    other["per_layer_config"]["3"]["gated_delta"] = sizes | {"gate": False}
+    with pytest.raises(MissingFace, match="'gated_delta' have no face in vLLM without a gate"):
+        vllm_plugin.ServedConfig.from_dict(other)
 
 
 def test_a_child_that_is_not_understood(registered, tmp_path):
@@ -202,6 +210,14 @@ def test_the_engine_reads_stock_formats(engine, tmp_path, name):
     source = Source(child=tiny_child(name, tmp_path / "tokenizer"), solved=None, facts=None, measured=None)
     out = export(source, tmp_path / "out", format=format, engine="vllm").out
     check = serve_check(out, "vllm", python=engine, reference=reference, num_tokens=16)
+    assert check.equal, check.verdict
+    assert check.held.equal, check.held.verdict
+
+
+def test_the_engine_computes_the_same_of_gated_delta(engine, tmp_path):
+    """In bf16, which its kernels for CPUs take alone: as near to our float32 as our own bf16 is."""
+    check = serve_check(write_tiny_child("gated delta, all sizes", tmp_path / "child"), "vllm", python=engine)
+    assert check.batch.dtype == "bfloat16"
     assert check.equal, check.verdict
     assert check.held.equal, check.held.verdict
 

@@ -1,4 +1,4 @@
-"""Mamba-2 beside our kernels: the two products are ours, what lies between them plain PyTorch, which a CUDA graph can hold.
+"""Kinds with a recurrent state beside our kernels: the two products are ours, what lies between them plain PyTorch, which a CUDA graph can hold.
 
 Letters: B sequences, T prompt tokens, M rows in hand, H hidden_size.
 """
@@ -6,14 +6,14 @@ Letters: B sequences, T prompt tokens, M rows in hand, H hidden_size.
 from __future__ import annotations
 
 from puzzle.blocklib.fast.batch import Batch, Fast, Product, Stream
-from puzzle.blocklib.plain.mamba2 import MambaState, Mixer
+from puzzle.blocklib.plain.recurrent import RecurrentMixer, RecurrentState
 from puzzle.blocklib.sub_block import MissingFace
 
 
-class FastMamba(Fast):
+class FastRecurrent(Fast):
     """The state is in its own dtype, whatever the cache's."""
 
-    def __init__(self, part: Mixer, batch: Batch):
+    def __init__(self, part: RecurrentMixer, batch: Batch):
         super().__init__(part, batch)
         if batch.pool is not None:
             raise MissingFace(part.sub_block.kind, "state from a pool of caches")
@@ -22,7 +22,7 @@ class FastMamba(Fast):
             Product(m.weight.data, None if m.bias is None else m.bias.data, batch.fp8)
             for m in (part.in_proj, part.out_proj)
         )
-        self.state = MambaState(part.sizes, batch.size, part.out_proj.weight.data)
+        self.state = RecurrentState(part.sizes, batch.size, part.out_proj.weight.data)
 
     def decode(self, stream: Stream, batch: Batch) -> Stream:
         entered, residual = self.enter(stream)
