@@ -18,7 +18,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.units import check_positive
 from puzzle.blocklib.ffn import Ffn
 from puzzle.blocklib.moe import Moe
-from puzzle.blocklib.none import NO_OP, NoOp
+from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, ChildLayer, Read, Tensors
@@ -90,8 +90,8 @@ def grow_child(child: Child, growth: Growth, layers: list[int]) -> Child:
     for index in layers:
         moe = growth.grown(found[index].ffn, index)
         found[index] = found[index].put("ffn", moe, _grown(found[index], moe, growth.seed, index))
-    grown = replace(child, layers=tuple(found))
-    return replace(grown, base={**child.base, "ffn": grown.structure.with_layers([found[i].slots for i in layers]).usual["ffn"]})
+    usual = child.around.with_layers([found[index].slots for index in layers]).usual["ffn"]
+    return replace(child, layers=tuple(found), base={**child.base, "ffn": usual})
 
 
 def _grown(layer: ChildLayer, moe: Moe, seed: int, index: int) -> Read:
@@ -106,7 +106,7 @@ def _grown(layer: ChildLayer, moe: Moe, seed: int, index: int) -> Read:
         scale = norms["norm.weight"].float() + moe.norm_offset if moe.norm_before else torch.ones(moe.hidden_size)
         router = torch.randn(count, moe.hidden_size, generator=random) / scale.norm()
         drawn = torch.randperm(len(up), generator=random).repeat(-(-count * width // len(up)))
-        channels = drawn[: count * width].view(count, width).sort(dim=-1).values  # [N, W], no channel twice in one expert
+        channels = drawn[: count * width].view(count, width).sort(dim=-1).values  # [N, W], none twice in an expert
         found = norms | {
             "gate.weight": router.to(up.dtype),
             "gate.e_score_correction_bias": torch.zeros(count),
