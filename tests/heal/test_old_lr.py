@@ -49,6 +49,9 @@ def test_the_old_stays_to_the_bit(puzzle, grown, small, tmp_path, more):
     record = json.loads(done.stdout)
     assert record["after"]["loss"] < record["before"]["loss"] - 0.05
     assert record["run"]["old_lr"] == 0
+    assert set(record["expert_load"]) == {"1", "2", "3"}
+    assert all(sum(shares) == pytest.approx(1, abs=1e-5) for shares in record["expert_load"].values())
+    assert "the busiest expert has" in done.stderr
     new, old = split(grown, moved(grown, tmp_path / "out"))
     assert min(new) > 0
     assert max(old) == 0
