@@ -244,7 +244,7 @@ class Run:
         self.log.write([{"step": step, "tokens": self._tokens, "held_out": found | dict.fromkeys(broken), **told}])
         kl = "".join(f"{what} {found[name]:.4f}, " for name, what in _divergences(self.options.top_k) if name in found)
         most = max((max(shares) * len(shares) for shares in load.values()), default=0)
-        busy = f", the busiest expert has {most:.1f} times its share of tokens" if load else ""
+        busy = f", busiest expert {most:.1f} x its share" if load else ""
         console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}{busy}", markup=False)
 
     def record(self, facts: dict[str, Any], models: Models) -> dict[str, Any]:
