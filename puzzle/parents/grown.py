@@ -19,7 +19,7 @@ def grown_beside(directory: Path) -> dict[str, Any] | None:
     found = read_json(path, "puzzle grow")
     names = found.get("new")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is broken (`new` names no tensors): make the checkpoint again with `puzzle grow`")
+        raise UserError(f"{path} is broken (new names no tensors): make the checkpoint again with `puzzle grow`")
     return found
 
 

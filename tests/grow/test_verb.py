@@ -66,8 +66,16 @@ def test_a_grown_model_starts_as_the_same_function(puzzle, tmp_path, name):
 
 
 @torch.no_grad()
-def test_a_grown_nemotron_h_is_a_stock_checkpoint(puzzle, tmp_path):
+def test_a_grown_nemotron_h_is_a_stock_checkpoint(puzzle, one_line_error, parent, tmp_path):
     """Sigmoids with a bias beside a shared expert are what NemotronHForCausalLM has; what the other formats lack is named."""
+    qwen = write_tiny_parent("qwen3", tmp_path / "qwen")
+    for source, name, words in (
+        (qwen, "qwen3-moe", "shared_intermediate_size 52 beside None"),
+        (parent, "granitemoehybrid", "router sigmoid"),
+    ):
+        assert puzzle("grow", source, "--experts", 4, "--out", tmp_path / name).exit_code == 0
+        done = puzzle("export", tmp_path / name, "--format", name, "--out", tmp_path / "x")
+        one_line_error(done, "layer 0 ffn", words, "write --format hf")
     parent, out = write_tiny_parent("nemotron_h", tmp_path / "parent"), tmp_path / "grown"
     assert puzzle("grow", parent, "--experts", 4, "--top-k", 2, "--out", out).exit_code == 0
     assert puzzle("export", out, "--format", "nemotron-h", "--out", tmp_path / "stock").exit_code == 0

@@ -184,7 +184,8 @@ def test_sft_trains_new_experts_alone(mixed, puzzle, tmp_path, one_line_error):
     assert changed == new_tensors(grown) - fixed
     asked = ("--child", mixed, "--out", tmp_path / "x", "--new-only")
     one_line_error(
-        CliRunner().invoke(module("sft").main, [str(a) for a in (stages, *asked)]), "--new-only needs a --child"
+        CliRunner().invoke(module("sft").main, [str(a) for a in (stages, *asked)]),
+        "`new_only` needs a --child of `puzzle grow`",
     )
 
 
