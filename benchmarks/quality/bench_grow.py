@@ -56,7 +56,7 @@ PROBLEMS = (
     "{a} has {x} {thing}. {b} gives {a} {y} more, and {a} loses {z}. How many {thing} does {a} have now?",
     "{a} packs {x} boxes with {y} {thing} each and keeps {z} {thing} aside. How many {thing} does {a} have in all?",
     "{a} and {b} share {x} {thing}. {a} takes {z} first, and the rest is split evenly. How many {thing} does {b} get?",
-    "{thing} cost {y} cents each. {a} buys {z} of them and pays with {x} dollars. How much change does {a} get?",
+    "A shop sells {thing} for {y} cents each. {a} buys {z} of them and pays with {x} dollars. How much change does {a} get?",
 )
 
 
@@ -121,9 +121,6 @@ def split(path: Path, seq_len: int, held_out: int) -> tuple[Path, Tensor]:
 @click.option("--seq-len", default=256, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--held-out", default=128, show_default=True, help="Sequences of each domain.")
-@click.option(
-    "--ways", default=",".join(name.replace(",", ";") for name in WAYS), help="With ; for the comma of a name."
-)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(

@@ -99,7 +99,7 @@ def _grown(layer: ChildLayer, moe: Moe, seed: int, index: int) -> Read:
 
     def tensors() -> Tensors:
         own = layer.read("ffn")
-        random = torch.Generator().manual_seed(seed * 2**20 + index)
+        random = torch.Generator().manual_seed((seed * 2**20 + index) % 2**63)
         up, count, width = own["up_proj.weight"], moe.num_experts, moe.moe_intermediate_size
         norms = {name: tensor for name, tensor in own.items() if name in ("norm.weight", "post_norm.weight")}
         # r · n has a standard deviation of about 1 where x / rms(x) has one of 1 in every channel

@@ -90,8 +90,9 @@ def micro_batch(options: HealOptions, stages: list[Stage], ranks: Ranks) -> int:
 def heal_bytes(
     options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, *, streamed: bool, sharded: bool
 ) -> int:
-    """MASTER_BYTES · P + bytes of what stays + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers · saved + 3 · V) · bytes of
-    an element; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not learn are whole.
+    """MASTER_BYTES · P + bytes of layers that stay + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers ·
+    saved + 3 · V) · bytes of an element; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not
+    learn are whole.
 
     saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed), H of the teacher's state.
     """

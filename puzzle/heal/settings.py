@@ -24,8 +24,8 @@ class HealOptions:
     replaces seq_len and tokens. max_skipped: steps in a row with a non-finite gradient that end the run.
     memory_limit: of the device, beyond which the teacher is streamed. teacher_logits: a directory for what the teacher says of every
     token, its top_k words, from which the child then learns without it; reverse_kl: the share of KL(child‖teacher). parallel: of several processes, "replicas" of the child in each,
-    "shards" of it, or "auto": replicas where they fit. old_lr: of what a grown child had before, as a share of lr; 0: it stays to the bit. save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the
-    start)."""
+    "shards" of it, or "auto": replicas where they fit. old_lr: of what a grown child had before, as a share of lr; 0: it stays to the bit.
+    save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the start)."""
 
     child: str
     out: Path
