@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (  # from the top; a file imports from its own room and from those below it
-    "cli", "run", "page", "choose", "heal", "fuse", "slice", "serving", "profile", "export", "library", "tasks", "measure", "runtime", "parents",
+    "cli", "run", "page", "choose", "heal", "fuse", "grow", "slice", "serving", "profile", "export", "library", "tasks", "measure", "runtime", "parents",
     "data", "blocklib", "kernels", "solver", "base",
 )  # fmt: skip
 SHIPPED = {

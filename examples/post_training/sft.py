@@ -11,6 +11,7 @@ Several GPUs: `accelerate launch`. Finished stages are left alone when the comma
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from puzzle.data.chats import render_chat, within
 from puzzle.data.documents import Source
 from puzzle.data.files import list_files, read_field
 from puzzle.data.tokenizer import load_tokenizer
+from puzzle.parents.grown import FILE, new_tensors
 from rewards import MODES, Script
 
 USUAL = {"max_length": 8192, "batch_size": 32, "lr": 1e-5, "tokens": "10M"}
@@ -92,9 +94,12 @@ def draw(sources: list[Source], pools: list[list[dict]], tokens: int, seed: int)
 @click.option("--child", required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--lora", type=int, help="Train adapters of this rank, and merge them after each stage.")
+@click.option("--new-only", is_flag=True, help="Train what `puzzle grow` added; the rest stays.")
 @click.option("--seed", default=0)
-def main(stages: Path, child: str, out: Path, lora: int | None, seed: int) -> None:
+def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, seed: int) -> None:
     """Train --child through STAGES; the child of each stands in OUT/NAME."""
+    if new_only and (lora or not new_tensors(Path(child))):
+        raise UserError(f"`new_only` needs a --child of `puzzle grow`, and no `lora`: {child}")
     for number, given in enumerate(yaml.safe_load(stages.read_text(encoding="utf-8"))["stages"]):
         if unknown := sorted(set(given) - {"name", "blend", *USUAL}):
             raise UserError(
@@ -129,11 +134,16 @@ def main(stages: Path, child: str, out: Path, lora: int | None, seed: int) -> No
         adapters = LoraConfig(r=lora, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
         data = Dataset.from_list(rows)
         trainer = SFTTrainer(child, config, train_dataset=data, processing_class=tokenizer, peft_config=adapters)
+        new = new_tensors(Path(child)) if new_only else frozenset()
+        for name, parameter in trainer.model.named_parameters() if new_only else ():
+            parameter.requires_grad_(parameter.requires_grad and name in new)
         trainer.train()
         if lora:
             trainer.model = trainer.model.merge_and_unload()
         trainer.save_model(str(target))
         trainer.state.save_to_json(str(target / "trainer_state.json"))  # losses of every step
+        if (grown := Path(child) / FILE).is_file():
+            shutil.copy(grown, target)
         child = str(target)
 
 

@@ -15,6 +15,7 @@ from puzzle.cli.bench import bench_command
 from puzzle.cli.build_library import build_library_command
 from puzzle.cli.export import export_command
 from puzzle.cli.fuse import fuse_command
+from puzzle.cli.grow import grow_command
 from puzzle.cli.heal import heal_command
 from puzzle.cli.page import report_command
 from puzzle.cli.profile import profile_command
@@ -126,6 +127,7 @@ for _command in (
     rescore_command,
     export_command,
     fuse_command,
+    grow_command,
     heal_command,
     serve_check_command,
     evaluate_command,

@@ -51,6 +51,13 @@ MODES = (
 )
 @click.option("--top-k", type=int, default=32, help="Words kept of a token.")
 @click.option("--lr", type=float, default=3e-4, help="Peak learning rate; cosine after warm-up.")
+@click.option(
+    "--old-lr",
+    type=float,
+    default=1.0,
+    metavar="SHARE",
+    help="Of --lr, for what a grown child had before; 0: it stays.",
+)
 @click.option("--warm-up", type=float, default=0.05, help="Share of all steps.")
 @click.option("--weight-decay", type=float, default=0.0, help="Of matrices (AdamW).")
 @click.option("--clip-norm", type=float, default=1.0, help="Largest norm of a gradient.")
@@ -97,6 +104,7 @@ def heal_command(
       puzzle heal child --teacher parent --data-blend blend.yaml --stages 8k:100M,64k:20M --recompute --out healed
       puzzle heal child --data-blend chats.yaml --kl-weight 0 --cosine-weight 0 --lm-weight 1 --out healed
       puzzle heal child --teacher parent --data corpus --teacher-logits said --cosine-weight 0 --out healed
+      puzzle heal grown --data-blend blend.yaml --old-lr 0 --kl-weight 0 --cosine-weight 0 --lm-weight 1 --out taught
       torchrun --nproc-per-node 8 -m puzzle.cli heal child --teacher parent --data corpus.jsonl --out healed
 
     \b

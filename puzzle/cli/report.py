@@ -432,6 +432,19 @@ def print_sliced(found: dict[str, Any]) -> None:
         console.print(f"layers left out: {', '.join(map(str, found['dropped']))}", markup=False)
 
 
+def print_grown(found: dict[str, Any]) -> None:
+    """What `puzzle grow` made, or would make."""
+    table = Table(title="would be" if found["dry_run"] else None)
+    for name in ("", "before", "grown"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, key in (("parameters", "num_parameters"), ("of a token", "active_parameters")):
+        table.add_row(name, *(f"{value:,}" for value in found[key]))
+    table.add_row("checkpoint", *map(bytes_text, found["num_bytes"]))
+    console.print(table)
+    listed = ", ".join(map(str, found["layers"]))
+    console.print(f"{found['new_parameters']:,} new parameters in layers {listed}", markup=False)
+
+
 def print_fit(value: dict[str, Any]) -> None:
     """Constants of an engine, and how far its predictions are from what was measured."""
     for name, constant in value["constants"].items():

@@ -8,6 +8,7 @@ Letters: P trained parameters, Q the teacher's, R tokens of a micro-batch, H hid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
@@ -89,24 +90,27 @@ def micro_batch(options: HealOptions, stages: list[Stage], ranks: Ranks) -> int:
 def heal_bytes(
     options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, *, streamed: bool, sharded: bool
 ) -> int:
-    """MASTER_BYTES · P + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers · saved + 3 · V) · bytes of
-    an element; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not learn are whole.
+    """MASTER_BYTES · P + bytes of layers that stay + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers ·
+    saved + 3 · V) · bytes of an element; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not
+    learn are whole.
 
     saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed), H of the teacher's state.
     """
     child, size = models.child.structure, models.dtype.itemsize
-    trained = child.num_parameters - (0 if options.train_embeddings else _ends(child))
+    blocks = child.num_parameters - (0 if options.train_embeddings else _ends(child))
+    trained = blocks if options.old_lr > 0 else sum(prod(models.child.shapes()[name]) for name in models.new or ())
     split, taught, read = ranks.world if sharded else 1, 0, 4 * child.num_parameters
+    frozen = (blocks - trained) * (4 if sharded else size) // split
     if models.teacher is not None:
         structure = models.teacher.structure
-        blocks = LAYERS_THERE * _largest(structure) if streamed else structure.num_parameters - _ends(structure)
-        taught = _ends(structure) + (blocks if streamed else blocks // split)
-        read += (_ends(structure) + blocks) * size
+        inside = LAYERS_THERE * _largest(structure) if streamed else structure.num_parameters - _ends(structure)
+        taught = _ends(structure) + (inside if streamed else inside // split)
+        read += (_ends(structure) + inside) * size
     hidden, rows = child.hidden_size, micro_batch(options, stages, ranks)
     saved = 2 * hidden if options.recompute else 8 * hidden + 4 * max(map(widest, child.layers))
     per_token = child.num_layers * (saved + hidden) * size
     logits = 6 * min(rows * child.vocab_size, 2**24) * 4
-    return max(read, MASTER_BYTES * trained // split + taught * size + rows * per_token + logits)
+    return max(read, MASTER_BYTES * trained // split + frozen + taught * size + rows * per_token + logits)
 
 
 def _ends(structure: Structure) -> int:

@@ -19,19 +19,22 @@ from puzzle.heal.settings import HealOptions
 from puzzle.heal.stored import Stored
 from puzzle.heal.teacher import StreamedTeacher
 from puzzle.heal.train import Trainer
+from puzzle.parents.grown import FILE, new_tensors
 from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.model import CausalModel, load_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Models:
-    """The two checkpoints, opened; pairs: (child layer, teacher layer) whose outputs should agree."""
+    """The two checkpoints, opened; pairs: (child layer, teacher layer) whose outputs should agree. new: names of the child's tensors that
+    learn as fast as `lr` says while all others are slower or stay; None: all learn alike."""
 
     child: HfModel
     teacher: HfModel | None
     pairs: list[tuple[int, int]]
     dtype: torch.dtype
     teacher_device: torch.device
+    new: frozenset[str] | None = None
 
 
 def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Models:
@@ -44,6 +47,7 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
             "child; leave it out"
         )
     child = open_model(options.child)
+    new = None if options.old_lr == 1 else _new_of(child, options)
     teacher = open_model(options.teacher) if options.teacher is not None and options.needs_teacher else None
     for stage in stages:
         if stage.seq_len > child.structure.max_length:
@@ -67,7 +71,19 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
                 raise
     given = {"bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = given[options.dtype] if options.dtype in given else compute_dtype(ranks.device)
-    return Models(child=child, teacher=teacher, pairs=pairs, dtype=dtype, teacher_device=teacher_device)
+    return Models(child=child, teacher=teacher, pairs=pairs, dtype=dtype, teacher_device=teacher_device, new=new)
+
+
+def _new_of(child: HfModel, options: HealOptions) -> frozenset[str]:
+    """What grow.json names. Raises UserError where there is none, or the child is another one."""
+    found = new_tensors(child.directory)
+    if not found:
+        raise UserError(
+            f"`old_lr` {options.old_lr:g}: {options.child} has no {FILE}, which says what `puzzle grow` added: grow it, or leave it out"
+        )
+    if missing := sorted(found - set(child.shapes())):
+        raise UserError(f"{child.directory / FILE} names {missing[0]}, which the checkpoint has not: grow it again")
+    return found
 
 
 def _same_tokenizer(options: HealOptions, child: HfModel, teacher: HfModel) -> None:
@@ -124,6 +140,12 @@ def build_trainer(
     device = ranks.device
     child = load_model(models.child, device=device, dtype=torch.float32)
     learning(child).train()
+    old: set[str] = set() if models.new is None else _old_parameters(child, models)
+    if options.old_lr == 0:
+        for parameter in map(child.get_parameter, old):
+            parameter.requires_grad_(False)
+            if parameter.ndim > 1 and not sharded:  # as the residual stream; shards are of one dtype
+                parameter.data = parameter.data.to(models.dtype)
     teacher = None if models.teacher is None else build_teacher(models, [layer for _, layer in models.pairs], ahead)
     if not options.train_embeddings:
         _freeze(child, None if teacher is None else teacher.model, models.dtype)
@@ -154,7 +176,19 @@ def build_trainer(
         cuda_graph=options.cuda_graph,
         sharded=sharded,
         stored=stored,
+        old=old,
+        old_lr=options.old_lr,
     )
+
+
+def _old_parameters(child: CausalModel, models: Models) -> set[str]:
+    """Names of those that growing did not add."""
+    assert models.new is not None
+    where, found = models.child.family.where, {name for name, _ in child.named_parameters()}
+    for layer, slot, sub_block in models.child.structure:
+        new = (name for name in sub_block.tensors() if where(layer, slot, sub_block, name).name in models.new)
+        found -= {f"blocks.{layer}.{slot}.{name}" for name in new}
+    return found
 
 
 def build_teacher(models: Models, layers: list[int], ahead: int | None) -> Teacher:

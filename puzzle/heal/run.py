@@ -6,9 +6,10 @@ computes depends on its number alone, so the loss curve goes on as if nothing ha
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -228,7 +229,8 @@ class Run:
     def _evaluate(self, step: int) -> None:
         rows = self.data.validation
         tokens_at_once = self.stages[0].tokens_per_step // self.ranks.world // self.options.accumulate
-        found = self.trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
+        with watching(self.trainer.learner.child.blocks) as load:
+            found = self.trainer.evaluate(rows, max(1, tokens_at_once // rows.shape[2]))
         broken = [name for name, value in found.items() if not math.isfinite(value)]
         if "loss" in broken or (broken and step == self.num_steps):
             name = "loss" if "loss" in broken else broken[0]
@@ -238,9 +240,12 @@ class Run:
                 if step
                 else f"held-out {name} of {self.options.child} is {found[name]:g} before any training: its weights are broken"
             )
-        self.log.write([{"step": step, "tokens": self._tokens, "held_out": found | dict.fromkeys(broken)}])
+        told = {"expert_load": load} if load else {}
+        self.log.write([{"step": step, "tokens": self._tokens, "held_out": found | dict.fromkeys(broken), **told}])
         kl = "".join(f"{what} {found[name]:.4f}, " for name, what in _divergences(self.options.top_k) if name in found)
-        console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}", markup=False)
+        most = max((max(shares) * len(shares) for shares in load.values()), default=0)
+        busy = f", busiest expert {most:.1f} x its share" if load else ""
+        console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}{busy}", markup=False)
 
     def record(self, facts: dict[str, Any], models: Models) -> dict[str, Any]:
         """What is told of the run in heal.json, on the card and by --json. All of it is measured; `seconds` is the time of
@@ -249,7 +254,7 @@ class Run:
         steps = [line for line in lines if "skipped" in line]
         before = [0, *(line["tokens"] for line in steps)]
         seconds = sum((s["tokens"] - b) / s["tokens_per_second"] for s, b in zip(steps, before, strict=False))
-        held_out = [line["held_out"] for line in lines if "held_out" in line]
+        held_out = [line for line in lines if "held_out" in line]
         device = self.ranks.device
         return {
             "run": facts,
@@ -264,9 +269,24 @@ class Run:
             "seconds": round(seconds, 3),
             "sources": self.data.mixture.report(),
             "held_out_tokens": int((self.data.validation[1] >= 0).sum()),
-            "before": held_out[0],
-            "after": held_out[-1],
+            "before": held_out[0]["held_out"],
+            "after": held_out[-1]["held_out"],
+            **{name: held_out[-1][name] for name in ("expert_load",) if name in held_out[-1]},
         }
+
+
+@contextlib.contextmanager
+def watching(blocks: Iterable[Any]) -> Iterator[dict[str, list[float]]]:
+    """By layer of mixtures, the share of this rank's tokens that each expert gets in the forward passes inside; filled in at the end."""
+    parts = [(str(index), part) for index, block in enumerate(blocks) for part in block.parts().values()]
+    hooks = [part.register_forward_pre_hook(lambda part, given: part.watch(given[0])) for _, part in parts]
+    load: dict[str, list[float]] = {}
+    try:
+        yield load
+    finally:
+        for hook in hooks:
+            hook.remove()
+    load |= {index: told["expert_load"] for index, part in parts if (told := part.watched())}
 
 
 def _divergences(top_k: int | None) -> tuple[tuple[str, str], ...]:

@@ -24,8 +24,8 @@ class HealOptions:
     replaces seq_len and tokens. max_skipped: steps in a row with a non-finite gradient that end the run.
     memory_limit: of the device, beyond which the teacher is streamed. teacher_logits: a directory for what the teacher says of every
     token, its top_k words, from which the child then learns without it; reverse_kl: the share of KL(child‖teacher). parallel: of several processes, "replicas" of the child in each,
-    "shards" of it, or "auto": replicas where they fit. save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the
-    start)."""
+    "shards" of it, or "auto": replicas where they fit. old_lr: of what a grown child had before, as a share of lr; 0: it stays to the bit.
+    save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the start)."""
 
     child: str
     out: Path
@@ -47,6 +47,7 @@ class HealOptions:
     batch_size: int = 32
     accumulate: int = 1
     lr: float = 3e-4
+    old_lr: float = 1.0
     warm_up: float = 0.05  # of all steps
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -87,9 +88,16 @@ class HealOptions:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"`{name}` {value:g}: must not be negative")
-        for name, what in {"warm_up": "the share of all steps", "reverse_kl": "the share of KL(child‖teacher)"}.items():
+        shares = {
+            "warm_up": "the share of all steps",
+            "reverse_kl": "the share of KL(child‖teacher)",
+            "old_lr": "of what a grown child had before, as a share of `lr`",
+        }
+        for name, what in shares.items():
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"`{name}` {getattr(self, name):g}: {what}, between 0 and 1")
+        if self.train_embeddings and self.old_lr == 0:
+            raise UserError("`train_embeddings` with `old_lr` 0, which keeps all that is old: leave one of them out")
         if self.kl_weight == self.cosine_weight == self.lm_weight == 0:
             raise UserError("`kl_weight` 0 `cosine_weight` 0 `lm_weight` 0: nothing to learn from; set one above 0")
         if self.teacher_logits is not None and (self.cosine_weight > 0 or self.kl_weight == 0):
@@ -140,6 +148,7 @@ class HealOptions:
         steps = ("accumulate", "lr", "warm_up", "weight_decay", "clip_norm", "train_embeddings", "seed")
         kept = {name: getattr(self, name) for name in (*losses, *steps)}
         kept |= {"reverse_kl": self.reverse_kl} if self.reverse_kl else {}
+        kept |= {"old_lr": self.old_lr} if self.old_lr != 1 else {}
         kept |= {"top_k": self.top_k} if self.teacher_logits is not None else {}
         return {**kept, "dtype": dtype, "stages": [asdict(stage) for stage in stages]}
 

@@ -9,7 +9,8 @@ optimiser works on each rank's part of the weights. Letters: B sequences of this
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,10 @@ class Trainer:
         cuda_graph: bool,
         sharded: bool = False,
         stored: Stored | None = None,
+        old: Collection[str] = (),
+        old_lr: float = 1.0,
     ):
+        """old: names, within the child, of parameters whose learning rate is `old_lr` of the others'."""
         self.learner, self.teacher, self.recipe, self.weights, self.ranks = learner, teacher, recipe, weights, ranks
         self.dtype, self.device, self.accumulate = learner.dtype, ranks.device, accumulate
         self.teacher_device = self.device if teacher is None else teacher.model.embedding.weight.device
@@ -53,12 +57,16 @@ class Trainer:
         self.model = [p for p in learner.child.parameters() if p.requires_grad]
         # A sharded weight and its rank's part share memory: the optimiser knows plain tensors only.
         self.parts = [p if local(p) is p else nn.Parameter(local(p)) for p in self.model]
-        self.lr = torch.zeros((), device=self.device)
-        matrices = [p for p in self.parts if p.ndim > 1]
-        vectors = [p for p in self.parts if p.ndim <= 1]
+        self.lr, self.slow_lr = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.old_lr = old_lr
+        groups: list[dict[str, Any]] = []
+        for slow in (False, True):
+            chosen = [part for name, part in zip(self.names, self.parts, strict=True) if (name in old) == slow]
+            rate = {"lr": self.slow_lr if slow else self.lr}
+            groups.append({"params": [p for p in chosen if p.ndim > 1], "weight_decay": recipe.weight_decay, **rate})
+            groups.append({"params": [p for p in chosen if p.ndim <= 1], "weight_decay": 0.0, **rate})
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=self.lr,
+            groups,
             betas=(recipe.beta1, recipe.beta2),
             fused=True,
             capturable=self.device.type == "cuda",
@@ -100,6 +108,7 @@ class Trainer:
     def step(self, batch: Tensor, step: int) -> Tensor:
         """Train on ids and labels [2, B, T] of this rank. Returns METRICS of the whole step, on the device."""
         self.lr.fill_(self.recipe.lr_at(step))
+        self.slow_lr.fill_(self.old_lr * self.recipe.lr_at(step))
         batch = batch.to(self.device, non_blocking=True)
         if not self.replicated:
             return self._run(self._step, batch).clone()

@@ -19,12 +19,13 @@ from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.parallel import whole
 from puzzle.heal.train import Trainer
 from puzzle.measure.architecture import architecture_beside
+from puzzle.parents.grown import FILE, grown_beside
 from puzzle.parents.opened import HfModel
 from puzzle.runtime.model import CausalModel
 
 
 def with_trained(original: Child, model: CausalModel, train_embeddings: bool) -> Child:
-    """The child with the tensors of `model`, in the checkpoint's dtype; embedding and head only where they were trained.
+    """The child with the tensors of `model` that were trained, in the checkpoint's dtype; all others as the checkpoint has them.
 
     Under FSDP every rank must read the same tensors in the same order.
     """
@@ -34,13 +35,17 @@ def with_trained(original: Child, model: CausalModel, train_embeddings: bool) ->
 
     def read(index: int, slot: str) -> dict[str, Tensor]:
         part = getattr(model.blocks[index], slot)
-        return {name: ready(t, name in part.sub_block.exact) for name, t in part.state_dict().items()}
+        exact, own = part.sub_block.exact, dict(part.named_parameters())
+        found = {name: ready(t, name in exact) for name, t in own.items() if t.requires_grad or name in exact}
+        return found if found.keys() == own.keys() else original.layers[index].read(slot) | found
 
     layers = tuple(
         replace(layer, reads={slot: partial(read, index, slot) for slot in layer.slots})
         for index, layer in enumerate(original.layers)
     )
-    child = replace(original, layers=layers, read_final_norm=lambda: ready(model.norm.weight))
+    child = replace(original, layers=layers)
+    if model.norm.weight.requires_grad:
+        child = replace(child, read_final_norm=lambda: ready(model.norm.weight))
     if not train_embeddings:
         return child
     embedding, head = model.embedding.weight, model.head_weight
@@ -60,6 +65,8 @@ def write_healed(
     solved = architecture_beside(source.directory)
     extra = {"heal.json": {"schema": SCHEMA, **record}}
     extra |= {} if solved is None else {"architecture.json": solved.to_json()}
+    grown = grown_beside(source.directory)
+    extra |= {} if grown is None else {FILE: grown}
     card = plain_card(child, solved).replace("## Serve\n", f"{healing(record)}\n\n## Serve\n", 1)
     code = (MODELING_FILE, *KINDS_FILES, work.log)  # the log travels with the files that are copied as they are
     write_hf(child, out, card, extra_json=extra, code=code, force=force)

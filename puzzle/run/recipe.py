@@ -45,6 +45,7 @@ OF_THE_RUN = (
     "force",
     "dry_run",
     "dependency_only",
+    "old_lr",
 )  # what the road itself says
 
 

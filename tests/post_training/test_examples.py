@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from puzzle.base.errors import UserError
+from puzzle.parents.grown import new_tensors
 from puzzle.runtime.model import load_model
 
 for package in ("trl", "peft", "datasets"):
@@ -170,6 +172,22 @@ def test_sft_runs(mixed, tmp_path, lora):
     assert not torch.equal(first, second)
     again = run("sft", stages, "--child", mixed, "--out", tmp_path / "out")
     assert again.output.count("is there already") == 2
+
+
+def test_sft_trains_new_experts_alone(mixed, puzzle, tmp_path, one_line_error):
+    """Through both stages, whatever checkpointing of activations does; the old stays to the bit."""
+    stages, grown = sft_files(tmp_path), tmp_path / "grown"
+    assert puzzle("grow", mixed, "--experts", 2, "--width", 16, "--out", grown).exit_code == 0
+    run("sft", stages, "--child", grown, "--out", tmp_path / "out", "--new-only")
+    before, after = (load_file(path / "model.safetensors") for path in (grown, tmp_path / "out/second"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name].to(tensor.dtype))}
+    fixed = {name for name in new_tensors(grown) if name.endswith("correction_bias")}
+    assert changed == new_tensors(grown) - fixed
+    asked = ("--child", mixed, "--out", tmp_path / "x", "--new-only")
+    one_line_error(
+        CliRunner().invoke(module("sft").main, [str(a) for a in (stages, *asked)]),
+        "`new_only` needs a --child of `puzzle grow`",
+    )
 
 
 def test_sft_draws_by_weight_and_loses_no_mask(mixed, tmp_path):

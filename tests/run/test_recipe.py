@@ -131,6 +131,7 @@ def test_paths_are_relative_to_the_recipe(write, tmp_path):
         ("build: {}", "names no parent"),
         ("parent:", "names no parent"),
         ("parent: p\nbuld: {}", "unknown key 'buld'; did you mean 'build'"),
+        ("parent: p\nheal: {old_lr: 0}", "unknown key 'heal.old_lr'"),  # no child of a library is grown
         ("parent: p\nbuild: {ffns: x}", "unknown key 'build.ffns'; did you mean 'ffn'"),
         ("parent: p\nbuild: {tokens: many}", "build.tokens is 'many', it must be a whole number"),
         ("parent: p\nbuild: {tokens: 12.7}", "build.tokens is 12.7, it must be a whole number"),
