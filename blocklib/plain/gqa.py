@@ -98,7 +98,7 @@ def attention(
     causal, shared, dim = mask is None, q.shape[1] != k.shape[1], q.shape[3]
     if sinks is not None:
         scale = dim**-0.5 if scale is None else scale
-        extra = (sinks.float() / scale).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
+        extra = (sinks / scale).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
         q, v = torch.cat((q, extra), dim=-1), F.pad(v, (0, 1, 1, 0))
         own = F.pad(k.new_ones(1), (dim, 0)).expand(*k.shape[:2], 1, dim + 1)
         k = torch.cat((own, F.pad(k, (0, 1))), dim=2)

@@ -62,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
     shared = k.shape[1] != q.shape[1]
     if sinks is not None:
         scale = dim**-0.5 if scale is None else scale
-        extra = (sinks.float() / scale).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
+        extra = (sinks / scale).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
         q, v = torch.cat((q, extra), dim=-1), F.pad(v, (0, 1, 1, 0))
         own = F.pad(k.new_ones(1), (dim, 0)).expand(*k.shape[:2], 1, dim + 1)
         k = torch.cat((own, F.pad(k, (0, 1))), dim=2)

@@ -96,6 +96,8 @@ def _unlike_llama(sub_block: SubBlock) -> str | None:
             return "attention without positions" if sub_block.rope is None else "RoPE that differs between layers"
         if sub_block.scale is not None:
             return f"scale of its own for the scores ({sub_block.scale:g})"
+        if sub_block.sinks:
+            return "attention sinks (gpt-oss)"
     return None
 
 
