@@ -240,7 +240,13 @@ def write_tiny_parent(name: str, out: Path, **sizes: Any) -> Path:
             weight.data = 0.2 * noise + (0 if offset else 1)
         else:
             weight.data = noise * (
-                0.1 if weight.dim() == 1 else 0.4 if "embed" in key or "conv1d" in key else weight.shape[-1] ** -0.5
+                1.0
+                if key.endswith("sinks")
+                else 0.1
+                if weight.dim() == 1
+                else 0.4
+                if "embed" in key or "conv1d" in key
+                else weight.shape[-1] ** -0.5
             )
             weight.data = 2 * noise - 5 if key.endswith("dt_bias") else weight.data  # steps of time from 1e-5 to 0.3
     for key, buffer in model.named_buffers():

@@ -182,6 +182,8 @@ def decode_attention(
     if sinks is not None:
         scores = rows @ keys.transpose(2, 3) * (dim**-0.5 if scale is None else scale)
         beside = sinks.to(scores.dtype).view(1, -1, groups, 1).expand(batch, -1, -1, 1)
-        weights = torch.cat((scores, beside), dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
+        weights = torch.cat((scores, beside), dim=-1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))[
+            ..., :-1
+        ]
         return (weights.to(values.dtype) @ values).reshape(batch, heads, 1, dim)
     return F.scaled_dot_product_attention(rows, keys, values, scale=scale).reshape(batch, heads, 1, dim)
