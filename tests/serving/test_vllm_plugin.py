@@ -206,7 +206,7 @@ def test_the_engine_reads_stock_formats(engine, tmp_path, name):
     assert check.held.equal, check.held.verdict
 
 
-@pytest.mark.parametrize("name", ["empty-layers", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["empty-layers", "gemma3", "qwen3_moe", "gpt_oss"])
 def test_the_engine_computes_the_same(engine, tmp_path, name):
     path = write_tiny_child(name, tmp_path / name)
     (path / "modeling_puzzle.py").unlink()  # which vLLM does not need
