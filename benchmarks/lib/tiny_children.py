@@ -195,6 +195,10 @@ WITH_FORMATS: dict[str, Tiny] = {
     "qwen3-moe, alike": Tiny(
         base=(WIDE, replace(EXPERTS, shared_intermediate_size=None, shared_gate=False)), layers=((WIDE, width(352)), *[(WIDE, replace(EXPERTS, shared_intermediate_size=None, shared_gate=False))] * 3), formats=("qwen3-moe",),
     ).but({"qk_norm": "head"}),
+    "gpt-oss, alike": Tiny(
+        base=(SINKS, CLAMPED), layers=((replace(SINKS, window=16), CLAMPED), (SINKS, CLAMPED)) * 2, formats=("gpt-oss",),
+        rope={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    ),
     "nemotron-h, dense": Tiny(base=(PLAIN_HEADS, SQUARED), layers=blocks("M-*M-M*-"), formats=("nemotron-h", "nemotron-h-puzzle")),
     "nemotron-h, experts": Tiny(
         base=(PLAIN_HEADS, GATELESS),

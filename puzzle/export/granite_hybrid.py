@@ -34,6 +34,8 @@ def granite_hybrid_config(child: Child, engine: str | None) -> dict[str, Any]:
     if attends is None or gated is None:
         what = "FFN" if gated is None else "attention"
         raise UserError(f"{child.name} has no {what}, which readers of {READER} count on: {REST}")
+    if isinstance(gated, Moe) and gated.shared_intermediate_size is None:
+        raise UserError(f"{child.name} has experts without a shared one, which {READER} has beside them: {REST}")
     config = {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",

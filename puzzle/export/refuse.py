@@ -34,7 +34,8 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
     rest = "`format` hf, which transformers reads"
     gateless = getattr(child.base.get("ffn"), "activation", "relu2") == "relu2"
     if not gateless and any(isinstance(sub_block, Moe) for layer in child.layers for sub_block in layer.slots.values()):
-        rest = f"`format` qwen3-moe, if all mixtures are alike, or {rest}"
+        stock = "gpt-oss" if getattr(child.base.get("attention"), "sinks", False) else "qwen3-moe"
+        rest = f"`format` {stock}, if all mixtures are alike, or {rest}"
     rest = f"write {rest}"
     mixed = " or ".join(HYBRIDS) if gateless else f"{GRANITE_HYBRID}, if its FFNs and its Mamba-2 are alike"
     for layer in child.layers:

@@ -65,4 +65,5 @@ def layer_of(c: Config, window: int | None) -> Layer:
 @family("gpt_oss", where=in_bf16, other_layouts=(in_mxfp4,), base=base)
 def gpt_oss(c: Config) -> Structure:
     """A softmax over the chosen experts is one over all of them, divided by the sum of the chosen."""
+    c["sliding_window"]  # which nothing reads where no layer has one
     return decoder(c, [layer_of(c, window) for window in windows(c)])
