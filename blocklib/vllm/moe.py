@@ -49,8 +49,7 @@ class VllmMoe(nn.Module):
                 sub_block.bias
                 and current_platform.is_cpu()
                 and sub_block.moe_intermediate_size // place.num_ranks % 32 != 0,
-                f"clamped experts of {sub_block.moe_intermediate_size // place.num_ranks} channels, which vLLM has on a CPU in "
-                "multiples of 32,",
+                "clamped experts on a CPU, where vLLM has widths of multiples of 32 alone,",
             ),
             (
                 sub_block.activation == "relu2" and current_platform.is_cpu(),
@@ -103,7 +102,7 @@ class VllmMoe(nn.Module):
     def load_in_turn(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Of experts with biases: vLLM's clamped activation wants rows of gate and up in turn (`MoEActivation.SWIGLUOAI`), on every rank those
         of its channels. Names and tensors of `one_by_one`, some of them; returns the names of the parameters that they went to."""
-        own, seen = dict(self.named_parameters()), set()
+        own, seen, rank = dict(self.named_parameters()), set(), get_tensor_model_parallel_rank()
         experts = {name.rpartition(".")[2]: name for name in own if name.startswith("experts.")}
         for name, tensor in weights:
             owner, _, inside = name.partition(".")
@@ -114,20 +113,15 @@ class VllmMoe(nn.Module):
             index, _, matrix = inside.removesuffix(".weight").rpartition(".")  # "7" of a matrix, "" of all biases
             down, bias = matrix.startswith("down_proj"), matrix.endswith("_bias")
             param = experts[f"{'w2' if down else 'w13'}_{'bias' if bias else 'weight'}"]
-            into, dim = (
-                own[param].data[int(index)] if index else own[param].data,
-                tensor.ndim - 1 if bias or down else 0,
-            )
+            into = own[param].data[int(index)] if index else own[param].data
+            dim = tensor.ndim - 1 if bias or down else 0
+            if down and bias:  # ranks are added up
+                tensor = torch.zeros_like(tensor) if rank else tensor
+            else:
+                tensor = tensor.narrow(dim, rank * self.width, self.width)
             if not down:
-                into = (
-                    into.narrow(dim, 0, 2 * self.width)
-                    .unflatten(dim, (-1, 2))
-                    .select(dim + 1, int(matrix.startswith("up")))
-                )
-            if not (down and bias):
-                tensor = tensor.narrow(dim, get_tensor_model_parallel_rank() * self.width, self.width)
-            elif get_tensor_model_parallel_rank():  # ranks are added up
-                tensor = torch.zeros_like(tensor)
+                turns = into.narrow(dim, 0, 2 * self.width).unflatten(dim, (-1, 2))
+                into = turns.select(dim + 1, int(matrix.startswith("up")))
             into[tuple(slice(0, length) for length in tensor.shape)].copy_(tensor)
             seen.add(param)
         return seen

@@ -54,7 +54,7 @@ class Where:
         if self.turn is not None:
             shape = (*shape[: self.dim], shape[self.dim] * self.turn[1], *shape[self.dim + 1 :])
         if self.packed:
-            return (*shape[:-1], shape[-1] // BLOCK, BLOCK // 2)
+            return (*shape[:-1], shape[-1] // BLOCK, BLOCK // 2 + shape[-1] % BLOCK)  # no block holds a remainder
         return shape if self.rows is None else (*shape[: self.dim], self.rows[1], *shape[self.dim + 1 :])
 
     def taken(self, stored: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from puzzle.base.errors import UserError
 from puzzle.export.write import export, open_source
 from puzzle.parents import mxfp4
 from puzzle.parents.known import known_structure
-from puzzle.parents.opened import open_model
+from puzzle.parents.opened import open_model, structure_of
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import load_model
 from puzzle.runtime.plain import PlainRuntime
@@ -126,6 +126,21 @@ def test_refusals(source, config, change, message, written, tmp_path):
     with pytest.raises(UserError, match=message) as refused:
         open_model(directory).check()
     assert "\n" not in str(refused.value)
+
+
+PUBLISHED = {  # config.json of gpt-oss-20b, but for its lists and tokens
+    "attention_bias": True, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+    "intermediate_size": 2880, "max_position_embeddings": 131072, "model_type": "gpt_oss", "num_attention_heads": 64,
+    "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+    "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+                     "truncate": False},
+    "tie_word_embeddings": False, "vocab_size": 201088,
+}  # fmt: skip
+
+
+def test_the_published_config_is_the_known_structure(tmp_path):
+    assert structure_of(PUBLISHED, tmp_path) == known_structure("gpt-oss-20b")
 
 
 @pytest.mark.parametrize(("size", "total", "active"), [("20b", 20.91, 3.61), ("120b", 116.83, 5.13)])
