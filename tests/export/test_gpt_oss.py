@@ -68,6 +68,10 @@ def test_a_uniform_child_is_a_stock_checkpoint(case, parent, tmp_path):
     assert type(model).__name__ == "GptOssForCausalLM"
     assert (model(IDS).logits - wanted).abs().max() <= 1e-4
     assert (load_model(stock)(IDS) - wanted).abs().max() <= 1e-5
+    again = export(open_source(ours), tmp_path / "again", format="gpt-oss").out
+    first, second = (load_file(one / "model.safetensors") for one in (stock, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
     if not UNIFORM[case]:
         before, after = (load_file(one / "model.safetensors") for one in (parent, stock))
         assert before.keys() == after.keys()
