@@ -13,7 +13,8 @@ from torch import Tensor
 
 from puzzle.blocklib.sub_block import ParentBlock, Statistics
 
-ROUTER = ("gate.weight", "gate.e_score_correction_bias")
+ROUTER = ("gate.weight", "gate.bias", "gate.e_score_correction_bias")
+WHOLE = ("gate.weight", "gate.bias", "experts.down_proj_bias")  # what has no channels, where experts are merged
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,27 +75,26 @@ def merge(weights: dict[str, Tensor], frequency: Tensor, kept: Tensor) -> None:
     rows = torch.nn.functional.normalize(weights["gate.weight"], dim=-1)
     into = (rows @ rows[kept].T).argmax(-1)
     share = frequency.to(rows) + 1e-6
-    names = [n for n in weights if n.startswith("experts.")]
+    names = [n for n in weights if n.startswith("experts.") or n in WHOLE]
     for place, centre in enumerate(kept.tolist()):
         others = [e for e in (into == place).nonzero().flatten().tolist() if e not in set(kept.tolist())]
         total = share[centre] + sum(share[e] for e in others)
         like = _channels(weights, centre)
-        sums = {n: weights[n][centre] * share[centre] for n in [*names, "gate.weight"]}
+        sums = {n: weights[n][centre] * share[centre] for n in names}
         for other in others:
             match = (like @ _channels(weights, other).T).argmax(-1)  # of every channel of the kept one
             for n in names:
                 full = weights[n][other]
-                sums[n] += (full[:, match] if n.endswith("down_proj") else full[match]) * share[other]
-            sums["gate.weight"] += weights["gate.weight"][other] * share[other]
+                like_it = full if n in WHOLE else full[:, match] if n.endswith("down_proj") else full[match]
+                sums[n] += like_it * share[other]
         for n, value in sums.items():
             weights[n][centre] = value / total
 
 
 def _channels(weights: dict[str, Tensor], expert: int) -> Tensor:
     """All that an expert's channels are, each of length 1. [F, 2H or 3H]"""
-    sides = [
-        w[expert].T if n.endswith("down_proj") else w[expert] for n, w in weights.items() if n.startswith("experts.")
-    ]
+    own = {n: w[expert] for n, w in weights.items() if n.startswith("experts.") and n not in WHOLE}
+    sides = [w[:, None] if n.endswith("bias") else w.T if n.endswith("down_proj") else w for n, w in own.items()]
     return torch.nn.functional.normalize(torch.cat(sides, dim=1), dim=-1)
 
 
@@ -102,9 +102,9 @@ def narrow(weights: dict[str, Tensor], found: MoeStatistics, width: int) -> None
     """Every expert's most contributing channels, Σ g·|x_i| · ‖W_down[:, i]‖₂, the most contributing first."""
     down = weights["experts.down_proj"]
     keep = (found.channels.to(down) * down.norm(dim=1)).argsort(dim=-1, descending=True, stable=True)[:, :width]
-    for name in [n for n in weights if n.startswith("experts.")]:
+    for name in [n for n in weights if n.startswith("experts.") and n not in WHOLE]:
         dim = 2 if name.endswith("down_proj") else 1
-        index = keep[:, None, :] if dim == 2 else keep[:, :, None]
+        index = keep if name.endswith("bias") else keep[:, None, :] if dim == 2 else keep[:, :, None]
         weights[name] = weights[name].gather(
             dim, index.expand(*(-1 if d == dim else s for d, s in enumerate(weights[name].shape)))
         )

@@ -1,4 +1,4 @@
-"""Softmax attention with grouped KV heads (GQA, arXiv 2305.13245): any number of KV heads, a window, biases, per-head norms.
+"""Softmax attention with grouped KV heads (GQA, arXiv 2305.13245): any number of KV heads, a window, biases, per-head norms, sinks.
 
 Letters: H hidden_size, N num_attention_heads, K num_key_value_heads, D head_dim.
 """
@@ -23,7 +23,7 @@ DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # one character for a number of
 class Gqa(Normed):
     """window: tokens that a query sees, itself included; None: all. qk_norm: an RMS norm on q and k, of each "head" (Qwen3) or of
     "all" heads together (OLMo-2). rope: which of the model's RoPE tables; None: no positions (SmolLM3). scale: of the scores;
-    None: 1 / √D."""
+    None: 1 / √D. sinks: a learned logit per query head joins the softmax, and its share of the weights is dropped (gpt-oss)."""
 
     kind: ClassVar[str] = "gqa"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.gqa:Attention"
@@ -43,6 +43,7 @@ class Gqa(Normed):
     qk_norm: str | None = size("qk_norm", default=None, choices=("head", "all"))
     rope: str | None = size("rope", config="rope", default="default")
     scale: float | None = size("scale", default=None)
+    sinks: bool = size("sinks", default=False)
 
     def inner_tensors(self) -> dict[str, tuple[int, ...]]:
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -60,6 +61,8 @@ class Gqa(Normed):
             each = self.qk_norm == "head"
             q_size, k_size = (self.head_dim, self.head_dim) if each else (queries, keys)
             shapes |= {"q_norm.weight": (q_size,), "k_norm.weight": (k_size,)}
+        if self.sinks:
+            shapes["sinks"] = (self.num_attention_heads,)
         return shapes
 
     def state(self) -> State:

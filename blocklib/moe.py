@@ -27,7 +27,8 @@ WORDS = (*KEEPS, "topk", "width", "shared", "dense")
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moe(Normed):
-    """Experts of one width, each down(act(gate(n)) · up(n)) of the normed input n, or down(relu²(up(n))).
+    """Experts of one width, each down(act(gate(n)) · up(n)) of the normed input n, or down(relu²(up(n))). swiglu_oai: down(g · sigmoid(1.702 g) ·
+    (u + 1)) with g = gate(n) up to 7 and u = up(n) from -7 to 7 (gpt-oss). bias: on the router and on all matrices of routed experts.
 
     router: "softmax" over all experts, or "sigmoid" of each; norm_topk_prob: the weights of a token's experts are divided by their
     sum. correction_bias: added to the router's scores for the choice alone. num_groups: the experts fall into as many groups, of which
@@ -42,6 +43,7 @@ class Moe(Normed):
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.moe:FastMoe"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.moe:VllmMoe"
 
+    added_once: ClassVar[tuple[str, ...]] = ("experts.down_proj_bias",)
     exact: ClassVar[tuple[str, ...]] = ("gate.e_score_correction_bias",)  # rounded, it would choose other experts
 
     num_experts: int = size("e", config="num_experts")
@@ -49,7 +51,8 @@ class Moe(Normed):
     moe_intermediate_size: int = size("f", config="moe_intermediate_size")
     shared_intermediate_size: int | None = size("shared", config="shared_expert_intermediate_size", default=None)
     shared_gate: bool = size("shared_gate", default=False)
-    activation: str = size("act", default="silu", choices=("silu", "gelu_tanh", "relu2"))
+    activation: str = size("act", default="silu", choices=("silu", "gelu_tanh", "relu2", "swiglu_oai"))
+    bias: bool = size("bias", default=False)
     router: str = size("router", default="softmax", choices=("softmax", "sigmoid"))
     norm_topk_prob: bool = size("norm_topk", default=False)
     correction_bias: bool = size("correction_bias", default=False)
@@ -69,6 +72,8 @@ class Moe(Normed):
             wrong = f"num_experts_per_tok {self.num_experts_per_tok} is more than the {experts // groups * chosen} to choose from: lower it, or keep more experts"
         elif self.shared_gate and self.shared_intermediate_size is None:
             wrong = "shared_gate without shared_intermediate_size"
+        elif self.shared_intermediate_size is not None and (self.bias or self.activation == "swiglu_oai"):
+            wrong = "a shared expert beside biases or swiglu_oai is not supported"
         if wrong is not None:
             raise UserError(f"sub-block of kind '{self.kind}': {wrong}")
 
@@ -81,10 +86,14 @@ class Moe(Normed):
         """Experts are stacked: `experts.up_proj` [E, F, H], `experts.down_proj` [E, H, F]."""
         hidden, count, inner = self.hidden_size, self.num_experts, self.moe_intermediate_size
         shapes: dict[str, tuple[int, ...]] = {"gate.weight": (count, hidden)}
+        if self.bias:
+            shapes["gate.bias"] = (count,)
         if self.correction_bias:
             shapes["gate.e_score_correction_bias"] = (count,)
         for name in self.matrices:
             shapes[f"experts.{name}"] = (count, hidden, inner) if name == "down_proj" else (count, inner, hidden)
+            if self.bias:
+                shapes[f"experts.{name}_bias"] = (count, hidden if name == "down_proj" else inner)
         if (shared := self.shared_intermediate_size) is not None:
             for name in self.matrices:
                 shapes[f"shared_expert.{name}.weight"] = (hidden, shared) if name == "down_proj" else (shared, hidden)
@@ -93,7 +102,9 @@ class Moe(Normed):
         return shapes
 
     def dense(self, width: int) -> Ffn:
-        """An FFN like one of its experts, for all tokens."""
+        """An FFN like one of its experts, for all tokens. Raises UserError where no kind is one."""
+        if self.bias or self.activation == "swiglu_oai":
+            raise UserError("no dense FFN is like experts with biases or swiglu_oai: leave `dense` out")
         if self.activation == "relu2":
             return Relu2(**self.norm_fields(), intermediate_size=width)
         return SwiGLU(**self.norm_fields(), intermediate_size=width, activation=self.activation)
@@ -103,7 +114,7 @@ class Moe(Normed):
 
     @property
     def _idle(self) -> int:
-        """Parameters of the experts that a token does not have."""
+        """Elements of the matrices of the experts that a token does not have."""
         each = len(self.matrices) * self.hidden_size * self.moe_intermediate_size
         return (self.num_experts - self.num_experts_per_tok) * each
 
@@ -113,7 +124,8 @@ class Moe(Normed):
         return self.num_experts_per_tok * self.moe_intermediate_size + (self.shared_intermediate_size or 0)
 
     def active_parameters(self) -> int:
-        return self.num_parameters - self._idle
+        biases = self.hidden_size + (len(self.matrices) - 1) * self.moe_intermediate_size if self.bias else 0
+        return self.num_parameters - self._idle - (self.num_experts - self.num_experts_per_tok) * biases
 
     def flops(self, rows: int, context: float) -> float:
         return rows * 2 * (self.num_matrix_parameters - self._idle)
@@ -160,7 +172,7 @@ class Moe(Normed):
             return []
         names = ["experts=0.75", "experts=0.5", "width=0.5", "topk=0.5"]
         names += ["shared=0.5"] if parent.shared_intermediate_size else []
-        return [*names, "dense=1.0"]
+        return names if parent.bias or parent.activation == "swiglu_oai" else [*names, "dense=1.0"]
 
     @classmethod
     def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
@@ -243,4 +255,7 @@ def _dense(parent: Moe, name: str, number: int | float) -> Ffn:
     width = number if isinstance(number, int) else narrowed(full, number) if number <= 1 else round(full * number)
     if width > most:
         raise UserError(f"FFN variant '{name}': {width} channels are more than the {most} of all experts")
-    return parent.dense(width)
+    try:
+        return parent.dense(width)
+    except UserError as error:
+        raise UserError(f"FFN variant '{name}': {error}") from error

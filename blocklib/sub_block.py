@@ -231,8 +231,8 @@ class SubBlock:
 
     @property
     def num_matrix_parameters(self) -> int:
-        """Elements of its matrices: what a token is multiplied by."""
-        return sum(math.prod(shape) for shape in self.tensors().values() if len(shape) > 1)
+        """Elements of its matrices, stacked biases not among them: what a token is multiplied by."""
+        return sum(math.prod(s) for name, s in self.tensors().items() if len(s) > 1 and not name.endswith("bias"))
 
     @property
     def widest(self) -> int:

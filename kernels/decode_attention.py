@@ -1,6 +1,7 @@
 """One query per sequence over a paged KV cache: split-KV decode attention with grouped query heads (GQA).
 
-    out = softmax(q Kᵀ · scale) V over the last `window` (default: all) of lengths[b] cached tokens
+    out = softmax(q Kᵀ · scale) V over the last `window` (default: all) of lengths[b] cached tokens; a sink of a head, if there are any, is
+    one more logit of its softmax, whose value is 0
 
 Each program takes one sequence, one KV head with all its query heads, and one of `splits` stretches of the context; a second
 kernel merges the stretches with their log-sum-exps (Flash-Decoding; online softmax: Milakov and Gimelshein 2018). K and V are
@@ -36,7 +37,7 @@ NUM_WARPS, NUM_STAGES = {2: 4, 1: 2}, {2: 3, 1: 2}  # by bytes of a cached value
 
 def decode_attention_reference(
     q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, *, max_context: int, window: int | None = None,
-    scale: float | None = None, k_scale: float = 1.0, v_scale: float = 1.0,
+    scale: float | None = None, k_scale: float = 1.0, v_scale: float = 1.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The twin of `decode_attention` in plain PyTorch: same arguments, same results up to rounding."""
     batch, heads, dim = q.shape
@@ -52,7 +53,10 @@ def decode_attention_reference(
         first = 0 if window is None else max(0, length - window)
         keys, values = keys[:, first:] * k_scale, values[:, first:] * v_scale
         rows = q[b].view(kv_heads, heads // kv_heads, dim).to(wide)
-        weights = torch.softmax(rows @ keys.transpose(1, 2) * (dim**-0.5 if scale is None else scale), dim=-1)
+        logits = rows @ keys.transpose(1, 2) * (dim**-0.5 if scale is None else scale)
+        if sinks is not None:
+            logits = torch.cat((logits, sinks.to(wide).view(kv_heads, -1, 1)), dim=-1)
+        weights = torch.softmax(logits, dim=-1)[..., : keys.shape[1]]
         out[b] = (weights @ values).reshape(heads, dim)
     return out.to(q.dtype)
 
@@ -63,12 +67,12 @@ if triton is not None:
         do_not_specialize=["splits"]
     )  # one kernel for all numbers of stretches: a compilation takes half a second
     def split_kernel(
-        q_ptr, cache_ptr, table_ptr, lengths_ptr, out_ptr, part_ptr, lse_ptr,
+        q_ptr, cache_ptr, table_ptr, lengths_ptr, out_ptr, part_ptr, lse_ptr, sinks_ptr,
         q_stride_b, q_stride_n, cache_stride_block, cache_stride_kv, cache_stride_head, table_stride,
         scale, v_scale, splits,
         G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
         BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-        FP8: tl.constexpr, PDL: tl.constexpr,
+        FP8: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         follow(PDL)
         b, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -92,6 +96,9 @@ if triton is not None:
         q = (q.to(tl.float32) * (scale * 1.4426950408889634)).to(compute)
         top = tl.full((BLOCK_G,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
+        if SINKS:  # of the first stretch alone, which begins as if it had seen a key with that logit and the value 0
+            sink = tl.load(sinks_ptr + heads, mask=g < G, other=0.0).to(tl.float32) * 1.4426950408889634
+            top, total = tl.where(split == 0, sink, top), tl.where(split == 0, 1.0, total)
         found = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
         inner = cache_ptr + head * cache_stride_head + s[:, None] * D + d[None, :]
         for page in tl.range(begin, end, num_stages=STAGES):
@@ -163,6 +170,7 @@ def decode_attention(
     scale: float | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    sinks: Tensor | None = None,
     splits: int | None = None,
     num_warps: int | None = None,
 ) -> Tensor:
@@ -170,7 +178,7 @@ def decode_attention(
 
     cache [num_blocks, 2 (k, v), K, S, D] in q's dtype or float8_e4m3fn (value = cached · scale). block_table [B, pages]
     int32. lengths [B] int32: cached tokens, the query's own included; 0 gives zeros. max_context: no length exceeds it.
-    window: only the last `window` tokens count. scale: of the logits, D^-½ by default. splits: stretches of the context.
+    window: only the last `window` tokens count. scale: of the logits, D^-½ by default. sinks [N]: of every head. splits: stretches of the context.
     Raises ValueError for shapes that do not fit.
     """
     batch, heads, dim = q.shape
@@ -180,10 +188,12 @@ def decode_attention(
             f"q {tuple(q.shape)} does not fit cache {tuple(cache.shape)}, block_table {tuple(block_table.shape)}, "
             f"lengths {tuple(lengths.shape)}"
         )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks {tuple(sinks.shape)} do not fit q {tuple(q.shape)}: one a head")
     if triton is None or not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return decode_attention_reference(
             q, cache, block_table, lengths, max_context=max_context, window=window, scale=scale, k_scale=k_scale,
-            v_scale=v_scale,
+            v_scale=v_scale, sinks=sinks,
         )  # fmt: skip
     reach = max_context if window is None else min(window, max_context)
     count = splits or num_splits(batch, kv_heads, reach, cache.itemsize, q.device)
@@ -193,13 +203,13 @@ def decode_attention(
     group, block_d = heads // kv_heads, triton.next_power_of_2(dim)
     fp8 = cache.dtype == torch.float8_e4m3fn
     split_kernel[(batch, kv_heads, count)](
-        q, cache, block_table, lengths, out, part, lse,
+        q, cache, block_table, lengths, out, part, lse, out if sinks is None else sinks.contiguous(),
         q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), cache.stride(2), block_table.stride(0),
         (dim**-0.5 if scale is None else scale) * k_scale, v_scale, count,
         G=group, D=dim, S=page, WINDOW=window or 0,
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=max(16, block_d),
         BLOCK_S=max(16, triton.next_power_of_2(page)), SPLIT=count > 1, STAGES=NUM_STAGES.get(cache.itemsize, 3),
-        FP8=fp8, num_warps=num_warps or NUM_WARPS.get(cache.itemsize, 4), **launch_options(q.device),
+        FP8=fp8, SINKS=sinks is not None, num_warps=num_warps or NUM_WARPS.get(cache.itemsize, 4), **launch_options(q.device),
     )  # fmt: skip
     if count > 1:
         merge_kernel[(batch * heads,)](

@@ -124,6 +124,11 @@ SIGMOIDS = Moe(
     hidden_size=HIDDEN, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, router="sigmoid",
     correction_bias=True, num_groups=2, num_topk_groups=1, norm_topk_prob=True, routed_scaling_factor=2.5, norm_eps=EPS,
 )  # fmt: skip
+CLAMPED = Moe(
+    hidden_size=HIDDEN, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=128, activation="swiglu_oai", bias=True,
+    norm_topk_prob=True, norm_eps=EPS,
+)  # fmt: skip
+SINKS = replace(FULL, qkv_bias=True, o_bias=True, sinks=True)
 # Mixtures that differ in all that they can, one dense FFN, and what other layers have beside.
 MIXTURES = Tiny(
     base=(FULL, EXPERTS),
@@ -161,6 +166,13 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "smollm3": with_windows(MIXED, long={"rope": None}),
     "qwen3_moe": MIXTURES.but({"qk_norm": "head"}),
+    "gpt_oss": Tiny(
+        base=(SINKS, CLAMPED), rope=YARN | {"truncate": False},
+        layers=(
+            (replace(SINKS, window=16), CLAMPED), (SINKS, replace(CLAMPED, num_experts=4, num_experts_per_tok=3)),
+            (replace(SINKS, window=16, num_key_value_heads=2), LINEAR), (NO_OP, replace(CLAMPED, moe_intermediate_size=96)), (SINKS, NO_OP),
+        ),
+    ),
     "sigmoid experts": Tiny(base=(FULL, SIGMOIDS), layers=((FULL, SIGMOIDS), (kv(2), replace(SIGMOIDS, num_experts=4)), (NO_OP, width(96)))),
     "biases": MIXED.but({"qkv_bias": True, "o_bias": True}, {"bias": True}),
 }  # fmt: skip
@@ -185,6 +197,10 @@ WITH_FORMATS: dict[str, Tiny] = {
     "qwen3-moe, alike": Tiny(
         base=(WIDE, replace(EXPERTS, shared_intermediate_size=None, shared_gate=False)), layers=((WIDE, width(352)), *[(WIDE, replace(EXPERTS, shared_intermediate_size=None, shared_gate=False))] * 3), formats=("qwen3-moe",),
     ).but({"qk_norm": "head"}),
+    "gpt-oss, alike": Tiny(
+        base=(SINKS, CLAMPED), layers=((replace(SINKS, window=16), CLAMPED), (SINKS, CLAMPED)) * 2, formats=("gpt-oss",),
+        rope={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    ),
     "nemotron-h, dense": Tiny(base=(PLAIN_HEADS, SQUARED), layers=blocks("M-*M-M*-"), formats=("nemotron-h", "nemotron-h-puzzle")),
     "nemotron-h, experts": Tiny(
         base=(PLAIN_HEADS, GATELESS),
@@ -224,7 +240,13 @@ def random_tensors(sub_block: SubBlock, seed: str) -> dict[str, Tensor]:
         noise = torch.randn(dims, generator=generator)
         one = 0 if getattr(sub_block, "norm_offset", False) else 1  # which such a norm adds itself
         found[name] = (
-            one + 0.2 * noise if "norm" in name else 0.1 * noise if len(dims) == 1 else noise / dims[-1] ** 0.5
+            one + 0.2 * noise
+            if "norm" in name
+            else noise
+            if name == "sinks"
+            else 0.1 * noise
+            if len(dims) == 1
+            else noise / dims[-1] ** 0.5
         )
         if name == "dt_bias":  # steps of time from 0.001 to 1: states of a few and of a thousand tokens
             found[name] = 1.5 * noise - 3

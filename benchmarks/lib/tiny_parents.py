@@ -108,6 +108,12 @@ PARENTS = {
         | {"num_local_experts": 0, "shared_intermediate_size": 52, "position_embedding_type": "nope", "mamba_chunk_size": 8}
         | {"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 6, "mamba_d_head": 12, "mamba_n_groups": 1, "mamba_d_state": 9},
     ),
+    "gpt_oss": Tiny(
+        model_type="gpt_oss",
+        changes=rope("yarn", **YARN, truncate=False)
+        | {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 7, "intermediate_size": 20},
+        ffn="experts=4,topk=2-width=16,merged=0.5,linear,none",
+    ),
     "phi3": Tiny(model_type="phi3", changes=rope("default") | NATURAL, engines=ALL),
     "phi3, partial longrope": Tiny(
         model_type="phi3",
@@ -234,7 +240,13 @@ def write_tiny_parent(name: str, out: Path, **sizes: Any) -> Path:
             weight.data = 0.2 * noise + (0 if offset else 1)
         else:
             weight.data = noise * (
-                0.1 if weight.dim() == 1 else 0.4 if "embed" in key or "conv1d" in key else weight.shape[-1] ** -0.5
+                1.0
+                if key.endswith("sinks")
+                else 0.1
+                if weight.dim() == 1
+                else 0.4
+                if "embed" in key or "conv1d" in key
+                else weight.shape[-1] ** -0.5
             )
             weight.data = 2 * noise - 5 if key.endswith("dt_bias") else weight.data  # steps of time from 1e-5 to 0.3
     for key, buffer in model.named_buffers():

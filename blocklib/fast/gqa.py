@@ -7,12 +7,11 @@ dimensions of a head, P pages per sequence.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.base.workload import PAGE
 from puzzle.blocklib.fast.batch import Batch, Fast, Product, Stream
-from puzzle.blocklib.plain.gqa import Attention
+from puzzle.blocklib.plain.gqa import Attention, attention
 from puzzle.blocklib.plain.part import causal_mask, rotate
 from puzzle.kernels.decode_attention import decode_attention
 from puzzle.kernels.rope_kv import rope_kv
@@ -26,6 +25,7 @@ class FastAttention(Fast):
         self.heads, self.kv_heads, self.dim = part.num_heads, part.num_kv_heads, part.head_dim
         rope = batch.ropes[part.rope]
         self.window, self.scale, self.cos, self.sin = part.window, part.scale, rope.cos, rope.sin
+        self.sinks = None if part.sinks is None else part.sinks.data.float()
         parts = (part.q_proj, part.k_proj, part.v_proj)
         bias = None if parts[0].bias is None else torch.cat([p.bias.data for p in parts])
         weight = torch.cat([p.weight.data for p in parts])
@@ -71,8 +71,9 @@ class FastAttention(Fast):
         q, k, v = self._project(entered)
         q = rope_kv(q, k, v, self.cos, self.sin, batch.positions, self.cache, self.table)
         found = decode_attention(
-            q, self.cache, self.table, batch.lengths, max_context=batch.max_length, window=self.window, scale=self.scale
-        )
+            q, self.cache, self.table, batch.lengths, max_context=batch.max_length, window=self.window, scale=self.scale,
+            sinks=self.sinks,
+        )  # fmt: skip
         return self.leave(self.out(found.flatten(1))), residual
 
     def prefill(self, stream: Stream, batch: Batch) -> Stream:
@@ -88,10 +89,9 @@ class FastAttention(Fast):
         q, k, v = (x.reshape(batch.size, num_tokens, -1, self.dim).transpose(1, 2) for x in (q, k, v))
         k = rotate(k, (self.cos[:num_tokens], self.sin[:num_tokens]))
         if self.window and self.window < num_tokens:
-            found = windowed(q, k, v, self.window, self.scale)
+            found = windowed(q, k, v, self.window, self.scale, self.sinks)
         else:
-            shared = q.shape[1] != k.shape[1]
-            found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared)
+            found = attention(q, k, v, None, self.scale, self.sinks)
         return self.leave(self.out(found.transpose(1, 2).flatten(2).flatten(0, 1))), residual
 
 
@@ -105,7 +105,9 @@ def paired(dim: int, rotary_dim: int) -> Tensor:
     return torch.cat([torch.cat(half) for half in halves])
 
 
-def windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
+def windowed(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Causal attention over the last `window` keys, a stretch of queries at a time. q [B, N, T, D], k, v [B, K, T, D]"""
     num_tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
     found = torch.empty_like(q)
@@ -113,6 +115,5 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None =
         end, first = min(begin + window, num_tokens), max(0, begin - window + 1)
         mask = causal_mask(end - first, window, q.device)[begin - first :]
         keys, values = (x[:, :, first:end].repeat_interleave(groups, dim=1) for x in (k, v))
-        stretch = F.scaled_dot_product_attention(q[:, :, begin:end], keys, values, attn_mask=mask, scale=scale)
-        found[:, :, begin:end] = stretch
+        found[:, :, begin:end] = attention(q[:, :, begin:end], keys, values, mask, scale, sinks)
     return found

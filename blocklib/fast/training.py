@@ -20,8 +20,8 @@ TILE = 128  # tokens of cuDNN's kernels
 
 
 def backends(q: Tensor, causal: bool) -> list[SDPBackend]:
-    """Of attention with its gradients, the first choice first. cuDNN's is twice as fast on Hopper alone, and only there without a mask
-    and on whole tiles is it right: elsewhere gradients were NaN, results wrong or captures broken (pytorch issues 196678, 193893, pull
+    """Of attention with its gradients, the first choice first. cuDNN's is twice as fast on Hopper alone, and only there without a mask or
+    sinks and on whole tiles is it right: elsewhere gradients were NaN, results wrong or captures broken (pytorch issues 196678, 193893, pull
     request 167101)."""
     good = causal and q.shape[2] % TILE == 0 and torch.cuda.get_device_capability(q.device)[0] == 9
     return [SDPBackend.CUDNN_ATTENTION, *PLAIN_BACKENDS] if good else PLAIN_BACKENDS
@@ -47,9 +47,15 @@ class AttentionInTraining(InTraining, Attention):
             return super().attend(q, k, v)
         num_tokens = q.shape[2]
         windowed = self.window is not None and self.window < num_tokens
-        if windowed and q.dtype == torch.bfloat16 and self.head_dim <= 256 and self.head_dim % 8 == 0:
+        if (
+            windowed
+            and self.sinks is None
+            and q.dtype == torch.bfloat16
+            and self.head_dim <= 256
+            and self.head_dim % 8 == 0
+        ):
             return self.o_proj(self.flash_window(*(x.transpose(1, 2) for x in (q, k, v))).flatten(2))
-        with sdpa_kernel(backends(q, not windowed), set_priority=True):
+        with sdpa_kernel(backends(q, not windowed and self.sinks is None), set_priority=True):
             return super().attend(q, k, v)
 
     def flash_window(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

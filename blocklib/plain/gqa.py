@@ -34,6 +34,7 @@ class Attention(Part):
         if self.qk_norm is not None:
             sizes = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (q_size, kv_size)
             self.q_norm, self.k_norm = (RMSNorm(n, sub_block.norm_eps, sub_block.norm_offset) for n in sizes)
+        self.register_parameter("sinks", nn.Parameter(torch.empty(self.num_heads)) if sub_block.sinks else None)
         self.finish()
 
     def heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -58,15 +59,13 @@ class Attention(Part):
         """Causal attention of T new queries over the same T keys. [B, T, H]"""
         num_tokens = q.shape[2]
         if self.window is None or self.window >= num_tokens:
-            shared = self.num_heads != self.num_kv_heads
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared)
-            return self.output(attended)
+            return self.output(attention(q, k, v, None, self.scale, self.sinks))
         if num_tokens > 2 * (block := max(self.window, BLOCK)):
-            return self.output(windowed_attention(q, k, v, self.window, block, self.scale))
+            return self.output(windowed_attention(q, k, v, self.window, block, self.scale, self.sinks))
         mask = causal_mask(num_tokens, self.window, q.device)
         # With a mask, only equally many heads of q and k spare a GPU the scores [B, N, T, T] in float32.
         k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
-        return self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale))
+        return self.output(attention(q, k, v, mask, self.scale, self.sinks))
 
     def output(self, attended: Tensor) -> Tensor:
         """[B, N, T, D] -> [B, T, H]"""
@@ -86,10 +85,31 @@ class Attention(Part):
     def decode(self, x: Tensor, ropes: Ropes, state: KVCache, position: int) -> Tensor:
         q, k, v = self.project(self.enter(x), ropes)
         keys, values = state.append(k, v, position)
-        return x + self.leave(self.output(decode_attention(q, keys, values, self.scale)))
+        return x + self.leave(self.output(decode_attention(q, keys, values, self.scale, self.sinks)))
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, block: int, scale: float | None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Softmax attention of q [B, N, T, D] over k and v [B, K, T, D]: causal, or by a mask. sinks [N]: of a head, a logit beside its scores.
+
+    A sink is the score of one more key, before all others, whose value is 0: 1 in a dimension of its own, in which a query has the sink of its head.
+    """
+    causal, shared, dim = mask is None, q.shape[1] != k.shape[1], q.shape[3]
+    if sinks is not None:
+        scale = dim**-0.5 if scale is None else scale
+        extra = (sinks / scale).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
+        q, v = torch.cat((q, extra), dim=-1), F.pad(v, (0, 1, 1, 0))
+        own = F.pad(k.new_ones(1), (dim, 0)).expand(*k.shape[:2], 1, dim + 1)
+        k = torch.cat((own, F.pad(k, (0, 1))), dim=2)
+        q, mask = (F.pad(q, (0, 0, 1, 0)), None) if mask is None else (q, F.pad(mask, (1, 0), value=True))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared)
+    return out if sinks is None else out[:, :, int(causal) :, :dim]
+
+
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, block: int, scale: float | None, sinks: Tensor | None = None
+) -> Tensor:
     """Causal attention over a sliding window of at most `block` tokens: a block of queries sees its own keys and the block before, so
     that the work grows with T and not with its square. q [B, N, T, D], k and v [B, K, T, D] -> [B, N, T, D]"""
     batch, heads, num_tokens, _ = q.shape
@@ -109,7 +129,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, block: int,
     mask = causal_mask(2 * block, window, q.device)[block:]
     first = mask & (torch.arange(2 * block, device=q.device) >= block)  # nothing comes before the first block
     masks = torch.cat((first[None], mask.expand(count - 1, -1, -1))).repeat(batch, 1, 1)[:, None]
-    out = F.scaled_dot_product_attention(blocks(q).flatten(0, 1), seen(k), seen(v), attn_mask=masks, scale=scale)
+    out = attention(blocks(q).flatten(0, 1), seen(k), seen(v), masks, scale, sinks)
     return out.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)[:, :, :num_tokens]
 
 
@@ -149,12 +169,21 @@ class KVCache:
         return self.keys[:, :, :seen], self.values[:, :, :seen]
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-    """One query per sequence over its cache. q [B, N, 1, D], keys and values [B, K, S, D] -> [B, N, 1, D]
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float | None, sinks: Tensor | None = None
+) -> Tensor:
+    """One query per sequence over its cache. q [B, N, 1, D], keys and values [B, K, S, D], sinks [N] -> [B, N, 1, D]
 
     The query heads that share a KV head become the rows of one product, so K and V are read once, not once a head.
     """
     batch, heads, _, dim = q.shape
     groups = heads // keys.shape[1]
     rows = q.view(batch, keys.shape[1], groups, dim)
+    if sinks is not None:
+        scores = rows @ keys.transpose(2, 3) * (dim**-0.5 if scale is None else scale)
+        beside = sinks.to(scores.dtype).view(1, -1, groups, 1).expand(batch, -1, -1, 1)
+        weights = torch.cat((scores, beside), dim=-1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))[
+            ..., :-1
+        ]
+        return (weights.to(values.dtype) @ values).reshape(batch, heads, 1, dim)
     return F.scaled_dot_product_attention(rows, keys, values, scale=scale).reshape(batch, heads, 1, dim)

@@ -17,20 +17,30 @@ from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.plain.part import Part, Ropes
 from puzzle.blocklib.plain.swiglu import ACTIVATIONS
 
+ALPHA, LIMIT = 1.702, 7.0  # of swiglu_oai
+
 
 def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def swiglu_oai(gate: Tensor, up: Tensor) -> Tensor:
+    """Of gpt-oss: both are clamped, the gate on one side alone."""
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return (up + 1) * (gate * (ALPHA * gate).sigmoid())
+
+
 class Router(nn.Module):
     """x [N, H] -> (experts [N, K], their weights [N, K] in float32)."""
 
+    bias: Tensor | None
     e_score_correction_bias: Tensor
 
     def __init__(self, sub_block: Moe):
         super().__init__()
         self.sub_block = sub_block
         self.weight = nn.Parameter(torch.empty(sub_block.num_experts, sub_block.hidden_size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(sub_block.num_experts)) if sub_block.bias else None)
         self.fixed = ("e_score_correction_bias",) if sub_block.correction_bias else ()  # it chooses, without a gradient
         for name in self.fixed:
             self.register_parameter(name, nn.Parameter(torch.empty(sub_block.num_experts), requires_grad=False))
@@ -38,10 +48,11 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         own, count = self.sub_block, self.sub_block.num_experts_per_tok
         if own.router == "softmax":
-            scores = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)
+            scores = F.linear(x, self.weight, self.bias).softmax(-1, dtype=torch.float32)
         else:
             with torch.autocast(x.device.type, enabled=False):
-                scores = F.linear(x.float(), self.weight.float()).sigmoid()
+                bias = None if self.bias is None else self.bias.float()
+                scores = F.linear(x.float(), self.weight.float(), bias).sigmoid()
         choice = scores + self.e_score_correction_bias if own.correction_bias else scores
         if own.num_groups > 1:
             grouped = choice.detach().unflatten(-1, (own.num_groups, -1))
@@ -56,7 +67,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts, stacked. gate_proj, up_proj [E, F, H], down_proj [E, H, F]"""
+    """All experts, stacked. gate_proj, up_proj [E, F, H], down_proj [E, H, F], and the bias of each"""
 
     gate_proj: Tensor
     up_proj: Tensor
@@ -65,21 +76,32 @@ class Experts(nn.Module):
     def __init__(self, sub_block: Moe):
         super().__init__()
         count, hidden, width = sub_block.num_experts, sub_block.hidden_size, sub_block.moe_intermediate_size
-        self.activation = relu2 if sub_block.activation == "relu2" else ACTIVATIONS[sub_block.activation]
+        self.activation: Any = {"relu2": relu2, "swiglu_oai": None, **ACTIVATIONS}[
+            sub_block.activation
+        ]  # None: of both
         for name in sub_block.matrices:
             shape = (count, hidden, width) if name == "down_proj" else (count, width, hidden)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[:2])) if sub_block.bias else None)
         self.gated = "gate_proj" in sub_block.matrices
+
+    def product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
+        """Every expert's rows times its matrix of this name, with its bias."""
+        out, bias = by_expert(rows, getattr(self, name), ends), getattr(self, f"{name}_bias")
+        return out if bias is None else out + bias[owners(rows, ends)].to(out.dtype)
 
     def channels(self, rows: Tensor, ends: Tensor) -> Tensor:
         """What down_proj reads. rows [M, H], those of an expert together, `ends` [E] after its last -> [M, F]"""
-        up = by_expert(rows, self.up_proj, ends)
-        return self.activation(by_expert(rows, self.gate_proj, ends)) * up if self.gated else self.activation(up)
+        up = self.product("up_proj", rows, ends)
+        if not self.gated:
+            return self.activation(up)
+        gate = self.product("gate_proj", rows, ends)
+        return swiglu_oai(gate, up) if self.activation is None else self.activation(gate) * up
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [N, H], chosen and weights [N, K] -> [N, H]. All shapes follow from x's, so that a CUDA graph can hold it."""
         order, ends = sorted_by_expert(chosen, len(self.up_proj))
-        given = by_expert(self.channels(x[order // chosen.shape[1]], ends), self.down_proj, ends)
+        given = self.product("down_proj", self.channels(x[order // chosen.shape[1]], ends), ends)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return (given[back].view(*chosen.shape, -1) * weights[..., None].to(given.dtype)).sum(1)
 
@@ -104,7 +126,7 @@ def by_expert(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
         return torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends.int())
     if capturing(rows):
-        owner = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
+        owner = owners(rows, ends)
         out = rows.new_zeros(len(rows), weight.shape[1])
         for index, matrix in enumerate(weight.unbind()):
             out = out + F.linear(rows, matrix).masked_fill((owner != index)[:, None], 0)
@@ -112,6 +134,11 @@ def by_expert(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     begins = [0, *ends.tolist()]
     pairs = zip(rows.split([b - a for a, b in pairwise(begins)]), weight.unbind(), strict=True)  # one gradient for all
     return torch.cat([F.linear(some, matrix) for some, matrix in pairs if len(some)])
+
+
+def owners(rows: Tensor, ends: Tensor) -> Tensor:
+    """The expert of every row. [M]"""
+    return torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
 
 
 def capturing(rows: Tensor) -> bool:
@@ -202,7 +229,7 @@ class SparseMoe(Part):
             chosen, weights = self.gate(entered)
             order, ends = sorted_by_expert(chosen, count)
             channels = self.experts.channels(entered[order // chosen.shape[1]], ends)
-            norms = by_expert(channels, self.experts.down_proj, ends).double().norm(dim=-1)
+            norms = self.experts.product("down_proj", channels, ends).double().norm(dim=-1)
             g, expert = weights.flatten()[order].double(), chosen.flatten()[order]
             found.routed.index_add_(0, expert, torch.ones_like(g))
             found.weight.index_add_(0, expert, g)

@@ -32,8 +32,13 @@ class SharedRMSNorm(nn.Module):
         return (wide * torch.rsqrt(square + self.eps) * (self.offset + self.weight.float())).to(x.dtype)
 
 
+def own_heads(sinks: nn.Parameter, whole: Tensor) -> None:
+    """Load those of this rank's query heads."""
+    sinks.data.copy_(whole.narrow(0, get_tensor_model_parallel_rank() * len(sinks), len(sinks)))
+
+
 class VllmAttention(nn.Module):
-    """Grouped-query softmax attention over vLLM's cache, with a window of its own; K below the number of ranks is repeated."""
+    """Grouped-query softmax attention over vLLM's cache, with a window of its own, and sinks; K below the number of ranks is repeated."""
 
     def __init__(self, sub_block: Gqa, place: Place):
         super().__init__()
@@ -56,6 +61,10 @@ class VllmAttention(nn.Module):
                 self.add_module(name, rms_norm(dim if self.by_head else size, sub_block))
             elif self.normed:
                 self.add_module(name, SharedRMSNorm(size, sub_block, ranks, parts))
+        self.sinks = None
+        if sub_block.sinks:
+            self.sinks = nn.Parameter(torch.empty(own), requires_grad=False)
+            set_weight_attrs(self.sinks, {"weight_loader": own_heads})
         self.rotary_emb = None if sub_block.rope is None else place.ropes[sub_block.rope]
         self.attn = Attention(
             own,
@@ -65,6 +74,7 @@ class VllmAttention(nn.Module):
             cache_config=place.cache_config,
             per_layer_sliding_window=sub_block.window,
             **place.layer("attn"),
+            **({} if self.sinks is None else {"sinks": self.sinks}),
         )
 
     def norm(self, x: Tensor, name: str) -> Tensor:

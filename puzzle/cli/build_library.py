@@ -75,7 +75,7 @@ def build_library_command(
 ) -> None:
     """Train alternatives of every layer's attention and FFN against PARENT, and score them.
 
-    PARENT is a Hugging Face directory or hub id (llama, qwen3, qwen3_moe, ...). Running again with the same --out
+    PARENT is a Hugging Face directory or hub id (llama, qwen3, gpt_oss, ...). Running again with the same --out
     continues where a run was stopped, and trains only what is new.
 
     \b

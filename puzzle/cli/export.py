@@ -39,7 +39,7 @@ MODES = (
 @click.option("--out", type=options.PATH, required=True, metavar="DIR", help="New directory, or FILE.gguf.")
 @click.option(
     "--format",
-    help="hf (default), nemotron-nas, qwen3-moe, gguf; of hybrids granitemoehybrid, nemotron-h or nemotron-h-puzzle.",
+    help="hf (default), nemotron-nas, qwen3-moe, gpt-oss, gguf; of hybrids granitemoehybrid, nemotron-h or nemotron-h-puzzle.",
 )
 @click.option(
     "--engine", metavar="NAME[==VERSION]", help="Who will serve it: vllm, llama.cpp, sglang, mlx, tensorrt-llm."

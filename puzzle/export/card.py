@@ -262,7 +262,8 @@ def _serve(card: CardFacts) -> list[str]:
         served = not any(b.lacks_in_vllm for layer in card.child.layers for b in layer.slots.values())
         return [_transformers(card), *([_PLUG_IN, again] if served else [])]
     if card.format in STOCK:
-        name, more = ("Qwen3-MoE", "") if card.format == "qwen3-moe" else ("Granite-4", _state_dtype(card.child))
+        name = {"qwen3-moe": "Qwen3-MoE", "gpt-oss": "gpt-oss"}.get(card.format, "Granite-4")
+        more = _state_dtype(card.child)
         return [
             f"Whatever reads {name}, without code of ours: transformers, or vLLM:\n\n```\nvllm serve PATH{more}\n```"
         ]

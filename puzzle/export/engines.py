@@ -21,6 +21,7 @@ PLAIN_HYBRID, PUZZLE_HYBRID = HYBRIDS = ("nemotron-h", "nemotron-h-puzzle")  # f
 GRANITE_HYBRID = "granitemoehybrid"  # of layers with attention or Mamba-2, and one FFN
 STOCK = (
     "qwen3-moe",
+    "gpt-oss",
     GRANITE_HYBRID,
 )  # formats of model families that are alike in all layers, which say themselves what they have no words for
 FORMATS = ("hf", "nemotron-nas", *STOCK, "gguf", *HYBRIDS)

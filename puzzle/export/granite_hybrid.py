@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError
@@ -22,6 +21,7 @@ from puzzle.export.engines import GRANITE_HYBRID
 from puzzle.export.qwen3_moe import REST, check_as_said, usual
 from puzzle.parents.child import hidden_act
 from puzzle.parents.granite import MAMBA, flat, granitemoehybrid
+from puzzle.parents.names import stored_tensors
 
 READER = f"`format` {GRANITE_HYBRID}"
 
@@ -34,6 +34,8 @@ def granite_hybrid_config(child: Child, engine: str | None) -> dict[str, Any]:
     if attends is None or gated is None:
         what = "FFN" if gated is None else "attention"
         raise UserError(f"{child.name} has no {what}, which readers of {READER} count on: {REST}")
+    if isinstance(gated, Moe) and gated.shared_intermediate_size is None:
+        raise UserError(f"{child.name} has experts without a shared one, which {READER} has beside them: {REST}")
     config = {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
@@ -94,13 +96,8 @@ def granite_hybrid_tensors(child: Child) -> Iterator[tuple[str, Tensor]]:
     yield "model.embed_tokens.weight", child.read_embedding()
     for index, layer in enumerate(child.layers):
         for slot, sub_block in layer.slots.items():
-            stored: dict[str, list[Any]] = {}
-            for name, tensor in layer.read(slot).items():
-                where = flat(index, slot, sub_block, name)
-                stored.setdefault(where.name, []).append((where.rows or (0, 0), where.dim, tensor))
-            for name in sorted(stored):
-                parts = sorted(stored[name], key=lambda part: part[0])
-                yield name, torch.cat([tensor for _, _, tensor in parts], dim=parts[0][1])
+            read = layer.read(slot).items()
+            yield from sorted(stored_tensors((flat(index, slot, sub_block, name), tensor) for name, tensor in read))
     yield "model.norm.weight", child.read_final_norm()
     if not child.tied:
         yield "lm_head.weight", child.read_head()

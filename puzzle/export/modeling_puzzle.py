@@ -24,7 +24,6 @@ from collections import OrderedDict
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -36,7 +35,7 @@ from transformers.utils import can_return_tuple
 
 from .modeling_puzzle_delta import PuzzleDelta
 from .modeling_puzzle_mamba import PuzzleMamba
-from .modeling_puzzle_masks import sequence_starts, visible
+from .modeling_puzzle_masks import attend, sequence_starts, visible
 from .modeling_puzzle_moe import PuzzleMoE
 from .modeling_puzzle_recurrent import PuzzleRecurrent, PuzzleState
 
@@ -80,6 +79,7 @@ class PuzzleConfig(PreTrainedConfig):
     qkv_bias: bool = False  # biases on q, k and v alone (Qwen2)
     mlp_bias: bool = False
     qk_norm: Any = False  # True: RMSNorm over each head of q and k (Qwen3); "all": over all heads together (OLMo-2)
+    attention_sinks: bool = False  # a logit of every head joins its softmax (gpt-oss)
     norm_placement: str = "before"  # of the norms of sub-blocks: before, after or both
     norm_offset: bool = False  # the scale of every norm is 1 + weight (Gemma)
     attention_multiplier: float | None = None  # scale of the scores; default: 1 / sqrt(head_dim)
@@ -89,6 +89,7 @@ class PuzzleConfig(PreTrainedConfig):
     num_experts: int = 0  # of the mixture in place of an mlp; 0: none
     num_experts_per_tok: int = 1
     moe_intermediate_size: int | None = None
+    moe_bias: bool = False  # on the router and on all matrices of experts
     norm_topk_prob: bool = False  # the weights of a token's experts are divided by their sum
     router: str = "softmax"  # or sigmoid, with the next three
     correction_bias: bool = False
@@ -183,7 +184,7 @@ class PuzzleAttention(nn.Module):
         super().__init__()
         size, dim, qkv_bias = config.hidden_size, config.head_dim, config.attention_bias or config.qkv_bias
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.slot, self.window, self.head_dim, self.num_groups = slot, config.sliding_window, dim, heads // kv_heads
+        self.slot, self.window, self.head_dim = slot, config.sliding_window, dim
         self.q_proj = nn.Linear(size, heads * dim, bias=qkv_bias)
         self.k_proj = nn.Linear(size, kv_heads * dim, bias=qkv_bias)
         self.v_proj = nn.Linear(size, kv_heads * dim, bias=qkv_bias)
@@ -194,6 +195,7 @@ class PuzzleAttention(nn.Module):
         sizes = (heads * dim, kv_heads * dim) if self.norm_all else (dim, dim)
         self.q_norm = PuzzleRMSNorm(sizes[0], config) if config.qk_norm else nn.Identity()
         self.k_norm = PuzzleRMSNorm(sizes[1], config) if config.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(heads)) if config.attention_sinks else None
 
     def heads(self, x: Tensor, norm: nn.Module) -> Tensor:
         """Normed. [B, T, heads · D] -> [B, heads, T, D]"""
@@ -211,12 +213,7 @@ class PuzzleAttention(nn.Module):
             k, v = cache.update(k, v, self.slot)  # [B, K, S, D], or the end of it that the window needs
         if self.window is not None and x.shape[1] == 1:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-        if mask is not None:  # the fast kernels take a mask or grouped heads, not both
-            mask = mask[..., -k.shape[2] :]
-            k, v = (t.repeat_interleave(self.num_groups, dim=1) for t in (k, v))
-        causal = mask is None and x.shape[1] > 1
-        shared = k.shape[1] != q.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=shared)
+        out = attend(q, k, v, mask, self.scale, self.sinks)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -1,6 +1,6 @@
-"""What each token may see, for modeling_puzzle.py: windows, padding, and several sequences packed in one row.
+"""What each token may see, for modeling_puzzle.py: windows, padding, several sequences packed in one row, and sinks.
 
-Letters: B batch, T new tokens, S all tokens so far (cached ones included).
+Letters: B batch, T new tokens, S all tokens so far (cached ones included), H heads, K kv heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -49,3 +50,23 @@ def visible(
     if starts is not None:
         mask = mask & (starts[:, None, :, None] == starts[:, None, None, :])
     return mask if real is None else (mask & real[:, None, None]) | (key == query)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None) -> Tensor:
+    """Softmax attention of q [B, H, T, D] over k and v [B, K, S, D], by a mask of `visible`. sinks [H]: a logit of every head that joins
+    its softmax: that of one more key, before all others, whose value is 0: 1 in a dimension where queries have the sink."""
+    causal, dim = mask is None and q.shape[2] > 1, q.shape[3]
+    if mask is not None:  # the fast kernels take a mask or grouped heads, not both
+        mask = mask[..., -k.shape[2] :]
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    shared = k.shape[1] != q.shape[1]
+    if sinks is not None:
+        scale = dim**-0.5 if scale is None else scale
+        extra = (sinks / scale).to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
+        q, v = torch.cat((q, extra), dim=-1), F.pad(v, (0, 1, 1, 0))
+        own = F.pad(k.new_ones(1), (dim, 0)).expand(*k.shape[:2], 1, dim + 1)
+        k = torch.cat((own, F.pad(k, (0, 1))), dim=2)
+        q = F.pad(q, (0, 0, 1, 0)) if causal else q
+        mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=shared)
+    return out if sinks is None else out[:, :, int(causal) :, :dim]

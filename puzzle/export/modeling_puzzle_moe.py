@@ -12,6 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+ALPHA, LIMIT = 1.702, 7.0  # of swiglu_oai
+
+
+def gated(act: str, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) · up, or the clamped SwiGLU of gpt-oss."""
+    if act != "swiglu_oai":
+        return ACT2FN[act](gate) * up
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return (up + 1) * (gate * (ALPHA * gate).sigmoid())
+
 
 class PuzzleRouter(nn.Module):
     """x [N, E] -> (experts [N, K], their weights [N, K] in float32). Softmax over all experts, or sigmoid of each with a bias that
@@ -23,15 +33,17 @@ class PuzzleRouter(nn.Module):
             raise ValueError(f"router '{config.router}' is not understood: softmax and sigmoid are")
         self.config, size = config, (config.num_experts, config.hidden_size)
         self.weight = nn.Parameter(nn.init.normal_(torch.empty(size), std=0.02))
+        self.bias = nn.Parameter(torch.zeros(size[0])) if config.moe_bias else None
         if config.correction_bias:
             self.e_score_correction_bias = nn.Parameter(torch.zeros(size[0]), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config, soft = self.config, self.config.router == "softmax"
         if soft:
-            scores = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)
+            scores = F.linear(x, self.weight, self.bias).softmax(-1, dtype=torch.float32)
         else:
-            scores = F.linear(x.float(), self.weight.float()).sigmoid()
+            bias = None if self.bias is None else self.bias.float()
+            scores = F.linear(x.float(), self.weight.float(), bias).sigmoid()
         choice = scores + self.e_score_correction_bias if config.correction_bias else scores
         if config.n_group > 1:
             grouped = choice.unflatten(-1, (config.n_group, -1))
@@ -46,7 +58,8 @@ class PuzzleRouter(nn.Module):
 
 
 class PuzzleExperts(nn.Module):
-    """All experts, stacked: gate_proj and up_proj [X, F, E], down_proj [X, E, F]; without a gate where the activation is relu2."""
+    """All experts, stacked: gate_proj and up_proj [X, F, E], down_proj [X, E, F]; without a gate where the activation is relu2,
+    and with `moe_bias` a bias of each."""
 
     gate_proj: Tensor
     up_proj: Tensor
@@ -55,21 +68,25 @@ class PuzzleExperts(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         count, size, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.act, self.gated = ACT2FN[config.hidden_act], config.hidden_act != "relu2"
+        self.act, self.gated = config.hidden_act, config.hidden_act != "relu2"
         for name in ("gate_proj", "up_proj", "down_proj")[not self.gated :]:
             shape = (count, size, width) if name == "down_proj" else (count, width, size)
             setattr(self, name, nn.Parameter(nn.init.normal_(torch.empty(shape), std=0.02)))
+            setattr(self, f"{name}_bias", nn.Parameter(torch.zeros(shape[:2])) if config.moe_bias else None)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [N, E], chosen and weights [N, K] -> [N, E]"""
-        out, up_projs, down_projs = torch.zeros_like(x), self.up_proj.unbind(), self.down_proj.unbind()
-        gate_projs = self.gate_proj.unbind() if self.gated else ()
+        out, own = torch.zeros_like(x), {name: p.unbind() for name, p in self.named_parameters(recurse=False)}
+
+        def product(rows: Tensor, name: str, expert: int) -> Tensor:
+            return F.linear(rows, own[name][expert], own[f"{name}_bias"][expert] if f"{name}_bias" in own else None)
+
         for expert in chosen.unique().tolist():
             token, place = (chosen == expert).nonzero(as_tuple=True)
             rows = x[token]
-            up = F.linear(rows, up_projs[expert])
-            inner = self.act(F.linear(rows, gate_projs[expert])) * up if self.gated else self.act(up)
-            given = F.linear(inner, down_projs[expert]) * weights[token, place, None].to(x.dtype)
+            up = product(rows, "up_proj", expert)
+            inner = gated(self.act, product(rows, "gate_proj", expert), up) if self.gated else ACT2FN[self.act](up)
+            given = product(inner, "down_proj", expert) * weights[token, place, None].to(x.dtype)
             out.index_add_(0, token, given.to(out.dtype))
         return out
 

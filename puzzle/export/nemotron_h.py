@@ -99,13 +99,14 @@ def _unlike(sub_block: SubBlock, norm_eps: float) -> str | None:
         return f"norm_eps of its own for a block ({sub_block.norm_eps:g} beside {norm_eps:g})"
     if isinstance(sub_block, Moe):
         alike = (sub_block.router, sub_block.correction_bias, sub_block.activation) == ("sigmoid", True, "relu2")
-        if not alike or sub_block.shared_intermediate_size is None or sub_block.shared_gate:
+        if not alike or sub_block.shared_intermediate_size is None or sub_block.shared_gate or sub_block.bias:
             return "experts but of squared ReLUs beside a shared one, chosen by sigmoids with a correction bias"
     if isinstance(sub_block, Gqa):
         if sub_block.rope is not None:
             return "attention with rotary positions"
-        if sub_block.qkv_bias or sub_block.o_bias or sub_block.qk_norm is not None or sub_block.scale is not None:
-            return "biases, norms or scale of its own in attention"
+        biased = sub_block.qkv_bias or sub_block.o_bias
+        if biased or sub_block.qk_norm is not None or sub_block.scale is not None or sub_block.sinks:
+            return "biases, norms, sinks or scale of its own in attention"
     return None
 
 

@@ -37,7 +37,8 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
     rest = HF
     gateless = getattr(child.base.get("ffn"), "activation", "relu2") == "relu2"
     if not gateless and any(isinstance(sub_block, Moe) for layer in child.layers for sub_block in layer.slots.values()):
-        rest = f"`format` qwen3-moe, if all mixtures are alike, or {rest}"
+        stock = "gpt-oss" if getattr(child.base.get("attention"), "sinks", False) else "qwen3-moe"
+        rest = f"`format` {stock}, if all mixtures are alike, or {rest}"
     rest = f"write {rest}"
     mixed = " or ".join(HYBRIDS) if gateless else f"{GRANITE_HYBRID}, if its FFNs and its Mamba-2 are alike"
     for layer in child.layers:
@@ -100,6 +101,8 @@ def _unlike_llama(sub_block: SubBlock) -> str | None:
             return "attention without positions" if sub_block.rope is None else "RoPE that differs between layers"
         if sub_block.scale is not None:
             return f"scale of its own for the scores ({sub_block.scale:g})"
+        if sub_block.sinks:
+            return "attention sinks (gpt-oss)"
     return None
 
 

@@ -33,6 +33,7 @@ from puzzle.export.engines import (
 )
 from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, kept_in_bf16, quantization_config
 from puzzle.export.gguf import export_gguf
+from puzzle.export.gpt_oss import GPT_OSS, gpt_oss_config, gpt_oss_tensors
 from puzzle.export.granite_hybrid import granite_hybrid_config, granite_hybrid_tensors
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
@@ -206,6 +207,8 @@ def _written(
     """config.json, tensors and model code in a format of directories."""
     if format == "qwen3-moe":
         return qwen3_moe_config(child), qwen3_moe_tensors(child), ()
+    if format == GPT_OSS:
+        return gpt_oss_config(child), gpt_oss_tensors(child), ()
     if format == GRANITE_HYBRID:
         return granite_hybrid_config(child, engine), granite_hybrid_tensors(child), ()
     if format in HYBRIDS:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from puzzle.base.errors import UserError
 from puzzle.kernels.fp8 import from_fp8
+from puzzle.parents import mxfp4
 from puzzle.parents.fp8 import Fp8, fp8_of
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -24,12 +25,14 @@ CHUNK = 2**24  # elements looked at together: `isfinite` needs several copies of
 
 
 class Checkpoint:
-    """A directory with config.json and safetensors, tensors read one by one. fp8: how its quantised weights are stored, if any are.
+    """A directory with config.json and safetensors, tensors read one by one. fp8: how its quantised weights are stored, if any are so; mxfp4: whether
+    its experts are in MXFP4.
 
     Raises UserError when the directory, its config or its weights are missing or broken, or quantised in a way that is not read.
     """
 
     fp8: Fp8 | None
+    mxfp4: bool
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -43,7 +46,8 @@ class Checkpoint:
             )
         self.config = self.read("config.json")
         try:
-            self.fp8 = fp8_of(self.config)
+            self.mxfp4 = mxfp4.is_mxfp4(self.config)
+            self.fp8 = None if self.mxfp4 else fp8_of(self.config)
         except UserError as error:
             raise UserError(f"{directory}: {error}") from error
         index, path = directory / "model.safetensors.index.json", directory / "model.safetensors"
@@ -100,7 +104,7 @@ class Checkpoint:
         return {name: stored[own] for name, own in self._stored.items() if own in stored}
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None, dim: int = 0) -> Tensor:
-        """One tensor on the CPU, or its rows from begin to end along `dim`; one in fp8 in float32, times its scales. Raises UserError when it
+        """One tensor on the CPU, or its rows from begin to end along `dim`; one in fp8 in float32, one in MXFP4 in bf16, times its scales. Raises UserError when it
         is missing, unreadable, or holds NaN or infinity.
 
         The file is opened anew: one kept open stays mapped, each page that was read counts as resident until it is closed, and
@@ -113,6 +117,9 @@ class Checkpoint:
             shape = whole.get_shape()
         if value.dtype == torch.float8_e4m3fn:
             value = self._dequantised(name, value, shape[0], 0 if rows is None else rows[0])
+        elif self.mxfp4 and name.endswith(mxfp4.BLOCKS):
+            with self._opened(scales := mxfp4.scales_of(name)) as handle:
+                value = mxfp4.dequantised(value, handle.get_tensor(self._stored[scales]))
         return self._finite(name, value)
 
     def stacked(self, names: Sequence[str]) -> Tensor:

@@ -41,7 +41,7 @@ PLACEMENTS = ("before", "after", "both")
 MIXTURE = {  # fields of a mixture that config.json has where they differ from their defaults, and their names there
     "router": "router", "correction_bias": "correction_bias", "num_groups": "n_group", "num_topk_groups": "topk_group",
     "routed_scaling_factor": "routed_scaling_factor", "shared_intermediate_size": "shared_expert_intermediate_size",
-    "shared_gate": "shared_expert_gate",
+    "shared_gate": "shared_expert_gate", "bias": "moe_bias",
 }  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def usual(c: Config) -> dict[str, SubBlock]:
         qk_norm=norms[c.get("qk_norm")],
         scale=None if scale is None else float(scale),
         rope=c.get("rope", "default"),
+        sinks=bool(c.get("attention_sinks", False)),
         **shared,
     )
     if c.get("num_experts"):
@@ -219,6 +220,7 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         "embedding_multiplier": (structure.embedding_scale, 1.0),
         "logits_scaling": (structure.logits_divisor, 1.0),
         "rope": (attends.rope, "default"),
+        "attention_sinks": (attends.sinks, False),
         "ropes": (ropes, {"default": dict(plain.parameters)}),
     }
     config |= {name: value for name, (value, default) in told.items() if value != default}

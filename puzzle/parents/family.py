@@ -24,7 +24,7 @@ from puzzle.parents.structure import Layer, Structure
 
 Config = Mapping[str, Any]
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names: ours
-EXPERTS = ACTIVATIONS | {"relu2": "relu2"}  # of experts, which have no gate then
+EXPERTS = ACTIVATIONS | {"relu2": "relu2", "swiglu_oai": "swiglu_oai"}  # of experts; with relu2 they have no gate
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 

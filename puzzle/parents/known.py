@@ -8,6 +8,7 @@ from puzzle.base.errors import UserError, nearest
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.parents.gpt_oss import gpt_oss
 from puzzle.parents.nemotron_h import nemotron_h
 from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Structure
@@ -51,6 +52,22 @@ def _nemotron(hidden: int, width: int, pattern: str, **changes: Any) -> Structur
     return nemotron_h(config | changes)
 
 
+def _gpt_oss(layers: int, experts: int) -> Structure:
+    yarn = {
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    }
+    return gpt_oss({
+        "hidden_size": 2880, "intermediate_size": 2880, "vocab_size": 201088, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "attention_bias": True, "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2), "num_local_experts": experts, "num_experts_per_tok": 4,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 150000.0, **yarn},
+    })  # fmt: skip
+
+
 STRUCTURES = {
     "llama-3.1-8b": _llama(32, 4096, 32, 8, 128, 14336, 128256),
     "llama-3.3-70b": _llama(80, 8192, 64, 8, 128, 28672, 128256),
@@ -72,6 +89,7 @@ STRUCTURES["nemotron-3-nano-30b-a3b"] = _nemotron(
     mamba_num_heads=64, mamba_head_dim=64, n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856,
     moe_shared_expert_intermediate_size=3712, routed_scaling_factor=2.5, n_group=1, topk_group=1, norm_topk_prob=True,
 )  # fmt: skip
+STRUCTURES["gpt-oss-20b"], STRUCTURES["gpt-oss-120b"] = _gpt_oss(24, 32), _gpt_oss(36, 128)
 STRUCTURES["llama-3.1-405b-tp8"] = STRUCTURES["llama-3.1-405b"].share(8)  # what one GPU of eight holds
 
 

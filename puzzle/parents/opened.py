@@ -15,6 +15,7 @@ from torch import Tensor
 from puzzle.base.errors import UserError, first_line, nearest
 from puzzle.blocklib.sub_block import ParentBlock, SubBlock
 from puzzle.data.tokenizer import TOKENIZER_FILES
+from puzzle.parents import mxfp4
 from puzzle.parents.checkpoint import LICENCE_FILES, Checkpoint
 from puzzle.parents.family import FAMILIES, Family, refuse
 from puzzle.parents.fp8 import STORED
@@ -32,6 +33,7 @@ MODULES = (
     "exaone4",
     "nemotron_h",
     "qwen3_moe",
+    "gpt_oss",
     "child",
     "nemotron_nas",
 )
@@ -82,7 +84,7 @@ class HfModel:
     def _tensor(self, where: Where) -> Tensor:
         if where.experts is not None:
             return self.checkpoint.stacked(where.names)
-        return self.checkpoint.tensor(where.name, where.rows, where.dim)
+        return where.taken(self.checkpoint.tensor(where.name, where.rows, where.dim))
 
     def fingerprint(self) -> str:
         """As the checkpoint's."""
@@ -122,6 +124,11 @@ class HfModel:
         """Raise UserError when a weight is missing or of the wrong shape or dtype. Reads headers alone."""
         entries, fp8 = self.checkpoint.entries(), self.checkpoint.fp8
         wanted = self.shapes()
+        if self.checkpoint.mxfp4 and not any(name.endswith(mxfp4.BLOCKS) for name in wanted):
+            raise UserError(
+                f"quantization_config in {self.directory}/config.json says mxfp4, and no experts are stored so: take it out, or download "
+                "the checkpoint again"
+            )
         if fp8 is not None and all(entries[name]["dtype"] != STORED for name in wanted.keys() & entries.keys()):
             raise UserError(
                 f"quantization_config in {self.directory}/config.json says fp8, and no weight is stored as {STORED}: take it out, or "
@@ -133,6 +140,8 @@ class HfModel:
             dtype, found = entries[name]["dtype"], tuple(entries[name]["shape"])
             if dtype == STORED and fp8 is not None:
                 fp8.check(name, entries)
+            elif dtype == mxfp4.STORED and name.endswith(mxfp4.BLOCKS) and self.checkpoint.mxfp4:
+                mxfp4.check(name, entries)
             elif dtype not in READ:
                 raise UserError(
                     f"weight {name} in {self.directory} is stored as {dtype}: quantised weights are not read; "

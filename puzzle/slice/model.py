@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from puzzle.base.files import content_hash
@@ -17,7 +17,7 @@ from puzzle.blocklib.hidden import at_hidden, with_channels
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.sub_block import Normed, ParentBlock, SubBlock, Variant
 from puzzle.blocklib.variant import variant_of
-from puzzle.parents.names import FINAL_NORM, HEAD
+from puzzle.parents.names import FINAL_NORM, HEAD, stored_tensors
 from puzzle.parents.opened import HfModel
 from puzzle.parents.structure import Structure
 from puzzle.slice.statistics import ParentStatistics, Use
@@ -109,23 +109,9 @@ class SlicedParent:
         stored, structure = self.parent.checkpoint.stored, self.structure
         yield stored(self.parent.embedding_name), self.embedding()
         for layer, slot, sub_block in structure:
-            for name, tensor in self._stored(layer, slot, sub_block):
+            where = partial(self.parent.family.where, self.layers[layer], slot, sub_block)  # by the parent's numbers
+            for name, tensor in stored_tensors((where(n), t) for n, t in self.weights(layer, slot).items()):
                 yield re.sub(r"\blayers\.\d+\.", f"layers.{layer}.", stored(name), count=1), tensor.contiguous()
         yield stored(FINAL_NORM), self.final_norm()
         if not structure.tied:
             yield stored(HEAD), self.lm_head()
-
-    def _stored(self, layer: int, slot: str, sub_block: SubBlock) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of one sub-block under the names of the layer that it is of in the parent: experts one by one, rows of one
-        tensor joined again."""
-        rows: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
-        for name, tensor in self.weights(layer, slot).items():
-            where = self.parent.family.where(self.layers[layer], slot, sub_block, name)
-            if where.experts is not None:
-                yield from zip(where.names, tensor, strict=True)
-            elif where.rows is None:
-                yield where.name, tensor
-            else:
-                rows.setdefault((where.name, where.dim), []).append((where.rows[0], tensor))
-        for (name, dim), parts in rows.items():
-            yield name, torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], dim)

@@ -35,6 +35,32 @@ def test_matches_twin(device, relative_error, heads, kv_heads, dim, page, window
     assert relative_error(out, want) < 1e-5
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("window", [None, 7])
+def test_sinks(device, relative_error, window, splits):
+    """Small ones, large ones, one that nothing reaches, and a sequence of nothing else; the twin against the softmax as it is written."""
+    q, cache, table, lengths = paged(device, 3, 6, 2, 20, 16, 70, torch.float32)
+    lengths[1] = 0
+    sinks = torch.tensor([-80.0, -1.0, 0.0, 1.5, 4.0, 30.0], device=device)
+    options = {"max_context": 70, "window": window, "sinks": sinks}
+    out = decode_attention(q, cache, table, lengths, splits=splits, **options)
+    want = decode_attention_reference(q.double(), cache.double(), table, lengths, **options)
+    assert relative_error(out, want) < 1e-5
+    assert (out[1] == 0).all()
+    keys, values = _of_first(cache, table, 70).unbind(1)
+    first = 0 if window is None else 70 - window
+    for head in range(6):
+        scores = torch.cat((keys[head // 3, first:70] @ q[0, head] * 20**-0.5, sinks[head : head + 1])).softmax(0)[:-1]
+        torch.testing.assert_close(out[0, head], scores @ values[head // 3, first:70], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="one a head"):
+        decode_attention(q, cache, table, lengths, max_context=70, sinks=sinks[:4])
+
+
+def _of_first(cache, table, length):
+    """Keys and values of the first sequence. [K, 2, T, D]"""
+    return cache[table[0].long()].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :length]
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_narrow_types(device, relative_error, cache_dtype):
     q, cache, table, lengths = paged(device, 2, 8, 2, 64, 16, 70, torch.bfloat16, cache_dtype)

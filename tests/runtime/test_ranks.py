@@ -78,7 +78,15 @@ def check(whole, shares, vocab: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [("llama tied, with biases", 2), ("qwen3", 4), ("gemma3", 2), ("granite", 8), ("phi3", 2), ("smollm3", 2)],
+    [
+        ("llama tied, with biases", 2),
+        ("qwen3", 4),
+        ("gemma3", 2),
+        ("granite", 8),
+        ("phi3", 2),
+        ("smollm3", 2),
+        ("gpt_oss", 4),
+    ],
 )
 def test_ranks_say_what_one_says(name, world, tmp_path):
     """Biases and norms after count once; two KV heads are divided, or repeated; 397 words are padded to 448."""

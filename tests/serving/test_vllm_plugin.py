@@ -203,7 +203,7 @@ def test_the_engine_computes_the_same_of_a_hybrid(engine, tmp_path):
     assert check.held.equal, check.held.verdict
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe, alike", "nemotron-h, dense", "mamba in a llama"])
+@pytest.mark.parametrize("name", ["qwen3-moe, alike", "gpt-oss, alike", "nemotron-h, dense", "mamba in a llama"])
 def test_the_engine_reads_stock_formats(engine, tmp_path, name):
     """With its own code, the same as our child before it was written so; states and pages are as we say."""
     reference, (format, *_) = write_tiny_child(name, tmp_path / "child"), WITH_FORMATS[name].formats
@@ -222,7 +222,7 @@ def test_the_engine_computes_the_same_of_gated_delta(engine, tmp_path):
     assert check.held.equal, check.held.verdict
 
 
-@pytest.mark.parametrize("name", ["empty-layers", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["empty-layers", "gemma3", "qwen3_moe", "gpt_oss"])
 def test_the_engine_computes_the_same(engine, tmp_path, name):
     path = write_tiny_child(name, tmp_path / name)
     (path / "modeling_puzzle.py").unlink()  # which vLLM does not need

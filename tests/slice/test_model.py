@@ -108,7 +108,9 @@ class Masked(RMSNorm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama tied, with biases", "qwen3_moe", "olmo2", "gemma3", "nemotron_h with experts"])
+@pytest.mark.parametrize(
+    "name", ["llama tied, with biases", "qwen3_moe", "gpt_oss", "olmo2", "gemma3", "nemotron_h with experts"]
+)
 def test_a_twin_that_masks_channels(name, whole):
     """The whole model whose norms see the kept channels alone, and none of the left-out layers."""
     parent = whole(name)

@@ -141,6 +141,7 @@ def test_one_held_out_sequence_is_no_measure(puzzle, parent, corpus, tmp_path, o
     [
         ("nemotron_h", ("--hidden", 24, "--depth", 5, "--mamba-heads", 3, "--mamba-head-dim", 6)),
         ("qwen3_moe", ("--hidden", 24, "--depth", 3)),
+        ("gpt_oss", ("--hidden", 24, "--depth", 3)),
     ],
 )
 def test_the_road_of_a_sliced_hybrid(puzzle, parent, corpus, tmp_path, name, options):

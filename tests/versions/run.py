@@ -60,7 +60,17 @@ PARTS = {
 }
 FROM_TRANSFORMERS = tuple(
     f"tests/export/test_{name}.py"
-    for name in ("generation", "modeling", "packed", "matrix", "before", "nemotron_nas", "nemotron_h", "qwen3_moe")
+    for name in (
+        "generation",
+        "modeling",
+        "packed",
+        "matrix",
+        "before",
+        "nemotron_nas",
+        "nemotron_h",
+        "qwen3_moe",
+        "gpt_oss",
+    )
 )
 COMPILED = "kernels compiled for sm_90"
 NEED_TORCH = {"torch", "transformers", "triton", "safetensors", "gguf"}

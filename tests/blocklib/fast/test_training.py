@@ -16,6 +16,8 @@ KEYS = (
     "gqa h64 q8 kv2 d64 window128",
     "gqa h64 q4 kv2 d16 window7",
     "gqa h64 q4 kv2 d10 window130",
+    "gqa h64 q8 kv2 d64 sinks",
+    "gqa h64 q4 kv2 d16 window7 sinks",
     "swiglu h64 f96",
     "swiglu h64 f96 bias act=gelu_tanh norm=both norm_offset",
     "linear h64 norm=after",

@@ -37,6 +37,39 @@ def test_a_window_in_blocks_is_the_masked_one(tokens, window, block):
     torch.testing.assert_close(grads, expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 40, 70])
+@pytest.mark.parametrize(
+    "key", ["gqa h8 q6 kv2 d5 sinks rope=none", "gqa h8 q6 kv3 d4 window7 sinks rope=none scale=0.4"]
+)
+def test_sinks(key, tokens, monkeypatch):
+    """A logit more in every head's softmax: of whole sequences, in blocks, in decode steps, and of the gradients."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(gqa, "BLOCK", 16)
+    own = parse_key(key)
+    part = blank(own, "cpu").double()
+    for parameter in part.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, tokens, 8).double()
+
+    def written(x):
+        q, k, v = part.project(part.enter(x), {})
+        k, v = (t.repeat_interleave(6 // own.num_key_value_heads, dim=1) for t in (k, v))
+        scores = q @ k.transpose(2, 3) * (own.scale or own.head_dim**-0.5)
+        scores = scores.masked_fill(~causal_mask(tokens, own.window or tokens, x.device), -torch.inf)
+        beside = part.sinks[:, None, None].expand(2, -1, tokens, 1)
+        return part.output(torch.cat((scores, beside), dim=-1).softmax(-1)[..., :-1] @ v)
+
+    out, wanted = part(x, {}), written(x)
+    torch.testing.assert_close(out, wanted)
+    weights = list(part.parameters())
+    torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), weights) for o in (out, wanted)))
+    state = part.new_state(2, tokens, x)
+    cut = max(1, tokens // 2)
+    found = [part.prefill(x[:, :cut], {}, state)]
+    found += [part.decode(x[:, n : n + 1], {}, state, n) for n in range(cut, tokens)]
+    torch.testing.assert_close(torch.cat(found, dim=1), x + wanted)
+
+
 def test_long_sequences_take_a_window_in_blocks(monkeypatch):
     """Which changes nothing but the work."""
     torch.manual_seed(0)

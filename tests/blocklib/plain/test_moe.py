@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
@@ -23,6 +24,7 @@ KEYS = {
     "softmax": f"moe h{H} e7 k3 f20 norm_topk",
     "softmax, shared": f"moe h{H} e6 k2 f20 shared32 shared_gate",
     "sigmoid": f"moe h{H} e5 k2 f33 act=relu2 router=sigmoid correction_bias shared17 scaling=2.5 norm_topk",
+    "gpt-oss": f"moe h{H} e5 k3 f20 act=swiglu_oai bias norm_topk",
     "groups": f"moe h{H} e12 k3 f32 router=sigmoid correction_bias groups4 topk_groups2",
 }
 
@@ -75,10 +77,27 @@ def their_qwen2(sub_block: Moe, weights: dict) -> torch.nn.Module:
     return module
 
 
+def their_gpt_oss(sub_block: Moe, weights: dict) -> torch.nn.Module:
+    module = GptOssMLP(
+        AutoConfig.for_model(
+            "gpt_oss", hidden_size=H, num_local_experts=sub_block.num_experts, num_experts_per_tok=sub_block.num_experts_per_tok,
+            intermediate_size=sub_block.moe_intermediate_size,
+        )
+    )  # fmt: skip
+    own = {f"router.{n}": weights[f"gate.{n}"] for n in ("weight", "bias")}
+    for end in ("", "_bias"):
+        both = torch.stack([weights[f"experts.{n}_proj{end}"] for n in ("gate", "up")], dim=2).flatten(1, 2)
+        for name, tensor in (("gate_up_proj", both), ("down_proj", weights[f"experts.down_proj{end}"])):
+            own[f"experts.{name}{end}"] = tensor if end else tensor.transpose(1, 2)
+    module.load_state_dict(own)
+    return lambda x: module(x)[0]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("key", "theirs"),
     [
+        (KEYS["gpt-oss"], their_gpt_oss),
         (KEYS["sigmoid"], their_nemotron_h),
         (
             f"moe h{H} e12 k3 f16 act=relu2 router=sigmoid correction_bias shared8 groups4 topk_groups2",
@@ -90,11 +109,15 @@ def their_qwen2(sub_block: Moe, weights: dict) -> torch.nn.Module:
 )
 def test_it_computes_what_transformers_does(key, theirs):
     block = block_of(key)
+    if theirs is their_gpt_oss:  # far enough to be clamped
+        block.weights |= {n: 9 * t for n, t in block.weights.items() if n in ("experts.gate_proj", "experts.up_proj")}
     part, x = loaded(block.sub_block, block.weights), rows(5)
     wanted = theirs(block.sub_block, block.weights)(part.enter(x))
     assert wanted.std() > 0.05
-    assert (part(x, {}) - wanted).abs().max() <= 1e-5
-    assert (part(x[:1, :1], {}) - wanted[:1, :1]).abs().max() <= 1e-5  # a decode step of one sequence
+    assert (part(x, {}) - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
+    assert (part(x[:1, :1], {}) - wanted[:1, :1]).abs().max() <= 1e-5 * wanted.abs().max().clamp(
+        min=1
+    )  # a decode step of one sequence
 
 
 def test_sizes(block):
@@ -102,7 +125,11 @@ def test_sizes(block):
     assert {n: tuple(p.shape) for n, p in part.named_parameters()} == sub_block.tensors()
     one = len(sub_block.matrices) * H * sub_block.moe_intermediate_size
     idle = (sub_block.num_experts - sub_block.num_experts_per_tok) * one
-    assert sub_block.active_parameters() == sub_block.num_parameters - idle
+    biases = H + 2 * sub_block.moe_intermediate_size if sub_block.bias else 0
+    without = (sub_block.num_experts - sub_block.num_experts_per_tok) * biases
+    assert sub_block.active_parameters() == sub_block.num_parameters - idle - without
+    matrices = sum(p.numel() for n, p in part.named_parameters() if p.ndim > 1 and "bias" not in n)
+    assert sub_block.num_matrix_parameters == matrices
     assert sub_block.flops(3, 100) == 6 * (sub_block.num_matrix_parameters - idle)
     assert not sub_block.state()
 
@@ -208,14 +235,16 @@ def test_experts_that_nobody_needs_go_first():
     assert any(torch.equal(row, block.weights["gate.weight"][2]) for row in by_frequency["gate.weight"])
 
 
-def test_equal_experts_merge_into_themselves():
+@pytest.mark.parametrize("words", ["", " act=swiglu_oai bias norm_topk"])
+def test_equal_experts_merge_into_themselves(words):
     """Copies of each expert, with their channels in another order, change nothing in the one that they go into."""
-    block = block_of(f"moe h{H} e6 k2 f20")
-    for n in block.sub_block.matrices:
-        full, dim = block.weights[f"experts.{n}"], 1 if n == "down_proj" else 0
-        for e in range(3):
-            full[e + 3] = full[e].flip(dim)
-    block.weights["gate.weight"][3:] = block.weights["gate.weight"][:3]
+    block = block_of(f"moe h{H} e6 k2 f20{words}")
+    for n, full in block.weights.items():
+        dims = {"down_proj": (1,), "down_proj_bias": ()}.get(n.partition(".")[2], (0,))
+        for e in range(3 if n.startswith("experts.") else 0):
+            full[e + 3] = full[e].flip(dims)
+        if n.startswith("gate."):
+            full[3:] = full[:3]
     merged = {n: t.clone() for n, t in block.weights.items()}
     experts.merge(merged, torch.rand(6), torch.arange(3))
     assert all(torch.allclose(t, merged[n], atol=1e-6) for n, t in block.weights.items())
@@ -257,11 +286,21 @@ def test_impossible_variants(name, message):
         ("moe h8 e8 k2 f8 groups2", "2 groups of experts need router sigmoid"),
         ("moe h8 e8 k5 f8 router=sigmoid groups2", "5 is more than the 4 to choose from"),
         ("moe h8 e8 k2 f8 shared_gate", "shared_gate without shared_intermediate_size"),
+        ("moe h8 e8 k2 f8 shared4 bias", "a shared expert beside biases or swiglu_oai is not supported"),
     ],
 )
 def test_numbers_that_do_not_go_together(key, message):
     with pytest.raises(UserError, match=message):
         parse_key(key)
+
+
+def test_no_dense_ffn_is_like_clamped_experts():
+    own = parse_key(KEYS["gpt-oss"])
+    assert not [name for name in search_space(own, None, "ffn") if name.startswith("dense")]
+    with pytest.raises(
+        UserError, match="FFN variant 'dense=8': no dense FFN is like experts with biases or swiglu_oai"
+    ):
+        variant_of(own, "dense=8", "ffn")
 
 
 def test_names_by_layer():
