@@ -233,7 +233,6 @@ REFUSED = {
     "for nemotron-nas": ("nemotron-nas", (), {}, "layer 0 attention: a reader of nemotron-nas has no sub-blocks of kind 'mamba2': write "
                          "`format` nemotron-h or nemotron-h-puzzle, or `format` hf"),
     "in fp8": ("nemotron-h", (), {"dtype": "fp8"}, "`dtype` fp8 with `format` nemotron-h: "),
-    "for llama.cpp": ("gguf", (), {}, "layer 0 attention: llama.cpp has no sub-blocks of kind 'mamba2': write `format` nemotron-h or "),
     "hf in fp8": ("hf", (), {"dtype": "fp8"}, "layer 0 attention: sub-blocks of kind 'mamba2' have no form in fp8"),
     "a cache in fp8": ("nemotron-h-puzzle", (), {"kv_dtype": "fp8"}, "`kv_dtype` fp8: `format` nemotron-h-puzzle has no scales of a cache"),
 }  # fmt: skip
