@@ -123,6 +123,7 @@ SIGMOIDS = Moe(
     hidden_size=HIDDEN, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, router="sigmoid",
     correction_bias=True, num_groups=2, num_topk_groups=1, norm_topk_prob=True, routed_scaling_factor=2.5, norm_eps=EPS,
 )  # fmt: skip
+LATENT = replace(EXPERTS, latent_size=128)
 # Mixtures that differ in all that they can, one dense FFN, and what other layers have beside.
 MIXTURES = Tiny(
     base=(FULL, EXPERTS),
@@ -161,6 +162,7 @@ FAMILIES: dict[str, Tiny] = {
     "smollm3": with_windows(MIXED, long={"rope": None}),
     "qwen3_moe": MIXTURES.but({"qk_norm": "head"}),
     "sigmoid experts": Tiny(base=(FULL, SIGMOIDS), layers=((FULL, SIGMOIDS), (kv(2), replace(SIGMOIDS, num_experts=4)), (NO_OP, width(96)))),
+    "latent experts": Tiny(base=(FULL, LATENT), layers=((FULL, LATENT), (kv(2), replace(LATENT, num_experts=4)), (NO_OP, width(96)))),
     "biases": MIXED.but({"qkv_bias": True, "o_bias": True}, {"bias": True}),
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts, stacked. gate_proj, up_proj [E, F, H], down_proj [E, H, F]"""
+    """All experts, stacked. gate_proj, up_proj [E, F, H], down_proj [E, H, F]; with latent experts H is their size, here alone."""
 
     gate_proj: Tensor
     up_proj: Tensor
@@ -64,7 +64,7 @@ class Experts(nn.Module):
 
     def __init__(self, sub_block: Moe):
         super().__init__()
-        count, hidden, width = sub_block.num_experts, sub_block.hidden_size, sub_block.moe_intermediate_size
+        count, hidden, width = sub_block.num_experts, sub_block.expert_size, sub_block.moe_intermediate_size
         self.activation = relu2 if sub_block.activation == "relu2" else ACTIVATIONS[sub_block.activation]
         for name in sub_block.matrices:
             shape = (count, hidden, width) if name == "down_proj" else (count, width, hidden)
@@ -147,6 +147,9 @@ class SparseMoe(Part):
         super().__init__(sub_block)
         self.gate = Router(sub_block)
         self.experts = Experts(sub_block)
+        if sub_block.latent_size is not None:
+            self.fc1_latent_proj = nn.Linear(sub_block.hidden_size, sub_block.latent_size, bias=False)
+            self.fc2_latent_proj = nn.Linear(sub_block.latent_size, sub_block.hidden_size, bias=False)
         if sub_block.shared_intermediate_size is not None:
             self.shared_expert = SharedExpert(sub_block)
         if sub_block.shared_gate:
@@ -157,9 +160,17 @@ class SparseMoe(Part):
     def inner(self, entered: Tensor, ropes: Ropes) -> Tensor:
         return self.mixed(entered.flatten(0, -2)).view(entered.shape)
 
+    def read(self, x: Tensor) -> Tensor:
+        """What experts read. [N, H] -> [N, H or L]"""
+        return self.fc1_latent_proj(x) if hasattr(self, "fc1_latent_proj") else x
+
+    def given(self, out: Tensor) -> Tensor:
+        """What becomes of what they give. [M, H or L] -> [M, H]"""
+        return self.fc2_latent_proj(out) if hasattr(self, "fc2_latent_proj") else out
+
     def mixed(self, x: Tensor) -> Tensor:
         """[N, H] -> [N, H]"""
-        out = self.experts(x, *self.gate(x))
+        out = self.given(self.experts(self.read(x), *self.gate(x)))
         if not hasattr(self, "shared_expert"):
             return out
         shared = self.shared_expert(x)
@@ -201,8 +212,8 @@ class SparseMoe(Part):
             entered = self.enter(x).flatten(0, -2)
             chosen, weights = self.gate(entered)
             order, ends = sorted_by_expert(chosen, count)
-            channels = self.experts.channels(entered[order // chosen.shape[1]], ends)
-            norms = by_expert(channels, self.experts.down_proj, ends).double().norm(dim=-1)
+            channels = self.experts.channels(self.read(entered)[order // chosen.shape[1]], ends)
+            norms = self.given(by_expert(channels, self.experts.down_proj, ends)).double().norm(dim=-1)
             g, expert = weights.flatten()[order].double(), chosen.flatten()[order]
             found.routed.index_add_(0, expert, torch.ones_like(g))
             found.weight.index_add_(0, expert, g)

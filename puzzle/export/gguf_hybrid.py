@@ -35,6 +35,7 @@ TENSOR_NAMES = {  # of a block, by its kind
     "moe": NORM | {
         "gate.weight": "ffn_gate_inp.weight", "gate.e_score_correction_bias": "exp_probs_b.bias",
         **{f"experts.{name}_proj": f"ffn_{name}_exps.weight" for name in ("up", "down")},
+        "fc1_latent_proj.weight": "ffn_latent_down.weight", "fc2_latent_proj.weight": "ffn_latent_up.weight",
         **{f"shared_expert.{name}_proj.weight": f"ffn_{name}_shexp.weight" for name in ("up", "down")},
     },
 }  # fmt: skip
@@ -48,7 +49,7 @@ BY_BLOCK = (
     "moe_intermediate_size",
 )
 MOST_BLOCKS, MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
-REST = f"write `format` {PUZZLE_HYBRID}, or hf, which transformers reads"
+REST = f"write `format` {PUZZLE_HYBRID}, or `format` hf, which transformers reads"
 
 
 def architecture(child: Child) -> str:
@@ -117,6 +118,8 @@ def hybrid_metadata(child: Child) -> dict[str, Any]:
             "expert_weights_norm": experts.norm_topk_prob,
             "expert_weights_scale": experts.routed_scaling_factor,
         }
+        if experts.latent_size is not None:
+            found["moe_latent_size"] = experts.latent_size
         if experts.num_topk_groups < experts.num_groups:  # looking at all of them limits nothing
             found |= {"expert_group_count": experts.num_groups, "expert_group_used_count": experts.num_topk_groups}
     return {f"{name}.{key}": value for key, value in found.items()}

@@ -70,6 +70,7 @@ def _sub_block(own: Mapping[str, Tensor], told: Mapping[str, Any], norm: dict[st
     return Moe(
         **norm, num_experts=rows("ffn_gate_inp"), num_experts_per_tok=told["expert_used_count"], router="sigmoid", correction_bias=True,
         moe_intermediate_size=own["ffn_up_exps.weight"].shape[1], shared_intermediate_size=rows("ffn_up_shexp"), activation="relu2",
+        latent_size=rows("ffn_latent_down") if "ffn_latent_down.weight" in own else None,
         norm_topk_prob=told["expert_weights_norm"], routed_scaling_factor=float(told["expert_weights_scale"]),
         num_groups=told.get("expert_group_count", 1), num_topk_groups=told.get("expert_group_used_count", 1),
     )  # fmt: skip

@@ -18,6 +18,7 @@ IDS = torch.randint(2, VOCAB, (1, 33), generator=torch.Generator().manual_seed(0
 HEADS = [replace(PLAIN_HEADS, num_attention_heads=q, num_key_value_heads=kv) for q, kv in ((8, 4), (4, 1))]
 ODD = replace(MAMBA, num_heads=6, head_dim=5, num_groups=3, state_size=7, conv_width=3, conv_bias=False)
 GROUPS = replace(GATELESS, num_groups=2)
+LATENT = replace(GATELESS, latent_size=72)
 
 
 def mixed(*layers, experts=False, **sizes):
@@ -32,6 +33,7 @@ CHILDREN = {
     "no Mamba-2": mixed((PLAIN_HEADS, SQUARED), (PLAIN_HEADS, None)),
     "FFNs alone": mixed((None, SQUARED)),
     "groups of experts": mixed((MAMBA, GROUPS), (PLAIN_HEADS, replace(GROUPS, num_experts=4, moe_intermediate_size=33)), experts=True, num_groups=2),
+    "latent experts": mixed((MAMBA, LATENT), (PLAIN_HEADS, replace(LATENT, num_experts=5, moe_intermediate_size=33)), experts=True, latent_size=72),
     "groups that are all looked at": mixed((MAMBA, replace(GROUPS, num_topk_groups=2)), (PLAIN_HEADS, None), experts=True, num_groups=2, num_topk_groups=2),
 }  # fmt: skip
 LOWERED = {
@@ -44,6 +46,7 @@ LOWERED = {
     "no Mamba-2": ["some-mamba"],
     "FFNs alone": ["some-attention", "some-mamba"],
     "groups of experts": ["equal-experts"],
+    "latent experts": ["equal-experts"],
     "groups that are all looked at": [],
 }
 
@@ -73,7 +76,10 @@ def loader_wants(v: dict) -> dict[str, tuple[int, ...]]:
         elif experts:
             width, shared = of("expert_feed_forward_length", i), v["expert_shared_feed_forward_length"]
             own |= {"ffn_gate_inp.weight": (experts, hidden), "exp_probs_b.bias": (experts,)}
-            own |= {"ffn_up_exps.weight": (experts, width, hidden), "ffn_down_exps.weight": (experts, hidden, width)}
+            outer = v.get("moe_latent_size", hidden)
+            own |= {"ffn_up_exps.weight": (experts, width, outer), "ffn_down_exps.weight": (experts, outer, width)}
+            if outer != hidden:
+                own |= {"ffn_latent_down.weight": (outer, hidden), "ffn_latent_up.weight": (hidden, outer)}
             own |= {"ffn_up_shexp.weight": (shared, hidden), "ffn_down_shexp.weight": (hidden, shared)}
         else:
             own |= {"ffn_up.weight": (width, hidden), "ffn_down.weight": (hidden, width)}

@@ -23,6 +23,7 @@ KEYS = {
     "softmax": f"moe h{H} e7 k3 f20 norm_topk",
     "softmax, shared": f"moe h{H} e6 k2 f20 shared32 shared_gate",
     "sigmoid": f"moe h{H} e5 k2 f33 act=relu2 router=sigmoid correction_bias shared17 scaling=2.5 norm_topk",
+    "latent": f"moe h{H} e5 k2 f20 act=relu2 router=sigmoid correction_bias shared18 latent10 norm_topk",
     "groups": f"moe h{H} e12 k3 f32 router=sigmoid correction_bias groups4 topk_groups2",
 }
 
@@ -48,7 +49,7 @@ def block(request) -> ParentBlock:
 def their_nemotron_h(sub_block: Moe, weights: dict) -> torch.nn.Module:
     module = NemotronHMoE(
         AutoConfig.for_model(
-            "nemotron_h", hidden_size=H, n_routed_experts=sub_block.num_experts, moe_latent_size=None, mlp_hidden_act="relu2",
+            "nemotron_h", hidden_size=H, n_routed_experts=sub_block.num_experts, moe_latent_size=sub_block.latent_size, mlp_hidden_act="relu2",
             num_experts_per_tok=sub_block.num_experts_per_tok, moe_intermediate_size=sub_block.moe_intermediate_size,
             moe_shared_expert_intermediate_size=sub_block.shared_intermediate_size, norm_topk_prob=sub_block.norm_topk_prob,
             n_group=sub_block.num_groups, topk_group=sub_block.num_topk_groups,
@@ -80,6 +81,7 @@ def their_qwen2(sub_block: Moe, weights: dict) -> torch.nn.Module:
     ("key", "theirs"),
     [
         (KEYS["sigmoid"], their_nemotron_h),
+        (KEYS["latent"], their_nemotron_h),
         (
             f"moe h{H} e12 k3 f16 act=relu2 router=sigmoid correction_bias shared8 groups4 topk_groups2",
             their_nemotron_h,
@@ -100,7 +102,7 @@ def test_it_computes_what_transformers_does(key, theirs):
 def test_sizes(block):
     sub_block, part = block.sub_block, loaded(block.sub_block, block.weights)
     assert {n: tuple(p.shape) for n, p in part.named_parameters()} == sub_block.tensors()
-    one = len(sub_block.matrices) * H * sub_block.moe_intermediate_size
+    one = len(sub_block.matrices) * (sub_block.latent_size or H) * sub_block.moe_intermediate_size
     idle = (sub_block.num_experts - sub_block.num_experts_per_tok) * one
     assert sub_block.active_parameters() == sub_block.num_parameters - idle
     assert sub_block.flops(3, 100) == 6 * (sub_block.num_matrix_parameters - idle)
@@ -318,15 +320,22 @@ def test_what_has_no_gradient_does_not_learn():
     assert [n for n, p in learning(part).named_parameters() if not p.requires_grad] == ["gate.e_score_correction_bias"]
 
 
+@pytest.mark.parametrize("latent", ["", " latent7"])
 @pytest.mark.parametrize("act", ["silu", "relu2"])
-def test_a_dense_ffn_of_all_channels_is_a_mixture_that_prefers_nobody(act):
+def test_a_dense_ffn_of_all_channels_is_a_mixture_that_prefers_nobody(act, latent):
     """A router of zeros gives every expert to every token with the same weight; the FFN is of the experts' kind."""
-    key = f"moe h{H} e4 k4 f10 act={act} router=sigmoid shared6 scaling=1.5"
+    key = f"moe h{H} e4 k4 f10 act={act} router=sigmoid shared6 scaling=1.5{latent}"
     block = block_of(key)
     block.weights["gate.weight"] = torch.zeros_like(block.weights["gate.weight"])
     own = loaded(block.sub_block, block.weights)
     block.statistics = own.calibrate([rows(2)])
+    assert torch.allclose(experts._reach(block.weights), _norms(block, own), atol=1e-4)
     dense = variant_of(block.sub_block, "dense=46", "ffn")
     assert dense.sub_block.kind == ("relu2" if act == "relu2" else "swiglu")
     found = loaded(dense.sub_block, dense.initialise(block))(rows(5), {})
     torch.testing.assert_close(found, own(rows(5), {}), rtol=1e-4, atol=1e-5)
+
+
+def _norms(block: ParentBlock, own: torch.nn.Module) -> torch.Tensor:
+    """‖what a channel adds‖ of every expert, written down as plainly as possible. [E, F]"""
+    return own.given(block.weights["experts.down_proj"].transpose(1, 2)).norm(dim=-1)
