@@ -5,6 +5,7 @@ Letters: B batch, T tokens, N rows (B·T), H hidden_size, E experts, K experts o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -66,6 +67,7 @@ class Experts(nn.Module):
         super().__init__()
         count, hidden, width = sub_block.num_experts, sub_block.expert_size, sub_block.moe_intermediate_size
         self.activation = relu2 if sub_block.activation == "relu2" else ACTIVATIONS[sub_block.activation]
+        self.activation_name = sub_block.activation
         for name in sub_block.matrices:
             shape = (count, hidden, width) if name == "down_proj" else (count, width, hidden)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -80,8 +82,13 @@ class Experts(nn.Module):
         """x [N, H], chosen and weights [N, K] -> [N, H]. All shapes follow from x's, so that a CUDA graph can hold it."""
         order, ends = sorted_by_expert(chosen, len(self.up_proj))
         given = by_expert(self.channels(x[order // chosen.shape[1]], ends), self.down_proj, ends)
+        return self.summed(given, order, weights)
+
+    @staticmethod
+    def summed(given: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+        """What experts gave, in `order`, back to their tokens [M, H], times the weights [N, K] -> [N, H]"""
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return (given[back].view(*chosen.shape, -1) * weights[..., None].to(given.dtype)).sum(1)
+        return (given[back].view(*weights.shape, -1) * weights[..., None].to(given.dtype)).sum(1)
 
 
 def sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -168,9 +175,10 @@ class SparseMoe(Part):
         """What becomes of what they give. [M, H or L] -> [M, H]"""
         return self.fc2_latent_proj(out) if hasattr(self, "fc2_latent_proj") else out
 
-    def mixed(self, x: Tensor) -> Tensor:
-        """[N, H] -> [N, H]"""
-        out = self.given(self.experts(self.read(x), *self.gate(x)))
+    def mixed(self, x: Tensor, run: Callable[..., Tensor] | None = None) -> Tensor:
+        """[N, H] -> [N, H]. run: the experts (module, x, chosen, weights), in place of their own forward."""
+        routed = (self.read(x), *self.gate(x))
+        out = self.given(self.experts(*routed) if run is None else run(self.experts, *routed))
         if not hasattr(self, "shared_expert"):
             return out
         shared = self.shared_expert(x)

@@ -17,6 +17,7 @@ from puzzle.blocklib.plain import moe as plain_moe
 from puzzle.blocklib.plain.part import learning, loaded
 from puzzle.blocklib.sub_block import ParentBlock, parse_key
 from puzzle.blocklib.variant import search_space, search_spaces, variant_of
+from puzzle.kernels import grouped
 
 H = 24
 KEYS = {
@@ -121,11 +122,13 @@ def test_shares_add_up(block):
 
 
 @torch.no_grad()
-def test_our_kernels_path_is_the_plain_one(block):
+def test_our_kernels_path_is_the_plain_one(block, monkeypatch):
     x, batch = rows(7).flatten(0, 1), new_batch(1, 64, {}, "cpu")
     part = loaded(block.sub_block, block.weights)
-    delta, residual = make_fast(part, batch).decode((x, None), batch)
-    assert torch.allclose(delta + residual, part.add(x[None], {})[0], atol=1e-5)
+    for bounds in (None, (0.0, 1e9)):  # torch's products, our kernel's twin
+        monkeypatch.setattr(grouped, "FASTER", bounds)
+        delta, residual = make_fast(part, batch).decode((x, None), batch)
+        assert torch.allclose(delta + residual, part.add(x[None], {})[0], atol=1e-5)
     batch.fp8 = True
     with pytest.raises(UserError, match="'moe' have no path on our kernels in fp8"):
         make_fast(part, batch)
