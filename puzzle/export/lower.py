@@ -159,7 +159,7 @@ def lowered(layer: Layer, structure: Structure, base: Layer, engine: str, *, fir
     )  # fmt: skip
     target = engine_named(engine)
     for name, _, rewrite in _plan(target, target.formats[0], child):
-        if not (first and name == "drop-empty-layers"):
+        if name != "some-mamba" and not (first and name == "drop-empty-layers"):  # Mamba-2 stands in another layer
             child, _ = rewrite(child)
     return [b for one in child.layers if one.origin == 0 for b in one.slots.values() if not isinstance(b, NoOp)]
 

@@ -8,11 +8,12 @@ import torch
 from puzzle.base.errors import UserError
 from puzzle.blocklib.none import NO_OP
 from puzzle.export.gguf import export_gguf
-from puzzle.export.lower import lower
+from puzzle.export.lower import lower, lowered
 from puzzle.export.write import Source, export
 from puzzle.runtime.model import load_model
 from puzzle.serving.reference import find_export, load_reference, read_gguf
 from tiny_children import GATELESS, MAMBA, PLAIN_HEADS, SQUARED, VOCAB, Tiny, build, tiny_child
+from tiny_parents import write_tiny_parent
 
 IDS = torch.randint(2, VOCAB, (1, 33), generator=torch.Generator().manual_seed(0))
 HEADS = [replace(PLAIN_HEADS, num_attention_heads=q, num_key_value_heads=kv) for q, kv in ((8, 4), (4, 1))]
@@ -155,3 +156,26 @@ def test_what_llama_cpp_cannot_say_is_refused_by_name(what, tmp_path):
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_solve_prices_what_the_file_will_hold(first):
+    """Beside a layer with all experts, as other layers may keep them; nothing is put in for what other layers have."""
+    fewer = replace(GATELESS, num_experts=6, shared_intermediate_size=64)
+    priced = [
+        ((NO_OP, fewer), [replace(GATELESS)]),
+        ((MAMBA, NO_OP), [MAMBA]),
+        ((ODD, NO_OP), [replace(ODD, conv_bias=True)]),
+        ((HEADS[1], NO_OP), [HEADS[1]]),
+    ]
+    structure, base = tiny_child("nemotron-h, experts").structure, {"attention": PLAIN_HEADS, "ffn": GATELESS}
+    for layer, wanted in priced:
+        slots = dict(zip(("attention", "ffn"), layer, strict=True))
+        assert lowered(slots, structure, base, "llama.cpp", first=first) == wanted
+
+
+def test_the_command_line_refuses_in_one_line(tmp_path, puzzle, one_line_error):
+    parent = write_tiny_parent("nemotron_h with groups of experts, and FFNs", tmp_path / "parent")
+    done = puzzle("export", parent, "--engine", "llama.cpp", "--out", tmp_path / "out")
+    one_line_error(done, "layer 3 ffn: llama.cpp has experts in all FFNs or in none")
+    assert not (tmp_path / "out").exists()
