@@ -24,8 +24,8 @@ try:
 except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
-# Mean rows of an expert, from and to, between which this is faster than torch's grouped product, gathering and activation apart, in
-# benchmarks/kernels/bench_grouped.py; None: not measured yet, so torch's runs.
+# Mean rows of an expert, from and to, at which this is faster than torch's grouped products with their gathering and activation, in
+# benchmarks/kernels/bench_grouped.py; None: not measured yet, so torch's run.
 FASTER: tuple[float, float] | None = None
 
 
