@@ -100,14 +100,22 @@ def _channels(weights: dict[str, Tensor], expert: int) -> Tensor:
 
 def narrow(weights: dict[str, Tensor], found: MoeStatistics, width: int) -> None:
     """Every expert's most contributing channels, Σ g·|x_i| · ‖W_down[:, i]‖₂, the most contributing first."""
-    down = weights["experts.down_proj"]
-    keep = (found.channels.to(down) * down.norm(dim=1)).argsort(dim=-1, descending=True, stable=True)[:, :width]
+    reach = _reach(weights)
+    keep = (found.channels.to(reach) * reach).argsort(dim=-1, descending=True, stable=True)[:, :width]
     for name in [n for n in weights if n.startswith("experts.") and n not in WHOLE]:
         dim = 2 if name.endswith("down_proj") else 1
         index = keep if name.endswith("bias") else keep[:, None, :] if dim == 2 else keep[:, :, None]
         weights[name] = weights[name].gather(
             dim, index.expand(*(-1 if d == dim else s for d, s in enumerate(weights[name].shape)))
         )
+
+
+def _reach(weights: dict[str, Tensor]) -> Tensor:
+    """The length of what each channel adds when it is 1, of latent experts after their second matrix. [E, F]"""
+    down, back = weights["experts.down_proj"], weights.get("fc2_latent_proj.weight")
+    if back is None:
+        return down.norm(dim=1)
+    return (down * ((back.T @ back) @ down)).sum(dim=1).clamp(min=0).sqrt()
 
 
 def as_dense(block: ParentBlock, width: int) -> dict[str, Tensor]:
@@ -117,19 +125,28 @@ def as_dense(block: ParentBlock, width: int) -> dict[str, Tensor]:
     found = _statistics(block)
     weights = {name: tensor.float() for name, tensor in block.weights.items()}
     mean = (found.weight / found.num_tokens).to(weights["gate.weight"])
-    down = weights["experts.down_proj"]
-    sides = {name: weights[f"experts.{name}"].flatten(0, 1) for name in own.matrices}
-    sides["down_proj"] = (down * mean[:, None, None]).transpose(0, 1).flatten(1)
-    score = (found.channels.to(down) * down.norm(dim=1)).flatten()
+    reach = _reach(weights)
+    score, count = (found.channels.to(reach) * reach).flatten(), reach.numel()
     if own.shared_intermediate_size is not None:
-        shared = {name: weights[f"shared_expert.{name}.weight"] for name in sides}
-        score = torch.cat((score, found.channel_sum.to(down) * shared["down_proj"].norm(dim=0)))
-        shared["down_proj"] = shared["down_proj"] * (found.shared_weight / found.num_tokens).to(down)
-        sides = {name: torch.cat((sides[name], shared[name]), dim=int(name == "down_proj")) for name in sides}
+        shared = weights["shared_expert.down_proj.weight"]
+        score = torch.cat((score, found.channel_sum.to(shared) * shared.norm(dim=0)))
+        weights["shared_expert.down_proj.weight"] = shared * (found.shared_weight / found.num_tokens).to(shared)
+    weights["experts.down_proj"] = weights["experts.down_proj"] * mean[:, None, None]
     keep = score.argsort(descending=True, stable=True)[:width]
-    norms = {n: t for n, t in weights.items() if n in ("norm.weight", "post_norm.weight")}
-    inner = {f"{name}.weight": side[:, keep] if name == "down_proj" else side[keep] for name, side in sides.items()}
-    return norms | inner
+    routed = keep < count
+    dense = {n: t for n, t in weights.items() if n in ("norm.weight", "post_norm.weight")}
+    for name in own.matrices:
+        turned = name == "down_proj"  # a channel is a column there
+        side = (weights[f"experts.{name}"].mT if turned else weights[f"experts.{name}"]).flatten(0, 1)[keep[routed]]
+        if own.latent_size is not None:
+            side = side @ (weights["fc2_latent_proj.weight"].T if turned else weights["fc1_latent_proj.weight"])
+        rows = side.new_empty(len(keep), own.hidden_size)
+        rows[routed] = side
+        if own.shared_intermediate_size is not None:
+            shared = weights[f"shared_expert.{name}.weight"]
+            rows[~routed] = (shared.T if turned else shared)[keep[~routed] - count]
+        dense[f"{name}.weight"] = rows.T.contiguous() if turned else rows
+    return dense
 
 
 def _statistics(block: ParentBlock) -> MoeStatistics:

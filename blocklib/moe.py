@@ -1,6 +1,6 @@
 """The mixture of experts: a router picks K of E small FFNs for every token and adds up what they give (arXiv 1701.06538, 2401.06066).
 
-Letters: H hidden_size, E num_experts, K num_experts_per_tok, F moe_intermediate_size, S shared_intermediate_size.
+Letters: H hidden_size, E num_experts, K num_experts_per_tok, F moe_intermediate_size, S shared_intermediate_size, L latent_size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of an expert; one whose activation is relu2 has no gate
+LATENT = ("fc1_latent_proj", "fc2_latent_proj")  # to what experts read, and back from what they give
 KEEPS = ("experts", "frequent", "merged")  # words of a variant that leave fewer experts
 WORDS = (*KEEPS, "topk", "width", "shared", "dense")
 
@@ -34,6 +35,7 @@ class Moe(Normed):
     sum. correction_bias: added to the router's scores for the choice alone. num_groups: the experts fall into as many groups, of which
     the best num_topk_groups are looked at, by the sum of their two best scores (DeepSeek-V3, arXiv 2412.19437; sigmoid alone).
     shared_intermediate_size: of one more expert that every token has, times sigmoid of a matrix of one row with shared_gate.
+    latent_size: experts that are chosen work on fc1(n) of so many channels, and fc2 of their sum is added (Nemotron 3 Super).
 
     Raises UserError for numbers that do not go together.
     """
@@ -59,6 +61,7 @@ class Moe(Normed):
     num_groups: int = size("groups", default=1)
     num_topk_groups: int = size("topk_groups", default=1)
     routed_scaling_factor: float = size("scaling", default=1.0)
+    latent_size: int | None = size("latent", config="moe_latent_size", default=None)
 
     def __post_init__(self) -> None:
         SubBlock.__post_init__(self)
@@ -74,6 +77,8 @@ class Moe(Normed):
             wrong = "shared_gate without shared_intermediate_size"
         elif self.shared_intermediate_size is not None and (self.bias or self.activation == "swiglu_oai"):
             wrong = "a shared expert beside biases or swiglu_oai is not supported"
+        elif self.latent_size is not None and (self.bias or self.activation == "swiglu_oai"):
+            wrong = "latent experts with biases or swiglu_oai are not supported"
         if wrong is not None:
             raise UserError(f"sub-block of kind '{self.kind}': {wrong}")
 
@@ -82,18 +87,25 @@ class Moe(Normed):
         """Of an expert."""
         return MATRICES[1:] if self.activation == "relu2" else MATRICES
 
+    @property
+    def expert_size(self) -> int:
+        """Channels that an expert reads and gives: L, or H."""
+        return self.latent_size or self.hidden_size
+
     def inner_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Experts are stacked: `experts.up_proj` [E, F, H], `experts.down_proj` [E, H, F]."""
-        hidden, count, inner = self.hidden_size, self.num_experts, self.moe_intermediate_size
+        """Experts are stacked: `experts.up_proj` [E, F, H or L], `experts.down_proj` [E, H or L, F]."""
+        hidden, count, inner, outer = self.hidden_size, self.num_experts, self.moe_intermediate_size, self.expert_size
         shapes: dict[str, tuple[int, ...]] = {"gate.weight": (count, hidden)}
         if self.bias:
             shapes["gate.bias"] = (count,)
         if self.correction_bias:
             shapes["gate.e_score_correction_bias"] = (count,)
         for name in self.matrices:
-            shapes[f"experts.{name}"] = (count, hidden, inner) if name == "down_proj" else (count, inner, hidden)
+            shapes[f"experts.{name}"] = (count, outer, inner) if name == "down_proj" else (count, inner, outer)
             if self.bias:
-                shapes[f"experts.{name}_bias"] = (count, hidden if name == "down_proj" else inner)
+                shapes[f"experts.{name}_bias"] = (count, outer if name == "down_proj" else inner)
+        if self.latent_size is not None:
+            shapes |= {f"{LATENT[0]}.weight": (outer, hidden), f"{LATENT[1]}.weight": (hidden, outer)}
         if (shared := self.shared_intermediate_size) is not None:
             for name in self.matrices:
                 shapes[f"shared_expert.{name}.weight"] = (hidden, shared) if name == "down_proj" else (shared, hidden)
@@ -115,7 +127,7 @@ class Moe(Normed):
     @property
     def _idle(self) -> int:
         """Elements of the matrices of the experts that a token does not have."""
-        each = len(self.matrices) * self.hidden_size * self.moe_intermediate_size
+        each = len(self.matrices) * self.expert_size * self.moe_intermediate_size
         return (self.num_experts - self.num_experts_per_tok) * each
 
     @property

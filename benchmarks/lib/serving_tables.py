@@ -30,7 +30,7 @@ def serving_matrix(rows: list[Row]) -> str:
         cells: dict[tuple[str, ...], str] = {
             (r["engine"], r["format"]): r["max_delta_over_std"] or r["verdict"] for r in found
         }
-        lines.append([child, *(cells[engine] for engine in engines)])
+        lines.append([child, *(cells.get(engine, "") for engine in engines)])
     verdicts = Counter(row["verdict"] for row in rows)
     texts = Counter(row["same_greedy_tokens"] for row in rows if row["same_greedy_tokens"])
     head = (

@@ -129,6 +129,7 @@ CLAMPED = Moe(
     norm_topk_prob=True, norm_eps=EPS,
 )  # fmt: skip
 SINKS = replace(FULL, qkv_bias=True, o_bias=True, sinks=True)
+LATENT = replace(EXPERTS, latent_size=128)
 # Mixtures that differ in all that they can, one dense FFN, and what other layers have beside.
 MIXTURES = Tiny(
     base=(FULL, EXPERTS),
@@ -174,6 +175,7 @@ FAMILIES: dict[str, Tiny] = {
         ),
     ),
     "sigmoid experts": Tiny(base=(FULL, SIGMOIDS), layers=((FULL, SIGMOIDS), (kv(2), replace(SIGMOIDS, num_experts=4)), (NO_OP, width(96)))),
+    "latent experts": Tiny(base=(FULL, LATENT), layers=((FULL, LATENT), (kv(2), replace(LATENT, num_experts=4)), (NO_OP, width(96)))),
     "biases": MIXED.but({"qkv_bias": True, "o_bias": True}, {"bias": True}),
 }  # fmt: skip
 

@@ -157,6 +157,7 @@ PARENTS = {
     "smollm3": Tiny(model_type="smollm3", changes=rope("default") | {"no_rope_layers": [1, 0, 1, 0]}),
     "nemotron_h": Tiny(
         model_type="nemotron_h",
+        engines=("llama.cpp",),
         changes={
             "hybrid_override_pattern": "M-*M-M",
             "num_hidden_layers": 6,
@@ -185,6 +186,7 @@ PARENTS = {
     ),
     "nemotron_h with experts": Tiny(
         model_type="nemotron_h",
+        engines=("llama.cpp",),
         changes={
             "hybrid_override_pattern": "ME*EM",
             "num_hidden_layers": 5,
@@ -200,6 +202,25 @@ PARENTS = {
             **STEPS,
         },
         ffn="experts=4,topk=2-width=16,shared=16,dense=24,linear,none",
+    ),
+    "nemotron_h with latent experts": Tiny(
+        model_type="nemotron_h",
+        engines=("llama.cpp",),
+        changes={
+            "hybrid_override_pattern": "ME*E",
+            "num_hidden_layers": 4,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 7,
+            "n_groups": 2,
+            "ssm_state_size": 9,
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "moe_shared_expert_intermediate_size": 28,
+            "moe_latent_size": 20,
+            **STEPS,
+        },
+        ffn="experts=4,width=16,merged=3,dense=24,linear,none",
     ),
     "nemotron_h with groups of experts, and FFNs": Tiny(
         model_type="nemotron_h",

@@ -5,6 +5,7 @@ Letters: B batch, T tokens, N rows (B·T), H hidden_size, E experts, K experts o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -67,7 +68,8 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts, stacked. gate_proj, up_proj [E, F, H], down_proj [E, H, F], and the bias of each"""
+    """All experts, stacked. gate_proj, up_proj [E, F, H], down_proj [E, H, F], and the bias of each; with latent experts H is their size,
+    here alone."""
 
     gate_proj: Tensor
     up_proj: Tensor
@@ -75,10 +77,11 @@ class Experts(nn.Module):
 
     def __init__(self, sub_block: Moe):
         super().__init__()
-        count, hidden, width = sub_block.num_experts, sub_block.hidden_size, sub_block.moe_intermediate_size
+        count, hidden, width = sub_block.num_experts, sub_block.expert_size, sub_block.moe_intermediate_size
         self.activation: Any = {"relu2": relu2, "swiglu_oai": None, **ACTIVATIONS}[
             sub_block.activation
         ]  # None: of both
+        self.activation_name, self.biased = sub_block.activation, sub_block.bias
         for name in sub_block.matrices:
             shape = (count, hidden, width) if name == "down_proj" else (count, width, hidden)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -102,8 +105,13 @@ class Experts(nn.Module):
         """x [N, H], chosen and weights [N, K] -> [N, H]. All shapes follow from x's, so that a CUDA graph can hold it."""
         order, ends = sorted_by_expert(chosen, len(self.up_proj))
         given = self.product("down_proj", self.channels(x[order // chosen.shape[1]], ends), ends)
+        return self.summed(given, order, weights)
+
+    @staticmethod
+    def summed(given: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+        """What experts gave, in `order`, back to their tokens [M, H], times the weights [N, K] -> [N, H]"""
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return (given[back].view(*chosen.shape, -1) * weights[..., None].to(given.dtype)).sum(1)
+        return (given[back].view(*weights.shape, -1) * weights[..., None].to(given.dtype)).sum(1)
 
 
 def sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -174,6 +182,9 @@ class SparseMoe(Part):
         super().__init__(sub_block)
         self.gate = Router(sub_block)
         self.experts = Experts(sub_block)
+        if sub_block.latent_size is not None:
+            self.fc1_latent_proj = nn.Linear(sub_block.hidden_size, sub_block.latent_size, bias=False)
+            self.fc2_latent_proj = nn.Linear(sub_block.latent_size, sub_block.hidden_size, bias=False)
         if sub_block.shared_intermediate_size is not None:
             self.shared_expert = SharedExpert(sub_block)
         if sub_block.shared_gate:
@@ -184,9 +195,18 @@ class SparseMoe(Part):
     def inner(self, entered: Tensor, ropes: Ropes) -> Tensor:
         return self.mixed(entered.flatten(0, -2)).view(entered.shape)
 
-    def mixed(self, x: Tensor) -> Tensor:
-        """[N, H] -> [N, H]"""
-        out = self.experts(x, *self.gate(x))
+    def read(self, x: Tensor) -> Tensor:
+        """What experts read. [N, H] -> [N, H or L]"""
+        return self.fc1_latent_proj(x) if hasattr(self, "fc1_latent_proj") else x
+
+    def given(self, out: Tensor) -> Tensor:
+        """What becomes of what they give. [M, H or L] -> [M, H]"""
+        return self.fc2_latent_proj(out) if hasattr(self, "fc2_latent_proj") else out
+
+    def mixed(self, x: Tensor, run: Callable[..., Tensor] | None = None) -> Tensor:
+        """[N, H] -> [N, H]. run: the experts (module, x, chosen, weights), in place of their own forward."""
+        routed = (self.read(x), *self.gate(x))
+        out = self.given(self.experts(*routed) if run is None else run(self.experts, *routed))
         if not hasattr(self, "shared_expert"):
             return out
         shared = self.shared_expert(x)
@@ -228,8 +248,8 @@ class SparseMoe(Part):
             entered = self.enter(x).flatten(0, -2)
             chosen, weights = self.gate(entered)
             order, ends = sorted_by_expert(chosen, count)
-            channels = self.experts.channels(entered[order // chosen.shape[1]], ends)
-            norms = self.experts.product("down_proj", channels, ends).double().norm(dim=-1)
+            channels = self.experts.channels(self.read(entered)[order // chosen.shape[1]], ends)
+            norms = self.given(self.experts.product("down_proj", channels, ends)).double().norm(dim=-1)
             g, expert = weights.flatten()[order].double(), chosen.flatten()[order]
             found.routed.index_add_(0, expert, torch.ones_like(g))
             found.weight.index_add_(0, expert, g)

@@ -17,7 +17,7 @@ from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.platforms import current_platform
 
-from puzzle.blocklib.moe import Moe
+from puzzle.blocklib.moe import LATENT, Moe
 from puzzle.blocklib.vllm.place import Place
 
 SINCE = getattr(fused_moe, "FusedMoEFactory", None)  # what vLLM 0.32 calls it, and 0.26 FusedMoE
@@ -29,6 +29,9 @@ class VllmMoe(nn.Module):
     """Routed experts with silu, or with squared ReLUs and no gate (which vLLM has on GPUs alone), and the shared one as an FFN beside them.
     Those of gpt-oss, clamped and with biases, too. Raises ValueError for what is not served: sigmoids without a correction bias, a softmax
     with one, other activations, experts that are spread over ranks, and quantised ones."""
+
+    fc1_latent_proj: Any
+    fc2_latent_proj: Any
 
     def __init__(self, sub_block: Moe, place: Place):
         super().__init__()
@@ -82,7 +85,7 @@ class VllmMoe(nn.Module):
         self.experts = make_experts(
             num_experts=sub_block.num_experts,
             top_k=sub_block.num_experts_per_tok,
-            hidden_size=hidden,
+            hidden_size=sub_block.expert_size,
             intermediate_size=sub_block.moe_intermediate_size,
             renormalize=sub_block.norm_topk_prob,
             prefix=f"{place.prefix}.experts",
@@ -91,6 +94,10 @@ class VllmMoe(nn.Module):
         if sub_block.bias:  # where vLLM makes room for more than is loaded
             for parameter in self.experts.parameters():
                 parameter.data.zero_()
+        if (latent := sub_block.latent_size) is not None:
+            for name, (rows, columns) in zip(LATENT, ((latent, hidden), (hidden, latent)), strict=True):
+                self.add_module(name, ReplicatedLinear(columns, rows, bias=False, **place.layer(name)))
+        self.latent = latent is not None
         self.shared_expert: nn.Module | None = None
         self.shared_expert_gate: nn.Module | None = None
         if shared is not None:
@@ -128,7 +135,9 @@ class VllmMoe(nn.Module):
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         logits, _ = self.gate(x)
-        out = self.experts(hidden_states=x, router_logits=logits)
+        read = self.fc1_latent_proj(x)[0] if self.latent else x
+        out = self.experts(hidden_states=read, router_logits=logits)
+        out = self.fc2_latent_proj(out)[0] if self.latent else out
         out = out if self.scale == 1 else out * self.scale
         if self.shared_expert is None:
             return out

@@ -1,7 +1,7 @@
 """What each serving engine takes of a child, in one table; needs no torch.
 
 A row says what the engine's own reader of the format does, found by reading it: vLLM 0.18 to 0.32
-(model_executor/models/nemotron_nas.py, llama.py), llama.cpp (src/models/deci.cpp, conversion of DeciLM), mlx-lm 0.32.2
+(model_executor/models/nemotron_nas.py, llama.py), llama.cpp (src/models/deci.cpp, nemotron-h.cpp, their conversions), mlx-lm 0.32.2
 (models/nemotron-nas.py), SGLang 0.5.23 (srt/models/nemotron_nas.py, llama.py) and TensorRT-LLM
 (_torch/models/modeling_nemotron_nas.py). `puzzle.export.lower` rewrites what a row lacks, or refuses.
 An engine is asked for as NAME or NAME==VERSION (`engine_named`).

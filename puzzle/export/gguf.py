@@ -1,4 +1,4 @@
-"""`--format gguf`: a child as one file that llama.cpp reads (architecture `deci`), written tensor by tensor.
+"""`--format gguf`: a child as one file that llama.cpp reads (architecture `deci`; of hybrids, see `gguf_hybrid`), tensor by tensor.
 
 The per-layer arrays say what a layer is: (H, K) attention heads = softmax attention, (H, 0) = one matrix, (0, 0) = none;
 feed_forward_length 0 = no FFN. llama.cpp computes some of these combinations wrongly or not at all, without an error:
@@ -9,7 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,11 +24,21 @@ from puzzle.base.files import check_writable, replacing
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NoOp
+from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, Tensors
 from puzzle.export.engines import ENGINES
+from puzzle.export.gguf_hybrid import TENSOR_NAMES as HYBRID_NAMES
+from puzzle.export.gguf_hybrid import (
+    architecture,
+    hybrid_blocks,
+    hybrid_metadata,
+    is_matrix,
+    stored,
+    stored_shape,
+)
 from puzzle.export.gguf_tokenizer import tokenizer_metadata
-from puzzle.export.refuse import refuse
+from puzzle.export.refuse import is_nemotron_h, refuse
 
 DTYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7), "bf16": ("BF16", 32)}  # ggml type, file type
 TENSOR_NAMES = {
@@ -74,23 +84,23 @@ def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
     if dtype not in DTYPES:
         raise UserError(f"`dtype` {dtype} with `format` gguf: {nearest(dtype, list(DTYPES))}")
     _claim_file(out, force)
-    refuse_what_llama_cpp_gets_wrong(child)
-    metadata = _metadata(child, dtype)
-    rope, head_dim = child.around.ropes["default"], child.attention.head_dim
-    inv_freq, attention_factor = rope.frequencies()
-    theta = float(rope.parameters["rope_theta"])
-    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    factors = None if torch.equal(plain, inv_freq) else plain / inv_freq
-    metadata["deci.rope.freq_base"] = theta
-    if attention_factor != 1:
-        metadata["deci.rope.scaling.attn_factor"] = attention_factor
+    entries: Callable[[], Iterator[_Entry]]
+    if is_nemotron_h(child):
+        name, own, num_blocks = architecture(child), hybrid_metadata(child), len(hybrid_blocks(child))
+        entries = partial(_hybrid_entries, child, DTYPES[dtype][0])
+    else:
+        refuse_what_llama_cpp_gets_wrong(child)
+        rope, factors = _rope(child)
+        name, own, num_blocks = "deci", _deci_metadata(child) | rope, len(child.layers)
+        entries = partial(_deci_entries, child, DTYPES[dtype][0], factors)
+    metadata = _metadata(child, dtype, name, num_blocks) | own
 
     with replacing(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, "deci")
+        writer = gguf.GGUFWriter(temporary, name)
         for key, value in metadata.items():
             _add(writer, key, value)
         sizes = []
-        for entry in _entries(child, DTYPES[dtype][0], factors):
+        for entry in entries():
             kind = gguf.GGMLQuantizationType[entry.type]
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             sizes.append(torch.Size(entry.shape).numel() // per_block * block_bytes)
@@ -102,7 +112,7 @@ def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
         writer.close()
         with open(temporary, "ab") as handle:
             _pad(handle)
-            for entry, size in zip(_entries(child, DTYPES[dtype][0], factors), sizes, strict=True):
+            for entry, size in zip(entries(), sizes, strict=True):
                 tensor = entry.read()
                 if entry.shape != tuple(tensor.shape):
                     raise ValueError(
@@ -145,10 +155,20 @@ def refuse_what_llama_cpp_gets_wrong(child: Child) -> None:
             )
 
 
-def _metadata(child: Child, dtype: str) -> dict[str, Any]:
-    attends = child.attention
-    heads = [0 if isinstance(layer.attention, NoOp) else attends.num_attention_heads for layer in child.layers]
-    kv_heads = [x.attention.num_key_value_heads if isinstance(x.attention, Gqa) else 0 for x in child.layers]
+def _rope(child: Child) -> tuple[dict[str, Any], Tensor | None]:
+    """The keys, and the factors [D/2] of what the base alone does not say."""
+    rope, head_dim = child.around.ropes["default"], child.attention.head_dim
+    inv_freq, attention_factor = rope.frequencies()
+    theta = float(rope.parameters["rope_theta"])
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    keys = {"deci.rope.freq_base": theta}
+    if attention_factor != 1:
+        keys["deci.rope.scaling.attn_factor"] = attention_factor
+    return keys, None if torch.equal(plain, inv_freq) else plain / inv_freq
+
+
+def _metadata(child: Child, dtype: str, name: str, num_blocks: int) -> dict[str, Any]:
+    """What every architecture has."""
     base = "general.base_model.0.name"
     special = {"bos": child.bos_token_id, "eos": child.eos_token_id, "pad": child.pad_token_id}
     return {
@@ -158,10 +178,19 @@ def _metadata(child: Child, dtype: str) -> dict[str, Any]:
         "general.quantization_version": 2,
         **({"general.license": child.licence} if child.licence else {}),
         **({"general.base_model.count": 1, base: child.parent_name} if child.parent_name else {}),
-        "deci.vocab_size": child.vocab_size,
-        "deci.context_length": child.max_length,
-        "deci.embedding_length": child.hidden_size,
-        "deci.block_count": len(child.layers),
+        f"{name}.vocab_size": child.vocab_size,
+        f"{name}.context_length": child.max_length,
+        f"{name}.embedding_length": child.hidden_size,
+        f"{name}.block_count": num_blocks,
+        **tokenizer_metadata(child.tokenizer, child.vocab_size, special),
+    }
+
+
+def _deci_metadata(child: Child) -> dict[str, Any]:
+    attends = child.attention
+    heads = [0 if isinstance(layer.attention, NoOp) else attends.num_attention_heads for layer in child.layers]
+    kv_heads = [x.attention.num_key_value_heads if isinstance(x.attention, Gqa) else 0 for x in child.layers]
+    return {
         "deci.attention.head_count": heads,
         "deci.attention.head_count_kv": kv_heads,
         "deci.attention.key_length": attends.head_dim,
@@ -169,7 +198,6 @@ def _metadata(child: Child, dtype: str) -> dict[str, Any]:
         "deci.attention.layer_norm_rms_epsilon": child.around.norm_eps,
         "deci.rope.dimension_count": attends.head_dim,
         "deci.feed_forward_length": [x.ffn.intermediate_size if isinstance(x.ffn, SwiGLU) else 0 for x in child.layers],
-        **tokenizer_metadata(child.tokenizer, child.vocab_size, special),
     }
 
 
@@ -187,30 +215,58 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _entries(child: Child, matrix_type: str, factors: Tensor | None) -> Iterator[_Entry]:
-    """Every tensor of the file in order, from shapes alone. A sub-block is read whole by the first of its tensors that is."""
+def _entry(name: str, shape: tuple[int, ...], kind: str, read: Callable[[], Tensor]) -> _Entry:
+    """`kind` is the type that is wanted, and F16 where q8_0 has no block for its rows."""
+    return _Entry(name, shape, "F16" if kind == "Q8_0" and shape[-1] % BLOCK else kind, read)
 
-    def entry(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> _Entry:
-        kind = matrix_type if len(shape) == 2 else "F32"
-        return _Entry(name, shape, "F16" if kind == "Q8_0" and shape[-1] % BLOCK else kind, read)
+
+def _around(child: Child, kind: str, inside: Iterable[_Entry]) -> Iterator[_Entry]:
+    whole = (child.vocab_size, child.hidden_size)
+    yield _entry("token_embd.weight", whole, kind, child.read_embedding)
+    yield from inside
+    yield _entry("output_norm.weight", (child.hidden_size,), "F32", child.read_final_norm)
+    if not child.tied:
+        yield _entry("output.weight", whole, kind, child.read_head)
+
+
+def _deci_entries(child: Child, kind: str, factors: Tensor | None) -> Iterator[_Entry]:
+    """Every tensor of the file in order, from shapes alone. A sub-block is read whole by the first of its tensors that is."""
 
     def of_block(block: Callable[[], Tensors], name: str) -> Tensor:
         tensor = block().pop(name)
         turned = name.startswith(("q_proj.", "k_proj."))
         return permute(tensor, tensor.shape[0] // child.attention.head_dim) if turned else tensor
 
-    whole = (child.vocab_size, child.hidden_size)
-    yield entry("token_embd.weight", whole, child.read_embedding)
-    if factors is not None:
-        yield entry("rope_freqs.weight", tuple(factors.shape), lambda: factors)
-    for index, layer in enumerate(child.layers):
-        for slot, sub_block in layer.slots.items():
-            block = cache(layer.reads[slot])
+    def inside() -> Iterator[_Entry]:
+        if factors is not None:
+            yield _entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors)
+        for index, layer in enumerate(child.layers):
+            for slot, sub_block in layer.slots.items():
+                block = cache(layer.reads[slot])
+                for name, shape in sub_block.tensors().items():
+                    read = partial(of_block, block, name)
+                    own = kind if len(shape) == 2 else "F32"
+                    yield _entry(f"blk.{index}.{TENSOR_NAMES[slot, name]}", shape, own, read)
+
+    return _around(child, kind, inside())
+
+
+def _hybrid_entries(child: Child, kind: str) -> Iterator[_Entry]:
+    """The same of blocks of one mixer."""
+
+    def of_block(block: Callable[[], Tensors], sub_block: SubBlock, name: str) -> Tensor:
+        return stored(sub_block, name, block().pop(name))
+
+    def inside() -> Iterator[_Entry]:
+        for index, one in enumerate(hybrid_blocks(child)):
+            sub_block, block = one.sub_block, cache(one.layer.reads[one.slot])
             for name, shape in sub_block.tensors().items():
-                yield entry(f"blk.{index}.{TENSOR_NAMES[slot, name]}", shape, partial(of_block, block, name))
-    yield entry("output_norm.weight", (child.hidden_size,), child.read_final_norm)
-    if not child.tied:
-        yield entry("output.weight", whole, child.read_head)
+                theirs = f"blk.{index}.{HYBRID_NAMES[sub_block.kind][name]}"
+                read = partial(of_block, block, sub_block, name)
+                own = kind if is_matrix(name) else "F32"
+                yield _entry(theirs, stored_shape(sub_block, name, shape), own, read)
+
+    return _around(child, kind, inside())
 
 
 def _write(handle: IO[bytes], tensor: Tensor, entry: _Entry) -> None:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.mamba2 import Mamba2
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, ChildLayer, Read, Tensors, no_tensors
 from puzzle.export.engines import ANY_DECILM_READER, HYBRIDS, STOCK, Engine, engine_named
-from puzzle.export.refuse import refuse
+from puzzle.export.refuse import is_nemotron_h, refuse
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 from puzzle.parents.structure import Layer, Structure
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GATE = 64.0  # silu(64) = 64 in every dtype up to float64, so that a gate of bias 64 multiplies by 64 exactly
+NEVER = (
+    -1e30
+)  # a correction bias of an expert that no token is to choose: finite, since some kernels mark chosen ones with -inf
 
 Rewritten = tuple[Child, list[int]]  # the child, and the layers (before any lowering) that were touched
 
@@ -64,10 +69,12 @@ def lower(
     if engine is None and format in ("hf", *HYBRIDS):
         return child, []
     target = ANY_DECILM_READER if engine is None else engine_named(engine)
-    if format not in (*STOCK, *HYBRIDS):  # which say themselves what they have no words for
+    if format not in (*STOCK, *HYBRIDS) and not (
+        format == "gguf" and is_nemotron_h(child)
+    ):  # which say themselves what they have no words for
         refuse(child, target, format)
     done: list[Lowering] = []
-    for name, what, rewrite in _plan(target, format):
+    for name, what, rewrite in _plan(target, format, child):
         before = child
         child, layers = rewrite(before)
         if layers:
@@ -86,10 +93,26 @@ def lower(
     return child, done
 
 
-def _plan(engine: Engine, format: str) -> list[tuple[str, str, Callable[[Child], Rewritten]]]:
+def _plan(engine: Engine, format: str, child: Child) -> list[tuple[str, str, Callable[[Child], Rewritten]]]:
     """(name, what it does, rewrite) of the lowerings that an engine needs, in order."""
     if format in STOCK:
         return [("drop-empty-layers", "neither attention nor FFN: left out", drop_empty_layers)]
+    if format == "gguf" and is_nemotron_h(child):
+        return [
+            (
+                "some-attention",
+                "no attention anywhere, which llama.cpp does not expect: one with a zero output",
+                some_attention,
+            ),
+            ("some-mamba", "no Mamba-2 anywhere, which llama.cpp does not expect: one of zeros", some_mamba),
+            ("zero-conv-bias", "Mamba-2's convolution gets a zero bias", zero_conv_bias),
+            (
+                "equal-experts",
+                "experts of zeros that no token chooses, so that all mixtures have as many",
+                equal_experts,
+            ),
+            ("equal-shared-experts", "shared experts padded with zero channels, so that all are as wide", equal_shared),
+        ]
     equal_kv = (
         engine.equal_kv_heads,
         "equal-kv-heads",
@@ -135,8 +158,8 @@ def lowered(layer: Layer, structure: Structure, base: Layer, engine: str, *, fir
         parent_name="", licence=None, read_embedding=no_tensors, read_final_norm=no_tensors, read_head=no_tensors,  # type: ignore[arg-type]
     )  # fmt: skip
     target = engine_named(engine)
-    for name, _, rewrite in _plan(target, target.formats[0]):
-        if not (first and name == "drop-empty-layers"):
+    for name, _, rewrite in _plan(target, target.formats[0], child):
+        if name != "some-mamba" and not (first and name == "drop-empty-layers"):  # Mamba-2 stands in another layer
             child, _ = rewrite(child)
     return [b for one in child.layers if one.origin == 0 for b in one.slots.values() if not isinstance(b, NoOp)]
 
@@ -218,13 +241,23 @@ def zero_attention(child: Child) -> Rewritten:
 
 def some_attention(child: Child) -> Rewritten:
     """A child without softmax attention gets a zero one in a layer that has none, or in a new last layer."""
-    if any(isinstance(layer.attention, Gqa) for layer in child.layers):
+    return _some(child, replace(child.attention, num_key_value_heads=1, window=None))
+
+
+def some_mamba(child: Child) -> Rewritten:
+    """The same of Mamba-2, of one channel."""
+    sizes = dict.fromkeys(("num_heads", "head_dim", "num_groups", "state_size"), 1)
+    return _some(child, Mamba2(**child.attention.norm_fields(), **sizes))
+
+
+def _some(child: Child, wanted: SubBlock) -> Rewritten:
+    if any(layer.attention.kind == wanted.kind for layer in child.layers):
         return child, []
     without = [number for number, layer in enumerate(child.layers) if isinstance(layer.attention, NoOp)]
     if not without:
         without = [len(child.layers)]
         child = replace(child, layers=(*child.layers, child.layers[-1].put("attention", NO_OP).put("ffn", NO_OP)))
-    return _zeros(child, "attention", replace(child.attention, num_key_value_heads=1, window=None), without[:1])
+    return _zeros(child, "attention", wanted, without[:1])
 
 
 def zero_ffn(child: Child) -> Rewritten:
@@ -268,6 +301,58 @@ def equal_kv_heads(child: Child) -> Rewritten:
         times = most // shape.num_key_value_heads
         read = repeated(layer.reads["attention"], times, shape.head_dim)
         return layer.put("attention", replace(shape, num_key_value_heads=most), read)
+
+    return _each(child, change)
+
+
+def zero_conv_bias(child: Child) -> Rewritten:
+    def change(layer: ChildLayer) -> ChildLayer:
+        mixer = layer.attention
+        return (
+            _resized(child, layer, "attention", replace(mixer, conv_bias=True)) if isinstance(mixer, Mamba2) else layer
+        )
+
+    return _each(child, change)
+
+
+def equal_experts(child: Child) -> Rewritten:
+    """Experts of zeros at the end of every group, whose correction bias lets none of them be chosen."""
+    mixtures = [layer.ffn for layer in child.layers if isinstance(layer.ffn, Moe)]
+    if len({moe.num_groups for moe in mixtures}) != 1:  # groups that differ are refused
+        return child, []
+    each = max(moe.num_experts // moe.num_groups for moe in mixtures)
+
+    def padded(read: Read, moe: Moe) -> Read:
+        def tensors() -> Tensors:
+            import torch
+
+            found = read()
+            for name in [n for n in found if n.startswith(("gate.", "experts."))]:
+                groups = found[name].unflatten(0, (moe.num_groups, -1))
+                value = NEVER if name == "gate.e_score_correction_bias" else 0.0
+                rest = groups.new_full((moe.num_groups, each - groups.shape[1], *groups.shape[2:]), value)
+                found[name] = torch.cat((groups, rest), dim=1).flatten(0, 1)
+            return found
+
+        return tensors
+
+    def change(layer: ChildLayer) -> ChildLayer:
+        moe = layer.ffn
+        if not isinstance(moe, Moe) or moe.num_experts == each * moe.num_groups or not moe.correction_bias:
+            return layer
+        return layer.put("ffn", replace(moe, num_experts=each * moe.num_groups), padded(layer.reads["ffn"], moe))
+
+    return _each(child, change)
+
+
+def equal_shared(child: Child) -> Rewritten:
+    """Shared experts as wide as the widest, with channels of zero weights."""
+    most = max((moe.shared_intermediate_size or 0 for x in child.layers if isinstance(moe := x.ffn, Moe)), default=0)
+
+    def change(layer: ChildLayer) -> ChildLayer:
+        moe = layer.ffn
+        shared = isinstance(moe, Moe) and moe.shared_intermediate_size is not None
+        return _resized(child, layer, "ffn", replace(moe, shared_intermediate_size=most)) if shared else layer
 
     return _each(child, change)
 

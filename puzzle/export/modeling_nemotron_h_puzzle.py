@@ -36,12 +36,14 @@ class NemotronHPuzzleMoE(nn.Module):
         super().__init__()
         self.gate = made.gate
         self.shared_experts: Any = made.shared_expert
-        width, count = config.moe_intermediate_size, config.num_experts
-        self.experts = NemotronHPuzzleExperts(PuzzleExpert(config, width) for _ in range(count))
+        self.fc1_latent_proj, self.fc2_latent_proj = made.fc1_latent_proj, made.fc2_latent_proj
+        width, count, latent = config.moe_intermediate_size, config.num_experts, config.moe_latent_size
+        self.experts = NemotronHPuzzleExperts(PuzzleExpert(config, width, latent) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
-        return (self.experts(flat, *self.gate(flat)) + self.shared_experts(flat)).view(x.shape)
+        out = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(flat), *self.gate(flat)))
+        return (out + self.shared_experts(flat)).view(x.shape)
 
 
 class NemotronHPuzzleModel(PuzzleModel):
@@ -90,10 +92,8 @@ class NemotronHPuzzleForCausalLM(PuzzleForCausalLM):
         for index, block in enumerate(config.block_configs):
             own = {name: value for name, value in block.items() if name != "block_type"}
             kind = block["block_type"]
-            if kind not in ("mamba", "attention", "mlp", "moe") or own.pop("moe_latent_size", None) is not None:
-                raise ValueError(
-                    f"block_configs[{index}] = {block}: mamba, attention, mlp and moe are known, moe_latent_size is not"
-                )
+            if kind not in ("mamba", "attention", "mlp", "moe"):
+                raise ValueError(f"block_configs[{index}] = {block}: mamba, attention, mlp and moe are known")
             if kind == "moe":
                 own |= {"num_experts": own.pop("n_routed_experts"), "router": "sigmoid", "correction_bias": True}
                 own["shared_expert_intermediate_size"] = own.pop("moe_shared_expert_intermediate_size")

@@ -98,6 +98,7 @@ class PuzzleConfig(PreTrainedConfig):
     routed_scaling_factor: float = 1.0
     shared_expert_intermediate_size: int | None = None  # of one more expert, which every token has
     shared_expert_gate: bool = False
+    moe_latent_size: int | None = None  # channels that experts read and give, between two matrices
     dense: list[str] | None = None  # per layer only: ["mlp"] where it is of intermediate_size, whatever num_experts
     linear: list[str] | None = None  # per layer only: the sub-blocks that are one matrix
     mamba: Any = None  # per layer only: sizes of Mamba-2 in place of attention

@@ -58,8 +58,8 @@ class PuzzleRouter(nn.Module):
 
 
 class PuzzleExperts(nn.Module):
-    """All experts, stacked: gate_proj and up_proj [X, F, E], down_proj [X, E, F]; without a gate where the activation is relu2,
-    and with `moe_bias` a bias of each."""
+    """All experts, stacked: gate_proj and up_proj [X, F, E], down_proj [X, E, F]; without a gate where the activation is relu2, and with
+    `moe_bias` a bias of each. With moe_latent_size, that stands for E here."""
 
     gate_proj: Tensor
     up_proj: Tensor
@@ -67,7 +67,8 @@ class PuzzleExperts(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        count, size, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        count, width = config.num_experts, config.moe_intermediate_size
+        size = config.moe_latent_size or config.hidden_size
         self.act, self.gated = config.hidden_act, config.hidden_act != "relu2"
         for name in ("gate_proj", "up_proj", "down_proj")[not self.gated :]:
             shape = (count, size, width) if name == "down_proj" else (count, width, size)
@@ -94,9 +95,9 @@ class PuzzleExperts(nn.Module):
 class PuzzleExpert(nn.Module):
     """One of `width` channels. [N, E] -> [N, E]"""
 
-    def __init__(self, config: Any, width: int):
+    def __init__(self, config: Any, width: int, size: int | None = None):
         super().__init__()
-        size = config.hidden_size
+        size = size or config.hidden_size
         self.act, self.gated = ACT2FN[config.hidden_act], config.hidden_act != "relu2"
         if self.gated:
             self.gate_proj = nn.Linear(size, width, bias=False)
@@ -114,13 +115,15 @@ class PuzzleMoE(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.gate, self.experts = PuzzleRouter(config), PuzzleExperts(config)
-        shared = config.shared_expert_intermediate_size
+        size, latent, shared = config.hidden_size, config.moe_latent_size, config.shared_expert_intermediate_size
+        self.fc1_latent_proj = nn.Linear(size, latent, bias=False) if latent else nn.Identity()
+        self.fc2_latent_proj = nn.Linear(latent, size, bias=False) if latent else nn.Identity()
         self.shared_expert = PuzzleExpert(config, shared) if shared else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
-        out = self.experts(flat, *self.gate(flat))
+        out = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(flat), *self.gate(flat)))
         if self.shared_expert is not None:
             shared = self.shared_expert(flat)
             out = out + (

@@ -245,7 +245,7 @@ def _entry(sub_block: SubBlock) -> dict[str, Any]:
     """One entry of `block_configs`."""
     own = {word: value for word, value in _words(sub_block).items() if value is not None}
     latent = {"moe_latent_size": None} if isinstance(sub_block, Moe) else {}
-    return {"block_type": KINDS[sub_block.kind][0]} | own | latent
+    return {"block_type": KINDS[sub_block.kind][0]} | latent | own
 
 
 def _words(sub_block: SubBlock) -> dict[str, Any]:

@@ -29,6 +29,12 @@ def refuse(child: Child, engine: Engine, format: str) -> None:
     _ffn(child, engine, reader)
 
 
+def is_nemotron_h(child: Child) -> bool:
+    """Whether FFNs of its base have no gate: what stands beside them is of blocks of one mixer."""
+    ffn = child.base.get("ffn")
+    return isinstance(ffn, Relu2) or (isinstance(ffn, Moe) and ffn.activation == "relu2")
+
+
 def refuse_unlike_llama(child: Child, reader: str) -> None:
     """Raise UserError for what formats of Llama-like decoders (nemotron-nas, gguf's deci) have no words for.
 

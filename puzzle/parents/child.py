@@ -41,7 +41,7 @@ PLACEMENTS = ("before", "after", "both")
 MIXTURE = {  # fields of a mixture that config.json has where they differ from their defaults, and their names there
     "router": "router", "correction_bias": "correction_bias", "num_groups": "n_group", "num_topk_groups": "topk_group",
     "routed_scaling_factor": "routed_scaling_factor", "shared_intermediate_size": "shared_expert_intermediate_size",
-    "shared_gate": "shared_expert_gate", "bias": "moe_bias",
+    "shared_gate": "shared_expert_gate", "bias": "moe_bias", "latent_size": "moe_latent_size",
 }  # fmt: skip
 
 

@@ -37,10 +37,10 @@ UNUSED = (  # fields that change no output: of how weights were first drawn, of 
 EXPERTS = {  # fields of a mixture, and their words in config.json
     "num_experts": "n_routed_experts", "num_experts_per_tok": "num_experts_per_tok", "moe_intermediate_size": "moe_intermediate_size",
     "shared_intermediate_size": "moe_shared_expert_intermediate_size", "routed_scaling_factor": "routed_scaling_factor",
-    "num_groups": "n_group", "num_topk_groups": "topk_group", "norm_topk_prob": "norm_topk_prob",
+    "num_groups": "n_group", "num_topk_groups": "topk_group", "norm_topk_prob": "norm_topk_prob", "latent_size": "moe_latent_size",
 }  # fmt: skip
 OF_EXPERTS = (  # which only a block of experts reads, or nothing does
-    *EXPERTS.values(), "n_shared_experts", "moe_latent_size", "moe_shared_expert_overlap", "output_router_logits",
+    *EXPERTS.values(), "n_shared_experts", "moe_shared_expert_overlap", "output_router_logits",
 )  # fmt: skip
 
 
@@ -114,12 +114,11 @@ def moe(c: Config) -> Moe:
     for name, known, what in (
         ("mlp_hidden_act", "relu2", "relu2 is"),
         ("mlp_bias", False, "experts without biases are"),
-        ("moe_latent_size", None, "experts of the hidden size are"),
         ("n_shared_experts", 1, "one is, of moe_shared_expert_intermediate_size channels"),
     ):
         if (value := c.get(name, known)) != known:
             raise UserError(f"{name} = {value!r} in config.json is not supported beside experts: {what}")
-    told = {name: c[word] for name, word in EXPERTS.items()}
+    told = {name: c[word] for name, word in EXPERTS.items() if name != "latent_size" or word in c}
     return Moe(
         hidden_size=c["hidden_size"],
         norm_eps=float(c["layer_norm_epsilon"]),
@@ -142,7 +141,7 @@ BLOCK_WORDS = {  # of an entry in `block_configs` by its block_type
     "mamba": (),
     "attention": ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
     "mlp": ("intermediate_size",),
-    "moe": (*EXPERTS.values(), "moe_latent_size"),
+    "moe": (*EXPERTS.values(),),
 }
 
 

@@ -21,6 +21,7 @@ from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.gguf_hybrid import ARCHITECTURES as HYBRID_FILES
 from puzzle.parents.checkpoint import Checkpoint
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, MODULES, hf_name
 from puzzle.parents.nemotron_nas import rope_of
@@ -28,6 +29,7 @@ from puzzle.parents.opened import open_model
 from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Layer, Structure
 from puzzle.runtime.model import Block, CausalModel, load_model
+from puzzle.serving.reference_hybrid import load_hybrid_gguf
 
 FORMATS = {"puzzle": "hf", "nemotron-nas": "nemotron-nas"}
 
@@ -100,14 +102,15 @@ def _load_nemotron_nas(path: Path) -> CausalModel:
 
 def _gguf_export(path: Path) -> Export:
     values, tensors = read_gguf(path)
-    embedding, length = tensors["token_embd.weight"], int(values["deci.context_length"])
+    embedding = tensors["token_embd.weight"]
+    length = int(values[f"{values['general.architecture']}.context_length"])
     dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0"}
     dtype = dtypes.get(embedding.tensor_type.name, "?")
     return Export(path=path, format="gguf", dtype=dtype, vocab_size=int(embedding.shape[1]), max_length=length)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata and tensors (memory-mapped) of a GGUF file of architecture `deci`. Raises UserError otherwise."""
+    """Metadata and tensors (memory-mapped) of a GGUF file that we write. Raises UserError otherwise."""
     try:
         import gguf
     except ImportError:
@@ -117,9 +120,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path} is not a whole GGUF file ({error}): export it again") from error
     values = {name: field.contents() for name, field in reader.fields.items()}
-    if values.get("general.architecture") != "deci":
+    if values.get("general.architecture") not in ("deci", *HYBRID_FILES):
         raise UserError(
-            f"{path} has architecture '{values.get('general.architecture')}': serve-check reads 'deci' files"
+            f"{path} has architecture '{values.get('general.architecture')}': serve-check reads those that puzzle writes, "
+            f"deci, {' and '.join(HYBRID_FILES)}"
         )
     return values, {tensor.name: tensor for tensor in reader.tensors}
 
@@ -130,6 +134,9 @@ def _load_gguf(path: Path) -> CausalModel:
     from puzzle.export.gguf import TENSOR_NAMES, permute
 
     values, stored = read_gguf(path)
+    if values["general.architecture"] in HYBRID_FILES:
+        whole = {n: torch.from_numpy(dequantize(t.data, t.tensor_type).astype("float32")) for n, t in stored.items()}
+        return load_hybrid_gguf(values, whole)
     names = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
     heads, kv_heads = values["deci.attention.head_count"], values["deci.attention.head_count_kv"]
     for index in range(int(values["deci.block_count"])):

@@ -39,6 +39,12 @@ def experts(tmp_path_factory) -> Path:
     return write_tiny_parent("nemotron_h with experts", tmp_path_factory.mktemp("experts"))
 
 
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory) -> Path:
+    """Blocks ME*E, whose experts work on 20 channels."""
+    return write_tiny_parent("nemotron_h with latent experts", tmp_path_factory.mktemp("latent"))
+
+
 def changed(parent: Path, *changes: tuple[int, str, dict | None]) -> Child:
     """A child whose sub-blocks have other sizes, and the first rows and columns of the parent's weights; None: gone."""
     child = child_of_checkpoint(parent)
@@ -80,25 +86,32 @@ EXPERTS = {
         (3, "ffn", {"moe_intermediate_size": 12, "shared_intermediate_size": 11}),
     ),
 }
+LATENT = {
+    "latent experts": (),
+    "latent experts, fewer of them": ((1, "ffn", FEWER), (3, "ffn", FEWER)),
+    "latent experts that differ": EXPERTS["experts that differ"],
+    "latent sizes that differ": ((1, "ffn", {"latent_size": 7}),),
+}
 UNLIKE = {
     "widths": ((1, "ffn", {"intermediate_size": 16}),),
     "a window": ((2, "attention", {"window": 7}), (4, "ffn", None)),
 }
 
 
-@pytest.mark.parametrize("what", [*ALIKE, *UNLIKE, *EXPERTS])
+@pytest.mark.parametrize("what", [*ALIKE, *UNLIKE, *EXPERTS, *LATENT])
 @pytest.mark.parametrize("format", HYBRIDS)
-def test_transformers_reads_what_was_meant(format, what, hybrid, experts, tmp_path):
+def test_transformers_reads_what_was_meant(format, what, hybrid, experts, latent, tmp_path):
     """The same logits and text as `--format hf`, whose blocks stand in layers; plain by transformers' own class."""
-    changes = (ALIKE | UNLIKE | EXPERTS)[what]
-    child = changed(experts if what in EXPERTS else hybrid, *changes)
+    changes = (ALIKE | UNLIKE | EXPERTS | LATENT)[what]
+    child = changed(latent if what in LATENT else experts if what in EXPERTS else hybrid, *changes)
     meant = written(child, tmp_path / "hf", "hf")
-    if format == "nemotron-h" and (what in UNLIKE or what == "experts that differ"):
+    if format == "nemotron-h" and (what in UNLIKE or what.endswith("that differ")):
         return
     found = written(child, tmp_path / "out", format)
     ids = torch.randint(2, 384, (2, 31), generator=torch.Generator().manual_seed(0))
     wanted = logits(meant, ids)
-    assert torch.equal(logits(found, ids), wanted)
+    room = 2e-6 if what in LATENT else 0  # rows of 20 numbers begin at other addresses in other files
+    torch.testing.assert_close(logits(found, ids), wanted, rtol=0, atol=room)
     model = AutoModelForCausalLM.from_pretrained(found, trust_remote_code=format != "nemotron-h", dtype=torch.float32)
     if format == "nemotron-h":
         assert isinstance(model, NemotronHForCausalLM)
@@ -111,7 +124,7 @@ def test_transformers_reads_what_was_meant(format, what, hybrid, experts, tmp_pa
         assert torch.equal(model.generate(ids, **GREEDY), text)
         assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), text)
         model.save_pretrained(tmp_path / "again")
-        assert torch.equal(logits(tmp_path / "again", ids), wanted)
+        torch.testing.assert_close(logits(tmp_path / "again", ids), wanted, rtol=0, atol=room)
     config = json.loads((found / "config.json").read_text())
     assert (
         config["num_hidden_layers"] == len(config["hybrid_override_pattern"]) == open_model(found).structure.num_layers
@@ -193,11 +206,6 @@ def test_entries_of_experts(experts, tmp_path):
     assert "vLLM, of which 0.32 was read:" in (out / "README.md").read_text()  # and not run
     names = {name.partition(".mixer.")[2] for name in load_file(out / "model.safetensors") if ".layers.1." in name}
     assert {"gate.e_score_correction_bias", "experts.3.up_proj.weight", "shared_experts.down_proj.weight"} <= names
-    entries = [*config["block_configs"]]
-    entries[3] |= {"moe_latent_size": 8}
-    (out / "config.json").write_text(json.dumps(config | {"block_configs": entries}))
-    with pytest.raises(UserError, match=r"moe_latent_size = 8 in config\.json is not supported beside experts"):
-        open_model(out)
 
 
 def test_a_correction_bias_is_never_rounded(experts, tmp_path):
@@ -233,7 +241,6 @@ REFUSED = {
     "for nemotron-nas": ("nemotron-nas", (), {}, "layer 0 attention: a reader of nemotron-nas has no sub-blocks of kind 'mamba2': write "
                          "`format` nemotron-h or nemotron-h-puzzle, or `format` hf"),
     "in fp8": ("nemotron-h", (), {"dtype": "fp8"}, "`dtype` fp8 with `format` nemotron-h: "),
-    "for llama.cpp": ("gguf", (), {}, "layer 0 attention: llama.cpp has no sub-blocks of kind 'mamba2': write `format` nemotron-h or "),
     "hf in fp8": ("hf", (), {"dtype": "fp8"}, "layer 0 attention: sub-blocks of kind 'mamba2' have no form in fp8"),
     "a cache in fp8": ("nemotron-h-puzzle", (), {"kv_dtype": "fp8"}, "`kv_dtype` fp8: `format` nemotron-h-puzzle has no scales of a cache"),
 }  # fmt: skip

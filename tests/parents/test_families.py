@@ -164,11 +164,6 @@ def test_engines_take_it_or_refuse_it_by_name(name, engine, family_parent, tmp_p
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         (
             "nemotron_h",
-            {"layers_block_type": ["mamba", "moe"], "moe_latent_size": 8},
-            "moe_latent_size = 8 in config.json is not supported beside experts: experts of the hidden size are",
-        ),
-        (
-            "nemotron_h",
             {"layers_block_type": ["mamba", "moe"], "n_shared_experts": 2},
             "n_shared_experts = 2 in config.json is not supported beside experts: one is",
         ),

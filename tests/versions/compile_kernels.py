@@ -23,6 +23,7 @@ from puzzle.kernels.adamw import Rule, Weight, adamw
 from puzzle.kernels.block_loss import block_loss, energy, output_gradient
 from puzzle.kernels.decode_attention import decode_attention
 from puzzle.kernels.gated import gated_silu
+from puzzle.kernels.grouped import Tile, choose_tile, grouped_linear
 from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.rope import rope
@@ -89,6 +90,15 @@ def products(dtype: torch.dtype) -> None:
     silu_mul_to_fp8(x)
 
 
+def experts(tile: Tile) -> None:
+    x, weight, place = torch.randn(6, 128).to(BF16), torch.randn(3, 96, 128).to(BF16), torch.arange(6)
+    for activation in (None, "relu2", "silu", "gelu_tanh"):
+        gate = weight if activation in ("silu", "gelu_tanh") else None
+        options = {"gate": gate, "activation": activation, "tile": tile}
+        grouped_linear(x, weight, torch.tensor([1, 1, 6]), place=place, **options)
+        grouped_linear(x, weight, torch.tensor([1, 1, 6]), **options)
+
+
 def losses(config: Any) -> None:
     parent, weight = torch.randn(70, 64).to(BF16), torch.randn(300, 64).to(BF16)
     child = torch.randn(70, 64).to(BF16).requires_grad_()
@@ -116,6 +126,7 @@ def main() -> None:
         *((norms_and_caches, dtype) for dtype in (BF16, FP8)),
         *((products, dtype) for dtype in (BF16, FP8)),
         *((training, dtype) for dtype in (BF16, torch.float32)),
+        *((experts, choose_tile(rows, 1)) for rows in (16, 32, 64, 128)),
         *((losses, config) for config in (Chunks(tokens=64, words=128), Fused(num_stages=3))),
     ]
     for call, argument in calls:

@@ -18,6 +18,7 @@ from puzzle.blocklib.plain import moe as plain_moe
 from puzzle.blocklib.plain.part import learning, loaded
 from puzzle.blocklib.sub_block import ParentBlock, parse_key
 from puzzle.blocklib.variant import search_space, search_spaces, variant_of
+from puzzle.kernels import grouped
 
 H = 24
 KEYS = {
@@ -25,6 +26,7 @@ KEYS = {
     "softmax, shared": f"moe h{H} e6 k2 f20 shared32 shared_gate",
     "sigmoid": f"moe h{H} e5 k2 f33 act=relu2 router=sigmoid correction_bias shared17 scaling=2.5 norm_topk",
     "gpt-oss": f"moe h{H} e5 k3 f20 act=swiglu_oai bias norm_topk",
+    "latent": f"moe h{H} e5 k2 f20 act=relu2 router=sigmoid correction_bias shared18 latent10 norm_topk",
     "groups": f"moe h{H} e12 k3 f32 router=sigmoid correction_bias groups4 topk_groups2",
 }
 
@@ -50,7 +52,7 @@ def block(request) -> ParentBlock:
 def their_nemotron_h(sub_block: Moe, weights: dict) -> torch.nn.Module:
     module = NemotronHMoE(
         AutoConfig.for_model(
-            "nemotron_h", hidden_size=H, n_routed_experts=sub_block.num_experts, moe_latent_size=None, mlp_hidden_act="relu2",
+            "nemotron_h", hidden_size=H, n_routed_experts=sub_block.num_experts, moe_latent_size=sub_block.latent_size, mlp_hidden_act="relu2",
             num_experts_per_tok=sub_block.num_experts_per_tok, moe_intermediate_size=sub_block.moe_intermediate_size,
             moe_shared_expert_intermediate_size=sub_block.shared_intermediate_size, norm_topk_prob=sub_block.norm_topk_prob,
             n_group=sub_block.num_groups, topk_group=sub_block.num_topk_groups,
@@ -99,6 +101,7 @@ def their_gpt_oss(sub_block: Moe, weights: dict) -> torch.nn.Module:
     [
         (KEYS["gpt-oss"], their_gpt_oss),
         (KEYS["sigmoid"], their_nemotron_h),
+        (KEYS["latent"], their_nemotron_h),
         (
             f"moe h{H} e12 k3 f16 act=relu2 router=sigmoid correction_bias shared8 groups4 topk_groups2",
             their_nemotron_h,
@@ -123,7 +126,7 @@ def test_it_computes_what_transformers_does(key, theirs):
 def test_sizes(block):
     sub_block, part = block.sub_block, loaded(block.sub_block, block.weights)
     assert {n: tuple(p.shape) for n, p in part.named_parameters()} == sub_block.tensors()
-    one = len(sub_block.matrices) * H * sub_block.moe_intermediate_size
+    one = len(sub_block.matrices) * (sub_block.latent_size or H) * sub_block.moe_intermediate_size
     idle = (sub_block.num_experts - sub_block.num_experts_per_tok) * one
     biases = H + 2 * sub_block.moe_intermediate_size if sub_block.bias else 0
     without = (sub_block.num_experts - sub_block.num_experts_per_tok) * biases
@@ -146,11 +149,13 @@ def test_shares_add_up(block):
 
 
 @torch.no_grad()
-def test_our_kernels_path_is_the_plain_one(block):
+def test_our_kernels_path_is_the_plain_one(block, monkeypatch):
     x, batch = rows(7).flatten(0, 1), new_batch(1, 64, {}, "cpu")
     part = loaded(block.sub_block, block.weights)
-    delta, residual = make_fast(part, batch).decode((x, None), batch)
-    assert torch.allclose(delta + residual, part.add(x[None], {})[0], atol=1e-5)
+    for bounds in (None, (0.0, 1e9)):  # torch's products, our kernel's twin
+        monkeypatch.setattr(grouped, "FASTER", bounds)
+        delta, residual = make_fast(part, batch).decode((x, None), batch)
+        assert torch.allclose(delta + residual, part.add(x[None], {})[0], atol=1e-5)
     batch.fp8 = True
     with pytest.raises(UserError, match="'moe' have no path on our kernels in fp8"):
         make_fast(part, batch)
@@ -357,15 +362,22 @@ def test_what_has_no_gradient_does_not_learn():
     assert [n for n, p in learning(part).named_parameters() if not p.requires_grad] == ["gate.e_score_correction_bias"]
 
 
+@pytest.mark.parametrize("latent", ["", " latent7"])
 @pytest.mark.parametrize("act", ["silu", "relu2"])
-def test_a_dense_ffn_of_all_channels_is_a_mixture_that_prefers_nobody(act):
+def test_a_dense_ffn_of_all_channels_is_a_mixture_that_prefers_nobody(act, latent):
     """A router of zeros gives every expert to every token with the same weight; the FFN is of the experts' kind."""
-    key = f"moe h{H} e4 k4 f10 act={act} router=sigmoid shared6 scaling=1.5"
+    key = f"moe h{H} e4 k4 f10 act={act} router=sigmoid shared6 scaling=1.5{latent}"
     block = block_of(key)
     block.weights["gate.weight"] = torch.zeros_like(block.weights["gate.weight"])
     own = loaded(block.sub_block, block.weights)
     block.statistics = own.calibrate([rows(2)])
+    assert torch.allclose(experts._reach(block.weights), _norms(block, own), atol=1e-4)
     dense = variant_of(block.sub_block, "dense=46", "ffn")
     assert dense.sub_block.kind == ("relu2" if act == "relu2" else "swiglu")
     found = loaded(dense.sub_block, dense.initialise(block))(rows(5), {})
     torch.testing.assert_close(found, own(rows(5), {}), rtol=1e-4, atol=1e-5)
+
+
+def _norms(block: ParentBlock, own: torch.nn.Module) -> torch.Tensor:
+    """‖what a channel adds‖ of every expert, written down as plainly as possible. [E, F]"""
+    return own.given(block.weights["experts.down_proj"].transpose(1, 2)).norm(dim=-1)
