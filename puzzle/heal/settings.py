@@ -108,7 +108,9 @@ class HealOptions:
             raise UserError(
                 "`align_tokens` compares words, and hidden states are of other tokens: pass `cosine_weight` 0"
             )
-        for name in ("align_tokens", "on_policy"):
+        for name, weight in {"align_tokens": self.kl_weight, "on_policy": self.kl_weight + self.cosine_weight}.items():
+            if getattr(self, name) and not weight:
+                raise UserError(f"`{name}` compares with a teacher: set `kl_weight` above 0, or leave it out")
             if getattr(self, name) and self.teacher_logits is not None:
                 raise UserError(
                     f"`{name}` asks the teacher while the child learns, `teacher_logits` before: leave one out"
