@@ -107,7 +107,7 @@ def heal_bytes(
     options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, *, streamed: bool, sharded: bool
 ) -> int:
     """MASTER_BYTES · P + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers · saved + 3 · V) · bytes of
-    an element, or what sampling takes; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not learn are whole.
+    an element, and what sampling takes; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not learn are whole.
 
     saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed), H of the teacher's state.
     """
@@ -123,12 +123,17 @@ def heal_bytes(
     saved = 2 * hidden if options.recompute else 8 * hidden + 4 * max(map(widest, child.layers))
     per_token = child.num_layers * (saved + hidden) * size
     logits = 6 * min(rows * child.vocab_size, 2**24) * 4
-    working = max(rows * per_token + logits, sampling_bytes(options, stages, models, ranks) if options.on_policy else 0)
+    working, sampling = rows * per_token + logits, sampling_bytes(options, stages, models, ranks)
+    working = (
+        working + sampling if ranks.device.type == "cuda" else max(working, sampling)
+    )  # a CUDA graph keeps its own
     return max(read, MASTER_BYTES * trained // split + taught * size + working)
 
 
 def sampling_bytes(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> int:
-    """Caches and random numbers of a micro-batch, logits, and on a GPU the child in bf16."""
+    """Caches and random numbers of a micro-batch, logits, and on a GPU the child in bf16; 0 where the child writes nothing."""
+    if not options.on_policy:
+        return 0
     child, precision = models.child.structure, pick_precision(ranks.device)
     copy = child.num_parameters * DTYPES[precision].itemsize if ranks.device.type == "cuda" else 0
 

@@ -99,12 +99,18 @@ def own_batch(
 ) -> tuple[Tensor, dict[str, float]]:
     """Ids and labels [2, B, T] in place of these, of which those count that the child has drawn; and what to log. first: the number of the
     first row within the step."""
+    _wait(child)
     begin, (_, rows, length) = time.perf_counter(), batch.shape
     prompt = prompt_length(length, seed, step)
     seeds = [int(np.random.default_rng([seed, step, first + row]).integers(2**62)) for row in range(rows)]
     ids = continued(child, batch[0], prompt, seeds, words, parts)
     labels = torch.full_like(ids, IGNORE)
     labels[:, prompt - 1 : -1] = ids[:, prompt:]
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
+    _wait(child)
     return torch.stack((ids, labels)), {"prompt": prompt, "sampling_seconds": round(time.perf_counter() - begin, 4)}
+
+
+def _wait(model: CausalModel) -> None:
+    """Until its device has done what it was given, so that a clock tells the truth."""
+    if model.embedding.weight.is_cuda:
+        torch.cuda.synchronize(model.embedding.weight.device)
