@@ -59,6 +59,9 @@ class Attention(Part):
         num_tokens = q.shape[2]
         if self.window is None or self.window >= num_tokens:
             shared = self.num_heads != self.num_kv_heads
+            if shared and q.is_cuda and q.dtype == torch.float32:  # else the scores [B, N, T, T] are written down there
+                k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
+                shared = False
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared)
             return self.output(attended)
         if num_tokens > 2 * (block := max(self.window, BLOCK)):

@@ -109,7 +109,8 @@ def heal_bytes(
     """MASTER_BYTES · P + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers · saved + 3 · V) · bytes of
     an element, and what sampling takes; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not learn are whole.
 
-    saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed), H of the teacher's state.
+    saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed, and those of the block in hand), H of the
+    teacher's state. No kernel keeps scores [T, T] or logits [R, V], so that this is linear in the length of a sequence.
     """
     child, size = models.child.structure, models.dtype.itemsize
     trained = child.num_parameters - (0 if options.train_embeddings else _ends(child))
@@ -120,8 +121,9 @@ def heal_bytes(
         taught = _ends(structure) + (blocks if streamed else blocks // split)
         read += (_ends(structure) + blocks) * size
     hidden, rows = child.hidden_size, micro_batch(options, stages, ranks)
-    saved = 2 * hidden if options.recompute else 8 * hidden + 4 * max(map(widest, child.layers))
-    per_token = child.num_layers * (saved + hidden) * size
+    block = 8 * hidden + 4 * max(map(widest, child.layers))
+    kept, again = (2 * hidden, block) if options.recompute else (block, 0)
+    per_token = (child.num_layers * (kept + hidden) + again) * size
     logits = 6 * min(rows * child.vocab_size, 2**24) * 4
     working, sampling = rows * per_token + logits, sampling_bytes(options, stages, models, ranks)
     working = (
