@@ -107,7 +107,8 @@ class Learner(nn.Module):
     def forward(
         self, ids: Tensor, labels: Tensor, ropes: Ropes, shown: Seen, scale: Tensor, weights: Weights
     ) -> Tensor:
-        """Loss, KL, cosine distance and LM loss [4]: sums over the tokens that count, times `scale`. ids, labels [B, T]"""
+        """Loss, KL, cosine distance, LM loss [5]: sums over the tokens that count, times `scale`; and of how many the KL is, likewise. ids,
+        labels [B, T]"""
         counts = labels.flatten() != IGNORE
         x = self.child.embed(ids).to(self.dtype)
         distance = scale.new_zeros(())
@@ -123,7 +124,8 @@ class Learner(nn.Module):
             normed = self.child.final(x).flatten(0, 1)
             kl, lm, elsewhere = self._head(normed, shown, labels.flatten(), counts, scale, weights)
         total = weights.kl * (weights.temperature**2 * kl + elsewhere) + weights.cosine * distance + weights.lm * lm
-        return torch.stack((total, *(part.detach() for part in (kl, distance, lm))))
+        compared = (counts & shown.there if isinstance(shown, Aligned) else counts).sum() * scale
+        return torch.stack((total, *(part.detach() for part in (kl, distance, lm, compared))))
 
     def _head(
         self,
@@ -142,12 +144,8 @@ class Learner(nn.Module):
             return (found * counts).sum() * scale, (loss * counts).sum() * scale, none
         if isinstance(shown, Aligned):
             found, loss = aligned_losses(shown, normed, own, labels, weights.temperature, weights.reverse)
-            sums = (
-                (one * where).sum() * scale
-                for one, where in ((found, counts), (loss, counts), (loss, counts & ~shown.there))
-            )
-            kl, lm, elsewhere = sums
-            return kl, lm, elsewhere
+            found, loss, elsewhere = (one * counts for one in (found, loss, loss * ~shown.there))
+            return found.sum() * scale, loss.sum() * scale, elsewhere.sum() * scale
         from_teacher = normed.detach() if shown is None else shown.normed
         teacher_head = head.detach() if shown is None or self.teacher_head is None else self.teacher_head
         child_head = None if self.teacher_head is None and not self.train_head else head

@@ -233,6 +233,7 @@ class Run:
         lines = []
         for step, count, metrics in zip(steps, counts, found, strict=True):
             self._tokens += count
+            metrics["kl"] /= metrics["compared"] or 1.0
             shown = {
                 k: metrics[k] if used.get(k, 1) and math.isfinite(metrics[k]) else None
                 for k in ("loss", "kl", "cosine", "lm", "grad_norm")
@@ -246,6 +247,7 @@ class Run:
                     "skipped": int(metrics["skipped"]),
                     "tokens_per_second": round(rate, 1),
                     **self._sampled.pop(step, {}),
+                    **({"compared": round(metrics["compared"], 6)} if self.options.align_tokens else {}),
                 }
             )
         self.log.write(lines)

@@ -27,7 +27,7 @@ from puzzle.heal.stored import Stored
 from puzzle.heal.teacher import StreamedTeacher
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-METRICS = ("loss", "kl", "cosine", "lm", "grad_norm", "skipped", "skipped_in_a_row")
+METRICS = ("loss", "kl", "cosine", "lm", "compared", "grad_norm", "skipped", "skipped_in_a_row")
 
 
 class Trainer:
@@ -73,8 +73,8 @@ class Trainer:
         self._graphed = cuda_graph and own_gpu and self.streamed is None and tutor is None
         self.sharded, self.replicated = sharded, ranks.world > 1 and not sharded
         if self.replicated:  # gradients of all weights, and the sums of the metrics: they stay where they are
-            self._sums = torch.zeros(sum(p.numel() for p in self.model) + 4, device=self.device)
-            *views, self._total = self._sums.split([*(p.numel() for p in self.model), 4])
+            self._sums = torch.zeros(sum(p.numel() for p in self.model) + 5, device=self.device)
+            *views, self._total = self._sums.split([*(p.numel() for p in self.model), 5])
             for parameter, view in zip(self.model, views, strict=True):
                 parameter.grad = view.view_as(parameter)
 
@@ -129,10 +129,10 @@ class Trainer:
         self._scale.copy_(1 / self.ranks.sum((batch[1] != IGNORE).sum().float()).clamp(min=1))
 
     def _backward(self, batch: Tensor) -> Tensor:
-        """Gradients of this rank's rows. Returns their sums of loss, KL, cosine distance and LM loss [4]."""
+        """Gradients of this rank's rows. Returns their sums of loss, KL, cosine distance and LM loss, and of how many tokens the KL is [5]."""
         if self.replicated:
             self._sums.zero_()
-        total = self._total if self.replicated else torch.zeros(4, device=self.device)
+        total = self._total if self.replicated else torch.zeros(5, device=self.device)
         for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
             with self._autocast():
                 found, _ = self._compared(ids, labels, self._ropes, self._scale, self.weights, self._lessons)
@@ -198,7 +198,7 @@ class Trainer:
         with_states = with_teacher and bool(self.learner.layers)
         weights = Weights(kl=float(with_teacher or self.tutor is not None), cosine=float(with_states), lm=1.0)
         one = torch.ones((), device=self.device)
-        sums = torch.zeros(6, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(7, dtype=torch.float64, device=self.device)
 
         def places() -> Iterator[slice]:
             for start in range(0, rows.shape[1], batch_size * self.ranks.world):
@@ -226,12 +226,12 @@ class Trainer:
                     own = (loss * (labels.flatten() != IGNORE)).sum()
             sums += torch.cat((found, own[None], (labels != IGNORE).sum()[None])).double()
 
-        _, kl, cosine, loss, own, count = self.ranks.sum(sums).tolist()
+        _, kl, cosine, loss, compared, own, count = self.ranks.sum(sums).tolist()
         result = {"loss": loss / count}
         if with_teacher:
             result |= {"kl": kl / count, "teacher_loss": own / count}
         if self.tutor is not None:
-            result |= self.tutor.told(kl / count)
+            result |= self.tutor.told(kl / compared)
         return result | ({"cosine": cosine / count} if with_states else {})
 
     def state(self) -> dict[str, Tensor]:

@@ -66,6 +66,7 @@ def test_the_same_tokenizer_gives_the_ordinary_healing(puzzle, parent, child, sm
         assert done.exit_code == 0, (done.output, done.exception)
     assert "compared at 100.0% of the held-out tokens, over 384 words" in done.stderr
     for mine, theirs in zip(lines(tmp_path / "aligned"), lines(tmp_path / "plain"), strict=True):
+        assert mine["compared"] == 1
         for name in ("loss", "kl", "grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3), (mine["step"], name)
     mine, theirs = (json.loads((tmp_path / name / "heal.json").read_text()) for name in ("aligned", "plain"))
@@ -97,6 +98,8 @@ def test_it_heals_from_another_tokenizer_and_goes_on(puzzle, launch, ended, othe
     assert 250 < record["aligned"]["words"] < 384
     assert record["after"]["kl_aligned"] < record["before"]["kl_aligned"]
     assert record["after"]["loss"] < record["before"]["loss"]
+    shares = [line["compared"] for line in lines(tmp_path / "whole")]
+    assert sum(shares) / len(shares) == pytest.approx(record["aligned"]["tokens"], abs=0.1)
     assert "teacher_loss" not in record["after"]
     assert "where the teacher's tokenizer comes to the same" in (tmp_path / "whole/README.md").read_text()
     after = run.Run._after
