@@ -143,5 +143,6 @@ def _print_plan(facts: dict) -> None:
         f"{facts['trained_parameters']:,} parameters learn, {facts['matching_layers']} layers are compared; "
         f"teacher: {facts['teacher']}\n"
         f"predicted: {seconds_text(found['seconds'])} ({found['tokens_per_second']:,.0f} tokens/s), "
-        f"memory {bytes_text(found['peak_memory_bytes'])}, disk {bytes_text(found['disk_bytes'])}"
+        + (f"{seconds_text(found['sampling_seconds'])} of them sampling, " if found["sampling_seconds"] else "")
+        + f"memory {bytes_text(found['peak_memory_bytes'])}, disk {bytes_text(found['disk_bytes'])}"
     )

@@ -100,9 +100,7 @@ class Aligner:
         first = int(ids[0] == self.separators[0])
         words = [self.bytes[0][n] for n in ids[first:].tolist()]
         text = b"".join(words)
-        space = int(
-            first and self.adds_space and text[:1] == b" "
-        )  # is before the text, at a place that no other token has
+        space = int(first and self.adds_space and text[:1] == b" ")  # stands before the text
         text = text[space:]
         skip = next((n for n, byte in enumerate(text[:4]) if byte & 0xC0 != 0x80), 0)  # a character that was cut
         readable = _decoded(text[skip:])
@@ -112,15 +110,8 @@ class Aligner:
         other_space = int(found == b" " + readable.encode())
         if found[other_space:] != readable.encode():
             read, others = [], []
-        ends, other_ends = (np.cumsum([1] * first + [len(w) for w in found]) for found in (words, others))
-        begins, other_begins = (np.concatenate(([0], found))[:-1] for found in (ends, other_ends))
-        for one, moved in (
-            (ends, 1 - space),
-            (begins, 1 - space),
-            (other_ends, 1 - other_space + skip),
-            (other_begins, 1 - other_space + skip),
-        ):
-            one[first:] += moved
+        begins, ends = _places(first, words, 1 - space)
+        other_begins, other_ends = _places(first, others, 1 - other_space + skip)
         other = np.array(self.separators[1:] * first + read, dtype=np.int64)
         if not len(other):
             return Both(other, ends, other_begins, other_ends, np.full(len(ids), -1))
@@ -147,6 +138,14 @@ class Aligner:
         before = np.concatenate(places)[1 : length + 1] - 1
         before = np.pad(before, (0, length - len(before)), constant_values=-1).clip(min=-1)
         return np.concatenate(ids)[:longest], np.where(before < longest, before, -1)
+
+
+def _places(first: int, words: list[bytes], start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where tokens begin and end: a separator at 0, the text after it from 1 on, with a place for a space before it."""
+    sizes = np.array([1] * first + [len(word) for word in words], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    ends[first:] += start
+    return ends - sizes, ends
 
 
 def _special(tokenizer: Any) -> set[int]:

@@ -81,7 +81,7 @@ class Lessons:
     @torch.no_grad()
     def show(self, rows: list[Row]) -> Aligned:
         """What stands behind a row's end changes nothing before it."""
-        longest = min(self.longest, -(-max(len(ids) for ids, _ in rows) // ROUND) * ROUND)
+        longest = min(self.longest, -(-max(1, *(len(ids) for ids, _ in rows)) // ROUND) * ROUND)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         for row, (own, _) in enumerate(rows):
             ids[row, : len(own)] = torch.from_numpy(own)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from puzzle.data.mixture import IGNORE
 from puzzle.heal import common
+from puzzle.heal.aligned import Lessons
 from puzzle.heal.common import Aligned, aligned_losses
 from puzzle.heal.log import read_log
+from puzzle.heal.loss import Teacher
+from puzzle.parents.opened import open_model
+from puzzle.runtime.model import load_model
 
 ALIGNED = ("--align-tokens", "--cosine-weight", 0)
 
@@ -51,6 +56,21 @@ def test_the_loss_is_the_plain_formula(rows, reverse, both, monkeypatch):
     for mine, theirs in zip(torch.autograd.grad(kl.square().sum(), (child, own)), gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(loss, F.cross_entropy(child @ own.T, labels, ignore_index=IGNORE, reduction="none"))
+
+
+def test_a_row_of_which_the_teacher_reads_nothing(child, parent):
+    """Of a document that its tokenizer changes, say: nothing is compared, beside a row that is."""
+    lessons = Lessons(open_model(child), open_model(parent))
+    lessons.taught_by(Teacher(load_model(parent), []), torch.device("cpu"))
+    nothing = np.array([], dtype=np.int64), np.full(8, -1)
+    shown = lessons.show([nothing])
+    assert not shown.there.any()
+    some = np.arange(5), np.array([-1, 0, -1, 2, 3, -1, -1, -1])
+    shown = lessons.show([nothing, some])
+    assert shown.there.tolist() == [False] * 9 + [True, False, True, True] + [False] * 3
+    wanted = load_model(parent)(torch.arange(5)[None])[0]
+    found = shown.normed @ shown.head.T
+    torch.testing.assert_close(found[[9, 11, 12]], wanted[[0, 2, 3]], rtol=1e-4, atol=1e-4)
 
 
 def lines(out):
@@ -116,10 +136,11 @@ def test_it_heals_from_another_tokenizer_and_goes_on(puzzle, launch, ended, othe
     assert puzzle(*command, "--out", tmp_path / "again").exit_code == 0
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    group = launch((*command, "--out", tmp_path / "two"), processes=2)
-    assert ended(group) == [0, 0], [process.log.read_text() for process in group]
-    one, two = ([line["loss"] for line in lines(tmp_path / name)] for name in ("whole", "two"))
-    assert two == pytest.approx(one, rel=1e-4)
+    for parallel in ("replicas", "shards"):
+        group = launch((*command, "--parallel", parallel, "--out", tmp_path / parallel), processes=2)
+        assert ended(group) == [0, 0], [process.log.read_text() for process in group]
+        one, two = ([line["loss"] for line in lines(tmp_path / name)] for name in ("whole", parallel))
+        assert two == pytest.approx(one, rel=1e-4)
     done = puzzle(*command, "--out", tmp_path / "planned", "--dry-run", "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     assert json.loads(done.stdout)["predicted"]["seconds"] > 0

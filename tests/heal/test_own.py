@@ -148,6 +148,7 @@ def test_every_process_samples_its_own_rows(launch, ended, healed, child, parent
 def test_the_dry_run_counts_it(puzzle, child, parent, small, tmp_path):
     command = ("heal", child, "--teacher", parent, *small, "--out", tmp_path / "out", "--dry-run", "--json")
     plain, own = (json.loads(puzzle(*command, *more).stdout)["predicted"] for more in ((), HALF))
+    assert "of them sampling" in puzzle(*command[:-1], *HALF).stdout
     assert plain["sampling_seconds"] == 0 < own["sampling_seconds"] < own["seconds"]
     assert not list(tmp_path.iterdir())
 
