@@ -56,8 +56,13 @@ def write_child(texts: list[str], words: int, out: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    known = {"special_tokens": ["<|end|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=words, show_progress=False, **known))
+    trainer = trainers.BpeTrainer(
+        vocab_size=words,
+        show_progress=False,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     own, teacher = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>"), load_tokenizer(PARENT)
     own.save_pretrained(out)
     weights = load_file(PARENT / "model.safetensors")

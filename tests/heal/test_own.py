@@ -24,6 +24,7 @@ from puzzle.heal.own import continued, is_own, own_batch, own_steps, prompt_leng
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.runtime.model import load_model
+from tiny_parents import write_tiny_parent
 
 HALF = ("--on-policy", 0.5, "--cosine-weight", 0.5, "--reverse-kl", 0.5)
 
@@ -54,9 +55,19 @@ def test_what_is_sampled_is_what_a_plain_twin_samples(child):
         assert torch.equal(own_batch(model, batch, 0, 3, 7, 380, parts)[0][0], ids)
     assert torch.equal(own_batch(model, batch[:, 2:], 2, 3, 7, 380, 1)[0][0], ids[2:])
     assert not torch.equal(own_batch(model, batch, 0, 4, 7, 380, 1)[0][0], ids)
-    found = continued(model, batch[0], 9, [11, 12, 13, 14], 380, 1)
+    twin(model, batch[0])
+
+
+@pytest.mark.parametrize("name", ["nemotron_h with experts", "gemma3", "granitemoehybrid, Mamba-2 and dense FFNs"])
+def test_other_layers_go_on_too(tmp_path, name):
+    twin(load_model(write_tiny_parent(name, tmp_path / "model")), torch.randint(300, (4, 24)))
+
+
+def twin(model, ids):
+    """Token by token over the whole text, from the same random numbers."""
+    found = continued(model, ids, 9, [11, 12, 13, 14], 380, 1)
     for row, seed in enumerate((11, 12, 13, 14)):
-        draw, text = torch.Generator().manual_seed(seed), batch[0, row, :9].tolist()
+        draw, text = torch.Generator().manual_seed(seed), ids[row, :9].tolist()
         while len(text) < 24:
             logits = model(torch.tensor([text]))[0, -1, :380]
             text.append(int((logits - torch.empty(380).exponential_(generator=draw).log()).argmax()))
