@@ -126,9 +126,8 @@ def heal_bytes(
     per_token = (child.num_layers * (kept + hidden) + again) * size
     logits = 6 * min(rows * child.vocab_size, 2**24) * 4
     working, sampling = rows * per_token + logits, sampling_bytes(options, stages, models, ranks)
-    working = (
-        working + sampling if ranks.device.type == "cuda" else max(working, sampling)
-    )  # a CUDA graph keeps its own
+    together = ranks.device.type == "cuda"  # a CUDA graph keeps what it works with
+    working = working + sampling if together else max(working, sampling)
     return max(read, MASTER_BYTES * trained // split + taught * size + working)
 
 
