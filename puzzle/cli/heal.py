@@ -15,19 +15,21 @@ MODES = (
     Mode("by one process, without torchrun", lambda p: os.environ.get("WORLD_SIZE", "1") == "1", unused="parallel"),
     Mode("with `blend`, whose sources name their own", lambda p: p["blend"] is not None, unused="text_field"),
     Mode("with `stages`, which say both", lambda p: p["stages"] is not None, unused="tokens seq_len"),
-    Mode("with `kl_weight` 0", lambda p: p["kl_weight"] == 0, unused="temperature reverse_kl teacher_logits"),
+    Mode(
+        "with `kl_weight` 0", lambda p: p["kl_weight"] == 0, unused="temperature reverse_kl teacher_logits align_tokens"
+    ),
     Mode("without `teacher_logits`", lambda p: p["teacher_logits"] is None, unused="top_k"),
     Mode(
         "with `kl_weight` 0 and `cosine_weight` 0",
         lambda p: p["kl_weight"] == p["cosine_weight"] == 0 < p["lm_weight"],
-        unused="teacher teacher_device",
+        unused="teacher teacher_device on_policy",
     ),
 )
 
 
 @click.command("heal", cls=Verb, modes=MODES)
 @click.argument("child")
-@click.option("--teacher", metavar="PARENT", help="The parent, or any model with the same tokenizer.")
+@click.option("--teacher", metavar="PARENT", help="The parent, or any model; see --align-tokens.")
 @options.data
 @click.option("--data-blend", "blend", type=options.PATH, metavar="YAML", help="Weighted sources, as above.")
 @click.option("--out", type=options.PATH, required=True, metavar="HEALED", help="New directory.")
@@ -50,6 +52,16 @@ MODES = (
     help="Run the teacher once, keep its top words of every token there, learn from these.",
 )
 @click.option("--top-k", type=int, default=32, help="Words kept of a token.")
+@click.option(
+    "--align-tokens", is_flag=True, help="A teacher with another tokenizer: compare where both come to the same token."
+)
+@click.option(
+    "--on-policy",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    help="Of the steps, 0 to 1, on what the child writes itself.",
+)
 @click.option("--lr", type=float, default=3e-4, help="Peak learning rate; cosine after warm-up.")
 @click.option(
     "--old-lr",
@@ -105,6 +117,8 @@ def heal_command(
       puzzle heal child --data-blend chats.yaml --kl-weight 0 --cosine-weight 0 --lm-weight 1 --out healed
       puzzle heal child --teacher parent --data corpus --teacher-logits said --cosine-weight 0 --out healed
       puzzle heal grown --data-blend blend.yaml --old-lr 0 --kl-weight 0 --cosine-weight 0 --lm-weight 1 --out taught
+      puzzle heal child --teacher parent --data corpus --on-policy 0.5 --reverse-kl 0.5 --out healed
+      puzzle heal child --teacher other --align-tokens --cosine-weight 0 --data corpus --out healed
       torchrun --nproc-per-node 8 -m puzzle.cli heal child --teacher parent --data corpus.jsonl --out healed
 
     \b
@@ -137,5 +151,6 @@ def _print_plan(facts: dict) -> None:
         f"{facts['trained_parameters']:,} parameters learn, {facts['matching_layers']} layers are compared; "
         f"teacher: {facts['teacher']}\n"
         f"predicted: {seconds_text(found['seconds'])} ({found['tokens_per_second']:,.0f} tokens/s), "
-        f"memory {bytes_text(found['peak_memory_bytes'])}, disk {bytes_text(found['disk_bytes'])}"
+        + (f"{seconds_text(found['sampling_seconds'])} of them sampling, " if found["sampling_seconds"] else "")
+        + f"memory {bytes_text(found['peak_memory_bytes'])}, disk {bytes_text(found['disk_bytes'])}"
     )

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ from puzzle.data.tokenizer import load_tokenizer, vocabulary
 from puzzle.data.tokens import SourceTokens, num_tokens, pack, read_source
 
 IGNORE = -100  # the label of a token that does not count
+
+
+class Piece(NamedTuple):
+    """What a row has of a document. key: of the document; ids: of all of it; part: what of them is in the row."""
+
+    key: tuple[int, int]
+    ids: np.ndarray
+    part: slice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +103,10 @@ class Stream:
             found.append((document, slice(offset, offset + count)))
             start, length = start + count, length - count
         return found
+
+    def document(self, number: int) -> np.ndarray:
+        """Ids int32 [its length]."""
+        return self._flat[self._begins[number] : self._begins[number] + self.lengths[number]]
 
     def take(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Ids int32 [length] from `start` on, and which of them count."""
@@ -167,6 +179,17 @@ class Mixture:
             found[1, index] = ids[1:] if counted is None else np.where(counted[1:], ids[1:], IGNORE)
         return torch.from_numpy(found)
 
+    def documents(self, stage: int, step: int, part: slice = slice(None)) -> list[list[Piece]]:
+        """What the rows of `batch` are cut from, the label of the last token included."""
+        length = self.stages[stage].seq_len + 1
+        return [
+            [
+                Piece((source, n), self.streams[source].document(n), cut)
+                for n, cut in self.streams[source].pieces(start, length)
+            ]
+            for source, start in self.rows(stage, step)[part]
+        ]
+
     def report(self) -> list[dict[str, Any]]:
         """Per source: what share of the tokens it gives, and how often each of its documents is read."""
         return [
@@ -184,11 +207,13 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HealData:
-    """What a run trains on, and held-out ids and labels [2, S, T] int64 (labels -100 where the loss does not count)."""
+    """What a run trains on, and held-out ids and labels [2, S, T] int64 (labels -100 where the loss does not count), with what each of
+    its rows is cut from."""
 
     mixture: Mixture
     validation: Tensor
     num_documents: int
+    held_out: list[list[Piece]] = field(default_factory=list)
 
 
 def load_data(
@@ -223,10 +248,10 @@ def load_data(
                 raise UserError(f"source '{source.name}' has no text: every document is empty or in an earlier source")
             taken.update(tokens.keys)
             read.append(tokens)
-    validation = _validation(sources, read, seq_len, num_validation)
+    validation, held_out = _validation(sources, read, seq_len, num_validation)
     streams = [_stream(source, tokens, seed) for source, tokens in zip(sources, read, strict=True)]
     mixture = Mixture(streams, stages, seed=seed, allow_repeats=allow_repeats)
-    return HealData(mixture=mixture, validation=validation, num_documents=len(taken))
+    return HealData(mixture=mixture, validation=validation, held_out=held_out, num_documents=len(taken))
 
 
 def _stream(source: Source, tokens: SourceTokens, seed: int) -> Stream:
@@ -238,8 +263,10 @@ def _stream(source: Source, tokens: SourceTokens, seed: int) -> Stream:
     return Stream(source.name, ids, counted=counted, weight=weight, max_epochs=max_epochs, seed=seed)
 
 
-def _validation(sources: list[Source], read: list[SourceTokens], seq_len: int, num_rows: int) -> Tensor:
-    """Held-out rows of all sources [2, S, T]. With too few documents, the last ones of the largest source are held out; a
+def _validation(
+    sources: list[Source], read: list[SourceTokens], seq_len: int, num_rows: int
+) -> tuple[Tensor, list[list[Piece]]]:
+    """Held-out rows of all sources [2, S, T], and their pieces. With too few documents, the last ones of the largest source are held out; a
     source that is all held out trains on the last of them."""
     for tokens in read:
         if not tokens.train:
@@ -247,18 +274,29 @@ def _validation(sources: list[Source], read: list[SourceTokens], seq_len: int, n
     if all(num_tokens(tokens.held_out) < seq_len for tokens in read):
         max(read, key=lambda tokens: (len(tokens.train), num_tokens(tokens.train))).lend(seq_len)
     weights = sum(source.weight for source in sources)
-    parts = []
-    for source, tokens in zip(sources, read, strict=True):
+    parts, pieces = [], list[list[Piece]]()
+    for number, (source, tokens) in enumerate(zip(sources, read, strict=True)):
         rows = max(1, round(num_rows * source.weight / weights))
         ids = pack([document.ids for document in tokens.held_out], seq_len, rows)
         masks = [np.ones(len(d.ids), dtype=bool) if d.counted is None else d.counted for d in tokens.held_out]
         labels = np.full_like(ids, IGNORE)
         labels[:, :-1] = np.where(pack(masks, seq_len, rows)[:, 1:], ids[:, 1:], IGNORE)
         parts.append(np.stack((ids, labels)))
+        ends = np.cumsum([len(document.ids) for document in tokens.held_out])
+        for start in range(0, ids.size, seq_len):
+            first, last = np.searchsorted(ends, (start, start + seq_len - 1), side="right")
+            own = ((n, tokens.held_out[n].ids) for n in range(first, last + 1))
+            pieces.append([_piece((-1 - number, n), ids, start - int(ends[n]), seq_len) for n, ids in own])
     held_out = np.concatenate(parts, axis=1).astype(np.int64)
     if (held_out[1] == IGNORE).all():
         raise UserError(
             f"the data leave {sum(num_tokens(tokens.held_out) for tokens in read)} held-out tokens that count, less than "
             f"one sequence of {seq_len}: give more documents or a smaller `seq_len`"
         )
-    return torch.from_numpy(held_out)
+    return torch.from_numpy(held_out), pieces
+
+
+def _piece(key: tuple[int, int], ids: np.ndarray, start: int, length: int) -> Piece:
+    """start: where the row begins, from the end of this document."""
+    begin = len(ids) + start
+    return Piece(key, ids, slice(max(0, begin), min(len(ids), begin + length)))

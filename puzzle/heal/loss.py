@@ -4,6 +4,8 @@
       + w_cos · mean_{t, pairs} (1 - cos(h_c, h_p))
       + w_lm · mean_t -log softmax(z_c)[next token]
 
+A teacher with another tokenizer is compared at some tokens only (`common.py`); at the others w_kl weighs the LM loss.
+
 Sources: Puzzle (arXiv 2411.19146, section on global knowledge distillation: KL and cosine together, no LM loss, heal best) and
 Llama-Nemotron (arXiv 2505.00949); the factor τ² keeps gradients of one size (Hinton et al., arXiv 1503.02531). Means are
 over the tokens whose label counts, of the whole step. h: the residual stream after a layer, in pairs of child and teacher.
@@ -23,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
+from puzzle.heal.common import Aligned, aligned_losses
 from puzzle.heal.told import Told, told_losses
 from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
 from puzzle.runtime.divergence import widened
@@ -51,6 +54,9 @@ class Shown:
 
     def to(self, device: torch.device) -> Shown:
         return Shown(hidden=[h.to(device) for h in self.hidden], normed=self.normed.to(device))
+
+
+Seen = Shown | Told | Aligned | None
 
 
 class Teacher(nn.Module):
@@ -99,9 +105,10 @@ class Learner(nn.Module):
                 )
 
     def forward(
-        self, ids: Tensor, labels: Tensor, ropes: Ropes, shown: Shown | Told | None, scale: Tensor, weights: Weights
+        self, ids: Tensor, labels: Tensor, ropes: Ropes, shown: Seen, scale: Tensor, weights: Weights
     ) -> Tensor:
-        """Loss, KL, cosine distance and LM loss [4]: sums over the tokens that count, times `scale`. ids, labels [B, T]"""
+        """Loss, KL, cosine distance, LM loss [5]: sums over the tokens that count, times `scale`; and of how many the KL is, likewise. ids,
+        labels [B, T]"""
         counts = labels.flatten() != IGNORE
         x = self.child.embed(ids).to(self.dtype)
         distance = scale.new_zeros(())
@@ -112,30 +119,37 @@ class Learner(nn.Module):
                 distance = distance + (cosine_distance(x, shown.hidden[seen]).flatten() * counts).sum()
                 seen += 1
         distance = distance * scale / max(1, len(self.layers))
-        kl = lm = scale.new_zeros(())
+        kl = lm = elsewhere = scale.new_zeros(())
         if weights.kl or weights.lm:
-            kl, lm = self._head(self.child.final(x).flatten(0, 1), shown, labels.flatten(), counts, scale, weights)
-        total = weights.kl * weights.temperature**2 * kl + weights.cosine * distance + weights.lm * lm
-        return torch.stack((total, *(part.detach() for part in (kl, distance, lm))))
+            normed = self.child.final(x).flatten(0, 1)
+            kl, lm, elsewhere = self._head(normed, shown, labels.flatten(), counts, scale, weights)
+        total = weights.kl * (weights.temperature**2 * kl + elsewhere) + weights.cosine * distance + weights.lm * lm
+        compared = (counts & shown.there if isinstance(shown, Aligned) else counts).sum() * scale
+        return torch.stack((total, *(part.detach() for part in (kl, distance, lm, compared))))
 
     def _head(
         self,
         normed: Tensor,
-        shown: Shown | Told | None,
+        shown: Seen,
         labels: Tensor,
         counts: Tensor,
         scale: Tensor,
         weights: Weights,
-    ) -> tuple[Tensor, Tensor]:
-        head = self.child.head_weight
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """KL, LM loss, and the LM loss of tokens at which a teacher is not compared: sums times `scale`."""
+        head, none = self.child.head_weight, scale.new_zeros(())
+        own = head if self.train_head else head.detach()
         if isinstance(shown, Told):
-            own = head if self.train_head else head.detach()
             found, loss = told_losses(shown, normed, own, labels, weights.temperature, weights.reverse)
-            return (found * counts).sum() * scale, (loss * counts).sum() * scale
+            return (found * counts).sum() * scale, (loss * counts).sum() * scale, none
+        if isinstance(shown, Aligned):
+            found, loss = aligned_losses(shown, normed, own, labels, weights.temperature, weights.reverse)
+            found, loss, elsewhere = (one * counts for one in (found, loss, loss * ~shown.there))
+            return found.sum() * scale, loss.sum() * scale, elsewhere.sum() * scale
         from_teacher = normed.detach() if shown is None else shown.normed
         teacher_head = head.detach() if shown is None or self.teacher_head is None else self.teacher_head
         child_head = None if self.teacher_head is None and not self.train_head else head
-        kl = lm = scale.new_zeros(())
+        kl = lm = none
         if weights.kl:
             found, loss = head_losses(
                 from_teacher, normed, teacher_head, child_head, labels, weights.temperature, weights.reverse
@@ -145,7 +159,7 @@ class Learner(nn.Module):
         if weights.lm and (not weights.kl or weights.temperature != 1):
             _, loss = head_losses(from_teacher, normed, teacher_head, child_head, labels, 1.0)
             lm = (loss * counts).sum() * scale
-        return kl, lm
+        return kl, lm, none
 
 
 class _CosineDistance(torch.autograd.Function):

@@ -18,6 +18,7 @@ from puzzle.data.mixture import Stage
 from puzzle.heal.prepare import Models
 from puzzle.heal.settings import HealOptions
 from puzzle.parents.structure import Structure
+from puzzle.runtime.open import DTYPES, pick_precision
 from puzzle.runtime.residency import LAYERS_THERE, STAGED, Memory, layer_parameters, widest
 
 MASTER_BYTES = 16  # per trained parameter: float32 weight, gradient and two moments
@@ -43,6 +44,22 @@ class HealPlan:
 
 
 def plan_memory(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> HealPlan:
+    """How it fits. Raises UserError where it does not, or not in a way that the options work with."""
+    plan = _planned(options, stages, models, ranks)
+    for name in ("align_tokens", "on_policy"):
+        if getattr(options, name) and plan.tokens is not None:
+            raise UserError(
+                f"`{name}` asks a teacher that is whole in memory, and this one would be read layer by layer: use a smaller teacher, more "
+                "processes or a larger `memory_limit`"
+            )
+    if options.on_policy and plan.sharded:
+        raise UserError(
+            "`on_policy` samples from a child that is whole in every process: pass `parallel` replicas, or leave it out"
+        )
+    return plan
+
+
+def _planned(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> HealPlan:
     """The first that fits: a replica with a whole teacher, shards of both, a replica with a streamed teacher, shards with one; of what
     `parallel` leaves, and the last if none does. A teacher on a device of its own is whole. Raises UserError where not even a
     micro-batch's hidden states can wait."""
@@ -91,10 +108,11 @@ def heal_bytes(
     options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, *, streamed: bool, sharded: bool
 ) -> int:
     """MASTER_BYTES · P + bytes of layers that stay + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers ·
-    saved + 3 · V) · bytes of an element; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not
-    learn are whole.
+    saved + 3 · V) · bytes of an element, and what sampling takes; of what is sharded this rank's part, but at first all of it, as it is
+    read. Ends that do not learn are whole.
 
-    saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed), H of the teacher's state.
+    saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed, and those of the block in hand), H of the
+    teacher's state. No kernel keeps scores [T, T] or logits [R, V], so that this is linear in the length of a sequence.
     """
     child, size = models.child.structure, models.dtype.itemsize
     blocks = child.num_parameters - (0 if options.train_embeddings else _ends(child))
@@ -107,10 +125,28 @@ def heal_bytes(
         taught = _ends(structure) + (inside if streamed else inside // split)
         read += (_ends(structure) + inside) * size
     hidden, rows = child.hidden_size, micro_batch(options, stages, ranks)
-    saved = 2 * hidden if options.recompute else 8 * hidden + 4 * max(map(widest, child.layers))
-    per_token = child.num_layers * (saved + hidden) * size
+    block = 8 * hidden + 4 * max(map(widest, child.layers))
+    kept, again = (2 * hidden, block) if options.recompute else (block, 0)
+    per_token = (child.num_layers * (kept + hidden) + again) * size
     logits = 6 * min(rows * child.vocab_size, 2**24) * 4
-    return max(read, MASTER_BYTES * trained // split + frozen + taught * size + rows * per_token + logits)
+    working, sampling = rows * per_token + logits, sampling_bytes(options, stages, models, ranks)
+    together = ranks.device.type == "cuda"  # a CUDA graph keeps what it works with
+    working = working + sampling if together else max(working, sampling)
+    return max(read, MASTER_BYTES * trained // split + frozen + taught * size + working)
+
+
+def sampling_bytes(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> int:
+    """Caches and random numbers of a micro-batch, logits, and on a GPU the child in bf16; 0 where the child writes nothing."""
+    if not options.on_policy:
+        return 0
+    child, precision = models.child.structure, pick_precision(ranks.device)
+    copy = child.num_parameters * DTYPES[precision].itemsize if ranks.device.type == "cuda" else 0
+
+    def of(stage: Stage) -> int:
+        cache = sum(block.state().num_bytes(stage.seq_len, precision, 64) for _, _, block in child)
+        return stage.batch_size // options.accumulate // ranks.world * (cache + 16 * child.vocab_size)
+
+    return copy + max(map(of, stages))
 
 
 def _ends(structure: Structure) -> int:

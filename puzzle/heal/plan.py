@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import repeat
+from itertools import count, repeat
 from typing import Any
 
+import numpy as np
 import torch
 
 from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import bytes_text
 from puzzle.data.mixture import Stage
+from puzzle.heal.aligned import Lessons
+from puzzle.heal.loss import Seen
 from puzzle.heal.memory import micro_batch, plan_memory
+from puzzle.heal.own import continued, own_steps
 from puzzle.heal.prepare import Models, build_teacher, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.stored import bytes_per_token
@@ -45,10 +50,16 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
             options = replace(options, cuda_graph=False)
             models = replace(models, teacher=None, pairs=[])
         plan = plan_memory(options, stages, models, ranks)
-        trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens)
+        aligned = None
+        if options.align_tokens and models.teacher is not None:
+            aligned = Lessons(models.child, models.teacher)
+        trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens, tutor=aligned)
         top_k = None if options.teacher_logits is None else options.top_k
         times = (_seconds_per_step(trainer, n, stage, top_k) * stage.num_steps for n, stage in enumerate(stages))
-        seconds = teaching + sum(times)
+        sampling = (
+            [_seconds_to_sample(trainer, options, n, stages) for n in range(len(stages))] if options.on_policy else []
+        )
+        seconds = teaching + sum(times) + sum(sampling)
         trained = trainer.num_trained
         device = ranks.device
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else plan.device_bytes
@@ -72,6 +83,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
                 "host_memory_bytes": plan.host_bytes,
                 "teacher_logits_bytes": kept,
                 "teacher_seconds": round(teaching, 3),
+                "sampling_seconds": round(sum(sampling), 3),
                 "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained + exported + kept,
             },
         }
@@ -101,6 +113,25 @@ def _seconds_to_teach(options: HealOptions, stages: list[Stage], models: Models,
     return (time.perf_counter() - begin) / ids.numel()
 
 
+def _seconds_to_sample(trainer: Trainer, options: HealOptions, number: int, stages: list[Stage]) -> float:
+    """Of all steps of a stage on the child's own text, by two lengths after half a row, which is the mean prompt."""
+    child, stage, before = trainer.learner.child, stages[number], sum(s.num_steps for s in stages[:number])
+    own = own_steps(before + stage.num_steps, options.on_policy) - own_steps(before, options.on_policy)
+    rows, half = stage.batch_size // trainer.ranks.world, max(1, stage.seq_len // 2)
+    ids = torch.zeros(rows, stage.seq_len, dtype=torch.long)
+    few, more = (min(stage.seq_len - half, tokens) for tokens in (2, 18))
+
+    def seconds(tokens: int) -> float:
+        begin = time.perf_counter()
+        continued(child, ids[:, : half + tokens], half, [0] * rows, len(child.head_weight), trainer.accumulate).tolist()
+        return time.perf_counter() - begin
+
+    seconds(few)
+    short, longer = seconds(few), seconds(more)
+    each = max(0.0, longer - short) / max(1, more - few)
+    return own * (short + each * (stage.seq_len - half - few))
+
+
 def _seconds_per_step(trainer: Trainer, number: int, stage: Stage, top_k: int | None) -> float:
     """top_k: words of a stored teacher. The mean of TIMED_STEPS steps of one stage on random ids, after warm-up, and with a pass of their own of a streamed teacher,
     which in truth serves more. The weights move: nothing keeps them."""
@@ -109,19 +140,23 @@ def _seconds_per_step(trainer: Trainer, number: int, stage: Stage, top_k: int | 
     rows = stage.batch_size // trainer.ranks.world
     batch = torch.randint(vocab, (2, rows, stage.seq_len), generator=generator)
     warm_ups = WARM_UP_STEPS if trainer.device.type == "cuda" else 1
-    lessons = None
+    lessons: Iterator[Seen] | None = None
     if top_k is not None:
         each = rows // trainer.accumulate * stage.seq_len
         logs = torch.full((each, top_k + 1), -math.log(top_k + 1), device=trainer.device)
         told = Told(words=torch.arange(top_k, device=trainer.device).repeat(each, 1), logs=logs[:, 1:], rest=logs[:, 0])
         lessons = repeat(told)
+    if isinstance(trainer.tutor, Lessons):
+        tutor, length = trainer.tutor, min(stage.seq_len, trainer.tutor.longest)
+        row = batch[0, 0, :length].numpy() % len(tutor.head), np.arange(stage.seq_len).clip(max=length - 1)
+        lessons = (tutor.show([row] * (rows // trainer.accumulate)) for _ in count())
     trainer.begin_stage(stage.seq_len, repeat(batch, warm_ups), lessons)
 
-    def mean_seconds(count: int) -> float:
+    def mean_seconds(steps: int) -> float:
         begin = time.perf_counter()
-        metrics = [trainer.step(batch, 0) for _ in range(count)]
+        metrics = [trainer.step(batch, 0) for _ in range(steps)]
         metrics[-1].tolist()  # waits for the device
-        return (time.perf_counter() - begin) / count
+        return (time.perf_counter() - begin) / steps
 
     mean_seconds(warm_ups)
     if trainer.streamed is not None:

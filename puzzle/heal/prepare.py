@@ -13,7 +13,9 @@ from puzzle.base.ranks import Ranks
 from puzzle.blocklib.plain.part import learning
 from puzzle.data.mixture import Stage
 from puzzle.data.tokenizer import same_tokenizer
+from puzzle.heal.aligned import Lessons
 from puzzle.heal.loss import Learner, Teacher, Weights
+from puzzle.heal.own import check_sampling
 from puzzle.heal.parallel import shard
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.stored import Stored
@@ -61,9 +63,17 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
                 f"{stage.batch_size} sequences of {stage.seq_len} tokens a step cannot be split into {parts} parts "
                 f"(`accumulate` {options.accumulate}, {ranks.world} processes): choose another `batch_size`"
             )
+        if teacher is not None and stage.seq_len > teacher.structure.max_length and not options.align_tokens:
+            raise UserError(
+                f"sequences of {stage.seq_len} tokens: `teacher` {options.teacher} is made for at most {teacher.structure.max_length}; use a "
+                "smaller `seq_len`, or learn from long text alone with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"
+            )
     pairs: list[tuple[int, int]] = []
+    if options.on_policy:
+        check_sampling(child.structure, stages)
     if teacher is not None:
-        _same_tokenizer(options, child, teacher)
+        if not options.align_tokens:
+            _same_tokenizer(options, child, teacher)
         try:
             pairs = matching_layers(child, teacher)
         except UserError:
@@ -90,7 +100,8 @@ def _same_tokenizer(options: HealOptions, child: HfModel, teacher: HfModel) -> N
     if not same_tokenizer(child.directory, teacher.directory):
         raise UserError(
             f"`teacher` {options.teacher} has another tokenizer than {options.child}: logits of different words cannot be "
-            "compared; let it write completions and learn from those with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"
+            "compared; pass `align_tokens` with `cosine_weight` 0, or let it write completions and learn from those with `lm_weight` 1 "
+            "`kl_weight` 0 `cosine_weight` 0"
         )
 
 
@@ -133,10 +144,11 @@ def build_trainer(
     *,
     sharded: bool = False,
     ahead: int | None = None,
-    stored: Stored | None = None,
+    tutor: Stored | Lessons | None = None,
 ) -> Trainer:
     """Both models in memory, and a trainer around them. sharded: split over the ranks, else in each of them. ahead: tokens that a
-    streamed teacher, which every rank reads, looks at in one pass; None: it is whole. stored: what is there in place of a teacher."""
+    streamed teacher, which every rank reads, looks at in one pass; None: it is whole. tutor: what teaches by step, with
+    the teacher or in place of one."""
     device = ranks.device
     child = load_model(models.child, device=device, dtype=torch.float32)
     learning(child).train()
@@ -159,6 +171,9 @@ def build_trainer(
         if teacher is not None and ahead is None:
             shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
         shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
+    if isinstance(tutor, Lessons) and teacher is not None:
+        tutor.taught_by(teacher, device)
+        teacher = None
     weights = Weights(
         kl=options.kl_weight,
         cosine=options.cosine_weight,
@@ -175,7 +190,7 @@ def build_trainer(
         accumulate=options.accumulate,
         cuda_graph=options.cuda_graph,
         sharded=sharded,
-        stored=stored,
+        tutor=tutor,
         old=old,
         old_lr=options.old_lr,
     )

@@ -26,14 +26,16 @@ from puzzle.base.units import seconds_text
 from puzzle.data.blend import read_blend
 from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
+from puzzle.heal.aligned import Lessons
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
+from puzzle.heal.loss import Seen
 from puzzle.heal.memory import plan_memory
+from puzzle.heal.own import is_own, own_batch
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.stored import Stored
 from puzzle.heal.teach import claim, write_missing
-from puzzle.heal.told import Told
 from puzzle.heal.train import METRICS, Trainer
 from puzzle.heal.write import write_healed
 
@@ -45,8 +47,20 @@ def read_data(options: HealOptions, stages: list[Stage], models: Models) -> Heal
     if options.blend is None and not options.data:
         raise UserError("no data: pass `data` with a directory, a glob or a file, or `blend` with a YAML file")
     plain = Source(name="--data", paths=tuple(options.data), text_field=options.text_field)
+    sources = [plain] if options.blend is None else read_blend(options.blend)
+    for source in sources:
+        if options.align_tokens and source.messages is not None:
+            raise UserError(
+                f"`align_tokens`: source '{source.name}' has chats, which each model reads through a template of its own; let the teacher "
+                "write the answers, and learn from those with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"
+            )
+        if options.on_policy and source.loss == "assistant":
+            raise UserError(
+                f"`on_policy` goes on from any place of a row, and of source '{source.name}' the assistant's tokens alone count: use "
+                "`loss: all`, or leave `on_policy` out"
+            )
     return load_data(
-        [plain] if options.blend is None else read_blend(options.blend),
+        sources,
         models.child.directory,
         stages,
         num_validation=options.validation_sequences,
@@ -83,6 +97,9 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     stored = None
     if options.teacher_logits is not None:
         stored = claim(options, stages, models, data, ranks)
+    aligned = None
+    if options.align_tokens and models.teacher is not None:
+        aligned = Lessons(models.child, models.teacher, data)
     told = None if stored is None else stored.facts["teacher"]
     facts = {
         "child": models.child.checkpoint.fingerprint(),
@@ -109,7 +126,8 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     if plan.tokens is not None:
         taught = plan.taught(stages[0].tokens_per_step // ranks.world)
         console.print(f"the teacher {taught}", markup=False, soft_wrap=True)
-    trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens, stored=stored)
+    tutor = aligned if stored is None else stored
+    trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens, tutor=tutor)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
     run.train()
     record = ranks.from_first(lambda: run.record(facts, models))
@@ -128,6 +146,7 @@ class Run:
         self.trainer, self.ranks, self.work, self.log = trainer, trainer.ranks, work, log
         self.num_steps = sum(stage.num_steps for stage in stages)
         self._pending: list[Tensor] = []  # metrics of the last steps, still on the device
+        self._sampled: dict[int, dict[str, float]] = {}  # what is logged of steps on the child's own text
         self._tokens = 0  # trained on, as far as the log goes
         self._flushed = time.monotonic()
 
@@ -149,8 +168,8 @@ class Run:
                 stage, _, inner = self._place(step)
                 if step == start or inner == 0:
                     coming = range(step, step - inner + stage.num_steps)
-                    self.trainer.begin_stage(stage.seq_len, map(self._batch, coming), self._stored(step))
-                self._pending.append(self.trainer.step(self._batch(step), step))
+                    self.trainer.begin_stage(stage.seq_len, map(self._batch, coming), self._lessons(step))
+                self._pending.append(self.trainer.step(self._own(step), step))
                 self._after(step + 1, bar)
 
     def _batch(self, step: int) -> Tensor:
@@ -163,10 +182,21 @@ class Run:
         share = stage.batch_size // self.ranks.world
         return slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
 
-    def _stored(self, step: int) -> Iterator[Told] | None:
-        """What a teacher has written of this rank's micro-batches, from `step` to the end of its stage."""
+    def _own(self, step: int) -> Tensor:
+        """`_batch`, where this is a step on the child's own text with what it has written."""
+        if not is_own(step, self.options.on_policy):
+            return self._batch(step)
+        stage, child, teacher = self._place(step)[0], self.trainer.learner.child, self.trainer.teacher
+        assert teacher is not None
+        words = min(len(child.head_weight), len(teacher.model.head_weight))
+        first, parts = self._rows(stage).start, self.options.accumulate
+        batch, self._sampled[step] = own_batch(child, self._batch(step), first, step, self.options.seed, words, parts)
+        return batch
+
+    def _lessons(self, step: int) -> Iterator[Seen] | None:
+        """What a tutor shows of this rank's micro-batches, from `step` to the end of its stage."""
         stage, number, inner = self._place(step)
-        kept, steps = self.trainer.stored, range(inner, stage.num_steps)
+        kept, steps = self.trainer.tutor, range(inner, stage.num_steps)
         return None if kept is None else kept.lessons(number, steps, self._rows(stage), self.options.accumulate)
 
     def _place(self, step: int) -> tuple[Stage, int, int]:
@@ -204,6 +234,7 @@ class Run:
         lines = []
         for step, count, metrics in zip(steps, counts, found, strict=True):
             self._tokens += count
+            metrics["kl"] /= metrics["compared"] or 1.0
             shown = {
                 k: metrics[k] if used.get(k, 1) and math.isfinite(metrics[k]) else None
                 for k in ("loss", "kl", "cosine", "lm", "grad_norm")
@@ -216,6 +247,8 @@ class Run:
                     "lr": self.trainer.recipe.lr_at(step),
                     "skipped": int(metrics["skipped"]),
                     "tokens_per_second": round(rate, 1),
+                    **self._sampled.pop(step, {}),
+                    **({"compared": round(metrics["compared"], 6)} if self.options.align_tokens else {}),
                 }
             )
         self.log.write(lines)
@@ -262,7 +295,7 @@ class Run:
             "torch": torch.__version__,
             "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
             "processes": self.ranks.world,
-            "teacher": _name_of(self.trainer.stored, models),
+            "teacher": _name_of(self.trainer.tutor, models),
             "num_steps": self.num_steps,
             "num_tokens": self._tokens,
             "skipped_steps": steps[-1]["skipped"],
@@ -272,7 +305,14 @@ class Run:
             "before": held_out[0]["held_out"],
             "after": held_out[-1]["held_out"],
             **{name: held_out[-1][name] for name in ("expert_load",) if name in held_out[-1]},
+            **self._ways(steps),
         }
+
+    def _ways(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of tokens that were compared with another tokenizer's, and of steps on the child's own text."""
+        own = [line["sampling_seconds"] for line in steps if "sampling_seconds" in line]
+        found = {"on_policy": {"num_steps": len(own), "sampling_seconds": round(sum(own), 3)}} if own else {}
+        return found | ({"aligned": self.trainer.tutor.facts} if isinstance(self.trainer.tutor, Lessons) else {})
 
 
 @contextlib.contextmanager
@@ -291,12 +331,13 @@ def watching(blocks: Iterable[Any]) -> Iterator[dict[str, list[float]]]:
 
 def _divergences(top_k: int | None) -> tuple[tuple[str, str], ...]:
     """Name and words of what an evaluation may hold."""
-    return ("kl", "KL"), ("kl_top", f"KL over the top {top_k} words and the rest")
+    aligned = ("kl_aligned", "KL where the tokenizers meet")
+    return ("kl", "KL"), ("kl_top", f"KL over the top {top_k} words and the rest"), aligned
 
 
-def _name_of(stored: Stored | None, models: Models) -> str | None:
-    if stored is not None:
-        return str(stored.facts["name"])
+def _name_of(tutor: Stored | Lessons | None, models: Models) -> str | None:
+    if isinstance(tutor, Stored):
+        return str(tutor.facts["name"])
     return None if models.teacher is None else models.teacher.directory.absolute().name
 
 
@@ -306,6 +347,12 @@ def summary(record: dict[str, Any]) -> str:
     text = f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}"
     for name, what in _divergences(record["run"].get("top_k")):
         if name in after:
-            text += f" (teacher {after['teacher_loss']:.4f}), {what} {before[name]:.4f} -> {after[name]:.4f}"
+            if "teacher_loss" in after:
+                text += f" (teacher {after['teacher_loss']:.4f})"
+            text += f", {what} {before[name]:.4f} -> {after[name]:.4f}"
     sources = ", ".join(f"{s['source']} {s['epochs']:.2f} epochs" for s in record["sources"])
+    if "on_policy" in record:
+        text += " ({num_steps} steps on its own text, {sampling_seconds:.0f} s of sampling)".format(
+            **record["on_policy"]
+        )
     return f"{text} after {record['num_tokens']:,} tokens in {seconds_text(record['seconds'])}; {sources}"

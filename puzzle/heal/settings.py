@@ -23,9 +23,11 @@ class HealOptions:
     accumulate: micro-batches of a step. tokens: to train on, rounded up to whole steps; `stages` ("8k:100M,64k:20M")
     replaces seq_len and tokens. max_skipped: steps in a row with a non-finite gradient that end the run.
     memory_limit: of the device, beyond which the teacher is streamed. teacher_logits: a directory for what the teacher says of every
-    token, its top_k words, from which the child then learns without it; reverse_kl: the share of KL(child‖teacher). parallel: of several processes, "replicas" of the child in each,
-    "shards" of it, or "auto": replicas where they fit. old_lr: of what a grown child had before, as a share of lr; 0: it stays to the bit.
-    save_every, eval_every: in steps; 0: only at the end (and, for evaluation, at the start)."""
+    token, its top_k words, from which the child then learns without it; reverse_kl: the share of KL(child‖teacher). align_tokens: the
+    teacher has another tokenizer, and is compared where both come to the same token; on_policy: the share of steps on what the child itself
+    writes. parallel: of several processes, "replicas" of the child in each, "shards" of it, or "auto": replicas where they fit. old_lr: of what a
+    grown child had before, as a share of lr; 0: it stays to the bit. save_every, eval_every: in steps; 0: only at the end (and, for
+    evaluation, at the start)."""
 
     child: str
     out: Path
@@ -39,6 +41,8 @@ class HealOptions:
     lm_weight: float = 0.0
     temperature: float = 1.0
     reverse_kl: float = 0.0
+    align_tokens: bool = False
+    on_policy: float = 0.0
     teacher_logits: Path | None = None
     top_k: int = 32
     tokens: int = 10_000_000
@@ -92,6 +96,7 @@ class HealOptions:
             "warm_up": "the share of all steps",
             "reverse_kl": "the share of KL(child‖teacher)",
             "old_lr": "of what a grown child had before, as a share of `lr`",
+            "on_policy": "the share of steps on the child's own text",
         }
         for name, what in shares.items():
             if not 0 <= getattr(self, name) <= 1:
@@ -103,6 +108,25 @@ class HealOptions:
         if self.teacher_logits is not None and (self.cosine_weight > 0 or self.kl_weight == 0):
             raise UserError(
                 "`teacher_logits` holds no hidden states to compare: pass `cosine_weight` 0, `kl_weight` above 0"
+            )
+        if self.align_tokens and self.cosine_weight > 0:
+            raise UserError(
+                "`align_tokens` compares words, and hidden states are of other tokens: pass `cosine_weight` 0"
+            )
+        for name, weight in {"align_tokens": self.kl_weight, "on_policy": self.kl_weight + self.cosine_weight}.items():
+            if getattr(self, name) and not weight:
+                raise UserError(f"`{name}` compares with a teacher: set `kl_weight` above 0, or leave it out")
+            if getattr(self, name) and self.teacher_logits is not None:
+                raise UserError(
+                    f"`{name}` asks the teacher while the child learns, `teacher_logits` before: leave one out"
+                )
+        if self.on_policy and self.align_tokens:
+            raise UserError(
+                "`on_policy` with `align_tokens`: a child's own text is no document to read anew; leave one out"
+            )
+        if self.on_policy and self.lm_weight > 0:
+            raise UserError(
+                "`on_policy` with `lm_weight`: the child would take its own words for right; pass `lm_weight` 0"
             )
         if self.needs_teacher and self.teacher is None and self.teacher_logits is None:
             raise UserError(
@@ -149,6 +173,7 @@ class HealOptions:
         kept = {name: getattr(self, name) for name in (*losses, *steps)}
         kept |= {"reverse_kl": self.reverse_kl} if self.reverse_kl else {}
         kept |= {"old_lr": self.old_lr} if self.old_lr != 1 else {}
+        kept |= {name: value for name in ("align_tokens", "on_policy") if (value := getattr(self, name))}
         kept |= {"top_k": self.top_k} if self.teacher_logits is not None else {}
         return {**kept, "dtype": dtype, "stages": [asdict(stage) for stage in stages]}
 

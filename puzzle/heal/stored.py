@@ -44,7 +44,7 @@ class Shard:
 
 
 class Stored:
-    """A directory of stored logits, which `claim` has found to be of this run. facts: teacher.json's."""
+    """What a teacher has written, by step: a directory of stored logits, which `claim` has found to be of this run. facts: teacher.json's."""
 
     def __init__(self, directory: Path, stages: list[Stage], facts: dict[str, Any], device: torch.device):
         self.directory, self.stages, self.facts, self.device = directory, stages, facts, device
@@ -89,9 +89,9 @@ class Stored:
         with safe_open(self.directory / HELD_OUT, framework="pt") as handle:
             return self._read(handle, rows.start * seq_len, rows.stop * seq_len)
 
-    @property
-    def teacher_loss(self) -> float:
-        return float(read_header(self.directory / HELD_OUT)["__metadata__"]["loss"])
+    def told(self, kl: float) -> dict[str, float]:
+        """For an evaluation, from the mean over held-out tokens."""
+        return {"kl_top": kl, "teacher_loss": float(read_header(self.directory / HELD_OUT)["__metadata__"]["loss"])}
 
     def _read(self, handle: Any, begin: int, end: int) -> Told:
         """Made to sum to 1, which rounding to float16 has moved."""

@@ -21,18 +21,18 @@ from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
-from puzzle.heal.loss import Learner, Shown, Teacher, Weights, head_losses
+from puzzle.heal.aligned import Lessons
+from puzzle.heal.loss import Learner, Seen, Shown, Teacher, Weights, head_losses
 from puzzle.heal.parallel import like_sharded, local
 from puzzle.heal.stored import Stored
 from puzzle.heal.teacher import StreamedTeacher
-from puzzle.heal.told import Told
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-METRICS = ("loss", "kl", "cosine", "lm", "grad_norm", "skipped", "skipped_in_a_row")
+METRICS = ("loss", "kl", "cosine", "lm", "compared", "grad_norm", "skipped", "skipped_in_a_row")
 
 
 class Trainer:
-    """Steps of one learner. Metrics and learning rate are tensors on the device."""
+    """Steps of one learner. Metrics and learning rate are tensors on the device. tutor: what teaches by step in place of `teacher`."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Trainer:
         accumulate: int,
         cuda_graph: bool,
         sharded: bool = False,
-        stored: Stored | None = None,
+        tutor: Stored | Lessons | None = None,
         old: Collection[str] = (),
         old_lr: float = 1.0,
     ):
@@ -76,13 +76,13 @@ class Trainer:
             self.optimizer.state[part] = {"step": torch.zeros((), device=self.device), **state}
         self._skipped = torch.zeros(2, device=self.device)  # in all, and in a row
         self._scale = torch.ones((), device=self.device)  # one over the tokens of the step that count
-        self.stored, self.streamed = stored, teacher if isinstance(teacher, StreamedTeacher) else None
+        self.tutor, self.streamed = tutor, teacher if isinstance(teacher, StreamedTeacher) else None
         own_gpu = self.device.type == "cuda" and not sharded and self.teacher_device == self.device
-        self._graphed = cuda_graph and own_gpu and self.streamed is None and stored is None
+        self._graphed = cuda_graph and own_gpu and self.streamed is None and tutor is None
         self.sharded, self.replicated = sharded, ranks.world > 1 and not sharded
         if self.replicated:  # gradients of all weights, and the sums of the metrics: they stay where they are
-            self._sums = torch.zeros(sum(p.numel() for p in self.model) + 4, device=self.device)
-            *views, self._total = self._sums.split([*(p.numel() for p in self.model), 4])
+            self._sums = torch.zeros(sum(p.numel() for p in self.model) + 5, device=self.device)
+            *views, self._total = self._sums.split([*(p.numel() for p in self.model), 5])
             for parameter, view in zip(self.model, views, strict=True):
                 parameter.grad = view.view_as(parameter)
 
@@ -91,11 +91,9 @@ class Trainer:
         """Parameters that learn, over all ranks."""
         return sum(p.numel() for p in self.parts) * (self.ranks.world if self.sharded else 1)
 
-    def begin_stage(
-        self, seq_len: int, coming: Iterable[Tensor] = (), lessons: Iterator[Shown | Told] | None = None
-    ) -> None:
+    def begin_stage(self, seq_len: int, coming: Iterable[Tensor] = (), lessons: Iterator[Seen] | None = None) -> None:
         """Sequences have this length from now on, to be called before the first step too. coming: the batches of all its steps from
-        here on, at which a streamed teacher looks ahead; lessons: what is stored of them, by micro-batch."""
+        here on, at which a streamed teacher looks ahead; lessons: what a tutor shows of them, by micro-batch."""
         self._ropes = self._ropes_of(seq_len)  # made here: a CUDA graph cannot copy them from the host
         ids = (ids for batch in coming for ids in batch[0].chunk(self.accumulate))
         self._lessons = self._ahead(ids, self._ropes, self.weights) if lessons is None else lessons
@@ -140,10 +138,10 @@ class Trainer:
         self._scale.copy_(1 / self.ranks.sum((batch[1] != IGNORE).sum().float()).clamp(min=1))
 
     def _backward(self, batch: Tensor) -> Tensor:
-        """Gradients of this rank's rows. Returns their sums of loss, KL, cosine distance and LM loss [4]."""
+        """Gradients of this rank's rows. Returns their sums of loss, KL, cosine distance and LM loss, and of how many tokens the KL is [5]."""
         if self.replicated:
             self._sums.zero_()
-        total = self._total if self.replicated else torch.zeros(4, device=self.device)
+        total = self._total if self.replicated else torch.zeros(5, device=self.device)
         for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
             with self._autocast():
                 found, _ = self._compared(ids, labels, self._ropes, self._scale, self.weights, self._lessons)
@@ -170,7 +168,7 @@ class Trainer:
 
     def _ahead(
         self, ids: Iterable[Tensor], ropes: tuple[Ropes, Ropes | None], weights: Weights
-    ) -> Iterator[Shown | Told] | None:
+    ) -> Iterator[Seen] | None:
         """What a streamed teacher shows of these micro-batches; None where it is whole."""
         if self.streamed is None or ropes[1] is None:
             return None
@@ -183,10 +181,10 @@ class Trainer:
         ropes: tuple[Ropes, Ropes | None],
         scale: Tensor,
         weights: Weights,
-        lessons: Iterator[Shown | Told] | None,
-    ) -> tuple[Tensor, Shown | Told | None]:
+        lessons: Iterator[Seen] | None,
+    ) -> tuple[Tensor, Seen]:
         """What the learner returns, and what the teacher showed it: the next of `lessons`, or now."""
-        shown: Shown | Told | None = None
+        shown: Seen = None
         if lessons is not None:
             shown = next(lessons)
         elif self.teacher is not None:
@@ -202,14 +200,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, rows: Tensor, batch_size: int) -> dict[str, float]:
         """Means over the held-out ids and labels [2, S, T] that count, in nats per token: the child's LM loss and, with a
-        teacher, KL at temperature 1 (of a stored one `kl_top`, over the words that it keeps and the rest), cosine distance and the
-        teacher's own LM loss. batch_size: rows of a rank at once."""
+        teacher, KL at temperature 1 (by a tutor: `kl_top`, over the words that are stored and the rest, or `kl_aligned`, of the tokens at
+        which it is compared), cosine distance and the teacher's own LM loss. batch_size: rows of a rank at once."""
         ropes = self._ropes_of(rows.shape[2])
         with_teacher = self.teacher is not None
         with_states = with_teacher and bool(self.learner.layers)
-        weights = Weights(kl=float(with_teacher or self.stored is not None), cosine=float(with_states), lm=1.0)
+        weights = Weights(kl=float(with_teacher or self.tutor is not None), cosine=float(with_states), lm=1.0)
         one = torch.ones((), device=self.device)
-        sums = torch.zeros(6, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(7, dtype=torch.float64, device=self.device)
 
         def places() -> Iterator[slice]:
             for start in range(0, rows.shape[1], batch_size * self.ranks.world):
@@ -224,8 +222,8 @@ class Trainer:
                 yield mine
 
         lessons = self._ahead((ids for ids, _ in batches()), ropes, weights)
-        if self.stored is not None:
-            kept = self.stored
+        if self.tutor is not None:
+            kept = self.tutor
             lessons = (kept.held_out(p if p.stop > p.start else slice(0, 1), rows.shape[2]) for p in places())
         for ids, labels in batches():
             with self._autocast():
@@ -237,12 +235,12 @@ class Trainer:
                     own = (loss * (labels.flatten() != IGNORE)).sum()
             sums += torch.cat((found, own[None], (labels != IGNORE).sum()[None])).double()
 
-        _, kl, cosine, loss, own, count = self.ranks.sum(sums).tolist()
+        _, kl, cosine, loss, compared, own, count = self.ranks.sum(sums).tolist()
         result = {"loss": loss / count}
         if with_teacher:
             result |= {"kl": kl / count, "teacher_loss": own / count}
-        if self.stored is not None:
-            result |= {"kl_top": kl / count, "teacher_loss": self.stored.teacher_loss}
+        if self.tutor is not None:
+            result |= self.tutor.told(kl / compared)
         return result | ({"cosine": cosine / count} if with_states else {})
 
     def state(self) -> dict[str, Tensor]:

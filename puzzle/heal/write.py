@@ -81,6 +81,9 @@ def healing(record: dict[str, Any]) -> str:
     if "kl_top" in after:
         told = f"KL over the teacher's top {run['top_k']} words and the rest, nats/token"
         rows.append((told, before["kl_top"], after["kl_top"], 0.0))
+    if "kl_aligned" in after:
+        where = f"KL at the {record['aligned']['tokens']:.1%} of tokens where the teacher's tokenizer comes to the same, nats"
+        rows.append((where, before["kl_aligned"], after["kl_aligned"], 0.0))
     if "cosine" in after:
         rows.append(("cosine distance of hidden states", before["cosine"], after["cosine"], 0.0))
     lines = "\n".join(

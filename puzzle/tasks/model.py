@@ -302,6 +302,8 @@ class Model:
         end = next((n for n, token in enumerate(tokens) if token in self.ends), None)
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         done = end is not None or len(tokens) == one.new
+        if one.request.thinking is None:
+            return ("" if end is None else text), done
         if one.request.thinking or text.lstrip().startswith("<think>"):
             _, thought, answer = text.rpartition("</think>")
             if not thought:

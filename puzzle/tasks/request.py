@@ -19,7 +19,8 @@ START = b'{"key": '
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """continuation: whose log-likelihood after `context` is asked for; None: a text of up to max_tokens tokens, up to one of
-    `until`, is. temperature 0 is greedy; sample: which of several; thinking: what stands before </think> is no answer."""
+    `until`, is. temperature 0 is greedy; sample: which of several; thinking: what stands before </think> is no
+    answer; None: it belongs to the answer, which is empty where it came to no end."""
 
     context: Text
     continuation: Text | None = None
@@ -27,7 +28,7 @@ class Request:
     max_tokens: int = 0
     temperature: float = 0.0
     sample: int = 0
-    thinking: bool = False
+    thinking: bool | None = False
 
     def key(self, model: str) -> str:
         """Of this request to a model of this hash."""

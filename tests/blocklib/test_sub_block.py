@@ -58,7 +58,7 @@ def sub_blocks(draw) -> SubBlock:
         values["router"] = "sigmoid" if values["num_groups"] > 1 else values["router"]
         values["num_experts"] = 4 * values["num_experts_per_tok"] * draw(st.integers(1, 9)) + 4
         if values["bias"] or values["activation"] == "swiglu_oai":
-            values["shared_intermediate_size"] = None
+            values["shared_intermediate_size"] = values["latent_size"] = None
         values["shared_gate"] = values["shared_gate"] and values["shared_intermediate_size"] is not None
     if cls is GatedDelta:
         values["num_value_heads"] = values["num_key_heads"] * draw(st.integers(1, 9))

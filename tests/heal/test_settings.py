@@ -37,3 +37,13 @@ def test_bad_options_get_one_line(puzzle, one_line_error, child, parent, small, 
     done = puzzle("heal", child, "--teacher", parent, *small, *extra, "--out", tmp_path / "out")
     one_line_error(done, *wanted)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_was_made_for_shorter_text(puzzle, one_line_error, make_parent, corpus, child, small, tmp_path):
+    """Is refused, as a child is; with another tokenizer it teaches as far as it reads."""
+    teacher = make_parent(tmp_path / "teacher", corpus, max_position_embeddings=16)
+    command = ("heal", child, "--teacher", teacher, *small, "--cosine-weight", 0, "--out", tmp_path / "out")
+    one_line_error(puzzle(*command), "32 tokens: --teacher", "made for at most 16", "smaller --seq-len")
+    done = puzzle(*command, "--align-tokens")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "compared at 50" in done.stderr or "compared at 51" in done.stderr

@@ -266,17 +266,75 @@ def test_answers_do_not_depend_on_their_neighbours(mixed):
     assert [len(texts) for texts in child.answers(chats, 4, 3)] == [3] * 4
 
 
+def test_a_teacher_writes_and_a_child_learns(mixed, tmp_path, puzzle):
+    """Whole answers alone, with the thought; wrong ones are dropped; stopped and gone on with; heal reads what was written."""
+    rows = [{"question": f"{a} + 1?"} for a in range(12)]
+    prompts, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "chats.jsonl"
+    options = (
+        mixed,
+        prompts,
+        "--out",
+        out,
+        "--max-new-tokens",
+        24,
+        "--samples",
+        3,
+        "--temperature",
+        3,
+        "--device",
+        "cpu",
+    )
+    done = run("generate", *options)
+    written = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
+    assert f"{len(written)} of 36 answers to 12 prompts kept, {36 - len(written)} without an end" in done.output
+    assert 0 < len(written) < 36
+    assert all([m["role"] for m in one] == ["user", "assistant"] for one in written)
+    whole, answers = out.read_text(), out.with_suffix(".answers.jsonl")
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:16]) + '{"key": "cut')
+    out.unlink()
+    run("generate", *options)
+    assert out.read_text() == whole
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "import os", "answer": "none"}, {"text": "def main("}])
+    done = run("generate", mixed, texts, "--out", tmp_path / "said.jsonl", "--max-new-tokens", 4, "--device", "cpu")
+    assert "1 of 2 answers to 2 prompts kept, 1 wrong" in done.output
+    assert json.loads((tmp_path / "said.jsonl").read_text())["text"].startswith("def main(")
+    blend = tmp_path / "blend.yaml"
+    blend.write_text("sources: [{path: chats.jsonl, messages: messages, loss: assistant}]")
+    learn = (
+        "--kl-weight",
+        0,
+        "--cosine-weight",
+        0,
+        "--lm-weight",
+        1,
+        "--tokens",
+        256,
+        "--seq-len",
+        16,
+        "--batch-size",
+        4,
+    )
+    done = puzzle("heal", mixed, "--data-blend", blend, *learn, "--out", tmp_path / "healed", "--device", "cpu")
+    assert done.exit_code == 0, (done.output, done.exception)
+
+
 def test_what_the_scripts_refuse(mixed, tmp_path, one_line_error):
     tests = write_rows(tmp_path / "tests.jsonl", [{"question": "write f", "tests": "f()"}])
-    broken = write_rows(tmp_path / "broken.jsonl", [{"question": "why"}])
+    broken = write_rows(tmp_path / "broken.jsonl", [{"question": "why"}, {"messages": []}])
     small = ("--out", tmp_path / "out")
-    grpo, curriculum, sft = (module(name).main for name in ("grpo", "curriculum", "sft"))
+    grpo, curriculum, sft, generate = (module(name).main for name in ("grpo", "curriculum", "sft", "generate"))
     stages = tmp_path / "stages.yaml"
     stages.write_text("stages: [{name: a, blend: b.yaml, epochs: 3}]")
     for main, arguments, words in (
         (grpo, (mixed, tests), "runs in a sandbox alone"),
         (grpo, (mixed, broken), "broken.jsonl line 1: a prompt has a `question`, and an `answer` or `tests`"),
         (curriculum, (mixed, broken), "broken.jsonl line 1"),
+        (
+            generate,
+            (mixed, broken),
+            "broken.jsonl line 2: a prompt has a `question`, `messages` that end with the user, or a `text`",
+        ),
+        (generate, (mixed, tests, "--samples", 2, "--temperature", 0), "`samples` 2 are all alike at `temperature` 0"),
         (sft, (stages, "--child", mixed), "stage 1: unknown key 'epochs'"),
     ):
         one_line_error(CliRunner().invoke(main, [str(a) for a in (*arguments, *small)]), words)
