@@ -116,7 +116,7 @@ class Moe(Normed):
     def dense(self, width: int) -> Ffn:
         """An FFN like one of its experts, for all tokens. Raises UserError where no kind is one."""
         if self.bias or self.activation == "swiglu_oai":
-            raise UserError("no dense FFN is like experts with biases or swiglu_oai: leave `dense` out")
+            raise UserError("no dense FFN is like experts with biases or swiglu_oai: leave dense= out")
         if self.activation == "relu2":
             return Relu2(**self.norm_fields(), intermediate_size=width)
         return SwiGLU(**self.norm_fields(), intermediate_size=width, activation=self.activation)

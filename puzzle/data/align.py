@@ -30,7 +30,11 @@ def word_bytes(tokenizer: Any, directory: Path) -> dict[int, bytes]:
     Raises UserError for a tokenizer whose tokens are not bytes of the text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = "" if backend is None else json.dumps(json.loads(backend.to_str())["decoder"], ensure_ascii=False)
+    decoder = (
+        ""
+        if backend is None
+        else json.dumps(json.loads(backend.to_str())["decoder"], ensure_ascii=False, allow_nan=False)
+    )
     if "ByteLevel" not in decoder and "▁" not in decoder:
         raise UserError(
             f"`align_tokens`: the tokenizer in {directory} is neither a byte-level BPE nor SentencePiece's in a tokenizer.json, so that "

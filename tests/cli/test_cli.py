@@ -16,6 +16,7 @@ import pytest
 
 from puzzle.base.errors import UserError
 from puzzle.cli import main
+from puzzle.run.after import After
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +101,7 @@ NO_FLAG = {  # fields that no option fills
 }
 SAID_IN = {  # verbs whose user may see the messages of these files; the longest beginning of a path counts
     "puzzle/heal/": ("heal",),
+    "puzzle/data/align.py": ("heal",),
     "puzzle/fuse/": ("fuse",),
     "puzzle/page/": ("report",),
     "puzzle/grow/": ("grow",),
@@ -131,7 +133,7 @@ SAID_IN = {  # verbs whose user may see the messages of these files; the longest
     "puzzle/parents/": (),
     "blocklib/": (),
 }
-KEYS_OF_BLENDS = {"sources", "name", "path", "messages"}  # of a file, not options
+KEYS_OF_FILES = {"sources", "name", "path", "messages", *(f.name for f in fields(After))}  # of blends and recipes, not options
 
 
 def flags_of(verb: str) -> set[str]:
@@ -212,7 +214,7 @@ def test_what_is_no_field_stays_as_it_is():
 def test_a_message_asks_for_no_option_that_its_verbs_lack():
     lacking = {}
     for name, places in fields_in_messages().items():
-        for place in sorted(places) if name not in KEYS_OF_BLENDS else ():
+        for place in sorted(places) if name not in KEYS_OF_FILES else ():
             for verb in SAID_IN[max((start for start in SAID_IN if place.startswith(start)), key=len)]:
                 known = {option.name for option in main.commands[verb].params}
                 if name not in known and f"--{name.replace('_', '-')}" not in flags_of(verb):
@@ -244,4 +246,4 @@ def test_errors_name_fields_that_there_are():
     known |= {flag[2:].replace("-", "_") for verb in main.commands for flag in flags_of(verb) if flag.startswith("--")}
     found = fields_in_messages()
     assert len(found) > 40
-    assert {name: places for name, places in found.items() if name not in known | KEYS_OF_BLENDS} == {}
+    assert {name: places for name, places in found.items() if name not in known | KEYS_OF_FILES} == {}

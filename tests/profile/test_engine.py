@@ -55,7 +55,9 @@ def test_decode_seconds_are_the_sum_of_the_steps():
 def test_what_keeps_a_state_of_its_own_has_not_been_fitted(monkeypatch):
     monkeypatch.setattr(Gqa, "state", lambda self: State(per_sequence=4096))
     with pytest.raises(UserError, match="`engine` vllm: sub-blocks of kind 'gqa' have not been fitted"):
-        open_engine("vllm", "h100").seconds(ATTENTION, "decode", 1, 16)
+        open_engine("vllm", "h100").seconds(
+            replace(ATTENTION, head_dim=40), "decode", 1, 16
+        )  # nobody asks for it again
 
 
 @pytest.mark.parametrize("window", [None, 64])
