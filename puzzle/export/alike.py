@@ -5,6 +5,7 @@ read back by the family, and compared with the child.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +13,7 @@ from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.export.child import Child
+from puzzle.parents.family import Config
 from puzzle.parents.structure import Structure
 
 REST = "write `format` hf, in which layers may differ"
@@ -36,8 +38,12 @@ def words_around(child: Child, attends: Gqa) -> dict[str, Any]:
     }
 
 
-def check_as_said(child: Child, said: Structure, reader: str) -> None:
-    """Raise UserError, naming the first layer that is not as the format's config says, and what of it."""
+def check_as_said(child: Child, read: Callable[[Config], Structure], config: Config, reader: str) -> None:
+    """Raise UserError, naming the first layer that is not as the format's config says, and what of it; or what `read` does not take."""
+    try:
+        said = read(config)
+    except UserError as error:
+        raise UserError(f"{child.name}: {reader}: {error}: {REST}") from error
     for layer, found in zip(child.layers, said.layers, strict=True):
         for slot, sub_block in layer.slots.items():
             if slot not in found or sub_block != found[slot]:

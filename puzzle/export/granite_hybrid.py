@@ -55,7 +55,7 @@ def granite_hybrid_config(child: Child, engine: str | None) -> dict[str, Any]:
         "num_experts_per_tok": gated.num_experts_per_tok if isinstance(gated, Moe) else 0,
         **_mamba_config(child, mamba, engine),
     }
-    check_as_said(child, granitemoehybrid(config), READER)
+    check_as_said(child, granitemoehybrid, config, READER)
     return config
 
 

@@ -51,7 +51,7 @@ def qwen3_moe_config(child: Child) -> dict[str, Any]:
         "moe_intermediate_size": mixture.moe_intermediate_size,
         "norm_topk_prob": mixture.norm_topk_prob,
     }
-    check_as_said(child, qwen3_moe(config), READER)
+    check_as_said(child, qwen3_moe, config, READER)
     return config
 
 

@@ -254,7 +254,8 @@ class Run:
                 }
             )
         self.log.write(lines)
-        bar.note(f"loss {found[-1]['loss']:.4f}  KL {found[-1]['kl']:.4f}  {rate:,.0f} tokens/s")
+        kl = f"  KL {found[-1]['kl']:.4f}" if self.options.kl_weight else ""
+        bar.note(f"loss {found[-1]['loss']:.4f}{kl}  {rate:,.0f} tokens/s")
         if max(metrics["skipped_in_a_row"] for metrics in found) >= self.options.max_skipped:
             raise UserError(
                 f"{self.options.max_skipped} steps in a row up to step {done} had a non-finite gradient: "
