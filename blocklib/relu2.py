@@ -15,6 +15,8 @@ from puzzle.blocklib.sub_block import register
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Relu2(Ffn):
+    """An FFN without a gate: down(relu(up(n))²)."""
+
     kind: ClassVar[str] = "relu2"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.relu2:Relu2Ffn"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.relu2:FastRelu2"

@@ -30,6 +30,8 @@ FASTER: tuple[float, float] | None = None
 
 
 class Tile(NamedTuple):
+    """Of one program: rows, columns and depth of a step, warps, and stages of the pipeline."""
+
     block_m: int
     block_n: int
     block_k: int
@@ -38,6 +40,7 @@ class Tile(NamedTuple):
 
 
 def faster(num_rows: int, num_experts: int) -> bool:
+    """Whether this is to be run for so many rows of all experts together."""
     return FASTER is not None and FASTER[0] <= num_rows / num_experts <= FASTER[1]
 
 
@@ -50,6 +53,7 @@ def choose_tile(num_rows: int, num_experts: int) -> Tile:
 
 
 def activated(gate: Tensor | None, up: Tensor, activation: str | None) -> Tensor:
+    """Of products of one shape; activations as of `grouped_linear`."""
     if gate is None:
         return F.relu(up).square() if activation == "relu2" else up
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up

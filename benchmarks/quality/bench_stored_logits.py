@@ -30,7 +30,7 @@ from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.heal.run import heal
 from puzzle.heal.settings import HealOptions
-from puzzle.heal.stored import bytes_per_token
+from puzzle.heal.stored_teacher import bytes_per_token
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
 from reference_corpus import write_corpus

@@ -47,6 +47,8 @@ def fla_rules(device: torch.device, dtype: torch.dtype, key_dim: int) -> tuple[R
 
 
 class DeltaOnGpu(DeltaMixer):
+    """The same by flash-linear-attention where `fla_rules` finds it, else as in plain PyTorch."""
+
     def by_fla(
         self, which: int, convolved: Tensor, rest: Tensor, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:

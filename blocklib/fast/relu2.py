@@ -10,6 +10,8 @@ from puzzle.blocklib.plain.relu2 import Relu2Ffn
 
 
 class FastRelu2(Fast):
+    """Two products on our kernels, the square between them in PyTorch."""
+
     def __init__(self, part: Relu2Ffn, batch: Batch):
         super().__init__(part, batch)
         self.up, self.down = (

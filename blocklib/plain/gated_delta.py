@@ -32,6 +32,8 @@ class HeadNorm(nn.Module):
 
 
 class DeltaMixer(RecurrentMixer):
+    """What stands between the norm before and the stream; letters as of `GatedDelta`."""
+
     def __init__(self, sub_block: GatedDelta):
         super().__init__(sub_block, sub_block.inner_size if sub_block.gate else 0, 2 * sub_block.num_value_heads)
         self.dt_bias, self.A_log = (nn.Parameter(torch.ones(sub_block.num_value_heads)) for _ in range(2))

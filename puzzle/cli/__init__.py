@@ -103,6 +103,7 @@ def main(ctx: click.Context) -> None:
       puzzle profile LIB --gpu cpu                             measure what each of them costs
       puzzle solve LIB --gpu cpu --throughput 2x --out SOL     choose one per layer
       puzzle export LIB SOL --out CHILD                        write a Hugging Face checkpoint
+      puzzle heal CHILD --teacher PARENT --data TEXT --out C2  train it as a whole until it is like its parent
       puzzle serve-check CHILD --engine vllm                   compare an engine with ours
       puzzle evaluate PARENT CHILD --data TEXT                 measure parent and child side by side
     or all of it, and a page of what came out:

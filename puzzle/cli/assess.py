@@ -41,8 +41,8 @@ def score_command(
 
     \b
     Examples:
-      puzzle score lib --data /usr/lib/python3.11 --sequences 256 --joint
-      puzzle score lib --data /usr/lib/python3.11 --sub-block-screen 0.3
+      puzzle score lib --data /usr/lib/python3 --sequences 256 --joint
+      puzzle score lib --data /usr/lib/python3 --sub-block-screen 0.3
       torchrun --nproc-per-node 8 -m puzzle.cli score lib --data corpus.jsonl
     """
     from puzzle.cli.report import library_summary, print_library
@@ -69,14 +69,14 @@ MODES = (
 @options.library
 @options.data
 @click.option("--sequences", type=int, default=64, help="Held-out sequences.")
-@click.option("--seq-len", type=int, default=1024)
+@click.option("--seq-len", type=int, default=1024, help="Tokens of a sequence.")
 @options.priced_input_len
 @options.priced_output_len
 @click.option(
     "--batch",
     metavar="P,C",
     callback=options.numbers,
-    help="Batch of parent and child (default: the child's architecture.json).",
+    help="Batch of parent and child. Default: the child's architecture.json.",
 )
 @click.option(
     "--repeats", type=int, default=3, help="Timed runs of each; the median counts, and two that agree are enough."
@@ -111,9 +111,9 @@ def evaluate_command(
 
     \b
     Examples:
-      puzzle evaluate examples/parent child --data /usr/lib/python3.11 --json
+      puzzle evaluate examples/parent child --data /usr/lib/python3 --json
       puzzle evaluate parent child --tasks gsm8k,hellaswag --task-data sets --limit 200
-      puzzle evaluate examples/parent lib/solution --data /usr/lib/python3.11
+      puzzle evaluate examples/parent lib/solution --data /usr/lib/python3
     """
     given = {name: chosen.pop(name) for name in ("tasks", *tasks.NAMES.split())}
     if given["tasks"] is not None:

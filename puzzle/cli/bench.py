@@ -34,7 +34,9 @@ MODES = (
     "--format", "reader", help="Of random weights for vLLM: hf (by the plug-in) or nemotron-nas. Default: as priced."
 )
 @click.option("--with-parent", is_flag=True, help="Measure the parent too, at its own best batch.")
-@click.option("--repeats", type=int, callback=options.positive, default=3)
+@click.option(
+    "--repeats", type=int, callback=options.positive, default=3, help="Timed runs of each; the median counts."
+)
 @options.as_json
 def bench_command(
     target: Path,

@@ -34,22 +34,24 @@ MODES = (
     "--inputs-from", type=options.PATH, metavar="ARCHITECTURE", help="Its blocks learn again, on what the child gives."
 )
 @click.option("--mix", type=float, default=0.5, help="Share of a batch that is the child's then.")
-@click.option("--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128 (default: all).")
+@click.option(
+    "--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128. Default: the usual ones of each layer."
+)
 @click.option(
     "--ffn",
     metavar="NAMES",
-    help="e.g. 0.75,0.5,0.25,0.1,linear,none; of a mixture of experts experts=64,topk=4,experts=0.5-width=0.5,dense=1.0 (default: all).",
+    help="e.g. 0.75,0.5,0.25,0.1,linear,none; of a mixture of experts experts=64,topk=4,experts=0.5-width=0.5,dense=1.0. Default: the usual ones of each layer.",
 )
-@click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7 (default: all).")
-@click.option("--tokens", default="1M", help="Training tokens, e.g. 20M; 0 only initialises.")
-@click.option("--seq-len", type=int, default=1024)
+@click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7. Default: all.")
+@click.option("--tokens", default="1M", metavar="COUNT", help="Training tokens, e.g. 20M; 0 only initialises.")
+@click.option("--seq-len", type=int, default=1024, help="Tokens of a sequence.")
 @click.option("--batch-size", type=int, default=8, help="Sequences a step.")
 @click.option("--lr", type=float, default=3e-3, help="Peak learning rate (docs/lessons.md has the sweep).")
 @click.option("--seed", type=int, default=0, help="Orders the data; blocks' seeds depend on them alone.")
 @click.option("--calibration-sequences", type=int, default=64, help="For initialisation.")
 @click.option("--validation-sequences", type=int, default=16, help="Held out, for the losses reported.")
 @click.option("--nested", is_flag=True, help="Train a layer's narrower FFNs as the first channels of one.")
-@click.option("--group-size", type=int, help="Layers trained together (default: as many as fit).")
+@click.option("--group-size", type=int, help="Layers trained together. Default: as many as fit.")
 @options.memory_limit
 @click.option("--score/--no-score", default=True, help="Score the blocks after training.")
 @click.option(
@@ -79,6 +81,13 @@ def build_library_command(
     continues where a run was stopped, and trains only what is new.
 
     \b
+    Only where --attention names them:
+      mamba2-64x80-g8-s128    in place of attention Mamba-2: 64 heads of 80 channels, 8 groups, a state of 128
+      gdn                     in place of attention Gated DeltaNet, with the attention's heads; gdn-nogate without a gate
+      gdn-16x128-32x128       the same with 16 key and 32 value heads of 128 channels
+      dim64                   Mamba-2 with 64 channels of every head; heads64-dim64: and with 64 heads
+
+    \b
     A mixture of experts takes these, joined by '-', as counts or as fractions of its own (with a point):
       experts=64    the experts that add most: router's weight times norm of the output (REAP)
       frequent=64   those that most tokens have, merged=64 the first with the others merged into them
@@ -88,7 +97,7 @@ def build_library_command(
 
     \b
     Examples:
-      puzzle build-library examples/parent --data /usr/lib/python3.11 --out lib
+      puzzle build-library examples/parent --data /usr/lib/python3 --out lib
       puzzle build-library examples/parent --data corpus.jsonl --attention kv2,none --ffn 0.5,none --tokens 2M --out lib
       puzzle build-library Qwen/Qwen3-30B-A3B --data corpus --ffn experts=96,experts=64-topk=6,width=0.5,none --out lib
       puzzle build-library meta-llama/Llama-3.1-8B --data 'text/**/*.txt' --memory-limit 80GB --dry-run --out lib

@@ -55,7 +55,7 @@ MODES = (
 @options.parent
 @click.option("--licence", help="For the model card. Default: what the parent's card says.")
 @click.option("--measured", type=options.PATH, metavar="JSON", help="What `puzzle evaluate --json` printed.")
-@click.option("--max-shard", default="4GiB", help="Largest safetensors file.")
+@options.max_shard
 @click.option("--push-to-hub", metavar="REPO", help="Upload to this model of the Hugging Face hub too.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @options.as_json

@@ -64,7 +64,7 @@ MODES = (
 @click.option("--keep-last/--no-keep-last", default=True, help="Leave the last FFN before an attention alone.")
 @click.option("--max-width", metavar="CHANNELS", help="Of a fused FFN: 28672, or 4x the parent's.")
 @click.option("--sequences", type=int, callback=options.positive, default=16, help="Held-out sequences.")
-@click.option("--seq-len", type=int, callback=options.positive, default=512)
+@click.option("--seq-len", type=int, callback=options.positive, default=512, help="Tokens of a sequence.")
 @click.option(
     "--dependency",
     "dependency_file",
@@ -79,7 +79,7 @@ MODES = (
 @click.option(
     "--parallel-blocks", is_flag=True, help="Also measure whole blocks in parallel (a report: no engine serves it)."
 )
-@click.option("--max-shard", default="4GiB", help="Largest safetensors file.")
+@options.max_shard
 @click.option("--dry-run", is_flag=True, help="Say what would be fused, write nothing.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @options.memory_limit
@@ -94,10 +94,10 @@ def fuse_command(child: Path, as_json: bool, **wanted: Any) -> None:
 
     \b
     Examples:
-      puzzle fuse child --data /usr/lib/python3.11 --out fused
+      puzzle fuse child --data /usr/lib/python3 --out fused
       puzzle fuse child --runs 3-5,8-11 --out fused
-      puzzle fuse child --data /usr/lib/python3.11 --heat-map map.png --parallel-blocks --dry-run
-      puzzle fuse parent --data /usr/lib/python3.11 --dependency-only --out dependency.json
+      puzzle fuse child --data /usr/lib/python3 --heat-map map.png --parallel-blocks --dry-run
+      puzzle fuse parent --data /usr/lib/python3 --dependency-only --out dependency.json
     """
     from puzzle.cli.report import print_fusion
     from puzzle.fuse.verb import FuseOptions, fuse_verb

@@ -17,7 +17,7 @@ from puzzle.cli import options
 @click.option("--width", type=int, metavar="N", help="Channels of a new expert. Default: as many as the FFN has.")
 @click.option("--layers", metavar="RANGES", help="Whose FFNs grow, e.g. 0-3,7. Default: all that can.")
 @click.option("--seed", type=int, default=0, help="Draws routers, and channels that narrower experts start from.")
-@click.option("--max-shard", default="4GiB", help="Largest safetensors file.")
+@options.max_shard
 @click.option("--dry-run", is_flag=True, help="Say what it would be, in parameters and bytes; write nothing.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @options.as_json

@@ -33,8 +33,8 @@ MODES = (
 @options.data
 @click.option("--data-blend", "blend", type=options.PATH, metavar="YAML", help="Weighted sources, as above.")
 @click.option("--out", type=options.PATH, required=True, metavar="HEALED", help="New directory.")
-@click.option("--tokens", default="10M", help="Training tokens, e.g. 100M.")
-@click.option("--seq-len", type=int, default=1024)
+@click.option("--tokens", default="10M", metavar="COUNT", help="Training tokens, e.g. 100M.")
+@click.option("--seq-len", type=int, default=1024, help="Tokens of a sequence.")
 @click.option("--stages", metavar="LEN:TOKENS,...", help="e.g. 8k:100M,64k:20M instead of the two above.")
 @click.option("--batch-size", type=int, default=32, help="Sequences a step (of the first stage).")
 @click.option("--accumulate", type=int, default=1, help="Micro-batches a step is split into.")
@@ -73,7 +73,7 @@ MODES = (
 @click.option("--warm-up", type=float, default=0.05, help="Share of all steps.")
 @click.option("--weight-decay", type=float, default=0.0, help="Of matrices (AdamW).")
 @click.option("--clip-norm", type=float, default=1.0, help="Largest norm of a gradient.")
-@click.option("--train-embeddings", is_flag=True, help="Train embedding and LM head too (default: they stay).")
+@click.option("--train-embeddings", is_flag=True, help="Train embedding and LM head too, which stay else.")
 @click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time.")
 @click.option("--dtype", default="auto", help="bf16 (weights stay float32) or fp32; auto: by device.")
 @click.option("--seed", type=int, default=0, help="Orders the data.")
@@ -112,7 +112,7 @@ def heal_command(
 
     \b
     Examples:
-      puzzle heal child --teacher examples/parent --data /usr/lib/python3.11 --tokens 50M --out healed
+      puzzle heal child --teacher examples/parent --data /usr/lib/python3 --tokens 50M --out healed
       puzzle heal child --teacher parent --data-blend blend.yaml --stages 8k:100M,64k:20M --recompute --out healed
       puzzle heal child --data-blend chats.yaml --kl-weight 0 --cosine-weight 0 --lm-weight 1 --out healed
       puzzle heal child --teacher parent --data corpus --teacher-logits said --cosine-weight 0 --out healed

@@ -23,10 +23,11 @@ data = click.option(
     metavar="PATH",
     help="Directory, glob or file of text or rows (.jsonl, .ndjson, .json, .parquet), or a datasets name. Repeatable.",
 )
-text_field = click.option("--text-field", default="text", help="Field of rows that holds the text.")
-device = click.option("--device", default="auto", help="auto, cpu or cuda.")
-parent = click.option("--parent", help="Where the library's parent is now, if it has moved.")
+text_field = click.option("--text-field", default="text", metavar="NAME", help="Field of rows that holds the text.")
+device = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda.")
+parent = click.option("--parent", metavar="PARENT", help="Where the library's parent is now, if it has moved.")
 library = click.option("--library", type=PATH, help="Of an architecture that does not lie in it.")
+max_shard = click.option("--max-shard", default="4GiB", metavar="BYTES", help="Largest safetensors file.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 input_len = click.option("--input-len", type=int, default=128, help="Prompt tokens of a request.")
 output_len = click.option("--output-len", type=int, default=128, help="Generated tokens of a request.")

@@ -58,7 +58,7 @@ MODES = (
 @options.engine_python
 @options.engine_reader
 @click.option("--fit", "fit_path", type=options.PATH, metavar="FILE.csv", help="What it measured.")
-@click.option("--out", type=options.PATH, help="Where it goes: costs, or a fit (default: beside FILE.csv).")
+@click.option("--out", type=options.PATH, help="Where it goes: costs, or a fit. Default: beside FILE.csv.")
 @click.option("--dry-run", is_flag=True, help="Print the number of points and the time; measure nothing.")
 @options.as_json
 def profile_command(

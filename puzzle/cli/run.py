@@ -39,8 +39,8 @@ def run_command(
     All of it is checked before anything is built. Ends with RUN/result.json: what was promised beside what was measured.
 
     \b
-    Example:
-      puzzle run examples/quickstart.yaml --data /usr/lib/python3.11 --out runs/quickstart
+    Examples:
+      puzzle run examples/quickstart.yaml --data /usr/lib/python3 --out runs/quickstart
       puzzle run examples/llama_405b_eight_h100.yaml --out runs/405b --dry-run
       puzzle run examples/llama_nemotron.yaml --size 70b --out runs/70b --dry-run
     """

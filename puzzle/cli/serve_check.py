@@ -14,7 +14,7 @@ from puzzle.cli import options
 @click.argument("export", type=options.PATH)
 @click.option("--engine", required=True, help="hf, vllm, llama.cpp or mlx.")
 @click.option("--python", type=options.PATH, help="Python of the environment that has the engine.")
-@click.option("--reference", type=options.PATH, help="The child's --format hf export (default: EXPORT itself).")
+@click.option("--reference", type=options.PATH, help="The child's --format hf export. Default: EXPORT itself.")
 @click.option("--tokens", type=int, callback=options.positive, default=64, help="Greedy tokens to compare.")
 @click.option("--threads", type=int, callback=options.positive, default=2, help="CPU threads of the engine.")
 @options.as_json
@@ -29,7 +29,8 @@ def serve_check_command(
     Exit code 0: equal; 1: different, or the engine fails on it; 2: bad input, or the engine is not installed.
 
     \b
-    Example:
+    Examples:
+      puzzle serve-check child --engine hf
       puzzle serve-check child --engine vllm --python .engines/vllm/bin/python
     """
     from puzzle.serving.check import EngineFailed, serve_check

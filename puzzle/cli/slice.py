@@ -20,8 +20,8 @@ from puzzle.cli import options
 @click.option("--mamba-head-dim", type=int, metavar="N", help="Channels that every head of Mamba-2 keeps.")
 @click.option("--calibration-sequences", type=int, default=64, help="That order channels, layers and heads.")
 @click.option("--score-sequences", type=int, default=64, help="Held-out ones, that measure the result.")
-@click.option("--seq-len", type=int, default=1024)
-@click.option("--max-shard", default="4GiB", help="Largest safetensors file.")
+@click.option("--seq-len", type=int, default=1024, help="Tokens of a sequence.")
+@options.max_shard
 @click.option(
     "--dry-run", is_flag=True, help="Say what it would be, in parameters and bytes; measure and write nothing."
 )

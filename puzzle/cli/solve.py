@@ -93,7 +93,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--pin", "pinned", metavar="RANGES", help="Layers that keep the parent's block: 0-1,15.")
 @click.option("--alike", metavar="RANGES", help="Layers that all choose the same: 0-15.")
 @click.option("--stages", type=int, metavar="N", help="N contiguous pipeline stages of equal time.")
-@click.option("--stage-tolerance", default="5%", metavar="SHARE")
+@click.option("--stage-tolerance", default="5%", metavar="SHARE", help="How far from equal.")
 @click.option("--concurrency", type=int, metavar="N", help="Requests at once: what all limits hold at.")
 @click.option("--also", multiple=True, metavar="WORKLOAD", help="A further workload: 1024/64@8:ttft=300ms,tpot=20ms.")
 @click.option(
@@ -115,12 +115,23 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @options.input_len
 @options.output_len
-@click.option("--backend", type=click.Choice(["ortools", "pulp"]), default="ortools")
-@click.option("--time-limit", type=float, callback=options.positive, metavar="SECONDS", help="For the whole answer.")
+@click.option(
+    "--backend",
+    type=click.Choice(["ortools", "pulp"]),
+    default="ortools",
+    help="ortools (HiGHS), or pulp (CBC), which checks it.",
+)
+@click.option(
+    "--time-limit",
+    type=float,
+    callback=options.positive,
+    metavar="SECONDS",
+    help="For the whole answer. Default: none.",
+)
 @click.option("--baseline", type=click.Choice(RULES), help="A simple rule in place of the optimum.")
 @click.option("--explain", is_flag=True, help="Also say what 1 % more of each limit would buy.")
 @click.option("--pareto", metavar="AXIS", help="Frontier against throughput, latency or memory.")
-@click.option("--points", type=int, default=50, help="Of the frontier.")
+@click.option("--points", type=int, default=50, metavar="N", help="Of the frontier.")
 @click.option("--diverse", type=int, metavar="N", help="N children that differ, each the best of the rest.")
 @click.option("--min-distance", type=int, default=1, help="Layers in which they, or finalists, differ.")
 @click.option("--finalists", type=int, metavar="N", help="Measure the KL of N near-optimal children, take the best.")

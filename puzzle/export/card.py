@@ -244,7 +244,7 @@ def _transformers(card: CardFacts) -> str:
 
 def _state_dtype(child: Child) -> str:
     """What tells vLLM the dtype of Mamba-2's states, where a config has no word for it: else it takes that of activations."""
-    dtypes = {b.state_dtype for layer in child.layers for b in layer.slots.values() if isinstance(b, Mamba2)}
+    dtypes = {b.state_dtype for b in child.sub_blocks if isinstance(b, Mamba2)}
     return "".join(f" --mamba-ssm-cache-dtype {dtype}" for dtype in sorted(dtypes))
 
 
@@ -252,14 +252,12 @@ def _serve(card: CardFacts) -> list[str]:
     """Exact commands of the engines that read this very checkpoint."""
     if card.format == "gguf":
         return [f"llama.cpp:\n\n```\nllama-server -m PATH/{card.file}\n```"]
-    gateless = any(
-        isinstance(b, Moe) and b.activation == "relu2" for layer in card.child.layers for b in layer.slots.values()
-    )
+    gateless = any(isinstance(b, Moe) and b.activation == "relu2" for b in card.child.sub_blocks)
     if card.format == "hf":
         again = (
             "Other engines: `puzzle export PATH --engine vllm --out OTHER` (or llama.cpp, mlx, sglang, tensorrt-llm)."
         )
-        served = not any(b.lacks_in_vllm for layer in card.child.layers for b in layer.slots.values())
+        served = not any(b.lacks_in_vllm for b in card.child.sub_blocks)
         return [_transformers(card), *([_PLUG_IN, again] if served else [])]
     if card.format in STOCK:
         name = {"qwen3-moe": "Qwen3-MoE", "gpt-oss": "gpt-oss"}.get(card.format, "Granite-4")

@@ -111,6 +111,11 @@ class Child:
         return self.around.with_layers([layer.slots for layer in self.layers])
 
     @property
+    def sub_blocks(self) -> Iterator[SubBlock]:
+        """Of all slots, in order."""
+        return (sub_block for layer in self.layers for sub_block in layer.slots.values())
+
+    @property
     def hidden_size(self) -> int:
         return self.around.hidden_size
 
@@ -164,7 +169,7 @@ class Child:
     @property
     def kv_elements_per_token(self) -> int:
         """Keys and values together, over all layers; windows not deducted."""
-        return sum(sub_block.state().per_token for layer in self.layers for sub_block in layer.slots.values())
+        return sum(sub_block.state().per_token for sub_block in self.sub_blocks)
 
     @property
     def kv_heads(self) -> list[int]:

@@ -53,8 +53,8 @@ REST = f"write `format` {PUZZLE_HYBRID}, or `format` hf, which transformers read
 
 
 def architecture(child: Child) -> str:
-    mixtures = any(isinstance(sub_block, Moe) for layer in child.layers for sub_block in layer.slots.values())
-    return ARCHITECTURES[mixtures]
+    """The name of it, in the file's metadata."""
+    return ARCHITECTURES[any(isinstance(sub_block, Moe) for sub_block in child.sub_blocks)]
 
 
 def hybrid_blocks(child: Child) -> list[Block]:

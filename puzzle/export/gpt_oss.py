@@ -14,8 +14,8 @@ from torch import Tensor
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.moe import Moe
+from puzzle.export.alike import REST, check_as_said, usual, words_around
 from puzzle.export.child import Child
-from puzzle.export.qwen3_moe import REST, check_as_said, usual
 from puzzle.parents.gpt_oss import gpt_oss, in_bf16
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, stored_tensors
 from puzzle.parents.structure import Structure
@@ -33,7 +33,7 @@ ROPE = {
 
 def gpt_oss_config(child: Child) -> dict[str, Any]:
     """config.json. Raises UserError for what the format has no words for: the first layer, and what of it is not as in the others."""
-    around, structure = child.around, child.structure
+    structure = child.structure
     attends, mixture = usual(structure, Gqa), usual(structure, Moe)
     if attends is None or mixture is None:
         raise UserError(
@@ -45,28 +45,17 @@ def gpt_oss_config(child: Child) -> dict[str, Any]:
     config = {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
-        **child.kept,
-        "vocab_size": around.vocab_size,
-        "hidden_size": around.hidden_size,
+        **words_around(child, attends),
         "intermediate_size": mixture.moe_intermediate_size,
-        "num_hidden_layers": structure.num_layers,
-        "num_attention_heads": attends.num_attention_heads,
-        "num_key_value_heads": attends.num_key_value_heads,
         "head_dim": attends.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": around.norm_eps,
-        "max_position_embeddings": around.max_length,
-        "rope_parameters": dict(next(iter(around.ropes.values())).parameters),
-        "attention_bias": attends.o_bias,
         "sliding_window": window,
         "layer_types": ["full_attention" if one is None else "sliding_attention" for one in found],
-        "tie_word_embeddings": around.tied,
-        "dtype": str(child.dtype).removeprefix("torch."),
         "num_local_experts": mixture.num_experts,
         "num_experts_per_tok": mixture.num_experts_per_tok,
         "swiglu_limit": 7.0,
     }
-    check_as_said(child, gpt_oss(config), READER)
+    check_as_said(child, gpt_oss, config, READER)
     _check_known(child, structure, found)
     return config
 

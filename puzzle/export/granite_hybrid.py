@@ -16,9 +16,9 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.export.alike import REST, check_as_said, usual, words_around
 from puzzle.export.child import Child
 from puzzle.export.engines import GRANITE_HYBRID
-from puzzle.export.qwen3_moe import REST, check_as_said, usual
 from puzzle.parents.child import hidden_act
 from puzzle.parents.granite import MAMBA, flat, granitemoehybrid
 from puzzle.parents.names import stored_tensors
@@ -39,17 +39,10 @@ def granite_hybrid_config(child: Child, engine: str | None) -> dict[str, Any]:
     config = {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
-        **child.kept,
-        "vocab_size": around.vocab_size,
-        "hidden_size": around.hidden_size,
-        "num_hidden_layers": structure.num_layers,
+        **words_around(child, attends),
         "layer_types": ["mamba" if isinstance(layer.attention, Mamba2) else "attention" for layer in child.layers],
-        "num_attention_heads": attends.num_attention_heads,
-        "num_key_value_heads": attends.num_key_value_heads,
-        "attention_bias": attends.o_bias,
         "attention_multiplier": attends.head_dim**-0.5 if attends.scale is None else attends.scale,
         "position_embedding_type": "rope" if attends.rope else "nope",
-        "rope_parameters": dict(next(iter(around.ropes.values())).parameters),
         "residual_multiplier": attends.residual_scale,
         "embedding_multiplier": around.embedding_scale,
         "logits_scaling": around.logits_divisor,
@@ -60,13 +53,9 @@ def granite_hybrid_config(child: Child, engine: str | None) -> dict[str, Any]:
         else gated.intermediate_size,
         "num_local_experts": gated.num_experts if isinstance(gated, Moe) else 0,
         "num_experts_per_tok": gated.num_experts_per_tok if isinstance(gated, Moe) else 0,
-        "rms_norm_eps": around.norm_eps,
-        "max_position_embeddings": around.max_length,
-        "tie_word_embeddings": around.tied,
-        "dtype": str(child.dtype).removeprefix("torch."),
         **_mamba_config(child, mamba, engine),
     }
-    check_as_said(child, granitemoehybrid(config), READER)
+    check_as_said(child, granitemoehybrid, config, READER)
     return config
 
 

@@ -42,7 +42,7 @@ def refuse_unlike_llama(child: Child, reader: str) -> None:
     """
     rest = HF
     gateless = getattr(child.base.get("ffn"), "activation", "relu2") == "relu2"
-    if not gateless and any(isinstance(sub_block, Moe) for layer in child.layers for sub_block in layer.slots.values()):
+    if not gateless and any(isinstance(sub_block, Moe) for sub_block in child.sub_blocks):
         stock = "gpt-oss" if getattr(child.base.get("attention"), "sinks", False) else "qwen3-moe"
         rest = f"`format` {stock}, if all mixtures are alike, or {rest}"
     rest = f"write {rest}"

@@ -56,7 +56,7 @@ def grow_verb(source: str, wanted: GrowOptions) -> dict[str, Any]:
         "dry_run": wanted.dry_run,
         "layers": layers,
         "num_parameters": [child.num_parameters, grown.num_parameters],
-        "active_parameters": [_active(child), _active(grown)],
+        "active_parameters": [child.structure.active_parameters, grown.structure.active_parameters],
         "new_parameters": grown.num_parameters - child.num_parameters,
         "num_bytes": [_bytes(child), _bytes(grown)],
     }
@@ -74,11 +74,6 @@ def grow_verb(source: str, wanted: GrowOptions) -> dict[str, Any]:
     card = plain_card(grown, None).replace("## Serve\n", f"{_section(growth, layers)}\n\n## Serve\n", 1)
     write_hf(grown, wanted.out, card, extra_json={FILE: record}, max_shard_bytes=max_shard, force=wanted.force)
     return told
-
-
-def _active(child: Child) -> int:
-    """Parameters that a token uses."""
-    return child.structure.num_fixed_parameters + sum(b.active_parameters() for _, _, b in child.structure)
 
 
 def _bytes(child: Child) -> int:

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
-from puzzle.heal.common import Aligned, aligned_losses
-from puzzle.heal.told import Told, told_losses
+from puzzle.heal.aligned_loss import Aligned, aligned_losses
+from puzzle.heal.top_k import TopK, top_k_losses
 from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
 from puzzle.runtime.divergence import widened
 from puzzle.runtime.model import CausalModel
@@ -56,7 +56,7 @@ class Shown:
         return Shown(hidden=[h.to(device) for h in self.hidden], normed=self.normed.to(device))
 
 
-Seen = Shown | Told | Aligned | None
+Seen = Shown | TopK | Aligned | None
 
 
 class Teacher(nn.Module):
@@ -139,8 +139,8 @@ class Learner(nn.Module):
         """KL, LM loss, and the LM loss of tokens at which a teacher is not compared: sums times `scale`."""
         head, none = self.child.head_weight, scale.new_zeros(())
         own = head if self.train_head else head.detach()
-        if isinstance(shown, Told):
-            found, loss = told_losses(shown, normed, own, labels, weights.temperature, weights.reverse)
+        if isinstance(shown, TopK):
+            found, loss = top_k_losses(shown, normed, own, labels, weights.temperature, weights.reverse)
             return (found * counts).sum() * scale, (loss * counts).sum() * scale, none
         if isinstance(shown, Aligned):
             found, loss = aligned_losses(shown, normed, own, labels, weights.temperature, weights.reverse)

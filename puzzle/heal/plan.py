@@ -15,16 +15,16 @@ import torch
 from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import bytes_text
 from puzzle.data.mixture import Stage
-from puzzle.heal.aligned import Lessons
+from puzzle.heal.aligned_teacher import AlignedTeacher
 from puzzle.heal.loss import Seen
 from puzzle.heal.memory import micro_batch, plan_memory
-from puzzle.heal.own import continued, own_steps
+from puzzle.heal.on_policy import continued, on_policy_steps
 from puzzle.heal.prepare import Models, build_teacher, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
-from puzzle.heal.stored import bytes_per_token
-from puzzle.heal.teach import shown
-from puzzle.heal.told import Told, tell
+from puzzle.heal.stored_teacher import bytes_per_token
+from puzzle.heal.top_k import TopK, top_k_of
 from puzzle.heal.train import Trainer
+from puzzle.heal.write_teacher import shown
 
 TIMED_STEPS = 3
 WARM_UP_STEPS = 4  # two eager ones, the capture of the CUDA graph, a replay
@@ -52,7 +52,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
         plan = plan_memory(options, stages, models, ranks)
         aligned = None
         if options.align_tokens and models.teacher is not None:
-            aligned = Lessons(models.child, models.teacher)
+            aligned = AlignedTeacher(models.child, models.teacher)
         trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens, tutor=aligned)
         top_k = None if options.teacher_logits is None else options.top_k
         times = (_seconds_per_step(trainer, n, stage, top_k) * stage.num_steps for n, stage in enumerate(stages))
@@ -109,14 +109,14 @@ def _seconds_to_teach(options: HealOptions, stages: list[Stage], models: Models,
         for _ in range(2):
             begin = time.perf_counter()
             [normed] = shown(teacher, [ids], stages[0].seq_len)
-            tell(normed, head, options.top_k, options.temperature).rest.tolist()  # waits for the device
+            top_k_of(normed, head, options.top_k, options.temperature).rest.tolist()  # waits for the device
     return (time.perf_counter() - begin) / ids.numel()
 
 
 def _seconds_to_sample(trainer: Trainer, options: HealOptions, number: int, stages: list[Stage]) -> float:
     """Of all steps of a stage on the child's own text, by two lengths after half a row, which is the mean prompt."""
     child, stage, before = trainer.learner.child, stages[number], sum(s.num_steps for s in stages[:number])
-    own = own_steps(before + stage.num_steps, options.on_policy) - own_steps(before, options.on_policy)
+    own = on_policy_steps(before + stage.num_steps, options.on_policy) - on_policy_steps(before, options.on_policy)
     rows, half = stage.batch_size // trainer.ranks.world, max(1, stage.seq_len // 2)
     ids = torch.zeros(rows, stage.seq_len, dtype=torch.long)
     few, more = (min(stage.seq_len - half, tokens) for tokens in (2, 18))
@@ -144,9 +144,9 @@ def _seconds_per_step(trainer: Trainer, number: int, stage: Stage, top_k: int | 
     if top_k is not None:
         each = rows // trainer.accumulate * stage.seq_len
         logs = torch.full((each, top_k + 1), -math.log(top_k + 1), device=trainer.device)
-        told = Told(words=torch.arange(top_k, device=trainer.device).repeat(each, 1), logs=logs[:, 1:], rest=logs[:, 0])
+        told = TopK(words=torch.arange(top_k, device=trainer.device).repeat(each, 1), logs=logs[:, 1:], rest=logs[:, 0])
         lessons = repeat(told)
-    if isinstance(trainer.tutor, Lessons):
+    if isinstance(trainer.tutor, AlignedTeacher):
         tutor, length = trainer.tutor, min(stage.seq_len, trainer.tutor.longest)
         row = batch[0, 0, :length].numpy() % len(tutor.head), np.arange(stage.seq_len).clip(max=length - 1)
         lessons = (tutor.show([row] * (rows // trainer.accumulate)) for _ in count())

@@ -13,13 +13,13 @@ from puzzle.base.ranks import Ranks
 from puzzle.blocklib.plain.part import learning
 from puzzle.data.mixture import Stage
 from puzzle.data.tokenizer import same_tokenizer
-from puzzle.heal.aligned import Lessons
+from puzzle.heal.aligned_teacher import AlignedTeacher
 from puzzle.heal.loss import Learner, Teacher, Weights
-from puzzle.heal.own import check_sampling
+from puzzle.heal.on_policy import check_sampling
 from puzzle.heal.parallel import shard
 from puzzle.heal.settings import HealOptions
-from puzzle.heal.stored import Stored
-from puzzle.heal.teacher import StreamedTeacher
+from puzzle.heal.stored_teacher import StoredTeacher
+from puzzle.heal.streamed_teacher import StreamedTeacher
 from puzzle.heal.train import Trainer
 from puzzle.parents.grown import FILE, new_tensors
 from puzzle.parents.opened import HfModel, open_model
@@ -144,7 +144,7 @@ def build_trainer(
     *,
     sharded: bool = False,
     ahead: int | None = None,
-    tutor: Stored | Lessons | None = None,
+    tutor: StoredTeacher | AlignedTeacher | None = None,
 ) -> Trainer:
     """Both models in memory, and a trainer around them. sharded: split over the ranks, else in each of them. ahead: tokens that a
     streamed teacher, which every rank reads, looks at in one pass; None: it is whole. tutor: what teaches by step, with
@@ -171,7 +171,7 @@ def build_trainer(
         if teacher is not None and ahead is None:
             shard(teacher, teacher.model.blocks, _frozen_ends(teacher.model), ranks, models.dtype)
         shard(learner, child.blocks, set() if options.train_embeddings else _frozen_ends(child), ranks, models.dtype)
-    if isinstance(tutor, Lessons) and teacher is not None:
+    if isinstance(tutor, AlignedTeacher) and teacher is not None:
         tutor.taught_by(teacher, device)
         teacher = None
     weights = Weights(

@@ -26,18 +26,18 @@ from puzzle.base.units import seconds_text
 from puzzle.data.blend import read_blend
 from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
-from puzzle.heal.aligned import Lessons
+from puzzle.heal.aligned_teacher import AlignedTeacher
 from puzzle.heal.checkpoint import WorkDir
 from puzzle.heal.log import Log, read_log, trackers
 from puzzle.heal.loss import Seen
 from puzzle.heal.memory import plan_memory
-from puzzle.heal.own import is_own, own_batch
+from puzzle.heal.on_policy import is_on_policy, on_policy_batch
 from puzzle.heal.prepare import Models, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
-from puzzle.heal.stored import Stored
-from puzzle.heal.teach import claim, write_missing
+from puzzle.heal.stored_teacher import StoredTeacher
 from puzzle.heal.train import METRICS, Trainer
 from puzzle.heal.write import write_healed
+from puzzle.heal.write_teacher import claim, write_missing
 
 FLUSH_STEPS = 20  # on a GPU; the CPU's numbers are there at once
 
@@ -99,7 +99,7 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
         stored = claim(options, stages, models, data, ranks)
     aligned = None
     if options.align_tokens and models.teacher is not None:
-        aligned = Lessons(models.child, models.teacher, data)
+        aligned = AlignedTeacher(models.child, models.teacher, data)
     told = None if stored is None else stored.facts["teacher"]
     facts = {
         "child": models.child.checkpoint.fingerprint(),
@@ -184,13 +184,15 @@ class Run:
 
     def _own(self, step: int) -> Tensor:
         """`_batch`, where this is a step on the child's own text with what it has written."""
-        if not is_own(step, self.options.on_policy):
+        if not is_on_policy(step, self.options.on_policy):
             return self._batch(step)
         stage, child, teacher = self._place(step)[0], self.trainer.learner.child, self.trainer.teacher
         assert teacher is not None
         words = min(len(child.head_weight), len(teacher.model.head_weight))
         first, parts = self._rows(stage).start, self.options.accumulate
-        batch, self._sampled[step] = own_batch(child, self._batch(step), first, step, self.options.seed, words, parts)
+        batch, self._sampled[step] = on_policy_batch(
+            child, self._batch(step), first, step, self.options.seed, words, parts
+        )
         return batch
 
     def _lessons(self, step: int) -> Iterator[Seen] | None:
@@ -252,7 +254,8 @@ class Run:
                 }
             )
         self.log.write(lines)
-        bar.note(f"loss {found[-1]['loss']:.4f}  KL {found[-1]['kl']:.4f}  {rate:,.0f} tokens/s")
+        kl = f"  KL {found[-1]['kl']:.4f}" if self.options.kl_weight else ""
+        bar.note(f"loss {found[-1]['loss']:.4f}{kl}  {rate:,.0f} tokens/s")
         if max(metrics["skipped_in_a_row"] for metrics in found) >= self.options.max_skipped:
             raise UserError(
                 f"{self.options.max_skipped} steps in a row up to step {done} had a non-finite gradient: "
@@ -312,7 +315,7 @@ class Run:
         """Of tokens that were compared with another tokenizer's, and of steps on the child's own text."""
         own = [line["sampling_seconds"] for line in steps if "sampling_seconds" in line]
         found = {"on_policy": {"num_steps": len(own), "sampling_seconds": round(sum(own), 3)}} if own else {}
-        return found | ({"aligned": self.trainer.tutor.facts} if isinstance(self.trainer.tutor, Lessons) else {})
+        return found | ({"aligned": self.trainer.tutor.facts} if isinstance(self.trainer.tutor, AlignedTeacher) else {})
 
 
 @contextlib.contextmanager
@@ -335,8 +338,8 @@ def _divergences(top_k: int | None) -> tuple[tuple[str, str], ...]:
     return ("kl", "KL"), ("kl_top", f"KL over the top {top_k} words and the rest"), aligned
 
 
-def _name_of(tutor: Stored | Lessons | None, models: Models) -> str | None:
-    if isinstance(tutor, Stored):
+def _name_of(tutor: StoredTeacher | AlignedTeacher | None, models: Models) -> str | None:
+    if isinstance(tutor, StoredTeacher):
         return str(tutor.facts["name"])
     return None if models.teacher is None else models.teacher.directory.absolute().name
 

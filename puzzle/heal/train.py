@@ -21,11 +21,11 @@ from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
-from puzzle.heal.aligned import Lessons
+from puzzle.heal.aligned_teacher import AlignedTeacher
 from puzzle.heal.loss import Learner, Seen, Shown, Teacher, Weights, head_losses
 from puzzle.heal.parallel import like_sharded, local
-from puzzle.heal.stored import Stored
-from puzzle.heal.teacher import StreamedTeacher
+from puzzle.heal.stored_teacher import StoredTeacher
+from puzzle.heal.streamed_teacher import StreamedTeacher
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 METRICS = ("loss", "kl", "cosine", "lm", "compared", "grad_norm", "skipped", "skipped_in_a_row")
@@ -45,7 +45,7 @@ class Trainer:
         accumulate: int,
         cuda_graph: bool,
         sharded: bool = False,
-        tutor: Stored | Lessons | None = None,
+        tutor: StoredTeacher | AlignedTeacher | None = None,
         old: Collection[str] = (),
         old_lr: float = 1.0,
     ):

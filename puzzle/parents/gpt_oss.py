@@ -46,6 +46,7 @@ def base(c: Config) -> Layer:
 
 
 def layer_of(c: Config, window: int | None) -> Layer:
+    """window: tokens that a query sees; None: all. Raises UserError for another activation, or other constants of it."""
     for name, known in (("hidden_act", "silu"), ("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
         if (value := c.get(name, known)) != known:
             raise UserError(f"{name} = {value!r} in config.json is not supported for gpt_oss: {known} is")

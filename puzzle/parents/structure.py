@@ -50,6 +50,11 @@ class Structure:
         return self.num_fixed_parameters + sum(sub_block.num_parameters for _, _, sub_block in self)
 
     @property
+    def active_parameters(self) -> int:
+        """That a token uses: of a mixture of experts its own."""
+        return self.num_fixed_parameters + sum(sub_block.active_parameters() for _, _, sub_block in self)
+
+    @property
     def usual(self) -> dict[str, SubBlock]:
         """In every slot, what most layers have there."""
         return {

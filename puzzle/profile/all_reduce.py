@@ -25,6 +25,8 @@ SAME_LINKS = {"h100": "h200", "h200": "h100"}  # both SXM cards have NVLink 4: 9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllReduceRow:
+    """One measured point: the sum of num_bytes over tp GPUs takes so many seconds, the median."""
+
     tp: int
     num_bytes: int
     seconds: float
@@ -46,6 +48,7 @@ def read_all_reduces(path: Path) -> list[AllReduceRow]:
 
 
 def write_all_reduces(path: Path, rows: Sequence[AllReduceRow]) -> None:
+    """As CSV, renamed into place."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(AllReduceRow)], lineterminator="\n")
     writer.writeheader()

@@ -230,9 +230,10 @@ class CostTable:
             return points[at][1]
         if self.strict and (at == 0 or at == len(points)):
             name, phase, batch = key
+            option, what = ("prefill", "prompts") if phase == "prefill" else ("contexts", "contexts")
             raise UserError(
-                f"cost table {self.path} covers contexts {points[0][0]}-{points[-1][0]} in {phase} of '{name}', "
-                f"batch {batch}, context {context}: profile again, with `puzzle profile … --contexts` that span it"
+                f"cost table {self.path} has {what} of {points[0][0]} to {points[-1][0]} tokens of '{name}', batch {batch}, and {context} "
+                f"are asked for: profile again, with `puzzle profile … --{option}` on both sides of that"
             )
         if at in (0, len(points)):
             least, most, _ = self.extrapolated.get(key, (context, context, ""))

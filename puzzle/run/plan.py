@@ -16,7 +16,7 @@ from puzzle.fuse.stage import dependency_plan
 from puzzle.heal.memory import MASTER_BYTES
 from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
 from puzzle.heal.settings import HealOptions
-from puzzle.heal.stored import bytes_per_token
+from puzzle.heal.stored_teacher import bytes_per_token
 from puzzle.library.build import Builder
 from puzzle.library.estimate import plan_of
 from puzzle.library.plan import Spaces, forward_flops, scoring, screening, trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import re
 import resource
 import shutil
@@ -133,7 +134,13 @@ SAID_IN = {  # verbs whose user may see the messages of these files; the longest
     "puzzle/parents/": (),
     "blocklib/": (),
 }
-KEYS_OF_FILES = {"sources", "name", "path", "messages", *(f.name for f in fields(After))}  # of blends and recipes, not options
+KEYS_OF_FILES = {
+    "sources",
+    "name",
+    "path",
+    "messages",
+    *(f.name for f in fields(After)),
+}  # of blends and recipes, not options
 
 
 def flags_of(verb: str) -> set[str]:
@@ -247,3 +254,14 @@ def test_errors_name_fields_that_there_are():
     found = fields_in_messages()
     assert len(found) > 40
     assert {name: places for name, places in found.items() if name not in known | KEYS_OF_FILES} == {}
+
+
+def test_names_in_a_narrow_table_are_whole(monkeypatch):
+    """Cut off, variants of one kind would look the same."""
+    from rich.console import Console
+
+    from puzzle.cli import report
+
+    monkeypatch.setattr(report, "console", Console(file=(out := io.StringIO()), width=30))
+    report.print_table("t", ("slot", "variant"), [("attention", "gdn-16x128-32x128-nogate")])
+    assert "gdn-16x128-32x128-nogate" in "".join(out.getvalue().replace("│", " ").split())

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from puzzle.data.mixture import IGNORE
-from puzzle.heal import common
-from puzzle.heal.aligned import Lessons
-from puzzle.heal.common import Aligned, aligned_losses
+from puzzle.heal import aligned_loss
+from puzzle.heal.aligned_loss import Aligned, aligned_losses
+from puzzle.heal.aligned_teacher import AlignedTeacher
 from puzzle.heal.log import read_log
 from puzzle.heal.loss import Teacher
 from puzzle.parents.opened import open_model
@@ -49,7 +49,7 @@ def test_the_loss_is_the_plain_formula(rows, reverse, both, monkeypatch):
     gap = p.log() - q.log()
     wanted = torch.where(there, ((1 - reverse) * p * gap - reverse * q * gap).sum(-1), 0)
     gradients = torch.autograd.grad(wanted.square().sum(), (child, own))
-    monkeypatch.setattr(common, "MOST_LOGITS", 200)
+    monkeypatch.setattr(aligned_loss, "MOST_LOGITS", 200)
     shown = Aligned(normed=teacher, there=there, head=head, words=words)
     kl, loss = aligned_losses(shown, child, own, labels, 1.5, reverse)
     torch.testing.assert_close(kl, wanted)
@@ -60,7 +60,7 @@ def test_the_loss_is_the_plain_formula(rows, reverse, both, monkeypatch):
 
 def test_a_row_of_which_the_teacher_reads_nothing(child, parent):
     """Of a document that its tokenizer changes, say: nothing is compared, beside a row that is."""
-    lessons = Lessons(open_model(child), open_model(parent))
+    lessons = AlignedTeacher(open_model(child), open_model(parent))
     lessons.taught_by(Teacher(load_model(parent), []), torch.device("cpu"))
     nothing = np.array([], dtype=np.int64), np.full(8, -1)
     shown = lessons.show([nothing])

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from puzzle.data.mixture import IGNORE
-from puzzle.heal import told
+from puzzle.heal import top_k
 from puzzle.heal.log import read_log
 from puzzle.heal.loss import head_losses
-from puzzle.heal.told import tell, told_losses
+from puzzle.heal.top_k import top_k_losses, top_k_of
 
 ALL_BUT_ONE = 383  # of the tiny parent's 384 words: nothing is lost
 NO_STATES = ("--cosine-weight", 0)
@@ -46,11 +46,11 @@ def test_both_ways_of_the_kl_equal_the_plain_formula(rows, reverse, learns, monk
     wanted = (1 - reverse) * (p.exp() * (p - q)).sum(-1) + reverse * (q.exp() * (q - p)).sum(-1)
     inputs = [child, own] if learns else [child]
     gradients = torch.autograd.grad(wanted.square().sum(), inputs)
-    monkeypatch.setattr(told, "MOST_LOGITS", 200)
+    monkeypatch.setattr(top_k, "MOST_LOGITS", 200)
     lm = F.cross_entropy(child @ own.T, labels, ignore_index=IGNORE, reduction="none")
-    kept = tell(teacher, head, 49, 1.5)
+    kept = top_k_of(teacher, head, 49, 1.5)
     there, _ = head_losses(teacher, child, head, own, labels, 1.5, reverse)
-    by_rows, loss = told_losses(kept, child, own, labels, 1.5, reverse)
+    by_rows, loss = top_k_losses(kept, child, own, labels, 1.5, reverse)
     for kl in (there, by_rows):
         torch.testing.assert_close(kl, wanted)
         for mine, theirs in zip(torch.autograd.grad(kl.square().sum(), inputs), gradients, strict=True):
@@ -61,10 +61,10 @@ def test_both_ways_of_the_kl_equal_the_plain_formula(rows, reverse, learns, monk
 def test_fewer_words_see_less(rows):
     """Data processing: a coarser view of two distributions never has the larger KL; a perfect child has none in any."""
     teacher, head, child, own, labels = rows
-    found = [told_losses(tell(teacher, head, k, 1.0), child, own, labels, 1.0, 0.0)[0] for k in (1, 8, 32, 49)]
+    found = [top_k_losses(top_k_of(teacher, head, k, 1.0), child, own, labels, 1.0, 0.0)[0] for k in (1, 8, 32, 49)]
     for fewer, more in pairwise(found):
         assert (fewer <= more + 1e-12).all()
-    same = told_losses(tell(teacher, head, 8, 1.0), teacher, head, labels, 1.0, 0.5)[0]
+    same = top_k_losses(top_k_of(teacher, head, 8, 1.0), teacher, head, labels, 1.0, 0.5)[0]
     assert same.abs().max() < 1e-12
 
 
@@ -118,7 +118,7 @@ def test_two_processes_write_and_read_their_parts(launch, ended, child, parent, 
         ALL_BUT_ONE,
         *NO_STATES,
     )
-    setup = "import puzzle.heal.stored as s; s.SHARD_BYTES = 10**6"
+    setup = "import puzzle.heal.stored_teacher as s; s.SHARD_BYTES = 10**6"
     group = launch(("heal", child, *options, *small, "--out", tmp_path / "out"), processes=2, setup=setup)
     assert ended(group) == [0, 0], [process.log.read_text() for process in group]
     assert len(list((tmp_path / "said").glob("stage0-*"))) == 10
@@ -129,8 +129,8 @@ def test_a_killed_teacher_goes_on(launch, ended, puzzle, child, parent, small, s
     """What was written stays, what is cut short is written again, and the child is the same to the bit."""
     out, directory = tmp_path / "out", tmp_path / "said"
     options = ("--teacher", parent, "--teacher-logits", directory, "--top-k", ALL_BUT_ONE, *NO_STATES)
-    slow = "import time, puzzle.heal.stored as s; s.SHARD_BYTES = 10**6; w = s.Stored.write\n"
-    slow += "s.Stored.write = lambda *a, **k: (time.sleep(0.2), w(*a, **k))"
+    slow = "import time, puzzle.heal.stored_teacher as s; s.SHARD_BYTES = 10**6; w = s.StoredTeacher.write\n"
+    slow += "s.StoredTeacher.write = lambda *a, **k: (time.sleep(0.2), w(*a, **k))"
     (process,) = launch(("heal", child, *options, *small, "--out", out), setup=slow)
     deadline = time.monotonic() + 60
     while len(list(directory.glob("stage0-*"))) < 3 and time.monotonic() < deadline:

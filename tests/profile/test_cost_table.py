@@ -143,3 +143,14 @@ def test_pages_that_are_kept(reach, num_tokens, page, kept):
     state = State(per_token=3, reach=reach, per_sequence=5, own_bytes=7)
     assert state.num_bytes(num_tokens, "bf16", page) == 2 * (3 * kept + 5) + 7
     assert state.num_bytes(num_tokens, "fp8", page) == 3 * kept + 2 * 5 + 7
+
+
+@pytest.mark.parametrize(
+    ("phase", "option", "what"), [("prefill", "--prefill", "prompts"), ("decode", "--contexts", "contexts")]
+)
+def test_a_length_that_a_cpu_did_not_measure_names_the_option_that_measures_it(tmp_path, phase, option, what):
+    rows = [replace(ROW, part=priced_as(ATTENTION), phase=phase, context=c) for c in (128, 256)]
+    with pytest.raises(
+        UserError, match=rf"has {what} of 128 to 256 tokens of 'gqa .*, batch 1, and 64 are asked for.*{option}`"
+    ):
+        table(tmp_path / "x.csv", rows).seconds(ATTENTION, phase, 1, 64)

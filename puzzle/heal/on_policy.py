@@ -1,4 +1,4 @@
-"""`--on-policy FRACTION`: in that share of the steps the child goes on from the beginnings of the rows by itself, and learns from what the
+"""On-policy distillation, `--on-policy SHARE`: in that share of the steps the child goes on from the beginnings of the rows by itself, and learns from what the
 teacher says of its own words (GKD, λ in arXiv 2306.13649); no gradient goes through the sampling.
 
 Steps are spread evenly. A prompt has a quarter to three quarters of a row, drawn from the step's number alone; a row's random numbers from
@@ -22,17 +22,18 @@ from puzzle.runtime.model import CausalModel, load_model
 from puzzle.runtime.open import DTYPES, open_runtime, pick_precision
 
 
-def is_own(step: int, fraction: float) -> bool:
+def is_on_policy(step: int, fraction: float) -> bool:
     """Whether the child writes the rows of this step."""
-    return own_steps(step + 1, fraction) > own_steps(step, fraction)
+    return on_policy_steps(step + 1, fraction) > on_policy_steps(step, fraction)
 
 
-def own_steps(num_steps: int, fraction: float) -> int:
-    """Of the first so many."""
+def on_policy_steps(num_steps: int, fraction: float) -> int:
+    """How many of the first `num_steps` steps are; fraction: 0 to 1."""
     return math.floor(num_steps * fraction + 1e-9)
 
 
 def prompt_length(seq_len: int, seed: int, step: int) -> int:
+    """Tokens of every row that are given in this step: a quarter to three quarters of them."""
     quarter = max(1, seq_len // 4)
     return int(np.random.default_rng([seed, step]).integers(quarter, seq_len - quarter, endpoint=True))
 
@@ -94,11 +95,11 @@ def continued(child: CausalModel, ids: Tensor, prompt: int, seeds: list[int], wo
     return torch.cat(found)
 
 
-def own_batch(
+def on_policy_batch(
     child: CausalModel, batch: Tensor, first: int, step: int, seed: int, words: int, parts: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """Ids and labels [2, B, T] in place of these, of which those count that the child has drawn; and what to log. first: the number of the
-    first row within the step."""
+    """Ids and labels [2, B, T] in place of `batch`, of which those count that the child has drawn; and what to log: tokens of the prompt,
+    seconds. first: the number of the first row within the step; words, parts: as of `continued`."""
     _wait(child)
     begin, (_, rows, length) = time.perf_counter(), batch.shape
     prompt = prompt_length(length, seed, step)

@@ -1,4 +1,4 @@
-"""Two models with other vocabularies, compared over the words that both know and, together, all that only one of them knows:
+"""The KL of two models with other vocabularies, compared over the words that both know and, together, all that only one of them knows:
 
     kl = Σ_{v in both} p_v log(p_v / q_v) + r log(r / s),   r = 1 - Σ p_v,  s = 1 - Σ q_v
 
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from puzzle.heal.told import MOST_LOGITS
+from puzzle.heal.top_k import MOST_LOGITS, in_chunks, kl_of
 from puzzle.kernels.linear_kl import IGNORE
 
 
@@ -41,14 +40,9 @@ def aligned_losses(
         wide = torch.promote_types(child.dtype, torch.float32)
         heads, rows = (head.to(wide), shown.head.to(wide)), max(1, MOST_LOGITS // max(len(head), len(shown.head)))
         rest = all(len(one) > shown.words.shape[1] for one in heads)
-        parts = [
-            checkpoint(
-                _losses, *some, *heads, shown.words, rest, temperature, reverse, use_reentrant=False, preserve_rng_state=False
-            )
-            for some in zip(*(x.split(rows) for x in (child, shown.normed, labels)), strict=True)
-        ]  # fmt: skip
-        kl, loss = zip(*parts, strict=True)
-        return torch.where(shown.there, torch.cat(kl), 0), torch.cat(loss)
+        by_row, more = (child, shown.normed, labels), (*heads, shown.words, rest, temperature, reverse)
+        kl, loss = in_chunks(_losses, by_row, rows, *more)
+        return torch.where(shown.there, kl, 0), loss
 
 
 def _losses(
@@ -56,8 +50,7 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     logits = child.to(head.dtype) @ head.T
     q, p = _outcomes(logits / tau, words[0], rest), _outcomes(teacher.to(other.dtype) @ other.T / tau, words[1], rest)
-    kl = (1 - reverse) * (p.exp() * (p - q)).sum(-1) + reverse * (q.exp() * (q - p)).sum(-1)
-    return kl, F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return kl_of(p, q, reverse), F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
 
 
 def _outcomes(logits: Tensor, words: Tensor, rest: bool) -> Tensor:

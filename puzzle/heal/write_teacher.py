@@ -1,4 +1,4 @@
-"""A teacher that runs once, before a healing, and writes what it says of all that will be trained on (`puzzle/heal/stored.py`)."""
+"""Writing stored teacher logits: the teacher runs once, before a healing, over all that will be trained on (`puzzle/heal/stored_teacher.py`)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from puzzle.heal.loss import Teacher, head_losses
 from puzzle.heal.memory import micro_batch, plan_memory
 from puzzle.heal.prepare import Models, build_teacher
 from puzzle.heal.settings import HealOptions
-from puzzle.heal.stored import HELD_OUT, RECORD, Stored, bytes_per_token
-from puzzle.heal.teacher import StreamedTeacher
-from puzzle.heal.told import Told, tell
+from puzzle.heal.stored_teacher import HELD_OUT, RECORD, StoredTeacher, bytes_per_token
+from puzzle.heal.streamed_teacher import StreamedTeacher
+from puzzle.heal.top_k import TopK, top_k_of
 
 
 def write_missing(
-    stored: Stored, options: HealOptions, stages: list[Stage], models: Models, data: HealData, ranks: Ranks
+    stored: StoredTeacher, options: HealOptions, stages: list[Stage], models: Models, data: HealData, ranks: Ranks
 ) -> None:
     """Let the teacher write what is not there; nothing of it stays in memory. Raises UserError where there is none."""
     missing = ranks.from_first(lambda: stored.missing)
@@ -67,7 +67,7 @@ def facts_of(options: HealOptions, stages: list[Stage], models: Models, data: He
     }
 
 
-def claim(options: HealOptions, stages: list[Stage], models: Models, data: HealData, ranks: Ranks) -> Stored:
+def claim(options: HealOptions, stages: list[Stage], models: Models, data: HealData, ranks: Ranks) -> StoredTeacher:
     """The directory as it was found, or will be written. Raises UserError where it was written for something else, naming what."""
     assert options.teacher_logits is not None
     directory, facts = options.teacher_logits, facts_of(options, stages, models, data)
@@ -96,10 +96,10 @@ def claim(options: HealOptions, stages: list[Stage], models: Models, data: HealD
         )
     if found["top_k"] >= found["words"]:
         raise UserError(f"`top_k` {found['top_k']}: the models share {found['words']} words; keep fewer than that")
-    return Stored(directory, stages, found, ranks.device)
+    return StoredTeacher(directory, stages, found, ranks.device)
 
 
-def teach(stored: Stored, teacher: Teacher, data: HealData, ranks: Ranks, rows_at_once: int) -> None:
+def teach(stored: StoredTeacher, teacher: Teacher, data: HealData, ranks: Ranks, rows_at_once: int) -> None:
     """Write what is missing; every rank its part. rows_at_once: of the first stage."""
     head = teacher.model.head_weight[: stored.facts["words"]]
     missing = ranks.from_first(lambda: {path.name for path in stored.missing})
@@ -113,7 +113,7 @@ def teach(stored: Stored, teacher: Teacher, data: HealData, ranks: Ranks, rows_a
             for shard in mine:
                 count = len(shard.steps) * -(-stage.batch_size // size)
                 told = [
-                    tell(next(states), head, stored.top_k, float(stored.facts["temperature"])) for _ in range(count)
+                    top_k_of(next(states), head, stored.top_k, float(stored.facts["temperature"])) for _ in range(count)
                 ]
                 stored.write(shard.path, _joined(told))
                 bar.advance()
@@ -123,11 +123,11 @@ def teach(stored: Stored, teacher: Teacher, data: HealData, ranks: Ranks, rows_a
     ranks.wait()
 
 
-def _teach_held_out(stored: Stored, teacher: Teacher, rows: Tensor, head: Tensor, size: int) -> None:
+def _teach_held_out(stored: StoredTeacher, teacher: Teacher, rows: Tensor, head: Tensor, size: int) -> None:
     told, total, labels = [], 0.0, rows[1].flatten().to(head.device)
     states = shown(teacher, rows[0].split(size), rows.shape[2])
     for some, normed in zip(labels.split(size * rows.shape[2]), states, strict=True):
-        told.append(tell(normed, head, stored.top_k, 1.0))
+        told.append(top_k_of(normed, head, stored.top_k, 1.0))
         total += float(head_losses(normed, normed, head, None, some, 1.0)[1][some != IGNORE].sum())
     if not math.isfinite(total):
         raise UserError(
@@ -147,6 +147,6 @@ def shown(teacher: Teacher, ids: Iterable[Tensor], seq_len: int) -> Iterator[Ten
         yield teacher(one.to(device), ropes, False).normed
 
 
-def _joined(told: list[Told]) -> Told:
+def _joined(told: list[TopK]) -> TopK:
     words, logs, rest = (torch.cat([getattr(one, name).cpu() for one in told]) for name in ("words", "logs", "rest"))
-    return Told(words=words, logs=logs, rest=rest)
+    return TopK(words=words, logs=logs, rest=rest)

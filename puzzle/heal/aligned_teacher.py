@@ -1,5 +1,5 @@
 """A teacher with another tokenizer (`heal --align-tokens`): it reads the same text in its own tokens, and is compared with the child where both
-come to the same next one (`puzzle/data/align.py`, `puzzle/heal/common.py`); at other tokens the text itself teaches.
+come to the same next one (`puzzle/data/align.py`, `puzzle/heal/aligned_loss.py`); at other tokens the text itself teaches.
 
 Letters: B rows, T tokens of a row, R = B·T, C words that both know.
 """
@@ -16,7 +16,7 @@ from puzzle.base.console import console
 from puzzle.base.errors import UserError
 from puzzle.data.align import Aligner
 from puzzle.data.mixture import IGNORE, HealData, Piece
-from puzzle.heal.common import Aligned
+from puzzle.heal.aligned_loss import Aligned
 from puzzle.heal.loss import Teacher
 from puzzle.parents.opened import HfModel
 
@@ -24,7 +24,7 @@ ROUND = 64  # tokens that a row of the teacher's is filled up to
 Row = tuple[np.ndarray, np.ndarray]  # as of `Aligner.row`
 
 
-class Lessons:
+class AlignedTeacher:
     """What the teacher shows of the rows of a run, by step. held_out: of the rows of `HealData.validation`."""
 
     def __init__(self, child: HfModel, teacher: HfModel, data: HealData | None = None):
@@ -72,6 +72,7 @@ class Lessons:
         return self.aligner.row(pieces, length, self.longest)
 
     def held_out(self, rows: slice, seq_len: int) -> Aligned:
+        """Of these held-out rows."""
         return self.show(self.rows[rows])
 
     def told(self, kl: float) -> dict[str, float]:
@@ -80,7 +81,7 @@ class Lessons:
 
     @torch.no_grad()
     def show(self, rows: list[Row]) -> Aligned:
-        """What stands behind a row's end changes nothing before it."""
+        """What the teacher shows of B rows, filled up at their ends, which changes nothing before: R = B·T tokens."""
         longest = min(self.longest, -(-max(1, *(len(ids) for ids, _ in rows)) // ROUND) * ROUND)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         for row, (own, _) in enumerate(rows):

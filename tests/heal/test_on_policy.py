@@ -20,7 +20,7 @@ from puzzle.data.mixture import IGNORE
 from puzzle.heal import memory
 from puzzle.heal.log import read_log
 from puzzle.heal.memory import HealPlan, plan_memory
-from puzzle.heal.own import continued, is_own, own_batch, own_steps, prompt_length
+from puzzle.heal.on_policy import continued, is_on_policy, on_policy_batch, on_policy_steps, prompt_length
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.runtime.model import load_model
@@ -31,8 +31,8 @@ HALF = ("--on-policy", 0.5, "--cosine-weight", 0.5, "--reverse-kl", 0.5)
 
 def test_steps_are_spread_evenly_and_prompts_lie_in_the_middle():
     for fraction in (0.0, 0.1, 0.25, 1 / 3, 0.7, 1.0):
-        own = [is_own(step, fraction) for step in range(300)]
-        assert sum(own) == own_steps(300, fraction) == round(300 * fraction)
+        own = [is_on_policy(step, fraction) for step in range(300)]
+        assert sum(own) == on_policy_steps(300, fraction) == round(300 * fraction)
         assert all(abs(sum(own[at : at + 30]) - 30 * fraction) <= 1 for at in range(270))
     drawn = [prompt_length(64, 0, step) for step in range(500)]
     assert (min(drawn), max(drawn)) == (16, 48)
@@ -43,7 +43,7 @@ def test_what_is_sampled_is_what_a_plain_twin_samples(child):
     """Without a cache; a row's words do not depend on what stands beside it, nor on the number of parts."""
     model, generator = load_model(child), torch.Generator().manual_seed(1)
     batch = torch.randint(384, (2, 4, 24), generator=generator)
-    (ids, labels), told = own_batch(model, batch, 0, 3, 7, 380, 1)
+    (ids, labels), told = on_policy_batch(model, batch, 0, 3, 7, 380, 1)
     prompt = told["prompt"]
     assert torch.equal(ids[:, :prompt], batch[0, :, :prompt])
     assert not torch.equal(ids, batch[0])
@@ -52,9 +52,9 @@ def test_what_is_sampled_is_what_a_plain_twin_samples(child):
     assert (labels[:, -1] == IGNORE).all()
     assert torch.equal(labels[:, prompt - 1 : -1], ids[:, prompt:])
     for parts in (2, 4):
-        assert torch.equal(own_batch(model, batch, 0, 3, 7, 380, parts)[0][0], ids)
-    assert torch.equal(own_batch(model, batch[:, 2:], 2, 3, 7, 380, 1)[0][0], ids[2:])
-    assert not torch.equal(own_batch(model, batch, 0, 4, 7, 380, 1)[0][0], ids)
+        assert torch.equal(on_policy_batch(model, batch, 0, 3, 7, 380, parts)[0][0], ids)
+    assert torch.equal(on_policy_batch(model, batch[:, 2:], 2, 3, 7, 380, 1)[0][0], ids[2:])
+    assert not torch.equal(on_policy_batch(model, batch, 0, 4, 7, 380, 1)[0][0], ids)
     twin(model, batch[0])
 
 
@@ -84,7 +84,7 @@ def test_a_gradient_comes_from_what_was_sampled_alone(parent, child, tmp_path):
     trainer.begin_stage(24)
     plain, teacher = load_model(child), load_model(parent)
     batch = torch.randint(384, (2, 4, 24), generator=torch.Generator().manual_seed(1))
-    own, told = own_batch(trainer.learner.child, batch, 0, 0, 0, 384, 1)
+    own, told = on_policy_batch(trainer.learner.child, batch, 0, 0, 0, 384, 1)
     for parameter in plain.blocks.parameters():
         parameter.requires_grad_(True)
     plain.norm.weight.requires_grad_(True)

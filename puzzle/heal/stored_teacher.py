@@ -1,4 +1,4 @@
-"""`--teacher-logits DIR`: the teacher runs once over all that will be trained on, and what it says of every token waits on disk.
+"""Stored teacher logits, `--teacher-logits DIR`: the teacher runs once over all that will be trained on, and what it says of every token waits on disk.
 
     DIR/teacher.json                        what it depends on: a healing with other text, order or lengths is refused by name
     DIR/stage0-00000000.safetensors         words [R, K], logs [R, K] (float16) and rest [R] of some steps, in the order of training
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, replacing
 from puzzle.data.mixture import Stage
-from puzzle.heal.told import Told
+from puzzle.heal.top_k import TopK
 from puzzle.parents.checkpoint import read_header
 
 SHARD_BYTES = 2**26
@@ -43,8 +43,8 @@ class Shard:
     steps: range
 
 
-class Stored:
-    """What a teacher has written, by step: a directory of stored logits, which `claim` has found to be of this run. facts: teacher.json's."""
+class StoredTeacher:
+    """In place of a teacher what it has written, by step: a directory of stored logits, which `claim` has found to be of this run. facts: teacher.json's."""
 
     def __init__(self, directory: Path, stages: list[Stage], facts: dict[str, Any], device: torch.device):
         self.directory, self.stages, self.facts, self.device = directory, stages, facts, device
@@ -66,13 +66,14 @@ class Stored:
         except UserError:
             return False
 
-    def write(self, path: Path, told: Told, **more: str) -> None:
+    def write(self, path: Path, told: TopK, **more: str) -> None:
+        """One shard, renamed into place when it is whole. more: for its header."""
         number = torch.uint16 if self.facts["words"] <= 2**16 else torch.int32
         tensors = {"words": told.words.to(number), "logs": told.logs.half(), "rest": told.rest.float()}
         with replacing(path) as temporary:
             save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"run": self.key, **more})
 
-    def lessons(self, stage: int, steps: range, rows: slice, parts: int) -> Iterator[Told]:
+    def lessons(self, stage: int, steps: range, rows: slice, parts: int) -> Iterator[TopK]:
         """Of the rows of these steps, in `parts` micro-batches each."""
         length, size = self.stages[stage].seq_len, self.stages[stage].batch_size
         for shard in (s for s in self.shards if s.stage == stage and s.steps.stop > steps.start):
@@ -85,7 +86,7 @@ class Stored:
                     for row in range(first + rows.start, first + rows.stop, each):
                         yield self._read(handle, row * length, (row + each) * length)
 
-    def held_out(self, rows: slice, seq_len: int) -> Told:
+    def held_out(self, rows: slice, seq_len: int) -> TopK:
         with safe_open(self.directory / HELD_OUT, framework="pt") as handle:
             return self._read(handle, rows.start * seq_len, rows.stop * seq_len)
 
@@ -93,12 +94,12 @@ class Stored:
         """For an evaluation, from the mean over held-out tokens."""
         return {"kl_top": kl, "teacher_loss": float(read_header(self.directory / HELD_OUT)["__metadata__"]["loss"])}
 
-    def _read(self, handle: Any, begin: int, end: int) -> Told:
+    def _read(self, handle: Any, begin: int, end: int) -> TopK:
         """Made to sum to 1, which rounding to float16 has moved."""
         words, logs, rest = (handle.get_slice(name)[begin:end] for name in ("words", "logs", "rest"))
         words, logs, rest = words.int().to(self.device), logs.to(self.device).float(), rest.to(self.device)
         total = torch.logaddexp(logs.logsumexp(-1), rest)
-        return Told(words=words.long(), logs=logs - total[:, None], rest=rest - total)
+        return TopK(words=words.long(), logs=logs - total[:, None], rest=rest - total)
 
 
 def _cut(stage: Stage, each: int) -> Iterator[tuple[int, range]]:
