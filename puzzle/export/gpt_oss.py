@@ -66,7 +66,7 @@ def gpt_oss_config(child: Child) -> dict[str, Any]:
         "num_experts_per_tok": mixture.num_experts_per_tok,
         "swiglu_limit": 7.0,
     }
-    check_as_said(child, gpt_oss(config), READER)
+    check_as_said(child, gpt_oss, config, READER)
     _check_known(child, structure, found)
     return config
 

@@ -66,7 +66,7 @@ def granite_hybrid_config(child: Child, engine: str | None) -> dict[str, Any]:
         "dtype": str(child.dtype).removeprefix("torch."),
         **_mamba_config(child, mamba, engine),
     }
-    check_as_said(child, granitemoehybrid(config), READER)
+    check_as_said(child, granitemoehybrid, config, READER)
     return config
 
 

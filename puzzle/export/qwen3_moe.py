@@ -6,7 +6,7 @@ One number of experts, of a token's experts and of channels for all mixtures, on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child
 from puzzle.parents.child import hidden_act
+from puzzle.parents.family import Config
 from puzzle.parents.qwen3_moe import qwen3_moe
 from puzzle.parents.structure import Structure
 
@@ -66,12 +67,16 @@ def qwen3_moe_config(child: Child) -> dict[str, Any]:
         "moe_intermediate_size": mixture.moe_intermediate_size,
         "norm_topk_prob": mixture.norm_topk_prob,
     }
-    check_as_said(child, qwen3_moe(config), READER)
+    check_as_said(child, qwen3_moe, config, READER)
     return config
 
 
-def check_as_said(child: Child, said: Structure, reader: str) -> None:
-    """Raise UserError, naming the first layer that is not as the format's config says, and what of it."""
+def check_as_said(child: Child, read: Callable[[Config], Structure], config: Config, reader: str) -> None:
+    """Raise UserError, naming the first layer that is not as the format's config says, and what of it; or what `read` does not take."""
+    try:
+        said = read(config)
+    except UserError as error:
+        raise UserError(f"{child.name}: {reader}: {error}: {REST}") from error
     for layer, found in zip(child.layers, said.layers, strict=True):
         for slot, sub_block in layer.slots.items():
             if slot not in found or sub_block != found[slot]:
