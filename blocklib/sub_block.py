@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
+from puzzle.blocklib.words import WANTED, fits, read_word, types_of, wanted, word_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,8 +152,8 @@ class SubBlock:
         """Raises UserError for a value that its field cannot have: whatever made it, a misspelt one would mean something else."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if not _fits(f, value):
-                raise UserError(f"sub-block of kind '{self.kind}': {f.name} {value!r} is not {_wanted(f)}")
+            if not fits(f, value):
+                raise UserError(f"sub-block of kind '{self.kind}': {f.name} {value!r} is not {wanted(f)}")
 
     # -- faces that every kind has ---------------------------------------------------------------------------
 
@@ -300,7 +301,7 @@ class SubBlock:
             fields(self), key=lambda f: (f.default is not MISSING, f.default is not MISSING and f.name in norms)
         )
         told = [(f, getattr(self, f.name)) for f in found]
-        words = [_word(f.metadata["key"], v) for f, v in told if f.default is MISSING or v != f.default]
+        words = [word_of(f.metadata["key"], v) for f, v in told if f.default is MISSING or v != f.default]
         return " ".join([self.kind, *words])
 
     # -- one entry of a child's `per_layer_config` -----------------------------------------------------------
@@ -404,7 +405,7 @@ def register(cls: Kind) -> Kind:
         raise ValueError(f"two kinds of sub-block are called '{cls.kind}': {known} and {cls}")
     keys = [f.metadata.get("key", "") for f in fields(cls)]
     for f, key in zip(fields(cls), keys, strict=True):
-        if not re.fullmatch("[a-z_]+", key) or keys.count(key) > 1 or not set(_types(f)) <= set(_WANTED):
+        if not re.fullmatch("[a-z_]+", key) or keys.count(key) > 1 or not set(types_of(f)) <= set(WANTED):
             raise ValueError(
                 f"field {f.name} of kind '{cls.kind}' has no text form: make it a `size(...)` with a word of its own in small "
                 f"letters, of type int, float, bool or str, or one of these and None"
@@ -436,65 +437,14 @@ def parse_key(text: str) -> SubBlock:
     known: dict[str, Field] = {f.metadata["key"]: f for f in fields(cls)}
     values: dict[str, Any] = {}
     for word in words:
-        name, value = _read_word(word)
+        name, value = read_word(word)
         if name not in known:
             raise UserError(f"sub-block '{text}': '{word}' is no word of kind '{kind}' ({nearest(name, list(known))})")
-        if not _fits(known[name], value):
-            raise UserError(f"sub-block '{text}': '{word}' gives {name} a value that is not {_wanted(known[name])}")
+        if not fits(known[name], value):
+            raise UserError(f"sub-block '{text}': '{word}' gives {name} a value that is not {wanted(known[name])}")
         if known[name].name in values:
             raise UserError(f"sub-block '{text}': '{name}' is given twice")
         values[known[name].name] = value
     if missing := [k for k, f in known.items() if f.default is MISSING and f.name not in values]:
         raise UserError(f"sub-block '{text}' lacks {', '.join(missing)}: '{kind}' is not whole without")
     return cls(**values)
-
-
-_WANTED = {"int": "a whole number above 0", "float": "a number", "bool": "yes or no", "str": "a name", "None": "none"}
-
-
-@cache
-def _types(f: Field) -> tuple[str, ...]:
-    """("int", "None") of `int | None`."""
-    return tuple((f.type.__name__ if isinstance(f.type, type) else str(f.type)).split(" | "))
-
-
-def _wanted(f: Field) -> str:
-    """What a field may be, in words."""
-    known = dict(_WANTED, str=" or ".join(f.metadata["choices"]) or _WANTED["str"])
-    return " or ".join(known[name] for name in _types(f))
-
-
-def _fits(f: Field, value: Any) -> bool:
-    """Whether a field may have this value, which its key then gives back."""
-    types, choices = _types(f), f.metadata["choices"]
-    if value is None or isinstance(value, bool):
-        return ("None" if value is None else "bool") in types
-    if isinstance(value, str):
-        key = f.metadata["key"]
-        return "str" in types and (value in choices if choices else _read_word(_word(key, value)) == (key, value))
-    if isinstance(value, int) and "int" in types:
-        return value > 0
-    return "float" in types and isinstance(value, int | float) and math.isfinite(value)
-
-
-def _word(name: str, value: Any) -> str:
-    """kv8, qkv_bias, rope=local, eps=1e-05, window=none"""
-    if value is True:
-        return name
-    if value is None or value is False:
-        return f"{name}={'none' if value is None else 'no'}"
-    return f"{name}{value}" if isinstance(value, int) else f"{name}={value}"
-
-
-def _read_word(word: str) -> tuple[str, Any]:
-    if found := re.fullmatch(r"([a-z_]+)=(\S+)", word):
-        text = found[2]
-        if text in ("none", "no"):
-            return found[1], None if text == "none" else False
-        try:
-            return found[1], float(text)
-        except ValueError:
-            return found[1], text
-    if found := re.fullmatch(r"([a-z_]+?)(\d+)", word):
-        return found[1], int(found[2])
-    return word, True

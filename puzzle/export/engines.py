@@ -24,6 +24,7 @@ STOCK = (
     "gpt-oss",
     GRANITE_HYBRID,
 )  # formats of model families that are alike in all layers, which say themselves what they have no words for
+WITHOUT_SCALES = (*HYBRIDS, "gpt-oss")  # of a cache: readers pass over them
 FORMATS = ("hf", "nemotron-nas", *STOCK, "gguf", *HYBRIDS)
 DTYPES = ("float32", "bfloat16", "float16")
 OTHER_DTYPES = {"gguf": ("q8_0",), **dict.fromkeys(STOCK, ())}  # by format; fp8 else
@@ -199,7 +200,7 @@ def check_dtypes(format: str, engine: str | None, dtype: str | None, kv_dtype: s
         raise UserError(f"`dtype` {dtype} with `format` {format}: {nearest(dtype, known)}")
     if kv_dtype not in (None, "fp8"):
         raise UserError(f"`kv_dtype` {kv_dtype}: fp8 is; left out, an engine's cache is as its activations are")
-    if kv_dtype is not None and format in HYBRIDS:
+    if kv_dtype is not None and format in WITHOUT_SCALES:
         raise UserError(f"`kv_dtype` {kv_dtype}: `format` {format} has no scales of a cache here: leave it out")
     for name in [n for n, value in (("dtype", dtype), ("kv_dtype", kv_dtype)) if value == "fp8"]:
         if not reads_fp8(format, engine):

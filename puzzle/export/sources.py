@@ -56,7 +56,7 @@ def child_of_checkpoint(source: str | Path | HfModel) -> Child:
         eos_token_id=config.get("eos_token_id"),
         pad_token_id=config.get("pad_token_id"),
         dtype=checkpoint.dtype(FINAL_NORM),
-        dequantised=checkpoint.fp8 is not None or checkpoint.mxfp4,
+        dequantised=checkpoint.quantised is not None,
         tokenizer=opened.directory,
         generation_config=settings,
         parent_name=config.get("parent_name") or Path(opened.source).absolute().name,

@@ -44,8 +44,8 @@ def grow_verb(source: str, wanted: GrowOptions) -> dict[str, Any]:
     max_shard = parse_bytes(wanted.max_shard, "max_shard")
     opened = open_model(source)
     child = child_of_checkpoint(opened)
-    if child.dequantised:
-        raise UserError(f"{source} is in fp8: grow the checkpoint in bf16 that it was made from")
+    if (kind := opened.checkpoint.quantised) is not None:
+        raise UserError(f"{source} is in {kind}: grow the checkpoint in bf16 that it was made from")
     able = growable(child)
     layers = able if wanted.layers is None else parse_layers("layers", wanted.layers, len(child.layers))
     grown = grow_child(child, growth, layers)

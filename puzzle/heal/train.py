@@ -61,10 +61,12 @@ class Trainer:
         self.old_lr = old_lr
         groups: list[dict[str, Any]] = []
         for slow in (False, True):
-            chosen = [part for name, part in zip(self.names, self.parts, strict=True) if (name in old) == slow]
+            chosen = [(name, part) for name, part in zip(self.names, self.parts, strict=True) if (name in old) == slow]
+            matrices = [p for name, p in chosen if p.ndim > 1 and not name.endswith("bias")]  # experts stack theirs
             rate = {"lr": self.slow_lr if slow else self.lr}
-            groups.append({"params": [p for p in chosen if p.ndim > 1], "weight_decay": recipe.weight_decay, **rate})
-            groups.append({"params": [p for p in chosen if p.ndim <= 1], "weight_decay": 0.0, **rate})
+            groups.append({"params": matrices, "weight_decay": recipe.weight_decay, **rate})
+            vectors = [p for name, p in chosen if p.ndim <= 1 or name.endswith("bias")]
+            groups.append({"params": vectors, "weight_decay": 0.0, **rate})
         self.optimizer = torch.optim.AdamW(
             groups,
             betas=(recipe.beta1, recipe.beta2),

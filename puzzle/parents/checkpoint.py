@@ -65,6 +65,11 @@ class Checkpoint:
         if missing:
             raise UserError(f"{directory} lacks {missing[0]}, which its index names: download the checkpoint again")
 
+    @property
+    def quantised(self) -> str | None:
+        """What its weights are stored in, "fp8" or "MXFP4"; None where they are whole."""
+        return "MXFP4" if self.mxfp4 else None if self.fp8 is None else "fp8"
+
     def rename(self, prefixes: Mapping[str, str]) -> None:
         """From now on, call tensors whose stored names begin with one of these as it says; the first that fits."""
         found = {}

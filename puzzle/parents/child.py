@@ -70,7 +70,10 @@ def usual(c: Config) -> dict[str, SubBlock]:
         **shared,
     )
     if c.get("num_experts"):
-        return {"attention": attends, "ffn": moe(c, **shared, **{f: c[w] for f, w in MIXTURE.items() if w in c})}
+        return {
+            "attention": attends,
+            "ffn": moe(c, EXPERTS, **shared, **{f: c[w] for f, w in MIXTURE.items() if w in c}),
+        }
     return {"attention": attends, "ffn": relu2(c, **shared) if c.get("hidden_act") == "relu2" else ffn(c, **shared)}
 
 

@@ -24,7 +24,7 @@ from puzzle.parents.structure import Layer, Structure
 
 Config = Mapping[str, Any]
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names: ours
-EXPERTS = ACTIVATIONS | {"relu2": "relu2", "swiglu_oai": "swiglu_oai"}  # of experts; with relu2 they have no gate
+EXPERTS = ACTIVATIONS | {"relu2": "relu2", "swiglu_oai": "swiglu_oai"}  # of our children; with relu2 there is no gate
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -115,14 +115,14 @@ def ffn(c: Config, **changes: Any) -> SwiGLU:
     return SwiGLU(**fields | changes)
 
 
-def moe(c: Config, **changes: Any) -> Moe:
-    """The mixture of experts as in Qwen-MoE, whose router is a softmax."""
+def moe(c: Config, known: Mapping[str, str] = ACTIVATIONS, **changes: Any) -> Moe:
+    """The mixture of experts as in Qwen-MoE, whose router is a softmax. known: its activations; others mean something else elsewhere."""
     fields = {
         "hidden_size": c["hidden_size"],
         "num_experts": c.get("num_experts") or c["num_local_experts"],
         "num_experts_per_tok": c["num_experts_per_tok"],
         "moe_intermediate_size": c["moe_intermediate_size"],
-        "activation": activation(c.get("hidden_act", "silu"), EXPERTS),
+        "activation": activation(c.get("hidden_act", "silu"), known),
         "norm_topk_prob": bool(c["norm_topk_prob"]),
         "norm_eps": float(c["rms_norm_eps"]),
     }

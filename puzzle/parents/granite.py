@@ -89,7 +89,7 @@ def granitemoehybrid(c: Config) -> Structure:
         raise UserError(
             f"layer_types[{wrong}] = '{c['layer_types'][wrong]}' in config.json is not supported: {', '.join(TYPES)} are"
         )
-    for name in (*MAMBA.values(), "mamba_expand", "time_step_limit", "num_experts_per_tok"):
+    for name in (*MAMBA.values(), "mamba_expand", "time_step_limit", "num_experts_per_tok", "hidden_act"):
         c.get(name)  # which only a layer with Mamba-2, or with experts, reads
     made: dict[str | None, Layer] = {"gqa": usual}
     if "mamba2" in kinds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -151,6 +151,18 @@ class HfModel:
                 raise UserError(
                     f"weight {name} in {self.directory} has shape {list(found)}, config.json asks for "
                     f"{list(shape)}: the config does not belong to these weights"
+                )
+
+        if self.config["model_type"] == "puzzle":
+            self._check_no_more(wanted)
+
+    def _check_no_more(self, wanted: Collection[str]) -> None:
+        """Raise UserError for a weight of a layer that the config of a child says nothing of: a word of a later puzzle, or a lost one."""
+        for name in sorted(self.checkpoint.names - set(wanted)):
+            if name.startswith("model.layers.") and not name.endswith("_scale"):
+                raise UserError(
+                    f"{self.directory} has the weight {name}, for which its config.json has no place: a later puzzle wrote it, or a word of "
+                    "the config was lost; install that puzzle, or export the child again"
                 )
 
     def check(self) -> None:

@@ -157,7 +157,7 @@ def serve_check(
         )
     if export.rounds:
         raise UserError(
-            f"{export.path} is in fp8: an engine rounds its activations or cache as they come, which no logits of ours hold to "
+            f"{export.path} is in {export.rounds}: an engine rounds its activations or cache as they come, which no logits of ours hold to "
             "1e-3: check the same child in bf16, and compare this one by its KL (`puzzle evaluate`)"
         )
     compared = find_export(reference) if reference is not None else export

@@ -60,6 +60,10 @@ def bench_engine(
         )
     costs = {} if solved is None else solved.costs
     usual = "float32" if gpu == "cpu" else "bf16"
+    if export is not None and export.rounds == "MXFP4":
+        raise UserError(
+            f"{target} is in MXFP4, which no price is of: give the checkpoint in bf16 that it was made from, or export it"
+        )
     if export is not None:
         precision, reader = "fp8" if export.rounds else usual, export.format
     priced = costs.get("precision", usual)

@@ -37,7 +37,7 @@ FORMATS = {"puzzle": "hf", "nemotron-nas": "nemotron-nas"}
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """path: the directory or .gguf file; format: hf, nemotron-nas, gguf, or parent (a supported checkpoint that we did not
-    write); dtype: what an engine computes in: float32, or for .gguf files the type of their matrices. rounds: in fp8, to which
+    write); dtype: what an engine computes in: float32, or for .gguf files the type of their matrices. rounds: "fp8" or "MXFP4", to which
     engines round activations or cache as they come. kv_heads: of its layers with attention, where an engine's own reader reads them."""
 
     path: Path
@@ -45,7 +45,7 @@ class Export:
     dtype: str
     vocab_size: int
     max_length: int
-    rounds: bool = False
+    rounds: str | None = None
     kv_heads: tuple[int, ...] = ()
 
 
@@ -58,7 +58,8 @@ def find_export(path: Path) -> Export:
         return _gguf_export(files[0])
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give the directory or the .gguf file that `puzzle export` wrote")
-    config = Checkpoint(path).config
+    checkpoint = Checkpoint(path)
+    config = checkpoint.config
     format, attends = FORMATS.get(str(config.get("model_type")), "parent"), []
     if format != "nemotron-nas":  # raises for what is neither a child nor a supported parent
         attends = [b.num_key_value_heads for _, _, b in open_model(path).structure if isinstance(b, Gqa)]
@@ -68,7 +69,7 @@ def find_export(path: Path) -> Export:
         dtype="float32",
         vocab_size=int(config["vocab_size"]),
         max_length=int(config.get("max_position_embeddings", 2048)),
-        rounds=bool(config.get("quantization_config")),
+        rounds="MXFP4" if checkpoint.mxfp4 else "fp8" if config.get("quantization_config") else None,
         kv_heads=tuple(attends if format == "parent" else ())
         or tuple(
             int(config["num_attention_heads"]) // one["attention"]["n_heads_in_group"]

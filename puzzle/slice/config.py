@@ -22,8 +22,7 @@ def check_sliceable(parent: HfModel) -> None:
         raise UserError(
             f"{parent.source} is a '{kind}' checkpoint, whose layers have sizes of their own: slice its parent, then build and solve"
         )
-    if parent.checkpoint.fp8 is not None or parent.checkpoint.mxfp4:
-        kind = "MXFP4" if parent.checkpoint.mxfp4 else "fp8"
+    if (kind := parent.checkpoint.quantised) is not None:
         raise UserError(f"{parent.source} is in {kind}: slice the checkpoint in bf16 that it was made from")
 
 

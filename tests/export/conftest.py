@@ -121,9 +121,14 @@ def modules_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
     # transformers appends the cache to sys.path; a package in another test's cache would hide this one
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not Path(entry, "transformers_modules").is_dir()])
+    forget_remote_code()
+    yield cache
+    forget_remote_code()  # which else would be looked for in this cache by tests that have another
+
+
+def forget_remote_code():
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         del sys.modules[name]
-    return cache
 
 
 @pytest.fixture(autouse=True)

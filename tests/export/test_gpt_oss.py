@@ -122,7 +122,7 @@ def test_others_are_refused_by_name_and_written_as_hf(case, parent, tmp_path):
 @pytest.mark.parametrize(
     ("format", "message"),
     [
-        ("qwen3-moe", "layer 0 attention: .* sinks True beside False"),
+        ("qwen3-moe", "hidden_act .swiglu_oai. is not supported; .*: write `format` hf"),
         ("granitemoehybrid", "has experts without a shared one"),
         ("nemotron-h", "layer 0 attention: Nemotron-H has no attention with rotary positions"),
         ("nemotron-nas", r"layer 0 attention: .* has no attention sinks \(gpt-oss\)"),
@@ -142,6 +142,8 @@ def test_engines_are_told_of_the_stock_format(parent, tmp_path):
     with pytest.raises(UserError, match=r"vllm has no attention sinks .*: write `format` gpt-oss, if all"):
         export(open_source(parent), tmp_path / "child", engine="vllm")
     assert export(open_source(parent), tmp_path / "child", engine="vllm", format="gpt-oss").engine == "vllm"
+    with pytest.raises(UserError, match="`kv_dtype` fp8: `format` gpt-oss has no scales of a cache here"):
+        export(open_source(parent), tmp_path / "fp8", format="gpt-oss", kv_dtype="fp8", data=["x"])
     with pytest.raises(UserError, match="`dtype` fp8 with `format` gpt-oss"):
         export(open_source(parent), tmp_path / "other", format="gpt-oss", dtype="fp8")
     with pytest.raises(UserError, match=r"sub-blocks of kind 'moe' have no form in fp8"):

@@ -17,6 +17,7 @@ from puzzle.blocklib.variant import variant_of
 from puzzle.export.write import Source, export, open_source
 from puzzle.parents.opened import open_model
 from puzzle.runtime.model import load_model
+from tiny_children import EXPERTS, WIDE, Tiny, build
 from tiny_parents import write_tiny_parent
 
 IDS = torch.randint(2, 384, (2, 33), generator=torch.Generator().manual_seed(3))
@@ -110,6 +111,38 @@ def test_a_mixed_child_is_refused_by_name_and_written_as_hf(case, parent, tmp_pa
     for _ in range(9):
         ids = torch.cat((ids, ours(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(found, ids[:, 33:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["qwen3-moe", "granitemoehybrid"])
+@pytest.mark.parametrize("act", ["gelu_tanh", "relu2", "swiglu_oai"])
+def test_activations_are_those_of_the_stock_code_or_refused(format, act, tmp_path):
+    """Which gates relu2 too, and has no clamped one: as parents and as what we write."""
+    shared = None if format == "qwen3-moe" or act == "swiglu_oai" else 64
+    attends = replace(WIDE, qk_norm="head" if format == "qwen3-moe" else None)
+    experts = replace(EXPERTS, activation=act, shared_gate=False, shared_intermediate_size=shared)
+    made = build(act, Tiny(base=(attends, experts), layers=((attends, experts),) * 2))
+    source = Source(child=made, solved=None, facts=None, measured=None)
+    ours = export(source, tmp_path / "ours").out
+    wanted = load_model(ours)(IDS)
+    assert (theirs(ours, trust_remote_code=True)(IDS).logits - wanted).abs().max() <= 1e-4
+    if act != "gelu_tanh":
+        message = (
+            "without a shared one"
+            if format != "qwen3-moe" and shared is None
+            else f"hidden_act '{act}' is not supported; .*`format` hf"
+        )
+        with pytest.raises(UserError, match=message):
+            export(source, tmp_path / "stock", format=format)
+        assert not (tmp_path / "stock").exists()
+        return
+    stock = export(source, tmp_path / "stock", format=format).out
+    assert (theirs(stock)(IDS).logits - wanted).abs().max() <= 1e-4
+    assert (load_model(stock)(IDS) - wanted).abs().max() <= 1e-5
+    config = json.loads((stock / "config.json").read_text())
+    (stock / "config.json").write_text(json.dumps(config | {"hidden_act": "relu2"}))
+    with pytest.raises(UserError, match="hidden_act 'relu2' is not supported"):
+        open_model(stock)
 
 
 def test_an_engine_is_told_of_the_stock_format(parent, tmp_path):

@@ -58,7 +58,9 @@ def test_what_is_sampled_is_what_a_plain_twin_samples(child):
     twin(model, batch[0])
 
 
-@pytest.mark.parametrize("name", ["nemotron_h with experts", "gemma3", "granitemoehybrid, Mamba-2 and dense FFNs"])
+@pytest.mark.parametrize(
+    "name", ["nemotron_h with latent experts", "gemma3", "gpt_oss", "granitemoehybrid, Mamba-2 and dense FFNs"]
+)
 def test_other_layers_go_on_too(tmp_path, name):
     twin(load_model(write_tiny_parent(name, tmp_path / "model")), torch.randint(300, (4, 24)))
 

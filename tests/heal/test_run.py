@@ -15,6 +15,7 @@ import torch
 from puzzle.heal.log import read_log
 from puzzle.heal.settings import HealOptions
 from puzzle.runtime.model import load_model
+from tiny_parents import write_tiny_parent
 
 
 def losses(path: Path) -> list[tuple]:
@@ -174,6 +175,24 @@ Learner.forward = patched
     assert ("replica" in group[0].log.read_text()) == (parallel == "replicas")
     assert losses(out) == losses(whole)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_weight_decay_is_of_matrices_alone(tmp_path):
+    """Not of the biases of experts, which are stacked."""
+    from puzzle.base.ranks import start_ranks
+    from puzzle.heal.prepare import build_trainer, open_models
+
+    source = str(write_tiny_parent("gpt_oss", tmp_path / "model"))
+    options = HealOptions(
+        child=source, teacher=source, out=tmp_path, tokens=64, seq_len=16, batch_size=4, weight_decay=0.1
+    )
+    stages, ranks = options.plan_stages(), start_ranks("cpu")
+    trainer = build_trainer(options, stages, open_models(options, stages, ranks), ranks)
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    found = {name for name, part in zip(trainer.names, trainer.parts, strict=True) if id(part) in decayed}
+    matrices = ("_proj", "_proj.weight", "gate.weight")
+    assert found == {name for name in trainer.names if name.endswith(matrices)}
+    assert any(name.endswith("experts.down_proj_bias") for name in trainer.names)
 
 
 def test_a_step_that_is_not_finite_is_left_out(child, parent, tmp_path):

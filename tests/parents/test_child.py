@@ -16,8 +16,10 @@ from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.sub_block import MissingFace
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.child import check_said, child, config_of, entry_of, hidden_act, layer_of
+from puzzle.parents.opened import open_model
 from puzzle.parents.rope import Rope
 from puzzle.parents.structure import Structure
+from tiny_children import write_tiny_child
 
 GQA = Gqa(hidden_size=24, num_attention_heads=6, num_key_value_heads=6, head_dim=10, norm_eps=1e-5)
 FFN = SwiGLU(hidden_size=24, intermediate_size=50, norm_eps=1e-5)
@@ -186,3 +188,19 @@ def test_a_config_that_does_not_say_all(changes, wanted):
     config = config_around(told, BASE) | {"per_layer_config": config_of(meant, BASE)["per_layer_config"]}
     with pytest.raises(UserError, match=wanted):
         check_said(config, meant)
+
+
+@pytest.mark.parametrize(
+    ("tiny", "word", "weight"), [("gpt_oss", "attention_sinks", "sinks"), ("qwen3", "qk_norm", "k_norm.weight")]
+)
+def test_a_weight_that_the_config_says_nothing_of(tiny, word, weight, tmp_path):
+    """Of a word of a later version, or one that was lost: it would be another model without a message."""
+    directory = write_tiny_child(tiny, tmp_path / "child")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != word}))
+    with pytest.raises(
+        UserError,
+        match=rf"has the weight model\.layers\.\d\.self_attn\.{weight}, for which its config.json has no place",
+    ):
+        open_model(directory)

@@ -90,6 +90,21 @@ def test_experts_in_mxfp4(written, tmp_path):
     assert (child(IDS).logits - reference(IDS).logits).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("slice SOURCE --depth 1 --data CORPUS --out OUT", "is in MXFP4: slice the checkpoint in bf16"),
+        ("grow SOURCE --experts 2 --out OUT", "is in MXFP4: grow the checkpoint in bf16"),
+        ("serve-check SOURCE --engine hf", "is in MXFP4: an engine rounds"),
+        ("bench SOURCE --engine vllm --gpu cpu --input-len 8 --output-len 8", "is in MXFP4, which no price is of"),
+    ],
+)
+def test_what_needs_whole_weights_names_mxfp4(asked, message, written, corpus, tmp_path, puzzle, one_line_error):
+    words = {"SOURCE": written / "packed", "CORPUS": corpus, "OUT": tmp_path / "out"}
+    one_line_error(puzzle(*(words.get(word, word) for word in asked.split())), message)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("length", [1, 5, 41])
 def test_same_tokens_on_our_kernels(written, length):
     """Of heads of 10 channels, windows of 7, and sinks."""
