@@ -70,7 +70,7 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
             )
     pairs: list[tuple[int, int]] = []
     if options.on_policy:
-        check_sampling(child.structure, stages)
+        check_sampling(child.structure, stages, options.on_policy)
     if teacher is not None:
         if not options.align_tokens:
             _same_tokenizer(options, child, teacher)

@@ -170,6 +170,7 @@ def test_what_does_not_go_together_is_refused(
     run = ("heal", child, "--teacher", parent, *small, "--out", tmp_path / "out", "--on-policy", 0.5)
     for options, words in (
         (("--on-policy", 1.5), ("--on-policy 1.5: the share of steps",)),
+        (("--on-policy", 0.001), ("--on-policy 0.001 of", "steps is none", "or more --tokens")),
         (("--lm-weight", 1), ("--on-policy with --lm-weight", "pass --lm-weight 0")),
         (("--teacher-logits", tmp_path / "said", "--cosine-weight", 0), ("--on-policy asks the teacher while",)),
     ):
