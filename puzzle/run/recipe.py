@@ -92,7 +92,9 @@ class Recipe:
     @property
     def trains(self) -> bool:
         """Whether the child is trained, so that nothing of it is rounded before."""
-        return self.heal is not None or any(one.heal is not None or one.result is not None for one in self.after.values())
+        return self.heal is not None or any(
+            one.heal is not None or one.result is not None for one in self.after.values()
+        )
 
     @property
     def scoring(self) -> ScoreOptions:
@@ -235,7 +237,9 @@ def _after(raw: Any, here: Path) -> dict[str, After]:
         with stage_of(name):
             stage.check()
         if heal is not None and (more := [key for key in given if key != "heal" and given[key] is not None]):
-            raise UserError(f"{told}.{more[0]} {given[more[0]]}: a healing's {more[0]} is known from {told}.heal: leave it out")
+            raise UserError(
+                f"{told}.{more[0]} {given[more[0]]}: a healing's {more[0]} is known from {told}.heal: leave it out"
+            )
         found[str(name)] = stage
     return found
 

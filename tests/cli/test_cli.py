@@ -133,7 +133,13 @@ SAID_IN = {  # verbs whose user may see the messages of these files; the longest
     "puzzle/parents/": (),
     "blocklib/": (),
 }
-KEYS_OF_FILES = {"sources", "name", "path", "messages", *(f.name for f in fields(After))}  # of blends and recipes, not options
+KEYS_OF_FILES = {
+    "sources",
+    "name",
+    "path",
+    "messages",
+    *(f.name for f in fields(After)),
+}  # of blends and recipes, not options
 
 
 def flags_of(verb: str) -> set[str]:

@@ -71,7 +71,9 @@ def test_a_command_that_outlives_us(puzzle, one_line_error, write, tmp_path, lau
     value, here, out = yaml.safe_load(recipe.read_text()), tmp_path / "a {b} c", tmp_path / "my run"
     here.mkdir()
     program = here / "wait.sh"
-    program.write_text('#!/bin/sh\necho said; touch "$1/begun"; while [ ! -e "$1/go" ]; do sleep 0.05; done; touch "$1/ended"\n')
+    program.write_text(
+        '#!/bin/sh\necho said; touch "$1/begun"; while [ ! -e "$1/go" ]; do sleep 0.05; done; touch "$1/ended"\n'
+    )
     program.chmod(0o755)
     value["after"] = {"wait": {"command": "{here}/wait.sh {out}"}}
     recipe = here / "recipe.yaml"
