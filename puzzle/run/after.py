@@ -86,9 +86,7 @@ class After:
         lock = out.with_name(f"{out.name}.lock")
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        with locked(
-            lock, out
-        ) as handle:  # the program has it too: it goes on where we are killed, and no second one beside it
+        with locked(lock, out) as handle:  # the program holds it too: where it outlives us, no second one is started
             handle.truncate(0)
             handle.write("the command that a run before this one has started")
             handle.flush()
