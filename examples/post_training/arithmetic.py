@@ -18,7 +18,8 @@ import click
 import yaml
 
 from puzzle.base.errors import UserError
-from rewards import Script
+from puzzle.base.units import parse_count
+from rewards import COUNT, SEED, Script
 
 SIGNS = {"+": "plus", "-": "minus", "*": "times"}
 PHRASES = ("What is {a} {sign} {b}?", "Compute {a} {sign} {b}.", "{a} {word} {b} is how much?")
@@ -66,12 +67,13 @@ def asked(question: tuple[int, str, int], draw: random.Random) -> str:
 
 @click.command(cls=Script)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--count", default=12_000, show_default=True, help="Questions in all.")
-@click.option("--largest", default=999, show_default=True, help="Number in a question.")
+@click.option("--count", type=click.IntRange(min=20), default=12_000, show_default=True, help="Questions in all.")
+@click.option("--largest", type=COUNT, default=999, show_default=True, help="Number in a question.")
 @click.option("--tokens", default="2M", show_default=True, help="Of the stage of fine-tuning.")
-@click.option("--seed", default=0)
+@click.option("--seed", type=SEED, default=0)
 def main(out: Path, count: int, largest: int, tokens: str, seed: int) -> None:
     """Write all files to --out."""
+    parse_count("tokens", tokens)
     draw = random.Random(seed)
     rows: dict[str, list[dict]] = {name: [] for name in ("reasoning", "direct", "prompts", "held-out")}
     for number, question in enumerate(questions(count, largest, draw)):

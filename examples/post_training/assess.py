@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from curriculum import read_rows
-from rewards import MODES, Script, in_format, is_right, prompt
+from rewards import COUNT, MODES, Script, in_format, is_right, prompt
 from sampling import Child
 
 
@@ -21,13 +21,13 @@ from sampling import Child
 @click.argument("child")
 @click.argument("prompts", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--limit", default=256, show_default=True, help="Questions, the first ones.")
-@click.option("--at-once", default=128, show_default=True)
-@click.option("--max-new-tokens", default=128, show_default=True)
+@click.option("--limit", type=COUNT, default=256, show_default=True, help="Questions, the first ones.")
+@click.option("--at-once", type=COUNT, default=128, show_default=True)
+@click.option("--max-new-tokens", type=COUNT, default=128, show_default=True)
 @click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
 def main(child: str, prompts: Path, out: Path, limit: int, at_once: int, max_new_tokens: int, sandbox: str | None):
     """Ask CHILD the questions of PROMPTS and write what came of it to --out."""
-    rows, asked = read_rows(prompts)[:limit], Child(child)
+    rows, asked = read_rows(prompts, sandbox, out)[:limit], Child(child)
     found: dict = {"child": child, "questions": len(rows)}
     for thinking, mode in MODES.items():
         texts = []

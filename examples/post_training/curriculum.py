@@ -19,16 +19,19 @@ import numpy as np
 import torch
 
 from puzzle.base.errors import UserError
-from rewards import Script, is_right, prompt
+from puzzle.base.files import json_text, write_text
+from puzzle.parents.opened import open_model
+from rewards import COUNT, SEED, Script, check_same, check_sandbox, is_right, prompt, read_lines
 from sampling import Child
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Raises UserError for a row without a question, or without an answer to check."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def read_rows(path: Path, sandbox: str | None = None, out: Path | None = None) -> list[dict[str, Any]]:
+    """Raises UserError for a row without a question, or without an answer to check, and as `read_lines` and `check_sandbox` do."""
+    rows = read_lines(path, out)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("question"), str) or (row.get("answer") is None and not row.get("tests")):
             raise UserError(f"{path} line {number}: a prompt has a `question`, and an `answer` or `tests`")
+    check_sandbox(rows, sandbox)
     return rows
 
 
@@ -60,12 +63,16 @@ def by_difficulty(
 @click.argument("prompts", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option(
-    "--samples", default=8, show_default=True, help="Answers to a prompt, drawn at temperature 1 with thinking."
+    "--samples",
+    type=COUNT,
+    default=8,
+    show_default=True,
+    help="Answers to a prompt, drawn at temperature 1 with thinking.",
 )
-@click.option("--at-once", default=32, show_default=True, help="Prompts.")
-@click.option("--max-new-tokens", default=1024, show_default=True)
+@click.option("--at-once", type=COUNT, default=32, show_default=True, help="Prompts.")
+@click.option("--max-new-tokens", type=COUNT, default=1024, show_default=True)
 @click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
-@click.option("--seed", default=0)
+@click.option("--seed", type=SEED, default=0)
 def main(
     child: str,
     prompts: Path,
@@ -77,12 +84,22 @@ def main(
     seed: int,
 ):
     """Write PROMPTS to --out with the share of CHILD's answers that are right."""
-    rows = read_rows(prompts)
-    done = read_rows(out) if out.is_file() else []
+    rows = read_rows(prompts, sandbox, out)
+    settings = {"samples": samples, "at_once": at_once, "max_new_tokens": max_new_tokens, "seed": seed}
+    asked_for, place = {"child": open_model(child).fingerprint(), **settings}, out.with_suffix(".asked.json")
+    written = out.read_bytes() if out.is_file() else b""
+    whole = written[: written.rfind(b"\n") + 1]  # a kill may have cut the last row off
+    if whole:
+        check_same(place, asked_for, str(out))
+        if whole != written:
+            out.write_bytes(whole)
+    else:
+        write_text(place, json_text(asked_for) + "\n")
+    done = read_rows(out, sandbox) if whole else []
     if [row["question"] for row in done] != [row["question"] for row in rows[: len(done)]]:
         raise UserError(f"`out` {out} holds other prompts than {prompts}: give another, or remove it")
     asked = Child(child)
-    with open(out, "a", encoding="utf-8") as handle:
+    with open(out, "a" if whole else "w", encoding="utf-8") as handle:
         for begin in range(len(done) // at_once * at_once, len(rows), at_once):
             batch = rows[begin : begin + at_once]
             torch.manual_seed(seed + begin)

@@ -24,20 +24,23 @@ from puzzle.measure.measurable import of_checkpoint
 from puzzle.runtime.open import pick_precision
 from puzzle.tasks.model import Model
 from puzzle.tasks.request import Answers, Request
-from rewards import Script, is_right
+from rewards import COUNT, Script, check_sandbox, is_right, read_lines
 
 
-def read_prompts(path: Path, system: str | None) -> list[dict[str, Any]]:
+def read_prompts(path: Path, system: str | None, out: Path) -> list[dict[str, Any]]:
     """Rows with `text`, or with `messages` that end with the user. Raises UserError for any other row."""
     first = [] if system is None else [{"role": "system", "content": system}]
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = read_lines(path, out)
     for number, row in enumerate(rows, 1):
         if "question" in row:
             row["messages"] = [{"role": "user", "content": row["question"]}]
         messages = row.get("messages")
-        if messages and messages[-1].get("role") == "user":
+        chat = isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
+        )
+        if chat and messages and messages[-1].get("role") == "user":
             row["messages"] = first + messages
-        elif not row.get("text"):
+        elif messages or not isinstance(row.get("text"), str) or not row["text"]:
             raise UserError(
                 f"{path} line {number}: a prompt has a `question`, `messages` that end with the user, or a `text`"
             )
@@ -48,9 +51,9 @@ def read_prompts(path: Path, system: str | None) -> list[dict[str, Any]]:
 @click.argument("teacher")
 @click.argument("prompts", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--samples", default=1, show_default=True, help="Answers to each prompt.")
-@click.option("--temperature", default=0.6, show_default=True, help="0: greedy.")
-@click.option("--max-new-tokens", default=1024, show_default=True)
+@click.option("--samples", type=COUNT, default=1, show_default=True, help="Answers to each prompt.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.6, show_default=True, help="0: greedy.")
+@click.option("--max-new-tokens", type=COUNT, default=1024, show_default=True)
 @click.option("--system", help="A system prompt before every chat.")
 @click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
 @click.option("--device", default="auto", show_default=True)
@@ -60,7 +63,8 @@ def main(
     """Let TEACHER answer PROMPTS, and write what it says to --out."""
     if samples > 1 and temperature == 0:
         raise UserError(f"`samples` {samples} are all alike at `temperature` 0: give one, such as 0.6")
-    rows, device = read_prompts(prompts, system), pick_device(o["device"])
+    rows, device = read_prompts(prompts, system, out), pick_device(o["device"])
+    check_sandbox(rows, o["sandbox"])
     answers = Answers(out.with_suffix(".answers.jsonl"))
     model = Model(
         name="teacher", opened=of_checkpoint(teacher), device=device, precision=pick_precision(device), answers=answers

@@ -21,12 +21,17 @@ from trl import GRPOConfig, GRPOTrainer
 from curriculum import by_difficulty, read_rows
 from puzzle.base.errors import UserError
 from puzzle.data.tokenizer import load_tokenizer
-from rewards import Script, prompt, rewards
+from puzzle.parents.opened import open_model
+from rewards import COUNT, SEED, Script, prompt, rewards
 
 
 def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: float, seed: int) -> list[dict[str, Any]]:
     """The prompts of all steps."""
-    if all("pass_rate" in row for row in rows):
+    if rated := sum("pass_rate" in row for row in rows):
+        if rated < len(rows):
+            raise UserError(
+                f"{rated} of {len(rows)} prompts have a `pass_rate`: let curriculum.py rate all of them, or none"
+            )
         rates = [row["pass_rate"] for row in rows]
         return [rows[i] for batch in by_difficulty(rates, per_step, steps, easiest=easiest, seed=seed) for i in batch]
     drawn: list[dict[str, Any]] = []
@@ -40,34 +45,49 @@ def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: floa
 @click.argument("child")
 @click.argument("prompts", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--steps", default=200, show_default=True)
-@click.option("--group", default=16, show_default=True, help="Answers to a prompt, which are compared with each other.")
-@click.option("--prompts-per-step", default=8, show_default=True)
-@click.option("--accumulate", default=1, help="Micro-batches of a step.")
-@click.option("--max-new-tokens", default=1024, show_default=True)
-@click.option("--lr", default=1e-6, show_default=True)
-@click.option("--beta", default=0.02, show_default=True, help="Of KL(child‖CHILD as it was).")
-@click.option("--off", default=0.2, show_default=True, help="Share of prompts without thinking.")
+@click.option("--steps", type=COUNT, default=200, show_default=True)
+@click.option(
+    "--group",
+    type=click.IntRange(min=2),
+    default=16,
+    show_default=True,
+    help="Answers to a prompt, which are compared with each other.",
+)
+@click.option("--prompts-per-step", type=COUNT, default=8, show_default=True)
+@click.option("--accumulate", type=COUNT, default=1, help="Micro-batches of a step.")
+@click.option("--max-new-tokens", type=COUNT, default=1024, show_default=True)
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-6, show_default=True)
+@click.option(
+    "--beta", type=click.FloatRange(min=0), default=0.02, show_default=True, help="Of KL(child‖CHILD as it was)."
+)
+@click.option(
+    "--off", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Share of prompts without thinking."
+)
 @click.option("--easiest", default=0.75, show_default=True, help="Prompts that are solved more often are dropped.")
-@click.option("--lora", type=int, help="Train adapters of this rank, and merge them at the end.")
+@click.option("--lora", type=COUNT, help="Train adapters of this rank, and merge them at the end.")
 @click.option("--vllm", is_flag=True, help="Sample in vLLM on the same GPU, through puzzle's plug-in.")
 @click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
-@click.option("--seed", default=0)
+@click.option("--seed", type=SEED, default=0)
 def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
     """Train CHILD on PROMPTS and write it to --out."""
-    rows = read_rows(prompts)
-    if o["sandbox"] is None and any(row.get("tests") for row in rows):
-        raise UserError(f"{prompts} has `tests`: a model's program runs in a sandbox alone; pass `sandbox`")
+    rows, at_once = read_rows(prompts, o["sandbox"]), o["group"] * o["prompts_per_step"]
+    open_model(child)  # refuses in one line what is no model
+    if at_once % o["accumulate"]:
+        raise UserError(
+            f"`accumulate` {o['accumulate']}: {at_once} answers of a step cannot be split into so many parts"
+        )
+    if out.resolve() == Path(child).resolve():
+        raise UserError(f"`out` {out} is the child that is trained: give another directory")
     off, drawn = random.Random(o["seed"]), []
     for row in ordered(rows, o["prompts_per_step"], o["steps"], o["easiest"], o["seed"]):
         thinking = off.random() >= o["off"]
         asked = {"prompt": prompt(row["question"], thinking), "thinking": thinking}
-        drawn.append({**asked, "answer": str(row.get("answer") or ""), "tests": row.get("tests") or ""})
+        drawn.append({**asked, "answer": str(row.get("answer", "")), "tests": row.get("tests") or ""})
     gpu = torch.cuda.is_available()
     config = GRPOConfig(
         output_dir=str(out),
         max_steps=o["steps"],
-        per_device_train_batch_size=o["group"] * o["prompts_per_step"] // o["accumulate"],
+        per_device_train_batch_size=at_once // o["accumulate"],
         gradient_accumulation_steps=o["accumulate"],
         num_generations=o["group"],
         max_completion_length=o["max_new_tokens"],

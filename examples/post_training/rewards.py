@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
-from puzzle.base.errors import UserError
+from puzzle.base.errors import UserError, first_line
 
 MODES = {True: "detailed thinking on", False: "detailed thinking off"}  # the whole system prompt, or its first line
 THOUGHT = re.compile(r"<think>(.*?)</think>(.*)", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+NO_SANDBOX = (
+    "a prompt has `tests`, and a model's program runs in a sandbox alone: pass `sandbox`, such as "
+    "'docker run --rm -i --network none --memory 1g python:3.12 python -'"
+)
 CODE = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
+
+
+COUNT, SEED = click.IntRange(min=1), click.IntRange(0, 2**32 - 1)
 
 
 class Script(click.Command):
     """Ends with one line and exit code 2 where input is wrong."""
 
+    def make_context(self, *given: Any, **named: Any) -> click.Context:
+        try:
+            return super().make_context(*given, **named)
+        except click.UsageError as error:
+            self.end(error.format_message())
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
+        except (UserError, OSError) as error:
+            self.end(first_line(error))
+
+    def end(self, told: str) -> NoReturn:
+        click.echo(f"error: {' '.join(told.split())}", err=True)
+        sys.exit(2)
+
+
+def read_lines(path: Path, out: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a JSONL file. out: what will be written. Raises UserError for a line that is no row, for none, and where both are one."""
+    if out is not None and out.resolve() == path.resolve():
+        raise UserError(f"`out` {out} is the file that is read: give another")
+    try:
+        lines, rows = path.read_text(encoding="utf-8").split("\n"), []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number}: no JSON ({error})") from error
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path} line {number}: {line.strip()[:40]} is no JSON object")
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    return rows
+
+
+def check_same(place: Path, asked: dict[str, Any], what: str) -> None:
+    """Raise UserError where `place`, which an earlier call wrote of what it was asked, says something else."""
+    found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    if changed := [name for name, value in asked.items() if found.get(name) != value]:
+        raise UserError(f"{what} was made with another {', '.join(changed)}: give another `out`, or remove it")
 
 
 def prompt(question: str, thinking: bool) -> list[dict[str, str]]:
@@ -79,6 +127,18 @@ def same_answer(one: str, other: str) -> bool:
         return found[0] != "" and found[0] == found[1]
 
 
+def check_sandbox(rows: list[dict[str, Any]], sandbox: str | None) -> None:
+    """Raise UserError for tests without a sandbox, and for one that is not there: before a model has written anything."""
+    try:
+        words = [] if sandbox is None else shlex.split(sandbox)
+    except ValueError as error:
+        raise UserError(f"`sandbox` {sandbox}: {error}") from error
+    if sandbox is not None and (not words or shutil.which(words[0]) is None):
+        raise UserError(f"`sandbox` {sandbox}: no such program here")
+    if sandbox is None and any(row.get("tests") for row in rows):
+        raise UserError(NO_SANDBOX)
+
+
 def passes(program: str, tests: str, sandbox: str, seconds: float) -> bool:
     """Whether `sandbox`, a command that runs the Python program on its standard input, ends with 0 in time."""
     process = subprocess.Popen(
@@ -99,10 +159,7 @@ def is_right(text: str, row: dict[str, Any], sandbox: str | None = None, seconds
     model writes is run nowhere that was not asked for."""
     if row.get("tests"):
         if sandbox is None:
-            raise UserError(
-                "a prompt has `tests`, and a model's program runs in a sandbox alone: pass `sandbox`, such as "
-                "'docker run --rm -i --network none --memory 1g python:3.12 python -'"
-            )
+            raise UserError(NO_SANDBOX)
         found = CODE.findall(text.rpartition("</think>")[2])
         return bool(found) and passes(found[-1], row["tests"], sandbox, seconds)
     answer = final_answer(text)

@@ -9,12 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle.data.tokenizer import load_tokenizer
+from puzzle.parents.opened import open_model
 
 
 class Child:
     """An exported child on the GPU, if there is one."""
 
     def __init__(self, path: str):
+        open_model(path)  # refuses in one line what is no model
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto").to(device).eval()
         self.tokenizer = load_tokenizer(Path(path))

@@ -11,6 +11,7 @@ Several GPUs: `accelerate launch`. Finished stages are left alone when the comma
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from puzzle.base.errors import UserError
+from puzzle.base.files import claim_output, json_text, write_text
 from puzzle.base.units import parse_count
 from puzzle.data.blend import read_blend
 from puzzle.data.chats import render_chat, within
@@ -31,9 +33,41 @@ from puzzle.data.documents import Source
 from puzzle.data.files import list_files, read_field
 from puzzle.data.tokenizer import load_tokenizer
 from puzzle.parents.grown import FILE, new_tensors
-from rewards import MODES, Script
+from puzzle.parents.opened import open_model
+from rewards import COUNT, MODES, SEED, Script, check_same
 
+ASKED = "sft.json"  # what a stage was made of
 USUAL = {"max_length": 8192, "batch_size": 32, "lr": 1e-5, "tokens": "10M"}
+
+
+def read_stages(path: Path) -> list[dict[str, Any]]:
+    """Stages with all their keys, numbers as such. Raises UserError for anything else."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    found, given = [], value.get("stages") if isinstance(value, dict) else None
+    if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
+        raise UserError(f"{path}: must hold `stages`, a list of sections, each with a name and a blend")
+    for number, one in enumerate(given, 1):
+        told = f"{path} stage {number}"
+        if unknown := sorted(set(one) - {"name", "blend", *USUAL}):
+            raise UserError(f"{told}: unknown key '{unknown[0]}'; known: name, blend, {', '.join(USUAL)}")
+        stage = {**USUAL, **one}
+        if not re.fullmatch(r"[\w-]+", str(stage.get("name", ""))) or stage["name"] in [s["name"] for s in found]:
+            raise UserError(f"{told}: name {stage.get('name')}: a name of its own, of letters, digits, '-' and '_'")
+        if not isinstance(stage.get("blend"), str) or not (path.parent / stage["blend"]).is_file():
+            raise UserError(f"{told}: blend {stage.get('blend')}: no such file beside {path.name}")
+        for key in ("tokens", "max_length", "batch_size"):
+            stage[key] = parse_count(key, str(stage[key]))
+        try:
+            stage["lr"] = float(stage["lr"])
+        except (TypeError, ValueError):
+            stage["lr"] = 0.0
+        if not 0 < stage["lr"] < 1:
+            raise UserError(f"{told}: lr {one['lr']}: must be a number between 0 and 1")
+        found.append(stage | {"name": str(stage["name"])})
+    return found
 
 
 def with_mode(messages: list[dict[str, str]], where: str) -> list[dict[str, str]]:
@@ -93,35 +127,35 @@ def draw(sources: list[Source], pools: list[list[dict]], tokens: int, seed: int)
 @click.argument("stages", type=click.Path(exists=True, path_type=Path))
 @click.option("--child", required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--lora", type=int, help="Train adapters of this rank, and merge them after each stage.")
+@click.option("--lora", type=COUNT, help="Train adapters of this rank, and merge them after each stage.")
 @click.option("--new-only", is_flag=True, help="Train what `puzzle grow` added; the rest stays.")
-@click.option("--seed", default=0)
+@click.option("--seed", type=SEED, default=0)
 def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, seed: int) -> None:
     """Train --child through STAGES; the child of each stands in OUT/NAME."""
     if new_only and (lora or not new_tensors(Path(child))):
         raise UserError(f"`new_only` needs a --child of `puzzle grow`, and no `lora`: {child}")
-    for number, given in enumerate(yaml.safe_load(stages.read_text(encoding="utf-8"))["stages"]):
-        if unknown := sorted(set(given) - {"name", "blend", *USUAL}):
-            raise UserError(
-                f"{stages} stage {number + 1}: unknown key '{unknown[0]}'; known: name, blend, {', '.join(USUAL)}"
-            )
-        stage, target = {**USUAL, **given}, out / given["name"]
+    for stage in read_stages(stages):
+        blend, target = stages.parent / stage["blend"], out / stage["name"]
+        asked = {"child": open_model(child).fingerprint(), "stage": stage, "blend": blend.read_text(encoding="utf-8")}
+        asked |= {"lora": lora, "new_only": new_only, "seed": seed}
         if (target / "config.json").is_file():
+            check_same(target / ASKED, asked, str(target))
             click.echo(f"{target} is there already")
             child = str(target)
             continue
-        tokenizer, sources = load_tokenizer(Path(child)), read_blend(stages.parent / given["blend"])
-        pools = [chats(source, tokenizer, int(stage["max_length"])) for source in sources]
-        rows = list(draw(sources, pools, parse_count("tokens", str(stage["tokens"])), seed))
+        claim_output(target, False)
+        tokenizer, sources, part = load_tokenizer(Path(child)), read_blend(blend), out / f".{stage['name']}.part"
+        pools = [chats(source, tokenizer, stage["max_length"]) for source in sources]
+        rows = list(draw(sources, pools, stage["tokens"], seed))
         gpu = torch.cuda.is_available()
         config = SFTConfig(
-            output_dir=str(target),
+            output_dir=str(part),
             num_train_epochs=1,
             per_device_train_batch_size=1,  # a row of packed chats
-            gradient_accumulation_steps=int(stage["batch_size"]),
-            max_length=int(stage["max_length"]),
+            gradient_accumulation_steps=stage["batch_size"],
+            max_length=stage["max_length"],
             packing=True,
-            learning_rate=float(stage["lr"]),
+            learning_rate=stage["lr"],
             lr_scheduler_type="cosine",
             trust_remote_code=True,
             use_cpu=not gpu,
@@ -140,10 +174,14 @@ def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, 
         trainer.train()
         if lora:
             trainer.model = trainer.model.merge_and_unload()
-        trainer.save_model(str(target))
-        trainer.state.save_to_json(str(target / "trainer_state.json"))  # losses of every step
-        if (grown := Path(child) / FILE).is_file():
-            shutil.copy(grown, target)
+        trainer.save_model(str(part))
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(part / "trainer_state.json"))  # losses of every step
+            if (grown := Path(child) / FILE).is_file():
+                shutil.copy(grown, part)
+            write_text(part / ASKED, json_text(asked) + "\n")
+            part.replace(target)  # a stage is there as a whole, or not
+        trainer.accelerator.wait_for_everyone()
         child = str(target)
 
 

@@ -34,7 +34,7 @@ def holding(directory: Path) -> Iterator[None]:
         stack.callback(_remove_empty, missing)
         with writing(path):
             place.mkdir(parents=True, exist_ok=True)
-            handle = stack.enter_context(_locked(path, directory))
+            handle = stack.enter_context(locked(path, directory))
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
             handle.flush()
@@ -45,7 +45,8 @@ def holding(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, directory: Path) -> Iterator:
+def locked(path: Path, directory: Path) -> Iterator:
+    """The file `path`, open and locked. Raises UserError, with what the holder has written there, where another process has it."""
     while True:
         with open(path, "a+", encoding="utf-8") as handle:
             try:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puzzle.base.errors import UserError
 from puzzle.blocklib.plain.part import blank
 from puzzle.data.mixture import IGNORE, Stage
 from puzzle.parents.structure import Structure
@@ -38,8 +39,11 @@ def prompt_length(seq_len: int, seed: int, step: int) -> int:
     return int(np.random.default_rng([seed, step]).integers(quarter, seq_len - quarter, endpoint=True))
 
 
-def check_sampling(structure: Structure, stages: list[Stage]) -> None:
-    """Raise UserError for layers that have no decode step, and for lengths at which RoPE would change under a cache."""
+def check_sampling(structure: Structure, stages: list[Stage], fraction: float) -> None:
+    """Raise UserError for a share of the steps that is none of them, for layers that have no decode step, and for lengths at which RoPE
+    would change under a cache."""
+    if not on_policy_steps(count := sum(stage.num_steps for stage in stages), fraction):
+        raise UserError(f"`on_policy` {fraction:g} of {count} steps is none: give a larger share, or more `tokens`")
     for sub_block in {block for _, _, block in structure}:
         blank(sub_block).new_state(1, 2, torch.empty(0, device="meta"))
     for stage in stages:

@@ -19,7 +19,7 @@ from puzzle.heal.aligned_teacher import AlignedTeacher
 from puzzle.heal.loss import Seen
 from puzzle.heal.memory import micro_batch, plan_memory
 from puzzle.heal.on_policy import continued, on_policy_steps
-from puzzle.heal.prepare import Models, build_teacher, build_trainer, open_models
+from puzzle.heal.prepare import Models, blended, build_teacher, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.stored_teacher import bytes_per_token
 from puzzle.heal.top_k import TopK, top_k_of
@@ -35,9 +35,11 @@ KEPT_CHECKPOINTS = 2  # the newest, and the one being written
 def plan_heal(options: HealOptions) -> dict[str, Any]:
     """Facts for --dry-run; every number under "predicted" is one. Reads the models, writes nothing.
 
-    Raises UserError as `heal` does for options and models; data are not looked at.
+    Raises UserError as `heal` does for options, models and a blend's file; texts are not looked at.
     """
     options.check()
+    if options.blend is not None:
+        blended(options)
     stages = options.plan_stages()
     with running_ranks(options.device) as ranks:
         models = open_models(options, stages, ranks)

@@ -11,6 +11,8 @@ from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks
 from puzzle.blocklib.plain.part import learning
+from puzzle.data.blend import read_blend
+from puzzle.data.documents import Source
 from puzzle.data.mixture import Stage
 from puzzle.data.tokenizer import same_tokenizer
 from puzzle.heal.aligned_teacher import AlignedTeacher
@@ -70,7 +72,7 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
             )
     pairs: list[tuple[int, int]] = []
     if options.on_policy:
-        check_sampling(child.structure, stages)
+        check_sampling(child.structure, stages, options.on_policy)
     if teacher is not None:
         if not options.align_tokens:
             _same_tokenizer(options, child, teacher)
@@ -134,6 +136,24 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
             f"each of the {count} layers; or pass `cosine_weight` 0"
         )
     return list(enumerate(origins))
+
+
+def blended(options: HealOptions) -> list[Source]:
+    """Of the blend's file. Raises UserError for one that the options do not go with."""
+    assert options.blend is not None
+    sources = read_blend(options.blend)
+    for source in sources:
+        if options.align_tokens and source.messages is not None:
+            raise UserError(
+                f"`align_tokens`: source '{source.name}' has chats, which each model reads through a template of its own; let the teacher "
+                "write the answers, and learn from those with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"
+            )
+        if options.on_policy and source.loss == "assistant":
+            raise UserError(
+                f"`on_policy` goes on from any place of a row, and of source '{source.name}' the assistant's tokens alone count: use "
+                "`loss: all`, or leave `on_policy` out"
+            )
+    return sources
 
 
 def build_trainer(

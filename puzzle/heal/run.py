@@ -23,7 +23,6 @@ from puzzle.base.files import claim_output, read_json
 from puzzle.base.machine import cpu_name
 from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import seconds_text
-from puzzle.data.blend import read_blend
 from puzzle.data.documents import Source
 from puzzle.data.mixture import HealData, Stage, load_data
 from puzzle.heal.aligned_teacher import AlignedTeacher
@@ -32,7 +31,7 @@ from puzzle.heal.log import Log, read_log, trackers
 from puzzle.heal.loss import Seen
 from puzzle.heal.memory import plan_memory
 from puzzle.heal.on_policy import is_on_policy, on_policy_batch
-from puzzle.heal.prepare import Models, build_trainer, open_models
+from puzzle.heal.prepare import Models, blended, build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.stored_teacher import StoredTeacher
 from puzzle.heal.train import METRICS, Trainer
@@ -47,18 +46,7 @@ def read_data(options: HealOptions, stages: list[Stage], models: Models) -> Heal
     if options.blend is None and not options.data:
         raise UserError("no data: pass `data` with a directory, a glob or a file, or `blend` with a YAML file")
     plain = Source(name="--data", paths=tuple(options.data), text_field=options.text_field)
-    sources = [plain] if options.blend is None else read_blend(options.blend)
-    for source in sources:
-        if options.align_tokens and source.messages is not None:
-            raise UserError(
-                f"`align_tokens`: source '{source.name}' has chats, which each model reads through a template of its own; let the teacher "
-                "write the answers, and learn from those with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"
-            )
-        if options.on_policy and source.loss == "assistant":
-            raise UserError(
-                f"`on_policy` goes on from any place of a row, and of source '{source.name}' the assistant's tokens alone count: use "
-                "`loss: all`, or leave `on_policy` out"
-            )
+    sources = [plain] if options.blend is None else blended(options)
     return load_data(
         sources,
         models.child.directory,

@@ -105,6 +105,14 @@ class HealOptions:
             raise UserError("`train_embeddings` with `old_lr` 0, which keeps all that is old: leave one of them out")
         if self.kl_weight == self.cosine_weight == self.lm_weight == 0:
             raise UserError("`kl_weight` 0 `cosine_weight` 0 `lm_weight` 0: nothing to learn from; set one above 0")
+        idle: dict[str, tuple[str, ...]] = (
+            {"`kl_weight` 0": ("temperature", "reverse_kl")} if self.kl_weight == 0 else {}
+        )
+        idle |= {"no `teacher_logits`": ("top_k",)} if self.teacher_logits is None else {}
+        for told, names in idle.items():
+            for name in names:
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise UserError(f"`{name}` {getattr(self, name):g} is not used with {told}: leave it out")
         if self.teacher_logits is not None and (self.cosine_weight > 0 or self.kl_weight == 0):
             raise UserError(
                 "`teacher_logits` holds no hidden states to compare: pass `cosine_weight` 0, `kl_weight` above 0"

@@ -100,7 +100,8 @@ class Run:
             for stage, after in one.recipe.after.items():
                 with stage_of(stage):
                     if after.heal is None:
-                        after.check_there(one.recipe.here)
+                        names = list(one.recipe.after)
+                        after.check_there(one.recipe.here, names[: names.index(stage)])
                     else:
                         check_heal(one._filled_in(after.heal, one.recipe.parent, one.out / "after" / stage))
             size, library = builder.stored_dtype.itemsize, builder.plan().disk_bytes
@@ -220,7 +221,7 @@ class Run:
         child, key = out / "child", content_hash([file_hash(out / "solution" / "architecture.json")])
         source = open_source(library, out / "solution")
         said = self._as_solved(solved)
-        if solved.kv_dtype is not None and recipe.heal is not None:  # nothing is rounded before it is healed
+        if solved.kv_dtype is not None and recipe.trains:  # nothing is rounded before it is healed
             said = {"dtype": str(source.child.dtype).removeprefix("torch.")}
         self._stage("child", key, child, partial(export, source, child, force=True, **said))
         if recipe.fuse is not None:
@@ -231,7 +232,7 @@ class Run:
             self._stage("heal", key, healing.out, lambda: heal(healing), "heal")
             child = healing.out
         child, key = self._after(child, key)
-        if healing is not None and solved.kv_dtype is not None:
+        if recipe.trains and solved.kv_dtype is not None:
             last, child = child, out / "quantised"
             again = partial(export, open_source(last), child, force=True, **self._as_solved(solved))
             self._stage("quantised", key, child, again)
@@ -245,6 +246,7 @@ class Run:
             with stage_of(name):
                 if one.heal is not None:
                     healing = self._filled_in(one.heal, str(child), out)
+                    key = content_hash([key, healing.data, healing.text_field])
                     self._stage(f"after {name}", key, out, partial(heal, healing))
                     child = out
                     continue

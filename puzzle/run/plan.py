@@ -60,7 +60,7 @@ def disk_of(recipe: Recipe, structure: Structure, size: int, library: int) -> di
                 found[name] += tokens_of(heal) * bytes_per_token(heal.top_k, structure.vocab_size)
         elif name in after and after[name].result is not None:
             found[name] = checkpoint
-    if recipe.heal is not None and recipe.solve.precisions:
+    if recipe.trains and recipe.solve.precisions:
         found["quantised"] = checkpoint
     for one in recipe.export:
         if not one.is_the_child:

@@ -90,6 +90,13 @@ class Recipe:
         return {f"step {n} ": one for n, one in enumerate(steps, 1)} | {"": replace(self, steps=())}
 
     @property
+    def trains(self) -> bool:
+        """Whether the child is trained, so that nothing of it is rounded before."""
+        return self.heal is not None or any(
+            one.heal is not None or one.result is not None for one in self.after.values()
+        )
+
+    @property
     def scoring(self) -> ScoreOptions:
         """What is scored: a choice of fp8 asks for what that costs."""
         return replace(self.score, fp8=self.score.fp8 or "fp8" in self.solve.precisions)
@@ -103,10 +110,13 @@ OPTIONAL = {
 
 
 class _EveryKeyOnce(yaml.SafeLoader):
-    """YAML's last value of a key that stands twice would win without a word."""
+    """YAML's last value of a key that stands twice would win without a word. Keys are text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:  # as they are written: 8 and on are names of sizes, no numbers and no truths
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                key.tag = "tag:yaml.org,2002:str"
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"the key {key} stands twice")
@@ -226,6 +236,10 @@ def _after(raw: Any, here: Path) -> dict[str, After]:
             stage = replace(stage, heal=_section(heal, usual, f"{told}.heal", here))
         with stage_of(name):
             stage.check()
+        if heal is not None and (more := [key for key in given if key != "heal" and given[key] is not None]):
+            raise UserError(
+                f"{told}.{more[0]} {given[more[0]]}: a healing's {more[0]} is known from {told}.heal: leave it out"
+            )
         found[str(name)] = stage
     return found
 

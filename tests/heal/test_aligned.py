@@ -160,7 +160,10 @@ def test_what_does_not_go_together_is_refused(puzzle, one_line_error, other, chi
     blend = tmp_path / "blend.yaml"
     blend.write_text("sources: [{path: chats.jsonl, messages: messages}]")
     given = [x for x in small if x not in ("--data", corpus)]
-    done = puzzle("heal", child, "--teacher", other, *ALIGNED, *given, "--data-blend", blend, "--out", tmp_path / "out")
-    one_line_error(done, "source 'chats.jsonl' has chats", "let the teacher write the answers")
+    for dry in ((), ("--dry-run",)):
+        done = puzzle(
+            "heal", child, "--teacher", other, *ALIGNED, *given, "--data-blend", blend, "--out", tmp_path / "out", *dry
+        )
+        one_line_error(done, "source 'chats.jsonl' has chats", "let the teacher write the answers")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.heal").exists()

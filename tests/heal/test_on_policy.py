@@ -172,6 +172,7 @@ def test_what_does_not_go_together_is_refused(
     run = ("heal", child, "--teacher", parent, *small, "--out", tmp_path / "out", "--on-policy", 0.5)
     for options, words in (
         (("--on-policy", 1.5), ("--on-policy 1.5: the share of steps",)),
+        (("--on-policy", 0.001), ("--on-policy 0.001 of", "steps is none", "or more --tokens")),
         (("--lm-weight", 1), ("--on-policy with --lm-weight", "pass --lm-weight 0")),
         (("--teacher-logits", tmp_path / "said", "--cosine-weight", 0), ("--on-policy asks the teacher while",)),
     ):
@@ -184,9 +185,9 @@ def test_what_does_not_go_together_is_refused(
     blend = tmp_path / "blend.yaml"
     blend.write_text("sources: [{path: chats.jsonl, messages: messages, loss: assistant}]")
     given = [x for x in run if x not in ("--data", corpus)]
-    one_line_error(
-        puzzle(*given, "--data-blend", blend), "of source 'chats.jsonl' the assistant's tokens alone", "loss: all"
-    )
+    for dry in ((), ("--dry-run",)):
+        done = puzzle(*given, "--data-blend", blend, *dry)
+        one_line_error(done, "of source 'chats.jsonl' the assistant's tokens alone", "loss: all")
     with monkeypatch.context() as patched:  # a kind whose author wrote no decode step
         patched.setattr(Attention, "new_state", Part.new_state)
         one_line_error(puzzle(*run), "sub-blocks of kind 'gqa' have no plain decode with state")

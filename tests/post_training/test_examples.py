@@ -160,7 +160,7 @@ def sft_files(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora", 4)], ids=["all", "lora"])
-def test_sft_runs(mixed, tmp_path, lora):
+def test_sft_runs(mixed, tmp_path, lora, one_line_error):
     stages = sft_files(tmp_path)
     done = run("sft", stages, "--child", mixed, "--out", tmp_path / "out", *lora)
     assert "thinks.jsonl: 9 chats; 0 are longer" in done.output
@@ -170,8 +170,13 @@ def test_sft_runs(mixed, tmp_path, lora):
         load_model(tmp_path / "out" / name).blocks[1].attention.q_proj.weight for name in ("first", "second")
     )
     assert not torch.equal(first, second)
-    again = run("sft", stages, "--child", mixed, "--out", tmp_path / "out")
+    again = run("sft", stages, "--child", mixed, "--out", tmp_path / "out", *lora)
     assert again.output.count("is there already") == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first", "second"]
+    other = (stages, "--child", mixed, "--out", tmp_path / "out", *lora, "--seed", 1)
+    one_line_error(
+        CliRunner().invoke(module("sft").main, [str(a) for a in other]), "out/first was made with another seed"
+    )
 
 
 def test_sft_trains_new_experts_alone(mixed, puzzle, tmp_path, one_line_error):
@@ -205,14 +210,20 @@ def test_sft_draws_by_weight_and_loses_no_mask(mixed, tmp_path):
         list(sft.draw(sources, pools, 10_000, 0))
 
 
-def test_curriculum_and_grpo_run(mixed, tmp_path):
+def test_curriculum_and_grpo_run(mixed, tmp_path, one_line_error):
     """Rated, stopped in the middle and gone on with, then trained on from easy to hard."""
     prompts, rated = write_rows(tmp_path / "prompts.jsonl", PROMPTS), tmp_path / "rated.jsonl"
     options = ("--out", rated, "--samples", 2, "--at-once", 3, "--max-new-tokens", 4)
     run("curriculum", mixed, prompts, *options)
     whole = rated.read_text()
-    rated.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    rated.write_text("".join(whole.splitlines(keepends=True)[:4]) + '{"question": "1 +')  # killed while it wrote
     run("curriculum", mixed, prompts, *options)
+    assert rated.read_text() == whole
+    for other, told in (
+        ((mixed, prompts, *options, "--seed", 1), "another seed"),
+        ((FOLDER, prompts, *options), "config.json"),
+    ):
+        one_line_error(CliRunner().invoke(module("curriculum").main, [str(a) for a in other]), told)
     assert rated.read_text() == whole
     rows = [json.loads(line) for line in whole.splitlines()]
     assert all(0 <= row["pass_rate"] <= 1 for row in rows)
@@ -322,7 +333,14 @@ def test_what_the_scripts_refuse(mixed, tmp_path, one_line_error):
     tests = write_rows(tmp_path / "tests.jsonl", [{"question": "write f", "tests": "f()"}])
     broken = write_rows(tmp_path / "broken.jsonl", [{"question": "why"}, {"messages": []}])
     small = ("--out", tmp_path / "out")
-    grpo, curriculum, sft, generate = (module(name).main for name in ("grpo", "curriculum", "sft", "generate"))
+    names = ("grpo", "curriculum", "sft", "generate", "assess", "arithmetic")
+    grpo, curriculum, sft, generate, assess, arithmetic = (module(name).main for name in names)
+    good = write_rows(tmp_path / "good.jsonl", PROMPTS)
+    half = write_rows(tmp_path / "half.jsonl", [PROMPTS[0], {**PROMPTS[1], "pass_rate": 0.5}])
+    empty, number = write_rows(tmp_path / "empty.jsonl", []), write_rows(tmp_path / "number.jsonl", [3])
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(good.read_text()[:60])
+    (tmp_path / "dir").write_text("- 3")
     stages = tmp_path / "stages.yaml"
     stages.write_text("stages: [{name: a, blend: b.yaml, epochs: 3}]")
     for main, arguments, words in (
@@ -336,5 +354,63 @@ def test_what_the_scripts_refuse(mixed, tmp_path, one_line_error):
         ),
         (generate, (mixed, tests, "--samples", 2, "--temperature", 0), "`samples` 2 are all alike at `temperature` 0"),
         (sft, (stages, "--child", mixed), "stage 1: unknown key 'epochs'"),
+        (grpo, (mixed, good, "--off", 2), "Invalid value for '--off': 2.0 is not in the range"),
+        (grpo, (mixed, good, "--accumulate", 3), "`accumulate` 3: 128 answers of a step"),
+        (grpo, (mixed, half), "1 of 2 prompts have a `pass_rate`"),
+        (grpo, (tmp_path, good), "config.json"),
+        (grpo, (mixed, good, "--sandbox", "no-such-program"), "`sandbox` no-such-program: no such program here"),
+        (assess, (mixed, good, "--limit", 0), "Invalid value for '--limit': 0 is not in the range"),
+        (assess, (mixed, empty), "empty.jsonl has no rows"),
+        (assess, (mixed, cut), "cut.jsonl line 2: no JSON"),
+        (assess, (mixed, number), "number.jsonl line 1: 3 is no JSON object"),
+        (assess, (mixed, tests), "runs in a sandbox alone"),
+        (assess, (mixed, tmp_path), "cannot be read"),
+        (assess, (tmp_path, good), "config.json"),
+        (curriculum, (mixed, good, "--samples", 0), "Invalid value for '--samples'"),
+        (generate, (mixed, number), "number.jsonl line 1: 3 is no JSON object"),
+        (generate, (mixed, good, "--temperature", -1), "Invalid value for '--temperature'"),
+        (arithmetic, ("--count", 3), "Invalid value for '--count': 3 is not in the range"),
+        (arithmetic, ("--tokens", "x"), "`tokens` x: write a count"),
+        (sft, (half.with_name("dir"), "--child", mixed), "dir: must hold `stages`"),
+        (sft, (stages, "--child", mixed, "--lora", 0), "Invalid value for '--lora'"),
     ):
         one_line_error(CliRunner().invoke(main, [str(a) for a in (*arguments, *small)]), words)
+    before = good.read_text()
+    for main in (assess, curriculum, generate):
+        one_line_error(
+            CliRunner().invoke(main, [str(mixed), str(good), "--out", str(good)]), "is the file that is read"
+        )
+    assert good.read_text() == before
+    for given, told in (
+        ("{name: a, blend: none.yaml}", "stage 1: blend none.yaml: no such file"),
+        ("{name: ../a, blend: good.jsonl}", "stage 1: name ../a: "),
+        ("{name: a, blend: good.jsonl}, {name: a, blend: good.jsonl}", "stage 2: name a: a name of its own"),
+        ("{name: a, blend: good.jsonl, lr: x}", "stage 1: lr x: "),
+        ("{name: a, blend: good.jsonl, batch_size: 0}", "`batch_size` 0: "),
+    ):
+        stages.write_text(f"stages: [{given}]")
+        one_line_error(CliRunner().invoke(sft, [str(a) for a in (stages, "--child", mixed, *small)]), told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_answer_of_zero_counts(mixed, tmp_path, monkeypatch):
+    """As a number in JSON."""
+    grpo, seen = module("grpo"), []
+
+    class Trainer:
+        def __init__(self, *given, train_dataset, **named):
+            seen.extend(train_dataset["answer"])
+            raise UserError("enough")
+
+    monkeypatch.setattr(grpo, "GRPOTrainer", Trainer)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "2 - 2?", "answer": 0}])
+    CliRunner().invoke(grpo.main, [str(mixed), str(rows), "--out", str(tmp_path / "rl"), "--steps", "1"])
+    assert seen == ["0"] * 8
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """JSON may hold other ends of a line, within its texts."""
+    rows = [{"question": "a\u2028b\x85c", "answer": 1}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
+    assert module("rewards").read_lines(path) == rows

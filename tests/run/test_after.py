@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 
 import pytest
 import yaml
@@ -64,9 +65,42 @@ def test_each_has_the_child_of_the_last(puzzle, one_line_error, write, tmp_path)
     assert len((out / "count").read_text().splitlines()) == 2
 
 
+def test_a_command_that_outlives_us(puzzle, one_line_error, write, tmp_path, launch, ended):  # noqa: F811
+    """After kill -9 no second one is started beside it; in directories with spaces, its own program beside the recipe."""
+    recipe = recipe_of(write, tmp_path, heal=None)
+    value, here, out = yaml.safe_load(recipe.read_text()), tmp_path / "a {b} c", tmp_path / "my run"
+    here.mkdir()
+    program = here / "wait.sh"
+    program.write_text(
+        '#!/bin/sh\necho said; touch "$1/begun"; while [ ! -e "$1/go" ]; do sleep 0.05; done; touch "$1/ended"\n'
+    )
+    program.chmod(0o755)
+    value["after"] = {"wait": {"command": "{here}/wait.sh {out}"}}
+    recipe = here / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(value))
+    stage, call = out / "after" / "wait", ("run", recipe, "--out", out, "--run-commands")
+    [process] = launch(call)
+    until = time.monotonic() + 120
+    while not (stage / "begun").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    ended([process])
+    done = puzzle(*call)
+    assert done.exit_code == 2
+    assert "after/wait is being changed by the command that a run before" in done.stderr.replace("\n", " ")
+    (stage / "go").touch()
+    while not (stage / "ended").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    done = puzzle(*call, "--json")
+    assert (done.exit_code, json.loads(done.stdout)["after"]) == (0, {"wait": "after/wait"})
+    assert not list(out.rglob("*.lock"))
+
+
 @pytest.mark.parametrize(
     ("command", "result", "told"),
     [
+        ("{out}/none", None, "after.copy.command cannot be run: "),
         ("python -c 'import sys; sys.exit(3)'", None, "after.copy.command ended with 3: "),
         ("python -c 1", "nothing", "after.copy.command left no checkpoint at after.copy.result nothing: "),
     ],
@@ -93,6 +127,18 @@ def test_a_command_that_fails(puzzle, one_line_error, write, tmp_path, command, 
         ({"a": {"command": "x", "heal": {}}}, "after.a.heal and after.a.command: a stage has one of them"),
         ({"a": {"heal": {"tokens": 0}}}, "after.a.heal.tokens"),
         ({"a": {"heal": {}, "result": "x"}}, "after.a.result x: a healing's result is known"),
+        ({"a": {"heal": {}, "seq_len": 4096}}, "after.a.seq_len 4096: a healing's seq_len is known from after.a.heal"),
+        ({"a": {"command": "python", "result": "../x"}}, "after.a.result ../x: must be a path in {out}"),
+        ({"a": {"command": "python", "result": "/x"}}, "after.a.result /x: must be a path in {out}"),
+        ({"a": {"command": "x {out[b]}"}}, "after.a.command x {out[b]}: "),
+        ({"a": {"command": "{here}/none"}}, "/none here: install it"),
+        ({"a": {"command": "python {run}/after/b/x"}, "b": {"command": "python"}}, "no stage b comes before it"),
+        (
+            {"a": {"heal": {"kl_weight": 0, "reverse_kl": 0.5}}},
+            "after.a.heal.reverse_kl 0.5 is not used with after.a.heal.kl_weight 0",
+        ),
+        ({"a": {"heal": {"kl_weight": 0, "temperature": 2}}}, "after.a.heal.temperature 2 is not used with"),
+        ({"a": {"heal": {"top_k": 8}}}, "after.a.heal.top_k 8 is not used with no after.a.heal.teacher_logits"),
         ({"a": {"heal": {"child": "x"}}}, "unknown key 'after.a.heal.child'"),
         ({"a": {"comand": "x"}}, "unknown key 'after.a.comand'; did you mean 'command'"),
         ({"a": {"command": "x {who}"}}, "after.a.command x {who}: 'who'; known: {child}, {out}"),
@@ -134,6 +180,9 @@ def test_sizes(puzzle, one_line_error, tmp_path):
     ):
         path.write_text(yaml.safe_dump(value | {"sizes": wrong}))
         one_line_error(puzzle("run", path, "--out", tmp_path / "run"), told)
+    path.write_text("parent: p\nsizes: {on: {heal: {tokens: 3}}, 010: {text_field: q}, 1_0: {data: [a, b]}}\n")
+    sizes = {size: read_recipe(path, size) for size in ("on", "010", "1_0")}  # names as they are written
+    assert (sizes["on"].heal.tokens, sizes["010"].text_field, sizes["1_0"].data) == (3, "q", ["a", "b"])
     path.write_text(yaml.safe_dump({"parent": "p"}))
     one_line_error(puzzle("run", path, "--size", "x", "--out", tmp_path / "run"), "no --size x; it has none")
 
@@ -165,6 +214,6 @@ def test_its_scripts_are_there():
     recipe = read_recipe(ROOT / "examples/llama_nemotron.yaml")
     for one in recipe.after.values():
         if one.command is not None:
-            one.check_there(recipe.here)
+            one.check_there(recipe.here, list(recipe.after))
     assert shlex.split(recipe.after["sft"].command)[0] == "python"
     assert recipe.after["sft"].words(dict.fromkeys(("child", "out", "parent", "here", "run"), "x"))[0] == sys.executable

@@ -438,7 +438,8 @@ def test_the_gpu_is_asked_for_where_it_is_measured(write, monkeypatch, tmp_path)
     assert device.check_gpu is not check.check_gpu
 
 
-def test_precision_is_chosen(puzzle, write, gpu_table, one_line_error, monkeypatch, tmp_path):
+@pytest.mark.parametrize("healed", ["heal", "after short"])
+def test_precision_is_chosen(puzzle, write, gpu_table, one_line_error, monkeypatch, tmp_path, healed):
     """Both tables, what fp8 costs, and a healed child that is rounded after healing; as on a GPU, which is not there."""
     monkeypatch.setattr(check, "check_gpu", lambda gpu: None)
 
@@ -456,11 +457,14 @@ def test_precision_is_chosen(puzzle, write, gpu_table, one_line_error, monkeypat
         profile={"gpu": "h100"}, goal={"throughput": None, "memory": "72%"}, export=["hf", "nemotron-nas"],
         solve={"precision": ["bf16", "fp8"], "also": [], "explain": False},
     )  # fmt: skip
+    if healed != "heal":
+        value = yaml.safe_load(recipe.read_text())
+        recipe.write_text(yaml.safe_dump(value | {"after": {"short": {"heal": value["heal"]}}, "heal": None}))
     done = puzzle("run", recipe, "--out", tmp_path / "run", "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert list(result["seconds"]) == [
-        "build-library", "score", "profile bf16", "profile fp8", "solve", "child", "heal", "quantised", "export nemotron-nas", "evaluate",
+        "build-library", "score", "profile bf16", "profile fp8", "solve", "child", healed, "quantised", "export nemotron-nas", "evaluate",
     ]  # fmt: skip
     solved = read_architecture(tmp_path / "run" / "solution")
     assert solved.fp8_weights
@@ -468,7 +472,7 @@ def test_precision_is_chosen(puzzle, write, gpu_table, one_line_error, monkeypat
     for name in ("quantised", "exports/nemotron-nas"):
         said = json.loads((tmp_path / "run" / name / "config.json").read_text())["quantization_config"]
         assert (said["kv_cache_scheme"] is not None) == (solved.kv_dtype == "fp8")
-    for name in ("child", "healed"):
+    for name in ("child", "healed" if healed == "heal" else "after/short"):
         assert "quantization_config" not in json.loads((tmp_path / "run" / name / "config.json").read_text())
 
 
