@@ -14,7 +14,6 @@ The parent itself, in fp8, is the first of them. "1.65x" is the quickstart's chi
 
 from __future__ import annotations
 
-import csv
 import datetime
 import sys
 import tempfile
@@ -24,7 +23,6 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-
 from fp8_served import round_cache
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.blocklib.plain.fp8 import round_activations
@@ -34,6 +32,7 @@ from puzzle.measure.measurable import name_of
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
+from write_rows import write_rows
 
 
 @click.command()
@@ -88,10 +87,7 @@ def main(children: tuple[Path, ...], parent: Path, data: tuple[str, ...], out: P
                     }
                 )
                 print(*rows[-1].values(), flush=True)
-    with open(out, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(out, rows)
 
 
 if __name__ == "__main__":

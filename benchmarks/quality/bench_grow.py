@@ -16,7 +16,6 @@ logits between parent and grown model is taken in float32 and must be at most 1e
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import sys
@@ -41,6 +40,7 @@ from puzzle.heal.settings import HealOptions
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
 from reference_corpus import write_corpus
+from write_rows import write_rows
 
 PARENT = Path(__file__).resolve().parents[2] / "examples" / "parent"
 WAYS: dict[str, tuple[bool, float, float]] = {  # grown, learning rate of the old as a share, share of old text
@@ -163,10 +163,7 @@ def main(
             rows[-1] |= {"device": cpu_name() if on.type == "cpu" else torch.cuda.get_device_name(on)}
             rows[-1] |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
             click.echo(rows[-1])
-            with open(out, "w", newline="", encoding="utf-8") as handle:
-                table = csv.DictWriter(handle, rows[0])
-                table.writeheader()
-                table.writerows(rows)
+            write_rows(out, rows)
 
         nothing = {"lr": "", "tokens": 0, "seconds": "", "busiest_expert": ""}
         active = dict(zip((False, True), told["active_parameters"], strict=True))

@@ -12,7 +12,6 @@ text in nats per byte, which other tokenizers do not change; the teacher's is on
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import subprocess
@@ -38,6 +37,7 @@ from puzzle.heal.settings import HealOptions
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
 from reference_corpus import write_corpus
+from write_rows import write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = ROOT / "examples" / "parent"
@@ -146,10 +146,7 @@ def main(
                 }
             )
             click.echo(rows[-1])
-            with open(out, "w", newline="", encoding="utf-8") as handle:
-                writer = csv.DictWriter(handle, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(out, rows)
 
 
 if __name__ == "__main__":

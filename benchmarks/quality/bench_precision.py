@@ -24,6 +24,7 @@ from statistics import median
 import click
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
@@ -43,6 +44,7 @@ from puzzle.measure.measurable import name_of
 from puzzle.profile.cost_table import PACKAGED, CostRow, CostTable, find_costs, write_costs
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import Block, CausalModel, load_model
+from write_rows import write_rows
 
 WAYS = ("bf16", "fp8", "bf16,fp8")
 
@@ -161,10 +163,7 @@ def main(root: Path, gpu: str, shapes: str | None, like: str | None, data: tuple
             }
         rows.append(row | {"device": name_of(on), "date": datetime.date.today().isoformat()})
         print(*rows[-1].values(), flush=True)
-        with open(out, "w", newline="", encoding="utf-8") as handle:  # as they come
-            writer = csv.DictWriter(handle, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(out, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ over all words and the losses are measured after it on the same held-out sequenc
 
 from __future__ import annotations
 
-import csv
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from puzzle.heal.stored_teacher import bytes_per_token
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
 from reference_corpus import write_corpus
+from write_rows import write_rows
 
 PARENT = Path(__file__).resolve().parents[2] / "examples" / "parent"
 WAYS: dict[str, dict[str, Any]] = {
@@ -96,10 +96,7 @@ def main(tokens: int, max_files: int | None, lr: float, device: str, out: Path) 
                 }
             )
             click.echo(rows[-1])
-            with open(out, "w", newline="", encoding="utf-8") as handle:
-                writer = csv.DictWriter(handle, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(out, rows)
 
 
 if __name__ == "__main__":

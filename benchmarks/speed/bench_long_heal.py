@@ -12,7 +12,6 @@ process has held) and the median over the last half of the steps.
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import resource
@@ -43,6 +42,7 @@ from puzzle.heal.run import heal
 from puzzle.heal.settings import HealOptions
 from puzzle.parents.opened import open_model
 from reference_corpus import write_corpus
+from write_rows import write_rows
 
 PARENT = Path(__file__).resolve().parents[2] / "examples" / "parent"
 
@@ -121,10 +121,7 @@ def main(
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 rows.append({"parent": Path(parent).name, **pool.submit(measure, options).result()})
             click.echo(rows[-1])
-            with open(out, "w", newline="", encoding="utf-8") as handle:
-                writer = csv.DictWriter(handle, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(out, rows)
 
 
 if __name__ == "__main__":

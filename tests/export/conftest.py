@@ -137,3 +137,33 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def refused_but_written_as_hf(tmp_path):
+    """`check(source, format, message, ids)`: the format refuses the child in one line and writes nothing; written as hf, transformers computes
+    and generates from ids [B, T] what we do."""
+    from transformers import AutoModelForCausalLM
+
+    from puzzle.base.errors import UserError
+    from puzzle.export.write import export
+    from puzzle.parents.opened import open_model
+    from puzzle.runtime.model import load_model
+
+    def check(source, format: str, message: str, ids: Tensor) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            export(source, tmp_path / "stock", format=format)
+        assert "\n" not in str(caught.value)
+        assert "write `format` hf" in str(caught.value)
+        assert not (tmp_path / "stock").exists()
+        out, given = export(source, tmp_path / "ours").out, ids.shape[1]
+        child = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=True).eval()
+        ours = load_model(out)
+        assert open_model(out).structure == source.child.structure
+        assert (child(ids).logits - ours(ids)).abs().max() <= 1e-4
+        found = child.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=1)
+        for _ in range(9):
+            ids = torch.cat((ids, ours(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
+        assert torch.equal(found[:, given:], ids[:, given:])
+
+    return check

@@ -99,24 +99,11 @@ OTHERS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", OTHERS)
-def test_others_are_refused_by_name_and_written_as_hf(case, parent, tmp_path):
+def test_others_are_refused_by_name_and_written_as_hf(case, parent, tmp_path, refused_but_written_as_hf):
     changes, sizes, message = OTHERS[case]
     parent = write_tiny_parent("gpt_oss", tmp_path / "parent", **WHOLE | sizes) if sizes else parent
     source = child_of(parent, changes)
-    with pytest.raises(UserError, match=message) as caught:
-        export(source, tmp_path / "stock", format="gpt-oss")
-    assert "\n" not in str(caught.value)
-    assert "write `format` hf" in str(caught.value)
-    assert not (tmp_path / "stock").exists()
-    out = export(source, tmp_path / "ours").out
-    child, ours = theirs(out, trust_remote_code=True), load_model(out)
-    assert open_model(out).structure == source.child.structure
-    assert (child(IDS).logits - ours(IDS)).abs().max() <= 1e-4
-    found = child.generate(IDS, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=1)[:, 33:]
-    ids = IDS
-    for _ in range(9):
-        ids = torch.cat((ids, ours(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(found, ids[:, 33:])
+    refused_but_written_as_hf(source, "gpt-oss", message, IDS)
 
 
 @pytest.mark.parametrize(

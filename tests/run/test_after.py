@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +15,8 @@ from puzzle.base.errors import UserError
 from puzzle.parents.known import known_structure
 from puzzle.run.recipe import read_recipe
 from puzzle.run.shapes import MFU
-from tests.run.test_road import ROOT, write  # noqa: F401
 
+ROOT = Path(__file__).parents[2]
 COPY = (
     "import shutil, sys\n"
     "child, out, count = sys.argv[1:]\n"
@@ -26,7 +27,7 @@ COPY = (
 HEAL = {"tokens": 512, "seq_len": 32, "batch_size": 4, "validation_sequences": 4}
 
 
-def recipe_of(write, tmp_path, **changed):  # noqa: F811
+def recipe_of(write, tmp_path, **changed):
     (tmp_path / "copy.py").write_text(COPY)
     after = {
         "text": {"heal": {**HEAL, "kl_weight": 0, "cosine_weight": 0, "lm_weight": 1}},
@@ -37,7 +38,7 @@ def recipe_of(write, tmp_path, **changed):  # noqa: F811
     return write(solve=solve, goal={"throughput": None, "params": "70%"}, export=None, after=after, **changed)
 
 
-def test_each_has_the_child_of_the_last(puzzle, one_line_error, write, tmp_path):  # noqa: F811
+def test_each_has_the_child_of_the_last(puzzle, one_line_error, write, tmp_path):
     recipe, out = recipe_of(write, tmp_path), tmp_path / "run"
     one_line_error(puzzle("run", recipe, "--out", out), "after.copy.command runs a program", "pass --run-commands")
     assert not out.exists()
@@ -65,7 +66,7 @@ def test_each_has_the_child_of_the_last(puzzle, one_line_error, write, tmp_path)
     assert len((out / "count").read_text().splitlines()) == 2
 
 
-def test_a_command_that_outlives_us(puzzle, one_line_error, write, tmp_path, launch, ended):  # noqa: F811
+def test_a_command_that_outlives_us(puzzle, one_line_error, write, tmp_path, launch, ended):
     """After kill -9 no second one is started beside it; in directories with spaces, its own program beside the recipe."""
     recipe = recipe_of(write, tmp_path, heal=None)
     value, here, out = yaml.safe_load(recipe.read_text()), tmp_path / "a {b} c", tmp_path / "my run"
@@ -105,7 +106,7 @@ def test_a_command_that_outlives_us(puzzle, one_line_error, write, tmp_path, lau
         ("python -c 1", "nothing", "after.copy.command left no checkpoint at after.copy.result nothing: "),
     ],
 )
-def test_a_command_that_fails(puzzle, one_line_error, write, tmp_path, command, result, told):  # noqa: F811
+def test_a_command_that_fails(puzzle, one_line_error, write, tmp_path, command, result, told):
     recipe = recipe_of(write, tmp_path)
     value = yaml.safe_load(recipe.read_text())
     value["after"] = {"copy": {"command": command, "result": result}}
@@ -151,7 +152,7 @@ def test_a_command_that_fails(puzzle, one_line_error, write, tmp_path, command, 
         ({"a": {"command": "python {here}/none.py"}}, "none.py is not there"),
     ],
 )
-def test_what_is_refused(puzzle, one_line_error, write, tmp_path, after, told):  # noqa: F811
+def test_what_is_refused(puzzle, one_line_error, write, tmp_path, after, told):
     """Before anything is built."""
     recipe = write(after=after) if isinstance(after, dict) and after else write()
     if not after:

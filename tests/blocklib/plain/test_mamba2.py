@@ -15,24 +15,9 @@ from puzzle.blocklib.plain.mamba2 import scan
 from puzzle.blocklib.plain.part import blank, loaded
 from puzzle.blocklib.sub_block import ParentBlock
 from puzzle.blocklib.variant import default_names, variant_of
+from random_sub_block import stream, weights
 
 SIZES = Mamba2(hidden_size=20, num_heads=6, head_dim=5, num_groups=3, state_size=7, conv_width=3, chunk_size=8)
-
-
-def weights(sub_block, seed: int = 0, dtype=torch.float64) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    found = {n: torch.randn(s, generator=generator, dtype=dtype) / s[-1] ** 0.5 for n, s in sub_block.tensors().items()}
-    for name in found:
-        if "norm" in name:
-            found[name] = 1 + 0.2 * torch.randn(found[name].shape, generator=generator, dtype=dtype)
-    if "A_log" in found:
-        found["A_log"] = torch.empty(sub_block.num_heads, dtype=dtype).uniform_(-3, 3, generator=generator)
-        found["dt_bias"] = torch.empty(sub_block.num_heads, dtype=dtype).uniform_(-6, 2, generator=generator)
-    return found
-
-
-def stream(batch: int, length: int, hidden: int = 20) -> torch.Tensor:
-    return torch.randn(batch, length, hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 8), (7, 8), (8, 8), (33, 8), (50, 16), (9, 1), (5, 128)])
