@@ -78,9 +78,8 @@ class Experts(nn.Module):
     def __init__(self, sub_block: Moe):
         super().__init__()
         count, hidden, width = sub_block.num_experts, sub_block.expert_size, sub_block.moe_intermediate_size
-        self.activation: Any = {"relu2": relu2, "swiglu_oai": None, **ACTIVATIONS}[
-            sub_block.activation
-        ]  # None: of both
+        known: dict[str, Any] = {"relu2": relu2, "swiglu_oai": None, **ACTIVATIONS}  # None: of gate and up together
+        self.activation = known[sub_block.activation]
         self.activation_name, self.biased = sub_block.activation, sub_block.bias
         for name in sub_block.matrices:
             shape = (count, hidden, width) if name == "down_proj" else (count, width, hidden)

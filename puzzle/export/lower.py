@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GATE = 64.0  # silu(64) = 64 in every dtype up to float64, so that a gate of bias 64 multiplies by 64 exactly
-NEVER = (
-    -1e30
-)  # a correction bias of an expert that no token is to choose: finite, since some kernels mark chosen ones with -inf
+# A correction bias of an expert that no token is to choose: finite, since some kernels mark chosen ones with -inf.
+NEVER = -1e30
 
 Rewritten = tuple[Child, list[int]]  # the child, and the layers (before any lowering) that were touched
 

@@ -36,10 +36,9 @@ EXPORT_BYTES = {
     "float16": (2, 2),
     "fp8": (1, 2),
 }  # of a parameter in a layer, and outside
-Row = dict[
-    str, Any
-]  # of a stage: "tokens", "seconds", "memory_bytes", "disk_bytes"; None: next to nothing; "passes": times
-# that a model is read, layer by layer, None: it is whole on the device
+# Of a stage: "tokens", "seconds", "memory_bytes", "disk_bytes"; None: next to nothing. "passes": times that a model is read, layer by layer,
+# None: it is whole on the device. "told": whether its seconds are the recipe's word; "sampled": tokens that it draws.
+Row = dict[str, Any]
 
 
 def tokens_of(heal: HealOptions) -> int:
