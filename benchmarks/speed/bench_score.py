@@ -118,13 +118,14 @@ def make_text(path: Path, tokens: int) -> None:
 def main(
     name, work, layers, attention, ffn, sequences, seq_len, batch_size, memory_limit, screen, evaluated, again, device
 ):
-    parent, library, text = work / "parent", work / "lib", work / "text.jsonl"
+    wanted = sequences * seq_len
+    parent, library, text = work / "parent", work / "lib", work / f"text-{wanted}.jsonl"
     if not (parent / "config.json").is_file():
         make_parent(parent, name, layers)
     if not (library / "library.json").is_file():
         make_library(library, parent, attention, ffn, seq_len)
     if not text.is_file():
-        make_text(text, 64 * max(sequences, 64) * seq_len // 50)
+        make_text(text, 12 * max(wanted, 2**16))  # of which one document in about thirty is held out
     if again:
         shutil.rmtree(library / "scores", ignore_errors=True)
     limit = None if memory_limit is None else parse_bytes(memory_limit)
@@ -153,10 +154,12 @@ def main(
         )
 
     planned = plan_scores(library, [str(text)], options, parent=str(parent))
+    if planned["num_tokens"] != wanted:
+        raise click.ClickException(f"{planned['num_tokens']} held-out tokens, and {wanted} were asked for: make more text")
     timed("score", lambda: score_library(library, [str(text)], options, parent=str(parent)), **planned)
     if evaluated:
-        wanted = EvaluateOptions(sequences=sequences, seq_len=seq_len, memory_limit=limit, device=device)
-        timed("evaluate", lambda: print(evaluate(str(parent), str(parent), [str(text)], wanted).to_json()["child"]))
+        asked = EvaluateOptions(sequences=sequences, seq_len=seq_len, memory_limit=limit, device=device)
+        timed("evaluate", lambda: print(evaluate(str(parent), str(parent), [str(text)], asked).to_json()["child"]))
 
 
 if __name__ == "__main__":

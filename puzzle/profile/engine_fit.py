@@ -1,6 +1,6 @@
 """Fit an engine's constants to measured serving figures: `puzzle profile --engine vllm --gpu h100 --fit FILE.csv`.
 
-FILE.csv has a row per measurement: architecture, num_seqs, input_len, output_len and any of decode_step_ms, prefill_ms (of all prompts
+FILE.csv has a row per measurement, of which the fastest of a point counts: architecture, num_seqs, input_len, output_len and any of decode_step_ms, prefill_ms (of all prompts
 together) and output_tokens_per_s; architectures.json beside it says what each architecture is made of. Levenberg-Marquardt on relative
 errors (Levenberg 1944, Marquardt 1963), in the logarithms of the constants and, of shares, which no engine has more than 1 of, in those
 of the odds, drawn to their usual values by a weak prior; none falls below LEAST. An error far above HICCUP counts by its logarithm (Black &
@@ -68,7 +68,17 @@ def read_measurements(path: Path, known: Sequence[str]) -> list[Measurement]:
         raise UserError(f"`fit` {path} cannot be read ({told}): give a CSV of measurements, in UTF-8") from error
     if len(found) < 8:
         raise UserError(f"`fit` {path} has {len(found)} measurements: the constants need at least 8")
-    return found
+    return _fastest(found)
+
+
+def _fastest(measured: Sequence[Measurement]) -> list[Measurement]:
+    """Of several measurements of one point: whatever else ran beside one made it slower."""
+    found: dict[tuple, Measurement] = {}
+    for m in measured:
+        key, slow = (m.architecture, m.what, m.batch, m.work), m.what != "throughput"
+        if key not in found or (m.value < found[key].value) == slow:
+            found[key] = m
+    return list(found.values())
 
 
 def _row(path: Path, number: int, row: dict[str, str], known: Sequence[str]) -> list[Measurement]:

@@ -1,7 +1,7 @@
 """`puzzle profile --engine vllm --gpu h100 --run`: measure a handful of architectures of a parent's shapes in the vLLM that is installed.
 
 Each runs with random weights in a process of its own (`engine_run.py`). Rows go to FOLDER/measured.csv as they come, so that a killed
-call goes on where it was; then `engine_fit` fits. Which architectures: those that tell the constants apart. The parent; half of every
+call goes on where it was; then `engine_fit` fits, and what is slower than the fit is measured again: the fastest counts. Which architectures: those that tell the constants apart. The parent; half of every
 FFN; attention left out in three layers of eight; the fewest KV heads; a mixture of the alternatives, layer by layer; and the first
 two layers alone, where the device has so little to do that the engine's own Python shows.
 """
@@ -31,13 +31,14 @@ from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import variant_of
 from puzzle.parents.structure import Layer, Structure
 from puzzle.profile.engine import Constants, EngineModel, read_architectures
-from puzzle.profile.engine_fit import fit_engine
+from puzzle.profile.engine_fit import HICCUP, compared, fit, fit_engine, read_measurements
 from puzzle.profile.parts import Head, ends_of, priced_as
 from puzzle.serving.check import EngineFailed
 from puzzle.serving.engine_run import ENGINE, Engine, Point, check_engine, measured_random
 
 GRIDS = {"cpu": ((1, 4, 16), (32, 96), 24), "": ((1, 16, 64, 128, 256), (128, 1024, 2048), 64)}  # by `gpu`
 TOKENS = 2**16  # of a longer prompt's batch together
+AGAIN = {"cpu": 0, "": 2}  # times at most, by `gpu`, that a point is measured once more: a CPU's figures are a rehearsal
 WEIGHTS = 0.3  # of a GPU's memory that the measured layers may fill; a larger parent is measured on its first layers
 COLUMNS = (
     "architecture", "num_seqs", "input_len", "output_len", "decode_step_ms", "prefill_ms", "output_tokens_per_s", "weight_bytes",
@@ -144,41 +145,85 @@ def profile_engine(
 
 def _profile(engine: str, structure: Structure, how: Engine, folder: Path, points: list[Point]) -> dict[str, Any]:
     table, facts_path = folder / "measured.csv", folder / "architectures.json"
-    rows, failed = _read_rows(table), {}
+    rows = _read_rows(table)
     asked = {name: (one, described(one, how)) for name, one in architectures(fitting(structure, how)).items()}
     own = {"gpu": how.gpu, "precision": how.precision, "format": how.reader}
     for name in dict.fromkeys(r["architecture"] for r in rows):
         kept = read_architectures(facts_path)
         _check_kept(folder, kept, own, name, kept["architectures"].get(name), asked.get(name, (None, None))[1])
-    for name, (one, entry) in asked.items():
-        done = {(r["num_seqs"], r["input_len"], r["output_len"]) for r in rows if r["architecture"] == name}
-        left = [p for p in points if tuple(map(str, p.to_json().values())) not in done]
-        if not left:
-            continue
-        try:
-            facts: dict[str, Any] = {}
-            for line in measured_random(one, structure.usual, left, how):
-                if "engine" in line:
-                    facts = line["engine"]
-                    _describe(facts_path, facts, own, name, entry)
-                    click.echo(f"{name}: started in {line['start_seconds']:g} s", err=True)
-                    continue
-                rows.append(_row(name, line, facts))
-                _append(table, rows[-1])
-                click.echo(f"{name}: {_told(rows[-1], line['measured'])}", err=True)
-        except EngineFailed as error:
-            failed[name] = str(error)
-            console.print(f"{name}: {error}", markup=False, soft_wrap=True)
+    found = _Found(structure.usual, how, asked, own, table, facts_path, rows)
+    failed = found.measure({name: [p for p in points if not found.has(name, p)] for name in asked})
     if failed:
         first = next(iter(failed))
         raise UserError(
             f"{len(failed)} of the architectures failed in vLLM ({first}: {failed[first]}); what was measured is in {table}: mend the "
             f"cause and run the same command again, or fit what there is with `puzzle profile --engine {engine} --gpu {how.gpu} --fit {table}`"
         )
+    for _ in range(AGAIN.get(how.gpu, AGAIN[""])):
+        slow = {name: of for name, of in _held_up(engine, table, points).items() if name in asked}
+        if not slow:
+            break
+        told = ", ".join(f"{name} ({len(of)})" for name, of in slow.items())
+        console.print(f"slower than the fit by more than {100 * HICCUP:.0f} %, measured again: {told}", markup=False)
+        found.measure(slow)
     if how.gpu != "cpu":
-        room = [int(r["weight_bytes"]) + int(r["cache_bytes"]) for r in rows]
+        room = [int(r["weight_bytes"]) + int(r["cache_bytes"]) for r in found.rows]
         write_json(facts_path, read_architectures(facts_path) | {"room_bytes": int(median(room))})
     return fit_engine(engine, table, gpu=how.gpu)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What is measured, row by row, into `table`. asked: structures with their entries of architectures.json, by name."""
+
+    base: Layer
+    how: Engine
+    asked: dict[str, tuple[Structure, dict[str, Any]]]
+    own: dict[str, str]
+    table: Path
+    facts: Path
+    rows: list[dict[str, str]]
+
+    def has(self, name: str, point: Point) -> bool:
+        wanted = {"architecture": name} | {key: str(value) for key, value in point.to_json().items()}
+        return any(all(row[key] == value for key, value in wanted.items()) for row in self.rows)
+
+    def measure(self, points: dict[str, list[Point]]) -> dict[str, str]:
+        """What vLLM said of the architectures that failed in it, by name."""
+        failed = {}
+        for name, these in points.items():
+            try:
+                if these:
+                    self._measure(name, these)
+            except EngineFailed as error:
+                failed[name] = str(error)
+                console.print(f"{name}: {error}", markup=False, soft_wrap=True)
+        return failed
+
+    def _measure(self, name: str, points: list[Point]) -> None:
+        (one, entry), facts = self.asked[name], {}
+        for line in measured_random(one, self.base, points, self.how):
+            if "engine" in line:
+                facts = line["engine"]
+                _describe(self.facts, facts, self.own, name, entry)
+                click.echo(f"{name}: started in {line['start_seconds']:g} s", err=True)
+                continue
+            self.rows.append(_row(name, line, facts))
+            _append(self.table, self.rows[-1])
+            click.echo(f"{name}: {_told(self.rows[-1], line['measured'])}", err=True)
+
+
+def _held_up(engine: str, table: Path, points: list[Point]) -> dict[str, list[Point]]:
+    """By architecture, the points whose step or prompts took longer than the fit to all of them says, by more than HICCUP: something
+    else may have run beside them."""
+    told = read_architectures(table.with_name("architectures.json"))
+    measured = [m for m in read_measurements(table, list(told["architectures"])) if m.what != "throughput"]
+    slow: dict[str, list[Point]] = {}
+    for row in compared(fit(engine, told, measured), told, measured):
+        if row["measured"] > row["predicted"] * (1 + HICCUP):
+            at = {name: row[name] for name in ("num_seqs", "input_len", "output_len")}
+            slow.setdefault(row["architecture"], []).extend(p for p in points if p.to_json() == at)
+    return {name: list(dict.fromkeys(of)) for name, of in slow.items() if of}
 
 
 def _describe(path: Path, facts: dict[str, Any], own: dict[str, str], name: str, entry: dict[str, Any]) -> None:
