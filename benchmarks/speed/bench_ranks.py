@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -37,14 +39,25 @@ Told = tuple[float, dict[str, float]]  # seconds of the whole, and of its stages
 
 def launched(ranks: int, device: str, *arguments: object) -> Told:
     """`puzzle ARGUMENTS` by so many processes. Raises RuntimeError with its last words where it fails."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port))
     command = [sys.executable, *torchrun, str(ROOT / "benchmarks/lib/timed_puzzle.py"), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NCCL_NVLS_ENABLE": "0"}
     begin = time.monotonic()
-    done = subprocess.run([*command, "--device", device], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, "--device", device], capture_output=True, text=True, env=environment())
     if done.returncode != 0:
-        raise RuntimeError(f"{arguments[0]} on {ranks}: {done.stderr[-2000:]}")
+        words = re.search(r"^error.*", done.stderr, re.MULTILINE | re.IGNORECASE)
+        raise RuntimeError(f"{arguments[0]} on {ranks}: {words[0] if words else done.stderr[-2000:]}")
     return time.monotonic() - begin, read_timed(done.stderr)
+
+
+def environment() -> dict[str, str]:
+    """With the package, before what else Python was told to look through."""
+    return {
+        "NCCL_NVLS_ENABLE": "0",
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
 
 
 def build(work: Path, ranks: int, device: str, parent: Path, sizes: dict[str, object]) -> list[Row]:
@@ -116,11 +129,10 @@ def choose(work: Path, library: Path) -> Path:
     child = work / "child"
     if not child.is_dir():
         puzzle, solution = (sys.executable, "-m", "puzzle"), work / "solution"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         goal = ("--throughput", "1.5x", "--gpu", "h100")
-        subprocess.run([*puzzle, "solve", str(library), *goal, "--out", str(solution)], check=True, env=environment)
+        subprocess.run([*puzzle, "solve", str(library), *goal, "--out", str(solution)], check=True, env=environment())
         command = [*puzzle, "export", str(library), str(solution), "--out", str(child)]
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run(command, check=True, env=environment())
     return child
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import rank_tables
 from puzzle.blocklib.none import NO_OP
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import random_model
@@ -81,3 +82,4 @@ def test_two_processes_write_the_table(torchrun, tmp_path):
         ("parent", "2", "4", "32"), ("unfused", "2", "4", "24"), ("fused", "2", "4", "20"),
     ]  # fmt: skip
     assert all(float(r["speedup_over_parent"]) > 0 for r in rows)
+    assert "| cpu | 2 | 4 | float32 | fused |" in rank_tables.published_child(rows)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import rank_tables
 from results_page import BENCHMARKS
 
 SCRIPT = BENCHMARKS / "speed" / "bench_tp_children.py"
@@ -37,6 +38,7 @@ def test_solved_then_measured(torchrun, tmp_path):
     assert len(rows) == 2 * 5
     assert {(r["model"], r["goal"]) for r in rows} == {("parent", ""), ("child", "latency 75%")}
     assert all(float(r["measured"]) > 0 for r in rows)
+    assert "| cpu | reference | latency 75% |" in rank_tables.tp_children(rows)
     assert {(r["promised"], r["costs_device"], r["device"]) for r in rows} == {("", "2 x a GPU", "cpu")}
 
 
