@@ -6,10 +6,10 @@ cannot hold together, is the weights: different ones are made up to --memory GB 
 layers of the same shape take turns with these and with their caches. One share has several times what the L2 cache holds, so that each is read
 from memory again; `distinct_weight_bytes` says how much there was of `weight_bytes`.
 
-The child's structure: 64 layers with attention, 81 FFNs, 253.401 B parameters (llama.cpp's reading of nvidia/Llama-3_1-Nemotron-Ultra-253B-v1,
-ggml-org/llama.cpp#12843, ikawrakow/ik_llama.cpp#377), of which four are 49 fused ones (arXiv 2503.18908) of 399,360, 425,984, 343,040 and 301,056
-channels. The widths of the other 77, and of the 49 before they were fused, are not those of the model: they are as equal as multiples of 1,024 can
-be, with the same sum. The papers (arXiv 2503.18908, 2505.00949) say 1.71 times lower latency than the parent at TP 8, and 1.119 of it by
+The child's structure: 64 layers with attention and 253.401 B parameters, as llama.cpp prints of nvidia/Llama-3_1-Nemotron-Ultra-253B-v1
+(ggml-org/llama.cpp#12843, ikawrakow/ik_llama.cpp#377), whose counts of tensors give 81 FFNs; four of them stand for 49 that were fused
+(arXiv 2503.18908) and have 399,360, 425,984, 343,040 and 301,056 channels. The widths of the other 77, and of the 49 before they were fused, are not
+those of the model: they are as equal as multiples of 1,024 can be, with the sum that the parameters leave. The papers (arXiv 2503.18908, 2505.00949) say 1.71 times lower latency than the parent at TP 8, and 1.119 of it by
 fusion, so 1.53 without.
 
     NCCL_NVLS_ENABLE=0 PYTHONPATH=. torchrun --nproc-per-node 8 benchmarks/speed/bench_published_child.py --tp 8 --append \\
