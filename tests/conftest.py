@@ -362,63 +362,25 @@ def synthetic(tmp_path_factory):
     return library
 
 
-GPU_FACTS = {"num_samples": 9, "device": "a GPU", "versions": "none", "date": "2026-11-27"}
-
-
-def seconds_of(part, precision: str, phase: str, batch: int, context: int) -> float:
-    """Weights are read at their size, prompts take their rows; a decode step of attention also reads what is cached."""
-    share = {"bf16": 1.0, "fp8": 0.5}[precision]
-    if not hasattr(part, "num_parameters"):
-        return 1e-5
-    rows = batch * context if phase == "prefill" else batch
-    weights = (share * part.num_parameters + 40 * rows + 300) * 1e-8
-    read = part.state().per_token * batch * context if phase == "decode" else 0
-    return weights + share * read * 1e-8
-
-
-def write_gpu_table(library, precision: str, name: str, folder: str = "h100-test", **changed) -> None:
-    """A table of a GPU for `library`, by `seconds_of`."""
-    from puzzle.blocklib.none import NoOp
-    from puzzle.profile.cost_table import CostRow, write_costs
-    from puzzle.profile.parts import ends_of
-
-    rows = []
-    for part in [*library.sub_blocks(), *ends_of(library.structure)]:
-        if isinstance(part, NoOp):
-            continue
-        by_rows = not hasattr(part, "by_rows") or part.by_rows
-        key = part.timed().key() if hasattr(part, "timed") else part.key()
-        points = [("decode", b, c) for b in (1, 4) for c in ((0,) if by_rows else (8, 16, 64))]
-        points += [("prefill", b, c) for b in (1, 4) for c in (16, 64)] if hasattr(part, "state") else []
-        for phase, batch, context in points:
-            value = seconds_of(part, precision, phase, batch, context)
-            times = dict.fromkeys(("p20_s", "p50_s", "p80_s"), value)
-            point = {"part": key, "precision": precision, "phase": phase, "batch": batch, "context": context}
-            rows.append(CostRow(**point, **times, **GPU_FACTS | changed))
-    write_costs(library.root / "costs" / folder / f"{name}.csv", rows)
-
-
 @pytest.fixture(scope="session")
 def gpu_table():
+    """A table of a GPU for a library, by `gpu_seconds`."""
+    from made_up_costs import write_gpu_table
+
     return write_gpu_table
-
-
-def shares_of(library, tp: int):
-    """What one rank runs of it: for tables of shares."""
-    spaces = tuple(
-        {slot: {name: b.shared(tp) for name, b in names.items()} for slot, names in space.items()}
-        for space in library.spaces
-    )
-    return replace(library, structure=library.structure.share(tp), spaces=spaces)
 
 
 @pytest.fixture(scope="session")
 def shared_library():
+    from made_up_costs import shares_of
+
     return shares_of
 
 
 @pytest.fixture(scope="session")
 def gpu_seconds():
+    from made_up_costs import seconds_of
+
     return seconds_of
 
 

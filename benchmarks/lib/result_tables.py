@@ -201,19 +201,22 @@ def profile(rows: list[Row]) -> str:
 def fusion_latency(rows: list[Row]) -> str:
     fused, lines = ("twos", "fours", "one"), []
     known = [list(dict.fromkeys(row[column] for row in rows)) for column in ("shapes", "ffn_of_attention_free")]
+    devices = list(dict.fromkeys(row["device"] for row in rows))
     points = sorted(
-        groups(rows, "shapes", "tp", "ffn_of_attention_free"),
-        key=lambda point: (known[0].index(point[0]), int(point[1]), known[1].index(point[2])),
+        groups(rows, "shapes", "tp", "ffn_of_attention_free", "device"),
+        key=lambda point: (known[0].index(point[0]), int(point[1]), devices.index(point[3]), known[1].index(point[2])),
     )
-    for shapes, gpus, width in points:
-        own = [r for r in rows if (r["shapes"], r["tp"]) == (shapes, gpus) and r["ffn_of_attention_free"] == width]
-        parent = [r for r in rows if (r["shapes"], r["tp"], r["fusion"]) == (shapes, gpus, "parent")]
+    for shapes, gpus, width, device in points:
+        of_card = [r for r in rows if (r["shapes"], r["tp"], r["device"]) == (shapes, gpus, device)]
+        own = [r for r in of_card if r["ffn_of_attention_free"] == width]
+        parent = [r for r in of_card if r["fusion"] == "parent"]
         of = {way: [r for r in own if r["fusion"] == way] for way in ("unfused", *fused)} | {"parent": parent}
         reduces = ", ".join(of[way][0]["all_reduces_per_token"] for way in ("parent", "unfused", *fused))
         cells = [" / ".join(r["speedup_over_unfused"] for r in of[way]) for way in fused]
         over = " / ".join(number(r["speedup_over_parent"], 2) for r in of["one"])
         steps = " / ".join(milliseconds(r["p50_s"], 2) for r in of["unfused"])
-        lines.append([shapes, gpus, width, NONE if gpus == "1" else reduces, steps, *cells, over])
+        cards = gpus if len(devices) == 1 else f"{gpus} x {device}"
+        lines.append([shapes, cards, width, NONE if gpus == "1" else reduces, steps, *cells, over])
     batches = " / ".join(dict.fromkeys(row["batch"] for row in rows))
     head = (
         f"At batch {batches}, {rows[0]['context']} cached tokens; FFN: width in the attention-free layers. Speed-ups of the median "

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rank_tables
 import result_tables as t
 import serving_tables
 
@@ -38,6 +39,7 @@ FACTS = (
     "date",
 )  # columns, in order
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
+AWAITED = ("published_child.csv", "tp_children.csv", "ranks.csv")  # shown once they are there
 INTRO = """# Results
 
 Every figure that we measured and kept, from the files in `benchmarks/results/`. `make results` writes this page and a test
@@ -111,6 +113,19 @@ SECTIONS = {
             command="NCCL_NVLS_ENABLE=0 PYTHONPATH=. torchrun --nproc-per-node 8 benchmarks/speed/bench_fusion_latency.py --tp 8",
         ),
         Result("tp_promise.csv", "speed/bench_tp_promise.py", "The promise of GPUs that share a model", t.tp_promise),
+        Result(
+            "tp_children.csv",
+            "speed/bench_tp_children.py",
+            "Children of GPUs that share a model",
+            rank_tables.tp_children,
+        ),
+        Result(
+            "published_child.csv",
+            "speed/bench_published_child.py",
+            "The published child of the 405B",
+            rank_tables.published_child,
+        ),
+        Result("ranks.csv", "speed/bench_ranks.py", "Building and healing on several GPUs", rank_tables.ranks),
         Result("seeds.csv", "speed/bench_seeds.py", "The two Nemotron deployments, with made-up scores", t.seeds),
         Result("build_8b.csv", "speed/bench_build_8b.py", "Building at 8B shapes", t.build_8b),
         Result("build_8b_steps.csv", "speed/bench_build_8b.py", "A step of building at 8B shapes", t.build_8b_steps),
@@ -223,10 +238,15 @@ def section(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def is_there(result: Result) -> bool:
+    """False for a file that is yet to be measured."""
+    return result.file not in AWAITED or (BENCHMARKS / "results" / result.file).is_file()
+
+
 def page() -> str:
     parts = [INTRO.strip()]
     for name, results in SECTIONS.items():
-        parts += [f"## {name}", *(section(result) for result in results)]
+        parts += [f"## {name}", *(section(result) for result in results if is_there(result))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -23,7 +23,6 @@ the same point measured before are replaced.
 
 from __future__ import annotations
 
-import csv
 import gc
 import os
 import sys
@@ -36,6 +35,8 @@ from pathlib import Path
 import click
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from point_table import PointTable, Row
 from puzzle.base.ranks import Ranks
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.swiglu import SwiGLU
@@ -114,33 +115,13 @@ def versions_of(device: torch.device, tp: int) -> str:
     return found
 
 
-class Table:
-    """The CSV: rows of earlier runs that were measured again are replaced; only the first rank writes."""
-
-    def __init__(self, path: Path, append: bool, writes: bool):
-        self.path, self.writes = path, writes
-        self.rows: list[dict[str, str]] = []
-        if append and path.is_file():
-            with open(path, newline="", encoding="utf-8") as handle:
-                self.rows = list(csv.DictReader(handle))
-            if any(not set(row) <= set(COLUMNS.split(",")) for row in self.rows):
-                raise RuntimeError(f"{path} has other columns: leave --append out, or name another --csv")
-
-    def add(self, row: dict[str, str]) -> None:
-        self.rows = [old for old in self.rows if any(old[k] != row[k] for k in POINT)] + [row]
-        if not self.writes:
-            return
-        for one in self.rows:
-            for base, fraction in (("unfused", one["ffn_of_attention_free"]), ("parent", "x1")):
-                wanted = one | {"fusion": base, "ffn_of_attention_free": fraction}
-                found = [r for r in self.rows if all(r[k] == wanted[k] for k in POINT if k != "num_layers")]
-                one[f"speedup_over_{base}"] = f"{float(found[0]['p50_s']) / float(one['p50_s']):.4f}" if found else ""
-        print(*row.values(), flush=True)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, COLUMNS.split(","), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+def fill_speedups(rows: list[Row]) -> None:
+    """Of every row over the unfused one and over the parent of the same shapes, batch and GPUs."""
+    for one in rows:
+        for base, fraction in (("unfused", one["ffn_of_attention_free"]), ("parent", "x1")):
+            wanted = one | {"fusion": base, "ffn_of_attention_free": fraction}
+            found = [r for r in rows if all(r[k] == wanted[k] for k in POINT if k != "num_layers")]
+            one[f"speedup_over_{base}"] = f"{float(found[0]['p50_s']) / float(one['p50_s']):.4f}" if found else ""
 
 
 @click.command()
@@ -166,7 +147,8 @@ def main(
 ) -> None:
     try:
         with joined(tp, "gpu" if device == "cuda" else "cpu") as (ranks, where):
-            table = Table(path, append, writes=ranks is None or ranks.is_first)
+            first = ranks is None or ranks.is_first
+            table = PointTable(path, COLUMNS, POINT, append=append, writes=first, fill=fill_speedups)
             for name in names.split(","):
                 for fraction in map(float, fractions.split(",")):
                     latencies(name, fraction, [int(b) for b in batches.split(",")], context, steps, ranks, where, table)
@@ -184,7 +166,7 @@ def latencies(
     steps: int,
     ranks: Ranks | None,
     device: torch.device,
-    table: Table,
+    table: PointTable,
 ) -> None:
     """All ways of fusing one shape's attention-free layers of one width, at all batches."""
     tp = 1 if ranks is None else ranks.world

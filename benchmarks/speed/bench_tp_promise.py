@@ -1,8 +1,8 @@
 """Is the promise of GPUs that share a model kept? Decode steps that `bench_fusion_latency.py` measured, beside what cost tables and all-reduces say.
 
 Promised: the sum over a rank's parts of the shipped H100 table of these shapes, corrected as `solve` does it, and of as many all-reduces
-as the row has. All-reduces are those of the H100 where they were measured (--costs), else of the H200. There is no table of an H200:
-rows of one are promised from the H100's times the ratio of the two cards' bandwidths (3.35 and 4.8 TB/s), which is computed, not
+as the row has. All-reduces are those of the H100 where they were measured (--costs), else of the H200. No table of an H200 ships: without
+one in --costs its rows are promised from the H100's times the ratio of the two cards' bandwidths (3.35 and 4.8 TB/s), which is computed, not
 measured, and marked so. Needs no GPU.
 
     PYTHONPATH=. python benchmarks/speed/bench_tp_promise.py --measured benchmarks/results/fusion_latency.csv \\
@@ -64,6 +64,14 @@ def promised(row: dict[str, str], table: CostTable, sums: float, bandwidth: floa
     return seconds * bandwidth + between + sums
 
 
+def table_of(card: str, name: str, roots: list[Path]) -> CostTable | None:
+    """None where these shares were not measured on it."""
+    try:
+        return find_costs(card, name, roots)
+    except ValueError:
+        return None
+
+
 @click.command()
 @click.option("--measured", "paths", type=click.Path(path_type=Path), multiple=True, required=True)
 @click.option(
@@ -78,16 +86,15 @@ def main(paths: tuple[Path, ...], costs: Path | None, out: Path | None) -> None:
         for row in measured:
             gpu, tp = "h200" if "H200" in row["device"] else "h100", int(row["tp"])
             name = row["shapes"] if "-tp" in row["shapes"] else shared_name(row["shapes"], tp)
-            try:
-                table = find_costs("h100", name, roots)
-            except ValueError:
-                continue  # no table of these shares
+            table = next((t for card in (gpu, "h100") if (t := table_of(card, name, roots)) is not None), None)
+            if table is None:
+                continue
             sums, source = 0.0, "-"
             if tp > 1:
                 found = find_all_reduces(gpu, tp, roots)
                 width, source = known_structure(row["shapes"]).hidden_size, found.device
                 sums = int(row["all_reduces_per_token"]) * found.seconds(2 * width * int(row["batch"]))
-            bandwidth = GPUS["h100"].bandwidth / GPUS[gpu].bandwidth
+            bandwidth = 1.0 if gpu.upper() in table.device else GPUS["h100"].bandwidth / GPUS[gpu].bandwidth
             said = promised(row, table, sums, bandwidth)
             kept = {key: row[key] for key in COLUMNS.split(",") if key in row}
             rows.append(

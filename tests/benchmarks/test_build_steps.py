@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -16,7 +13,6 @@ from puzzle.blocklib.sub_block import ParentBlock, parse_key
 from puzzle.blocklib.variant import search_spaces, variant_of
 from puzzle.library.plan import training_flops
 from puzzle.parents.known import known_structure
-from results_page import BENCHMARKS
 from step_profile import kernel_class, product_kinds, seconds_by_class, traced
 
 H, F, N, D, T = 4096, 14336, 32, 128, 2048
@@ -38,13 +34,8 @@ def test_flops_of_a_token_and_layer_of_llama_8b():
     assert training_flops(structure.layers[0], space, T, nested=True) == nested
 
 
-def test_mfu(monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench_build_8b", BENCHMARKS / "speed/bench_build_8b.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+def test_mfu(load_script):
+    module = load_script("speed/bench_build_8b.py")
     tokens_per_second = 20e6 / 3600
     assert module.mfu(tokens_per_second, 32 * 2.8e9, 989e12) == pytest.approx(0.503, abs=1e-3)
 

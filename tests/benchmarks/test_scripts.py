@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -23,22 +22,15 @@ SCRIPTS = sorted(
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_a_script_starts(script: Path, monkeypatch, capsys):
-    path = BENCHMARKS / script
-    monkeypatch.syspath_prepend(path.parent)
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+def test_a_script_starts(script: Path, load_script, monkeypatch, capsys):
+    module = load_script(str(script))
     main = getattr(module, "main", None)
     if isinstance(main, click.Command):
         shown = CliRunner().invoke(main, ["--help"])
         assert shown.exit_code == 0, shown.output
         assert "--" in shown.output
     elif "argparse" in vars(module):
-        monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+        monkeypatch.setattr(sys, "argv", [script.name, "--help"])
         with pytest.raises(SystemExit) as ended:
             module.main()
         assert ended.value.code == 0

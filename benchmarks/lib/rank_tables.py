@@ -1,0 +1,95 @@
+"""Tables of docs/results.md about GPUs that share a model or a task. As in `result_tables.py`, of rows as text."""
+
+from __future__ import annotations
+
+from result_tables import NONE, Row, groups, number, table
+
+
+def published_child(rows: list[Row]) -> str:
+    """A line per model, in groups of one deployment, batches side by side."""
+    lines = []
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    for (device, tp, shares, precision, model), same in groups(
+        rows, "device", "tp", "shares", "precision", "model"
+    ).items():
+        of = {row["batch"]: row for row in same}
+
+        def cells(column: str, digits: int, times: str = "1", of: dict[str, Row] = of) -> str:
+            return " / ".join(
+                number(of[b][column], digits, times) if b in of and of[b][column] else NONE for b in batches
+            )
+
+        first = same[0]
+        lines.append([
+            device, tp, shares, precision, model, number(first["parameters_B"], 1), first["all_reduces_per_token"],
+            number(first["weight_bytes"], 1, "1e-9"), cells("p50_s", 2, "1000"), cells("speedup_over_parent", 2),
+            cells("speedup_over_unfused", 3),
+        ])  # fmt: skip
+    head = (
+        f"At batch {' / '.join(batches)}, {rows[0]['context']} cached tokens. The papers say 1.71 over the parent, 1.119 over the unfused "
+        "child, on eight H100 in their engine.\n\n"
+    )
+    columns = [
+        "device",
+        "GPUs",
+        "shares",
+        "precision",
+        "model",
+        "parameters, 10⁹",
+        "sums",
+        "weights, GB a GPU",
+        "step, ms",
+    ]
+    return head + table([*columns, "over the parent", "over unfused"], lines)
+
+
+def tp_children(rows: list[Row]) -> str:
+    """A line per model: promised, measured, and their ratio."""
+    shown = {"latency_seconds": (2, "1"), "ttft_seconds": (0, "1000"), "tpot_seconds": (2, "1000"),
+             "tokens_per_second": (0, "1"), "memory_bytes": (1, "1e-9")}  # fmt: skip
+    lines = []
+    parents: dict[tuple[str, ...], Row] = {}
+    for (device, shapes, tp, goal), same in groups(rows, "device", "shapes", "tp", "goal").items():
+        of = {row["quantity"]: row for row in same}
+        cells = []
+        for quantity, (digits, times) in shown.items():
+            pair = [
+                number(of[quantity][k], digits, times) if of[quantity][k] else NONE for k in ("promised", "measured")
+            ]
+            cells.append(f"{', '.join(pair)} ({of[quantity]['measured_over_promised'] or NONE})")
+        latency = {k: of["latency_seconds"][k] for k in ("promised", "measured")}
+        parent = parents.setdefault((device, shapes, tp), latency)
+        shares = [
+            number(float(latency[k]) / float(parent[k]), 3) if latency[k] and parent[k] else NONE for k in latency
+        ]
+        lines.append([
+            device, shapes, goal or "parent", number(same[0]["parameters_B"], 1), same[0]["batch"], ", ".join(shares), *cells,
+        ])  # fmt: skip
+    first = rows[0]
+    head = (
+        f"{first['input_len']} tokens in, {first['output_len']} out, {first['precision']}, random weights; all-reduces of "
+        f"{first['all_reduces_of']}. Pairs are promised, measured (measured over promised).\n\n"
+    )
+    columns = [
+        "device",
+        "shapes",
+        "goal",
+        "parameters, 10⁹",
+        "batch",
+        "latency of the parent's",
+        "latency, s",
+        "TTFT, ms",
+    ]
+    return head + table([*columns, "TPOT, ms", "tokens/s", "memory, GB a GPU"], lines)
+
+
+def ranks(rows: list[Row]) -> str:
+    return table(
+        ["stage", "processes", "parent", "tokens", "s", "tokens/s", "times of one", "KL before", "KL"],
+        (
+            [r["stage"], r["ranks"], r["parent"], number(r["num_tokens"], 0), number(r["seconds"], 1),
+             number(r["tokens_per_second"], 0), r["times_of_one"] or NONE,
+             number(r["kl_before"], 4) if r["kl_before"] else NONE, number(r["kl"], 4)]
+            for r in rows
+        ),
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""`puzzle` as torchrun starts it, with what its stages took on standard error: "TIMED stage seconds", of the first process, with all others.
+
+torchrun --nproc-per-node 2 benchmarks/lib/timed_puzzle.py build-library examples/parent --data DATA --out lib
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from typing import Any
+
+import torch
+
+from puzzle.cli import main
+from puzzle.library import build, score
+
+
+def timed(owner: type, name: str, stage: str) -> None:
+    """Make the method say how long each call takes."""
+    plain = getattr(owner, name)
+
+    def wrapped(*given: Any, **more: Any) -> Any:
+        begin = now()
+        found = plain(*given, **more)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"TIMED {stage} {now() - begin:.3f}", file=sys.stderr, flush=True)
+        return found
+
+    setattr(owner, name, wrapped)
+
+
+def now() -> float:
+    """When the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def read_timed(told: str) -> dict[str, float]:
+    """{stage: seconds of all its calls} of what a run has said."""
+    found: dict[str, float] = {}
+    for stage, seconds in re.findall(r"^TIMED (\w+) ([\d.]+)$", told, re.MULTILINE):
+        found[stage] = found.get(stage, 0.0) + float(seconds)
+    return found
+
+
+if __name__ == "__main__":
+    timed(build.Builder, "_run_group", "build")
+    timed(score.Scorer, "run", "score")
+    main(prog_name="puzzle")

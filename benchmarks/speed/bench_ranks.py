@@ -1,0 +1,169 @@
+"""Building, scoring and healing on one, two and four GPUs: tokens per second, and whether the results are the same.
+
+Protocol: for each number of processes `puzzle build-library` of --parent with the default search space, and `puzzle heal` of one child: --child, or
+what `solve --throughput 1.5x` with the shipped H100 prices chooses of the first library. `build`: training tokens over the seconds of its steps,
+first ones and graph capture included; `score`: tokens that variants were scored on, over the seconds of it; `heal`: as heal.json has it, steps
+alone. kl: of scores their mean over all variants, of healing what it was before and after, on held-out text.
+
+    PYTHONPATH=. python benchmarks/speed/bench_ranks.py WORK --data DATA --ranks 1,2,4 --csv benchmarks/results/ranks.csv
+    PYTHONPATH=. python benchmarks/speed/bench_ranks.py /tmp/x --data /usr/lib/python3.12/email --small --csv /tmp/x.csv     # rehearse on a CPU
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from point_table import PointTable, Row
+from puzzle.library.manifest import Library
+from timed_puzzle import read_timed
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = "stage,ranks,parent,num_tokens,seconds,tokens_per_second,times_of_one,kl_before,kl,wall_seconds,device,versions,date"
+POINT = ("stage", "ranks", "parent", "num_tokens", "device")
+SMALL = {"tokens": "4k", "heal_tokens": "4k", "seq_len": 64, "sequences": 4}
+Told = tuple[float, dict[str, float]]  # seconds of the whole, and of its stages
+
+
+def launched(ranks: int, device: str, *arguments: object) -> Told:
+    """`puzzle ARGUMENTS` by so many processes. Raises RuntimeError with its last words where it fails."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port))
+    command = [sys.executable, *torchrun, str(ROOT / "benchmarks/lib/timed_puzzle.py"), *map(str, arguments)]
+    begin = time.monotonic()
+    done = subprocess.run([*command, "--device", device], capture_output=True, text=True, env=environment())
+    if done.returncode != 0:
+        words = re.search(r"^error.*", done.stderr, re.MULTILINE | re.IGNORECASE)
+        raise RuntimeError(f"{arguments[0]} on {ranks}: {words[0] if words else done.stderr[-2000:]}")
+    return time.monotonic() - begin, read_timed(done.stderr)
+
+
+def environment() -> dict[str, str]:
+    """With the package, before what else Python was told to look through."""
+    return {
+        "NCCL_NVLS_ENABLE": "0",
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+
+
+def build(work: Path, ranks: int, device: str, parent: Path, sizes: dict[str, object]) -> list[Row]:
+    """The rows of building and scoring, into WORK/library-RANKS."""
+    out = work / f"library-{ranks}"
+    shutil.rmtree(out, ignore_errors=True)
+    asked = ("--tokens", sizes["tokens"], "--seq-len", sizes["seq_len"], "--score-sequences", sizes["sequences"])
+    wall, stages = launched(ranks, device, "build-library", parent, "--data", sizes["data"], *asked, "--out", out)
+    library = Library.open(out)
+    scored = [one for layer in range(library.num_layers) for one in library.scores(layer).values()]
+    trained = max(
+        json.loads(record.read_text())["num_tokens"] for record in (out / "blocks").glob("*/*/*.json")
+    )  # of every block that trains
+    kl = f"{mean(one['kl'] for one in scored):.6g}"
+    return [
+        row_of("build", ranks, parent, trained, stages["build"], wall, kl=kl),
+        row_of("score", ranks, parent, sum(int(one["num_tokens"]) for one in scored), stages["score"], wall, kl=kl),
+    ]
+
+
+def heal(work: Path, ranks: int, device: str, parent: Path, child: Path, sizes: dict[str, object]) -> Row:
+    """The row of healing `child` into WORK/healed-RANKS."""
+    out = work / f"healed-{ranks}"
+    lengths = ("--tokens", sizes["heal_tokens"], "--seq-len", sizes["seq_len"], "--eval-every", 0)
+    asked = (
+        *lengths,
+        "--batch-size",
+        4 if device == "cpu" else 32,
+        "--validation-sequences",
+        sizes["sequences"],
+        "--force",
+    )
+    wall, _ = launched(ranks, device, "heal", child, "--teacher", parent, "--data", sizes["data"], *asked, "--out", out)
+    said = json.loads((out / "heal.json").read_text())
+    kl = {"kl_before": f"{said['before']['kl']:.6g}", "kl": f"{said['after']['kl']:.6g}"}
+    return row_of("heal", ranks, parent, said["num_tokens"], said["seconds"], wall, **kl)
+
+
+def row_of(
+    stage: str, ranks: int, parent: Path, num_tokens: int, seconds: float, wall: float, kl: str, kl_before: str = ""
+) -> Row:
+    cuda = torch.cuda.is_available()
+    return {
+        "stage": stage,
+        "ranks": str(ranks),
+        "parent": "/".join(parent.absolute().parts[-2:]),
+        "num_tokens": str(num_tokens),
+        "seconds": f"{seconds:.3f}",
+        "tokens_per_second": f"{num_tokens / seconds:.0f}",
+        "kl_before": kl_before,
+        "kl": kl,
+        "wall_seconds": f"{wall:.1f}",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "versions": f"torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def fill_times(rows: list[Row]) -> None:
+    """Of every row the speed over that of one process."""
+    for one in rows:
+        alone = [r for r in rows if all(r[k] == (one | {"ranks": "1"})[k] for k in POINT)]
+        ratio = [float(one["tokens_per_second"]) / float(r["tokens_per_second"]) for r in alone]
+        one["times_of_one"] = f"{ratio[0]:.3f}" if ratio else ""
+
+
+def choose(work: Path, library: Path) -> Path:
+    """The child that is healed, made once."""
+    child = work / "child"
+    if not child.is_dir():
+        puzzle, solution = (sys.executable, "-m", "puzzle"), work / "solution"
+        goal = ("--throughput", "1.5x", "--gpu", "h100")
+        subprocess.run([*puzzle, "solve", str(library), *goal, "--out", str(solution)], check=True, env=environment())
+        command = [*puzzle, "export", str(library), str(solution), "--out", str(child)]
+        subprocess.run(command, check=True, env=environment())
+    return child
+
+
+@click.command()
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--parent", type=click.Path(path_type=Path), default=ROOT / "examples" / "parent")
+@click.option("--child", type=click.Path(path_type=Path), help="What is healed. Default: solved for, in WORK/child.")
+@click.option("--data", required=True, help="Text.")
+@click.option("--ranks", "counts", default="1,2,4", show_default=True)
+@click.option("--stages", default="build,heal", show_default=True)
+@click.option("--tokens", default="2M", show_default=True, help="Of building.")
+@click.option("--heal-tokens", default="10M", show_default=True)
+@click.option("--seq-len", type=int, default=512, show_default=True)
+@click.option("--sequences", type=int, default=64, show_default=True, help="Held out, for scores and evaluations.")
+@click.option("--small", is_flag=True, help="A few tokens on a CPU, to rehearse.")
+@click.option("--csv", "path", type=click.Path(path_type=Path), default=Path("benchmarks/results/ranks.csv"))
+@click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
+def main(
+    work: Path, parent: Path, child: Path | None, counts: str, stages: str, small: bool, path: Path, append: bool, **sizes: object
+) -> None:  # fmt: skip
+    sizes |= SMALL if small else {}
+    device, wanted = "cpu" if small else "cuda", stages.split(",")
+    work.mkdir(parents=True, exist_ok=True)
+    table = PointTable(path, COLUMNS, POINT, append=append, writes=True, fill=fill_times)
+    numbers = [int(n) for n in counts.split(",")]
+    for ranks in numbers if "build" in wanted else ():
+        for row in build(work, ranks, device, parent, sizes):
+            table.add(row)
+    for ranks in numbers if "heal" in wanted else ():
+        table.add(heal(work, ranks, device, parent, child or choose(work, work / f"library-{numbers[0]}"), sizes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Children of GPUs that share a model, rehearsed: solved by made-up prices, measured on two processes of a CPU."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+
+import pytest
+
+import rank_tables
+from results_page import BENCHMARKS
+
+SCRIPT = BENCHMARKS / "speed" / "bench_tp_children.py"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], cwd=BENCHMARKS.parent, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+
+
+def test_solved_then_measured(torchrun, tmp_path):
+    small = (tmp_path / "work", "--tp", 2, "--small")
+    done = run(*small, "--goals", "75%,0.01%")  # of which one cannot be reached
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "x.csv"
+    for process in torchrun(2, SCRIPT, *small, "--goals", "75%,0.01%", "--csv", path):
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+    with open(path, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 2 * 5
+    assert {(r["model"], r["goal"]) for r in rows} == {("parent", ""), ("child", "latency 75%")}
+    assert all(float(r["measured"]) > 0 for r in rows)
+    assert "| cpu | reference | latency 75% |" in rank_tables.tp_children(rows)
+    assert {(r["promised"], r["costs_device"], r["device"]) for r in rows} == {("", "2 x a GPU", "cpu")}
+
+
+def test_nothing_to_measure(torchrun, tmp_path):
+    for process in torchrun(2, SCRIPT, tmp_path, "--tp", 2, "--small", "--csv", tmp_path / "x.csv"):
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "has no children: run this without torchrun first" in told
+    done = run(tmp_path, "--tp", 2, "--small", "--goals", "0.01%")
+    assert (done.returncode, "no goal was reached" in done.stderr) == (1, True)
+
+
+def test_rows_hold_promises_beside_what_was_measured(load_script, tmp_path):
+    from puzzle.measure.architecture import read_architecture
+
+    script = load_script("speed/bench_tp_children.py")
+    assert run(tmp_path, "--tp", 2, "--small", "--goals", "66%").returncode == 0
+    solved = read_architecture(script.folder(tmp_path, "66%"))
+    told = solved.predicted
+    measured = {
+        "batch": 4, "ttft_seconds": 2 * told.ttft_seconds, "decode_seconds": told.latency_seconds, "tpot_seconds": 1.0,
+        "tokens_per_second": told.tokens_per_second, "memory_bytes": told.memory_bytes,
+    }  # fmt: skip
+    found = {"tp": 2, "workload": {"input_len": 16, "output_len": 8}, "precision": "bf16", "device": "2 x a GPU"}
+    rows = list(
+        script.rows_of("reference", "66%", solved, found | {"child": {"measured": measured, "predicted": {}}}, "")
+    )
+    ratios = {row["quantity"]: float(row["measured_over_promised"]) for row in rows}
+    assert ratios["ttft_seconds"] == 2
+    assert ratios["memory_bytes"] == ratios["tokens_per_second"] == 1
+    assert ratios["latency_seconds"] == pytest.approx(1 + 2 * told.ttft_seconds / told.latency_seconds, abs=1e-4)
