@@ -179,7 +179,8 @@ def test_what_was_held_up_is_measured_again(stand_in, tmp_path, monkeypatch, cap
     rows = list(csv.DictReader((tmp_path / "busy" / "measured.csv").read_text().splitlines()))
     twice = [r for r in rows if (r["architecture"], r["num_seqs"]) == ("first_layers", "16")]
     slow, fast = (float(r["decode_step_ms"]) for r in twice)
-    assert len(rows) == 6 * 5 + 1 and slow == pytest.approx(1.8 * fast, rel=1e-3)
+    assert len(rows) == 6 * 5 + 1
+    assert slow == pytest.approx(1.8 * fast, rel=1e-3)
     assert held_up["constants"] == pytest.approx(quiet["constants"], rel=1e-6)
 
 
