@@ -49,7 +49,7 @@ def tp_children(rows: list[Row]) -> str:
              "tokens_per_second": (0, "1"), "memory_bytes": (1, "1e-9")}  # fmt: skip
     lines = []
     parents: dict[tuple[str, ...], Row] = {}
-    for (device, shapes, tp, goal), same in groups(rows, "device", "shapes", "tp", "goal").items():
+    for (device, shapes, tp, batch, goal), same in groups(rows, "device", "shapes", "tp", "batch", "goal").items():
         of = {row["quantity"]: row for row in same}
         cells = []
         for quantity, (digits, times) in shown.items():
@@ -58,12 +58,12 @@ def tp_children(rows: list[Row]) -> str:
             ]
             cells.append(f"{', '.join(pair)} ({of[quantity]['measured_over_promised'] or NONE})")
         latency = {k: of["latency_seconds"][k] for k in ("promised", "measured")}
-        parent = parents.setdefault((device, shapes, tp), latency)
+        parent = parents.setdefault((device, shapes, tp, batch), latency)
         shares = [
             number(float(latency[k]) / float(parent[k]), 3) if latency[k] and parent[k] else NONE for k in latency
         ]
         lines.append([
-            device, shapes, goal or "parent", number(same[0]["parameters_B"], 1), same[0]["batch"], ", ".join(shares), *cells,
+            device, shapes, goal or "parent", number(same[0]["parameters_B"], 1), batch, ", ".join(shares), *cells,
         ])  # fmt: skip
     first = rows[0]
     head = (

@@ -300,6 +300,16 @@ def ffn_linear(rows: list[Row]) -> str:
     )
 
 
+def nested(rows: list[Row]) -> str:
+    """A line per way and number of tokens: KL of every width, alone in its parent."""
+    widths = list(dict.fromkeys(r["width"] for r in rows))
+    lines = []
+    for (way, tokens, seconds), same in groups(rows, "way", "num_tokens", "seconds").items():
+        kl = {r["width"]: number(r["kl"], 5) for r in same}
+        lines.append([way, f"{int(tokens):,}", seconds, *(kl[w] for w in widths)])
+    return table(["way", "tokens", "s", *(f"KL at {w}" for w in widths)], lines)
+
+
 def stored_logits(rows: list[Row]) -> str:
     first = rows[0]
     before = f"{int(first['tokens']):,} tokens; KL before {number(first['kl_before'], 3)}, the parent's loss {number(first['parent_loss'], 3)}."

@@ -39,7 +39,7 @@ FACTS = (
     "date",
 )  # columns, in order
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
-AWAITED = ("published_child.csv", "tp_children.csv", "ranks.csv")  # shown once they are there
+AWAITED = ("published_child.csv", "ranks.csv")  # shown once they are there
 INTRO = """# Results
 
 Every figure that we measured and kept, from the files in `benchmarks/results/`. `make results` writes this page and a test
@@ -118,6 +118,8 @@ SECTIONS = {
             "speed/bench_tp_children.py",
             "Children of GPUs that share a model",
             rank_tables.tp_children,
+            command="puzzle solve LIBRARY --latency 66% --concurrency 64 (or --throughput 3x) --gpu h100 --tp 2 --input-len 512 --output-len 256 "
+            "--out DIR; torchrun --nproc-per-node 2 -m puzzle bench DIR --gpu h100 --tp 2 --with-parent --json",
         ),
         Result(
             "published_child.csv",
@@ -135,6 +137,8 @@ SECTIONS = {
         Result("bld.csv", "quality/bench_bld.py", "Distillation of the default search space", t.bld),
         Result("bld_ffn.csv", "quality/bench_bld.py", "Distillation of narrow FFNs for longer", t.bld),
         Result("ffn_linear.csv", "quality/bench_ffn_linear.py", "An FFN as one matrix", t.ffn_linear),
+        Result("nested.csv", "quality/bench_nested.py", "Nested FFNs and independent ones", t.nested),
+        Result("nested_smollm2.csv", "quality/bench_nested.py", "The same of SmolLM2-135M", t.nested),
         Result("fp8.csv", "quality/bench_fp8.py", "Children in fp8", t.fp8),
         Result(
             "precision.csv",

@@ -5,8 +5,9 @@ initial channels, and scored on the same held-out sequences. Reported per way, t
 median over layers of the normalised MSE of the sub-block's output and of KL(parent‖child) where it alone replaces its parent's. The
 two ways at equal tokens stand in rows of equal tokens; at equal seconds, between the rows of the faster one.
 
-    python benchmarks/quality/bench_nested.py --data /usr/lib/python3/dist-packages --out benchmarks/results/nested.csv
-    python benchmarks/quality/bench_nested.py --parent SmolLM2-135M-Instruct --data english.jsonl --lr 1e-3 --out benchmarks/results/nested_smollm2.csv
+    python benchmarks/quality/bench_nested.py --data /usr/lib/python3.12 --out benchmarks/results/nested.csv
+    python benchmarks/quality/bench_nested.py --parent SmolLM2-135M-Instruct --data english.jsonl --lr 1e-3 --tokens 2e6,6e6 \\
+        --out benchmarks/results/nested_smollm2.csv
 """
 
 from __future__ import annotations

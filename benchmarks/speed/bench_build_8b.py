@@ -6,8 +6,8 @@ tokens of text under --memory-limit. Speed is that of the training steps, first 
 MFU is tokens per second times the FLOPs that a step must do for a token (`puzzle.library.plan.training_flops`) over --peak-flops (dense bf16
 by the datasheet). Without a gradient of what enters a sub-block, and with nothing computed twice, that is 2.8e9 a token and layer.
 
-    python benchmarks/speed/bench_build_8b.py --data /usr/lib/python3.12 --tokenizer examples/parent --num-layers 6 \\
-        --layers 0-5 --tokens 2.5e5 --memory-limit 40GB --out benchmarks/results/build_8b.csv
+    python benchmarks/speed/bench_build_8b.py --data /usr/lib/python3.12 --tokenizer examples/parent --num-layers 4 \\
+        --layers 0-3 --tokens 1.2e6 --batch-size 8 --out benchmarks/results/build_8b.csv
 
 --steps also times single steps of one layer, with what `benchmarks/lib/build_changes.py` lists turned on one by one, then with --more-batches
 sequences at once; --profile says where the first and the last of these spend their time; --without turns some of it off everywhere;

@@ -155,7 +155,9 @@ def main(
 
     planned = plan_scores(library, [str(text)], options, parent=str(parent))
     if planned["num_tokens"] != wanted:
-        raise click.ClickException(f"{planned['num_tokens']} held-out tokens, and {wanted} were asked for: make more text")
+        raise click.ClickException(
+            f"{planned['num_tokens']} held-out tokens, and {wanted} were asked for: make more text"
+        )
     timed("score", lambda: score_library(library, [str(text)], options, parent=str(parent)), **planned)
     if evaluated:
         asked = EvaluateOptions(sequences=sequences, seq_len=seq_len, memory_limit=limit, device=device)

@@ -38,7 +38,10 @@ from puzzle.serving.engine_run import ENGINE, Engine, Point, check_engine, measu
 
 GRIDS = {"cpu": ((1, 4, 16), (32, 96), 24), "": ((1, 16, 64, 128, 256), (128, 1024, 2048), 64)}  # by `gpu`
 TOKENS = 2**16  # of a longer prompt's batch together
-AGAIN = {"cpu": 0, "": 2}  # times at most, by `gpu`, that a point is measured once more: a CPU's figures are a rehearsal
+AGAIN = {
+    "cpu": 0,
+    "": 2,
+}  # times at most, by `gpu`, that a point is measured once more: a CPU's figures are a rehearsal
 WEIGHTS = 0.3  # of a GPU's memory that the measured layers may fill; a larger parent is measured on its first layers
 COLUMNS = (
     "architecture", "num_seqs", "input_len", "output_len", "decode_step_ms", "prefill_ms", "output_tokens_per_s", "weight_bytes",
