@@ -4,7 +4,7 @@ Time of gathering, gate, up, activation and down for tokens whose experts are ch
 of the products over it, as a share of a square product's rate in the same run and of the datasheet; `bytes_share`: bytes of the matrices
 of all experts that any token has over the time, as a share of the bandwidth that reading has. The loop knows the numbers of rows beforehand,
 which nobody does who has to ask the GPU. Each call has other tokens and other experts, so that matrices come from memory; calls are
-replayed as one CUDA graph; p50 of replays. `ratio` is torch's grouped products over ours: where it is above 1, `FASTER` in kernels/grouped.py
+replayed as one CUDA graph; p50 of replays. `error` is relative, of the norm, from the loop in float32. `ratio` is torch's grouped products over ours: where it is above 1, `FASTER` in kernels/grouped.py
 takes its `rows_per_expert`.
 
     python benchmarks/kernels/bench_grouped.py --out benchmarks/results/grouped.csv [--sweep]
@@ -64,13 +64,13 @@ class Call:
         gate = None if self.gate is None else apply(rows, "gate")
         return apply(activated(gate, apply(rows, "up"), self.activation), "down")
 
-    def loop(self) -> Tensor:
+    def loop(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         found = []
-        for expert, rows in enumerate(self.x[self.place].split(self.sizes)):
+        for expert, rows in enumerate(self.x[self.place].to(dtype).split(self.sizes)):
             if len(rows):
-                gate = None if self.gate is None else F.linear(rows, self.gate[expert])
-                inner = activated(gate, F.linear(rows, self.weights["up"][expert]), self.activation)
-                found.append(F.linear(inner, self.weights["down"][expert]))
+                own = {name: weight[expert].to(dtype) for name, weight in self.weights.items()}
+                gate = None if self.gate is None else F.linear(rows, own["gate"])
+                found.append(F.linear(activated(gate, F.linear(rows, own["up"]), self.activation), own["down"]))
         return torch.cat(found)
 
 
@@ -101,7 +101,7 @@ def main(out: Path, sweep: bool) -> None:
                 for best in sorted(tries, key=tries.__getitem__)[:3]:
                     print("   ", tuple(best), f"{1e6 * tries[best]:.1f} us")
                 tile = min(tries, key=tries.__getitem__) if tries else tile
-                want = calls[0].loop().float()
+                want = calls[0].loop(torch.float32)
                 ways: dict[str, list[partial[Tensor]]] = {
                     "torch": [partial(c.torch) for c in calls],
                     "loop": [partial(c.loop) for c in calls],
