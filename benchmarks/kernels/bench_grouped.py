@@ -55,7 +55,7 @@ class Call:
         inner = grouped_linear(self.x, self.weights["up"], self.ends, tile=tile, **options)
         return grouped_linear(inner, self.weights["down"], self.ends, tile=tile)
 
-    def torch(self) -> Tensor:
+    def grouped(self) -> Tensor:
         rows = self.x[self.place]
 
         def apply(x: Tensor, name: str) -> Tensor:
@@ -103,7 +103,7 @@ def main(out: Path, sweep: bool) -> None:
                 tile = min(tries, key=tries.__getitem__) if tries else tile
                 want = calls[0].loop(torch.float32)
                 ways: dict[str, list[partial[Tensor]]] = {
-                    "torch": [partial(c.torch) for c in calls],
+                    "torch": [partial(c.grouped) for c in calls],
                     "loop": [partial(c.loop) for c in calls],
                 }
                 ways["puzzle"] = [partial(c.ours, tile) for c in calls]
