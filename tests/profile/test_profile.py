@@ -147,7 +147,6 @@ def test_wrong_precision(tmp_path, subject):
     assert not list(tmp_path.rglob("*.csv"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_and_bad_requests(puzzle, library, tmp_path):
     for arguments, message in (
         (("--shapes", "llama-3.1-8b", "--gpu", "h100"), "no CUDA device can be used here ("),
