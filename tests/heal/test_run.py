@@ -345,7 +345,12 @@ def test_an_unfinished_run_with_other_options_is_kept(
         patched.setattr(run.Run, "record", stop)
         puzzle(*arguments)
     one_line_error(puzzle(*arguments, "--lr", 0.02), "unfinished run with another lr", "--force")
-    assert puzzle(*arguments).exit_code == 0
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    again = (*arguments[:-1], tmp_path / "link")
+    one_line_error(puzzle(*again, "--lr", 0.02), "out.heal holds an unfinished run with another lr")
+    assert puzzle(*again).exit_code == 0
+    assert not (tmp_path / "out.heal").exists()
 
 
 @pytest.mark.gpu
