@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """One model. kl, kl_stderr, top1_agreement: of its parent; None for the parent itself. speed: None where not measured."""
+    """One model. identity: as `Measurable` has it. kl, kl_stderr, top1_agreement: of its parent; None for the parent itself. speed: None where not measured."""
 
     loss: float
     num_parameters: int
@@ -66,10 +66,12 @@ class Evaluated:
     kl_stderr: float | None = None
     top1_agreement: float | None = None
     speed: Served | None = None
+    identity: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        value = {name: item for name, item in asdict(self).items() if item is not None and name != "speed"}
-        return value | (asdict(self.speed) if self.speed is not None else {})
+        apart = ("speed", "identity")
+        value = {name: item for name, item in asdict(self).items() if item is not None and name not in apart}
+        return self.identity | value | (asdict(self.speed) if self.speed is not None else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +143,7 @@ def _evaluate(
         device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
         precision=precision if fp8 is None or child.solved is None else child.solved.precision,
         num_tokens=int(against["num_tokens"]),
-        parent=Evaluated(loss=against["parent_loss"], speed=slow, **sizes[0]),
+        parent=Evaluated(loss=against["parent_loss"], speed=slow, **sizes[0], identity=parent.identity()),
         child=Evaluated(
             loss=against["lm_loss"],
             kl=against["kl"],
@@ -149,6 +151,7 @@ def _evaluate(
             top1_agreement=against["top1_agreement"],
             speed=fast,
             **sizes[1],
+            identity=child.identity(),
         ),
         speedup=fast.tokens_per_second / slow.tokens_per_second if fast and slow else None,
         workload=work,

@@ -11,6 +11,7 @@ from typing import Any
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.measure.architecture import Architecture, Prediction, architecture_path, read_architecture
+from puzzle.parents.checkpoint import Checkpoint
 from puzzle.parents.structure import Structure
 from puzzle.serving.engine_run import ENGINE, Engine, Point, check_engine, measured, measured_random
 from puzzle.serving.reference import find_export
@@ -31,7 +32,8 @@ def bench_engine(
     with_parent: bool = False,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """Measured figures of `target`, and of its parent if asked for, with the promises of an architecture.json there.
+    """Measured figures of `target`, with what identifies it, and of its parent if asked for, with the promises of an architecture.json
+    there.
 
     target: architecture.json or its directory, or a checkpoint that vLLM reads. reader: the format of what has random weights; None: that
     of the costs. work, batch, precision: by default those of the architecture. Promises stand beside what was measured where engine,
@@ -88,10 +90,11 @@ def bench_engine(
         lines = measured(
             export.path, export.vocab_size, export.max_length, [Point(batch=at, work=work)], how, random=False
         )
-        found["child"] = _measured(list(lines), at, work)
+        found["child"] = _measured(list(lines), at, work) | {"fingerprint": Checkpoint(target).fingerprint()}
     else:
         assert solved is not None
         found["child"] = _random(solved.structure(), solved.parent, at, work, how)
+    found["child"]["path"] = str(target)
     if with_parent and solved is not None:
         other = batch if batch is not None and solved.workload != work else solved.parent_predicted.batch
         how = how if how.reader in ("hf", "nemotron-nas") else replace(how, reader="hf")

@@ -234,6 +234,8 @@ def test_a_promise_and_its_measurement(puzzle, stand_in, synthetic, tmp_path):
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["child"]["measured"]["cached_tokens"] == 10**6
+    assert found["child"]["path"] == str(tmp_path / "s")
+    assert "fingerprint" not in found["child"]  # random weights
     for who in ("child", "parent"):
         measured, promised = found[who]["measured"], found[who]["predicted"]
         for name in ("tokens_per_second", "ttft_seconds", "tpot_seconds"):
