@@ -454,6 +454,10 @@ def test_precision_is_chosen(puzzle, write, gpu_table, one_line_error, monkeypat
             {"profile": {"gpu": "h100"}, "export": ["gguf"]},
             "export gguf: solve.precision may choose fp8, which llama.cpp does not read: give it a dtype",
         ),
+        (
+            {"profile": {"gpu": "h100"}, "export": ["qwen3-moe"]},
+            "export qwen3-moe: solve.precision may choose fp8, which qwen3-moe does not read: give it a dtype",
+        ),
         ({"solve": {"precision": "bf16,int8"}}, "solve.precision bf16,int8: "),
     ],
 )
