@@ -96,13 +96,13 @@ class Evaluation:
 def evaluate(
     parent: str | Measurable,
     child: str | Measurable,
-    data: list[str],
+    data: list[str] | TokenData,
     options: EvaluateOptions | None = None,
     *,
     work: Workload | None = None,
     batches: tuple[int, int] | None = None,
 ) -> Evaluation:
-    """parent, child: checkpoints, or opened already. work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
+    """parent, child: checkpoints, or opened already. data: texts, or their held-out tokens where these were read before. work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
     child's architecture.json names. Speed is measured in the precision that the child was priced in, where this device
     has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Of several processes under torchrun each takes a share of
     the sequences, and the first alone measures speed. Raises UserError for models that do not belong together.
@@ -174,7 +174,11 @@ class _Opened:
 
 
 def _opened(
-    parent: str | Measurable, child: str | Measurable, data: list[str], options: EvaluateOptions, ranks: Ranks
+    parent: str | Measurable,
+    child: str | Measurable,
+    data: list[str] | TokenData,
+    options: EvaluateOptions,
+    ranks: Ranks,
 ) -> _Opened:
     on = ranks.device
     parent = of_checkpoint(parent) if isinstance(parent, str) else parent
@@ -196,8 +200,11 @@ def _opened(
             f"{child.name} has another tokenizer than {parent.name}: logits of different words cannot be compared"
         )
     directory, longest = parent.tokenizer, parent.structure.max_length
-    tokens = ranks.from_first(
-        lambda: load_tokens(
+
+    def read() -> TokenData:
+        if isinstance(data, TokenData):
+            return data
+        return load_tokens(
             data,
             directory,
             seq_len=min(options.seq_len, longest),
@@ -205,7 +212,8 @@ def _opened(
             num_validation=options.sequences,
             text_field=options.text_field,
         )
-    )
+
+    tokens = ranks.from_first(read)
     tokens.check_error_of_mean()
     if options.prompts:  # wrong ones are refused before anything is measured
         encode(options.prompts, parent.tokenizer, parent.structure)
