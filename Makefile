@@ -30,7 +30,8 @@ test-serving: $(VENV)/installed
 	$(BIN)/python benchmarks/serving/serving_matrix.py
 
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest -q tests/kernels tests/heal tests/runtime tests/blocklib tests/profile tests/measure
+	$(BIN)/python -m pytest -q tests/kernels
+	$(BIN)/python -m pytest -q -m gpu --ignore tests/kernels
 
 results: $(VENV)/installed
 	$(BIN)/python benchmarks/lib/results_page.py

@@ -1,6 +1,6 @@
 """Simple ways to choose, on the same problem and with the same report as the MIP, to see what exactness buys.
 
-Greedy, uniform and random know limits on resources only: on a problem with pairs, counts or stages they may find nothing.
+Greedy, uniform and random know limits on resources only, random pins too: on a problem with pairs, counts or stages they may find nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from puzzle.solver.explain import scored_by
 from puzzle.solver.problem import Constraint, Layer, Problem, Variant
+from puzzle.solver.running import Running
 from puzzle.solver.solution import Solution, certified, no_solution
 from puzzle.solver.solve import solve
 
@@ -55,17 +56,22 @@ def best_of(problem: Problem, choices: list[dict[str, str]], rule: str) -> Solut
 def random_feasible(problem: Problem, count: int, seed: int = 0) -> list[Solution]:
     """`count` feasible choices that leave little of the budget unused: from a uniform random choice, layers are visited in
     random order and given a cheaper random variant until all limits hold, then a dearer one while they still do."""
-    generator = random.Random(seed)
+    generator, now = random.Random(seed), Running(problem)
+    limited = [c.resource for c in problem.constraints if c.max is not None]
+    layers = [  # with what pins leave of them
+        replace(la, variants=tuple(v for v in la.variants if v.name in problem.pins.get(la.name, (v.name,))))
+        for la in problem.layers
+    ]
     found: list[Solution] = []
-    for _ in range(50 * count):
+    for _ in range(0 if now.is_hopeless() else 50 * count):
         if len(found) == count:
             break
         started = time.monotonic()
-        picked = {la.name: generator.choice(la.variants) for la in problem.layers}
-        if not _repair(problem, picked, generator):
+        now.begin({la.name: generator.choice(la.variants) for la in layers})
+        if not _repair(layers, limited, now, generator):
             continue
-        _fill(problem, picked, generator)
-        found.append(_report(problem, [{n: v.name for n, v in picked.items()}], started, "random"))
+        _fill(layers, now, generator)
+        found.append(_report(problem, [now.names()], started, "random"))
     return found
 
 
@@ -96,38 +102,33 @@ def _pressure(variant: Variant, problem: Problem, share: dict[str, float]) -> fl
     )
 
 
-def _names(picked: dict[str, Variant]) -> dict[str, str]:
-    return {layer: variant.name for layer, variant in picked.items()}
-
-
-def _shuffled(layers: tuple[Layer, ...], generator: random.Random) -> list[Layer]:
+def _shuffled(layers: Sequence[Layer], generator: random.Random) -> list[Layer]:
     return generator.sample(list(layers), len(layers))
 
 
-def _repair(problem: Problem, picked: dict[str, Variant], generator: random.Random) -> bool:
-    limited = [c.resource for c in problem.constraints if c.max is not None]
+def _repair(layers: Sequence[Layer], limited: Sequence[str], now: Running, generator: random.Random) -> bool:
     for _ in range(20):
-        for layer in _shuffled(problem.layers, generator):
-            if not problem.violated(_names(picked)):
+        for layer in _shuffled(layers, generator):
+            if now.holds():
                 return True
-            now = picked[layer.name]
+            here = now.picked[layer.name]
             cheaper = [
-                v for v in layer.variants if v != now and all(v.resources[r] <= now.resources[r] for r in limited)
+                v for v in layer.variants if v is not here and all(v.resources[r] <= here.resources[r] for r in limited)
             ]
             if cheaper:
-                picked[layer.name] = generator.choice(cheaper)
-    return not problem.violated(_names(picked))
+                now.put(layer.name, generator.choice(cheaper))
+    return now.holds()
 
 
-def _fill(problem: Problem, picked: dict[str, Variant], generator: random.Random) -> None:
-    for layer in _shuffled(problem.layers, generator):
-        now = picked[layer.name]
+def _fill(layers: Sequence[Layer], now: Running, generator: random.Random) -> None:
+    for layer in _shuffled(layers, generator):
+        here = now.picked[layer.name]
         for variant in generator.sample(list(layer.variants), len(layer.variants)):
-            if variant.score < now.score:
-                picked[layer.name] = variant
-                if not problem.violated(_names(picked)):
+            if variant.score < here.score:
+                now.put(layer.name, variant)
+                if now.holds():
                     break
-                picked[layer.name] = now
+                now.put(layer.name, here)
 
 
 def _report(problem: Problem, choices: list[dict[str, str]], started: float, rule: str) -> Solution:

@@ -29,14 +29,57 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+GPU, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")
 LAUNCH = Path(__file__).with_name("launch.py")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection of garbage needs to look at it again."""
     gc.collect()
     gc.freeze()
+
+
+def no_gpu() -> None:
+    raise RuntimeError("No CUDA GPUs are available")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_the_cpu():
+    """Whatever the machine has, there is no GPU in this process nor in those that it starts: what tests compare is float32 of a
+    CPU, and bf16 of a GPU would be other numbers. Session-wide, since fixtures make libraries and models too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "init", no_gpu)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+GPU_AGAIN = (torch.cuda.is_available, torch.cuda.init)
+
+
+@pytest.fixture
+def gpu(on_the_cpu, monkeypatch) -> bool:
+    """The machine as it is, for as long as a test lasts: is there a GPU?"""
+    for name, function in zip(("is_available", "init"), GPU_AGAIN, strict=True):
+        monkeypatch.setattr(torch.cuda, name, function)
+    if VISIBLE is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+    return GPU
+
+
+@pytest.fixture(autouse=True)
+def marked(request) -> None:
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("gpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,12 +3,17 @@
     python examples/post_training/grpo.py healed rated.jsonl --out rl --group 16 --prompts-per-step 8 --steps 200
 
 Rows as curriculum.py has them; where all have a `pass_rate`, batches go from easy to hard. Every prompt is asked with the system
-prompt `detailed thinking on`, or `off` for the share --off. Several GPUs: `accelerate launch`.
+prompt `detailed thinking on`, or `off` for the share --off. Several GPUs: `accelerate launch`. The
+same command goes on from the newest checkpoint, one every --save-every steps, which stands in OUT/.part until the child is whole: on a
+CPU with the bits of a run that was left alone.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from curriculum import by_difficulty, read_rows
 from puzzle.base.errors import UserError
+from puzzle.base.files import content_hash, json_text, write_text
 from puzzle.data.tokenizer import load_tokenizer
 from puzzle.parents.opened import open_model
-from rewards import COUNT, SEED, Script, prompt, rewards
+from rewards import COUNT, SEED, Script, is_made, prompt, rewards
+
+ASKED = "grpo.json"  # what a run was asked for
+FREE = ("save_every", "sandbox")  # changes nothing of what is learned
 
 
 def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: float, seed: int) -> list[dict[str, Any]]:
@@ -39,6 +48,19 @@ def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: floa
     while len(drawn) < per_step * steps:
         drawn += shuffle.sample(rows, len(rows))
     return drawn[: per_step * steps]
+
+
+def newest(part: Path, processes: int) -> str | None:
+    """The last checkpoint that was written to its end: random states of all processes, then trainer_state.json."""
+    found = []
+    for state in part.glob("checkpoint-*/trainer_state.json"):
+        try:
+            step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+        except (ValueError, KeyError):
+            continue
+        if len(list(state.parent.glob("rng_state*.pth"))) == processes:
+            found.append((step, str(state.parent)))
+    return max(found, default=(0, None))[1]
 
 
 @click.command(cls=Script)
@@ -67,25 +89,32 @@ def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: floa
 @click.option("--lora", type=COUNT, help="Train adapters of this rank, and merge them at the end.")
 @click.option("--vllm", is_flag=True, help="Sample in vLLM on the same GPU, through puzzle's plug-in.")
 @click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
+@click.option("--save-every", type=COUNT, default=25, show_default=True, help="Steps between checkpoints.")
 @click.option("--seed", type=SEED, default=0)
 def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
     """Train CHILD on PROMPTS and write it to --out."""
     rows, at_once = read_rows(prompts, o["sandbox"]), o["group"] * o["prompts_per_step"]
-    open_model(child)  # refuses in one line what is no model
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = {"child": open_model(child).fingerprint(), "prompts": content_hash(rows), "processes": processes}
+    asked |= {name: value for name, value in o.items() if name not in FREE}
     if at_once % o["accumulate"]:
         raise UserError(
             f"`accumulate` {o['accumulate']}: {at_once} answers of a step cannot be split into so many parts"
         )
     if out.resolve() == Path(child).resolve():
         raise UserError(f"`out` {out} is the child that is trained: give another directory")
+    part = out / ".part"
+    if is_made(out, ASKED, asked, part.name):
+        shutil.rmtree(part, ignore_errors=True)  # killed once it was there
+        return
     off, drawn = random.Random(o["seed"]), []
     for row in ordered(rows, o["prompts_per_step"], o["steps"], o["easiest"], o["seed"]):
         thinking = off.random() >= o["off"]
-        asked = {"prompt": prompt(row["question"], thinking), "thinking": thinking}
-        drawn.append({**asked, "answer": str(row.get("answer", "")), "tests": row.get("tests") or ""})
+        question = {"prompt": prompt(row["question"], thinking), "thinking": thinking}
+        drawn.append({**question, "answer": str(row.get("answer", "")), "tests": row.get("tests") or ""})
     gpu = torch.cuda.is_available()
     config = GRPOConfig(
-        output_dir=str(out),
+        output_dir=str(part),
         max_steps=o["steps"],
         per_device_train_batch_size=at_once // o["accumulate"],
         gradient_accumulation_steps=o["accumulate"],
@@ -99,7 +128,9 @@ def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
         use_cpu=not gpu,
         bf16=gpu,
         report_to="none",
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=o["save_every"],
+        save_total_limit=1,
         logging_steps=1,
         seed=o["seed"],
     )
@@ -112,11 +143,28 @@ def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
         processing_class=load_tokenizer(Path(child)),
         peft_config=adapters,
     )
-    trainer.train()
+    first, whole = trainer.is_world_process_zero(), part / "whole"
+    if first:
+        part.mkdir(parents=True, exist_ok=True)
+        write_text(part / ASKED, json_text(asked) + "\n")
+    begun = newest(part, processes)
+    trainer.accelerator.wait_for_everyone()
+    for path in part.glob("checkpoint-*") if first else ():
+        if str(path) == begun:
+            click.echo(f"going on from {begun}")
+        else:
+            shutil.rmtree(path)  # killed while it was written
+    trainer.train(resume_from_checkpoint=begun)
     if o["lora"]:
         trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(str(out))
-    trainer.state.save_to_json(str(out / "trainer_state.json"))  # rewards of every step
+    trainer.save_model(str(whole))
+    if first:
+        trainer.state.save_to_json(str(whole / "trainer_state.json"))  # rewards of every step
+        shutil.copy(part / ASKED, whole)
+        for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(out / path.name)  # the last one says that all are there
+        shutil.rmtree(part)
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from puzzle.base.errors import UserError, first_line
+from puzzle.base.files import check_writable
 
 MODES = {True: "detailed thinking on", False: "detailed thinking off"}  # the whole system prompt, or its first line
 THOUGHT = re.compile(r"<think>(.*?)</think>(.*)", re.DOTALL)
@@ -79,6 +80,21 @@ def check_same(place: Path, asked: dict[str, Any], what: str) -> None:
     found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     if changed := [name for name, value in asked.items() if found.get(name) != value]:
         raise UserError(f"{what} was made with another {', '.join(changed)}: give another `out`, or remove it")
+
+
+def is_made(target: Path, record: str, asked: dict[str, Any], part: str = "") -> bool:
+    """Whether the checkpoint `target` is there, made of what is asked, as its file `record` says. part: the directory in it of a run that
+    is not finished. Raises UserError where it was made of something else, and for a directory that holds other files or cannot be written."""
+    if (target / "config.json").is_file():
+        check_same(target / record, asked, str(target))
+        click.echo(f"{target} is there already")
+        return True
+    check_writable(target)
+    if (target / part / record).is_file():
+        check_same(target / part / record, asked, f"{target}, which is not finished,")
+    elif target.is_dir() and any(path.name != part for path in target.iterdir()):
+        raise UserError(f"`out` {target} is not empty: give another directory")
+    return False
 
 
 def prompt(question: str, thinking: bool) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from puzzle.base.errors import UserError
-from puzzle.base.files import claim_output, json_text, write_text
+from puzzle.base.files import json_text, write_text
 from puzzle.base.units import parse_count
 from puzzle.data.blend import read_blend
 from puzzle.data.chats import render_chat, within
@@ -34,7 +34,7 @@ from puzzle.data.files import list_files, read_field
 from puzzle.data.tokenizer import load_tokenizer
 from puzzle.parents.grown import FILE, new_tensors
 from puzzle.parents.opened import open_model
-from rewards import COUNT, MODES, SEED, Script, check_same
+from rewards import COUNT, MODES, SEED, Script, is_made
 
 ASKED = "sft.json"  # what a stage was made of
 USUAL = {"max_length": 8192, "batch_size": 32, "lr": 1e-5, "tokens": "10M"}
@@ -138,12 +138,9 @@ def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, 
         blend, target = stages.parent / stage["blend"], out / stage["name"]
         asked = {"child": open_model(child).fingerprint(), "stage": stage, "blend": blend.read_text(encoding="utf-8")}
         asked |= {"lora": lora, "new_only": new_only, "seed": seed}
-        if (target / "config.json").is_file():
-            check_same(target / ASKED, asked, str(target))
-            click.echo(f"{target} is there already")
+        if is_made(target, ASKED, asked):
             child = str(target)
             continue
-        claim_output(target, False)
         tokenizer, sources, part = load_tokenizer(Path(child)), read_blend(blend), out / f".{stage['name']}.part"
         pools = [chats(source, tokenizer, stage["max_length"]) for source in sources]
         rows = list(draw(sources, pools, stage["tokens"], seed))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from puzzle.base.errors import UserError
 from puzzle.choose.goal import BY_OPTION, GoalOptions
 from puzzle.choose.options import SolveOptions
 from puzzle.choose.precision import Precisions
 from puzzle.choose.problem import Selection, layer_label, select
-from puzzle.library.manifest import Library
-from puzzle.measure.architecture import Architecture
+from puzzle.library.manifest import Library, score_name
+from puzzle.measure.architecture import Architecture, Choice
+from puzzle.profile.cost_table import CostTable
+from puzzle.profile.engine import EngineModel
 
 INSTEAD = "solve again, with `rounds`"
 
@@ -45,11 +49,23 @@ def asked_again(library: Library, solved: Architecture, asked: SolveOptions, gpu
         layer_label(n): next((name for name, cell in cells.items() if dict(cell.variants) == own[n]), "")
         for n, cells in enumerate(selection.cells)
     }
-    if not all(choice.values()):
-        raise UserError(f"the architecture has a block that was screened out since: {INSTEAD}")
+    for n, layer in enumerate(solved.layers):
+        if not choice[layer_label(n)]:
+            raise UserError(f"the architecture's layer {n} has {_no_choice(library, costs, n, layer)}: {INSTEAD}")
     missed = selection.problem(solved.predicted.batch).violated(choice)
     if missed:
         raise UserError(
             f"the architecture misses {', '.join(missed)} at these costs: it was solved with other options; {INSTEAD}"
         )
     return selection
+
+
+def _no_choice(library: Library, costs: CostTable | EngineModel, n: int, layer: Mapping[str, Choice]) -> str:
+    """Which block of a layer is none of its choices, and why: a fit has no price for it, or it was screened out."""
+    told = {slot: score_name({slot: choice.variant}) for slot, choice in layer.items()}
+    if isinstance(costs, EngineModel):
+        for slot, choice in layer.items():
+            if (what := costs.unfitted(choice.sub_block)) is not None:
+                return f"{told[slot]}, for which there is no promise (`engine` {costs.engine}: {what} have not been fitted)"
+    out = [name for name in told.values() if name in library.screened(n)]
+    return f"{', '.join(out)}, which was screened out since"

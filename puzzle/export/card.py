@@ -12,7 +12,7 @@ from puzzle.base.units import bytes_text
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.moe import Moe
 from puzzle.export.child import Child
-from puzzle.export.engines import ENGINES, HYBRIDS, PUZZLE_HYBRID, STOCK, served_by
+from puzzle.export.engines import ENGINES, HYBRIDS, PUZZLE_HYBRID, SCALES_FROM, STOCK, served_by
 from puzzle.export.picture import picture
 from puzzle.measure.architecture import Architecture
 
@@ -262,6 +262,8 @@ def _serve(card: CardFacts) -> list[str]:
     if card.format in STOCK:
         name = {"qwen3-moe": "Qwen3-MoE", "gpt-oss": "gpt-oss"}.get(card.format, "Granite-4")
         more = _state_dtype(card.child)
+        if card.kv_dtype is not None:
+            return [f"vLLM ≥ {SCALES_FROM}, without code of ours:\n\n```\nvllm serve PATH{more}{_CACHE['vllm']}\n```"]
         return [
             f"Whatever reads {name}, without code of ours: transformers, or vLLM:\n\n```\nvllm serve PATH{more}\n```"
         ]

@@ -25,6 +25,8 @@ STOCK = (
     GRANITE_HYBRID,
 )  # formats of model families that are alike in all layers, which say themselves what they have no words for
 WITHOUT_SCALES = (*HYBRIDS, "gpt-oss")  # of a cache: readers pass over them
+SCALES_FROM = "0.32"  # the first vLLM that was seen to read them in a stock format: earlier ones pass over those of Qwen3-MoE without a
+# word, or end; SGLang ends, and transformers takes all experts of a section of compressed-tensors to be quantised
 FORMATS = ("hf", "nemotron-nas", *STOCK, "gguf", *HYBRIDS)
 DTYPES = ("float32", "bfloat16", "float16")
 OTHER_DTYPES = {"gguf": ("q8_0",), **dict.fromkeys(STOCK, ())}  # by format; fp8 else
@@ -192,6 +194,12 @@ def reads_fp8(format: str, engine: str | None) -> bool:
     return format not in ("gguf", *HYBRIDS) and (engine is None or engine_named(engine).fp8)
 
 
+def _reads_scales(engine: str | None) -> bool:
+    """Of a cache, in a stock format."""
+    name, _, version = (engine or "").partition("==")
+    return name == "vllm" and (not version or (release(version) or ()) >= _numbers(SCALES_FROM))
+
+
 def check_dtypes(format: str, engine: str | None, dtype: str | None, kv_dtype: str | None) -> None:
     """Raise UserError for a dtype of weights or cache that the format has no tensors of, or that the engine does not read; None
     keeps the checkpoint's own."""
@@ -202,6 +210,11 @@ def check_dtypes(format: str, engine: str | None, dtype: str | None, kv_dtype: s
         raise UserError(f"`kv_dtype` {kv_dtype}: fp8 is; left out, an engine's cache is as its activations are")
     if kv_dtype is not None and format in WITHOUT_SCALES:
         raise UserError(f"`kv_dtype` {kv_dtype}: `format` {format} has no scales of a cache here: leave it out")
+    if kv_dtype is not None and format in STOCK and not _reads_scales(engine):
+        raise UserError(
+            f"`kv_dtype` {kv_dtype} with `format` {format}: {engine or 'its readers'} may not read the cache's scales: pass `engine` vllm, of "
+            f"which {SCALES_FROM} and newer do, or leave it out"
+        )
     for name in [n for n, value in (("dtype", dtype), ("kv_dtype", kv_dtype)) if value == "fp8"]:
         if not reads_fp8(format, engine):
             raise UserError(f"`{name}` fp8: {engine} reads none of compressed-tensors: {FP8_READERS}")

@@ -35,7 +35,7 @@ class WorkDir:
     """The directory beside --out that belongs to one run."""
 
     def __init__(self, out: Path, ranks: Ranks):
-        target = out.absolute()
+        target = out.resolve()  # as it is written
         self.path = target.with_name(f"{target.name}.heal")
         self.log = self.path / "heal.jsonl"
         self.ranks = ranks

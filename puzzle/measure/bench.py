@@ -34,7 +34,8 @@ def bench(
     repeats: int = 3,
     tp: int | None = None,
 ) -> dict[str, Any]:
-    """Measured figures of `target`, and of its parent if asked for, with the predictions of an architecture.json there.
+    """Measured figures of `target`, with what identifies it, and of its parent if asked for, with the predictions of an
+    architecture.json there.
 
     target: architecture.json or its directory, or a checkpoint. work, batch, precision, tp: by default those of the architecture, as
     far as this device has a runtime for it. Predictions stand beside what was measured where device, workload, precision, batch
@@ -96,6 +97,7 @@ def bench(
             same = theirs if theirs is not None and theirs.batch == measured.batch else None
             told = None if same is None else {name: getattr(same, name) for name in COMPARED}
             found[who] = {"measured": asdict(measured), "predicted": told}
+        found["child"] |= models["child"][0].identity()
         if with_parent:
             ours, other = (found[k]["measured"]["tokens_per_second"] for k in ("child", "parent"))
             found["speedup"] = {"measured": ours / other, "predicted": promised.speedup if promised else None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """One model. kl, kl_stderr, top1_agreement: of its parent; None for the parent itself. speed: None where not measured."""
+    """One model. identity: as `Measurable` has it. kl, kl_stderr, top1_agreement: of its parent; None for the parent itself. speed: None where not measured."""
 
     loss: float
     num_parameters: int
@@ -66,10 +66,12 @@ class Evaluated:
     kl_stderr: float | None = None
     top1_agreement: float | None = None
     speed: Served | None = None
+    identity: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        value = {name: item for name, item in asdict(self).items() if item is not None and name != "speed"}
-        return value | (asdict(self.speed) if self.speed is not None else {})
+        apart = ("speed", "identity")
+        value = {name: item for name, item in asdict(self).items() if item is not None and name not in apart}
+        return self.identity | value | (asdict(self.speed) if self.speed is not None else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,13 +96,13 @@ class Evaluation:
 def evaluate(
     parent: str | Measurable,
     child: str | Measurable,
-    data: list[str],
+    data: list[str] | TokenData,
     options: EvaluateOptions | None = None,
     *,
     work: Workload | None = None,
     batches: tuple[int, int] | None = None,
 ) -> Evaluation:
-    """parent, child: checkpoints, or opened already. work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
+    """parent, child: checkpoints, or opened already. data: texts, or their held-out tokens where these were read before. work: what speed is measured on (None: not measured). batches: of parent and child; None takes those that the
     child's architecture.json names. Speed is measured in the precision that the child was priced in, where this device
     has a runtime for it; divergence in float32 on a CPU, in bf16 on a GPU. Of several processes under torchrun each takes a share of
     the sequences, and the first alone measures speed. Raises UserError for models that do not belong together.
@@ -141,7 +143,7 @@ def _evaluate(
         device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
         precision=precision if fp8 is None or child.solved is None else child.solved.precision,
         num_tokens=int(against["num_tokens"]),
-        parent=Evaluated(loss=against["parent_loss"], speed=slow, **sizes[0]),
+        parent=Evaluated(loss=against["parent_loss"], speed=slow, **sizes[0], identity=parent.identity()),
         child=Evaluated(
             loss=against["lm_loss"],
             kl=against["kl"],
@@ -149,6 +151,7 @@ def _evaluate(
             top1_agreement=against["top1_agreement"],
             speed=fast,
             **sizes[1],
+            identity=child.identity(),
         ),
         speedup=fast.tokens_per_second / slow.tokens_per_second if fast and slow else None,
         workload=work,
@@ -171,7 +174,11 @@ class _Opened:
 
 
 def _opened(
-    parent: str | Measurable, child: str | Measurable, data: list[str], options: EvaluateOptions, ranks: Ranks
+    parent: str | Measurable,
+    child: str | Measurable,
+    data: list[str] | TokenData,
+    options: EvaluateOptions,
+    ranks: Ranks,
 ) -> _Opened:
     on = ranks.device
     parent = of_checkpoint(parent) if isinstance(parent, str) else parent
@@ -193,8 +200,11 @@ def _opened(
             f"{child.name} has another tokenizer than {parent.name}: logits of different words cannot be compared"
         )
     directory, longest = parent.tokenizer, parent.structure.max_length
-    tokens = ranks.from_first(
-        lambda: load_tokens(
+
+    def read() -> TokenData:
+        if isinstance(data, TokenData):
+            return data
+        return load_tokens(
             data,
             directory,
             seq_len=min(options.seq_len, longest),
@@ -202,7 +212,8 @@ def _opened(
             num_validation=options.sequences,
             text_field=options.text_field,
         )
-    )
+
+    tokens = ranks.from_first(read)
     tokens.check_error_of_mean()
     if options.prompts:  # wrong ones are refused before anything is measured
         encode(options.prompts, parent.tokenizer, parent.structure)

@@ -46,6 +46,10 @@ class Measurable:
     source: Source | None
     ranks: Ranks | None = None
 
+    def identity(self) -> dict[str, str]:
+        """{"path": as it was given, "fingerprint": of its weights}, the latter where they are not random."""
+        return {"path": self.name} | ({} if self.source is None else {"fingerprint": self.source.fingerprint()})
+
     def load(self, device: torch.device, dtype: torch.dtype) -> CausalModel:
         """Whole, or the share of this rank, on a device."""
         if self.source is not None:

@@ -42,6 +42,7 @@ from puzzle.profile.parts import Embedding, Ends, Head, Part
 ENGINES = Path(__file__).parent / "engines"
 BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # measured up to 256 sequences
 IN_FLIGHT = 8192  # tokens of a step of vLLM's server on a card of 70 GiB or more (max_num_batched_tokens)
+DENSE = ("gqa", "swiglu", "relu2", "linear", "none")  # kinds whose time is that of their matrices, and of a cache
 SHARES = ("weights", "kv", "matmul", "prefill")  # constants that are shares of the datasheet's figures
 
 
@@ -108,6 +109,12 @@ class EngineModel:
         found.parent, found.extrapolated = (structure, structure.usual), {}
         return found
 
+    def served_by(self, engine: str) -> EngineModel:
+        """The same fit, for `engine`: its own, of a version."""
+        found = copy(self)
+        found.engine, found.device, found.extrapolated = engine, f"{self.device.rpartition(', ')[0]}, {engine}", {}
+        return found
+
     @property
     def hash(self) -> str:
         return content_hash({"engine": self.engine, "gpu": self.gpu, **asdict(self.constants)})
@@ -141,8 +148,9 @@ class EngineModel:
         return seconds + self.weight_bytes * state.per_token * batch * (reach + own.tail) / (own.kv * self.bandwidth)
 
     def unfitted(self, part: SubBlock) -> str | None:
-        """What sub-blocks like this one are called, if nobody fitted them: those that keep what no token has (an SSM's state), of whose
-        weights a token uses some alone (a mixture of experts), or with a window; None where a promise holds for it."""
+        """What sub-blocks like this one are called, if nobody fitted them: those that keep what no token has (an SSM's state), whose matrices
+        no token multiplies one after another (a mixture of experts, however many of them a token takes), or with a window; None where a
+        promise holds for it."""
         _, state, apart = _facts(part)
         if apart:
             return f"sub-blocks of kind '{part.kind}'"
@@ -201,7 +209,7 @@ class EngineModel:
 def _facts(part: SubBlock) -> tuple[int, State, bool]:
     """Elements of its matrices, what it keeps, and whether it is of a kind that no fit knows. A fit asks a million times."""
     state = part.state()
-    apart = bool(state.fixed_bytes("bf16")) or part.active_parameters() != part.num_parameters
+    apart = bool(state.fixed_bytes("bf16")) or part.kind not in DENSE
     return part.num_matrix_parameters, state, apart
 
 
@@ -232,7 +240,7 @@ def open_engine(
     if path is not None:
         if (model := read_fit(path, parent)).gpu != gpu or model.engine != fitted:
             raise UserError(f"{path} is a fit of {model.engine} on {model.gpu}, not of {fitted} on {gpu}: fit again")
-        return read_fit(path, parent, engine)
+        return model.served_by(engine)
     names = [*own, *(n.removeprefix(f"{fitted}-{gpu}-") for n in shipped if n.startswith(f"{fitted}-{gpu}-"))]
     if name is not None and names:
         raise UserError(f"`shapes` {name}: the fits of `engine` {engine} on `gpu` {gpu} are {', '.join(names)}")
@@ -242,8 +250,8 @@ def open_engine(
     )
 
 
-def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: str | None = None) -> EngineModel:
-    """engine: with its version; None: as the file names it. Raises UserError for a file that is no fit."""
+def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None) -> EngineModel:
+    """Raises UserError for a file that is no fit."""
     value = read_json(path, "puzzle profile --engine ... --fit")
     try:
         earlier = {f.name: 0.0 for f in fields(Constants) if not f.default}  # which an older fit lacks
@@ -259,7 +267,7 @@ def read_fit(path: Path, parent: tuple[Structure, Layer] | None = None, engine: 
         if wrong or given:
             raise ValueError(f"constants {', '.join([*wrong, *given])} cannot be")
         _check_facts(more)
-        return EngineModel(engine or value["engine"], value["gpu"], constants, left_out=left_out, **more)
+        return EngineModel(value["engine"], value["gpu"], constants, left_out=left_out, **more)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no engine fit ({error}): fit again") from error
 

@@ -51,6 +51,12 @@ class Grid:
     min_samples: int
     rounds: int = 1
 
+    def __post_init__(self) -> None:
+        """Every point once, in whatever order and how often it is asked for."""
+        for name in ("batches", "contexts"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+        object.__setattr__(self, "prompts", tuple(dict.fromkeys(self.prompts)))
+
     @property
     def capacity(self) -> int:
         """Tokens that a cache is made for where all points share one: the longest context and one more."""

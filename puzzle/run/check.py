@@ -19,7 +19,7 @@ from puzzle.choose.goal import BY_OPTION, Goal, check_steps
 from puzzle.data.mixture import Stage
 from puzzle.data.packing import load_tokens
 from puzzle.export.child import Child, no_tensors
-from puzzle.export.engines import ANY_DECILM_READER, ExportOptions, engine_named, reads_fp8
+from puzzle.export.engines import ANY_DECILM_READER, STOCK, ExportOptions, engine_named, reads_fp8
 from puzzle.export.refuse import refuse
 from puzzle.export.sources import child_of_checkpoint
 from puzzle.fuse.matrix import read_dependency
@@ -200,9 +200,9 @@ def _check_exports(exports: tuple[ExportOptions, ...], builder: Builder, fp8: bo
     whole = child_of_checkpoint(builder.parent)
     for one in exports:
         format, engine = one.picked
-        if fp8 and one.dtype is None and not reads_fp8(format, engine):
+        if fp8 and one.dtype is None and (format in STOCK or not reads_fp8(format, engine)):
             raise UserError(
-                f"export {one.name}: solve.precision may choose fp8, which {engine} does not read: give it a dtype"
+                f"export {one.name}: solve.precision may choose fp8, which {engine or format} does not read: give it a dtype"
             )
         if format == "gguf" and importlib.util.find_spec("gguf") is None:
             raise UserError(f"export {one.name} needs the package gguf: pip install gguf")

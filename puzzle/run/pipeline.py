@@ -20,7 +20,7 @@ from typing import Any
 
 from puzzle.base.console import console
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, file_hash, read_json, write_json
+from puzzle.base.files import file_hash, read_json, write_json
 from puzzle.base.lock import holding
 from puzzle.base.machine import cpu_name
 from puzzle.base.units import parse_bytes, seconds_text
@@ -42,6 +42,7 @@ from puzzle.parents.opened import open_model
 from puzzle.profile.parts import shared_name
 from puzzle.profile.profile import profile, subject_of
 from puzzle.run.check import check_disk, check_heal, check_road, check_steps_cut, grid_of, is_measured, profiled
+from puzzle.run.key import key_of
 from puzzle.run.plan import disk_of, in_order, plan_road
 from puzzle.run.recipe import Recipe, naming, stage_of
 from puzzle.run.shapes import check_weights
@@ -196,7 +197,7 @@ class Run:
             parent, made = str(self.before.out / "healed"), self._made()
             if made is not None and made.fingerprint != open_model(parent).checkpoint.fingerprint():
                 shutil.rmtree(library)  # of another child: a step before has changed
-        options = content_hash([str(build), str(score), recipe.data])
+        options = key_of(build, score)
         with holding(library):
             self._stage("build-library", options, None, lambda: build_library(parent, build), "build")
             self._stage("score", options, None, lambda: score_library(library, recipe.data, score), "score")
@@ -208,7 +209,7 @@ class Run:
             grid, gpu = grid_of(recipe), recipe.profile.gpu
             facts = [opened.facts[name] for name in ("layers", "structure", "parent")]
             for precision in profiled(recipe):
-                key = content_hash([asdict(grid), *facts, gpu, precision, cpu_name(), *([tp] if tp > 1 else [])])
+                key = key_of(grid, *facts, gpu, precision, cpu_name(), tp)
                 costs = library / "costs" / gpu
                 measure = partial(
                     profile, subject_of(opened).share(tp), gpu=gpu, out=costs, grid=grid, precision=precision
@@ -218,7 +219,7 @@ class Run:
                 self._stage(name, key, table, measure, "profile", "workload")
         solved = self._solve()
         self.show(solved)
-        child, key = out / "child", content_hash([file_hash(out / "solution" / "architecture.json")])
+        child, key = out / "child", key_of(file_hash(out / "solution" / "architecture.json"))
         source = open_source(library, out / "solution")
         said = self._as_solved(solved)
         if solved.kv_dtype is not None and recipe.trains:  # nothing is rounded before it is healed
@@ -228,7 +229,7 @@ class Run:
             child, key = self._fuse(child, key)
         healing = self.heal_options(str(child))
         if healing is not None:
-            key = content_hash([key, str(healing)])
+            key = key_of(key, healing)
             self._stage("heal", key, healing.out, lambda: heal(healing), "heal")
             child = healing.out
         child, key = self._after(child, key)
@@ -242,14 +243,14 @@ class Run:
         """The recipe's own stages, each of the child that the one before it left; what one was made from is all that was done before."""
         for name, one in self.recipe.after.items():
             out = self.out / "after" / name
-            key = content_hash([key, str(one)])
             with stage_of(name):
                 if one.heal is not None:
                     healing = self._filled_in(one.heal, str(child), out)
-                    key = content_hash([key, healing.data, healing.text_field])
+                    key = key_of(key, healing)
                     self._stage(f"after {name}", key, out, partial(heal, healing))
                     child = out
                     continue
+                key = key_of(key, one)
                 places = {
                     "child": child,
                     "out": out,
@@ -284,7 +285,7 @@ class Run:
             ) -> None:
                 export(open_source(source), target, max_shard_bytes=size, force=True, **said)
 
-            self._stage(f"export {one.name}", content_hash([key, said, size]), target, write, "export")
+            self._stage(f"export {one.name}", key_of(key, said, size), target, write, "export")
         measured: list[Evaluation] = []
         self._stage("evaluate", key, None, lambda: measured.append(self._evaluate(child)), "evaluate", "workload")
         result = self._result(solved, measured[0], {name: str(path.relative_to(out)) for name, path in exports.items()})
@@ -317,13 +318,13 @@ class Run:
             scores,
             costs.hash,
             str(goal),
-            str(asked),
+            asked,
             str(recipe.workload),
         ]
 
         text = replace(recipe.score, **self.shared)
         if asked.measures:
-            facts += [recipe.data, str(text)]
+            facts += [{"data": recipe.data}, text]
 
         def solve() -> None:
             if asked.measures:
@@ -333,14 +334,14 @@ class Run:
             else:
                 write_architecture(target, solve_library(library, costs, request))
 
-        self._stage("solve", content_hash([*facts, gpu]), target, solve, "goal", "solve", "workload", "profile")
+        self._stage("solve", key_of(*facts, gpu), target, solve, "goal", "solve", "workload", "profile")
         return read_architecture(target)
 
     def _fuse(self, child: Path, key: str) -> tuple[Path, str]:
         assert self.recipe.fuse is not None
         fused, wanted = self.out / "fused", self.recipe.fuse
         wanted = replace(wanted, data=tuple(self.recipe.data), out=fused, force=True, **self.shared)
-        key = content_hash([key, str(wanted)])
+        key = key_of(key, wanted)
         self._stage("fuse", key, fused, lambda: fuse_verb(child, wanted), "fuse")
         return fused, key
 

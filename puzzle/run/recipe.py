@@ -194,7 +194,15 @@ def _section(raw: Any, usual: Options, name: str, here: Path) -> Options:
     hints = get_type_hints(type(usual))
     typed = {key: _typed(value, hints[key], f"{name}.{key}", here) for key, value in raw.items()}
     with renaming({key: f"{name}.{key}" for key in _keys(type(usual))}):
-        return replace(usual, **typed)  # type: ignore[type-var]
+        found = replace(usual, **typed)  # type: ignore[type-var]
+    if isinstance(found, HealOptions) and found.stages is not None:
+        for key in ("tokens", "seq_len"):
+            if key in raw:
+                told = f"with {name}.stages {found.stages}, which say both"
+                raise UserError(
+                    f"{name}.{key} {raw[key]} is not used {told}: leave it out, or set {name}.stages to null"
+                )
+    return found
 
 
 def _steps(raw: Any, recipe: Recipe, here: Path) -> tuple[Step, ...]:

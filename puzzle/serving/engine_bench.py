@@ -11,6 +11,7 @@ from typing import Any
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.measure.architecture import Architecture, Prediction, architecture_path, read_architecture
+from puzzle.parents.checkpoint import Checkpoint
 from puzzle.parents.structure import Structure
 from puzzle.serving.engine_run import ENGINE, Engine, Point, check_engine, measured, measured_random
 from puzzle.serving.reference import find_export
@@ -31,7 +32,8 @@ def bench_engine(
     with_parent: bool = False,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """Measured figures of `target`, and of its parent if asked for, with the promises of an architecture.json there.
+    """Measured figures of `target`, with what identifies it, and of its parent if asked for, with the promises of an architecture.json
+    there.
 
     target: architecture.json or its directory, or a checkpoint that vLLM reads. reader: the format of what has random weights; None: that
     of the costs. work, batch, precision: by default those of the architecture. Promises stand beside what was measured where engine,
@@ -64,8 +66,10 @@ def bench_engine(
         raise UserError(
             f"{target} is in MXFP4, which no price is of: give the checkpoint in bf16 that it was made from, or export it"
         )
+    words = None
     if export is not None:
-        precision, reader = "fp8" if export.rounds else usual, export.format
+        checkpoint = Checkpoint(target)
+        precision, reader, words = "fp8" if checkpoint.fp8 else usual, export.format, precision_of(checkpoint, usual)
     priced = costs.get("precision", usual)
     precision = precision or (priced if priced in ("fp8", usual) else usual)
     how = Engine(
@@ -75,23 +79,24 @@ def bench_engine(
     assert work is not None
     served = costs.get("device", "").rpartition(", ")[2].partition("==")[0]
     kept = solved is not None and solved.workload == work and served == ENGINE
-    promised = solved if kept and priced == precision else None
+    promised = solved if kept and priced == precision and " " not in (words or "") else None
     found: dict[str, Any] = {
         "schema": 1,
         "gpu": gpu,
         "engine": engine,
         "workload": asdict(work),
-        "precision": precision,
+        "precision": words or precision,
     }
     at = batch or (solved.predicted.batch if solved else 1)
     if export is not None:
         lines = measured(
             export.path, export.vocab_size, export.max_length, [Point(batch=at, work=work)], how, random=False
         )
-        found["child"] = _measured(list(lines), at, work)
+        found["child"] = _measured(list(lines), at, work) | {"fingerprint": checkpoint.fingerprint()}
     else:
         assert solved is not None
         found["child"] = _random(solved.structure(), solved.parent, at, work, how)
+    found["child"]["path"] = str(target)
     if with_parent and solved is not None:
         other = batch if batch is not None and solved.workload != work else solved.parent_predicted.batch
         how = how if how.reader in ("hf", "nemotron-nas") else replace(how, reader="hf")
@@ -104,6 +109,16 @@ def bench_engine(
             tokens = promised.cached_tokens(structure, told)
             found[who]["predicted"] = {name: getattr(told, name) for name in COMPARED} | {"cached_tokens": tokens}
     return found | {"device": found["child"]["measured"]["device"]}
+
+
+def precision_of(checkpoint: Checkpoint, usual: str) -> str:
+    """Of a checkpoint's weights, and of its cache where that has another one or some weights have; usual: where nothing is quantised."""
+    said = checkpoint.config.get("quantization_config") or {}
+    weights, cache = ("fp8" if there else usual for there in (checkpoint.fp8, said.get("kv_cache_scheme")))
+    whole = [name for name in said.get("ignore") or said.get("modules_to_not_convert") or () if name != "lm_head"]
+    if weights == "fp8" and whole:
+        return f"fp8 but for {len(whole)} modules in bf16, cache {cache}"
+    return weights if weights == cache else f"{weights}, cache {cache}"
 
 
 def _promises(solved: Architecture | None) -> list[tuple[str, Structure, Prediction]]:

@@ -133,10 +133,11 @@ def slice_verb(source: str, wanted: SliceOptions) -> dict[str, Any]:
     config, structure = sliced_config(parent, sliced.structure, sliced.layers), sliced.structure
     measured = evaluate(
         Measurable(name=source, structure=whole, tokenizer=parent.directory, solved=None, source=parent),
-        Measurable(name="the sliced parent", structure=structure, tokenizer=None, solved=None, source=sliced),
-        list(wanted.data),
+        Measurable(name=str(wanted.out), structure=structure, tokenizer=None, solved=None, source=sliced),
+        tokens,
         measuring,
     )
+    measured.child.identity.pop("fingerprint")  # which what is written has of its own
     point = _point(parent, structure, measured.child)
     record = {
         "schema": SCHEMA,

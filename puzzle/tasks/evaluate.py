@@ -67,7 +67,7 @@ class TaskOptions:
 def evaluate_tasks(
     parent: Measurable, child: Measurable, options: TaskOptions, dry_run: bool = False
 ) -> dict[str, Any]:
-    """{"device", "options", "sandbox", "tasks": {task: {"documents", "metrics": {metric: {model: {"mean", "low", "high"}}},
+    """{"device", "models": {"parent", "child"} as `Measurable.identity` has them, "options", "sandbox", "tasks": {task: {"documents", "metrics": {metric: {model: {"mean", "low", "high"}}},
     "differences": {"child - parent": {metric: the same}}}}, "cut": {model: requests longer than its context, whose begin was left
     out}}; of a dry run {model: {"requests", "tokens", "seconds"}}. Intervals are of 95 %.
 
@@ -96,6 +96,7 @@ def evaluate_tasks(
     chosen = {one.name: getattr(options, one.name) for one in fields(options)}
     return {
         "device": name_of(device),
+        "models": {"parent": parent.identity(), "child": child.identity()},
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()},
         "tasks": {task: _compared({name: scores[task] for name, scores in found.items()}) for task in found["parent"]},
         "cut": {model.name: len(model.cut) for model in models},

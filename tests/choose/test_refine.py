@@ -227,6 +227,37 @@ def test_rescore_asks_what_was_asked(puzzle, one_line_error, own_library, corpus
         one_line_error(puzzle(*asked), told)
 
 
+@pytest.mark.parametrize(
+    ("engine", "screened", "told"),
+    [
+        (
+            ("--gpu", "h100", "--engine", "vllm"),
+            [],
+            "layer 1 has attention/window-128, for which there is no promise (--engine vllm: sub-blocks of kind 'gqa' with a window have "
+            "not been fitted): solve again",
+        ),
+        (
+            ("--gpu", "cpu"),
+            ["attention/window-128"],
+            "layer 1 has attention/window-128, which was screened out since: ",
+        ),
+    ],
+)
+def test_rescore_says_why_a_block_is_no_choice(
+    puzzle, one_line_error, own_library, corpus, tmp_path, engine, screened, told
+):
+    out, where = tmp_path / "s", (*engine, "--input-len", 16, "--output-len", 16)
+    assert puzzle("solve", own_library, "--params", "95%", *where, "--out", out).exit_code == 0
+    solved = json.loads((out / "architecture.json").read_text())
+    key = Library.open(own_library).spaces[1]["attention"]["window-128"].key()
+    solved["layers"][1]["attention"] |= {"variant": "window-128", "sub_block": key}
+    (out / "architecture.json").write_text(json.dumps(solved))
+    scores = json.loads((own_library / "scores/L01.json").read_text())
+    (own_library / "scores/L01.json").write_text(json.dumps(scores | {"screened": screened}))
+    asked = ("rescore", own_library, out, *engine, "--data", corpus, *TEXT, "--out", tmp_path / "r")
+    one_line_error(puzzle(*asked), told)
+
+
 def test_marginal_scores_are_differences_of_whole_children(own_library, corpus):
     """Of children that were measured one by one."""
     library = Library.open(own_library)

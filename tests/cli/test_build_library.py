@@ -113,8 +113,6 @@ def test_bad_data(puzzle, one_line_error, parent, tmp_path, make, wanted):
     ],
 )
 def test_bad_build_options(puzzle, one_line_error, parent, corpus, tmp_path, arguments, wanted):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
     out = tmp_path / "lib"
     size = [] if "--seq-len" in arguments else ["--seq-len", 32]
     one_line_error(puzzle("build-library", parent, "--data", corpus, "--out", out, *size, *arguments), *wanted)

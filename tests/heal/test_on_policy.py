@@ -214,7 +214,7 @@ def test_a_teacher_or_a_child_that_is_not_whole_is_refused(child, parent, tmp_pa
             plan_memory(options, stages, models, ranks)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [HALF, ("--align-tokens", "--cosine-weight", 0)], ids=["own text", "aligned"])
 def test_on_a_gpu(puzzle, parent, child, small, tmp_path, options):
     """Beside CUDA graphs, in bf16; sampled by our kernels."""

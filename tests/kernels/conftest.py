@@ -107,16 +107,16 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
+def interpreter(monkeypatch, gpu):
     """Kernels, not twins, also on the CPU; the same random numbers in every run."""
     torch.manual_seed(0)
-    if not torch.cuda.is_available():
+    if not gpu:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(gpu) -> torch.device:
+    return torch.device("cuda" if gpu else "cpu")
 
 
 @pytest.fixture

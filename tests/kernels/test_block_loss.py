@@ -56,7 +56,7 @@ def test_strided_inputs(device, relative_error):
         assert relative_error(grad, twin.grad) < 1e-2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 def test_in_a_cuda_graph(relative_error):
     """Captured once, replayed with other inputs: loss and gradient follow."""
     child, parent = torch.randn(2, 6, 700, device="cuda")

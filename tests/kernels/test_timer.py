@@ -56,7 +56,7 @@ def test_copies(monkeypatch):
     assert timer.num_copies(1, limit=8) == 8
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a CUDA graph is replayed")
+@pytest.mark.gpu
 def test_cold_calls_are_slower_than_warm_ones():
     num_bytes = timer.l2_bytes() // 8
     copies = [torch.randn(num_bytes // 4, device="cuda") for _ in range(timer.num_copies(num_bytes))]

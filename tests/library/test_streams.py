@@ -8,7 +8,7 @@ import torch
 from puzzle.base.replay import Replayed
 from puzzle.library.streams import ResidualStreams
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from puzzle.blocklib.variant import search_spaces
 from puzzle.parents.known import known_structure
@@ -89,10 +88,7 @@ def test_bad_requests(puzzle, solved, parent, tmp_path):
             "--with-parent needs an architecture: bench a parent's checkpoint by itself",
         ),
         ((solved, "--gpu", "cpu", "--fp8"), "precision fp8 has no runtime on a CPU"),
-        (
-            (solved, "--gpu", "b200"),
-            "this machine has" if torch.cuda.is_available() else "no CUDA device can be used here",
-        ),
+        ((solved, "--gpu", "b200"), "no CUDA device can be used here"),
     ):
         done = puzzle("bench", *arguments)
         assert done.exit_code == 2, done.output

@@ -59,7 +59,7 @@ def test_runtimes_take_turns(parent):
     assert list(found) == ["a", "b"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU counts memory")
+@pytest.mark.gpu
 def test_memory_is_of_one_model_alone():
     """What models before it held, and what is held beside it, is not counted."""
     structure, device = known_structure("reference"), torch.device("cuda")

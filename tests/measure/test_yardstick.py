@@ -12,6 +12,7 @@ import torch
 
 from puzzle.measure import measurable, serve
 from puzzle.measure.architecture import read_architecture, write_architecture
+from puzzle.parents.opened import open_model
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.open import RUN_HERE, open_runtime, pick_precision
 
@@ -60,6 +61,14 @@ def test_bench_and_evaluate_agree(puzzle, solved, own_library, parent, corpus, t
     assert speeds[0]["batch"] == 3
     assert {found["precision"] for found in (*benched, *evaluated)} == {"float32"}
     assert {json.dumps(found["workload"]) for found in (*benched, *evaluated)} == {'{"input_len": 16, "output_len": 8}'}
+    assert [found["child"]["path"] for found in benched] == [str(one) for one in (child, solved, elsewhere)]
+    assert [found["child"].pop("path") for found in evaluated] == [str(form[0]) for form in forms]
+    marks = [found["child"].pop("fingerprint", None) for found in (*benched, *evaluated)]
+    assert marks[0] == marks[3] == open_model(str(child)).fingerprint()
+    assert marks[1:3] == [None, None]  # random weights
+    assert marks[4] == marks[5] == marks[6] != marks[0]  # of the parent, and of the blocks of its library
+    assert evaluated[0]["parent"]["path"] == str(parent)
+    assert evaluated[0]["parent"]["fingerprint"] == open_model(str(parent)).fingerprint()
     assert all(found == evaluated[0] for found in evaluated)
     promised = read_architecture(solved).predicted
     assert evaluated[0]["child"]["memory_bytes"] == promised.memory_bytes

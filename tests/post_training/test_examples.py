@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -231,6 +233,55 @@ def test_curriculum_and_grpo_run(mixed, tmp_path, one_line_error):
     run("grpo", mixed, rated, "--out", tmp_path / "rl", *small, "--easiest", 1.0)
     run("grpo", mixed, prompts, "--out", tmp_path / "lora", *small, "--lora", 4)
     assert load_model(tmp_path / "rl").structure == load_model(tmp_path / "lora").structure
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", 4)], ids=["all", "lora"])
+def test_grpo_killed_goes_on(mixed, tmp_path, one_line_error, monkeypatch, lora):
+    """After the second step's checkpoint, while the fourth's is written, and once all has been learned: the same bits as of a run that was
+    left alone."""
+    grpo, prompts = module("grpo"), write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    small = ("--steps", 5, "--group", 2, "--prompts-per-step", 2, "--max-new-tokens", 6, "--lr", 1e-3, *lora)
+    asked = (mixed, prompts, *small, "--save-every", 2, "--out")
+    run("grpo", *asked, tmp_path / "whole")
+    out, part = tmp_path / "rl", tmp_path / "rl/.part"
+    killed = """
+import os, sys
+import grpo
+name, at = sys.argv.pop(1), int(sys.argv.pop(1))
+plain = getattr(grpo.GRPOTrainer, name)
+def function(self, *given, **named):
+    if self.state.global_step >= at and (name != "save_model" or given[0].endswith("whole")):
+        os.kill(os.getpid(), 9)
+    return plain(self, *given, **named)
+setattr(grpo.GRPOTrainer, name, function)
+grpo.main()
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(FOLDER), str(FOLDER.parents[1])))}
+    for name, at, left in (
+        ("training_step", 3, ["checkpoint-2"]),
+        ("_save_rng_state", 4, ["checkpoint-2", "checkpoint-4"]),
+        ("save_model", 5, ["checkpoint-5"]),
+    ):
+        words = [sys.executable, "-c", killed, name, at, *asked, out]
+        assert subprocess.run([str(word) for word in words], env=environment, capture_output=True).returncode == -9
+        assert sorted(path.name for path in part.glob("checkpoint-*")) == left
+        for other, told in (("--seed", "seed"), ("--beta", "beta")):
+            done = CliRunner().invoke(grpo.main, [str(a) for a in (*asked, out, other, 1)])
+            one_line_error(done, f"rl, which is not finished, was made with another {told}: give another `out`")
+    done = run("grpo", *asked, out)
+    assert f"going on from {part / 'checkpoint-5'}" in done.output
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    first, second = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", out))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (tmp_path / "whole", out)]
+    rewards = [[one.get("reward") for one in log] for log in logs]
+    assert rewards[0] == rewards[1]
+    assert "is there already" in run("grpo", *asked, out).output
+    done = CliRunner().invoke(grpo.main, [str(a) for a in (*asked, out, "--steps", 6)])
+    one_line_error(done, "rl was made with another steps: give another `out`, or remove it")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/notes").write_text("mine")
+    one_line_error(CliRunner().invoke(grpo.main, [str(a) for a in (*asked, tmp_path / "used")]), "used is not empty")
 
 
 def test_arithmetic_is_right_and_assessed(mixed, tmp_path, one_line_error):

@@ -15,8 +15,9 @@ from puzzle.base.workload import Workload
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NO_OP
-from puzzle.blocklib.sub_block import State
+from puzzle.blocklib.sub_block import State, parse_key
 from puzzle.blocklib.swiglu import SwiGLU
+from puzzle.profile import engine as fits
 from puzzle.profile.engine import ENGINES, Constants, EngineModel, open_engine, read_fit
 from puzzle.profile.engine_fit import fit_engine
 from puzzle.profile.parts import Embedding, Head
@@ -50,6 +51,27 @@ def test_decode_seconds_are_the_sum_of_the_steps():
     for part in (ATTENTION, replace(ATTENTION, window=128)):
         steps = [model.seconds(part, "decode", 8, 100 + i) for i in range(64)]
         assert model.decode_seconds(part, 8, work) == pytest.approx(sum(steps), rel=0.01)
+
+
+@pytest.mark.parametrize("chosen", [2, 8])
+def test_a_mixture_is_no_dense_ffn(chosen):
+    """Nor where a token takes all of its experts: which rows each of them has is only known as it runs."""
+    part = parse_key(f"moe h64 e8 k{chosen} f32")
+    assert (part.active_parameters() == part.num_parameters) == (chosen == 8)
+    model = open_engine("vllm", "h100")
+    assert model.unfitted(part) == "sub-blocks of kind 'moe'"
+    with pytest.raises(UserError, match="`engine` vllm: sub-blocks of kind 'moe' have not been fitted"):
+        model.seconds(part, "decode", 1, 16)
+
+
+def test_a_fit_is_read_once(monkeypatch):
+    """Whatever the version of the engine, which its device names."""
+    read, plain = [], fits.read_json
+    monkeypatch.setattr(fits, "read_json", lambda path, by: read.append(path) or plain(path, by))
+    found = [open_engine(name, "h100") for name in ("vllm", "vllm==0.26")]
+    assert read == [ENGINES / "vllm-h100" / "fit.json"] * 2
+    assert [(one.engine, one.device.rpartition(", ")[2]) for one in found] == [("vllm",) * 2, ("vllm==0.26",) * 2]
+    assert found[0].device.partition(",")[0] == found[1].device.partition(",")[0]
 
 
 def test_what_keeps_a_state_of_its_own_has_not_been_fitted(monkeypatch):

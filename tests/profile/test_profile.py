@@ -147,7 +147,6 @@ def test_wrong_precision(tmp_path, subject):
     assert not list(tmp_path.rglob("*.csv"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_and_bad_requests(puzzle, library, tmp_path):
     for arguments, message in (
         (("--shapes", "llama-3.1-8b", "--gpu", "h100"), "no CUDA device can be used here ("),
@@ -160,6 +159,20 @@ def test_no_gpu_and_bad_requests(puzzle, library, tmp_path):
         assert message in done.stderr.replace("\n", " "), done.stderr
         assert done.stderr.count("\n") == 1
     assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_an_odd_grid(puzzle, library, tmp_path):
+    """Without order, and twice: every point is measured once, in every round."""
+    sizes = ("--contexts", "32,16,32", "--prefill", "16,8,16", "--seconds", 0.001, "--rounds", 2)
+    found = []
+    for batches in ("4,1,1,4", "1,4"):
+        asked = (library, "--gpu", "cpu", "--batches", batches, *sizes, "--out", tmp_path / batches, "--json")
+        done = puzzle("profile", *asked)
+        assert done.exit_code == 0, (done.output, done.exception)
+        found.append(json.loads(done.stdout))
+    assert found[0]["points"] == found[1]["points"]
+    assert found[0]["measured_now"] == found[1]["measured_now"]
+    assert gpu_grid(batches=(8, 1, 8)).batches == (1, 8)
 
 
 def test_dry_run_counts_what_would_be_measured(puzzle):

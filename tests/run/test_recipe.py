@@ -152,6 +152,18 @@ def test_paths_are_relative_to_the_recipe(write, tmp_path):
         ("parent: p\ndevice: null", "device is None, it must be text"),
         ("parent: [", "not valid YAML"),
         ("parent: p\ngoal: 2x", "'goal' is '2x'"),
+        (
+            "parent: p\nheal: {stages: '32:1k', tokens: 5}",
+            "heal.tokens 5 is not used with heal.stages 32:1k, which say both: leave it out, or set heal.stages to null",
+        ),
+        (
+            "parent: p\nheal: {stages: '32:1k'}\nsteps: [{goal: {params: 90%}, heal: {seq_len: 32}}]",
+            "steps.1: heal.seq_len 32 is not used with heal.stages 32:1k",
+        ),
+        (
+            "parent: p\nafter: {more: {heal: {stages: '32:1k', tokens: 10000000}}}",
+            "after.more.heal.tokens 10000000 is not used with after.more.heal.stages 32:1k",
+        ),
     ],
 )
 def test_bad_recipes(puzzle, one_line_error, tmp_path, text, wanted):

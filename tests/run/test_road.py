@@ -381,8 +381,7 @@ def test_the_example_for_a_gpu(puzzle, one_line_error, parent, corpus, tmp_path)
     (tmp_path / "SmolLM2-135M-Instruct").symlink_to(parent)
     given = ("--data", corpus, "--out", tmp_path / "run")
     copy = Path(shutil.copy(example, tmp_path))
-    if not torch.cuda.is_available():
-        one_line_error(puzzle("run", copy, *given), "profile.gpu h100: no CUDA device can be used here")
+    one_line_error(puzzle("run", copy, *given), "profile.gpu h100: no CUDA device can be used here")
     raw = yaml.safe_load(example.read_text())
     raw["profile"], raw["workload"] = {"gpu": "cpu"}, {"input_len": 16, "output_len": 8}
     raw["build"] |= {"seq_len": 64}
@@ -454,6 +453,10 @@ def test_precision_is_chosen(puzzle, write, gpu_table, one_line_error, monkeypat
         (
             {"profile": {"gpu": "h100"}, "export": ["gguf"]},
             "export gguf: solve.precision may choose fp8, which llama.cpp does not read: give it a dtype",
+        ),
+        (
+            {"profile": {"gpu": "h100"}, "export": ["qwen3-moe"]},
+            "export qwen3-moe: solve.precision may choose fp8, which qwen3-moe does not read: give it a dtype",
         ),
         ({"solve": {"precision": "bf16,int8"}}, "solve.precision bf16,int8: "),
     ],

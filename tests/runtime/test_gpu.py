@@ -9,7 +9,7 @@ from puzzle.runtime.model import load_model
 from puzzle.runtime.plain import PlainRuntime
 from tiny_parents import PARENTS, write_tiny_parent
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: kernels run on one")
+pytestmark = pytest.mark.gpu
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,

@@ -183,7 +183,7 @@ def test_dependency_streamed_is_that_of_a_whole_model(puzzle, light, deep, corpu
     assert found[0][0] | {"written": []} == found[1][0] | {"written": []}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("waiting", [0, 4, 60])
 def test_streams_on_a_gpu(puzzle, copied, deep, corpus, waiting):
     """Weights through pinned memory, streams on the device, in host memory, or both: the scores are those of the whole parent."""

@@ -17,7 +17,10 @@ import pytest
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.cli.report import FIT_ERROR
+from puzzle.export import write
+from puzzle.export.write import export, open_source
 from puzzle.parents.known import known_structure
+from puzzle.parents.opened import open_model
 from puzzle.profile.engine import Constants
 from puzzle.serving import engine_profile, engine_run
 from puzzle.serving.check import EngineFailed
@@ -256,6 +259,8 @@ def test_a_promise_and_its_measurement(puzzle, stand_in, synthetic, tmp_path):
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["child"]["measured"]["cached_tokens"] == 10**6
+    assert found["child"]["path"] == str(tmp_path / "s")
+    assert "fingerprint" not in found["child"]  # random weights
     for who in ("child", "parent"):
         measured, promised = found[who]["measured"], found[who]["predicted"]
         for name in ("tokens_per_second", "ttft_seconds", "tpot_seconds"):
@@ -263,6 +268,57 @@ def test_a_promise_and_its_measurement(puzzle, stand_in, synthetic, tmp_path):
     assert found["speedup"]["measured"] == pytest.approx(found["speedup"]["predicted"], rel=0.02)
     printed = puzzle("bench", tmp_path / "s", *asked)
     assert "tokens that its cache holds" in printed.output
+
+
+@pytest.mark.parametrize(
+    ("options", "whole", "told"),
+    [
+        ({}, [], "float32"),
+        ({"dtype": "fp8"}, [], "fp8, cache float32"),
+        ({"kv_dtype": "fp8", "data": ["x"]}, [], "float32, cache fp8"),
+        ({"dtype": "fp8", "kv_dtype": "fp8", "data": ["x"]}, [], "fp8"),
+        ({"dtype": "fp8", "kv_dtype": "fp8", "data": ["x"]}, ["a", "b"], "fp8 but for 2 modules in bf16, cache fp8"),
+    ],
+)
+def test_a_bench_says_what_it_measured(puzzle, stand_in, parent, tmp_path, monkeypatch, options, whole, told):
+    """Which checkpoint, and what of it is in fp8."""
+    monkeypatch.setattr(write, "calibrate", lambda *given: {})
+    out, (python, _) = export(open_source(parent), tmp_path / "child", **options).out, stand_in
+    config = json.loads((out / "config.json").read_text())
+    if whole:
+        config["quantization_config"]["ignore"] += whole
+        (out / "config.json").write_text(json.dumps(config))
+    asked = ("--engine", "vllm", "--gpu", "cpu", "--python", python, "--input-len", 16, "--output-len", 8)
+    done = puzzle("bench", out, *asked, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    assert found["precision"] == told
+    assert found["child"]["path"] == str(out)
+    assert found["child"]["fingerprint"] == open_model(str(out)).fingerprint()
+
+
+@pytest.mark.parametrize("batches", ["4", "16,1,4,16"])
+def test_an_odd_grid(puzzle, stand_in, tmp_path, batches):
+    """One batch alone, without order, and twice."""
+    python, _ = stand_in
+    asked = (
+        "--engine",
+        "vllm",
+        "--gpu",
+        "cpu",
+        "--python",
+        python,
+        "--run",
+        "--batches",
+        batches,
+        "--contexts",
+        "64,32,64",
+    )
+    done = puzzle("profile", "--shapes", "reference", *asked, "--out", tmp_path, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    with open(tmp_path / "cpu/vllm/reference/measured.csv", newline="") as handle:
+        rows = [(row["architecture"], row["num_seqs"], row["input_len"]) for row in csv.DictReader(handle)]
+    assert len(rows) == len(set(rows)) == 6 * (len(set(batches.split(","))) + 1)
 
 
 def needs_vllm():

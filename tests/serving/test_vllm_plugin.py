@@ -18,9 +18,10 @@ from puzzle.base.errors import UserError
 from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import MissingFace, ParentBlock, kinds, parse_key
 from puzzle.blocklib.variant import variant_of
+from puzzle.export import write
 from puzzle.export.hf import write_hf
 from puzzle.export.sources import child_of_checkpoint
-from puzzle.export.write import Source, export
+from puzzle.export.write import Source, export, open_source
 from puzzle.parents.opened import open_model
 from puzzle.serving import vllm_plugin
 from puzzle.serving.check import EngineFailed, run_engine, serve_check
@@ -212,6 +213,39 @@ def test_the_engine_reads_stock_formats(engine, tmp_path, name):
     check = serve_check(out, "vllm", python=engine, reference=reference, num_tokens=16)
     assert check.equal, check.verdict
     assert check.held.equal, check.held.verdict
+
+
+SCALES = """
+import os, sys
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+import vllm
+engine = vllm.LLM(sys.argv[1], enforce_eager=True, max_model_len=64, max_num_seqs=2, dtype="bfloat16", skip_tokenizer_init=True)
+def look(model):
+    return [(m.kv_cache_dtype, float(m._k_scale), float(m._v_scale)) for m in model.modules() if hasattr(m, "_k_scale")]
+print("found", engine.apply_model(look)[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "attends"),
+    [
+        ("qwen3_moe", "qwen3-moe", (0, 1, 2, 3)),
+        ("granitemoehybrid, Mamba-2 and dense FFNs", "granitemoehybrid", (1,)),
+        ("granitemoehybrid, attention alone", "granitemoehybrid", (0, 1, 2, 3)),
+    ],
+)
+def test_the_engine_reads_scales_of_the_cache(engine, tmp_path, monkeypatch, name, format, attends):
+    """In stock formats, whose loaders are its own: each layer's, and no word of them is lost."""
+    scales = {layer: (0.25 * (layer + 1), 0.5 * (layer + 1)) for layer in attends}
+    monkeypatch.setattr(write, "calibrate", lambda *given: scales)
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    if format == "granitemoehybrid":
+        sizes |= {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16}
+    source = open_source(write_tiny_parent(name, tmp_path / "parent", **sizes))
+    out = export(source, tmp_path / "out", format=format, engine="vllm", kv_dtype="fp8", data=["x"]).out
+    assert "transformers" not in (out / "README.md").read_text().partition("vLLM ≥ 0.32")[2]
+    done = subprocess.run([str(engine), "-c", SCALES, str(out)], capture_output=True, text=True)
+    assert f"found {[('fp8', *scales[layer]) for layer in attends]}" in done.stdout, done.stderr[-2000:]
 
 
 def test_the_engine_computes_the_same_of_gated_delta(engine, tmp_path):

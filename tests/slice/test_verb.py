@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fp8_parents import store_in_fp8
+from puzzle.data import packing
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
@@ -24,11 +25,15 @@ def with_tokenizer(parent, out):
     return out
 
 
-def test_a_sliced_parent_is_a_parent(puzzle, parent, corpus, tmp_path):
-    """The checkpoint holds what slice.json and --json say; measured as `evaluate` measures it; written again only with --force."""
-    out = tmp_path / "sliced"
+def test_a_sliced_parent_is_a_parent(puzzle, parent, corpus, tmp_path, monkeypatch):
+    """The checkpoint holds what slice.json and --json say; the text is read once, and measured as `evaluate` measures it; written again
+    only with --force."""
+    out, read = tmp_path / "sliced", []
+    plain = packing.read_source
+    monkeypatch.setattr(packing, "read_source", lambda *given, **named: read.append(given) or plain(*given, **named))
     done = puzzle("slice", parent, "--hidden", 24, "--depth", 3, "--data", corpus, "--out", out, *SIZES, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
+    assert len(read) == 1
     told, record = json.loads(done.stdout), json.loads((out / "slice.json").read_text())
     structure = open_model(out).structure
     assert (structure.hidden_size, structure.num_layers) == (24, 3)
@@ -41,6 +46,7 @@ def test_a_sliced_parent_is_a_parent(puzzle, parent, corpus, tmp_path):
     assert len(record["channels"]) == 24
     again = puzzle("evaluate", parent, out, "--data", corpus, "--sequences", 4, "--seq-len", 32, "--no-speed", "--json")
     assert again.exit_code == 0, again.output
+    assert told["measured"]["child"]["path"] == str(out)
     assert json.loads(again.stdout)["child"]["kl"] == told["measured"]["child"]["kl"] == record["point"]["kl"]
     assert "not empty" in puzzle("slice", parent, "--depth", 3, "--data", corpus, "--out", out, *SIZES).stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from puzzle.solver.explain import explain_infeasible, prices, without
 from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, Stages, Variant
 from puzzle.solver.relax import best_prices
+from puzzle.solver.running import Running
 from puzzle.solver.solution import Solution
 from puzzle.solver.solve import _bounds, _by_programs, _Clock, _possible, solve
 
@@ -190,3 +192,16 @@ def test_tenths_add_up(backend):
     layers = tuple(Layer(name=f"L{i}", variants=variants) for i in range(10))
     problem = Problem(layers=layers, constraints=(Constraint(resource="r", max=1.0),))
     assert solve(problem, backend).objective == 0.0
+
+
+@given(problems())
+@settings(max_examples=60, deadline=None)
+def test_a_choice_that_changes_layer_by_layer_is_judged_as_a_whole_one(problem):
+    now, found = Running(problem), set()
+    now.begin({layer.name: layer.variants[0] for layer in problem.layers})
+    for variants in itertools.product(*(layer.variants for layer in problem.layers)):
+        for layer, variant in zip(problem.layers, variants, strict=True):
+            now.put(layer.name, variant)
+        found.add(now.holds())
+        assert now.holds() == (not problem.violated(now.names()))
+    assert not (now.is_hopeless() and True in found)

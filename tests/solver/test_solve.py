@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -143,6 +146,30 @@ def test_baselines_are_feasible_and_never_better(problem):
         if found.choice:
             assert not problem.violated(found.choice)
             assert found.objective >= best.objective - 1e-9
+
+
+def test_random_choices_of_many_layers_are_quick():
+    """32 layers of 12 variants: the same ones by the same seed, pins kept; and none at once, where no choice meets the limits."""
+    draws = random.Random(0)
+    layers = tuple(
+        Layer(
+            name=f"L{i:02d}",
+            variants=tuple(
+                Variant(name=f"v{j}", score=j * draws.random(), resources={"a": (12 - j) * (1 + draws.random() / 10)})
+                for j in range(12)
+            ),
+        )
+        for i in range(32)
+    )
+    problem = Problem(layers=layers, constraints=(Constraint(resource="a", max=230.4),), pins={"L03": ("v1", "v2")})
+    started = time.monotonic()
+    found = random_feasible(problem, 20)
+    assert [one.choice for one in found] == [one.choice for one in random_feasible(problem, 20)]
+    assert [one.choice for one in found] != [one.choice for one in random_feasible(problem, 20, seed=1)]
+    assert len(found) == 20
+    assert all(not problem.violated(one.choice) for one in found)
+    assert random_feasible(replace(problem, constraints=(Constraint(resource="a", max=30.0),)), 20) == []
+    assert time.monotonic() - started < 30  # seconds; it was minutes
 
 
 def test_greedy_follows_the_papers_rule():

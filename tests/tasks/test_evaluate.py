@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from puzzle.measure.measurable import of_checkpoint
+from puzzle.parents.opened import open_model
 from puzzle.tasks import harness, local
 from puzzle.tasks.evaluate import TaskOptions, evaluate_tasks
 from puzzle.tasks.model import Model
@@ -68,6 +69,9 @@ def test_a_child_of_a_library(puzzle, own_library, parent, data, tmp_path):
         for one in (own_library / "solution", tmp_path / "child")
     ]
     assert found[0]["tasks"] == found[1]["tasks"]
+    places = [str(own_library / "solution"), str(tmp_path / "child")]
+    assert [one["models"]["child"]["path"] for one in found] == places
+    assert found[1]["models"]["child"]["fingerprint"] == open_model(str(tmp_path / "child")).fingerprint()
 
 
 def test_killed_and_started_again(chatting, data, tmp_path):
