@@ -27,7 +27,6 @@ from puzzle.library.children import Children
 from puzzle.library.manifest import Library, Replacement
 from puzzle.measure.architecture import Architecture, write_architecture
 from puzzle.solver.diverse import diverse_over
-from puzzle.solver.problem import ProblemError
 from puzzle.solver.solution import Solution, certified
 from puzzle.solver.solve import solve
 
@@ -251,17 +250,14 @@ def near_best(
         best, solutions = choose(selection)
         if best is None:
             raise UserError(why_none(selection, solutions))
-    try:
-        for batch in batches or selection.batches:
-            if batch not in solutions or solutions[batch].status == "cutoff":
-                solutions[batch] = solve(selection.problem(batch), **how)
-        ranked = sorted((b for b, s in solutions.items() if s.choice), key=lambda b: solutions[b].objective)
-        picked = {batch: solutions[batch] for batch in ranked[:BATCHES]}
-        problems = {batch: selection.problem(batch) for batch in picked}
-        with progress("candidates", count) as bar:
-            return diverse_over(problems, picked, count, min_distance, **how, on_found=bar.advance)
-    except ProblemError as error:
-        raise UserError(str(error)) from error
+    for batch in batches or selection.batches:
+        if batch not in solutions or solutions[batch].status == "cutoff":
+            solutions[batch] = solve(selection.problem(batch), **how)
+    ranked = sorted((b for b, s in solutions.items() if s.choice), key=lambda b: solutions[b].objective)
+    picked = {batch: solutions[batch] for batch in ranked[:BATCHES]}
+    problems = {batch: selection.problem(batch) for batch in picked}
+    with progress("candidates", count) as bar:
+        return diverse_over(problems, picked, count, min_distance, **how, on_found=bar.advance)
 
 
 def changed(solved: Architecture) -> dict[int, Replacement]:

@@ -33,7 +33,7 @@ from puzzle.solver.baselines import best_of, greedy, most, only, random_feasible
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import prices, without
 from puzzle.solver.interval import best_between
-from puzzle.solver.problem import Problem, ProblemError
+from puzzle.solver.problem import Problem
 from puzzle.solver.solution import Solution, certified
 from puzzle.solver.solve import solve
 
@@ -157,10 +157,7 @@ def solve_diverse(
     if best is None:
         raise UserError(why_none(selection, solutions))
     problem = selection.problem(best)
-    try:
-        found = diverse(problem, count, min_distance, backend=request.backend, time_limit=request.time_limit)
-    except ProblemError as error:
-        raise UserError(str(error)) from error
+    found = diverse(problem, count, min_distance, backend=request.backend, time_limit=request.time_limit)
     return [architecture(selection, best, solution) for solution in found]
 
 
@@ -168,14 +165,11 @@ def choose(selection: Selection, cutoff: float = math.inf) -> tuple[int | None, 
     """(best batch or None, solution per batch that was looked at), by the solver over all batches or by a simple rule over
     `Selection.batches`. cutoff: a score that an answer by the solver has to be below."""
     request = selection.request
-    try:
-        if request.baseline is None:
-            how = {"backend": request.backend, "time_limit": request.time_limit, "cutoff": cutoff}
-            return best_between(selection.batches, selection.problem, selection.relaxed, **how)
-        rule = BASELINES[request.baseline]
-        solutions = {batch: rule(selection, selection.problem(batch)) for batch in selection.batches}
-    except ProblemError as error:
-        raise UserError(str(error)) from error
+    if request.baseline is None:
+        how = {"backend": request.backend, "time_limit": request.time_limit, "cutoff": cutoff}
+        return best_between(selection.batches, selection.problem, selection.relaxed, **how)
+    rule = BASELINES[request.baseline]
+    solutions = {batch: rule(selection, selection.problem(batch)) for batch in selection.batches}
     feasible = [batch for batch, solution in solutions.items() if solution.choice]
     return min(feasible, key=lambda batch: solutions[batch].objective, default=None), solutions
 
