@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.console import console, progress
+from puzzle.base.console import console, progress, say
 from puzzle.base.errors import UserError
 from puzzle.base.files import replacing, write_json
 from puzzle.blocklib.variant import PARENT
@@ -112,9 +112,7 @@ class Refiner:
         known = [(one.layers, one.kl) for one in self.children.measurements()]
         fit = fit_interactions(library, self.selection.cells, known, own)
         if isinstance(fit, str):
-            console.print(
-                f"no interactions are fitted: {fit}; finalists stand as they are", markup=False, soft_wrap=True
-            )
+            say(f"no interactions are fitted: {fit}; finalists stand as they are")
             return
         self.found.fit = fit
         request = replace(self.selection.request, interactions=fit.interactions)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.base.console import console, progress
+from puzzle.base.console import console, progress, say
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, write_json
@@ -183,10 +183,7 @@ class Scoring:
         for layer in self.library.layers:
             self.results.keep(layer)
         count = sum(len(layers[n].screened) for n in self.library.layers)
-        console.print(
-            f"{count} of {self.num_blocks} blocks are screened out: they get no score, and `solve` cannot choose them",
-            soft_wrap=True,
-        )
+        say(f"{count} of {self.num_blocks} blocks are screened out: they get no score, and `solve` cannot choose them")
 
     def mark(self, new: dict[int, dict[str, float]]) -> None:
         """The worst of all by estimates, `new` ones beside those that are there; in memory alone."""
@@ -221,7 +218,7 @@ class Scoring:
     def _estimates(self, lacking: list[int], memory: Memory) -> dict[int, dict[str, float]]:
         """Of all variants of these layers."""
         ids, plan = self.tokens.validation[:SEQUENCES], self.screen_plan(lacking, memory)
-        console.print(f"screening on {ids.numel():,} tokens, the parent {plan.told()}", markup=False, soft_wrap=True)
+        say(f"screening on {ids.numel():,} tokens, the parent {plan.told()}")
         model = Layered(self.parent, self.device, compute_dtype(self.device), streamed=plan.streamed)
         store = BlockStore(self.library.root)
 
@@ -264,7 +261,7 @@ class Scoring:
         if todo:
             plan, count = self.plan(todo), sum(map(len, mine.values()))
             told = f"{count} of {sum(map(len, todo.values()))}" if self.ranks.world > 1 else str(count)
-            console.print(f"scoring {told} variants, the parent {plan.told(count)}", markup=False, soft_wrap=True)
+            say(f"scoring {told} variants, the parent {plan.told(count)}")
             if mine:
                 Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, mine).run(self.results)
         else:

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.errors import UserError, writing
 from puzzle.base.files import write_json, write_text
 from puzzle.base.lock import holding
@@ -168,7 +168,7 @@ def _profile(engine: str, structure: Structure, how: Engine, folder: Path, point
                 click.echo(f"{name}: {_told(rows[-1], line['measured'])}", err=True)
         except EngineFailed as error:
             failed[name] = str(error)
-            console.print(f"{name}: {error}", markup=False, soft_wrap=True)
+            say(f"{name}: {error}")
     if failed:
         first = next(iter(failed))
         raise UserError(
