@@ -36,7 +36,7 @@ FIT_ERROR = 0.05  # of an engine's fit, above which it is said
 Row = tuple[str, Any, Any]  # of these columns
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> None:
+def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> None:
     """words: how many columns, from the left, hold words and not figures."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
@@ -393,14 +393,16 @@ def print_runs(solved: Architecture) -> None:
 def print_fusion(found: dict[str, Any]) -> None:
     """What `puzzle fuse` fused or measured."""
     if not found["dependency_only"]:
-        table = Table(title=f"fused, each FFN through {'its own norm' if found['norm'] == 'own' else 'the last norm'}")
-        for name in ("layers", "channels", "largest dependency (measured)"):
-            table.add_column(name, justify="right")
-        for run in found["runs"]:
-            near = "not measured" if run["dependency"] is None else f"{run['dependency']:.3g}"
-            widths = " + ".join(map(str, run["widths"]))
-            table.add_row(f"{run['first']}-{run['last']}", f"{widths} = {run['width']}", near)
-        console.print(table)
+        rows = [
+            (
+                f"{run['first']}-{run['last']}",
+                f"{' + '.join(map(str, run['widths']))} = {run['width']}",
+                "not measured" if run["dependency"] is None else f"{run['dependency']:.3g}",
+            )
+            for run in found["runs"]
+        ]
+        title = f"fused, each FFN through {'its own norm' if found['norm'] == 'own' else 'the last norm'}"
+        print_table(title, ("layers", "channels", "largest dependency (measured)"), rows, words=0)
         layers = found["num_layers"]
         console.print(f"{layers['before']} layers became {layers['after']}")
     for key, title in (("pairs", "in parallel alone"), ("together", "in parallel together")):
@@ -412,35 +414,30 @@ def print_fusion(found: dict[str, Any]) -> None:
 
 def print_sliced(found: dict[str, Any]) -> None:
     """What `puzzle slice` made, or would make of any of the layers and channels."""
-    table = Table(
-        title="would be (any layers and channels)" if found["dry_run"] else found["point"]["name"] + ", sliced"
-    )
-    for name in ("", "parent", "sliced"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, key in (("hidden size", "hidden_size"), ("layers", "num_layers"), ("parameters", "num_parameters")):
-        table.add_row(name, *(f"{value:,}" for value in found[key]))
-    table.add_row("checkpoint", *map(bytes_text, found["num_bytes"]))
+    sizes = (("hidden size", "hidden_size"), ("layers", "num_layers"), ("parameters", "num_parameters"))
+    rows = [(name, *(f"{value:,}" for value in found[key])) for name, key in sizes]
+    rows.append(("checkpoint", *map(bytes_text, found["num_bytes"])))
+    columns = ("", "parent", "sliced")
     if found["dry_run"]:
-        console.print(table)
+        print_table("would be (any layers and channels)", columns, rows)
         return
     parent, child = found["measured"]["parent"], found["measured"]["child"]
-    table.add_row("LM loss (measured)", f"{parent['loss']:.4f}", f"{child['loss']:.4f}")
-    table.add_row("KL (measured)", "", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}")
-    table.add_row("same top-1 (measured)", "", f"{100 * child['top1_agreement']:.1f} %")
-    console.print(table)
+    rows += [
+        ("LM loss (measured)", f"{parent['loss']:.4f}", f"{child['loss']:.4f}"),
+        ("KL (measured)", "", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}"),
+        ("same top-1 (measured)", "", f"{100 * child['top1_agreement']:.1f} %"),
+    ]
+    print_table(f"{found['point']['name']}, sliced", columns, rows)
     if found["dropped"]:
         console.print(f"layers left out: {', '.join(map(str, found['dropped']))}", markup=False)
 
 
 def print_grown(found: dict[str, Any]) -> None:
     """What `puzzle grow` made, or would make."""
-    table = Table(title="would be" if found["dry_run"] else None)
-    for name in ("", "before", "grown"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, key in (("parameters", "num_parameters"), ("of a token", "active_parameters")):
-        table.add_row(name, *(f"{value:,}" for value in found[key]))
-    table.add_row("checkpoint", *map(bytes_text, found["num_bytes"]))
-    console.print(table)
+    sizes = (("parameters", "num_parameters"), ("of a token", "active_parameters"))
+    rows = [(name, *(f"{value:,}" for value in found[key])) for name, key in sizes]
+    rows.append(("checkpoint", *map(bytes_text, found["num_bytes"])))
+    print_table("would be" if found["dry_run"] else None, ("", "before", "grown"), rows)
     listed = ", ".join(map(str, found["layers"]))
     console.print(f"{found['new_parameters']:,} new parameters in layers {listed}", markup=False)
 
