@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError, first_line, writing
 from puzzle.base.files import SCHEMA, claim_output, read_json
 from puzzle.export.card import CardFacts, child_card
-from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
+from puzzle.export.checkpoint import DECILM_CODE, HYBRID_CODE, copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
 from puzzle.export.engines import (
     ENGINES,
@@ -37,9 +37,8 @@ from puzzle.export.gpt_oss import GPT_OSS, gpt_oss_config, gpt_oss_tensors
 from puzzle.export.granite_hybrid import granite_hybrid_config, granite_hybrid_tensors
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
-from puzzle.export.nemotron_h import CODE as CODE_OF_HYBRIDS
 from puzzle.export.nemotron_h import hybrid_config, hybrid_tensors
-from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
+from puzzle.export.nemotron_nas import decilm_config, decilm_tensors
 from puzzle.export.qwen3_moe import qwen3_moe_config, qwen3_moe_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
 from puzzle.library.assemble import architecture_of, is_architecture, library_of, open_parent
@@ -142,7 +141,7 @@ def export(
     hub = None if push_to_hub is None else open_hub(push_to_hub)
     if dtype != "fp8":  # what stands beside a child was measured before its weights were rounded
         measured = measured or source.measured
-    written = dtype or str(child.dtype).removeprefix("torch.")
+    written = dtype or child.dtype_name
     scales = {}
     if kv_dtype is not None:
         claim_output(out, force)
@@ -192,10 +191,10 @@ def export(
             force=force,
         )
     for lowering in lowerings:
-        console.print(f"lowered for {engine or format}: {lowering}", markup=False, soft_wrap=True)
+        say(f"lowered for {engine or format}: {lowering}")
     for one in readers if engine == name else ():  # whoever names a version knows
         if wrong_before(ENGINES[one], child.kv_heads):
-            console.print(f"{one}: {served_by(ENGINES[one], child.kv_heads)}", markup=False, soft_wrap=True)
+            say(f"{one}: {served_by(ENGINES[one], child.kv_heads)}")
     if hub is not None and push_to_hub is not None:
         _push(hub, push_to_hub, out)
     return Exported(out=out, format=format, engine=engine, dtype=written, kv_dtype=kv_dtype, lowerings=tuple(lowerings))
@@ -212,10 +211,10 @@ def _written(
     if format == GRANITE_HYBRID:
         return granite_hybrid_config(child, engine), granite_hybrid_tensors(child), ()
     if format in HYBRIDS:
-        code = CODE_OF_HYBRIDS if format == PUZZLE_HYBRID else ()
+        code = HYBRID_CODE if format == PUZZLE_HYBRID else ()
         return hybrid_config(child, format, engine), hybrid_tensors(child, format), code
     if format == "nemotron-nas":
-        return decilm_config(child, engine), decilm_tensors(child, engine), CODE
+        return decilm_config(child, engine), decilm_tensors(child, engine), DECILM_CODE
     return hf_config(child, child.dtype), child.tensors(), None
 
 

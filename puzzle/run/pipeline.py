@@ -222,7 +222,7 @@ class Run:
         source = open_source(library, out / "solution")
         said = self._as_solved(solved)
         if solved.kv_dtype is not None and recipe.trains:  # nothing is rounded before it is healed
-            said = {"dtype": str(source.child.dtype).removeprefix("torch.")}
+            said = {"dtype": source.child.dtype_name}
         self._stage("child", key, child, partial(export, source, child, force=True, **said))
         if recipe.fuse is not None:
             child, key = self._fuse(child, key)
