@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from puzzle.base.console import Bar, console, progress
-from puzzle.base.device import compute_dtype, held_memory, pick_device
+from puzzle.base.device import compute_dtype, held_memory, pick_device, wait_for
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, wait_for_files
 from puzzle.base.ranks import Ranks, held_by_all, running_ranks
@@ -233,7 +233,7 @@ class Builder:
         """This process's group; () where there are fewer groups than processes. missing: blocks of all processes' groups, which go
         through the same steps together. go_on: whether further groups follow."""
         length = self.recipe.seq_len
-        ropes = {name: rope.tables(length, self.device) for name, rope in self.structure.ropes.items()}
+        ropes = self.structure.rope_tables(length, self.device)
         self._lr = torch.zeros((), device=self.device)
         parts, trainers = self._prepare_group(group, missing, ropes)
         by_layer = {i: [t for place, of in trainers.items() if place[0] == i for t in of] for i, _ in trainers}
@@ -254,8 +254,7 @@ class Builder:
             bar.advance()
             if train and step + 1 < self.recipe.num_steps:
                 self._snapshots.after(step + 1, by_layer)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         self.train_seconds += time.monotonic() - begin
         if group:
             self._validate(parts, trainers, ropes, -1)

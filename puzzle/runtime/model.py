@@ -72,7 +72,7 @@ class CausalModel(nn.Module):
     def ropes(self, length: int) -> Ropes:
         """Tables of sequences of `length` tokens, on the model's device."""
         device = self.embedding.weight.device
-        return {name: rope.tables(length, device) for name, rope in self.structure.ropes.items()}
+        return self.structure.rope_tables(length, device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """The stream before the first layer. ids [B, T] -> [B, T, H]"""

@@ -95,7 +95,7 @@ class Layered:
 
     def ropes(self, length: int) -> Ropes:
         """Tables of sequences of `length` tokens, on the device."""
-        return {name: rope.tables(length, self.device) for name, rope in self.structure.ropes.items()}
+        return self.structure.rope_tables(length, self.device)
 
     def embedded(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The stream before the first layer of every batch of ids [B, T]. A streamed embedding stays no longer than this takes."""
