@@ -29,7 +29,7 @@ from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, parse_layers
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
-from puzzle.blocklib.plain.part import Part, Ropes, loaded
+from puzzle.blocklib.plain.part import Part, Ropes, loaded, moved, moving
 from puzzle.blocklib.sub_block import ParentBlock, Variant
 from puzzle.blocklib.variant import bundles, made_of, search_spaces
 from puzzle.data.packing import TokenData, load_tokens
@@ -269,10 +269,7 @@ class Builder:
         for index in group:
             for slot in self.structure.layers[index]:
                 block = blocks[index, slot] = self.parent.block(index, slot)
-                exact = block.sub_block.exact
-                block.weights = {
-                    n: t.to(self.device, t.dtype if n in exact else self.dtype) for n, t in block.weights.items()
-                }
+                block.weights = moved(block.sub_block, block.weights, moving(self.device, self.dtype))
                 parts[index, slot] = loaded(block.sub_block, block.weights, in_training=True)
         streams = [self._streams.get("train", step) for step in range(self.num_calibration if group and missing else 0)]
         for step, x in enumerate(streams if self._streams.sends else []):

@@ -7,7 +7,7 @@ their streams (`puzzle.library.passes`). Where the parent is whole on the device
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,10 +24,9 @@ from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.units import check_positive
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NoOp
-from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData, load_tokens
-from puzzle.library.assemble import open_parent, read_variant
+from puzzle.library.assemble import open_parent, read_part
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
 from puzzle.library.passes import ChildPath, Parts, Passes, path_of
 from puzzle.library.plan import Spaces, scoring, scoring_costs, screening, trained
@@ -222,18 +221,14 @@ class Scoring:
         model = Layered(self.parent, self.device, compute_dtype(self.device), streamed=plan.streamed)
         store = BlockStore(self.library.root)
 
-        def read(layer: int) -> Callable[[], dict[str, Parts]]:
-            def parts() -> dict[str, Parts]:
-                found: dict[str, Parts] = {}
-                for slot, space in self.library.spaces[layer].items():
-                    for name, sub_block in space.items():
-                        if name != PARENT:
-                            tensors = read_variant(store, layer, slot, name, sub_block)
-                            moved = {n: model.reader.move(t) for n, t in tensors.items()}
-                            found.setdefault(slot, {})[name] = loaded(sub_block, moved)
-                return found
-
-            return parts
+        def read(layer: int) -> dict[str, Parts]:
+            found: dict[str, Parts] = {}
+            for slot, space in self.library.spaces[layer].items():
+                for name, sub_block in space.items():
+                    if name != PARENT:
+                        part = read_part(store, layer, slot, name, sub_block, model.reader.move)
+                        found.setdefault(slot, {})[name] = part
+            return found
 
         batches = [one.long().to(self.device) for one in ids.split(plan.batch_size)]
         return estimates(model, batches, Room(self.device, plan.on_device), lacking, read)
