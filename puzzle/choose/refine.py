@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.console import console, progress, say
-from puzzle.base.errors import UserError
 from puzzle.base.files import replacing, write_json
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.context import Around
 from puzzle.choose.interactions import PARTS, Fit, Layers, fit_interactions, sample
 from puzzle.choose.options import SolveOptions
 from puzzle.choose.problem import Selection
-from puzzle.choose.solve import architecture, choose, why_none
+from puzzle.choose.solve import architecture, choose, chosen
 from puzzle.library.children import Children
 from puzzle.library.manifest import Library, Replacement
 from puzzle.measure.architecture import Architecture, write_architecture
@@ -245,9 +244,7 @@ def near_best(
     request, solutions = selection.request, dict[int, Solution]()
     how: dict[str, Any] = {"backend": request.backend, "time_limit": request.time_limit}
     if not batches:
-        best, solutions = choose(selection)
-        if best is None:
-            raise UserError(why_none(selection, solutions))
+        _, solutions = chosen(selection)
     for batch in batches or selection.batches:
         if batch not in solutions or solutions[batch].status == "cutoff":
             solutions[batch] = solve(selection.problem(batch), **how)
