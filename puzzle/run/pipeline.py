@@ -42,7 +42,7 @@ from puzzle.parents.opened import open_model
 from puzzle.profile.parts import shared_name
 from puzzle.profile.profile import profile, subject_of
 from puzzle.run.check import check_disk, check_heal, check_road, check_steps_cut, grid_of, is_measured, profiled
-from puzzle.run.plan import disk_of, in_order, plan_road
+from puzzle.run.plan import disk_of, joined, plan_road
 from puzzle.run.recipe import Recipe, naming, stage_of
 from puzzle.run.shapes import check_weights
 
@@ -113,8 +113,7 @@ class Run:
         """As `plan_road`, after the check."""
         builders = self.check()
         roads = self.roads.items()
-        plans = {n: plan_road(one.recipe, builders[n], one.heal_options(one.recipe.parent)) for n, one in roads}
-        return plans[""] | {"stages": in_order({name: planned["stages"] for name, planned in plans.items()})}
+        return joined({n: plan_road(one.recipe, builders[n], one.heal_options(one.recipe.parent)) for n, one in roads})
 
     @property
     def roads(self) -> dict[str, Run]:

@@ -84,11 +84,13 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
     return {"build": build, "stages": road.stages(own, healing, disk)}
 
 
-def in_order(roads: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
-    """The stages of all roads, by the prefix of their names: costs are measured on the first, and evaluated is the last child."""
-    first, last = next(iter(roads)), list(roads)[-1]
+def joined(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The last plan with the stages of all roads, by the prefix of their names: costs are measured on the first, and evaluated is the
+    last child."""
+    first, last = next(iter(plans)), list(plans)[-1]
     once = {"profile": first, "evaluate": last}
-    return {p + name: row for p, rows in roads.items() for name, row in rows.items() if once.get(name, p) == p}
+    every = ((p, name, row) for p, plan in plans.items() for name, row in plan["stages"].items())
+    return {**plans[last], "stages": {p + name: row for p, name, row in every if once.get(name, p) == p}}
 
 
 @dataclass(frozen=True, slots=True)
