@@ -189,9 +189,8 @@ def learning(module: nn.Module) -> nn.Module:
     return module
 
 
-Move = Callable[
-    [Tensor, torch.dtype | None], Tensor
-]  # a stored tensor to where it runs, in this dtype; None: the model's
+# A stored tensor to where it runs, in this dtype; None: the model's.
+Move = Callable[[Tensor, torch.dtype | None], Tensor]
 
 
 def moving(device: torch.device | str, dtype: torch.dtype) -> Move:

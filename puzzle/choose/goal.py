@@ -180,11 +180,8 @@ def host_label(label: str) -> str:
 
 
 BY_OPTION = {limit.option: limit for limit in LIMITS}
-AXES = {
-    "throughput": "tokens/s",
-    "latency": "seconds",
-    "memory": "bytes",
-}  # of a frontier, which sets this limit itself
+# Of a frontier, which sets this limit itself.
+AXES = {"throughput": "tokens/s", "latency": "seconds", "memory": "bytes"}
 
 
 def parse_target(limit: Limit, text: str) -> Target:

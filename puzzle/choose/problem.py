@@ -74,9 +74,8 @@ class Selection:
     batch: int | None = None
     way: Way | None = None  # where precision is chosen
     base: float = 0.0
-    known: dict[int, tuple[Layer, ...]] = field(
-        default_factory=dict, compare=False
-    )  # the layers of a problem, by batch
+    # The layers of a problem, by batch.
+    known: dict[int, tuple[Layer, ...]] = field(default_factory=dict, compare=False)
 
     def chosen_by(self, way: Way) -> Selection:
         """The same request, with the same parent, at another way's prices."""

@@ -29,9 +29,8 @@ from puzzle.solver.diverse import diverse_over
 from puzzle.solver.solution import Solution, certified
 from puzzle.solver.solve import solve
 
-BATCHES = (
-    3  # sizes that finalists come from: with interactions a problem takes a second, and there are hundreds of sizes
-)
+# Sizes that finalists come from: with interactions a problem takes a second, and there are hundreds of sizes.
+BATCHES = 3
 FIELDS = ("method", "batch", "sum_of_scores", "kl", "kl_stderr", "speedup", "changed", "layers")
 
 

@@ -25,12 +25,8 @@ if TYPE_CHECKING:
     from puzzle.measure.evaluate import Evaluated, Evaluation
     from puzzle.measure.serve import Served
 
-ROAD = (
-    ("tokens", count_text),
-    ("seconds", seconds_text),
-    ("memory_bytes", bytes_text),
-    ("disk_bytes", bytes_text),
-)  # figures of a stage
+# Figures of a stage.
+ROAD = (("tokens", count_text), ("seconds", seconds_text), ("memory_bytes", bytes_text), ("disk_bytes", bytes_text))
 COMPARED = ("", "parent", "child")
 FIT_ERROR = 0.05  # of an engine's fit, above which it is said
 Row = tuple[str, Any, Any]  # of these columns

@@ -20,9 +20,9 @@ from puzzle.data.tokenizer import tokenizer_files
 from puzzle.parents.checkpoint import LICENCE_FILES
 
 MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
-KINDS_FILES = tuple(
-    sorted(MODELING_FILE.parent.glob("modeling_puzzle_*.py"))
-)  # which it imports, whatever the child has
+# What it imports, whatever the child has.
+KINDS_FILES = tuple(sorted(MODELING_FILE.parent.glob("modeling_puzzle_*.py")))
+# Of formats with code of their own, which runs ours.
 DECILM_CODE, HYBRID_CODE = (
     (
         *(MODELING_FILE.with_name(f"{part}_{name}.py") for part in ("configuration", "modeling")),
@@ -30,7 +30,7 @@ DECILM_CODE, HYBRID_CODE = (
         *KINDS_FILES,
     )
     for name in ("decilm", "nemotron_h_puzzle")
-)  # of formats with code of their own, which runs ours
+)
 SHIPPED_CODE = tuple(path.name for path in dict.fromkeys((*DECILM_CODE, *HYBRID_CODE)))
 HEADER_BYTES = 256 * 1024  # kept free for a shard's header: about 2,000 tensors
 _DTYPES = {

@@ -19,11 +19,8 @@ from puzzle.base.units import parse_bytes
 
 PLAIN_HYBRID, PUZZLE_HYBRID = HYBRIDS = ("nemotron-h", "nemotron-h-puzzle")  # formats of blocks of one mixer
 GRANITE_HYBRID = "granitemoehybrid"  # of layers with attention or Mamba-2, and one FFN
-STOCK = (
-    "qwen3-moe",
-    "gpt-oss",
-    GRANITE_HYBRID,
-)  # formats of model families that are alike in all layers, which say themselves what they have no words for
+# Formats of model families that are alike in all layers, which say themselves what they have no words for.
+STOCK = ("qwen3-moe", "gpt-oss", GRANITE_HYBRID)
 WITHOUT_SCALES = (*HYBRIDS, "gpt-oss")  # of a cache: readers pass over them
 FORMATS = ("hf", "nemotron-nas", *STOCK, "gguf", *HYBRIDS)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -22,13 +22,8 @@ from puzzle.parents.structure import Structure
 
 GPT_OSS = "gpt-oss"
 READER = f"`format` {GPT_OSS}"
-ROPE = {
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-}  # without default, but for truncate
+# Without default, but for truncate.
+ROPE = {"rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 
 
 def gpt_oss_config(child: Child) -> dict[str, Any]:

@@ -69,9 +69,8 @@ def lower(
     if engine is None and format in ("hf", *HYBRIDS):
         return child, []
     target = ANY_DECILM_READER if engine is None else engine_named(engine)
-    if format not in (*STOCK, *HYBRIDS) and not (
-        format == "gguf" and is_nemotron_h(child)
-    ):  # which say themselves what they have no words for
+    # These say themselves what they have no words for.
+    if format not in (*STOCK, *HYBRIDS) and not (format == "gguf" and is_nemotron_h(child)):
         refuse(child, target, format)
     done: list[Lowering] = []
     for name, what, rewrite in _plan(target, format, child):

@@ -191,9 +191,8 @@ class Builder:
             self.coupled.put(out)
         self._keys = self._content_keys(data)
         ends = [group[-1] + 1 for group in self.plan().groups]
-        groups = [
-            tuple(range(*ends)) for ends in pairwise([0, *ends])
-        ]  # gaps too: the parent passes through all layers
+        # Gaps too: the parent passes through all layers.
+        groups = [tuple(range(*ends)) for ends in pairwise([0, *ends])]
         absent = ranks.from_first(self._missing)
         self._snapshots = Snapshots(
             out / ".work", content_hash(list(self._keys.values())), self.options.snapshot_seconds, ranks

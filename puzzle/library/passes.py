@@ -31,9 +31,8 @@ from puzzle.runtime.residency import HEAD_GROUP, Residency
 from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
 
 Parts = dict[str, Part]  # by slot
-ChildPath = tuple[
-    tuple[tuple[str, str], ...], ...
-]  # (slot, variant) of what stands in for the parent's, layer by layer
+# (slot, variant) of what stands in for the parent's, layer by layer.
+ChildPath = tuple[tuple[tuple[str, str], ...], ...]
 Measured = list[tuple[ChildPath, dict[str, float]]]
 
 

@@ -45,11 +45,8 @@ NEUTRAL = {  # fields that change no output: of training, of generation, and wha
 READ = ("BF16", "F16", "F32", "F64")  # dtypes of weights, as safetensors names them
 QUANTISED = ("quantization_config", "compression_config")  # which `Checkpoint` has read
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-OWN_CONFIGS = (
-    "puzzle",
-    "nemotron-nas",
-    "nemotron_h_puzzle",
-)  # whose config classes come with the checkpoint, which stays unread
+# Their config classes come with the checkpoint, which stays unread.
+OWN_CONFIGS = ("puzzle", "nemotron-nas", "nemotron_h_puzzle")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,6 @@ def one(ranks: Ranks, num_bytes: int, device: torch.device) -> float:
         ranks.sum(message)
 
     graphs = [Graph(call, device, warm_ups=3, rounds=rounds) for call in (pair, alone)]
-    both, less = (
-        time_replays(graph.replay, rounds, device, 0.0, REPLAYS).p50 for graph in graphs
-    )  # as many on every rank
+    # As many on every rank.
+    both, less = (time_replays(graph.replay, rounds, device, 0.0, REPLAYS).p50 for graph in graphs)
     return max(1e-7, ranks.slowest([both - less])[0])

@@ -72,10 +72,8 @@ class Run:
         check_weights(recipe)
         if not recipe.data:
             raise UserError("no data: add 'data:' to the recipe or pass `data`")
-        self.shared: dict[str, Any] = {
-            "text_field": recipe.text_field,
-            "device": recipe.device,
-        }  # options of several stages
+        # Options of several stages.
+        self.shared: dict[str, Any] = {"text_field": recipe.text_field, "device": recipe.device}
         self.library = out / "library"
         self.marks: dict[
             str, dict[str, Any]

@@ -30,12 +30,8 @@ from puzzle.run.check import grid_of, is_measured, profiled
 from puzzle.run.recipe import Recipe, naming
 from puzzle.runtime.residency import Memory, Residency, plan_residency
 
-EXPORT_BYTES = {
-    "float32": (4, 4),
-    "bfloat16": (2, 2),
-    "float16": (2, 2),
-    "fp8": (1, 2),
-}  # of a parameter in a layer, and outside
+# Of a parameter in a layer, and outside.
+EXPORT_BYTES = {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2), "fp8": (1, 2)}
 # Of a stage: "tokens", "seconds", "memory_bytes", "disk_bytes"; None: next to nothing. "passes": times that a model is read, layer by layer,
 # None: it is whole on the device. "told": whether its seconds are the recipe's word; "sampled": tokens that it draws.
 Row = dict[str, Any]
