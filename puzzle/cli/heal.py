@@ -96,13 +96,7 @@ MODES = (
 @options.device
 @options.as_json
 def heal_command(
-    child: str,
-    out: Path,
-    tokens: str,
-    data: tuple[str, ...],
-    dry_run: bool,
-    as_json: bool,
-    **chosen,
+    child: str, out: Path, tokens: str, data: tuple[str, ...], dry_run: bool, as_json: bool, **chosen
 ) -> None:
     """Train CHILD as a whole until it behaves like its parent again, and write it to HEALED.
 

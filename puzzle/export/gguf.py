@@ -29,14 +29,7 @@ from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, Tensors
 from puzzle.export.engines import ENGINES
 from puzzle.export.gguf_hybrid import TENSOR_NAMES as HYBRID_NAMES
-from puzzle.export.gguf_hybrid import (
-    architecture,
-    hybrid_blocks,
-    hybrid_metadata,
-    is_matrix,
-    stored,
-    stored_shape,
-)
+from puzzle.export.gguf_hybrid import architecture, hybrid_blocks, hybrid_metadata, is_matrix, stored, stored_shape
 from puzzle.export.gguf_tokenizer import tokenizer_metadata
 from puzzle.export.refuse import is_nemotron_h, refuse
 

@@ -33,11 +33,7 @@ Variants = Mapping[str, Mapping[str, Part]]  # by slot and name
 
 
 def estimates(
-    model: Layered,
-    batches: Sequence[Tensor],
-    room: Room,
-    layers: Sequence[int],
-    read: Callable[[int], Variants],
+    model: Layered, batches: Sequence[Tensor], room: Room, layers: Sequence[int], read: Callable[[int], Variants]
 ) -> dict[int, dict[str, float]]:
     """Nats per token, of every variant of these layers, as {layer: {"slot/name": estimate}}.
 

@@ -85,14 +85,7 @@ def of_structure(
     name: str, structure: Structure, solved: Architecture | None = None, ranks: Ranks | None = None
 ) -> Measurable:
     """Random weights: they take the time and the memory of any others. ranks: as `of_checkpoint` has them."""
-    return Measurable(
-        name=name,
-        structure=structure,
-        tokenizer=None,
-        solved=solved,
-        source=None,
-        ranks=ranks,
-    )
+    return Measurable(name=name, structure=structure, tokenizer=None, solved=solved, source=None, ranks=ranks)
 
 
 def measure_speeds(
