@@ -114,21 +114,8 @@ def main(ctx: click.Context) -> None:
         )
 
 
-for _command in (
-    slice_command,
-    build_library_command,
-    score_command,
-    profile_command,
-    solve_command,
-    rescore_command,
-    export_command,
-    fuse_command,
-    grow_command,
-    heal_command,
-    serve_check_command,
-    evaluate_command,
-    bench_command,
-    run_command,
-    report_command,
-):
+for _command in (  # in the order of the road
+    slice_command, build_library_command, score_command, profile_command, solve_command, rescore_command, export_command, fuse_command,
+    grow_command, heal_command, serve_check_command, evaluate_command, bench_command, run_command, report_command,
+):  # fmt: skip
     main.add_command(_command)
