@@ -61,7 +61,7 @@ class SolveOptions:
                 f"`tp` {self.tp} has no price with `engine` {self.engine}, whose fits are of one GPU: leave one of them out"
             )
         if self.backend not in BACKENDS:
-            raise UserError(f"`backend` {self.backend}: {nearest(self.backend, list(BACKENDS))}")
+            raise UserError(f"`backend` {self.backend}: {nearest(self.backend, BACKENDS)}")
         if self.fusion_dependency is not None and not self.fusion:
             raise UserError("`fusion_dependency` is not used without `fusion`: leave it out")
         if self.pairs and self.finalists is None:

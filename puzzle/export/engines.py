@@ -114,7 +114,7 @@ def engine_named(text: str) -> Engine:
     """The row of NAME, or of NAME==VERSION as that version has it. Raises UserError for what is unknown or cannot be read."""
     name, asked, version = text.partition("==")
     if name not in ENGINES:
-        raise UserError(f"unknown engine '{name}': {nearest(name, list(ENGINES))}")
+        raise UserError(f"unknown engine '{name}': {nearest(name, ENGINES)}")
     row = ENGINES[name]
     if not asked:
         return row
@@ -171,7 +171,7 @@ def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None
     """
     formats = () if engine is None else engine_named(engine).formats
     if format is not None and format not in FORMATS:
-        raise UserError(f"unknown format '{format}': {nearest(format, list(FORMATS))}")
+        raise UserError(f"unknown format '{format}': {nearest(format, FORMATS)}")
     if format is None:
         return (formats[0] if formats else "hf"), engine
     if engine is None:

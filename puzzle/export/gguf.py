@@ -75,7 +75,7 @@ def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
     except ImportError:
         raise UserError("`format` gguf needs the package gguf: pip install 'puzzle-nas[gguf]'") from None
     if dtype not in DTYPES:
-        raise UserError(f"`dtype` {dtype} with `format` gguf: {nearest(dtype, list(DTYPES))}")
+        raise UserError(f"`dtype` {dtype} with `format` gguf: {nearest(dtype, DTYPES)}")
     _claim_file(out, force)
     entries: Callable[[], Iterator[_Entry]]
     if is_nemotron_h(child):

@@ -47,7 +47,7 @@ def usual(c: Config) -> dict[str, SubBlock]:
     """What a layer without an entry has."""
     placement = c.get("norm_placement", "before")
     if placement not in PLACEMENTS:
-        raise UserError(f"norm_placement '{placement}' in config.json: {nearest(str(placement), list(PLACEMENTS))}")
+        raise UserError(f"norm_placement '{placement}' in config.json: {nearest(str(placement), PLACEMENTS)}")
     shared = {
         "norm": placement,
         "norm_offset": bool(c.get("norm_offset", False)),

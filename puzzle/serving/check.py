@@ -147,7 +147,7 @@ def serve_check(
     Raises UserError for an unknown engine or format, or an engine that is not installed; EngineFailed when it fails.
     """
     if engine not in ENGINES:
-        raise UserError(f"`engine` {engine}: {nearest(engine, list(ENGINES))}")
+        raise UserError(f"`engine` {engine}: {nearest(engine, ENGINES)}")
     export = find_export(path)
     if export.format not in READS[engine]:
         wanted = READS[engine][0] + ("" if engine == "hf" else f" --engine {engine}")
