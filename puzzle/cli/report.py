@@ -4,6 +4,7 @@ with measured."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,10 @@ def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequen
     console.print(table)
 
 
+def _told(value: Any, text: Callable[[Any], str], missing: str = "–") -> str:
+    return missing if value is None else text(value)
+
+
 def _speed_rows(parent: Prediction | Served, child: Prediction | Served, *speedups: tuple[str, float]) -> list[Row]:
     return [
         ("batch", parent.batch, child.batch),
@@ -55,17 +60,12 @@ def _speed_rows(parent: Prediction | Served, child: Prediction | Served, *speedu
 
 def print_solution(solved: Architecture) -> None:
     """The picture, the solver's certificate and the predicted figures of parent and child."""
-    parent, child = solved.parent_predicted, solved.predicted
     for line in picture(solved.sub_blocks, solved.parent.layers):
         console.print(line, markup=False)
     if solved.synthetic_scores:
         console.print("the scores are synthetic: speed and size are what counts here, not quality")
     for one in solved.points or ():
-        score = (
-            "no child that meets the goal was found"
-            if one["objective"] is None
-            else f"{one['objective']:.5g} nats/token"
-        )
+        score = _told(one["objective"], "{:.5g} nats/token".format, "no child that meets the goal was found")
         begun = (
             f", of which slicing {one['base']:.5g} (measured)" if one["base"] and one["objective"] is not None else ""
         )
@@ -75,26 +75,12 @@ def print_solution(solved: Architecture) -> None:
         f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, {solved.certificate}, "
         f"slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
     )
-    speedups = [("speed-up", solved.speedup)]
-    if parent.batch != child.batch:
-        speedups = [("speed-up, each at its best batch", solved.speedup)]
-        speedups += [("speed-up at the child's batch", solved.speedup_at_same_batch)]
-    rows = [
-        *_speed_rows(parent, child, *speedups),
-        ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
-        *_state_row(parent, child),
-        ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
-    ]
-    if parent.active_parameters and child.active_parameters and parent.active_parameters < parent.num_parameters:
-        rows.append(("of which a token uses", f"{parent.active_parameters:,}", f"{child.active_parameters:,}"))
-    if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
-        rows.append(("tokens that its cache holds", solved.cached_tokens(solved.reference, parent), tokens))
     told = "" if solved.tp == 1 else "; memory and KV bytes of each"
-    print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, rows)
+    print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, _predicted_rows(solved))
     limit = solved.goal["memory"]
-    if isinstance(limit, float) and parent.memory_bytes > limit:
+    if isinstance(limit, float) and (needed := solved.parent_predicted.memory_bytes) > limit:
         console.print(
-            f"the parent itself needs {bytes_text(parent.memory_bytes)}: its figures are what it would do with that much "
+            f"the parent itself needs {bytes_text(needed)}: its figures are what it would do with that much "
             "memory, at its smallest batch"
         )
     for line in (*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)):
@@ -119,6 +105,25 @@ def print_solution(solved: Architecture) -> None:
             f"{own.ttft_seconds:.4g} s, {own.tpot_seconds:.4g} s",
             markup=False,
         )
+
+
+def _predicted_rows(solved: Architecture) -> list[Row]:
+    parent, child = solved.parent_predicted, solved.predicted
+    speedups = [("speed-up", solved.speedup)]
+    if parent.batch != child.batch:
+        speedups = [("speed-up, each at its best batch", solved.speedup)]
+        speedups += [("speed-up at the child's batch", solved.speedup_at_same_batch)]
+    rows = [
+        *_speed_rows(parent, child, *speedups),
+        ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
+        *_state_row(parent, child),
+        ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
+    ]
+    if parent.active_parameters and child.active_parameters and parent.active_parameters < parent.num_parameters:
+        rows.append(("of which a token uses", f"{parent.active_parameters:,}", f"{child.active_parameters:,}"))
+    if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
+        rows.append(("tokens that its cache holds", solved.cached_tokens(solved.reference, parent), tokens))
+    return rows
 
 
 def _state_row(parent: Prediction | Evaluated, child: Prediction | Evaluated) -> list[Row]:
@@ -206,17 +211,14 @@ def print_finalists(refined: Refined) -> None:
 def print_solutions(value: dict[str, Any]) -> None:
     """What `puzzle solve --problem` found."""
     for number, solution in enumerate(value["solutions"], 1):
-        objective = "none" if solution["objective"] is None else f"{solution['objective']:.9g}"
-        gap = "" if solution["gap"] is None else f", gap {solution['gap']:.1e}"
+        objective = _told(solution["objective"], "{:.9g}".format, "none")
+        gap = _told(solution["gap"], ", gap {:.1e}".format, "")
         console.print(f"{number}: {solution['status']}, objective {objective}{gap} ({solution['seconds']:.2f} s)")
 
 
 def print_result(result: dict[str, Any]) -> None:
     """Promise against delivery."""
-
-    def told(value: float | None, text: Callable[[float], str]) -> str:
-        return "not measured" if value is None else text(value)
-
+    told = partial(_told, missing="not measured")
     predicted, measured = result["predicted"], result["measured"]
     parent, child = result["parent"], result["child"]
     of_the_last = ", of the last step alone" if "steps" in result else ""
@@ -262,10 +264,7 @@ def print_plan(facts: dict[str, Any]) -> None:
 def print_road(facts: dict[str, Any]) -> None:
     """The --dry-run of a road; every figure is predicted."""
     print_plan(facts["build"])
-    rows = [
-        (name, *("–" if row[key] is None else text(row[key]) for key, text in ROAD))
-        for name, row in facts["stages"].items()
-    ]
+    rows = [(name, *(_told(row[key], text) for key, text in ROAD)) for name, row in facts["stages"].items()]
     print_table("stages (predicted; –: next to nothing)", ("stage", "tokens", "time", "memory", "disk"), rows)
 
 
@@ -274,11 +273,11 @@ def print_shapes(facts: dict[str, Any]) -> None:
     rows = [
         (
             name,
-            "–" if row["tokens"] is None else count_text(row["tokens"]),
-            "–" if row["gpu_hours"] is None else f"{row['gpu_hours']:,.2f}",
+            _told(row["tokens"], count_text),
+            _told(row["gpu_hours"], "{:,.2f}".format),
             "none" if row["gpus"] is None and row["memory_bytes"] else row["gpus"] or "–",
-            "–" if row.get("passes") is None else row["passes"],
-            *("–" if row[key] is None else bytes_text(row[key]) for key in ("memory_bytes", "disk_bytes")),
+            _told(row.get("passes"), str),
+            *(_told(row[key], bytes_text) for key in ("memory_bytes", "disk_bytes")),
         )
         for name, row in facts["stages"].items()
     ]
@@ -344,7 +343,7 @@ def _score(row: dict[str, Any]) -> str:
     if "kl" not in row:
         return "not scored"
     out = f" ({row['screened']} screened out)" if "screened" in row else ""
-    return ("" if row["kl"] is None else f"{row['kl']:.5f}") + out
+    return _told(row["kl"], "{:.5f}".format, "") + out
 
 
 def print_library(summary: dict[str, Any]) -> None:
@@ -393,7 +392,7 @@ def print_fusion(found: dict[str, Any]) -> None:
             (
                 f"{run['first']}-{run['last']}",
                 f"{' + '.join(map(str, run['widths']))} = {run['width']}",
-                "not measured" if run["dependency"] is None else f"{run['dependency']:.3g}",
+                _told(run["dependency"], "{:.3g}".format, "not measured"),
             )
             for run in found["runs"]
         ]
@@ -454,9 +453,9 @@ def print_fit(value: dict[str, Any]) -> None:
     for what, found in value["errors"].items():
         if isinstance(found, dict):
             out = value["leave_one_out"].get(what)
-            cells = [
-                "–" if one is None else f"{100 * one[e]:.2f} %" for one in (found, out) for e in ("mean", "largest")
-            ]
+            cells = (
+                _told(one and 100 * one[e], "{:.2f} %".format) for one in (found, out) for e in ("mean", "largest")
+            )
             rows.append((f"{what.replace('_', ' ')} ({found['num']})", *cells))
     columns = ("", "mean", "largest", "mean, left out", "largest, left out")
     print_table(f"errors of {value['engine']} on {value['device']}", columns, rows)
