@@ -44,6 +44,11 @@ def name_of(device: torch.device) -> str:
     return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def short_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu" for any processor."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def wait_for(device: torch.device) -> None:
     """Until it has done what it was given, so that a clock tells the truth."""
     if device.type == "cuda":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from puzzle.base.console import say
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.device import compute_dtype, pick_device, short_name
 from puzzle.base.errors import UserError
 from puzzle.data.packing import load_tokens
 from puzzle.export.card import plain_card
@@ -60,7 +60,7 @@ def open_walker(
         "model": child.name,
         "num_tokens": tokens.validation.numel(),
         "data_hash": tokens.hash,
-        "device": "cpu" if on.type == "cpu" else torch.cuda.get_device_name(on),
+        "device": short_name(on),
         "versions": f"torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from puzzle.base.console import console, say
-from puzzle.base.device import compute_dtype, name_of
+from puzzle.base.device import compute_dtype, name_of, short_name
 from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, bytes_text, check_positive
@@ -134,7 +134,7 @@ def _evaluate(
     sizes = [_sizes(parent.structure, precision), _sizes(child.structure, precision, fp8)]
     fast, slow = speeds.get("child"), speeds.get("parent")
     return Evaluation(
-        device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
+        device=short_name(on),
         precision=precision if fp8 is None or child.solved is None else child.solved.precision,
         num_tokens=int(against["num_tokens"]),
         parent=Evaluated(loss=against["parent_loss"], speed=slow, **sizes[0]),
