@@ -21,12 +21,22 @@ FRACTIONS = ("0.75", "0.5", "0.25", "0.1")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ffn(Normed):
-    """Rows of gate_proj and up_proj and columns of down_proj, one of each for every channel; no kind by itself. bias: on all matrices."""
+    """Rows of the matrices that read the input and columns of down_proj, one of each for every channel; no kind by itself. bias: on all
+    matrices."""
 
     added_once: ClassVar[tuple[str, ...]] = ("down_proj.bias",)
 
     intermediate_size: int = size("f", config="intermediate_size")
     bias: bool = size("bias", default=False)
+
+    def inner_tensors(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(self.read_input, (inner, hidden)),
+            "down_proj.weight": (hidden, inner),
+        }
+        biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in shapes.items()}
+        return shapes | (biases if self.bias else {})
 
     def state(self) -> State:
         return State()

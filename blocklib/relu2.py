@@ -23,8 +23,3 @@ class Relu2(Ffn):
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.relu2:VllmRelu2Ffn"
 
     read_input: ClassVar[tuple[str, ...]] = ("up_proj.weight",)
-
-    def inner_tensors(self) -> dict[str, tuple[int, ...]]:
-        hidden, inner = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {"up_proj.weight": (inner, hidden), "down_proj.weight": (hidden, inner)}
-        return shapes | ({"up_proj.bias": (inner,), "down_proj.bias": (hidden,)} if self.bias else {})

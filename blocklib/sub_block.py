@@ -432,14 +432,14 @@ def parse_key(text: str) -> SubBlock:
     """The sub-block that `key` wrote. Raises UserError for an unknown kind, or a word or a value that the kind does not know."""
     kind, *words = text.split() or [""]
     if kind not in kinds():
-        raise UserError(f"sub-block '{text}': kind '{kind}' is unknown ({nearest(kind, list(kinds()))})")
+        raise UserError(f"sub-block '{text}': kind '{kind}' is unknown ({nearest(kind, kinds())})")
     cls = kinds()[kind]
     known: dict[str, Field] = {f.metadata["key"]: f for f in fields(cls)}
     values: dict[str, Any] = {}
     for word in words:
         name, value = read_word(word)
         if name not in known:
-            raise UserError(f"sub-block '{text}': '{word}' is no word of kind '{kind}' ({nearest(name, list(known))})")
+            raise UserError(f"sub-block '{text}': '{word}' is no word of kind '{kind}' ({nearest(name, known)})")
         if not fits(known[name], value):
             raise UserError(f"sub-block '{text}': '{word}' gives {name} a value that is not {wanted(known[name])}")
         if known[name].name in values:

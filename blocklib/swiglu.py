@@ -26,14 +26,3 @@ class SwiGLU(Ffn):
     read_input: ClassVar[tuple[str, ...]] = ("gate_proj.weight", "up_proj.weight")
 
     activation: str = size("act", default="silu", choices=("silu", "gelu_tanh"))
-
-    def inner_tensors(self) -> dict[str, tuple[int, ...]]:
-        hidden, inner = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "gate_proj.weight": (inner, hidden),
-            "up_proj.weight": (inner, hidden),
-            "down_proj.weight": (hidden, inner),
-        }
-        if self.bias:
-            shapes |= {"gate_proj.bias": (inner,), "up_proj.bias": (inner,), "down_proj.bias": (hidden,)}
-        return shapes

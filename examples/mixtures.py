@@ -111,9 +111,8 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     length = min(CHUNK, x.shape[1])
     x, dt, b, c = (t.unflatten(1, (-1, length)) for t in (x, dt, b, c))
     values = (dt[..., None] * x).unflatten(3, (groups, -1))  # [B, C, L, G, N / G, D]
-    sums = (
-        (a * dt).cumsum(2).unflatten(3, (groups, -1))
-    )  # of logarithms of decays, from the chunk's first token on [B, C, L, G, N / G]
+    # Of logarithms of decays, from the chunk's first token on [B, C, L, G, N / G].
+    sums = (a * dt).cumsum(2).unflatten(3, (groups, -1))
     by_head = sums.movedim(2, -1)  # [B, C, G, N / G, L]
     before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
     decay = (by_head[..., :, None] - by_head[..., None, :]).masked_fill(~before, -torch.inf).exp()
@@ -123,9 +122,8 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     added = torch.einsum("zcmghd,zcmgs->zcghds", rest[..., None] * values, b)  # to the state, by each chunk
     ends = sums[:, :, -1].cumsum(1)  # [B, C, G, N / G]
     earlier = torch.ones(len(ends[0]), len(ends[0]), dtype=torch.bool, device=x.device).tril(-1)
-    between = (
-        F.pad(ends, (0, 0, 0, 0, 1, 0))[:, :-1, None] - ends[:, None]
-    )  # from a chunk's end to a later one's beginning
+    # From a chunk's end to a later one's beginning.
+    between = F.pad(ends, (0, 0, 0, 0, 1, 0))[:, :-1, None] - ends[:, None]
     between = between.masked_fill(~earlier[:, :, None, None], -torch.inf).exp()
     states = torch.einsum("zckgh,zkghds->zcghds", between, added.to(dtype))
     y = y + sums.exp()[..., None] * torch.einsum("zclgs,zcghds->zclghd", c, states)

@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from puzzle.data.documents import is_held_out, text_key
 
 VOCAB, T = 4096, 1024
+WARM_UP = 200  # steps
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 PERMISSIVE = re.compile(r"\b(mit|bsd|apache|psf|python software foundation|isc|zlib|hpnd|0bsd|unlicense|cc0)\b", re.I)
 RESTRICTIVE = re.compile(r"gpl|mpl|mozilla|eupl|cddl|proprietary|nvidia|non-?commercial", re.I)
@@ -211,6 +212,57 @@ def dense(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausalLM:
     return model
 
 
+def train(
+    model: Any, stream: torch.Tensor, *, batch: int, lr: float, num_steps: int, seconds: float | None, seed: int
+) -> tuple[list[tuple], torch.Tensor | None]:
+    """Until `num_steps` or `seconds`. Returns the rows of training.csv, and of a mixture the load of each layer's experts in the last step."""
+    is_dense = isinstance(model, LlamaForCausalLM)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learnt if p.ndim > 1]
+    vectors = [p for p in learnt if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=stream.is_cuda,
+    )
+
+    def loss_fn(batch_ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(stream.device.type, dtype=torch.bfloat16):
+            logits = model(batch_ids[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), batch_ids[:, 1:].flatten())
+
+    step_fn = torch.compile(loss_fn) if stream.is_cuda else loss_fn
+    data = batches(stream, batch, seed)
+    log = [("step", "tokens", "loss", "lr", "seconds", *([] if is_dense else ["busiest expert's load"]))]
+    clock, step, done, load = time.time(), 0, 0.0, None
+    while done < 1:
+        step += 1
+        if step == 11:  # compilation is behind us
+            clock = time.time()
+        spent = (time.time() - clock) / seconds if seconds and step > 11 else 0.0
+        done = max(step / num_steps, spent)
+        rate = lr * min(1.0, step / WARM_UP) * min(1.0, max(1 - done, 1 / num_steps) / 0.8)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if is_dense:
+            loss = step_fn(next(data))
+        else:
+            loss, load = model.loss(next(data))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if load is not None:
+            model.balance(load)
+        if step % 100 == 0 or step in (1, 30) or done >= 1:
+            busiest = [] if load is None else [f"{load.max().item() * load.shape[1]:.2f}"]
+            row = (step, step * batch * T, f"{loss.item():.4f}", f"{rate:.2e}", f"{time.time() - clock:.1f}", *busiest)
+            log.append(row)
+            print(*row, flush=True)
+    return log, load
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--family", type=click.Choice(list(TITLES)), default="llama", show_default=True)
@@ -267,52 +319,10 @@ def main(
         sizes = f"{active:,} active; {layers} layers, hidden 256: {'; '.join(sorted({b.key() for _, _, b in structure if b.tensors()}))}"
         model = mixtures.Mixture(structure, compiled=device == "cuda").to(device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learnt if p.ndim > 1]
-    vectors = [p for p in learnt if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.95),
-        fused=device == "cuda",
+    log, load = train(
+        model, stream, batch=batch, lr=lr, num_steps=max(1, int(tokens / (batch * T))), seconds=seconds, seed=seed
     )
-
-    def loss_fn(batch_ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            logits = model(batch_ids[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), batch_ids[:, 1:].flatten())
-
-    step_fn = torch.compile(loss_fn) if device == "cuda" else loss_fn
-    num_steps, warm_up = max(1, int(tokens / (batch * T))), 200
-    data = batches(stream, batch, seed)
-    log = [("step", "tokens", "loss", "lr", "seconds", *([] if family == "llama" else ["busiest expert's load"]))]
-    clock, step, done, load = time.time(), 0, 0.0, None
-    while done < 1:
-        step += 1
-        if step == 11:  # compilation is behind us
-            clock = time.time()
-        spent = (time.time() - clock) / seconds if seconds and step > 11 else 0.0
-        done = max(step / num_steps, spent)
-        rate = lr * min(1.0, step / warm_up) * min(1.0, max(1 - done, 1 / num_steps) / 0.8)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        if family == "llama":
-            loss = step_fn(next(data))
-        else:
-            loss, load = model.loss(next(data))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if load is not None:
-            model.balance(load)
-        if step % 100 == 0 or step in (1, 30) or done >= 1:
-            busiest = [] if load is None else [f"{load.max().item() * load.shape[1]:.2f}"]
-            row = (step, step * batch * T, f"{loss.item():.4f}", f"{rate:.2e}", f"{time.time() - clock:.1f}", *busiest)
-            log.append(row)
-            print(*row, flush=True)
-
-    num_tokens = step * batch * T
+    num_tokens = log[-1][1]
     facts = {"parameters": f"{num_parameters:,} ({sizes})"}
     if family == "llama":
         model = model.to(torch.bfloat16).eval()

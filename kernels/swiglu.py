@@ -47,11 +47,6 @@ def pack_swiglu(gate: Tensor, up: Tensor, down: Tensor, fp8: bool = False) -> We
     return Weights(gate_up, down, gate_up_scale, down_scale)
 
 
-def swiglu_reference(x: Tensor, weights: Weights) -> Tensor:
-    """The twin of `swiglu` in plain PyTorch: same arguments, same results up to rounding."""
-    return linear_reference(silu_mul_reference(linear_reference(x, weights[0], weights[2])), weights[1], weights[3])
-
-
 def linear_reference(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
     """The twin of `linear`."""
     return F.linear(x, w if scale is None else from_fp8(w, scale[:, None]).to(x.dtype))

@@ -81,9 +81,8 @@ def _merge(problem: Problem) -> list[list[int]]:
     return list(members.values())
 
 
-def compile_problem(problem: Problem) -> Arrays:
-    """Raises Contradiction when a layer or a group of equal layers has no variant left."""
-    groups = _merge(problem)
+def _common(problem: Problem, groups: list[list[int]]) -> list[list[str]]:
+    """Of each group, the variants that all its layers have and no pin forbids. Raises Contradiction where none is left."""
     names: list[list[str]] = []
     for group in groups:
         common = [v.name for v in problem.layers[group[0]].variants]
@@ -96,6 +95,30 @@ def compile_problem(problem: Problem) -> Arrays:
         if not common:
             raise Contradiction(", ".join(problem.layers[i].name for i in group))
         names.append(common)
+    return names
+
+
+def _columns(problem: Problem, place: dict[Cell, tuple[int, int]], shape: tuple[int, int]) -> np.ndarray:
+    """Of every cell its score, its resources by constraint, and how many of it each count has. [1 + constraints + counts, *shape]"""
+    columns = np.zeros((1 + len(problem.constraints) + len(problem.counts), *shape))
+    for layer in problem.layers:
+        for variant in layer.variants:
+            at = place.get((layer.name, variant.name))
+            if at is not None:
+                columns[0][at] += variant.score
+                for k, constraint in enumerate(problem.constraints, 1):
+                    columns[k][at] += variant.resources[constraint.resource]
+    for k, count in enumerate(problem.counts, 1 + len(problem.constraints)):
+        for cell in count.cells:
+            if cell in place:
+                columns[k][place[cell]] += 1
+    return columns
+
+
+def compile_problem(problem: Problem) -> Arrays:
+    """Raises Contradiction when a layer or a group of equal layers has no variant left."""
+    groups = _merge(problem)
+    names = _common(problem, groups)
     width = max(map(len, names))
     place: dict[Cell, tuple[int, int]] = {}
     for g, group in enumerate(groups):
@@ -105,26 +128,11 @@ def compile_problem(problem: Problem) -> Arrays:
     allowed = np.zeros((len(groups), width), dtype=bool)
     for g, common in enumerate(names):
         allowed[g, : len(common)] = True
-
-    resources = [c.resource for c in problem.constraints]
-    columns = np.zeros((1 + len(resources), len(groups), width))
-    for layer in problem.layers:
-        for variant in layer.variants:
-            at = place.get((layer.name, variant.name))
-            if at is not None:
-                columns[0][at] += variant.score
-                for k, resource in enumerate(resources, 1):
-                    columns[k][at] += variant.resources[resource]
-    counts = np.zeros((len(problem.counts), len(groups), width))
-    for k, count in enumerate(problem.counts):
-        for cell in count.cells:
-            if cell in place:
-                counts[k][place[cell]] += 1
-    columns = np.concatenate([columns, counts])
+    columns = _columns(problem, place, (len(groups), width))
 
     near: list[tuple[int, int, int, np.ndarray]] = []
     far: list[tuple[int, int, int, int, np.ndarray]] = []
-    zeros = [0.0] * len(problem.counts)
+    resources, zeros = [c.resource for c in problem.constraints], [0.0] * len(problem.counts)
     for pair in problem.pairs:
         if pair.a not in place or pair.b not in place:
             continue
@@ -143,6 +151,7 @@ def compile_problem(problem: Problem) -> Arrays:
         for i, v, w, values in near:
             arcs[:, i, v, w] += values
     far_values = np.array([f[4] for f in far]).T if far else np.zeros((len(columns), 0))
+    i_far, v_far, j_far, w_far = np.array([f[:4] for f in far], dtype=int).reshape(-1, 4).T
 
     least = np.where(allowed, columns, np.inf).min(axis=2)
     columns = np.where(allowed, columns - least[:, :, None], 0.0)
@@ -170,14 +179,7 @@ def compile_problem(problem: Problem) -> Arrays:
         row_names=row_names,
         arc_score=None if arcs is None else arcs[0] * factor,
         arc_rows=None if arcs is None else arcs[picked] * sign[:, None, None, None],
-        far=FarPairs(
-            i=np.array([f[0] for f in far], dtype=int),
-            v=np.array([f[1] for f in far], dtype=int),
-            j=np.array([f[2] for f in far], dtype=int),
-            w=np.array([f[3] for f in far], dtype=int),
-            score=far_values[0] * factor,
-            rows=far_values[picked] * sign[:, None],
-        ),
+        far=FarPairs(i_far, v_far, j_far, w_far, far_values[0] * factor, far_values[picked] * sign[:, None]),
         shift=float(base[0]),
         factor=factor,
     )

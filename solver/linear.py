@@ -119,7 +119,8 @@ def _stages(model: Linear, problem: Problem, arrays: Arrays, options: list[list[
     loads = {
         (layer.name, v.name): float(v.resources[stages.resource]) for layer in problem.layers for v in layer.variants
     }
-    unit = max((abs(x) for x in loads.values()), default=0.0) or 1.0
+    # A power of two: dividing rounds nothing, and stages that are just balanced stay so.
+    unit = 2.0 ** math.frexp(max((abs(x) for x in loads.values()), default=0.0))[1]
     every: list[tuple[int, float]] = []
     per_stage: list[list[tuple[int, float]]] = [[] for _ in range(stages.count)]
     before: list[int] = []

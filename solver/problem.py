@@ -64,10 +64,12 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
+from puzzle.base.errors import UserError
+
 Cell = tuple[str, str]  # (layer, variant)
 
 
-class ProblemError(ValueError):
+class ProblemError(UserError):
     """The problem's data are unusable: one line with the cell, its value and the fix."""
 
 

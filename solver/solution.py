@@ -44,13 +44,7 @@ def no_solution(status: Status, bound: float, seconds: float, solver: str) -> So
 
 
 def certified(
-    problem: Problem,
-    choice: dict[str, str],
-    *,
-    proven: bool,
-    seconds: float,
-    solver: str,
-    bound: float = float("-inf"),
+    problem: Problem, choice: dict[str, str], *, proven: bool, seconds: float, solver: str, bound: float = float("-inf")
 ) -> Solution:
     """A Solution whose numbers are recomputed exactly from the problem. The choice must be feasible."""
     assert not problem.violated(choice), "a solution is verified before it is certified"

@@ -30,7 +30,7 @@ import click
 import torch
 from torch import Tensor
 
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.device import compute_dtype, name_of, pick_device
 from puzzle.base.units import parse_count, parse_layers
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded
@@ -45,7 +45,6 @@ from puzzle.library.assemble import architecture_of, open_parent, read_variant
 from puzzle.library.manifest import Library
 from puzzle.library.store import BlockStore
 from puzzle.measure.evaluate import EvaluateOptions, evaluate
-from puzzle.measure.measurable import name_of
 from puzzle.runtime.model import embed
 
 Place = tuple[int, str]  # layer and slot

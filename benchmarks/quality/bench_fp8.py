@@ -24,11 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from fp8_served import round_cache
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.device import compute_dtype, name_of, pick_device
 from puzzle.blocklib.plain.fp8 import round_activations
 from puzzle.data.packing import load_tokens
 from puzzle.export.write import export, open_source
-from puzzle.measure.measurable import name_of
 from puzzle.parents.opened import open_model
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model

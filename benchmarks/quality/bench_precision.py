@@ -25,7 +25,7 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.device import compute_dtype, name_of, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.blocklib.gqa import Gqa
@@ -40,7 +40,6 @@ from puzzle.data.packing import load_tokens
 from puzzle.library.assemble import assemble, open_parent
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import Architecture
-from puzzle.measure.measurable import name_of
 from puzzle.profile.cost_table import PACKAGED, CostRow, CostTable, find_costs, write_costs
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import Block, CausalModel, load_model

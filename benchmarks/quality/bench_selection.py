@@ -34,6 +34,7 @@ from typing import Any
 
 import click
 
+from puzzle.base.device import name_of
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
 from puzzle.choose.goal import GoalOptions
@@ -46,7 +47,6 @@ from puzzle.library.children import Children
 from puzzle.library.manifest import Library
 from puzzle.library.score import ScoreOptions
 from puzzle.library.screen import spearman
-from puzzle.measure.measurable import name_of
 from puzzle.solver.solve import solve
 
 METHODS = ("mip", "finalists", "pairs", "rescored", "all")

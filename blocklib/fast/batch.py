@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puzzle.base.ranks import Ranks
 from puzzle.base.workload import PAGE
@@ -121,6 +121,10 @@ class Product:
         self.scale: Tensor | None = None
         if fp8:
             self.weight, self.scale = to_fp8(weight)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, fp8: bool) -> Product:
+        return cls(linear.weight.data, None if linear.bias is None else linear.bias.data, fp8)
 
     def __call__(self, x: Tensor) -> Tensor:
         out = linear(x, self.weight, self.scale)

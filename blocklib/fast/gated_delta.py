@@ -18,10 +18,8 @@ from puzzle.blocklib.fast.recurrent import FastRecurrent
 from puzzle.blocklib.fast.training import InTraining
 from puzzle.blocklib.plain.gated_delta import DeltaMixer
 
-FLA = (
-    (0, 4),
-    (0, 6),
-)  # the oldest and the newest fla-core that is called; they were read, and never ran here
+# The oldest and the newest fla-core that is called; they were read, and never ran here.
+FLA = ((0, 4), (0, 6))
 WIDEST_KEY = 256  # of its kernels
 
 Rule = Callable[..., tuple[Tensor, Tensor]]

@@ -30,7 +30,7 @@ class FastAttention(Fast):
         bias = None if parts[0].bias is None else torch.cat([p.bias.data for p in parts])
         weight = torch.cat([p.weight.data for p in parts])
         self.qkv = Product(weight, bias, batch.fp8)
-        self.out = Product(part.o_proj.weight.data, part.o_proj.bias, batch.fp8)
+        self.out = Product.of(part.o_proj, batch.fp8)
         self.part = part if part.qk_norm is not None else None
         self.order = None
         if rope.rotary_dim < self.dim:

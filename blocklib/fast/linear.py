@@ -11,7 +11,7 @@ from puzzle.blocklib.plain.linear import LinearMap
 class FastLinear(Fast):
     def __init__(self, part: LinearMap, batch: Batch):
         super().__init__(part, batch)
-        self.product = Product(part.linear.weight.data, None, batch.fp8)
+        self.product = Product.of(part.linear, batch.fp8)
         self.columns = part.columns
         self.first = 0 if batch.ranks is None else batch.ranks.rank * part.columns
 

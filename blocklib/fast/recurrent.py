@@ -18,10 +18,7 @@ class FastRecurrent(Fast):
         if batch.pool is not None:
             raise MissingFace(part.sub_block.kind, "state from a pool of caches")
         self.part = part
-        self.project, self.output = (
-            Product(m.weight.data, None if m.bias is None else m.bias.data, batch.fp8)
-            for m in (part.in_proj, part.out_proj)
-        )
+        self.project, self.output = Product.of(part.in_proj, batch.fp8), Product.of(part.out_proj, batch.fp8)
         self.state = RecurrentState(part.sizes, batch.size, part.out_proj.weight.data)
 
     def decode(self, stream: Stream, batch: Batch) -> Stream:

@@ -14,10 +14,7 @@ class FastRelu2(Fast):
 
     def __init__(self, part: Relu2Ffn, batch: Batch):
         super().__init__(part, batch)
-        self.up, self.down = (
-            Product(m.weight.data, None if m.bias is None else m.bias.data, batch.fp8)
-            for m in (part.up_proj, part.down_proj)
-        )
+        self.up, self.down = Product.of(part.up_proj, batch.fp8), Product.of(part.down_proj, batch.fp8)
 
     def inner(self, entered: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(entered)).square())

@@ -20,8 +20,7 @@ class FastSwiGLU(Fast):
             self.weights = pack_swiglu(*(m.weight.data for m in matrices), batch.fp8)
         else:
             self.activation = part.activation
-            biases = (None if m.bias is None else m.bias.data for m in matrices)
-            self.products = [Product(m.weight.data, b, batch.fp8) for m, b in zip(matrices, biases, strict=True)]
+            self.products = [Product.of(m, batch.fp8) for m in matrices]
 
     def inner(self, entered: Tensor) -> Tensor:
         if self.weights is not None:

@@ -95,9 +95,8 @@ def attention(
 
     A sink is the score of one more key, before all others, whose value is 0: 1 in a dimension of its own, in which a query has the sink of its head.
     """
-    if (
-        q.shape[1] != k.shape[1] and q.is_cuda and q.dtype == torch.float32
-    ):  # else scores [B, N, T, T] are written down there
+    # Else scores [B, N, T, T] are written down there.
+    if q.shape[1] != k.shape[1] and q.is_cuda and q.dtype == torch.float32:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     causal, shared, dim = mask is None, q.shape[1] != k.shape[1], q.shape[3]
     if sinks is not None:

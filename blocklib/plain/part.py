@@ -189,6 +189,20 @@ def learning(module: nn.Module) -> nn.Module:
     return module
 
 
+# A stored tensor to where it runs, in this dtype; None: the model's.
+Move = Callable[[Tensor, torch.dtype | None], Tensor]
+
+
+def moving(device: torch.device | str, dtype: torch.dtype) -> Move:
+    """To a device, for a model in `dtype`."""
+    return lambda tensor, own: tensor.to(device, own or dtype)
+
+
+def moved(sub_block: SubBlock, weights: Mapping[str, Tensor], move: Move) -> dict[str, Tensor]:
+    """A sub-block's tensors where they run; those that are `exact` keep their own dtype."""
+    return {n: move(t, t.dtype if n in sub_block.exact else None) for n, t in weights.items()}
+
+
 def loaded(sub_block: SubBlock, weights: Mapping[str, Tensor], in_training: bool = False) -> Part:
     """The module of `sub_block`, sharing `weights` (all of them, by name inside the sub-block); nothing in it learns."""
     part = blank(sub_block, in_training=in_training)

@@ -11,6 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 console = Console(stderr=True, highlight=False)
 
 
+def say(line: str) -> None:
+    """Print it as it is: brackets are no markup, and the terminal breaks it."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
 class Bar:
     """A running progress bar: `advance()` counts one, `note()` shows a short text beside it."""
 

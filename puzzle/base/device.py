@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.base.machine import available_memory, resident_memory
+from puzzle.base.machine import available_memory, cpu_name, resident_memory
 
 PLANNED = 0.9  # of the memory that is free
 
@@ -37,6 +37,22 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def name_of(device: torch.device) -> str:
+    """As cost tables call it: the GPU's name, or the processor's with its cores."""
+    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def short_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu" for any processor."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until it has done what it was given, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def held_memory(device: torch.device) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,8 +33,8 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
         raise UserError(told) from error
 
 
-def nearest(value: str, known: list[str]) -> str:
-    """A hint such as "; did you mean 'kv2'?" or, with nothing near, the list of what is known."""
+def nearest(value: str, known: Collection[str]) -> str:
+    """A hint such as "did you mean 'kv2'?" or, with nothing near, the list of what is known."""
     close = get_close_matches(value, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 

@@ -66,10 +66,8 @@ def available_memory(root: Path = Path("/")) -> int:
             else ("memory.max", "memory.current", "inactive_file")
         )
         top = root / "sys/fs/cgroup" / controllers
-        for group in (
-            top / path.lstrip("/"),
-            *(top / path.lstrip("/")).parents,
-        ):  # what a container cannot see, it has not
+        # What a container cannot see, it has not.
+        for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
             bounds = [*_lines(group / limit), *_lines(group / used)]
             if len(bounds) == 2 and all(value.isdecimal() for value in bounds):  # "max": no limit
                 cached = [int(x.split()[1]) for x in _lines(group / "memory.stat") if x.split()[0] == freed]

@@ -28,9 +28,8 @@ from puzzle.base.lock import holding
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(
-    minutes=30
-)  # of one process for another; the longest wait is for the first one to write a large child
+# Of one process for another; the longest wait is for the first one to write a large child.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

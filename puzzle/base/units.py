@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 from puzzle.base.errors import UserError
 
@@ -55,14 +56,19 @@ def parse_bytes(text: str, option: str | None = None) -> int:
     return int(value)
 
 
+def number_in(text: str, units: Mapping[str, int]) -> float | None:
+    """The number before one of these units, divided by what it stands for; NaN for what is none, None without such a unit."""
+    found = re.fullmatch(rf"\s*([-+0-9.eE]+|nan|inf)\s*({'|'.join(units)})\s*", text)
+    try:
+        return float(found[1]) / units[found[2]] if found else None
+    except ValueError:
+        return math.nan
+
+
 def parse_seconds(option: str, text: str) -> float:
     """'1.5', '1.5s', '800ms' -> seconds. Raises UserError unless positive."""
-    found = re.fullmatch(r"\s*([-+0-9.eE]+)\s*(ms|s)?\s*", text)
-    try:
-        value = float(found[1]) / (1000 if found[2] == "ms" else 1) if found else math.nan
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
+    value = number_in(text, {"": 1, "s": 1, "ms": 1000})
+    if value is None or not 0 < value < math.inf:
         raise UserError(f"`{option}` {text}: write seconds such as 1.5 or 800ms; it must be above 0")
     return value
 

@@ -36,11 +36,7 @@ class CostModel:
     the model; then seconds are of all ranks, which work side by side, and bytes of each; None: one GPU has it whole."""
 
     def __init__(
-        self,
-        library: Library,
-        table: CostTable | EngineModel | Way,
-        work: Workload,
-        reduces: AllReduces | None = None,
+        self, library: Library, table: CostTable | EngineModel | Way, work: Workload, reduces: AllReduces | None = None
     ):
         self.way = table if isinstance(table, Way) else Way(tables={table.precision: table}, cache=table.precision)
         self.library, self.table, self.work = library, self.way.first, work
@@ -127,9 +123,8 @@ class CostModel:
             return own.decode_seconds(part, batch, self.work)
         assert isinstance(own, CostTable)
         assert isinstance(kept, CostTable)
-        whole = (
-            replace(part, window=None) if isinstance(part, Gqa) else part
-        )  # a window may be full at any measured context
+        # A window may be full at any measured context.
+        whole = replace(part, window=None) if isinstance(part, Gqa) else part
         alike = whole if own.has(whole) and kept.has(whole) else part
         weights = own.empty_seconds(alike, batch) - kept.empty_seconds(alike, batch)
         return max(0.0, kept.decode_seconds(part, batch, self.work) + weights * (self.work.output_len - 1))

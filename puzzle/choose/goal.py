@@ -7,13 +7,12 @@ for what can be reached. Command line, recipe, problem, architecture.json and me
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, dataclass_transform
 
 from puzzle.base.errors import UserError
-from puzzle.base.units import parse_bytes, parse_count, parse_seconds
+from puzzle.base.units import number_in, parse_bytes, parse_count, parse_seconds
 from puzzle.base.workload import Workload
 from puzzle.measure.architecture import Prediction
 
@@ -76,19 +75,10 @@ def check_steps(goal: Goal, work: Workload) -> None:
 
 def read_rate(option: str, text: str) -> float:
     """'500' or '500tok/s'. Raises UserError unless positive."""
-    value = _number(text, {"": 1, "tok/s": 1, "tokens/s": 1})
+    value = number_in(text, {"": 1, "tok/s": 1, "tokens/s": 1})
     if value is None or not 0 < value < math.inf:
         raise UserError(f"`{option}` {text}: write {_RATE}; it must be above 0")
     return value
-
-
-def _number(text: str, units: Mapping[str, int]) -> float | None:
-    """The number before one of these units, divided by what it stands for; NaN for what is none, None without such a unit."""
-    found = re.fullmatch(rf"\s*([-+0-9.eE]+|nan|inf)\s*({'|'.join(units)})\s*", text)
-    try:
-        return float(found[1]) / units[found[2]] if found else None
-    except ValueError:
-        return math.nan
 
 
 _RATE = "a multiple of the parent such as 2x, or tokens per second such as 500"
@@ -180,16 +170,13 @@ def host_label(label: str) -> str:
 
 
 BY_OPTION = {limit.option: limit for limit in LIMITS}
-AXES = {
-    "throughput": "tokens/s",
-    "latency": "seconds",
-    "memory": "bytes",
-}  # of a frontier, which sets this limit itself
+# Of a frontier, which sets this limit itself.
+AXES = {"throughput": "tokens/s", "latency": "seconds", "memory": "bytes"}
 
 
 def parse_target(limit: Limit, text: str) -> Target:
     """'2x' and '60%' are relative to the parent, anything else an absolute amount. Raises UserError unless above 0."""
-    value = _number(text, {"x": 1, "%": 100})
+    value = number_in(text, {"x": 1, "%": 100})
     if value is None:
         return Target(value=limit.read(limit.option, text), relative=False)
     if not 0 < value < math.inf:
@@ -281,7 +268,7 @@ class GoalOptions:
 
 def parse_share(option: str, text: str) -> float:
     """'5%' or '0.05'. Raises UserError unless a number from 0 up."""
-    value = _number(text, {"": 1, "%": 100})
+    value = number_in(text, {"": 1, "%": 100})
     if value is None or not 0 <= value < math.inf:
         raise UserError(f"`{option}` {text}: write a share such as 5% or 0.05")
     return value

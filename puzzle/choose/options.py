@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from puzzle.base.console import console
+from puzzle.base.console import console, say
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.machine import GPUS
 from puzzle.base.units import check_positive
@@ -61,7 +61,7 @@ class SolveOptions:
                 f"`tp` {self.tp} has no price with `engine` {self.engine}, whose fits are of one GPU: leave one of them out"
             )
         if self.backend not in BACKENDS:
-            raise UserError(f"`backend` {self.backend}: {nearest(self.backend, list(BACKENDS))}")
+            raise UserError(f"`backend` {self.backend}: {nearest(self.backend, BACKENDS)}")
         if self.fusion_dependency is not None and not self.fusion:
             raise UserError("`fusion_dependency` is not used without `fusion`: leave it out")
         if self.pairs and self.finalists is None:
@@ -94,7 +94,7 @@ class SolveOptions:
         costs = open_costs(library, gpu, name, self.engine, self.tp)
         if left_out := fitted(library, costs)[1]:
             told = f"no fit of {self.engine} on {gpu} has measured {', '.join(left_out)}: left out"
-            console.print(told, markup=False, soft_wrap=True)
+            say(told)
         return costs
 
     def priced(

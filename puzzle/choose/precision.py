@@ -58,7 +58,7 @@ def parse_precision(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in PRECISIONS:
-            raise UserError(f"`precision` {text}: {nearest(name, list(PRECISIONS))}")
+            raise UserError(f"`precision` {text}: {nearest(name, PRECISIONS)}")
         if names.count(name) > 1:
             raise UserError(f"`precision` {text}: '{name}' stands there twice")
     return names

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from puzzle.base.errors import UserError
 from puzzle.base.units import parse_layers
 from puzzle.base.workload import Workload
 from puzzle.choose.cells import Cell, layer_cells
@@ -28,7 +27,7 @@ from puzzle.profile.all_reduce import AllReduces
 from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import EngineModel
 from puzzle.solver.interval import most, relaxed_between
-from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, ProblemError, Stages, Variant
+from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, Stages, Variant
 from puzzle.solver.solution import Solution
 
 
@@ -75,9 +74,8 @@ class Selection:
     batch: int | None = None
     way: Way | None = None  # where precision is chosen
     base: float = 0.0
-    known: dict[int, tuple[Layer, ...]] = field(
-        default_factory=dict, compare=False
-    )  # the layers of a problem, by batch
+    # The layers of a problem, by batch.
+    known: dict[int, tuple[Layer, ...]] = field(default_factory=dict, compare=False)
 
     def chosen_by(self, way: Way) -> Selection:
         """The same request, with the same parent, at another way's prices."""
@@ -133,10 +131,7 @@ class Selection:
 
     def problems(self) -> dict[str, Problem]:
         """The selection problem at each of `batches`. Raises UserError where the goal's structure is impossible."""
-        try:
-            return {str(b): self.problem(b) for b in self.batches}
-        except ProblemError as error:
-            raise UserError(str(error)) from error
+        return {str(b): self.problem(b) for b in self.batches}
 
     def problem(self, batch: int, choice: Mapping[str, str] | None = None) -> Problem:
         """The selection problem at one batch size. choice: what the layers take, where nothing else is to be looked at."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.errors import UserError
 from puzzle.base.files import write_json
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import explain_infeasible
 from puzzle.solver.jsonio import read_problem, write_solutions
-from puzzle.solver.problem import ProblemError
 from puzzle.solver.solve import solve
 
 
@@ -18,15 +16,12 @@ def solve_file(
     problem_path: Path, out: Path, *, backend: str = "ortools", time_limit: float | None = None
 ) -> dict[str, Any]:
     """Solve the problem of a file and write solution.json's value to `out`, a conflict included. Raises UserError."""
-    try:
-        problem, wanted = read_problem(problem_path)
-        solutions = []
-        if wanted is not None:
-            solutions = diverse(problem, wanted.count, wanted.min_distance, backend=backend, time_limit=time_limit)
-        solutions = solutions or [solve(problem, backend, time_limit)]
-        conflict = explain_infeasible(problem) if solutions[0].status == "infeasible" else None
-    except ProblemError as error:
-        raise UserError(str(error)) from error
+    problem, wanted = read_problem(problem_path)
+    solutions = []
+    if wanted is not None:
+        solutions = diverse(problem, wanted.count, wanted.min_distance, backend=backend, time_limit=time_limit)
+    solutions = solutions or [solve(problem, backend, time_limit)]
+    conflict = explain_infeasible(problem) if solutions[0].status == "infeasible" else None
     value = write_solutions(solutions, conflict)
     write_json(out, value)
     return value

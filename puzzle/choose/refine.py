@@ -14,26 +14,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.console import console, progress
-from puzzle.base.errors import UserError
+from puzzle.base.console import console, progress, say
 from puzzle.base.files import replacing, write_json
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.context import Around
 from puzzle.choose.interactions import PARTS, Fit, Layers, fit_interactions, sample
 from puzzle.choose.options import SolveOptions
 from puzzle.choose.problem import Selection
-from puzzle.choose.solve import architecture, choose, why_none
+from puzzle.choose.solve import architecture, choose, chosen
 from puzzle.library.children import Children
 from puzzle.library.manifest import Library, Replacement
 from puzzle.measure.architecture import Architecture, write_architecture
 from puzzle.solver.diverse import diverse_over
-from puzzle.solver.problem import ProblemError
 from puzzle.solver.solution import Solution, certified
 from puzzle.solver.solve import solve
 
-BATCHES = (
-    3  # sizes that finalists come from: with interactions a problem takes a second, and there are hundreds of sizes
-)
+# Sizes that finalists come from: with interactions a problem takes a second, and there are hundreds of sizes.
+BATCHES = 3
 FIELDS = ("method", "batch", "sum_of_scores", "kl", "kl_stderr", "speedup", "changed", "layers")
 
 
@@ -113,9 +110,7 @@ class Refiner:
         known = [(one.layers, one.kl) for one in self.children.measurements()]
         fit = fit_interactions(library, self.selection.cells, known, own)
         if isinstance(fit, str):
-            console.print(
-                f"no interactions are fitted: {fit}; finalists stand as they are", markup=False, soft_wrap=True
-            )
+            say(f"no interactions are fitted: {fit}; finalists stand as they are")
             return
         self.found.fit = fit
         request = replace(self.selection.request, interactions=fit.interactions)
@@ -248,20 +243,15 @@ def near_best(
     request, solutions = selection.request, dict[int, Solution]()
     how: dict[str, Any] = {"backend": request.backend, "time_limit": request.time_limit}
     if not batches:
-        best, solutions = choose(selection)
-        if best is None:
-            raise UserError(why_none(selection, solutions))
-    try:
-        for batch in batches or selection.batches:
-            if batch not in solutions or solutions[batch].status == "cutoff":
-                solutions[batch] = solve(selection.problem(batch), **how)
-        ranked = sorted((b for b, s in solutions.items() if s.choice), key=lambda b: solutions[b].objective)
-        picked = {batch: solutions[batch] for batch in ranked[:BATCHES]}
-        problems = {batch: selection.problem(batch) for batch in picked}
-        with progress("candidates", count) as bar:
-            return diverse_over(problems, picked, count, min_distance, **how, on_found=bar.advance)
-    except ProblemError as error:
-        raise UserError(str(error)) from error
+        _, solutions = chosen(selection)
+    for batch in batches or selection.batches:
+        if batch not in solutions or solutions[batch].status == "cutoff":
+            solutions[batch] = solve(selection.problem(batch), **how)
+    ranked = sorted((b for b, s in solutions.items() if s.choice), key=lambda b: solutions[b].objective)
+    picked = {batch: solutions[batch] for batch in ranked[:BATCHES]}
+    problems = {batch: selection.problem(batch) for batch in picked}
+    with progress("candidates", count) as bar:
+        return diverse_over(problems, picked, count, min_distance, **how, on_found=bar.advance)
 
 
 def changed(solved: Architecture) -> dict[int, Replacement]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
@@ -33,7 +33,7 @@ from puzzle.solver.baselines import best_of, greedy, most, only, random_feasible
 from puzzle.solver.diverse import diverse
 from puzzle.solver.explain import prices, without
 from puzzle.solver.interval import best_between
-from puzzle.solver.problem import Problem, ProblemError
+from puzzle.solver.problem import Problem
 from puzzle.solver.solution import Solution, certified
 from puzzle.solver.solve import solve
 
@@ -153,14 +153,9 @@ def solve_diverse(
     """Up to `count` architectures at the best batch size, each at least `min_distance` layers from all earlier ones; the request's
     time limit is for each. Raises UserError when there is none, or for a distance that there cannot be."""
     selection = select(library, table, request)
-    best, solutions = choose(selection)
-    if best is None:
-        raise UserError(why_none(selection, solutions))
+    best, _ = chosen(selection)
     problem = selection.problem(best)
-    try:
-        found = diverse(problem, count, min_distance, backend=request.backend, time_limit=request.time_limit)
-    except ProblemError as error:
-        raise UserError(str(error)) from error
+    found = diverse(problem, count, min_distance, backend=request.backend, time_limit=request.time_limit)
     return [architecture(selection, best, solution) for solution in found]
 
 
@@ -168,16 +163,21 @@ def choose(selection: Selection, cutoff: float = math.inf) -> tuple[int | None, 
     """(best batch or None, solution per batch that was looked at), by the solver over all batches or by a simple rule over
     `Selection.batches`. cutoff: a score that an answer by the solver has to be below."""
     request = selection.request
-    try:
-        if request.baseline is None:
-            how = {"backend": request.backend, "time_limit": request.time_limit, "cutoff": cutoff}
-            return best_between(selection.batches, selection.problem, selection.relaxed, **how)
-        rule = BASELINES[request.baseline]
-        solutions = {batch: rule(selection, selection.problem(batch)) for batch in selection.batches}
-    except ProblemError as error:
-        raise UserError(str(error)) from error
+    if request.baseline is None:
+        how = {"backend": request.backend, "time_limit": request.time_limit, "cutoff": cutoff}
+        return best_between(selection.batches, selection.problem, selection.relaxed, **how)
+    rule = BASELINES[request.baseline]
+    solutions = {batch: rule(selection, selection.problem(batch)) for batch in selection.batches}
     feasible = [batch for batch, solution in solutions.items() if solution.choice]
     return min(feasible, key=lambda batch: solutions[batch].objective, default=None), solutions
+
+
+def chosen(selection: Selection) -> tuple[int, dict[int, Solution]]:
+    """`choose`, where there is an answer. Raises UserError, with what can be met, where there is none."""
+    best, solutions = choose(selection)
+    if best is None:
+        raise UserError(why_none(selection, solutions))
+    return best, solutions
 
 
 def why_none(selection: Selection, solutions: Mapping[int, Solution]) -> str:
@@ -333,14 +333,23 @@ def open_costs(
     head: list[Part] = [end for end in ends_of(structure.share(tp)) if isinstance(end, Head)]
     needs = [*(part.shared(tp) for part in library.sub_blocks()), *head]
     found = find_costs(gpu, name and shared_name(name, tp), [library.root / "costs", PACKAGED], needs, tp)
-    lacking = next((part for part in needs if tp > 1 and not found.has(part)), None)
-    if lacking is not None:
-        flag = " --fp8" if found.precision == "fp8" else ""
-        raise UserError(
-            f"`tp` {tp}: the cost table '{found.path.stem}' for `gpu` {gpu} has no '{priced_as(lacking)}': run `puzzle profile LIBRARY "
-            f"--gpu {gpu} --tp {tp}{flag}` on that machine"
-        )
+    if tp > 1:
+        _check_has(found, needs, f"`tp` {tp}", gpu, tp)
     return found
+
+
+def _check_has(table: CostTable, needs: Iterable[Part], asked: str, gpu: str, tp: int) -> None:
+    """Raise UserError, with what was asked for, where a table lacks one of these parts."""
+    lacking = next((part for part in needs if not table.has(part)), None)
+    if lacking is not None:
+        raise UserError(
+            f"{asked}: the cost table '{table.path.stem}' for `gpu` {gpu} has no '{priced_as(lacking)}': run {_profiling(gpu, tp, table.precision)}"
+        )
+
+
+def _profiling(gpu: str, tp: int, precision: str) -> str:
+    flags = (f" --tp {tp}" if tp > 1 else "") + (" --fp8" if precision == "fp8" else "")
+    return f"`puzzle profile LIBRARY --gpu {gpu}{flags}` on that machine"
 
 
 def open_precisions(library: Library, gpu: str, name: str | None, wanted: Sequence[str], tp: int = 1) -> Precisions:
@@ -352,25 +361,17 @@ def open_precisions(library: Library, gpu: str, name: str | None, wanted: Sequen
         usual = found.path.stem if found.precision != "fp8" else found.path.stem.removesuffix("-fp8")
     for precision in wanted:
         stem = shared_name(usual if precision == "bf16" else f"{usual}-{precision}", tp)
-        flag = (f" --tp {tp}" if tp > 1 else "") + (" --fp8" if precision == "fp8" else "")
         try:
             table = open_costs(library, gpu, stem, tp=tp)
         except UserError as error:
             if any(any(root.glob(f"{gpu}*/{stem}.csv")) for root in (library.root / "costs", PACKAGED)):
                 raise  # it is there, and broken
-            raise UserError(
-                f"`precision` {precision} has no cost table '{stem}' for `gpu` {gpu}: run `puzzle profile LIBRARY --gpu {gpu}{flag}` "
-                "on that machine"
-            ) from error
+            told = f"`precision` {precision} has no cost table '{stem}' for `gpu` {gpu}"
+            raise UserError(f"{told}: run {_profiling(gpu, tp, precision)}") from error
         assert isinstance(table, CostTable)
         if table.precision != precision:
             raise UserError(f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} is in {table.precision}")
-        lacking = next((part for b in library.sub_blocks() if not table.has(part := b.shared(tp))), None)
-        if lacking is not None:
-            raise UserError(
-                f"`precision` {precision}: the cost table '{stem}' for `gpu` {gpu} has no '{priced_as(lacking)}': run "
-                f"`puzzle profile LIBRARY --gpu {gpu}{flag}` on that machine"
-            )
+        _check_has(table, (b.shared(tp) for b in library.sub_blocks()), f"`precision` {precision}", gpu, tp)
         tables[precision] = table
     devices = sorted({table.device for table in tables.values()})
     if len(devices) > 1:

@@ -19,14 +19,8 @@ from puzzle.profile.engine import EngineModel
 
 # Limits that may be given for a further workload: memory is one for all, and holds in each.
 ALSO_LIMITS = tuple(limit.option for limit in LIMITS if limit.of_workload and limit.option != "memory")
-TIMED = (
-    "seconds",
-    "prefill_seconds",
-    "decode_seconds",
-    "host_seconds",
-    "host_decode_seconds",
-    "memory_bytes",
-)  # resources that differ between workloads
+# Resources that differ between workloads.
+TIMED = ("seconds", "prefill_seconds", "decode_seconds", "host_seconds", "host_decode_seconds", "memory_bytes")
 EXAMPLE = "INPUT/OUTPUT[@BATCH]:LIMIT=GOAL,... such as 1024/64@8:ttft=300ms,throughput=1.5x"
 
 

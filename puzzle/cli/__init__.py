@@ -17,6 +17,7 @@ from puzzle.cli.export import export_command
 from puzzle.cli.fuse import fuse_command
 from puzzle.cli.grow import grow_command
 from puzzle.cli.heal import heal_command
+from puzzle.cli.options import alone
 from puzzle.cli.page import report_command
 from puzzle.cli.profile import profile_command
 from puzzle.cli.rescore import rescore_command
@@ -25,14 +26,8 @@ from puzzle.cli.serve_check import serve_check_command
 from puzzle.cli.slice import slice_command
 from puzzle.cli.solve import solve_command
 
-TOGETHER = (
-    "build-library",
-    "score",
-    "profile",
-    "heal",
-    "evaluate",
-    "bench",
-)  # verbs that several processes do together, under torchrun
+# Verbs that several processes do together, under torchrun.
+TOGETHER = ("build-library", "score", "profile", "heal", "evaluate", "bench")
 
 
 class _Cli(click.Group):
@@ -45,7 +40,7 @@ class _Cli(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from puzzle.base.errors import UserError
 
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = not alone()
         try:
             found = super().invoke(ctx)
             if several:
@@ -111,7 +106,7 @@ def main(ctx: click.Context) -> None:
       puzzle report RUN
     """
     verb = ctx.invoked_subcommand
-    if os.environ.get("WORLD_SIZE", "1") != "1" and verb not in TOGETHER:
+    if not alone() and verb not in TOGETHER:
         from puzzle.base.errors import UserError
 
         raise UserError(
@@ -119,21 +114,8 @@ def main(ctx: click.Context) -> None:
         )
 
 
-for _command in (
-    slice_command,
-    build_library_command,
-    score_command,
-    profile_command,
-    solve_command,
-    rescore_command,
-    export_command,
-    fuse_command,
-    grow_command,
-    heal_command,
-    serve_check_command,
-    evaluate_command,
-    bench_command,
-    run_command,
-    report_command,
-):
+for _command in (  # in the order of the road
+    slice_command, build_library_command, score_command, profile_command, solve_command, rescore_command, export_command, fuse_command,
+    grow_command, heal_command, serve_check_command, evaluate_command, bench_command, run_command, report_command,
+):  # fmt: skip
     main.add_command(_command)

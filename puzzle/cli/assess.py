@@ -120,7 +120,7 @@ def evaluate_command(
         shared = {"device": chosen["device"], "memory_limit": chosen["memory_limit"]}
         tasks.evaluate_command(parent, child, library, dry_run, as_json, **given, **shared)
         return
-    from puzzle.base.console import console
+    from puzzle.base.console import say
     from puzzle.base.workload import Workload
     from puzzle.cli.report import print_evaluation
     from puzzle.export.checkpoint import outdated_code
@@ -139,5 +139,5 @@ def evaluate_command(
         return
     result = evaluate(parent, opened, list(data), EvaluateOptions(**chosen), work=work, batches=pair)
     if (hint := outdated_code(Path(child))) is not None:  # measured without that code
-        console.print(f"note: {hint}", markup=False, soft_wrap=True)
+        say(f"note: {hint}")
     options.show(result.to_json, as_json, lambda _: print_evaluation(result))

@@ -99,7 +99,5 @@ def export_command(
         max_shard_bytes=parse_bytes(max_shard, "max_shard"),
         **chosen,
     )
-    if as_json:
-        options.print_json({"child": str(out)} | {name: value for name, value in asdict(done).items() if name != "out"})
-    else:
-        click.echo(f"wrote {out}", err=True)
+    told = {"child": str(out)} | {name: value for name, value in asdict(done).items() if name != "out"}
+    options.print_line(told, as_json, f"wrote {out}")

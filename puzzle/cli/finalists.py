@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     from puzzle.choose.options import SolveOptions
     from puzzle.choose.problem import Selection
     from puzzle.library.children import Children
+    from puzzle.library.manifest import Library
     from puzzle.measure.architecture import Architecture
+
+
+def children_of(library: Library, data: Sequence[str], parent: str | None, **text: Any) -> Children:
+    """Of the options that `options.held_out` adds."""
+    from puzzle.library.children import Children
+    from puzzle.library.score import ScoreOptions
+
+    return Children(library, data, ScoreOptions(**text), parent)
 
 
 def choose_measured(

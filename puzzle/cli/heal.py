@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -12,7 +11,7 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 MODES = (
-    Mode("by one process, without torchrun", lambda p: os.environ.get("WORLD_SIZE", "1") == "1", unused="parallel"),
+    Mode("by one process, without torchrun", lambda p: options.alone(), unused="parallel"),
     Mode("with `blend`, whose sources name their own", lambda p: p["blend"] is not None, unused="text_field"),
     Mode("with `stages`, which say both", lambda p: p["stages"] is not None, unused="tokens seq_len"),
     Mode(
@@ -97,13 +96,7 @@ MODES = (
 @options.device
 @options.as_json
 def heal_command(
-    child: str,
-    out: Path,
-    tokens: str,
-    data: tuple[str, ...],
-    dry_run: bool,
-    as_json: bool,
-    **chosen,
+    child: str, out: Path, tokens: str, data: tuple[str, ...], dry_run: bool, as_json: bool, **chosen
 ) -> None:
     """Train CHILD as a whole until it behaves like its parent again, and write it to HEALED.
 

@@ -93,7 +93,13 @@ def held_out(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+HELD_OUT = ("data", "parent", "sequences", "text_field", "device", "memory_limit")  # what `held_out` adds
 dry_run = click.option("--dry-run", is_flag=True, help="Print passes and memory; measure and write nothing.")
+
+
+def alone() -> bool:
+    """Whether this is the only process: torchrun says how many there are."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def print_facts(facts: Mapping[str, Any], within: str = "") -> None:
@@ -108,6 +114,11 @@ def print_facts(facts: Mapping[str, Any], within: str = "") -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json_text(value))
+
+
+def print_line(value: dict[str, Any], as_json: bool, line: str) -> None:
+    """As JSON, or `line` for people."""
+    print_json(value) if as_json else click.echo(line, err=True)
 
 
 def show(make: Callable[[], dict[str, Any]], as_json: bool, table: Callable[[dict[str, Any]], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +107,11 @@ def profile_command(
     from puzzle.blocklib.sub_block import check_tp
 
     check_tp(tp)
+    folder = out or (Path("costs") if library is None else library / "costs")
     if all_reduce:
-        _all_reduce(gpu, tp, out or (Path("costs") if library is None else library / "costs"), as_json)
+        _all_reduce(gpu, tp, folder, as_json)
         return
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if not options.alone():
         raise UserError(
             "`puzzle profile` measures in one process: start it without torchrun, which is for `all_reduce`; shares (`tp`) are measured on "
             "one GPU"
@@ -126,7 +126,7 @@ def profile_command(
 
     if run:
         lengths = {name: chosen[name] for name in ("batches", "contexts")}
-        _run(engine, library, shapes, gpu, fp8, python, reader, lengths, out, dry_run, as_json)
+        _run(engine, library, shapes, gpu, fp8, python, reader, lengths, folder, dry_run, as_json)
         return
     if gpu == "cpu" and chosen["rounds"] is None:
         chosen["rounds"] = 3
@@ -144,15 +144,12 @@ def profile_command(
     if dry_run:
         points, each = stage.count_points(subject, grid), grid.seconds if gpu == "cpu" else stage.SECONDS_PER_POINT
         facts = {"points": points, "rounds": grid.rounds, "predicted_seconds": round(points * grid.rounds * each, 1)}
-        options.print_json(facts) if as_json else click.echo(
-            f"{points} points, {grid.rounds} rounds: about {facts['predicted_seconds']:g} s (predicted)", err=True
-        )
+        told = f"{points} points, {grid.rounds} rounds: about {facts['predicted_seconds']:g} s (predicted)"
+        options.print_line(facts, as_json, told)
         return
-    folder = out or (library / "costs" if library is not None else Path("costs"))
     path, facts = stage.profile(subject, gpu=gpu, out=folder / gpu, grid=grid, precision=asked.precision)
-    options.print_json({"costs": str(path), **facts}) if as_json else click.echo(
-        f"wrote {path}: {facts['points']} points, {facts['points_per_minute']:g} a minute", err=True
-    )
+    told = f"wrote {path}: {facts['points']} points, {facts['points_per_minute']:g} a minute"
+    options.print_line({"costs": str(path), **facts}, as_json, told)
 
 
 def _all_reduce(gpu: str, tp: int, folder: Path, as_json: bool) -> None:
@@ -160,11 +157,9 @@ def _all_reduce(gpu: str, tp: int, folder: Path, as_json: bool) -> None:
     from puzzle.profile.all_reduce_timer import measure_all_reduces
 
     path, facts = measure_all_reduces(gpu, tp, folder)
-    if console.quiet:
-        return
-    options.print_json({"all_reduces": str(path), **facts}) if as_json else click.echo(
-        f"wrote {path}: {facts['points']} sizes between {tp}, {facts['smallest_us']:.3g} µs the smallest", err=True
-    )
+    if not console.quiet:
+        told = f"wrote {path}: {facts['points']} sizes between {tp}, {facts['smallest_us']:.3g} µs the smallest"
+        options.print_line({"all_reduces": str(path), **facts}, as_json, told)
 
 
 def _run(
@@ -176,7 +171,7 @@ def _run(
     python: Path | None,
     reader: str,
     grid: dict[str, Any],
-    out: Path | None,
+    costs: Path,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -193,13 +188,13 @@ def _run(
     name, structure = (shapes, known_structure(shapes or "")) if opened is None else (opened.name, opened.origin)
     precision = "fp8" if fp8 else "float32" if gpu == "cpu" else "bf16"
     how, asked = Engine(gpu=gpu, python=python, reader=reader, precision=precision), stage.EngineGrid(**grid)
-    folder = (out or (library / "costs" if library else Path("costs"))) / gpu / engine / f"{name}{'-fp8' * fp8}"
+    folder = costs / gpu / engine / f"{name}{'-fp8' * fp8}"
     if dry_run:
         points = len(asked.points(gpu, structure.max_length))
         names = list(stage.architectures(stage.fitting(structure, how)))
         facts = {"architectures": names, "points": points, "out": str(folder)}
         told = f"{len(names)} architectures ({', '.join(names)}), {points} points each, into {folder}"
-        options.print_json(facts) if as_json else click.echo(told, err=True)
+        options.print_line(facts, as_json, told)
         return
     value = stage.profile_engine(engine, structure, how, folder, asked)
     options.print_json({"schema": 1, **value}) if as_json else print_fit(value)

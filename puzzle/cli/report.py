@@ -4,6 +4,7 @@ with measured."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -25,18 +26,14 @@ if TYPE_CHECKING:
     from puzzle.measure.evaluate import Evaluated, Evaluation
     from puzzle.measure.serve import Served
 
-ROAD = (
-    ("tokens", count_text),
-    ("seconds", seconds_text),
-    ("memory_bytes", bytes_text),
-    ("disk_bytes", bytes_text),
-)  # figures of a stage
+# Figures of a stage.
+ROAD = (("tokens", count_text), ("seconds", seconds_text), ("memory_bytes", bytes_text), ("disk_bytes", bytes_text))
 COMPARED = ("", "parent", "child")
 FIT_ERROR = 0.05  # of an engine's fit, above which it is said
 Row = tuple[str, Any, Any]  # of these columns
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> None:
+def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> None:
     """words: how many columns, from the left, hold words and not figures."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
@@ -44,6 +41,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)
+
+
+def _told(value: Any, text: Callable[[Any], str], missing: str = "–") -> str:
+    return missing if value is None else text(value)
 
 
 def _speed_rows(parent: Prediction | Served, child: Prediction | Served, *speedups: tuple[str, float]) -> list[Row]:
@@ -59,17 +60,12 @@ def _speed_rows(parent: Prediction | Served, child: Prediction | Served, *speedu
 
 def print_solution(solved: Architecture) -> None:
     """The picture, the solver's certificate and the predicted figures of parent and child."""
-    parent, child = solved.parent_predicted, solved.predicted
     for line in picture(solved.sub_blocks, solved.parent.layers):
         console.print(line, markup=False)
     if solved.synthetic_scores:
         console.print("the scores are synthetic: speed and size are what counts here, not quality")
     for one in solved.points or ():
-        score = (
-            "no child that meets the goal was found"
-            if one["objective"] is None
-            else f"{one['objective']:.5g} nats/token"
-        )
+        score = _told(one["objective"], "{:.5g} nats/token".format, "no child that meets the goal was found")
         begun = (
             f", of which slicing {one['base']:.5g} (measured)" if one["base"] and one["objective"] is not None else ""
         )
@@ -79,26 +75,12 @@ def print_solution(solved: Architecture) -> None:
         f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, {solved.certificate}, "
         f"slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
     )
-    speedups = [("speed-up", solved.speedup)]
-    if parent.batch != child.batch:
-        speedups = [("speed-up, each at its best batch", solved.speedup)]
-        speedups += [("speed-up at the child's batch", solved.speedup_at_same_batch)]
-    rows = [
-        *_speed_rows(parent, child, *speedups),
-        ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
-        *_state_row(parent, child),
-        ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
-    ]
-    if parent.active_parameters and child.active_parameters and parent.active_parameters < parent.num_parameters:
-        rows.append(("of which a token uses", f"{parent.active_parameters:,}", f"{child.active_parameters:,}"))
-    if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
-        rows.append(("tokens that its cache holds", solved.cached_tokens(solved.reference, parent), tokens))
     told = "" if solved.tp == 1 else "; memory and KV bytes of each"
-    print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, rows)
+    print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, _predicted_rows(solved))
     limit = solved.goal["memory"]
-    if isinstance(limit, float) and parent.memory_bytes > limit:
+    if isinstance(limit, float) and (needed := solved.parent_predicted.memory_bytes) > limit:
         console.print(
-            f"the parent itself needs {bytes_text(parent.memory_bytes)}: its figures are what it would do with that much "
+            f"the parent itself needs {bytes_text(needed)}: its figures are what it would do with that much "
             "memory, at its smallest batch"
         )
     for line in (*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)):
@@ -123,6 +105,25 @@ def print_solution(solved: Architecture) -> None:
             f"{own.ttft_seconds:.4g} s, {own.tpot_seconds:.4g} s",
             markup=False,
         )
+
+
+def _predicted_rows(solved: Architecture) -> list[Row]:
+    parent, child = solved.parent_predicted, solved.predicted
+    speedups = [("speed-up", solved.speedup)]
+    if parent.batch != child.batch:
+        speedups = [("speed-up, each at its best batch", solved.speedup)]
+        speedups += [("speed-up at the child's batch", solved.speedup_at_same_batch)]
+    rows = [
+        *_speed_rows(parent, child, *speedups),
+        ("KV bytes per token", parent.kv_bytes_per_token, child.kv_bytes_per_token),
+        *_state_row(parent, child),
+        ("parameters", f"{parent.num_parameters:,}", f"{child.num_parameters:,}"),
+    ]
+    if parent.active_parameters and child.active_parameters and parent.active_parameters < parent.num_parameters:
+        rows.append(("of which a token uses", f"{parent.active_parameters:,}", f"{child.active_parameters:,}"))
+    if (tokens := solved.cached_tokens(solved.structure(), child)) is not None:
+        rows.append(("tokens that its cache holds", solved.cached_tokens(solved.reference, parent), tokens))
+    return rows
 
 
 def _state_row(parent: Prediction | Evaluated, child: Prediction | Evaluated) -> list[Row]:
@@ -210,17 +211,14 @@ def print_finalists(refined: Refined) -> None:
 def print_solutions(value: dict[str, Any]) -> None:
     """What `puzzle solve --problem` found."""
     for number, solution in enumerate(value["solutions"], 1):
-        objective = "none" if solution["objective"] is None else f"{solution['objective']:.9g}"
-        gap = "" if solution["gap"] is None else f", gap {solution['gap']:.1e}"
+        objective = _told(solution["objective"], "{:.9g}".format, "none")
+        gap = _told(solution["gap"], ", gap {:.1e}".format, "")
         console.print(f"{number}: {solution['status']}, objective {objective}{gap} ({solution['seconds']:.2f} s)")
 
 
 def print_result(result: dict[str, Any]) -> None:
     """Promise against delivery."""
-
-    def told(value: float | None, text: Callable[[float], str]) -> str:
-        return "not measured" if value is None else text(value)
-
+    told = partial(_told, missing="not measured")
     predicted, measured = result["predicted"], result["measured"]
     parent, child = result["parent"], result["child"]
     of_the_last = ", of the last step alone" if "steps" in result else ""
@@ -266,10 +264,7 @@ def print_plan(facts: dict[str, Any]) -> None:
 def print_road(facts: dict[str, Any]) -> None:
     """The --dry-run of a road; every figure is predicted."""
     print_plan(facts["build"])
-    rows = [
-        (name, *("–" if row[key] is None else text(row[key]) for key, text in ROAD))
-        for name, row in facts["stages"].items()
-    ]
+    rows = [(name, *(_told(row[key], text) for key, text in ROAD)) for name, row in facts["stages"].items()]
     print_table("stages (predicted; –: next to nothing)", ("stage", "tokens", "time", "memory", "disk"), rows)
 
 
@@ -278,11 +273,11 @@ def print_shapes(facts: dict[str, Any]) -> None:
     rows = [
         (
             name,
-            "–" if row["tokens"] is None else count_text(row["tokens"]),
-            "–" if row["gpu_hours"] is None else f"{row['gpu_hours']:,.2f}",
+            _told(row["tokens"], count_text),
+            _told(row["gpu_hours"], "{:,.2f}".format),
             "none" if row["gpus"] is None and row["memory_bytes"] else row["gpus"] or "–",
-            "–" if row.get("passes") is None else row["passes"],
-            *("–" if row[key] is None else bytes_text(row[key]) for key in ("memory_bytes", "disk_bytes")),
+            _told(row.get("passes"), str),
+            *(_told(row[key], bytes_text) for key in ("memory_bytes", "disk_bytes")),
         )
         for name, row in facts["stages"].items()
     ]
@@ -348,7 +343,7 @@ def _score(row: dict[str, Any]) -> str:
     if "kl" not in row:
         return "not scored"
     out = f" ({row['screened']} screened out)" if "screened" in row else ""
-    return ("" if row["kl"] is None else f"{row['kl']:.5f}") + out
+    return _told(row["kl"], "{:.5f}".format, "") + out
 
 
 def print_library(summary: dict[str, Any]) -> None:
@@ -393,14 +388,16 @@ def print_runs(solved: Architecture) -> None:
 def print_fusion(found: dict[str, Any]) -> None:
     """What `puzzle fuse` fused or measured."""
     if not found["dependency_only"]:
-        table = Table(title=f"fused, each FFN through {'its own norm' if found['norm'] == 'own' else 'the last norm'}")
-        for name in ("layers", "channels", "largest dependency (measured)"):
-            table.add_column(name, justify="right")
-        for run in found["runs"]:
-            near = "not measured" if run["dependency"] is None else f"{run['dependency']:.3g}"
-            widths = " + ".join(map(str, run["widths"]))
-            table.add_row(f"{run['first']}-{run['last']}", f"{widths} = {run['width']}", near)
-        console.print(table)
+        rows = [
+            (
+                f"{run['first']}-{run['last']}",
+                f"{' + '.join(map(str, run['widths']))} = {run['width']}",
+                _told(run["dependency"], "{:.3g}".format, "not measured"),
+            )
+            for run in found["runs"]
+        ]
+        title = f"fused, each FFN through {'its own norm' if found['norm'] == 'own' else 'the last norm'}"
+        print_table(title, ("layers", "channels", "largest dependency (measured)"), rows, words=0)
         layers = found["num_layers"]
         console.print(f"{layers['before']} layers became {layers['after']}")
     for key, title in (("pairs", "in parallel alone"), ("together", "in parallel together")):
@@ -412,35 +409,30 @@ def print_fusion(found: dict[str, Any]) -> None:
 
 def print_sliced(found: dict[str, Any]) -> None:
     """What `puzzle slice` made, or would make of any of the layers and channels."""
-    table = Table(
-        title="would be (any layers and channels)" if found["dry_run"] else found["point"]["name"] + ", sliced"
-    )
-    for name in ("", "parent", "sliced"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, key in (("hidden size", "hidden_size"), ("layers", "num_layers"), ("parameters", "num_parameters")):
-        table.add_row(name, *(f"{value:,}" for value in found[key]))
-    table.add_row("checkpoint", *map(bytes_text, found["num_bytes"]))
+    sizes = (("hidden size", "hidden_size"), ("layers", "num_layers"), ("parameters", "num_parameters"))
+    rows = [(name, *(f"{value:,}" for value in found[key])) for name, key in sizes]
+    rows.append(("checkpoint", *map(bytes_text, found["num_bytes"])))
+    columns = ("", "parent", "sliced")
     if found["dry_run"]:
-        console.print(table)
+        print_table("would be (any layers and channels)", columns, rows)
         return
     parent, child = found["measured"]["parent"], found["measured"]["child"]
-    table.add_row("LM loss (measured)", f"{parent['loss']:.4f}", f"{child['loss']:.4f}")
-    table.add_row("KL (measured)", "", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}")
-    table.add_row("same top-1 (measured)", "", f"{100 * child['top1_agreement']:.1f} %")
-    console.print(table)
+    rows += [
+        ("LM loss (measured)", f"{parent['loss']:.4f}", f"{child['loss']:.4f}"),
+        ("KL (measured)", "", f"{child['kl']:.4f} ± {child['kl_stderr']:.4f}"),
+        ("same top-1 (measured)", "", f"{100 * child['top1_agreement']:.1f} %"),
+    ]
+    print_table(f"{found['point']['name']}, sliced", columns, rows)
     if found["dropped"]:
         console.print(f"layers left out: {', '.join(map(str, found['dropped']))}", markup=False)
 
 
 def print_grown(found: dict[str, Any]) -> None:
     """What `puzzle grow` made, or would make."""
-    table = Table(title="would be" if found["dry_run"] else None)
-    for name in ("", "before", "grown"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, key in (("parameters", "num_parameters"), ("of a token", "active_parameters")):
-        table.add_row(name, *(f"{value:,}" for value in found[key]))
-    table.add_row("checkpoint", *map(bytes_text, found["num_bytes"]))
-    console.print(table)
+    sizes = (("parameters", "num_parameters"), ("of a token", "active_parameters"))
+    rows = [(name, *(f"{value:,}" for value in found[key])) for name, key in sizes]
+    rows.append(("checkpoint", *map(bytes_text, found["num_bytes"])))
+    print_table("would be" if found["dry_run"] else None, ("", "before", "grown"), rows)
     listed = ", ".join(map(str, found["layers"]))
     console.print(f"{found['new_parameters']:,} new parameters in layers {listed}", markup=False)
 
@@ -461,9 +453,9 @@ def print_fit(value: dict[str, Any]) -> None:
     for what, found in value["errors"].items():
         if isinstance(found, dict):
             out = value["leave_one_out"].get(what)
-            cells = [
-                "–" if one is None else f"{100 * one[e]:.2f} %" for one in (found, out) for e in ("mean", "largest")
-            ]
+            cells = (
+                _told(one and 100 * one[e], "{:.2f} %".format) for one in (found, out) for e in ("mean", "largest")
+            )
             rows.append((f"{what.replace('_', ' ')} ({found['num']})", *cells))
     columns = ("", "mean", "largest", "mean, left out", "largest, left out")
     print_table(f"errors of {value['engine']} on {value['device']}", columns, rows)

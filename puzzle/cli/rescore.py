@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,15 +32,10 @@ def rescore_command(
     shapes: str | None,
     engine: str,
     rounds: int,
-    data: tuple[str, ...],
-    parent: str | None,
     out: Path | None,
     as_json: bool,
-    sequences: int,
-    text_field: str,
-    device: str,
-    memory_limit: int | None,
     dry_run: bool,
+    **held_out: Any,
 ) -> None:
     """Score every replacement in LIBRARY in place of what ARCHITECTURE has there, and solve for its goal with these scores.
 
@@ -53,14 +49,11 @@ def rescore_command(
     """
     from puzzle.choose.again import asked_again
     from puzzle.choose.options import SolveOptions
-    from puzzle.cli.finalists import choose_measured
+    from puzzle.cli.finalists import children_of, choose_measured
     from puzzle.library.assemble import architecture_of
-    from puzzle.library.children import Children
     from puzzle.library.manifest import Library
-    from puzzle.library.score import ScoreOptions
     from puzzle.measure.architecture import architecture_path
 
-    text = ScoreOptions(sequences=sequences, text_field=text_field, device=device, memory_limit=memory_limit)
     opened, target = Library.open(library), out or library / "rescored"
     check_writable(target)
     solved = architecture_of(architecture_path(architecture), opened)
@@ -70,5 +63,5 @@ def rescore_command(
     selection = asked_again(opened, solved, asked, gpu)
     if target.resolve() == architecture_path(architecture).resolve().parent:
         raise UserError(f"`out` {target} is where {architecture} lies: choose another directory")
-    children = Children(opened, data, text, parent)
+    children = children_of(opened, **held_out)
     choose_measured(selection, asked, children, target, solved, dry_run=dry_run, as_json=as_json)

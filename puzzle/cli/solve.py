@@ -18,7 +18,6 @@ from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
 
 RULES = ["greedy", "uniform", "uniform-width", "depth", "random", "no-op", "most-parameters"]
-TEXT = "data sequences text_field device parent memory_limit dry_run"  # what children are measured on
 MEASURED = "pareto diverse baseline explain fusion fusion_dependency precision hidden depth"  # modes that are not
 
 
@@ -51,7 +50,7 @@ MODES = (
     Mode(
         "without `finalists` or `rounds`, which measure children",
         lambda p: p["finalists"] is None and p["rounds"] is None,
-        unused=TEXT,
+        unused=" ".join((*options.HELD_OUT, "dry_run")),
     ),
     Mode(
         "with `baseline`",
@@ -155,12 +154,6 @@ def solve_command(
     out: Path | None,
     hidden: tuple[int, ...] | None,
     depth: tuple[int, ...] | None,
-    data: tuple[str, ...],
-    sequences: int,
-    text_field: str,
-    device: str,
-    parent: str | None,
-    memory_limit: int | None,
     dry_run: bool,
     as_json: bool,
     **wanted: Any,
@@ -201,6 +194,7 @@ def solve_command(
     from puzzle.library.manifest import Library
     from puzzle.measure.architecture import write_architecture
 
+    held_out = {name: wanted.pop(name) for name in options.HELD_OUT}
     asked = SolveOptions(**{field.name: wanted.pop(field.name) for field in fields(SolveOptions)})
     asked.check()
     goal = GoalOptions(**wanted).goal(may_be_empty=bool(pareto or asked.also))
@@ -242,14 +236,11 @@ def solve_command(
         click.echo(f"wrote {len(several)} architectures into {target}", err=True)
         return
     if asked.measures:
-        from puzzle.cli.finalists import choose_measured
-        from puzzle.library.children import Children
-        from puzzle.library.score import ScoreOptions
+        from puzzle.cli.finalists import children_of, choose_measured
 
-        text = ScoreOptions(sequences=sequences, text_field=text_field, device=device, memory_limit=memory_limit)
         assert not isinstance(costs, Precisions)
         selection = select(opened, costs, request)
-        children = Children(opened, data, text, parent)
+        children = children_of(opened, **held_out)
         choose_measured(selection, asked, children, target, dry_run=dry_run, as_json=as_json)
         return
     solved = solve_library(opened, costs, request, None if sliced is None else asked.priced(sliced, gpu, costs))

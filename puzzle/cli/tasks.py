@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def evaluate_command(
     from puzzle.measure.measurable import of_checkpoint
     from puzzle.tasks.evaluate import TaskOptions, evaluate_tasks
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if not options.alone():
         raise UserError("`tasks` run in one process: start it without torchrun")
     for name in ("tasks", "precisions"):
         chosen[name] = tuple(part.strip() for part in (chosen[name] or "").split(",") if part.strip())

@@ -60,7 +60,7 @@ def _source(blend: Path, number: int, entry: Any) -> Source:
         raise UserError(f"{where}: '{entry}' is no mapping; write `path: …` and `weight: …`")
     for key in entry:
         if key not in _KEYS:
-            raise UserError(f"{where}: unknown key '{key}'; {nearest(str(key), list(_KEYS))}")
+            raise UserError(f"{where}: unknown key '{key}'; {nearest(str(key), _KEYS)}")
     found = entry.get("path")
     listed: list[Any] = found if isinstance(found, list) else [found]
     if not listed or not all(isinstance(p, str) and p for p in listed):
@@ -74,7 +74,7 @@ def _source(blend: Path, number: int, entry: Any) -> Source:
             raise UserError(f"{where}: '{key}' is {entry[key]!r}; give a name")
     loss = entry.get("loss", "all")
     if loss not in LOSSES:
-        raise UserError(f"{where}: loss '{loss}'; {nearest(str(loss), list(LOSSES))}")
+        raise UserError(f"{where}: loss '{loss}'; {nearest(str(loss), LOSSES)}")
     if loss == "assistant" and not messages:
         raise UserError(f"{where}: `loss: assistant` needs chats; add `messages: FIELD`")
     return Source(

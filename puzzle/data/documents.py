@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.errors import UserError, first_line
 from puzzle.data.files import NotText, in_seeded_order, list_files, read_texts, text_of
 
@@ -69,7 +69,7 @@ def documents(source: Source, seed: int) -> Iterator[str]:
 @cache
 def _tell(line: str) -> None:
     """Once, however many stages read the same files."""
-    console.print(line, markup=False, soft_wrap=True)
+    say(line)
 
 
 def _hub_documents(name: str, text_field: str) -> Iterator[str]:

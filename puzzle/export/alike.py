@@ -11,6 +11,7 @@ from typing import Any
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.export.child import Child
 from puzzle.parents.family import Config
@@ -34,7 +35,7 @@ def words_around(child: Child, attends: Gqa) -> dict[str, Any]:
         "max_position_embeddings": around.max_length,
         "rope_parameters": dict(next(iter(around.ropes.values())).parameters),
         "tie_word_embeddings": around.tied,
-        "dtype": str(child.dtype).removeprefix("torch."),
+        "dtype": child.dtype_name,
     }
 
 
@@ -56,6 +57,15 @@ def usual(structure: Structure, kind: type[SubBlock]) -> Any:
     """What most layers that have this kind have; None where none has."""
     counted = Counter(sub_block for _, _, sub_block in structure if isinstance(sub_block, kind)).most_common(1)
     return counted[0][0] if counted else None
+
+
+def usual_mixture(child: Child, reader: str) -> tuple[Gqa, Moe]:
+    """What most layers have, of a format of mixtures. Raises UserError for a child without attention or without mixture."""
+    attends, mixture = usual(child.structure, Gqa), usual(child.structure, Moe)
+    if attends is None or mixture is None:
+        what = "attention" if attends is None else "mixture of experts"
+        raise UserError(f"{child.name} has no {what}, which {reader} needs: {REST}")
+    return attends, mixture
 
 
 def _differs(own: SubBlock, said: SubBlock | None) -> str:

@@ -42,8 +42,8 @@ class CardFacts:
 
 def plain_card(child: Child, solved: Architecture | None) -> str:
     """The card of a child in its own format and dtype, nothing rewritten. solved: predictions that hold for it."""
-    dtype = str(child.dtype).removeprefix("torch.")
-    return child_card(CardFacts(child=child, original=child, dtype=dtype, licence=child.licence, solved=solved))
+    facts = CardFacts(child=child, original=child, dtype=child.dtype_name, licence=child.licence, solved=solved)
+    return child_card(facts)
 
 
 def child_card(card: CardFacts) -> str:

@@ -20,13 +20,18 @@ from puzzle.data.tokenizer import tokenizer_files
 from puzzle.parents.checkpoint import LICENCE_FILES
 
 MODELING_FILE = Path(__file__).with_name("modeling_puzzle.py")
-KINDS_FILES = tuple(
-    sorted(MODELING_FILE.parent.glob("modeling_puzzle_*.py"))
-)  # which it imports, whatever the child has
-FORMATS_FILES = tuple(
-    f"{part}_{name}.py" for name in ("decilm", "nemotron_h_puzzle") for part in ("configuration", "modeling")
+# What it imports, whatever the child has.
+KINDS_FILES = tuple(sorted(MODELING_FILE.parent.glob("modeling_puzzle_*.py")))
+# Of formats with code of their own, which runs ours.
+DECILM_CODE, HYBRID_CODE = (
+    (
+        *(MODELING_FILE.with_name(f"{part}_{name}.py") for part in ("configuration", "modeling")),
+        MODELING_FILE,
+        *KINDS_FILES,
+    )
+    for name in ("decilm", "nemotron_h_puzzle")
 )
-SHIPPED_CODE = (*FORMATS_FILES, *(path.name for path in (MODELING_FILE, *KINDS_FILES)))
+SHIPPED_CODE = tuple(path.name for path in dict.fromkeys((*DECILM_CODE, *HYBRID_CODE)))
 HEADER_BYTES = 256 * 1024  # kept free for a shard's header: about 2,000 tensors
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

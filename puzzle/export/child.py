@@ -116,6 +116,11 @@ class Child:
         return (sub_block for layer in self.layers for sub_block in layer.slots.values())
 
     @property
+    def dtype_name(self) -> str:
+        """As config.json and `dtype` call it: "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def hidden_size(self) -> int:
         return self.around.hidden_size
 
@@ -184,6 +189,20 @@ class Child:
         if all(layer.parent_layer is None for layer in self.layers):
             return None
         return [layer.stands_for for layer in self.layers]
+
+
+def empty_child(structure: Structure, base: Layer, name: str, dtype: Any = None) -> Child:
+    """A child without tensors, for its sizes or its configuration. base: what the configuration's global values describe."""
+    return Child(
+        name=name,
+        layers=tuple(
+            ChildLayer(slots=layer, reads=dict.fromkeys(layer, no_tensors), origin=index)
+            for index, layer in enumerate(structure.layers)
+        ),
+        around=structure.with_layers([]), base=base, bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype=dtype,
+        tokenizer=None, generation_config=None, parent_name=name, licence=None, read_embedding=no_tensors,  # type: ignore[arg-type]
+        read_final_norm=no_tensors, read_head=no_tensors,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _of_kind(child: Child, slot: str, kind: type[Any]) -> Any:

@@ -19,11 +19,8 @@ from puzzle.base.units import parse_bytes
 
 PLAIN_HYBRID, PUZZLE_HYBRID = HYBRIDS = ("nemotron-h", "nemotron-h-puzzle")  # formats of blocks of one mixer
 GRANITE_HYBRID = "granitemoehybrid"  # of layers with attention or Mamba-2, and one FFN
-STOCK = (
-    "qwen3-moe",
-    "gpt-oss",
-    GRANITE_HYBRID,
-)  # formats of model families that are alike in all layers, which say themselves what they have no words for
+# Formats of model families that are alike in all layers, which say themselves what they have no words for.
+STOCK = ("qwen3-moe", "gpt-oss", GRANITE_HYBRID)
 WITHOUT_SCALES = (*HYBRIDS, "gpt-oss")  # of a cache: readers pass over them
 SCALES_FROM = "0.32"  # the first vLLM that was seen to read them in a stock format: earlier ones pass over those of Qwen3-MoE without a
 # word, or end; SGLang ends, and transformers takes all experts of a section of compressed-tensors to be quantised
@@ -119,7 +116,7 @@ def engine_named(text: str) -> Engine:
     """The row of NAME, or of NAME==VERSION as that version has it. Raises UserError for what is unknown or cannot be read."""
     name, asked, version = text.partition("==")
     if name not in ENGINES:
-        raise UserError(f"unknown engine '{name}': {nearest(name, list(ENGINES))}")
+        raise UserError(f"unknown engine '{name}': {nearest(name, ENGINES)}")
     row = ENGINES[name]
     if not asked:
         return row
@@ -176,7 +173,7 @@ def pick_format(format: str | None, engine: str | None) -> tuple[str, str | None
     """
     formats = () if engine is None else engine_named(engine).formats
     if format is not None and format not in FORMATS:
-        raise UserError(f"unknown format '{format}': {nearest(format, list(FORMATS))}")
+        raise UserError(f"unknown format '{format}': {nearest(format, FORMATS)}")
     if format is None:
         return (formats[0] if formats else "hf"), engine
     if engine is None:

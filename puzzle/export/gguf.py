@@ -29,14 +29,7 @@ from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.export.child import Child, Tensors
 from puzzle.export.engines import ENGINES
 from puzzle.export.gguf_hybrid import TENSOR_NAMES as HYBRID_NAMES
-from puzzle.export.gguf_hybrid import (
-    architecture,
-    hybrid_blocks,
-    hybrid_metadata,
-    is_matrix,
-    stored,
-    stored_shape,
-)
+from puzzle.export.gguf_hybrid import architecture, hybrid_blocks, hybrid_metadata, is_matrix, stored, stored_shape
 from puzzle.export.gguf_tokenizer import tokenizer_metadata
 from puzzle.export.refuse import is_nemotron_h, refuse
 
@@ -82,7 +75,7 @@ def export_gguf(child: Child, out: Path, *, dtype: str, force: bool) -> Path:
     except ImportError:
         raise UserError("`format` gguf needs the package gguf: pip install 'puzzle-nas[gguf]'") from None
     if dtype not in DTYPES:
-        raise UserError(f"`dtype` {dtype} with `format` gguf: {nearest(dtype, list(DTYPES))}")
+        raise UserError(f"`dtype` {dtype} with `format` gguf: {nearest(dtype, DTYPES)}")
     _claim_file(out, force)
     entries: Callable[[], Iterator[_Entry]]
     if is_nemotron_h(child):

@@ -40,14 +40,8 @@ TENSOR_NAMES = {  # of a block, by its kind
     },
 }  # fmt: skip
 BY_BLOCK = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "window",
-    "intermediate_size",
-    "bias",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-)
+    "num_attention_heads", "num_key_value_heads", "window", "intermediate_size", "bias", "num_experts_per_tok", "moe_intermediate_size",
+)  # fmt: skip
 MOST_BLOCKS, MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 REST = f"write `format` {PUZZLE_HYBRID}, or `format` hf, which transformers reads"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.moe import Moe
-from puzzle.export.alike import REST, check_as_said, usual, words_around
+from puzzle.export.alike import REST, check_as_said, usual, usual_mixture, words_around
 from puzzle.export.child import Child
 from puzzle.parents.gpt_oss import gpt_oss, in_bf16
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, stored_tensors
@@ -22,23 +22,14 @@ from puzzle.parents.structure import Structure
 
 GPT_OSS = "gpt-oss"
 READER = f"`format` {GPT_OSS}"
-ROPE = {
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-}  # without default, but for truncate
+# Without default, but for truncate.
+ROPE = {"rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 
 
 def gpt_oss_config(child: Child) -> dict[str, Any]:
     """config.json. Raises UserError for what the format has no words for: the first layer, and what of it is not as in the others."""
     structure = child.structure
-    attends, mixture = usual(structure, Gqa), usual(structure, Moe)
-    if attends is None or mixture is None:
-        raise UserError(
-            f"{child.name} has no {'attention' if attends is None else 'mixture of experts'}, which {READER} needs: {REST}"
-        )
+    attends, mixture = usual_mixture(child, READER)
     attentions = [layer.get("attention") for layer in structure.layers]
     found = [one.window if isinstance(one, Gqa) else None for one in attentions]
     window = max((one for one in found if one is not None), default=None)

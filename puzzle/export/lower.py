@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
@@ -19,7 +20,7 @@ from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.export.child import Child, ChildLayer, Read, Tensors, no_tensors
+from puzzle.export.child import Child, ChildLayer, Read, Tensors, empty_child, no_tensors
 from puzzle.export.engines import ANY_DECILM_READER, HYBRIDS, STOCK, Engine, engine_named
 from puzzle.export.refuse import is_nemotron_h, refuse
 from puzzle.parents.nemotron_nas import WIDTH_STEP
@@ -68,9 +69,8 @@ def lower(
     if engine is None and format in ("hf", *HYBRIDS):
         return child, []
     target = ANY_DECILM_READER if engine is None else engine_named(engine)
-    if format not in (*STOCK, *HYBRIDS) and not (
-        format == "gguf" and is_nemotron_h(child)
-    ):  # which say themselves what they have no words for
+    # These say themselves what they have no words for.
+    if format not in (*STOCK, *HYBRIDS) and not (format == "gguf" and is_nemotron_h(child)):
         refuse(child, target, format)
     done: list[Lowering] = []
     for name, what, rewrite in _plan(target, format, child):
@@ -149,18 +149,13 @@ def lowered(layer: Layer, structure: Structure, base: Layer, engine: str, *, fir
     took its place without attention, which is the dearer case. Beside the layer stands one of the parent's, which keeps its
     attention: what an engine wants of all layers together (as many KV heads) is priced as if some layer stayed whole.
     """
-    other = ChildLayer(slots=base, reads=dict.fromkeys(base, no_tensors), origin=1)
-    own = ChildLayer(slots=layer, reads=dict.fromkeys(layer, no_tensors), origin=0)
-    child = Child(
-        name="child", layers=(own, other) if first else (other, own), around=structure.with_layers([]), base=base,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype=None, tokenizer=None, generation_config=None,  # type: ignore[arg-type]
-        parent_name="", licence=None, read_embedding=no_tensors, read_final_norm=no_tensors, read_head=no_tensors,  # type: ignore[arg-type]
-    )  # fmt: skip
+    own, layers = (0, [layer, base]) if first else (1, [base, layer])
+    child = empty_child(structure.with_layers(layers), base, "child")
     target = engine_named(engine)
     for name, _, rewrite in _plan(target, target.formats[0], child):
         if name != "some-mamba" and not (first and name == "drop-empty-layers"):  # Mamba-2 stands in another layer
             child, _ = rewrite(child)
-    return [b for one in child.layers if one.origin == 0 for b in one.slots.values() if not isinstance(b, NoOp)]
+    return [b for one in child.layers if one.origin == own for b in one.slots.values() if not isinstance(b, NoOp)]
 
 
 def _each(child: Child, change: Callable[[ChildLayer], ChildLayer]) -> Rewritten:
@@ -203,25 +198,22 @@ def linear_ffn_as_swiglu(child: Child) -> Rewritten:
         return child, []
     size = child.hidden_size
 
-    def from_matrix(read: Read) -> Read:
-        def tensors() -> Tensors:
-            import torch
+    def gated(read: Read) -> Tensors:
+        import torch
 
-            found = read()
-            matrix = found.pop("linear.weight")
-            return found | {
-                "up_proj.weight": torch.eye(size, dtype=matrix.dtype).div_(GATE),
-                "down_proj.weight": matrix,
-                "gate_proj.bias": matrix.new_full((size,), GATE),
-            }
-
-        return tensors
+        found = read()
+        matrix = found.pop("linear.weight")
+        return found | {
+            "up_proj.weight": torch.eye(size, dtype=matrix.dtype).div_(GATE),
+            "down_proj.weight": matrix,
+            "gate_proj.bias": matrix.new_full((size,), GATE),
+        }
 
     def change(layer: ChildLayer) -> ChildLayer:
         ffn = layer.ffn
         if isinstance(ffn, Linear):
-            gated = SwiGLU(**ffn.norm_fields(), intermediate_size=size, bias=True)
-            return layer.put("ffn", gated, _filled(child, gated, from_matrix(layer.reads["ffn"])))
+            shape = SwiGLU(**ffn.norm_fields(), intermediate_size=size, bias=True)
+            return layer.put("ffn", shape, _filled(child, shape, partial(gated, layer.reads["ffn"])))
         return _resized(child, layer, "ffn", replace(ffn, bias=True)) if isinstance(ffn, SwiGLU) else layer
 
     changed, _ = _each(child, change)
@@ -266,13 +258,7 @@ def zero_ffn(child: Child) -> Rewritten:
 
 def zero_output_bias(child: Child) -> Rewritten:
     """Where q, k and v have biases but o has none: zero biases on o."""
-
-    def change(layer: ChildLayer) -> ChildLayer:
-        shape = layer.attention
-        biased = isinstance(shape, Gqa) and shape.qkv_bias
-        return _resized(child, layer, "attention", replace(shape, o_bias=True)) if biased else layer
-
-    changed, touched = _each(child, change)
+    changed, touched = _each_resized(child, "attention", Gqa, lambda b: replace(b, o_bias=True) if b.qkv_bias else b)
     if not touched:
         return child, []
     return replace(changed, base={**child.base, "attention": replace(child.attention, o_bias=True)}), touched
@@ -282,36 +268,27 @@ def equal_kv_heads(child: Child) -> Rewritten:
     """Each layer's KV heads repeated to the least common multiple: query head h reads KV head h // (H/K) as before."""
     most = math.lcm(*child.kv_heads)
 
-    def repeated(read: Read, times: int, head_dim: int) -> Read:
-        def tensors() -> Tensors:
-            found = read()
-            for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
-                if name in found:
-                    heads = found[name].unflatten(0, (-1, head_dim))
-                    found[name] = heads.repeat_interleave(times, dim=0).flatten(0, 1)
-            return found
-
-        return tensors
+    def repeated(read: Read, times: int, head_dim: int) -> Tensors:
+        found = read()
+        for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
+            if name in found:
+                heads = found[name].unflatten(0, (-1, head_dim))
+                found[name] = heads.repeat_interleave(times, dim=0).flatten(0, 1)
+        return found
 
     def change(layer: ChildLayer) -> ChildLayer:
         shape = layer.attention
         if not isinstance(shape, Gqa) or shape.num_key_value_heads == most:
             return layer
         times = most // shape.num_key_value_heads
-        read = repeated(layer.reads["attention"], times, shape.head_dim)
+        read = partial(repeated, layer.reads["attention"], times, shape.head_dim)
         return layer.put("attention", replace(shape, num_key_value_heads=most), read)
 
     return _each(child, change)
 
 
 def zero_conv_bias(child: Child) -> Rewritten:
-    def change(layer: ChildLayer) -> ChildLayer:
-        mixer = layer.attention
-        return (
-            _resized(child, layer, "attention", replace(mixer, conv_bias=True)) if isinstance(mixer, Mamba2) else layer
-        )
-
-    return _each(child, change)
+    return _each_resized(child, "attention", Mamba2, lambda b: replace(b, conv_bias=True))
 
 
 def equal_experts(child: Child) -> Rewritten:
@@ -321,25 +298,23 @@ def equal_experts(child: Child) -> Rewritten:
         return child, []
     each = max(moe.num_experts // moe.num_groups for moe in mixtures)
 
-    def padded(read: Read, moe: Moe) -> Read:
-        def tensors() -> Tensors:
-            import torch
+    def padded(read: Read, moe: Moe) -> Tensors:
+        import torch
 
-            found = read()
-            for name in [n for n in found if n.startswith(("gate.", "experts."))]:
-                groups = found[name].unflatten(0, (moe.num_groups, -1))
-                value = NEVER if name == "gate.e_score_correction_bias" else 0.0
-                rest = groups.new_full((moe.num_groups, each - groups.shape[1], *groups.shape[2:]), value)
-                found[name] = torch.cat((groups, rest), dim=1).flatten(0, 1)
-            return found
-
-        return tensors
+        found = read()
+        for name in [n for n in found if n.startswith(("gate.", "experts."))]:
+            groups = found[name].unflatten(0, (moe.num_groups, -1))
+            value = NEVER if name == "gate.e_score_correction_bias" else 0.0
+            rest = groups.new_full((moe.num_groups, each - groups.shape[1], *groups.shape[2:]), value)
+            found[name] = torch.cat((groups, rest), dim=1).flatten(0, 1)
+        return found
 
     def change(layer: ChildLayer) -> ChildLayer:
         moe = layer.ffn
         if not isinstance(moe, Moe) or moe.num_experts == each * moe.num_groups or not moe.correction_bias:
             return layer
-        return layer.put("ffn", replace(moe, num_experts=each * moe.num_groups), padded(layer.reads["ffn"], moe))
+        read = partial(padded, layer.reads["ffn"], moe)
+        return layer.put("ffn", replace(moe, num_experts=each * moe.num_groups), read)
 
     return _each(child, change)
 
@@ -348,24 +323,17 @@ def equal_shared(child: Child) -> Rewritten:
     """Shared experts as wide as the widest, with channels of zero weights."""
     most = max((moe.shared_intermediate_size or 0 for x in child.layers if isinstance(moe := x.ffn, Moe)), default=0)
 
-    def change(layer: ChildLayer) -> ChildLayer:
-        moe = layer.ffn
-        shared = isinstance(moe, Moe) and moe.shared_intermediate_size is not None
-        return _resized(child, layer, "ffn", replace(moe, shared_intermediate_size=most)) if shared else layer
+    def widened(moe: Moe) -> Moe:
+        return moe if moe.shared_intermediate_size is None else replace(moe, shared_intermediate_size=most)
 
-    return _each(child, change)
+    return _each_resized(child, "ffn", Moe, widened)
 
 
 def pad_widths(child: Child, step: int = WIDTH_STEP) -> Rewritten:
     """FFN widths rounded up to a multiple of `step` with channels of zero weights, which contribute nothing."""
-
-    def change(layer: ChildLayer) -> ChildLayer:
-        ffn = layer.ffn
-        if not isinstance(ffn, SwiGLU):
-            return layer
-        return _resized(child, layer, "ffn", replace(ffn, intermediate_size=-(-ffn.intermediate_size // step) * step))
-
-    return _each(child, change)
+    return _each_resized(
+        child, "ffn", SwiGLU, lambda b: replace(b, intermediate_size=-(-b.intermediate_size // step) * step)
+    )
 
 
 def _zeros(child: Child, slot: str, shape: SubBlock, among: Sequence[int]) -> Rewritten:
@@ -377,6 +345,16 @@ def _zeros(child: Child, slot: str, shape: SubBlock, among: Sequence[int]) -> Re
     return replace(child, layers=tuple(layers)), [layers[number].origin for number in empty]
 
 
+def _each_resized(child: Child, slot: str, kind: type[Any], shape: Callable[[Any], SubBlock]) -> Rewritten:
+    """Every sub-block of a kind with zeros up to what `shape` makes of it."""
+
+    def change(layer: ChildLayer) -> ChildLayer:
+        own = layer.slots.get(slot)
+        return _resized(child, layer, slot, shape(own)) if isinstance(own, kind) else layer
+
+    return _each(child, change)
+
+
 def _resized(child: Child, layer: ChildLayer, slot: str, shape: SubBlock) -> ChildLayer:
     """The layer with zeros around and beside what a sub-block has, up to `shape`; the same layer where it has that shape."""
     return layer if layer.slots[slot] == shape else layer.put(slot, shape, _filled(child, shape, layer.reads[slot]))
@@ -384,7 +362,6 @@ def _resized(child: Child, layer: ChildLayer, slot: str, shape: SubBlock) -> Chi
 
 def _filled(child: Child, sub_block: SubBlock, read: Read) -> Read:
     """Reads a sub-block: what `read` has, with zeros (ones for norms) around it and for what it lacks."""
-    wanted = sub_block.tensors()
 
     def fill(name: str, dims: tuple[int, ...], found: Tensor | None) -> Tensor:
         import torch
@@ -398,6 +375,6 @@ def _filled(child: Child, sub_block: SubBlock, read: Read) -> Read:
 
     def tensors() -> Tensors:
         found = read()
-        return {name: fill(name, dims, found.pop(name, None)) for name, dims in wanted.items()}
+        return {name: fill(name, dims, found.pop(name, None)) for name, dims in sub_block.tensors().items()}
 
     return tensors

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,16 +19,10 @@ from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.relu2 import Relu2
 from puzzle.blocklib.sub_block import Normed, SubBlock
-from puzzle.export.checkpoint import KINDS_FILES, MODELING_FILE
 from puzzle.export.child import Child, ChildLayer
 from puzzle.export.engines import PLAIN_HYBRID, PUZZLE_HYBRID
 from puzzle.parents.nemotron_h import EXPERTS, NO_LIMIT, nemotron_h, nemotron_h_puzzle, where
 
-CODE = (
-    *(Path(__file__).with_name(f"{name}_nemotron_h_puzzle.py") for name in ("configuration", "modeling")),
-    MODELING_FILE,
-    *KINDS_FILES,
-)
 OWN = {  # fields of a sub-block that an entry of `block_configs` says, in its words
     "gqa": {
         "num_attention_heads": "num_attention_heads",
@@ -187,7 +180,7 @@ def _unlike_mlx(experts: Moe) -> str | None:
 
 
 def _around(child: Child, puzzle: bool) -> dict[str, Any]:
-    around, dtype = child.around, str(child.dtype).removeprefix("torch.")
+    around, dtype = child.around, child.dtype_name
     name, file = ("NemotronHPuzzle", "nemotron_h_puzzle") if puzzle else ("NemotronH", "nemotron_h")
     code = {
         "AutoConfig": f"configuration_{file}.{name}Config",

@@ -7,7 +7,6 @@ class), transformers through the shipped modeling_decilm.py. `lower` has made th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,16 +15,10 @@ from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.export.checkpoint import KINDS_FILES, MODELING_FILE
 from puzzle.export.child import Child, ChildLayer
 from puzzle.export.refuse import refuse_unlike_llama
 from puzzle.parents.nemotron_nas import WIDTH_STEP
 
-CODE = (
-    *(Path(__file__).with_name(f"{name}_decilm.py") for name in ("configuration", "modeling")),
-    MODELING_FILE,
-    *KINDS_FILES,
-)
 _LINEAR_MLP = "mlp.linear_mlp.weight"
 
 
@@ -35,7 +28,6 @@ def decilm_config(child: Child, engine: str | None) -> dict[str, Any]:
     attends, around = child.attention, child.around
     rope = dict(around.ropes["default"].parameters)
     theta = rope.pop("rope_theta")
-    dtype = str(child.dtype).removeprefix("torch.")
     config: dict[str, Any] = {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -63,8 +55,8 @@ def decilm_config(child: Child, engine: str | None) -> dict[str, Any]:
         "pad_token_id": child.pad_token_id,
         "initializer_range": child.kept.get("initializer_range", 0.02),
         "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,  # transformers 4's name, which TensorRT-LLM reads
+        "dtype": child.dtype_name,
+        "torch_dtype": child.dtype_name,  # transformers 4's name, which TensorRT-LLM reads
         "parent_name": child.parent_name,
         "block_configs": [_block_config(child, layer, exact_widths=engine == "vllm") for layer in child.layers],
     }

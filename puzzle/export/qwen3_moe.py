@@ -11,10 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.gqa import Gqa
-from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.swiglu import SwiGLU
-from puzzle.export.alike import REST, check_as_said, usual, words_around
+from puzzle.export.alike import REST, check_as_said, usual, usual_mixture, words_around
 from puzzle.export.child import Child
 from puzzle.parents.child import hidden_act
 from puzzle.parents.qwen3_moe import qwen3_moe
@@ -25,11 +23,7 @@ READER = "`format` qwen3-moe"
 def qwen3_moe_config(child: Child) -> dict[str, Any]:
     """config.json. Raises UserError for what the format has no words for: the first layer, and what of it is not as in the others."""
     structure = child.structure
-    attends, mixture, dense = (usual(structure, kind) for kind in (Gqa, Moe, SwiGLU))
-    if attends is None or mixture is None:
-        raise UserError(
-            f"{child.name} has no {'attention' if attends is None else 'mixture of experts'}, which {READER} needs: {REST}"
-        )
+    (attends, mixture), dense = usual_mixture(child, READER), usual(structure, SwiGLU)
     if attends.window is not None:
         raise UserError(
             f"{child.name} has windows of {attends.window} tokens, which engines pass over in {READER}: {REST}"

@@ -45,12 +45,7 @@ class Walker:
     own; None: streamed, with as many as there are."""
 
     def __init__(
-        self,
-        child: Child,
-        sequences: Tensor,
-        device: torch.device,
-        dtype: torch.dtype,
-        plan: Residency | None = None,
+        self, child: Child, sequences: Tensor, device: torch.device, dtype: torch.dtype, plan: Residency | None = None
     ):
         self.child, self.device, self.dtype = child, device, dtype
         self.model = Layered(ChildWeights(child), device, dtype, streamed=plan is None or plan.streamed)

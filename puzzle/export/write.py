@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError, first_line, writing
 from puzzle.base.files import SCHEMA, claim_output, read_json
 from puzzle.export.card import CardFacts, child_card
-from puzzle.export.checkpoint import copy_companions, publishing, write_checkpoint
+from puzzle.export.checkpoint import DECILM_CODE, HYBRID_CODE, copy_companions, publishing, write_checkpoint
 from puzzle.export.child import Child, with_dtype
 from puzzle.export.engines import (
     ENGINES,
@@ -31,15 +31,14 @@ from puzzle.export.engines import (
     served_by,
     wrong_before,
 )
-from puzzle.export.fp8 import cache_tensors, calibrate, check_kinds, in_fp8, kept_in_bf16, quantization_config
+from puzzle.export.fp8 import Scales, cache_tensors, calibrate, check_kinds, in_fp8, kept_in_bf16, quantization_config
 from puzzle.export.gguf import export_gguf
 from puzzle.export.gpt_oss import GPT_OSS, gpt_oss_config, gpt_oss_tensors
 from puzzle.export.granite_hybrid import granite_hybrid_config, granite_hybrid_tensors
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import Lowering, lower
-from puzzle.export.nemotron_h import CODE as CODE_OF_HYBRIDS
 from puzzle.export.nemotron_h import hybrid_config, hybrid_tensors
-from puzzle.export.nemotron_nas import CODE, decilm_config, decilm_tensors
+from puzzle.export.nemotron_nas import decilm_config, decilm_tensors
 from puzzle.export.qwen3_moe import qwen3_moe_config, qwen3_moe_tensors
 from puzzle.export.sources import child_of_checkpoint, child_of_library
 from puzzle.library.assemble import architecture_of, is_architecture, library_of, open_parent
@@ -119,10 +118,8 @@ def export(
     Raises UserError before anything is written when the engine cannot take the child.
     """
     format, engine = pick_format(format, engine)
-    name = engine and engine_named(engine).name
     if dtype is None and source.solved is not None and source.solved.kv_dtype is not None:
         source, dtype = _as_solved(source, source.solved, format, engine, kv_dtype)
-    child = source.child if licence is None else replace(source.child, licence=licence)
     if out.suffix == ".gguf" and format != "gguf":
         raise UserError(
             f"`out` {out} is a gguf file's name, and `format` is {format}: pass `format` gguf, or a directory"
@@ -130,75 +127,77 @@ def export(
     check_dtypes(format, engine, dtype, kv_dtype)
     if kv_dtype is not None and not data:
         raise UserError("`kv_dtype` fp8: the cache's scales are calibrated on text: pass `data`")
-    if dtype in DTYPES:
-        child = with_dtype(child, DTYPES[dtype])
-    elif dtype == "fp8":
-        check_kinds(child)
-        child = replace(child, dtype=torch.bfloat16, dequantised=False)  # `in_fp8` wants what the reads give
-    elif format != "hf":
-        child = with_dtype(child, child.dtype)  # one dtype for all: engines compute in what they find
-    whole = child
-    child, lowerings = lower(child, engine, format, kv_bytes=1 if kv_dtype else None)
+    whole = _in_dtype(source.child if licence is None else replace(source.child, licence=licence), dtype, format)
+    child, lowerings = lower(whole, engine, format, kv_bytes=1 if kv_dtype else None)
     hub = None if push_to_hub is None else open_hub(push_to_hub)
-    if dtype != "fp8":  # what stands beside a child was measured before its weights were rounded
-        measured = measured or source.measured
-    written = dtype or str(child.dtype).removeprefix("torch.")
     scales = {}
     if kv_dtype is not None:
         claim_output(out, force)
         on = pick_device(device)
         scales = calibrate(whole, data or [], text_field, on, compute_dtype(on))
-    any_reader = format == "nemotron-nas" and engine is None
+    name, any_reader = engine and engine_named(engine).name, format == "nemotron-nas" and engine is None
     readers = takers(child, fp8="fp8" in (dtype, kv_dtype)) if any_reader else [name] if name else []
-    card = child_card(
-        CardFacts(
-            child=child,
-            original=source.child,
-            format=format,
-            engine=name,
-            dtype=written,
-            kv_dtype=kv_dtype,
-            file=_gguf_name(out, written) if format == "gguf" else None,
-            licence=child.licence,
-            lowerings=tuple(str(lowering) for lowering in lowerings),
-            also=tuple(readers) if any_reader else (),
-            solved=source.solved,
-            facts=source.facts,
-            measured=measured,
-        )
+    written = dtype or child.dtype_name
+    facts = CardFacts(
+        child=child,
+        original=source.child,
+        format=format,
+        engine=name,
+        dtype=written,
+        kv_dtype=kv_dtype,
+        file=_gguf_name(out, written) if format == "gguf" else None,
+        licence=child.licence,
+        lowerings=tuple(str(lowering) for lowering in lowerings),
+        also=tuple(readers) if any_reader else (),
+        solved=source.solved,
+        facts=source.facts,
+        # what stands beside a child was measured before its weights were rounded
+        measured=measured if dtype == "fp8" else measured or source.measured,
     )
-    told = None if source.solved is None else source.solved.to_json()
-    records = {"architecture.json": told, "evaluation.json": measured}
-    extra = {name: {"schema": SCHEMA, **record} for name, record in records.items() if record is not None}
     if format == "gguf":
-        _write_gguf(child, out, written, card, force)
+        _write_gguf(facts, out, force)
     else:
-        config, tensors, code = _written(child, format, name)
-        kept = kept_in_bf16(child)
-        if "fp8" in (dtype, kv_dtype):
-            config["quantization_config"] = quantization_config(dtype == "fp8", kv_dtype == "fp8", kept)
-        write_checkpoint(
-            out,
-            config=config,
-            tensors=chain(
-                in_fp8(tensors, kept) if dtype == "fp8" else tensors, cache_tensors(child, scales) if scales else ()
-            ),
-            tokenizer_from=child.tokenizer,
-            generation_config=child.generation_config,
-            card=card,
-            extra_json=extra,
-            code=code,
-            max_shard_bytes=max_shard_bytes,
-            force=force,
-        )
+        _write_directory(facts, scales, out, max_shard_bytes, force)
     for lowering in lowerings:
-        console.print(f"lowered for {engine or format}: {lowering}", markup=False, soft_wrap=True)
+        say(f"lowered for {engine or format}: {lowering}")
     for one in readers if engine == name else ():  # whoever names a version knows
         if wrong_before(ENGINES[one], child.kv_heads):
-            console.print(f"{one}: {served_by(ENGINES[one], child.kv_heads)}", markup=False, soft_wrap=True)
+            say(f"{one}: {served_by(ENGINES[one], child.kv_heads)}")
     if hub is not None and push_to_hub is not None:
         _push(hub, push_to_hub, out)
     return Exported(out=out, format=format, engine=engine, dtype=written, kv_dtype=kv_dtype, lowerings=tuple(lowerings))
+
+
+def _in_dtype(child: Child, dtype: str | None, format: str) -> Child:
+    if dtype in DTYPES:
+        return with_dtype(child, DTYPES[dtype])
+    if dtype == "fp8":
+        check_kinds(child)
+        return replace(child, dtype=torch.bfloat16, dequantised=False)  # `in_fp8` wants what the reads give
+    return child if format == "hf" else with_dtype(child, child.dtype)  # engines compute in what they find
+
+
+def _write_directory(facts: CardFacts, scales: Scales, out: Path, max_shard_bytes: int, force: bool) -> None:
+    """A checkpoint, with what its card is made of beside it."""
+    child, weights, cache = facts.child, facts.dtype == "fp8", facts.kv_dtype == "fp8"
+    config, tensors, code = _written(child, facts.format, facts.engine)
+    kept = kept_in_bf16(child)
+    if weights or cache:
+        config["quantization_config"] = quantization_config(weights, cache, kept)
+    told = None if facts.solved is None else facts.solved.to_json()
+    records = {"architecture.json": told, "evaluation.json": facts.measured}
+    write_checkpoint(
+        out,
+        config=config,
+        tensors=chain(in_fp8(tensors, kept) if weights else tensors, cache_tensors(child, scales) if scales else ()),
+        tokenizer_from=child.tokenizer,
+        generation_config=child.generation_config,
+        card=child_card(facts),
+        extra_json={name: {"schema": SCHEMA, **record} for name, record in records.items() if record is not None},
+        code=code,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+    )
 
 
 def _written(
@@ -212,10 +211,10 @@ def _written(
     if format == GRANITE_HYBRID:
         return granite_hybrid_config(child, engine), granite_hybrid_tensors(child), ()
     if format in HYBRIDS:
-        code = CODE_OF_HYBRIDS if format == PUZZLE_HYBRID else ()
+        code = HYBRID_CODE if format == PUZZLE_HYBRID else ()
         return hybrid_config(child, format, engine), hybrid_tensors(child, format), code
     if format == "nemotron-nas":
-        return decilm_config(child, engine), decilm_tensors(child, engine), CODE
+        return decilm_config(child, engine), decilm_tensors(child, engine), DECILM_CODE
     return hf_config(child, child.dtype), child.tensors(), None
 
 
@@ -260,13 +259,15 @@ def _gguf_name(out: Path, dtype: str) -> str:
     return out.name if out.suffix == ".gguf" else f"{out.name}-{_GGUF_DTYPES[dtype]}.gguf"
 
 
-def _write_gguf(child: Child, out: Path, dtype: str, card: str, force: bool) -> None:
+def _write_gguf(facts: CardFacts, out: Path, force: bool) -> None:
     """A file alone where `out` names one; else a directory with file, card, tokenizer and manifest."""
+    child, dtype = facts.child, _GGUF_DTYPES[facts.dtype]
     if out.suffix == ".gguf":
-        export_gguf(child, out, dtype=_GGUF_DTYPES[dtype], force=force)
+        export_gguf(child, out, dtype=dtype, force=force)
         return
+    card = child_card(facts)
     with publishing(out, force) as temporary:
-        export_gguf(child, temporary / _gguf_name(out, dtype), dtype=_GGUF_DTYPES[dtype], force=True)
+        export_gguf(child, temporary / (facts.file or out.name), dtype=dtype, force=True)
         with writing(out):
             (temporary / "README.md").write_text(card, encoding="utf-8")
             copy_companions(child.tokenizer, temporary)

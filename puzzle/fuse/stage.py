@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from puzzle.base.console import console
-from puzzle.base.device import compute_dtype, pick_device
+from puzzle.base.console import say
+from puzzle.base.device import compute_dtype, pick_device, short_name
 from puzzle.base.errors import UserError
 from puzzle.data.packing import load_tokens
 from puzzle.export.card import plain_card
@@ -54,17 +54,13 @@ def open_walker(
     (count, length), wanted = tokens.validation.shape, len(child.layers) * (1 + ffns)
     memory, size = Memory.of(on, memory_limit), compute_dtype(on).itemsize
     plan = dependency_plan(child.structure, wanted, count, length, size, memory)
-    console.print(
-        f"measuring on {tokens.validation.numel():,} held-out tokens, the model {plan.told(wanted)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"measuring on {tokens.validation.numel():,} held-out tokens, the model {plan.told(wanted)}")
     walker = Walker(child, tokens.validation, on, compute_dtype(on), plan)
     facts = {
         "model": child.name,
         "num_tokens": tokens.validation.numel(),
         "data_hash": tokens.hash,
-        "device": "cpu" if on.type == "cpu" else torch.cuda.get_device_name(on),
+        "device": short_name(on),
         "versions": f"torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }

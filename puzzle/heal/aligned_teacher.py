@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.errors import UserError
 from puzzle.data.align import Aligner
 from puzzle.data.mixture import IGNORE, HealData, Piece
@@ -38,11 +38,9 @@ class AlignedTeacher:
         self.rows = [self.aligner.row(pieces, length, self.longest) for pieces in data.held_out]
         counted = (data.validation[1] != IGNORE).numpy()
         self.share = float((np.stack([before for _, before in self.rows])[counted] >= 0).mean())
-        console.print(
+        say(
             f"{teacher.source} is compared at {self.share:.1%} of the held-out tokens, over {self.aligner.words.shape[1]:,} words that "
-            f"both know, of {sizes[0]:,} and {sizes[1]:,}; at the others the text teaches",
-            markup=False,
-            soft_wrap=True,
+            f"both know, of {sizes[0]:,} and {sizes[1]:,}; at the others the text teaches"
         )
         if not self.share:
             raise UserError(

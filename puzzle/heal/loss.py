@@ -128,13 +128,7 @@ class Learner(nn.Module):
         return torch.stack((total, *(part.detach() for part in (kl, distance, lm, compared))))
 
     def _head(
-        self,
-        normed: Tensor,
-        shown: Seen,
-        labels: Tensor,
-        counts: Tensor,
-        scale: Tensor,
-        weights: Weights,
+        self, normed: Tensor, shown: Seen, labels: Tensor, counts: Tensor, scale: Tensor, weights: Weights
     ) -> tuple[Tensor, Tensor, Tensor]:
         """KL, LM loss, and the LM loss of tokens at which a teacher is not compared: sums times `scale`."""
         head, none = self.child.head_weight, scale.new_zeros(())

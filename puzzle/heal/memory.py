@@ -72,9 +72,8 @@ def _planned(options: HealOptions, stages: list[Stage], models: Models, ranks: R
             return HealPlan(sharded=sharded, tokens=None, device_bytes=memory.held + used, host_bytes=0)
     assert models.teacher is not None
     structure, size, least = models.teacher.structure, models.dtype.itemsize, micro_batch(options, stages, ranks)
-    each = (
-        (len(models.pairs) + 3) * structure.hidden_size * size * (1 if memory.on_host else 2)
-    )  # pinned: powers of two
+    # Pinned: powers of two.
+    each = (len(models.pairs) + 3) * structure.hidden_size * size * (1 if memory.on_host else 2)
     for sharded in ways:
         used = heal_bytes(options, stages, models, ranks, streamed=True, sharded=sharded)
         if used + (least * each if memory.on_host else 0) <= memory.device:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puzzle.base.device import wait_for
 from puzzle.base.errors import UserError
 from puzzle.blocklib.plain.part import blank
 from puzzle.data.mixture import IGNORE, Stage
@@ -104,18 +105,13 @@ def on_policy_batch(
 ) -> tuple[Tensor, dict[str, float]]:
     """Ids and labels [2, B, T] in place of `batch`, of which those count that the child has drawn; and what to log: tokens of the prompt,
     seconds. first: the number of the first row within the step; words, parts: as of `continued`."""
-    _wait(child)
+    device = child.embedding.weight.device
+    wait_for(device)
     begin, (_, rows, length) = time.perf_counter(), batch.shape
     prompt = prompt_length(length, seed, step)
     seeds = [int(np.random.default_rng([seed, step, first + row]).integers(2**62)) for row in range(rows)]
     ids = continued(child, batch[0], prompt, seeds, words, parts)
     labels = torch.full_like(ids, IGNORE)
     labels[:, prompt - 1 : -1] = ids[:, prompt:]
-    _wait(child)
+    wait_for(device)
     return torch.stack((ids, labels)), {"prompt": prompt, "sampling_seconds": round(time.perf_counter() - begin, 4)}
-
-
-def _wait(model: CausalModel) -> None:
-    """Until its device has done what it was given, so that a clock tells the truth."""
-    if model.embedding.weight.is_cuda:
-        torch.cuda.synchronize(model.embedding.weight.device)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from puzzle.base.device import short_name
 from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import bytes_text
 from puzzle.data.mixture import Stage
@@ -67,7 +68,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else plan.device_bytes
         exported = sum(t.numel() for _, t in trainer.learner.child.named_weights()) * 2
         return {
-            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "device": short_name(device),
             "processes": ranks.world,
             "parallel": None if ranks.world == 1 else "shards" if plan.sharded else "replicas",
             "dtype": str(models.dtype).removeprefix("torch."),

@@ -53,23 +53,7 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
     child = open_model(options.child)
     new = None if options.old_lr == 1 else _new_of(child, options)
     teacher = open_model(options.teacher) if options.teacher is not None and options.needs_teacher else None
-    for stage in stages:
-        if stage.seq_len > child.structure.max_length:
-            raise UserError(
-                f"sequences of {stage.seq_len} tokens: {options.child} is made for at most {child.structure.max_length}; use a "
-                "smaller `seq_len`, or raise max_position_embeddings (and scale RoPE) in its config.json"
-            )
-        parts = options.accumulate * ranks.world
-        if stage.batch_size % parts:
-            raise UserError(
-                f"{stage.batch_size} sequences of {stage.seq_len} tokens a step cannot be split into {parts} parts "
-                f"(`accumulate` {options.accumulate}, {ranks.world} processes): choose another `batch_size`"
-            )
-        if teacher is not None and stage.seq_len > teacher.structure.max_length and not options.align_tokens:
-            raise UserError(
-                f"sequences of {stage.seq_len} tokens: `teacher` {options.teacher} is made for at most {teacher.structure.max_length}; use a "
-                "smaller `seq_len`, or learn from long text alone with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"
-            )
+    _check_stages(options, stages, child, teacher, ranks.world)
     pairs: list[tuple[int, int]] = []
     if options.on_policy:
         check_sampling(child.structure, stages, options.on_policy)
@@ -84,6 +68,29 @@ def open_models(options: HealOptions, stages: list[Stage], ranks: Ranks) -> Mode
     given = {"bf16": torch.bfloat16, "fp32": torch.float32}
     dtype = given[options.dtype] if options.dtype in given else compute_dtype(ranks.device)
     return Models(child=child, teacher=teacher, pairs=pairs, dtype=dtype, teacher_device=teacher_device, new=new)
+
+
+def _check_stages(
+    options: HealOptions, stages: list[Stage], child: HfModel, teacher: HfModel | None, world: int
+) -> None:
+    """Raise UserError for sequences that a model is not made for, and for steps that do not split."""
+    for stage in stages:
+        if stage.seq_len > child.structure.max_length:
+            raise UserError(
+                f"sequences of {stage.seq_len} tokens: {options.child} is made for at most {child.structure.max_length}; use a "
+                "smaller `seq_len`, or raise max_position_embeddings (and scale RoPE) in its config.json"
+            )
+        parts = options.accumulate * world
+        if stage.batch_size % parts:
+            raise UserError(
+                f"{stage.batch_size} sequences of {stage.seq_len} tokens a step cannot be split into {parts} parts "
+                f"(`accumulate` {options.accumulate}, {world} processes): choose another `batch_size`"
+            )
+        if teacher is not None and stage.seq_len > teacher.structure.max_length and not options.align_tokens:
+            raise UserError(
+                f"sequences of {stage.seq_len} tokens: `teacher` {options.teacher} is made for at most {teacher.structure.max_length}; use a "
+                "smaller `seq_len`, or learn from long text alone with `lm_weight` 1 `kl_weight` 0 `cosine_weight` 0"
+            )
 
 
 def _new_of(child: HfModel, options: HealOptions) -> frozenset[str]:
@@ -117,11 +124,8 @@ def matching_layers(child: HfModel, teacher: HfModel) -> list[tuple[int, int]]:
             f"{teacher.source} has hidden size {teacher.structure.hidden_size}, {child.source} {child.structure.hidden_size}: "
             "hidden states cannot be compared; pass `cosine_weight` 0"
         )
-    origins, count, num_taught = (
-        child.config.get("layer_origins"),
-        child.structure.num_layers,
-        teacher.structure.num_layers,
-    )
+    count, num_taught = child.structure.num_layers, teacher.structure.num_layers
+    origins = child.config.get("layer_origins")
     if origins is None and count != num_taught:
         raise UserError(
             f"{child.source} has {count} layers, {teacher.source} {num_taught}, and no layer_origins in its config.json says "

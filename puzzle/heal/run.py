@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from puzzle import __version__
-from puzzle.base.console import Bar, console, progress
+from puzzle.base.console import Bar, console, progress, say
+from puzzle.base.device import name_of
 from puzzle.base.errors import UserError
 from puzzle.base.files import claim_output, read_json
-from puzzle.base.machine import cpu_name
 from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import seconds_text
 from puzzle.data.documents import Source
@@ -113,7 +113,7 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
         console.print(f"{ranks.world} processes: {'the child in shards' if plan.sharded else 'a replica each'}")
     if plan.tokens is not None:
         taught = plan.taught(stages[0].tokens_per_step // ranks.world)
-        console.print(f"the teacher {taught}", markup=False, soft_wrap=True)
+        say(f"the teacher {taught}")
     tutor = aligned if stored is None else stored
     trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens, tutor=tutor)
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
@@ -279,12 +279,11 @@ class Run:
         before = [0, *(line["tokens"] for line in steps)]
         seconds = sum((s["tokens"] - b) / s["tokens_per_second"] for s, b in zip(steps, before, strict=False))
         held_out = [line for line in lines if "held_out" in line]
-        device = self.ranks.device
         return {
             "run": facts,
             "puzzle": __version__,
             "torch": torch.__version__,
-            "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "device": name_of(self.ranks.device),
             "processes": self.ranks.world,
             "teacher": _name_of(self.trainer.tutor, models),
             "num_steps": self.num_steps,

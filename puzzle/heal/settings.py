@@ -74,18 +74,8 @@ class HealOptions:
 
     def check(self) -> None:
         """Raise UserError for values out of range or options that contradict each other."""
-        check_positive(
-            self,
-            "tokens",
-            "lr",
-            "temperature",
-            "clip_norm",
-            "batch_size",
-            "accumulate",
-            "validation_sequences",
-            "memory_limit",
-            "top_k",
-        )
+        check_positive(self, "tokens", "lr", "temperature", "clip_norm", "top_k")
+        check_positive(self, "batch_size", "accumulate", "validation_sequences", "memory_limit")
         if self.seq_len < 2:
             raise UserError(f"`seq_len` {self.seq_len}: must be at least 2, a token and the next one")
         for name in ("kl_weight", "cosine_weight", "lm_weight", "weight_decay", "save_every", "eval_every"):

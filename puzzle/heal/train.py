@@ -68,10 +68,7 @@ class Trainer:
             vectors = [p for name, p in chosen if p.ndim <= 1 or name.endswith("bias")]
             groups.append({"params": vectors, "weight_decay": 0.0, **rate})
         self.optimizer = torch.optim.AdamW(
-            groups,
-            betas=(recipe.beta1, recipe.beta2),
-            fused=True,
-            capturable=self.device.type == "cuda",
+            groups, betas=(recipe.beta1, recipe.beta2), fused=True, capturable=self.device.type == "cuda"
         )
         for part in self.parts:
             state = {name: torch.zeros_like(part, memory_format=torch.preserve_format) for name in MOMENTS}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash
-from puzzle.blocklib.plain.part import Part, loaded
+from puzzle.blocklib.plain.part import Move, Part, loaded, moved, moving
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT
 from puzzle.library.manifest import Library, Replacement
@@ -104,6 +104,13 @@ def read_variant(store: BlockStore, layer: int, slot: str, name: str, sub_block:
     return tensors
 
 
+def read_part(
+    store: BlockStore, layer: int, slot: str, name: str, sub_block: SubBlock, move: Move, *, in_training: bool = False
+) -> Part:
+    """A trained sub-block from the library, ready to run. Raises UserError as `read_variant` does."""
+    return loaded(sub_block, moved(sub_block, read_variant(store, layer, slot, name, sub_block), move), in_training)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LibraryChild:
     """A child, read from a library and its parent (`runtime.model.Weights`). layers: {slot: variant} each; a slot that is not
@@ -159,14 +166,13 @@ def assemble(
     source = LibraryChild(library=library, layers=layers, parent=parent)
     if model is None:
         return load_model(source, device=device, dtype=dtype)
-    like, blocks = model.embedding.weight, []
+    like, store, blocks = model.embedding.weight, BlockStore(library.root), []
     for index, replacement in enumerate(layers):
         parts: dict[str, Part] = model.blocks[index].parts()  # type: ignore[operator]
         for slot, name in replacement.items():
             if name != PARENT:
-                sub_block, weights = library.spaces[index][slot][name], source.weights(index, slot)
-                own = {n: t.dtype if n in sub_block.exact else like.dtype for n, t in weights.items()}
-                parts[slot] = loaded(sub_block, {n: t.to(like.device, own[n]) for n, t in weights.items()})
+                sub_block, move = library.spaces[index][slot][name], moving(like.device, like.dtype)
+                parts[slot] = read_part(store, index, slot, name, sub_block, move)
         blocks.append(Block(parts))
     head = None if model.head is None else model.head.data
     child = CausalModel(source.structure, like.data, blocks, model.norm.weight.data, head)

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from puzzle.base.console import Bar, console, progress
-from puzzle.base.device import compute_dtype, held_memory, pick_device
+from puzzle.base.device import compute_dtype, held_memory, pick_device, wait_for
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, wait_for_files
 from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, parse_layers
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
-from puzzle.blocklib.plain.part import Part, Ropes, loaded
+from puzzle.blocklib.plain.part import Part, Ropes, loaded, moved, moving
 from puzzle.blocklib.sub_block import ParentBlock, Variant
 from puzzle.blocklib.variant import bundles, made_of, search_spaces
 from puzzle.data.packing import TokenData, load_tokens
@@ -191,9 +191,8 @@ class Builder:
             self.coupled.put(out)
         self._keys = self._content_keys(data)
         ends = [group[-1] + 1 for group in self.plan().groups]
-        groups = [
-            tuple(range(*ends)) for ends in pairwise([0, *ends])
-        ]  # gaps too: the parent passes through all layers
+        # Gaps too: the parent passes through all layers.
+        groups = [tuple(range(*ends)) for ends in pairwise([0, *ends])]
         absent = ranks.from_first(self._missing)
         self._snapshots = Snapshots(
             out / ".work", content_hash(list(self._keys.values())), self.options.snapshot_seconds, ranks
@@ -233,7 +232,7 @@ class Builder:
         """This process's group; () where there are fewer groups than processes. missing: blocks of all processes' groups, which go
         through the same steps together. go_on: whether further groups follow."""
         length = self.recipe.seq_len
-        ropes = {name: rope.tables(length, self.device) for name, rope in self.structure.ropes.items()}
+        ropes = self.structure.rope_tables(length, self.device)
         self._lr = torch.zeros((), device=self.device)
         parts, trainers = self._prepare_group(group, missing, ropes)
         by_layer = {i: [t for place, of in trainers.items() if place[0] == i for t in of] for i, _ in trainers}
@@ -254,8 +253,7 @@ class Builder:
             bar.advance()
             if train and step + 1 < self.recipe.num_steps:
                 self._snapshots.after(step + 1, by_layer)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         self.train_seconds += time.monotonic() - begin
         if group:
             self._validate(parts, trainers, ropes, -1)
@@ -270,10 +268,7 @@ class Builder:
         for index in group:
             for slot in self.structure.layers[index]:
                 block = blocks[index, slot] = self.parent.block(index, slot)
-                exact = block.sub_block.exact
-                block.weights = {
-                    n: t.to(self.device, t.dtype if n in exact else self.dtype) for n, t in block.weights.items()
-                }
+                block.weights = moved(block.sub_block, block.weights, moving(self.device, self.dtype))
                 parts[index, slot] = loaded(block.sub_block, block.weights, in_training=True)
         streams = [self._streams.get("train", step) for step in range(self.num_calibration if group and missing else 0)]
         for step, x in enumerate(streams if self._streams.sends else []):

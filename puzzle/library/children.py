@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.console import console, progress
+from puzzle.base.console import progress, say
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
@@ -112,9 +112,7 @@ class Children:
         count = self.library.num_layers
         paths = {path_of(layers, count): name for name, layers in missing.items()}
         like, plan = path_of(first, count), self.plan(len(paths))
-        console.print(
-            f"measuring {len(paths)} children, the parent {plan.told(len(paths))}", markup=False, soft_wrap=True
-        )
+        say(f"measuring {len(paths)} children, the parent {plan.told(len(paths))}")
         passes = Passes(self.library, self.parent, self.tokens.validation, self.device, plan)
         with progress("children", len(paths)) as bar:
             for measured in passes.run(list(_groups(paths, like, plan.together)), bar):

@@ -21,10 +21,10 @@ from torch import Tensor
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, replacing
 from puzzle.blocklib.distill import Shown, VariantTrainer, autocast
-from puzzle.blocklib.plain.part import Part, Ropes, loaded
+from puzzle.blocklib.plain.part import Part, Ropes, moving
 from puzzle.blocklib.sub_block import Variant
 from puzzle.blocklib.variant import PARENT
-from puzzle.library.assemble import architecture_of, library_of, read_variant
+from puzzle.library.assemble import architecture_of, library_of, read_part, read_variant
 from puzzle.library.manifest import Library, Space
 from puzzle.library.store import BlockStore
 from puzzle.measure.architecture import write_architecture
@@ -95,9 +95,8 @@ class Coupled:
         for n, slot in parts:
             name = self.solved.variants[n][slot]
             if name != PARENT and not taught.get((n, slot)):
-                tensors = self.variant(n, slot, name).initialise(None)  # type: ignore[arg-type]
-                moved = {key: t.to(like.device, like.dtype) for key, t in tensors.items()}
-                self._fixed[n, slot] = loaded(self.library.spaces[n][slot][name], moved, in_training=True)
+                sub_block, move = self.library.spaces[n][slot][name], moving(like.device, like.dtype)
+                self._fixed[n, slot] = read_part(self._store, n, slot, name, sub_block, move, in_training=True)
 
     def childs(self, rows: int) -> int:
         """C beside R rows of the parent's stream."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.base.device import compute_dtype
+from puzzle.base.device import compute_dtype, wait_for
 from puzzle.base.replay import WARM_UP, Replayed
 from puzzle.blocklib.distill import VariantTrainer
 from puzzle.blocklib.plain.part import loaded
@@ -26,7 +26,7 @@ def layer_step(builder: Builder) -> tuple[Replayed, Tensor]:
     structure, recipe, device = builder.structure, builder.recipe, builder.device
     dtype, first = compute_dtype(device), min(builder.spaces)
     x = torch.randn(builder.rows, recipe.seq_len, structure.hidden_size, device=device, dtype=dtype)
-    ropes = {name: rope.tables(recipe.seq_len, device) for name, rope in structure.ropes.items()}
+    ropes = structure.rope_tables(recipe.seq_len, device)
     lr = torch.full((), recipe.lr, device=device)
     parts, trainers = {}, {}
     for slot, sub_block in structure.layers[first].items():
@@ -46,11 +46,11 @@ def step_seconds(step: Replayed, x: Tensor, num_steps: int = NUM_STEPS) -> float
     """Mean of `num_steps` steps, after warm-up."""
     for _ in range(WARM_UP + 1):
         step(x)
-    _wait(x.device)
+    wait_for(x.device)
     begin = time.perf_counter()
     for _ in range(num_steps):
         step(x)
-    _wait(x.device)
+    wait_for(x.device)
     return (time.perf_counter() - begin) / num_steps
 
 
@@ -69,8 +69,3 @@ def plan_of(builder: Builder) -> dict[str, Any]:
     """What a build would take, for --dry-run."""
     plan = builder.plan()
     return describe(plan, predict_seconds(builder, plan), builder.spaces, str(builder.device))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -24,10 +24,8 @@ from puzzle.parents.point import Point
 from puzzle.parents.structure import Structure
 
 SCHEMA = 2  # of library.json
-FP8_WEIGHTS, FP8_CACHE = (
-    f"{PARENT}@fp8",
-    f"{PARENT}@fp8-cache",
-)  # the parent's own sub-block, as scores/LNN.json calls it
+# The parent's own sub-block, as scores/LNN.json calls it.
+FP8_WEIGHTS, FP8_CACHE = (f"{PARENT}@fp8", f"{PARENT}@fp8-cache")
 Space = dict[str, SubBlock]  # what may stand in one place, by variant, the parent's own first
 Replacement = Mapping[str, str]  # {slot: variant}: what stands in for the parent in one layer
 

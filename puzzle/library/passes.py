@@ -9,7 +9,8 @@ that all of its children begin with. Replace-one-block scores are children that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from puzzle.base.console import Bar
 from puzzle.base.device import compute_dtype
 from puzzle.blocklib.plain.fp8 import cache_in_fp8, weights_in_fp8
 from puzzle.blocklib.plain.gqa import Attention
-from puzzle.blocklib.plain.part import Part, loaded
+from puzzle.blocklib.plain.part import Part
 from puzzle.blocklib.variant import PARENT
-from puzzle.library.assemble import read_variant
+from puzzle.library.assemble import read_part
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement
 from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
@@ -30,9 +31,8 @@ from puzzle.runtime.residency import HEAD_GROUP, Residency
 from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
 
 Parts = dict[str, Part]  # by slot
-ChildPath = tuple[
-    tuple[tuple[str, str], ...], ...
-]  # (slot, variant) of what stands in for the parent's, layer by layer
+# (slot, variant) of what stands in for the parent's, layer by layer.
+ChildPath = tuple[tuple[tuple[str, str], ...], ...]
 Measured = list[tuple[ChildPath, dict[str, float]]]
 
 
@@ -86,7 +86,7 @@ class Passes:
         ends, live = set(wanted), {begin: start}
         kept = {begin: start} if begin in ends else {}
         steps = {n: _steps(n, wanted) for n in range(len(begin), max(map(len, wanted)))}
-        reads = (self._reading(n, dict(choice)) for n, step in steps.items() for choice in step if choice)
+        reads = (partial(self._read, n, dict(choice)) for n, step in steps.items() for choice in step if choice)
         own = self.model.parts(reads, tensors_of)
         for layer, block in self.model.blocks(len(begin), len(begin) + len(steps)):
             bar.note(f"layer {layer}")
@@ -106,25 +106,20 @@ class Passes:
             kept |= {path: stream for path, stream in live.items() if path in ends}
         return kept
 
-    def _reading(self, layer: int, replacement: Replacement) -> Callable[[], Parts]:
-        """What reads the trained parts of a replacement."""
-
-        def read() -> Parts:
-            found = {}
-            for slot, name in replacement.items():
-                if name in (FP8_WEIGHTS, FP8_CACHE):
-                    continue
-                if (layer, slot, name) not in self._cached:
-                    if len(replacement) == 1 or any(key[0] != layer for key in self._cached):
-                        self._cached = {}  # only several slots together take a part again, and only in its layer
-                    sub_block = self.library.spaces[layer][slot][name]
-                    tensors = read_variant(self.store, layer, slot, name, sub_block)
-                    moved = {n: self.model.reader.move(t) for n, t in tensors.items()}
-                    self._cached[layer, slot, name] = loaded(sub_block, moved)
-                found[slot] = self._cached[layer, slot, name]
-            return found
-
-        return read
+    def _read(self, layer: int, replacement: Replacement) -> Parts:
+        """The trained parts of a replacement."""
+        found = {}
+        for slot, name in replacement.items():
+            if name in (FP8_WEIGHTS, FP8_CACHE):
+                continue
+            if (layer, slot, name) not in self._cached:
+                if len(replacement) == 1 or any(key[0] != layer for key in self._cached):
+                    self._cached = {}  # only several slots together take a part again, and only in its layer
+                sub_block = self.library.spaces[layer][slot][name]
+                part = read_part(self.store, layer, slot, name, sub_block, self.model.reader.move)
+                self._cached[layer, slot, name] = part
+            found[slot] = self._cached[layer, slot, name]
+        return found
 
     def _replaced(self, block: Block, replacement: Replacement, read: Parts) -> Block:
         """The layer with other parts; those in fp8 are made of its own."""

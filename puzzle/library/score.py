@@ -7,7 +7,7 @@ their streams (`puzzle.library.passes`). Where the parent is whole on the device
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.base.console import console, progress
+from puzzle.base.console import console, progress, say
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, write_json
@@ -24,10 +24,9 @@ from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.units import check_positive
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.none import NoOp
-from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData, load_tokens
-from puzzle.library.assemble import open_parent, read_variant
+from puzzle.library.assemble import open_parent, read_part
 from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, Replacement, score_name
 from puzzle.library.passes import ChildPath, Parts, Passes, path_of
 from puzzle.library.plan import Spaces, scoring, scoring_costs, screening, trained
@@ -183,10 +182,7 @@ class Scoring:
         for layer in self.library.layers:
             self.results.keep(layer)
         count = sum(len(layers[n].screened) for n in self.library.layers)
-        console.print(
-            f"{count} of {self.num_blocks} blocks are screened out: they get no score, and `solve` cannot choose them",
-            soft_wrap=True,
-        )
+        say(f"{count} of {self.num_blocks} blocks are screened out: they get no score, and `solve` cannot choose them")
 
     def mark(self, new: dict[int, dict[str, float]]) -> None:
         """The worst of all by estimates, `new` ones beside those that are there; in memory alone."""
@@ -221,22 +217,18 @@ class Scoring:
     def _estimates(self, lacking: list[int], memory: Memory) -> dict[int, dict[str, float]]:
         """Of all variants of these layers."""
         ids, plan = self.tokens.validation[:SEQUENCES], self.screen_plan(lacking, memory)
-        console.print(f"screening on {ids.numel():,} tokens, the parent {plan.told()}", markup=False, soft_wrap=True)
+        say(f"screening on {ids.numel():,} tokens, the parent {plan.told()}")
         model = Layered(self.parent, self.device, compute_dtype(self.device), streamed=plan.streamed)
         store = BlockStore(self.library.root)
 
-        def read(layer: int) -> Callable[[], dict[str, Parts]]:
-            def parts() -> dict[str, Parts]:
-                found: dict[str, Parts] = {}
-                for slot, space in self.library.spaces[layer].items():
-                    for name, sub_block in space.items():
-                        if name != PARENT:
-                            tensors = read_variant(store, layer, slot, name, sub_block)
-                            moved = {n: model.reader.move(t) for n, t in tensors.items()}
-                            found.setdefault(slot, {})[name] = loaded(sub_block, moved)
-                return found
-
-            return parts
+        def read(layer: int) -> dict[str, Parts]:
+            found: dict[str, Parts] = {}
+            for slot, space in self.library.spaces[layer].items():
+                for name, sub_block in space.items():
+                    if name != PARENT:
+                        part = read_part(store, layer, slot, name, sub_block, model.reader.move)
+                        found.setdefault(slot, {})[name] = part
+            return found
 
         batches = [one.long().to(self.device) for one in ids.split(plan.batch_size)]
         return estimates(model, batches, Room(self.device, plan.on_device), lacking, read)
@@ -264,7 +256,7 @@ class Scoring:
         if todo:
             plan, count = self.plan(todo), sum(map(len, mine.values()))
             told = f"{count} of {sum(map(len, todo.values()))}" if self.ranks.world > 1 else str(count)
-            console.print(f"scoring {told} variants, the parent {plan.told(count)}", markup=False, soft_wrap=True)
+            say(f"scoring {told} variants, the parent {plan.told(count)}")
             if mine:
                 Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, mine).run(self.results)
         else:

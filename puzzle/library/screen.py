@@ -15,6 +15,7 @@ estimate orders variants, and is no score. Letters: S sequences, T tokens, H hid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,15 +33,11 @@ Variants = Mapping[str, Mapping[str, Part]]  # by slot and name
 
 
 def estimates(
-    model: Layered,
-    batches: Sequence[Tensor],
-    room: Room,
-    layers: Sequence[int],
-    read: Callable[[int], Callable[[], Variants]],
+    model: Layered, batches: Sequence[Tensor], room: Room, layers: Sequence[int], read: Callable[[int], Variants]
 ) -> dict[int, dict[str, float]]:
     """Nats per token, of every variant of these layers, as {layer: {"slot/name": estimate}}.
 
-    batches: ids [B, T] each. read: what reads the variants of a layer. Streams that wait: one a layer, and two.
+    batches: ids [B, T] each. read: the variants of a layer. Streams that wait: one a layer, and two.
     """
     ropes = model.ropes(batches[0].shape[1])
     entering, last = _forward(model, batches, room, ropes)
@@ -50,7 +47,7 @@ def estimates(
     room.drop(last)
     del ends
     first, found = min(layers), {}
-    variants = model.parts((read(layer) for layer in sorted(layers, reverse=True)), _tensors)
+    variants = model.parts((partial(read, layer) for layer in sorted(layers, reverse=True)), _tensors)
     num_tokens = sum(ids.numel() for ids in batches)
     with progress("screen", len(model.structure.layers) - first) as bar:
         for layer, block in model.blocks(first, backwards=True):

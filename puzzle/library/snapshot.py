@@ -13,11 +13,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from puzzle.base.device import wait_for
 from puzzle.base.errors import UserError
 from puzzle.base.files import read_json, replacing, write_json
 from puzzle.base.ranks import Ranks
@@ -51,8 +51,7 @@ class Snapshots:
         """Save when it is time. The first process's clock says when, and at which step all ask it again."""
         if step < self._next:
             return
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize(self.ranks.device)  # the clock counts what is done, not what is launched
+        wait_for(self.ranks.device)
         due, self._next = self.ranks.from_first(lambda: self._look(step))
         if due:
             self._save(step, trainers)

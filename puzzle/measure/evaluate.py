@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from puzzle.base.console import console
-from puzzle.base.device import compute_dtype
+from puzzle.base.console import console, say
+from puzzle.base.device import compute_dtype, name_of, short_name
 from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, bytes_text, check_positive
@@ -17,7 +17,7 @@ from puzzle.base.workload import Workload
 from puzzle.data.packing import TokenData, load_tokens
 from puzzle.data.tokenizer import same_tokenizer
 from puzzle.measure.continuations import continuations, encode
-from puzzle.measure.measurable import Measurable, measure_speeds, name_of, of_checkpoint
+from puzzle.measure.measurable import Measurable, measure_speeds, of_checkpoint
 from puzzle.measure.serve import Served
 from puzzle.parents.structure import Structure
 from puzzle.runtime.divergence import compare_layered
@@ -117,11 +117,7 @@ def _evaluate(
     opened: _Opened, options: EvaluateOptions, work: Workload | None, batches: tuple[int, int] | None, ranks: Ranks
 ) -> Evaluation:
     parent, child, on, tokens, plan = opened.parent, opened.child, opened.device, opened.tokens, opened.plan
-    console.print(
-        f"measuring divergence on {tokens.validation.numel():,} held-out tokens, both models {plan.told()}",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"measuring divergence on {tokens.validation.numel():,} held-out tokens, both models {plan.told()}")
     whole, cut = (Layered(w, on, compute_dtype(on), streamed=plan.streamed) for w in opened.weights)
     against = compare_layered(whole, cut, tokens.validation, plan, ranks)
     said = None
@@ -132,7 +128,7 @@ def _evaluate(
     del whole, cut  # the runtimes want their memory
     work = work if ranks.is_first else None
     if work is not None and opened.too_large is not None:
-        console.print(f"no speed: {opened.too_large}", markup=False, soft_wrap=True)
+        say(f"no speed: {opened.too_large}")
         work = None
     precision = pick_precision(on, None if child.solved is None else child.solved.costs["precision"])
     speeds = {} if work is None else _speeds(parent, child, work, batches, on, precision, options.repeats)
@@ -140,7 +136,7 @@ def _evaluate(
     sizes = [_sizes(parent.structure, precision), _sizes(child.structure, precision, fp8)]
     fast, slow = speeds.get("child"), speeds.get("parent")
     return Evaluation(
-        device=str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
+        device=short_name(on),
         precision=precision if fp8 is None or child.solved is None else child.solved.precision,
         num_tokens=int(against["num_tokens"]),
         parent=Evaluated(loss=against["parent_loss"], speed=slow, **sizes[0], identity=parent.identity()),

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 
 from puzzle.base.console import console
+from puzzle.base.device import name_of
 from puzzle.base.errors import UserError
-from puzzle.base.machine import cpu_name
 from puzzle.base.ranks import Ranks
 from puzzle.base.workload import Workload
 from puzzle.measure.architecture import Architecture, architecture_beside
@@ -89,19 +89,7 @@ def of_structure(
     name: str, structure: Structure, solved: Architecture | None = None, ranks: Ranks | None = None
 ) -> Measurable:
     """Random weights: they take the time and the memory of any others. ranks: as `of_checkpoint` has them."""
-    return Measurable(
-        name=name,
-        structure=structure,
-        tokenizer=None,
-        solved=solved,
-        source=None,
-        ranks=ranks,
-    )
-
-
-def name_of(device: torch.device) -> str:
-    """As cost tables call it."""
-    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return Measurable(name=name, structure=structure, tokenizer=None, solved=solved, source=None, ranks=ranks)
 
 
 def measure_speeds(

@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+from puzzle.base.device import wait_for
 from puzzle.base.workload import Workload
 from puzzle.runtime.interface import Runtime
 
@@ -54,14 +55,14 @@ class _Serving:
 
     def once(self) -> tuple[float, float]:
         """Seconds of the prefill and of all decode steps."""
-        self._wait()
+        wait_for(self.runtime.device)
         begin = time.perf_counter()
         self.first()
-        self._wait()
+        wait_for(self.runtime.device)
         middle = time.perf_counter()
         for _ in range(self.work.output_len - 1):
             self.step()
-        self._wait()
+        wait_for(self.runtime.device)
         return self.runtime.agreed(middle - begin, time.perf_counter() - middle)
 
     def result(self, times: list[tuple[float, float]]) -> Served:
@@ -77,10 +78,6 @@ class _Serving:
             memory_bytes=self.held + workspace if self.held else runtime.weight_bytes + runtime.state_bytes,
             workspace_bytes=workspace,
         )
-
-    def _wait(self) -> None:
-        if self.runtime.device.type == "cuda":
-            torch.cuda.synchronize(self.runtime.device)
 
 
 def _allocated() -> int:

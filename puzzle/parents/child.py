@@ -33,10 +33,8 @@ from puzzle.parents.structure import Layer, Structure
 OWNERS = {"attention": "attention", "ffn": "mlp"}  # slot: its name in the lists of `per_layer_config`
 LISTS = {"skip": NoOp, "linear": Linear}  # lists of `per_layer_config`, and the kind of what they name
 DENSE = "dense"  # a list too: of what is one FFN for all tokens where others are mixtures
-SIZED = {
-    "mamba": ("attention", Mamba2),
-    "gated_delta": ("attention", GatedDelta),
-}  # words with the sizes of a kind: the slot that it stands in, and the kind
+# Words with the sizes of a kind: the slot that it stands in, and the kind.
+SIZED = {"mamba": ("attention", Mamba2), "gated_delta": ("attention", GatedDelta)}
 PLACEMENTS = ("before", "after", "both")
 MIXTURE = {  # fields of a mixture that config.json has where they differ from their defaults, and their names there
     "router": "router", "correction_bias": "correction_bias", "num_groups": "n_group", "num_topk_groups": "topk_group",
@@ -49,7 +47,7 @@ def usual(c: Config) -> dict[str, SubBlock]:
     """What a layer without an entry has."""
     placement = c.get("norm_placement", "before")
     if placement not in PLACEMENTS:
-        raise UserError(f"norm_placement '{placement}' in config.json: {nearest(str(placement), list(PLACEMENTS))}")
+        raise UserError(f"norm_placement '{placement}' in config.json: {nearest(str(placement), PLACEMENTS)}")
     shared = {
         "norm": placement,
         "norm_offset": bool(c.get("norm_offset", False)),

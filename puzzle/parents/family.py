@@ -35,7 +35,7 @@ class Family:
     prefixes: of stored names, and what they are called here. needed: fields without which a config.json is not whole."""
 
     structure: Callable[[Config], Structure]
-    where: Callable[[int, str, SubBlock, str], Where]
+    where: Callable[[int, str, SubBlock, str], Where] = plain
     other_layouts: tuple[Callable[[int, str, SubBlock, str], Where], ...] = ()
     base: Callable[[Config], Layer] | None = None
     prefixes: Mapping[str, str] = field(default_factory=dict)
@@ -45,26 +45,11 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def family(
-    model_type: str,
-    *,
-    where: Callable[[int, str, SubBlock, str], Where] = plain,
-    other_layouts: tuple[Callable[[int, str, SubBlock, str], Where], ...] = (),
-    base: Callable[[Config], Layer] | None = None,
-    prefixes: Mapping[str, str] | None = None,
-    needed: tuple[str, ...] = NEEDED,
-) -> Callable[[Callable[[Config], Structure]], Callable[[Config], Structure]]:
-    """Decorator: the family of checkpoints with this `model_type`."""
+def family(model_type: str, **details: Any) -> Callable[[Callable[[Config], Structure]], Callable[[Config], Structure]]:
+    """Decorator: the family of checkpoints with this `model_type`. details: fields of `Family`."""
 
     def add(structure: Callable[[Config], Structure]) -> Callable[[Config], Structure]:
-        FAMILIES[model_type] = Family(
-            structure=structure,
-            where=where,
-            other_layouts=other_layouts,
-            base=base,
-            prefixes=prefixes or {},
-            needed=needed,
-        )
+        FAMILIES[model_type] = Family(structure=structure, **details)
         return structure
 
     return add

@@ -12,12 +12,8 @@ from puzzle.parents.family import Config, attention, decoder, family, ffn, head_
 from puzzle.parents.names import Where, plain
 from puzzle.parents.structure import Layer, Structure
 
-TYPES = {
-    "attention": "gqa",
-    "full_attention": "gqa",
-    "mamba": "mamba2",
-    "linear_attention": "mamba2",
-}  # earlier names and today's
+# Earlier names and today's.
+TYPES = {"attention": "gqa", "full_attention": "gqa", "mamba": "mamba2", "linear_attention": "mamba2"}
 MAMBA = {  # fields of Mamba-2, and their words in config.json
     "num_heads": "mamba_n_heads", "head_dim": "mamba_d_head", "num_groups": "mamba_n_groups", "state_size": "mamba_d_state",
     "conv_width": "mamba_d_conv", "chunk_size": "mamba_chunk_size", "conv_bias": "mamba_conv_bias", "bias": "mamba_proj_bias",

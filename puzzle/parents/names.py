@@ -103,9 +103,8 @@ def hf_name(layer: int, slot: str, sub_block: SubBlock, name: str) -> str:
     placement = sub_block.norm if isinstance(sub_block, Normed) else "before"
     before, after = NORMS[placement, slot]
     module = module_of(slot, sub_block)
-    name = (
-        name.replace("gate_norm.", "norm.") if owner == "gate_norm" else name
-    )  # a recurrent kind's own, inside its module
+    # A recurrent kind's own, inside its module.
+    name = name.replace("gate_norm.", "norm.") if owner == "gate_norm" else name
     path = {"norm": before, "post_norm": after, "linear": f"{module}.{MATRICES[slot]}"}.get(owner)
     return f"model.layers.{layer}.{module}.{name}" if path is None else f"model.layers.{layer}.{path}.{rest}"
 

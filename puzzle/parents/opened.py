@@ -23,20 +23,9 @@ from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, Where
 from puzzle.parents.structure import Layer, Structure
 
 MODULES = (
-    "llama",
-    "qwen",
-    "phi3",
-    "gemma3",
-    "olmo",
-    "granite",
-    "smollm3",
-    "exaone4",
-    "nemotron_h",
-    "qwen3_moe",
-    "gpt_oss",
-    "child",
+    "llama", "qwen", "phi3", "gemma3", "olmo", "granite", "smollm3", "exaone4", "nemotron_h", "qwen3_moe", "gpt_oss", "child",
     "nemotron_nas",
-)
+)  # fmt: skip
 NEUTRAL = {  # fields that change no output: of training, of generation, and what transformers has written into others by now
     "attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "pretraining_tp", "max_window_layers", "use_sliding_window", "original_max_position_embeddings",
@@ -45,11 +34,8 @@ NEUTRAL = {  # fields that change no output: of training, of generation, and wha
 READ = ("BF16", "F16", "F32", "F64")  # dtypes of weights, as safetensors names them
 QUANTISED = ("quantization_config", "compression_config")  # which `Checkpoint` has read
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-OWN_CONFIGS = (
-    "puzzle",
-    "nemotron-nas",
-    "nemotron_h_puzzle",
-)  # whose config classes come with the checkpoint, which stays unread
+# Their config classes come with the checkpoint, which stays unread.
+OWN_CONFIGS = ("puzzle", "nemotron-nas", "nemotron_h_puzzle")
 
 
 @dataclass(frozen=True, kw_only=True)

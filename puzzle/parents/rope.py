@@ -47,7 +47,7 @@ class Rope:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"RoPE type '{self.kind}' is not supported: {nearest(self.kind, list(KINDS))}")
+            raise UserError(f"RoPE type '{self.kind}' is not supported: {nearest(self.kind, KINDS)}")
         if unknown := sorted(set(self.parameters) - _WORDS[self.kind] - _COMMON):
             raise UserError(f"RoPE of type '{self.kind}' has the parameter '{unknown[0]}', which is not understood")
         if "rope_theta" not in self.parameters:

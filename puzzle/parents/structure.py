@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from puzzle.blocklib.sub_block import SubBlock, parse_key
 from puzzle.parents.rope import Rope
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 VOCAB_PADDING = 64  # words that a vocabulary is padded to before it is shared
 Layer = Mapping[str, SubBlock]  # by slot, in the order of the residual stream: {"attention": Gqa, "ffn": SwiGLU}
@@ -67,6 +71,10 @@ class Structure:
         for index, layer in enumerate(self.layers):
             for slot, sub_block in layer.items():
                 yield index, slot, sub_block
+
+    def rope_tables(self, length: int, device: torch.device | str) -> dict[str, tuple[Tensor, Tensor]]:
+        """By name, cos and sin of sequences of `length` tokens. [length, R] float32 each"""
+        return {name: rope.tables(length, device) for name, rope in self.ropes.items()}
 
     def with_layers(self, layers: Sequence[Layer]) -> Structure:
         return replace(self, layers=tuple(layers))

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from puzzle.base.device import check_gpu
+from puzzle.base.device import check_gpu, name_of
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable
-from puzzle.base.machine import cpu_name
 from puzzle.base.ranks import Ranks
 from puzzle.kernels.timer import Graph, time_replays
 from puzzle.profile.all_reduce import FOLDER, AllReduceRow, read_all_reduces, write_all_reduces
@@ -37,7 +36,7 @@ def measure_all_reduces(gpu: str, tp: int, out: Path, sizes: tuple[int, ...] = S
         path = out / FOLDER / f"{gpu.split('-')[0]}.csv"
         check_writable(path.parent)
         facts = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "device": name_of(device),
             "versions": f"torch {torch.__version__}{nccl_words(device)}",
             "date": time.strftime("%Y-%m-%d"),
         }
@@ -67,7 +66,6 @@ def one(ranks: Ranks, num_bytes: int, device: torch.device) -> float:
         ranks.sum(message)
 
     graphs = [Graph(call, device, warm_ups=3, rounds=rounds) for call in (pair, alone)]
-    both, less = (
-        time_replays(graph.replay, rounds, device, 0.0, REPLAYS).p50 for graph in graphs
-    )  # as many on every rank
+    # As many on every rank.
+    both, less = (time_replays(graph.replay, rounds, device, 0.0, REPLAYS).p50 for graph in graphs)
     return max(1e-7, ranks.slowest([both - less])[0])

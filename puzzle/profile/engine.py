@@ -245,7 +245,7 @@ def open_engine(
     if name is not None and names:
         raise UserError(f"`shapes` {name}: the fits of `engine` {engine} on `gpu` {gpu} are {', '.join(names)}")
     raise UserError(
-        f"`engine` {engine} on `gpu` {gpu} has not been fitted ({nearest(stem, list(shipped))}): run `puzzle profile LIBRARY --engine "
+        f"`engine` {engine} on `gpu` {gpu} has not been fitted ({nearest(stem, shipped)}): run `puzzle profile LIBRARY --engine "
         f"{fitted} --gpu {gpu} --run` on that machine, or measure some architectures and pass --fit FILE.csv in its place"
     )
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.base.machine import cpu_name
+from puzzle.base.device import name_of
 from puzzle.base.workload import PAGE
 from puzzle.blocklib.fast.batch import Batch, CachePool, Fast, Stream, make_fast, new_batch
 from puzzle.blocklib.gqa import Gqa
@@ -55,7 +55,7 @@ class GpuTimer:
 
             versions += f", triton {triton.__version__}"
         self.facts = {
-            "device": torch.cuda.get_device_name() if self.on_gpu else cpu_name(),
+            "device": name_of(device),
             "versions": versions,
             "precision": "fp8" if fp8 else "bf16" if self.on_gpu else "float32",
             "date": time.strftime("%Y-%m-%d"),

@@ -16,10 +16,8 @@ from puzzle.parents.structure import Structure
 from puzzle.profile.parts import Ends, Part, Whole, ends_of, priced_as
 
 MAX_WIDE_BYTES = 12 * 2**30  # of one FFN in bf16: wider ones are not measured
-WHOLE_WEIGHT_BYTES, WHOLE_CACHE_BYTES = (
-    12 * 2**30,
-    32 * 2**30,
-)  # in bf16: as many layers as fit stand for the whole parent on a GPU
+# In bf16: as many layers as fit stand for the whole parent on a GPU.
+WHOLE_WEIGHT_BYTES, WHOLE_CACHE_BYTES = (12 * 2**30, 32 * 2**30)
 WHOLE_TOKENS = 1024  # of a sequence there: the measured length nearest to it
 OFFERED = ("kv4", "kv2", "kv1", "window-128", "window-1024")  # where no library says: beside the default ones
 

@@ -43,7 +43,7 @@ from puzzle.profile.parts import shared_name
 from puzzle.profile.profile import profile, subject_of
 from puzzle.run.check import check_disk, check_heal, check_road, check_steps_cut, grid_of, is_measured, profiled
 from puzzle.run.key import key_of
-from puzzle.run.plan import disk_of, in_order, plan_road
+from puzzle.run.plan import disk_of, joined, plan_road
 from puzzle.run.recipe import Recipe, naming, stage_of
 from puzzle.run.shapes import check_weights
 
@@ -73,10 +73,8 @@ class Run:
         check_weights(recipe)
         if not recipe.data:
             raise UserError("no data: add 'data:' to the recipe or pass `data`")
-        self.shared: dict[str, Any] = {
-            "text_field": recipe.text_field,
-            "device": recipe.device,
-        }  # options of several stages
+        # Options of several stages.
+        self.shared: dict[str, Any] = {"text_field": recipe.text_field, "device": recipe.device}
         self.library = out / "library"
         self.marks: dict[
             str, dict[str, Any]
@@ -114,8 +112,7 @@ class Run:
         """As `plan_road`, after the check."""
         builders = self.check()
         roads = self.roads.items()
-        plans = {n: plan_road(one.recipe, builders[n], one.heal_options(one.recipe.parent)) for n, one in roads}
-        return plans[""] | {"stages": in_order({name: planned["stages"] for name, planned in plans.items()})}
+        return joined({n: plan_road(one.recipe, builders[n], one.heal_options(one.recipe.parent)) for n, one in roads})
 
     @property
     def roads(self) -> dict[str, Run]:
@@ -223,7 +220,7 @@ class Run:
         source = open_source(library, out / "solution")
         said = self._as_solved(solved)
         if solved.kv_dtype is not None and recipe.trains:  # nothing is rounded before it is healed
-            said = {"dtype": str(source.child.dtype).removeprefix("torch.")}
+            said = {"dtype": source.child.dtype_name}
         self._stage("child", key, child, partial(export, source, child, force=True, **said))
         if recipe.fuse is not None:
             child, key = self._fuse(child, key)

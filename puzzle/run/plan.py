@@ -30,12 +30,8 @@ from puzzle.run.check import grid_of, is_measured, profiled
 from puzzle.run.recipe import Recipe, naming
 from puzzle.runtime.residency import Memory, Residency, plan_residency
 
-EXPORT_BYTES = {
-    "float32": (4, 4),
-    "bfloat16": (2, 2),
-    "float16": (2, 2),
-    "fp8": (1, 2),
-}  # of a parameter in a layer, and outside
+# Of a parameter in a layer, and outside.
+EXPORT_BYTES = {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2), "fp8": (1, 2)}
 # Of a stage: "tokens", "seconds", "memory_bytes", "disk_bytes"; None: next to nothing. "passes": times that a model is read, layer by layer,
 # None: it is whole on the device. "told": whether its seconds are the recipe's word; "sampled": tokens that it draws.
 Row = dict[str, Any]
@@ -84,11 +80,13 @@ def plan_road(recipe: Recipe, builder: Builder, heal: HealOptions | None) -> dic
     return {"build": build, "stages": road.stages(own, healing, disk)}
 
 
-def in_order(roads: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
-    """The stages of all roads, by the prefix of their names: costs are measured on the first, and evaluated is the last child."""
-    first, last = next(iter(roads)), list(roads)[-1]
+def joined(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The last plan with the stages of all roads, by the prefix of their names: costs are measured on the first, and evaluated is the
+    last child."""
+    first, last = next(iter(plans)), list(plans)[-1]
     once = {"profile": first, "evaluate": last}
-    return {p + name: row for p, rows in roads.items() for name, row in rows.items() if once.get(name, p) == p}
+    every = ((p, name, row) for p, plan in plans.items() for name, row in plan["stages"].items())
+    return {**plans[last], "stages": {p + name: row for p, name, row in every if once.get(name, p) == p}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,26 +27,11 @@ from puzzle.run.after import After
 
 Options = TypeVar("Options")
 KINDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}  # of values
-LISTS = (
-    "build.attention",
-    "build.ffn",
-    "build.layers",
-    "goal.pinned",
-    "goal.alike",
-    "solve.precision",
-)  # names or ranges
+# Names or ranges.
+LISTS = ("build.attention", "build.ffn", "build.layers", "goal.pinned", "goal.alike", "solve.precision")
 SHARED = ("data", "out", "text_field", "device")  # one value for all stages, outside the sections
-OF_THE_RUN = (
-    "child",
-    "origin",
-    "inputs_from",
-    "mix",
-    "library",
-    "force",
-    "dry_run",
-    "dependency_only",
-    "old_lr",
-)  # what the road itself says
+# What the road itself says.
+OF_THE_RUN = ("child", "origin", "inputs_from", "mix", "library", "force", "dry_run", "dependency_only", "old_lr")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,10 +88,8 @@ class Recipe:
 
 
 SECTIONS = ("build", "score", "profile", "goal", "workload", "solve", "fuse", "heal", "evaluate")
-OPTIONAL = {
-    "fuse": FuseOptions(),
-    "heal": HealOptions(child="", out=Path()),
-}  # stages that a recipe without them leaves out
+# Stages that a recipe without them leaves out.
+OPTIONAL = {"fuse": FuseOptions(), "heal": HealOptions(child="", out=Path())}
 
 
 class _EveryKeyOnce(yaml.SafeLoader):

@@ -18,7 +18,7 @@ from puzzle.blocklib.variant import search_spaces
 from puzzle.library.plan import plan_build, trained, training_flops
 from puzzle.parents.known import STRUCTURES, known_structure
 from puzzle.run.check import check_goal, check_grid, check_steps_cut, is_measured
-from puzzle.run.plan import Road, Row, disk_of, in_order
+from puzzle.run.plan import Road, Row, disk_of, joined
 from puzzle.run.recipe import Recipe, naming
 from puzzle.runtime.residency import Memory
 
@@ -50,8 +50,7 @@ def plan_shapes(recipe: Recipe) -> dict[str, Any]:
     seen to be wrong without a checkpoint.
     """
     check_steps_cut(recipe)
-    plans = {name: _plan_one(one) for name, one in recipe.roads.items()}
-    return plans[""] | {"stages": in_order({name: planned["stages"] for name, planned in plans.items()})}
+    return joined({name: _plan_one(one) for name, one in recipe.roads.items()})
 
 
 def _plan_one(recipe: Recipe) -> dict[str, Any]:

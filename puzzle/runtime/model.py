@@ -7,7 +7,7 @@ times are the same. Letters: B batch, T tokens, H hidden_size, V vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puzzle.base.ranks import Ranks
-from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, blank, loaded
+from puzzle.blocklib.plain.part import Move, Part, RMSNorm, Ropes, blank, loaded, moved, moving
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
 from puzzle.parents.opened import open_model
@@ -72,7 +72,7 @@ class CausalModel(nn.Module):
     def ropes(self, length: int) -> Ropes:
         """Tables of sequences of `length` tokens, on the model's device."""
         device = self.embedding.weight.device
-        return {name: rope.tables(length, device) for name, rope in self.structure.ropes.items()}
+        return self.structure.rope_tables(length, device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """The stream before the first layer. ids [B, T] -> [B, T, H]"""
@@ -139,18 +139,14 @@ class Weights(Protocol):
         ...
 
 
-def read_block(
-    source: Weights, layer: int, move: Callable[[Tensor, torch.dtype | None], Tensor], ranks: Ranks | None = None
-) -> Block:
-    """One layer, whole or this rank's share. move: a stored tensor to where it runs, in this dtype, or None for the model's."""
+def read_block(source: Weights, layer: int, move: Move, ranks: Ranks | None = None) -> Block:
+    """One layer, whole or this rank's share."""
     parts = {}
     for slot, sub_block in source.structure.layers[layer].items():
         weights = source.weights(layer, slot)
         if ranks is not None:
             weights, sub_block = sub_block.cut(weights, ranks.rank, ranks.world), sub_block.shared(ranks.world)
-        parts[slot] = loaded(
-            sub_block, {n: move(t, t.dtype if n in sub_block.exact else None) for n, t in weights.items()}
-        )
+        parts[slot] = loaded(sub_block, moved(sub_block, weights, move))
     return Block(parts)
 
 
@@ -168,9 +164,7 @@ def load_model(
     def words(table: Tensor) -> Tensor:
         return (table if ranks is None else own_rows(ranks, table, structure.vocab_size)).to(device, dtype)
 
-    def move(tensor: Tensor, own: torch.dtype | None) -> Tensor:
-        return tensor.to(device, own or dtype)
-
+    move = moving(device, dtype)
     blocks = [read_block(opened, n, move, ranks) for n in range(structure.num_layers)]
     model = CausalModel(
         structure,

@@ -95,7 +95,7 @@ class Layered:
 
     def ropes(self, length: int) -> Ropes:
         """Tables of sequences of `length` tokens, on the device."""
-        return {name: rope.tables(length, self.device) for name, rope in self.structure.ropes.items()}
+        return self.structure.rope_tables(length, self.device)
 
     def embedded(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The stream before the first layer of every batch of ids [B, T]. A streamed embedding stays no longer than this takes."""
@@ -111,9 +111,8 @@ class Layered:
         if self.model is not None:
             return self.model
         head, norm = (t.to(self.device, self.dtype) for t in (self.source.lm_head(), self.source.final_norm()))
-        return (
-            CausalModel(self.structure, head, [], norm, None).requires_grad_(False).eval()
-        )  # its one matrix is the head
+        # Its one matrix is the head.
+        return CausalModel(self.structure, head, [], norm, None).requires_grad_(False).eval()
 
     def hidden(self, ids: Sequence[Tensor], room: Room) -> Stream:
         """The residual stream after the last layer, of all batches [B, T]."""

@@ -28,7 +28,7 @@ from puzzle.base.errors import UserError, nearest
 from puzzle.base.files import json_text
 from puzzle.blocklib.gated_delta import GatedDelta
 from puzzle.blocklib.recurrent import Recurrent
-from puzzle.blocklib.sub_block import MissingFace
+from puzzle.blocklib.sub_block import MissingFace, SubBlock
 from puzzle.export.checkpoint import outdated_code
 from puzzle.export.engines import CARD_SHARE, release, served_by, wrong_before
 from puzzle.export.engines import ENGINES as TABLE
@@ -147,7 +147,7 @@ def serve_check(
     Raises UserError for an unknown engine or format, or an engine that is not installed; EngineFailed when it fails.
     """
     if engine not in ENGINES:
-        raise UserError(f"`engine` {engine}: {nearest(engine, list(ENGINES))}")
+        raise UserError(f"`engine` {engine}: {nearest(engine, ENGINES)}")
     export = find_export(path)
     if export.format not in READS[engine]:
         wanted = READS[engine][0] + ("" if engine == "hf" else f" --engine {engine}")
@@ -173,21 +173,12 @@ def serve_check(
         "threads": threads,
         "text": TEXT if text_ids else None,
     }
+    sub_blocks: list[SubBlock] = []
     if engine == "vllm":
-        job["batch"] = plan_batches(export)
-        served = (
-            model if compared is export else load_reference(export)
-        )  # rewritten for the engine, it keeps other states
+        served = model if compared is export else load_reference(export)  # rewritten for it, a child keeps other states
         sub_blocks = [part.sub_block for _, _, part in served.parts()]
         del served
-        for sub_block in sub_blocks:
-            if sub_block.lacks_in_vllm:
-                raise MissingFace(sub_block.kind, sub_block.lacks_in_vllm)
-        states = {one.state_dtype for one in sub_blocks if isinstance(one, Recurrent)}
-        job["state_dtype"] = next(iter(states), None)
-        if any(isinstance(one, GatedDelta) for one in sub_blocks):
-            job["cpu_dtype"] = "bfloat16"  # alone, in vLLM's kernels of it for CPUs
-        job |= gpu_bytes(model, job["batch"]["gpu"]) | {"gpu_share": CARD_SHARE}
+        job |= _of_vllm(export, model, sub_blocks)
     hint = outdated_code(export.path) if engine == "hf" else None
     try:
         found = run_engine(job, python or Path(sys.executable))
@@ -198,18 +189,15 @@ def serve_check(
     one: dict[str, Any] = {"delta": None, "num_same": 0, "near_tie": False}
     if len(found["logits"]):
         one = compare(model, prompt, torch.from_numpy(found["logits"]), found["tokens"].tolist(), tolerance)
-    batch = None
+    batch = held = None
+    asked = job["batch"]["cpu" if device == "cpu" else "gpu"] if engine == "vllm" else {}
     if "after" in found:
         if found["after"].shape[1] != export.vocab_size:
             raise EngineFailed(f"{found['after'].shape[1]} words instead of {export.vocab_size}")
-        prompts = job["batch"]["cpu" if device == "cpu" else "gpu"]["prompts"]
-        batch = compare_batch(model, prompts, found, tolerance, _place(model))
-    held = None
+        batch = compare_batch(model, asked["prompts"], found, tolerance, _place(model))
     if "pages" in found:
         precision = {"float32": "float32", "bfloat16": "bf16"}[str(found["dtype"])]
-        longest = (
-            max(len(prompt) for prompt in prompts) + job["batch"]["cpu" if device == "cpu" else "gpu"]["num_tokens"]
-        )
+        longest = max(map(len, asked["prompts"])) + asked["num_tokens"]
         held = compare_pages(sub_blocks, json.loads(str(found["pages"])), precision, longest)
     cause = mixed_kv_heads(export, engine, version)
     return ServeCheck(
@@ -227,6 +215,18 @@ def serve_check(
         served_by=cause and served_by(TABLE[engine], export.kv_heads) if device == "cpu" else None,
         **one,
     )
+
+
+def _of_vllm(export: Export, model: CausalModel, sub_blocks: list[SubBlock]) -> dict[str, Any]:
+    """What vLLM is asked beside. model: the reference. Raises MissingFace for a sub-block that it lacks."""
+    for sub_block in sub_blocks:
+        if sub_block.lacks_in_vllm:
+            raise MissingFace(sub_block.kind, sub_block.lacks_in_vllm)
+    states, batch = {one.state_dtype for one in sub_blocks if isinstance(one, Recurrent)}, plan_batches(export)
+    told = {"batch": batch, "state_dtype": next(iter(states), None), "gpu_share": CARD_SHARE}
+    if any(isinstance(one, GatedDelta) for one in sub_blocks):
+        told["cpu_dtype"] = "bfloat16"  # alone, in vLLM's kernels of it for CPUs
+    return told | gpu_bytes(model, batch["gpu"])
 
 
 def mixed_kv_heads(export: Export, engine: str, version: str) -> str | None:

@@ -14,7 +14,7 @@ from puzzle.measure.architecture import Architecture, Prediction, architecture_p
 from puzzle.parents.checkpoint import Checkpoint
 from puzzle.parents.structure import Structure
 from puzzle.serving.engine_run import ENGINE, Engine, Point, check_engine, measured, measured_random
-from puzzle.serving.reference import find_export
+from puzzle.serving.reference import Export, find_export
 
 COMPARED = ("tokens_per_second", "ttft_seconds", "tpot_seconds", "memory_bytes")
 
@@ -52,20 +52,9 @@ def bench_engine(
     if with_parent and solved is None:
         raise UserError("`with_parent` needs an architecture: bench a parent's checkpoint by itself")
     export = find_export(target) if stored else None
-    if export is not None and (precision, reader) != (None, None):
-        raise UserError(
-            f"{target} is a checkpoint, whose format and precision it says itself: leave `format` and `fp8` out"
-        )
-    if export is None and precision is None and solved is not None and solved.kv_dtype is not None:
-        raise UserError(
-            f"{target} was solved for {solved.precision}, and random weights have one precision: pass `fp8`, or export it and give that"
-        )
+    _check_precision(target, export, solved, precision, reader)
     costs = {} if solved is None else solved.costs
     usual = "float32" if gpu == "cpu" else "bf16"
-    if export is not None and export.rounds == "MXFP4":
-        raise UserError(
-            f"{target} is in MXFP4, which no price is of: give the checkpoint in bf16 that it was made from, or export it"
-        )
     words = None
     if export is not None:
         checkpoint = Checkpoint(target)
@@ -119,6 +108,24 @@ def precision_of(checkpoint: Checkpoint, usual: str) -> str:
     if weights == "fp8" and whole:
         return f"fp8 but for {len(whole)} modules in bf16, cache {cache}"
     return weights if weights == cache else f"{weights}, cache {cache}"
+
+
+def _check_precision(
+    target: Path, export: Export | None, solved: Architecture | None, precision: str | None, reader: str | None
+) -> None:
+    """Raise UserError where the precision or format that is asked for, or that a checkpoint has, cannot be measured."""
+    if export is not None and (precision, reader) != (None, None):
+        raise UserError(
+            f"{target} is a checkpoint, whose format and precision it says itself: leave `format` and `fp8` out"
+        )
+    if export is None and precision is None and solved is not None and solved.kv_dtype is not None:
+        raise UserError(
+            f"{target} was solved for {solved.precision}, and random weights have one precision: pass `fp8`, or export it and give that"
+        )
+    if export is not None and export.rounds == "MXFP4":
+        raise UserError(
+            f"{target} is in MXFP4, which no price is of: give the checkpoint in bf16 that it was made from, or export it"
+        )
 
 
 def _promises(solved: Architecture | None) -> list[tuple[str, Structure, Prediction]]:

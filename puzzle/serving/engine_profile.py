@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.errors import UserError, writing
 from puzzle.base.files import write_json, write_text
 from puzzle.base.lock import holding
@@ -167,7 +167,7 @@ def _profile(engine: str, structure: Structure, how: Engine, folder: Path, point
         if not slow:
             break
         told = ", ".join(f"{name} ({len(of)})" for name, of in slow.items())
-        console.print(f"slower than the fit by more than {100 * HICCUP:.0f} %, measured again: {told}", markup=False)
+        say(f"slower than the fit by more than {100 * HICCUP:.0f} %, measured again: {told}")
         found.measure(slow)
     if how.gpu != "cpu":
         room = [int(r["weight_bytes"]) + int(r["cache_bytes"]) for r in found.rows]
@@ -200,7 +200,7 @@ class _Found:
                     self._measure(name, these)
             except EngineFailed as error:
                 failed[name] = str(error)
-                console.print(f"{name}: {error}", markup=False, soft_wrap=True)
+                say(f"{name}: {error}")
         return failed
 
     def _measure(self, name: str, points: list[Point]) -> None:

@@ -23,12 +23,13 @@ import torch
 from puzzle.base.errors import UserError, writing
 from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
-from puzzle.export.child import Child, ChildLayer, no_tensors
+from puzzle.export.checkpoint import DECILM_CODE
+from puzzle.export.child import empty_child
 from puzzle.export.engines import CARD_SHARE
 from puzzle.export.fp8 import quantization_config
 from puzzle.export.hf import hf_config
 from puzzle.export.lower import lower
-from puzzle.export.nemotron_nas import CODE, decilm_config
+from puzzle.export.nemotron_nas import decilm_config
 from puzzle.parents.structure import Layer, Structure
 from puzzle.serving.check import INSTALL, EngineFailed, last_words
 from puzzle.serving.vllm_plugin import READ_AGAINST
@@ -80,26 +81,12 @@ def check_engine(name: str) -> None:
         )
 
 
-def empty_child(structure: Structure, base: Layer, dtype: torch.dtype) -> Child:
-    """A child without tensors, for its configuration. base: what the configuration's global values describe."""
-    return Child(
-        name="random",
-        layers=tuple(
-            ChildLayer(slots=layer, reads=dict.fromkeys(layer, no_tensors), origin=index)
-            for index, layer in enumerate(structure.layers)
-        ),
-        around=structure.with_layers([]), base=base, bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype=dtype,
-        tokenizer=None, generation_config=None, parent_name="random", licence=None, read_embedding=no_tensors,  # type: ignore[arg-type]
-        read_final_norm=no_tensors, read_head=no_tensors,  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
 def write_random(structure: Structure, base: Layer, how: Engine, directory: Path) -> None:
     """config.json of a checkpoint whose weights vLLM makes up, and the code that a nemotron-nas one needs.
 
     Raises UserError for a sub-block that the reader cannot take.
     """
-    child = empty_child(structure, base, getattr(torch, DTYPES[how.precision]))
+    child = empty_child(structure, base, "random", getattr(torch, DTYPES[how.precision]))
     if how.reader == "nemotron-nas":
         child, _ = lower(child, ENGINE, how.reader)
         config = decilm_config(child, ENGINE)
@@ -109,7 +96,7 @@ def write_random(structure: Structure, base: Layer, how: Engine, directory: Path
     if how.precision == "fp8":
         config["quantization_config"] = quantization_config(weights=True, cache=False)  # the cache's is an argument
     with writing(directory):
-        for path in CODE if how.reader == "nemotron-nas" else ():
+        for path in DECILM_CODE if how.reader == "nemotron-nas" else ():
             shutil.copy(path, directory)
     write_json(directory / "config.json", config)
 

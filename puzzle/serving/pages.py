@@ -62,9 +62,8 @@ def allocated(sub_blocks: Iterable[SubBlock], precision: str, num_tokens: int, s
         return 0
     widest = max(token for token, _ in attends)
     page = step * widest * max(1, -(-largest // (step * widest)))
-    if (
-        not mambas and len({reach for _, reach in attends}) == 1
-    ):  # one group of all layers, each with pages of its own size
+    # One group of all layers, each with pages of its own size.
+    if not mambas and len({reach for _, reach in attends}) == 1:
         pages = {token: _pages(num_tokens, step, reach) * step * token for token, reach in attends}
         return sum(pages[token] * count for (token, _), count in attends.items())
     counts = [*attends.values(), *mambas.values()]

@@ -168,12 +168,7 @@ def _load_gguf(path: Path) -> CausalModel:
 
 
 def _model(
-    tensors: Mapping[str, Tensor],
-    *,
-    num_layers: int,
-    norm_eps: float,
-    rope: Rope,
-    windows: Mapping[int, int],
+    tensors: Mapping[str, Tensor], *, num_layers: int, norm_eps: float, rope: Rope, windows: Mapping[int, int]
 ) -> CausalModel:
     """A model from what tensors do not tell, and all tensors by their Hugging Face names. windows: of layers that have one."""
     layers, blocks = [], []

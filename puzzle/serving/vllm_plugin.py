@@ -24,13 +24,8 @@ ARCHITECTURE, HYBRID = "PuzzleForCausalLM", "PuzzleHybridForCausalLM"  # the oth
 # What single layers have of their own, by which vLLM must not judge all of them: it would cut every cache to a window, or stretch the
 # context by a RoPE's factor (`max_position_embeddings` has it already).
 OF_LAYERS = ("per_layer_config", "sliding_window", "rope", "ropes", "auto_map")
-MAY_CHANGE = (
-    "architectures",
-    "dtype",
-    "quantization_config",
-    "tie_word_embeddings",
-    "transformers_version",
-)  # by vLLM itself
+# By vLLM itself.
+MAY_CHANGE = ("architectures", "dtype", "quantization_config", "tie_word_embeddings", "transformers_version")
 
 
 class ServedConfig(PreTrainedConfig):
@@ -66,9 +61,8 @@ def seen_by_engine(config: dict[str, Any]) -> dict[str, Any]:
     if states := recurrents(structure):
         kinds = {Gqa: "attention", **dict.fromkeys(map(type, states), "mamba")}
         types = [kinds.get(type(layer["attention"]), "mlp") for layer in structure.layers]
-        chunk = 1 << (
-            max(state.chunk_size for state in states).bit_length() - 1
-        )  # which changes no result; kernels take powers of 2
+        # A chunk changes no result; kernels take powers of 2.
+        chunk = 1 << (max(state.chunk_size for state in states).bit_length() - 1)
         found |= {"architectures": [HYBRID], "layers_block_type": types, "chunk_size": chunk}
     return found | {
         "num_key_value_heads": max(

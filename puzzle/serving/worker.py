@@ -28,9 +28,8 @@ import os
 import sys
 from typing import Any
 
-Answer = tuple[
-    Any, list[int], list[int], dict[str, Any]
-]  # logits, greedy tokens, the text's token ids, a batch's arrays
+# Logits, greedy tokens, the text's token ids, a batch's arrays.
+Answer = tuple[Any, list[int], list[int], dict[str, Any]]
 
 
 def run_hf(job: dict[str, Any]) -> Answer:
@@ -121,9 +120,8 @@ def vllm_pages(engine: Any, on_cpu: bool) -> dict[str, Any]:
         tokens = 0 if hasattr(one, "shapes") else one.block_size
         groups.append({"tokens": tokens, "window": getattr(one, "sliding_window", None)})
     whole = [tensor.size for tensor in config.kv_cache_tensors]
-    apart = all(
-        hasattr(tensor, "shared_by") for tensor in config.kv_cache_tensors
-    )  # as in 0.26; in 0.32 all lie in one allocation
+    # As in 0.26; in 0.32 all lie in one allocation.
+    apart = all(hasattr(tensor, "shared_by") for tensor in config.kv_cache_tensors)
     page = (sum(whole) if apart else max(whole, default=0)) // config.num_blocks
     return {"on_cpu": on_cpu, "page_bytes": page, "layers": layers, "groups": groups}
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from puzzle.base.console import console
-from puzzle.base.device import pick_device
+from puzzle.base.device import name_of, pick_device
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.lock import holding
 from puzzle.base.units import check_positive
-from puzzle.measure.measurable import Measurable, name_of
+from puzzle.measure.measurable import Measurable
 from puzzle.runtime.open import RUN_HERE
 from puzzle.tasks import harness, sandbox
 from puzzle.tasks.local import SHIPPED, LocalTask, NotReadHere, read_task, shipped

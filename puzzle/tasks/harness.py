@@ -34,9 +34,8 @@ def load(names: Sequence[str]) -> dict[str, Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(
-        include_defaults=not all(Path(name).is_file() for name in names)
-    )  # the list of its own takes seconds
+    # The list of its own takes seconds.
+    manager = TaskManager(include_defaults=not all(Path(name).is_file() for name in names))
     for name in names:
         if name not in manager.all_tasks and not Path(name).is_file():
             raise UserError(f"`tasks` {name}: lm-eval has no such task; {nearest(name, manager.all_tasks)[:200]}")

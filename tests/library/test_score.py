@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
+from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.plain.fp8 import cache_in_fp8, rounded, weights_in_fp8
-from puzzle.blocklib.plain.part import loaded
+from puzzle.blocklib.plain.part import loaded, moving
 from puzzle.blocklib.sub_block import MissingFace
 from puzzle.data.packing import load_tokens
 from puzzle.kernels.fp8 import from_fp8, to_fp8
 from puzzle.library import score
-from puzzle.library.assemble import read_variant
+from puzzle.library.assemble import read_part, read_variant
 from puzzle.library.manifest import Library
 from puzzle.library.passes import Passes
 from puzzle.library.store import BlockStore
@@ -171,3 +172,14 @@ def test_a_kind_whose_matrices_are_no_linear_layers(parent):
     part.mixing = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(MissingFace, match="swiglu"):
         weights_in_fp8(part)
+
+
+def test_a_trained_mixture_keeps_the_dtype_of_its_correction_bias(tmp_path):
+    """Rounded to bf16, as a GPU computes, it would choose other experts than the exported child."""
+    sizes = {"hidden_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    moe, store = Moe(**sizes, router="sigmoid", correction_bias=True), BlockStore(tmp_path)
+    stored = {name: torch.randn(shape) for name, shape in moe.tensors().items()}
+    store.write(0, "ffn", "few", stored, {}, {"key": "k"})
+    part = read_part(store, 0, "ffn", "few", moe, moving("cpu", torch.bfloat16))
+    assert torch.equal(part.gate.e_score_correction_bias, stored["gate.e_score_correction_bias"])
+    assert part.gate.weight.dtype == torch.bfloat16

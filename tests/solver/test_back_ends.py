@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -109,6 +110,25 @@ def test_ortools_equals_brute_force(problem):
 @quick
 def test_pulp_equals_brute_force(problem):
     check(problem, lambda p: solve(p, "pulp"))
+
+
+def test_stages_that_are_just_balanced():
+    """Loads of 1, 1, 1 and 3 over two stages, none of which may differ from the mean: a third is no number that a program holds."""
+    rows = (  # score, a, b
+        ((0.0, 0.0, 1.0), (0.0, 0.0, 3.0), (2.0, 0.0, 0.0)),
+        ((0.0, 0.0, 1.0),),
+        ((0.0, 0.0, 1.0),),
+        ((0.0, 1.0, 0.0), (0.0, 0.0, 3.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 2.0)),
+    )
+    layers = []
+    for i, row in enumerate(rows):
+        cells = [Variant(name=f"v{n}", score=s, resources={"a": a, "b": b}) for n, (s, a, b) in enumerate(row)]
+        layers.append(Layer(name=f"L{i}", variants=tuple(cells)))
+    limits = (Constraint(resource="a", max=0.0), Constraint(resource="b", max=12.0))
+    stages = Stages(resource="b", count=2, tolerance=0.0)
+    problem = Problem(layers=tuple(layers), constraints=limits, stages=stages)
+    for backend in ("ortools", "pulp"):
+        check(problem, partial(solve, backend=backend))
 
 
 @pytest.mark.parametrize("score", [0.0, 0.1, -1.0])
