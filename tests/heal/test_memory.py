@@ -14,7 +14,7 @@ from live_memory import LiveMemory
 from puzzle.base.ranks import start_ranks
 from puzzle.blocklib.plain.part import blank, learning
 from puzzle.blocklib.sub_block import parse_key
-from puzzle.heal.memory import heal_bytes, saved_bytes
+from puzzle.heal.memory import heal_bytes, plan_memory, saved_bytes
 from puzzle.heal.prepare import build_trainer, open_models
 from puzzle.heal.settings import HealOptions
 
@@ -79,6 +79,17 @@ def test_what_the_teacher_showed_goes_before_it_shows_more(models, tmp_path):
     assert len(shown) == 4
     assert there
     assert not any(there)
+
+
+def test_a_trainer_of_before_goes_before_the_next_is_planned(models, tmp_path):
+    """A trainer refers to itself; what is free is asked when nothing holds it any more."""
+    child, teacher = models
+    options = HealOptions(child=child, teacher=teacher, out=tmp_path, seq_len=32, tokens=256, recompute=True, **SIZES)
+    stages, ranks = options.plan_stages(), start_ranks("cpu")
+    opened = open_models(options, stages, ranks)
+    before = weakref.ref(build_trainer(options, stages, opened, ranks))
+    plan_memory(options, stages, opened, ranks)
+    assert before() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
