@@ -68,6 +68,17 @@ class Gqa(Normed):
     def state(self) -> State:
         return State(per_token=2 * self.num_key_value_heads * self.head_dim, reach=self.window)
 
+    def saved(self, context: int) -> int:
+        """q, k, v, what is attended and float32 sums of each head's scores, none of the scores; where q and k are normed three more of them.
+        A window's blocks of queries have their keys twice, for every head, and masks of so many keys a token: bool, and as what is added."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        queries, both = heads * self.head_dim, (heads + kv_heads) * self.head_dim
+        found = 2 * both + 2 * heads + 2 * self.sinks * queries
+        found += (3 + self.norm_offset) * both + 2 * (heads + kv_heads) if self.qk_norm else 0
+        if self.window is None or self.window >= context:
+            return found
+        return found + 6 * queries + 3 * min(context, 2 * max(self.window, 128)) // 2
+
     def mixing_flops(self, context: float) -> float:
         """Scores and values: 4 · N · D per token of context."""
         return 4 * self.num_attention_heads * self.head_dim * context

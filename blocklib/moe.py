@@ -147,6 +147,11 @@ class Moe(Normed):
         """What a token is in all its experts together."""
         return max(self.active_width, self.num_experts_per_tok * self.hidden_size, self.num_experts)
 
+    def saved(self, context: int) -> int:
+        """Of each of a token's experts what it reads, four of its channels and what it gives; the shared one's, and the router in float32."""
+        experts = self.num_experts_per_tok * (2 * self.expert_size + 4 * self.moe_intermediate_size)
+        return experts + 4 * (self.shared_intermediate_size or 0) + 2 * self.hidden_size + 8 * self.num_experts
+
     def timed(self) -> Self:
         return replace(Normed.timed(self), routed_scaling_factor=1.0, norm_topk_prob=False)
 

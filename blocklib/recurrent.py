@@ -51,6 +51,10 @@ class Recurrent(Normed):
         of them is divided between ranks. What is left out is whole on every one."""
         raise MissingFace(self.kind, "parts")
 
+    def saved(self, context: int) -> int:
+        """Of what `widest` counts, with what the norm keeps in float32; chunks are computed again."""
+        return 5 * self.widest // 2
+
     def state(self) -> State:
         """Of the convolution, its last W - 1 inputs; and the recurrent state."""
         return State(

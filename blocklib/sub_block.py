@@ -240,6 +240,10 @@ class SubBlock:
         """The longest side of a matrix: of as many elements a token are the largest tensors that a backward pass needs."""
         return max((side for shape in self.tensors().values() if len(shape) > 1 for side in shape), default=0)
 
+    def saved(self, context: int) -> int:
+        """Elements a token, of sequences of `context`, that the plain forward pass keeps for the backward pass, norms apart: at most."""
+        return 4 * self.widest
+
     def active_parameters(self) -> int:
         """Parameters that one token uses."""
         return self.num_parameters

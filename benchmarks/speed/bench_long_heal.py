@@ -12,6 +12,7 @@ process has held) and the median over the last half of the steps.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import resource
@@ -66,6 +67,7 @@ def measure(options: HealOptions) -> dict[str, Any]:
     plan = plan_memory(options, stages, open_models(options, stages, ranks), ranks)
     promised = plan_heal(options)["predicted"]
     gpu = ranks.device.type == "cuda"
+    gc.collect()  # AdamW refers to itself: the dry run's weights and graph would stay beside the healing's
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from functools import cache
 
@@ -62,7 +63,11 @@ def held_memory(device: torch.device) -> int:
 
 
 def device_memory(device: torch.device, limit: int | None) -> int:
-    """Bytes that a plan may fill besides `held_memory`: 0.9 of what is free now, or of what is left of `limit`."""
+    """Bytes that a plan may fill besides `held_memory`: 0.9 of what is free now, or of what is left of `limit`. What an earlier stage of
+    this process left is let go first: an optimiser refers to itself, and a trainer's weights and graph would stay beside the next one's."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return int(PLANNED * min(free, free if limit is None else limit - held_memory(device)))
 

@@ -14,14 +14,25 @@ from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks
 from puzzle.base.units import bytes_text
+from puzzle.blocklib.sub_block import Normed
 from puzzle.data.mixture import Stage
 from puzzle.heal.prepare import Models
 from puzzle.heal.settings import HealOptions
-from puzzle.parents.structure import Structure
+from puzzle.parents.structure import Layer, Structure
 from puzzle.runtime.open import DTYPES, pick_precision
-from puzzle.runtime.residency import LAYERS_THERE, STAGED, Memory, layer_parameters, widest
+from puzzle.runtime.residency import (
+    LAYERS_THERE,
+    LOGITS_BYTES,
+    MOST_LOGITS,
+    STAGED,
+    Memory,
+    layer_parameters,
+    widest,
+)
 
 MASTER_BYTES = 16  # per trained parameter: float32 weight, gradient and two moments
+RESERVED = 1.25  # of what is alive: torch's allocator cuts segments, and leaves some of them empty
+LIBRARIES = 3 * 2**25  # cuBLAS: a workspace for every thread and stream
 MOST_TOKENS = 2**20  # looked at ahead: a pass over a streamed teacher is long enough by then to hide its reading
 
 
@@ -106,32 +117,81 @@ def micro_batch(options: HealOptions, stages: list[Stage], ranks: Ranks) -> int:
 def heal_bytes(
     options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks, *, streamed: bool, sharded: bool
 ) -> int:
-    """MASTER_BYTES · P + bytes of layers that stay + bytes of Q, or of the ends and three layers of a streamed teacher, + R · (layers ·
-    saved + 3 · V) · bytes of an element, and what sampling takes; of what is sharded this rank's part, but at first all of it, as it is
-    read. Ends that do not learn are whole.
-
-    saved per token and layer: 8 H + 4 F of a block's activations (2 H when they are recomputed, and those of the block in hand), H of the
-    teacher's state. No kernel keeps scores [T, T] or logits [R, V], so that this is linear in the length of a sequence.
-    """
+    """MASTER_BYTES · P + bytes of layers that stay + bytes of Q, or of the ends and three layers of a streamed teacher, + `working_bytes`, and
+    what sampling takes; of what is sharded this rank's part, but at first all of it, as it is read. Ends that do not learn are whole."""
     child, size = models.child.structure, models.dtype.itemsize
     blocks = child.num_parameters - (0 if options.train_embeddings else _ends(child))
     trained = blocks if options.old_lr > 0 else sum(prod(models.child.shapes()[name]) for name in models.new or ())
     split, taught, read = ranks.world if sharded else 1, 0, 4 * child.num_parameters
     frozen = (blocks - trained) * (4 if sharded else size) // split
+    frozen += 0 if options.train_embeddings else _ends(child) * size  # the teacher's own, where those are the same
     if models.teacher is not None:
         structure = models.teacher.structure
         inside = LAYERS_THERE * _largest(structure) if streamed else structure.num_parameters - _ends(structure)
         taught = _ends(structure) + (inside if streamed else inside // split)
         read += (_ends(structure) + inside) * size
-    hidden, rows = child.hidden_size, micro_batch(options, stages, ranks)
-    block = 8 * hidden + 4 * max(map(widest, child.layers))
-    kept, again = (2 * hidden, block) if options.recompute else (block, 0)
-    per_token = (child.num_layers * (kept + hidden) + again) * size
-    logits = 6 * min(rows * child.vocab_size, 2**24) * 4
-    working, sampling = rows * per_token + logits, sampling_bytes(options, stages, models, ranks)
-    together = ranks.device.type == "cuda"  # a CUDA graph keeps what it works with
-    working = working + sampling if together else max(working, sampling)
+    steps, held_out = working_bytes(options, stages, models, ranks)
+    sampling = sampling_bytes(options, stages, models, ranks)
+    if ranks.device.type == "cuda":  # a CUDA graph keeps what it works with
+        working = int(RESERVED * (steps + held_out)) + LIBRARIES + sampling
+    else:
+        working = max(steps, held_out, sampling)
     return max(read, MASTER_BYTES * trained // split + frozen + taught * size + working)
+
+
+def working_bytes(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> tuple[int, int]:
+    """Of the tensors alive at the peak of a step, and of an evaluation: streams + the most of (head, layer in hand).
+
+    streams, a token: H for each layer of the child and its embedding; for each pair H of the teacher's; 8 H of final norms and gradients.
+    layers that are kept, all or with `recompute` one (`saved_bytes`), a token: of every sub-block `saved` and of each norm 4 H (its input
+    in float32, its output before and after the scale; 5 H with an offset, 3 H where all is float32); beside, their weights in bf16.
+    layer in hand: that, with `recompute`, and the most of 8 H and twice the widest, which are gradients; and of its weights'.
+    head: `_head_bytes`. No kernel keeps scores [T, T] or logits [R, V], so that all is linear in R. tests/heal/test_memory.py counts.
+    """
+    child, size, rows = models.child.structure, models.dtype.itemsize, micro_batch(options, stages, ranks)
+    hidden, context = child.hidden_size, max(stage.seq_len for stage in stages)
+    wide = 4 if size == 4 else 6  # of a weight's gradient, and before it is summed up
+
+    def passing(structure: Structure) -> int:
+        """Of a layer without what the backward pass needs."""
+        return rows * (8 * structure.hidden_size + 3 * max(map(widest, structure.layers))) * size
+
+    layers = [saved_bytes(layer, rows, context, size) for layer in child.layers]
+    gradients = rows * max(8 * hidden, 2 * max(map(widest, child.layers))) * size + wide * _largest(child)
+    in_hand = gradients + (max(layers) if options.recompute else 0)
+    shown, held_out = rows * 8 * hidden * size, passing(child)
+    if models.teacher is not None:
+        taught = models.teacher.structure
+        pairs = len(models.pairs) if options.cosine_weight > 0 else 0
+        shown += rows * (pairs + 1) * taught.hidden_size * size
+        held_out = max(held_out, passing(taught))
+    head = _head_bytes(options, models, rows, ranks)
+    streams = rows * (child.num_layers + 1) * hidden * size + (0 if options.recompute else sum(layers))
+    return shown + max(streams + max(head, in_hand), held_out), shown + max(head, held_out)
+
+
+def saved_bytes(layer: Layer, rows: int, context: int, size: int) -> int:
+    """What a layer's forward pass keeps of `rows` tokens, of sequences of `context`, in elements of `size` bytes."""
+    norms = 0
+    for block in layer.values():
+        if isinstance(block, Normed):
+            each = (3 if size == 4 else 4 + block.norm_offset) * block.hidden_size + 2  # and 1 / rms in float32
+            norms += each * (1 + (block.norm == "both"))
+    per_token = norms + sum(block.saved(context) for block in layer.values())
+    return (rows * per_token + (layer_parameters(layer) if size < 4 else 0)) * size
+
+
+def _head_bytes(options: HealOptions, models: Models, rows: int, ranks: Ranks) -> int:
+    """LOGITS_BYTES a logit of a chunk in plain PyTorch, and the heads in float32; the kernels have two logits and a gradient of at most
+    10 bytes, hidden states of a chunk with their gradients, and 40 bytes of sums a token."""
+    child, size = models.child.structure, models.dtype.itemsize
+    logits, ends = min(rows * child.vocab_size, MOST_LOGITS), 2 * child.vocab_size * child.hidden_size
+    plain = (
+        options.train_embeddings or options.reverse_kl > 0 or options.align_tokens or options.teacher_logits is not None
+    )
+    if ranks.device.type != "cuda" or plain:
+        return logits * LOGITS_BYTES + (ends * 4 if size < 4 or options.train_embeddings else 0)
+    return 10 * logits + rows * (2 * child.hidden_size * (size + 4) + 40)
 
 
 def sampling_bytes(options: HealOptions, stages: list[Stage], models: Models, ranks: Ranks) -> int:

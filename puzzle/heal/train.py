@@ -99,8 +99,14 @@ class Trainer:
         self._step, self._first, self._second = map(Replayed, (self._whole_step, self._backward, self._update))
 
     def _ropes_of(self, seq_len: int) -> tuple[Ropes, Ropes | None]:
-        """Tables of the child and of the teacher, which may have other frequencies."""
-        return self.learner.child.ropes(seq_len), None if self.teacher is None else self.teacher.model.ropes(seq_len)
+        """Tables of the child and of the teacher, which may have other frequencies; rounded here, once for all layers."""
+        models = (self.learner.child, None if self.teacher is None else self.teacher.model)
+        child, teacher = (
+            None if m is None else {n: (c.to(self.dtype), s.to(self.dtype)) for n, (c, s) in m.ropes(seq_len).items()}
+            for m in models
+        )
+        assert child is not None
+        return child, teacher
 
     def step(self, batch: Tensor, step: int) -> Tensor:
         """Train on ids and labels [2, B, T] of this rank. Returns METRICS of the whole step, on the device."""
@@ -143,7 +149,8 @@ class Trainer:
         total = self._total if self.replicated else torch.zeros(5, device=self.device)
         for ids, labels in zip(*(x.chunk(self.accumulate) for x in batch), strict=True):
             with self._autocast():
-                found, _ = self._compared(ids, labels, self._ropes, self._scale, self.weights, self._lessons)
+                # What the teacher showed has no name here: it would stay beside what it shows of the next micro-batch.
+                found = self._compared(ids, labels, self._ropes, self._scale, self.weights, self._lessons)[0]
             (found[0] * (self.ranks.world if self.sharded else 1)).backward()  # FSDP takes the mean over ranks
             total += found.detach()
         return total
@@ -205,7 +212,6 @@ class Trainer:
         with_teacher = self.teacher is not None
         with_states = with_teacher and bool(self.learner.layers)
         weights = Weights(kl=float(with_teacher or self.tutor is not None), cosine=float(with_states), lm=1.0)
-        one = torch.ones((), device=self.device)
         sums = torch.zeros(7, dtype=torch.float64, device=self.device)
 
         def places() -> Iterator[slice]:
@@ -224,15 +230,8 @@ class Trainer:
         if self.tutor is not None:
             kept = self.tutor
             lessons = (kept.held_out(p if p.stop > p.start else slice(0, 1), rows.shape[2]) for p in places())
-        for ids, labels in batches():
-            with self._autocast():
-                found, shown = self._compared(ids, labels, ropes, one, weights, lessons)
-                own = one.new_zeros(())
-                if isinstance(shown, Shown) and self.teacher is not None:
-                    head = self.teacher.model.head_weight.to(self.device)
-                    loss = head_losses(shown.normed, shown.normed, head, None, labels.flatten(), 1.0)[1]
-                    own = (loss * (labels.flatten() != IGNORE)).sum()
-            sums += torch.cat((found, own[None], (labels != IGNORE).sum()[None])).double()
+        for batch in batches():
+            sums += self._held_out(batch, ropes, weights, lessons)
 
         _, kl, cosine, loss, compared, own, count = self.ranks.sum(sums).tolist()
         result = {"loss": loss / count}
@@ -241,6 +240,21 @@ class Trainer:
         if self.tutor is not None:
             result |= self.tutor.told(kl / compared)
         return result | ({"cosine": cosine / count} if with_states else {})
+
+    def _held_out(
+        self, batch: Tensor, ropes: tuple[Ropes, Ropes | None], weights: Weights, lessons: Iterator[Seen] | None
+    ) -> Tensor:
+        """Sums over ids and labels [2, B, T]: what the learner returns, the teacher's own LM loss, and how many tokens count [7]."""
+        ids, labels = batch
+        one = torch.ones((), device=self.device)
+        with self._autocast():
+            found, shown = self._compared(ids, labels, ropes, one, weights, lessons)
+            own = one.new_zeros(())
+            if isinstance(shown, Shown) and self.teacher is not None:
+                head = self.teacher.model.head_weight.to(self.device)
+                loss = head_losses(shown.normed, shown.normed, head, None, labels.flatten(), 1.0)[1]
+                own = (loss * (labels.flatten() != IGNORE)).sum()
+        return torch.cat((found, own[None], (labels != IGNORE).sum()[None])).double()
 
     def state(self) -> dict[str, Tensor]:
         """All that a step changes, by name; sharded tensors under FSDP. Shares memory with the trainer."""
