@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from puzzle.base.console import console, say
+from puzzle.base.console import say
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.machine import GPUS
 from puzzle.base.units import check_positive
@@ -128,7 +128,7 @@ class SolveOptions:
             raise UserError(f"`tp` {self.tp}: shares are priced on GPUs, and `gpu` is cpu: leave `tp` out")
         library, left_out = library.shareable(self.tp)
         if left_out:
-            console.print(f"{self.tp} GPUs cannot share {', '.join(left_out)}: left out", markup=False)
+            say(f"{self.tp} GPUs cannot share {', '.join(left_out)}: left out")
         return library
 
     def others(self) -> tuple[AlsoAsked, ...]:
@@ -154,9 +154,8 @@ class SolveOptions:
     def _reduces(self, library: Library, gpu: str) -> AllReduces:
         found = find_all_reduces(gpu, self.tp, [library.root / "costs", PACKAGED])
         if found.stands_in is not None:
-            console.print(
+            say(
                 f"all-reduces between {self.tp} {gpu} were not measured: those of {found.device} ({found.date}), whose links are the same, "
                 f"stand in; to measure them, run {measuring(gpu, self.tp, 'LIBRARY')}",
-                markup=False,
             )
         return found

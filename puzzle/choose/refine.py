@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.console import console, progress, say
+from puzzle.base.console import progress, say
 from puzzle.base.files import replacing, write_json
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.context import Around
@@ -125,7 +125,7 @@ class Refiner:
             before = self.found.best
             solutions = self._around(before.solved)
             self._add([f"round {number}"] * len(solutions), solutions)
-            console.print(f"round {number}: KL {before.kl:.5f} became {self.found.best.kl:.5f} (measured)")
+            say(f"round {number}: KL {before.kl:.5f} became {self.found.best.kl:.5f} (measured)")
             if self.found.best is before:
                 break
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from puzzle.base.console import console
+from puzzle.base.console import console, say
 from puzzle.base.units import bytes_text, count_text, seconds_text
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.frontier import terminal_plot
@@ -61,17 +61,17 @@ def _speed_rows(parent: Prediction | Served, child: Prediction | Served, *speedu
 def print_solution(solved: Architecture) -> None:
     """The picture, the solver's certificate and the predicted figures of parent and child."""
     for line in picture(solved.sub_blocks, solved.parent.layers):
-        console.print(line, markup=False)
+        say(line)
     if solved.synthetic_scores:
-        console.print("the scores are synthetic: speed and size are what counts here, not quality")
+        say("the scores are synthetic: speed and size are what counts here, not quality")
     for one in solved.points or ():
         score = _told(one["objective"], "{:.5g} nats/token".format, "no child that meets the goal was found")
         begun = (
             f", of which slicing {one['base']:.5g} (measured)" if one["base"] and one["objective"] is not None else ""
         )
-        console.print(f"{one['sizes']}: {score}{begun} ({one['library']})", markup=False)
+        say(f"{one['sizes']}: {score}{begun} ({one['library']})")
     slack = ", ".join(f"{name} {value:.4g}" for name, value in solved.slack.items())
-    console.print(
+    say(
         f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, {solved.certificate}, "
         f"slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
     )
@@ -79,31 +79,29 @@ def print_solution(solved: Architecture) -> None:
     print_table(f"predicted on {solved.costs['device']} ({solved.precision}{told})", COMPARED, _predicted_rows(solved))
     limit = solved.goal["memory"]
     if isinstance(limit, float) and (needed := solved.parent_predicted.memory_bytes) > limit:
-        console.print(
+        say(
             f"the parent itself needs {bytes_text(needed)}: its figures are what it would do with that much "
             "memory, at its smallest batch"
         )
     for line in (*solved.extrapolated, *(line for also in solved.also for line in also.extrapolated)):
-        console.print(f"extrapolated: {line}", markup=False)
+        say(f"extrapolated: {line}")
     if (error := solved.costs.get("left_out") or 0) > FIT_ERROR:
-        console.print(
+        say(
             f"the fit itself misses {100 * error:.1f} % of the tokens/s of architectures that are left out of it, on average: hold the "
             "promise for no more exact, or measure the child with `puzzle bench --engine`"
         )
     if (pace := solved.host_pace) is not None:
-        console.print(
+        say(
             f"the engine's own Python sets the child's pace from batch {pace['from_batch']} on: at {pace['batch']} its share of a step is "
             f"{pace['host_ms']:.3g} ms, the device's {pace['device_ms']:.3g} ms (the longer one counts)",
-            markup=False,
         )
     for also in solved.also:
         work, mine, own = also.workload, also.predicted, also.parent_predicted
-        console.print(
+        say(
             f"also {work.input_len}/{work.output_len} at batch {mine.batch}, predicted: "
             f"{mine.tokens_per_second:.5g} tokens/s ({also.speedup:.3g}x), first token {mine.ttft_seconds:.4g} s, "
             f"then {mine.tpot_seconds:.4g} s each; parent {own.tokens_per_second:.5g} at batch {own.batch}, "
             f"{own.ttft_seconds:.4g} s, {own.tpot_seconds:.4g} s",
-            markup=False,
         )
 
 
@@ -167,22 +165,22 @@ def print_prices(solved: Architecture) -> None:
         change = price["objective"] - solved.objective
         share = f" ({100 * change / solved.objective:+.2f} %)" if solved.objective else ""
         moved = "1 % less throughput" if price["limit"] == "throughput" else f"{price['limit']} {price['moved']:.6g}"
-        console.print(f"{moved}: sum of scores {change:+.4g}{share}")
+        say(f"{moved}: sum of scores {change:+.4g}{share}")
 
 
 def print_frontier(rows: list[dict[str, Any]], axis: str) -> None:
     if not rows:
-        console.print("no point of the frontier can be met")
+        say("no point of the frontier can be met")
         return
     for line in terminal_plot(rows, axis):
-        console.print(line, markup=False, highlight=False)
+        say(line)
 
 
 def print_diverse(found: list[Architecture]) -> None:
     for number, solved in enumerate(found, 1):
-        console.print(f"{number}: sum of scores {solved.objective:.5g}, {solved.speedup:.3g}x (predicted)")
+        say(f"{number}: sum of scores {solved.objective:.5g}, {solved.speedup:.3g}x (predicted)")
         for line in picture(solved.sub_blocks, solved.parent.layers)[:-1]:
-            console.print(line, markup=False)
+            say(line)
 
 
 def print_finalists(refined: Refined) -> None:
@@ -201,7 +199,7 @@ def print_finalists(refined: Refined) -> None:
     columns = ("chosen by", "batch", "speed-up (predicted)", "layers changed", "sum of scores", "KL (measured)")
     print_table("children, nats/token", columns, rows)
     if (fit := refined.fit) is not None:
-        console.print(
+        say(
             f"interactions from {fit.num_children} measured children: the KL of one left out is missed by {100 * fit.error:.1f} %, by the "
             f"sum of scores by {100 * fit.error_before:.1f} % (root of the mean square)"
         )
@@ -213,7 +211,7 @@ def print_solutions(value: dict[str, Any]) -> None:
     for number, solution in enumerate(value["solutions"], 1):
         objective = _told(solution["objective"], "{:.9g}".format, "none")
         gap = _told(solution["gap"], ", gap {:.1e}".format, "")
-        console.print(f"{number}: {solution['status']}, objective {objective}{gap} ({solution['seconds']:.2f} s)")
+        say(f"{number}: {solution['status']}, objective {objective}{gap} ({solution['seconds']:.2f} s)")
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -240,7 +238,7 @@ def print_result(result: dict[str, Any]) -> None:
     if "continuations" in result:
         print_continuations(result["continuations"])
     for name, path in result["exports"].items():
-        console.print(f"export {name}: {path}", markup=False)
+        say(f"export {name}: {path}")
 
 
 def print_plan(facts: dict[str, Any]) -> None:
@@ -258,7 +256,7 @@ def print_plan(facts: dict[str, Any]) -> None:
         "training time": f"{seconds_text(predicted['seconds'])} (predicted from timed steps of one layer)",
     }
     for name, text in figures.items():
-        console.print(f"{name:<17} {text}")
+        say(f"{name:<17} {text}")
 
 
 def print_road(facts: dict[str, Any]) -> None:
@@ -284,28 +282,24 @@ def print_shapes(facts: dict[str, Any]) -> None:
     total = sum(row["gpu_hours"] or 0.0 for row in facts["stages"].values())
     columns = ("stage", "tokens", f"{facts['gpu']}-hours", "GPUs", "readings", "their memory", "disk")
     print_table(f"{facts['shapes']} by its shapes alone: computed, nothing measured here", columns, rows)
-    console.print(
+    say(
         f"{total:,.{0 if total >= 100 else 2}f} GPU-hours in all, at {facts['mfu']} of the datasheet's bf16 FLOPs (see docs/scale.md)"
     )
     if told := [name for name, row in facts["stages"].items() if row.get("told")]:
-        console.print(f"{', '.join(told)}: hours as the recipe says them, not computed")
+        say(f"{', '.join(told)}: hours as the recipe says them, not computed")
     if drawn := [name for name, row in facts["stages"].items() if row.get("sampled") and not row["told"]]:
-        console.print(
-            f"{', '.join(drawn)}: tokens that are sampled count as read ones: sampling takes longer, at least as long"
-        )
-    console.print(
+        say(f"{', '.join(drawn)}: tokens that are sampled count as read ones: sampling takes longer, at least as long")
+    say(
         "GPUs: the least that run it; readings: of models that pass layer by layer, from disk, with "
         f"{bytes_text(facts['host_bytes'])} of host memory a GPU"
     )
     if facts["stages"]["build-library"]["gpus"] is None:
-        console.print(
+        say(
             f"one layer with its variants does not fit a GPU's {bytes_text(facts['card_bytes'])}, and no two share one: fewer variants at a "
             "time, or a smaller build.batch_size or build.seq_len"
         )
     if facts["activation_bytes"]:
-        console.print(
-            f"between layers the build keeps {bytes_text(facts['activation_bytes'])} of activations in host memory"
-        )
+        say(f"between layers the build keeps {bytes_text(facts['activation_bytes'])} of activations in host memory")
 
 
 def library_summary(root: Path) -> dict[str, Any]:
@@ -362,24 +356,22 @@ def print_runs(solved: Architecture) -> None:
     priced = solved.fusion
     runs = ", ".join(f"{first}-{last}" for first, last in solved.fuse) or "none: nothing is gained by it here"
     after = " (after `puzzle export`, by `puzzle fuse CHILD --out FUSED`)" if solved.fuse else ""
-    console.print(f"to be fused: layers {runs}{after}", markup=False)
+    say(f"to be fused: layers {runs}{after}")
     ways = {
         "cost table": "interpolated between the widths of the cost table",
         "affine fit": "an affine fit over the widths of the cost table, which has none beyond the parent's",
         "engine model": "the engine model's",
     }
-    console.print(
+    say(
         f"time of wide FFNs: {ways[priced['wide_ffn']]}; fusion saves {priced['saved_seconds']:.4g} s of the workload "
         f"(predicted); the solver's sum over pairs of neighbours says {priced['pairwise_error_seconds']:+.2g} s more"
     )
     if priced["missed"]:
-        console.print(
-            f"fused, the child misses {', '.join(priced['missed'])} by that difference: ask for a little more"
-        )
+        say(f"fused, the child misses {', '.join(priced['missed'])} by that difference: ask for a little more")
     if priced["dependency"] is None:
-        console.print("fusion is charged no score: pass --fusion-dependency for the parent's dependency between FFNs")
+        say("fusion is charged no score: pass --fusion-dependency for the parent's dependency between FFNs")
     else:
-        console.print(
+        say(
             f"charged for dependency ({priced['dependency']}): {priced['charge']:.4g} nats/token over neighbours, "
             f"{priced['charge_all']:.4g} over all pairs of the runs"
         )
@@ -399,12 +391,12 @@ def print_fusion(found: dict[str, Any]) -> None:
         title = f"fused, each FFN through {'its own norm' if found['norm'] == 'own' else 'the last norm'}"
         print_table(title, ("layers", "channels", "largest dependency (measured)"), rows, words=0)
         layers = found["num_layers"]
-        console.print(f"{layers['before']} layers became {layers['after']}")
+        say(f"{layers['before']} layers became {layers['after']}")
     for key, title in (("pairs", "in parallel alone"), ("together", "in parallel together")):
         for row in found.get("parallel", {}).get(key, ()):
             pairs = row["pairs"] if key == "together" else [row["layers"]]
             names = ", ".join(f"{first}|{second}" for first, second in pairs)
-            console.print(f"blocks {names} {title}: KL {row['kl']:.5f} ± {row['kl_stderr']:.5f} (measured)")
+            say(f"blocks {names} {title}: KL {row['kl']:.5f} ± {row['kl_stderr']:.5f} (measured)")
 
 
 def print_sliced(found: dict[str, Any]) -> None:
@@ -424,7 +416,7 @@ def print_sliced(found: dict[str, Any]) -> None:
     ]
     print_table(f"{found['point']['name']}, sliced", columns, rows)
     if found["dropped"]:
-        console.print(f"layers left out: {', '.join(map(str, found['dropped']))}", markup=False)
+        say(f"layers left out: {', '.join(map(str, found['dropped']))}")
 
 
 def print_grown(found: dict[str, Any]) -> None:
@@ -434,16 +426,16 @@ def print_grown(found: dict[str, Any]) -> None:
     rows.append(("checkpoint", *map(bytes_text, found["num_bytes"])))
     print_table("would be" if found["dry_run"] else None, ("", "before", "grown"), rows)
     listed = ", ".join(map(str, found["layers"]))
-    console.print(f"{found['new_parameters']:,} new parameters in layers {listed}", markup=False)
+    say(f"{found['new_parameters']:,} new parameters in layers {listed}")
 
 
 def print_fit(value: dict[str, Any]) -> None:
     """Constants of an engine, and how far its predictions are from what was measured."""
     for name, constant in value["constants"].items():
         unit = "of the datasheet" if name in SHARES else "tokens" if name == "tail" else "s"
-        console.print(f"{name:<13} {constant:.4g} {unit}", markup=False)
+        say(f"{name:<13} {constant:.4g} {unit}")
     host, sequence = (value["constants"].get(name, 0.0) for name in ("host", "host_sequence"))
-    console.print(
+    say(
         f"the engine's own Python takes {1e3 * host:.3g} ms a step and {1e3 * sequence:.3g} ms a sequence, and sets the pace where the "
         "device takes less"
         if host
@@ -464,4 +456,4 @@ def print_fit(value: dict[str, Any]) -> None:
         told = f"pairs of architectures ranked right when left out: {left['pairs_ranked_right']} of {left['pairs']}"
     else:
         told = "no architecture could be left out: nothing says how far the prices of others hold; measure further ones"
-    console.print(told)
+    say(told)

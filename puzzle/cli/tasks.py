@@ -56,7 +56,7 @@ def evaluate_command(
 
 def print_tasks(found: dict[str, Any]) -> None:
     """A row for each metric: every model's mean and the paired differences, with their intervals."""
-    from puzzle.base.console import console
+    from puzzle.base.console import say
     from puzzle.cli.report import print_table
 
     models = list(found["cut"])
@@ -72,7 +72,7 @@ def print_tasks(found: dict[str, Any]) -> None:
     print_table(f"measured on {found['device']}, with 95 % intervals", columns, rows, words=2)
     for name, count in found["cut"].items():
         if count:
-            console.print(f"{name}: {count} requests are longer than its context, and lost their begin")
+            say(f"{name}: {count} requests are longer than its context, and lost their begin")
 
 
 def _told(one: dict[str, float] | None, sign: str = "") -> str:

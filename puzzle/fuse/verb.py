@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, claim_output, write_json
 from puzzle.base.units import check_positive, parse_bytes, parse_count
@@ -152,7 +152,7 @@ def _given(source: Path, opened: Source, wanted: FuseOptions) -> list[Run] | Non
     if solved is not None and solved.fuse:
         if text is None:
             listed = ",".join(f"{first}-{last}" for first, last in solved.fuse)
-            console.print(f"runs {listed}, as this child was solved for; --runs auto chooses by dependency instead")
+            say(f"runs {listed}, as this child was solved for; --runs auto chooses by dependency instead")
         return list(solved.fuse)
     if text == "solved":
         raise UserError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from puzzle import __version__
-from puzzle.base.console import Bar, console, progress, say
+from puzzle.base.console import Bar, progress, say
 from puzzle.base.device import name_of
 from puzzle.base.errors import UserError
 from puzzle.base.files import claim_output, read_json
@@ -77,10 +77,9 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
         ranks.from_first(lambda: claim_output(options.out, options.force))
     data = data or ranks.from_first(lambda: read_data(options, stages, models))
     for line in data.mixture.report():
-        console.print(
+        say(
             f"{line['source']}: {line['share']:.1%} of the tokens, {line['epochs']:.2f} epochs of "
             f"{line['available_tokens']:,} tokens",
-            markup=False,
         )
     stored = None
     if options.teacher_logits is not None:
@@ -99,7 +98,7 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     if again:
         record = ranks.from_first(lambda: read_json(finished, "puzzle heal"))
         if record.get("run") == facts:
-            console.print(f"{options.out} is healed already: nothing to do")
+            say(f"{options.out} is healed already: nothing to do")
             work.remove()  # a run killed after its last file was written leaves it
             return record
         ranks.from_first(lambda: claim_output(options.out, options.force))
@@ -110,7 +109,7 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
     tracked = trackers(options.tensorboard, options.wandb, facts) if ranks.is_first else []
     work.claim(facts, options.force)
     if ranks.world > 1:
-        console.print(f"{ranks.world} processes: {'the child in shards' if plan.sharded else 'a replica each'}")
+        say(f"{ranks.world} processes: {'the child in shards' if plan.sharded else 'a replica each'}")
     if plan.tokens is not None:
         taught = plan.taught(stages[0].tokens_per_step // ranks.world)
         say(f"the teacher {taught}")
@@ -143,10 +142,10 @@ class Run:
         start = self.work.newest()
         if start:
             self.work.load(self.trainer, start)
-            console.print(f"continuing {self.work.path} after step {start} of {self.num_steps}")
+            say(f"continuing {self.work.path} after step {start} of {self.num_steps}")
         self.log.truncate(start or -1)  # from the start, the first evaluation comes again too
         self._tokens = sum(self._place(step)[0].tokens_per_step for step in range(start))
-        console.print(f"log: {self.work.log}", markup=False)
+        say(f"log: {self.work.log}")
         with progress("heal", self.num_steps) as bar:
             bar.advance(start)
             if not start:
@@ -269,7 +268,7 @@ class Run:
         kl = "".join(f"{what} {found[name]:.4f}, " for name, what in _divergences(self.options.top_k) if name in found)
         most = max((max(shares) * len(shares) for shares in load.values()), default=0)
         busy = f", busiest expert {most:.1f} x its share" if load else ""
-        console.print(f"step {step}: held-out {kl}loss {found['loss']:.4f}{busy}", markup=False)
+        say(f"step {step}: held-out {kl}loss {found['loss']:.4f}{busy}")
 
     def record(self, facts: dict[str, Any], models: Models) -> dict[str, Any]:
         """What is told of the run in heal.json, on the card and by --json. All of it is measured; `seconds` is the time of

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.ranks import Ranks
 from puzzle.base.replay import Replayed
 from puzzle.blocklib.distill import Recipe
@@ -129,7 +129,7 @@ class Trainer:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            console.print(f"no CUDA graph here ({str(error).splitlines()[0]}): steps run one kernel at a time")
+            say(f"no CUDA graph here ({str(error).splitlines()[0]}): steps run one kernel at a time")
             self._graphed = False
             for part in () if self.replicated else self.parts:
                 part.grad = None

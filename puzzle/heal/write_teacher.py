@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.base.console import console, progress
+from puzzle.base.console import progress, say
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, read_json, write_json
 from puzzle.base.ranks import Ranks, held_by_all
@@ -40,9 +40,8 @@ def write_missing(
         )
     each = bytes_per_token(stored.top_k, stored.facts["words"])
     total = each * sum(stage.num_tokens for stage in stages)
-    console.print(
+    say(
         f"the teacher's top {stored.top_k}: {each} bytes a token, {bytes_text(total)} in {stored.directory}",
-        markup=False,
     )
     plan = plan_memory(replace(options, parallel="replicas"), stages, models, ranks)
     teacher = build_teacher(models, [], plan.tokens)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puzzle.base.console import Bar, console, progress
+from puzzle.base.console import Bar, progress, say
 from puzzle.base.device import compute_dtype, held_memory, pick_device, wait_for
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, wait_for_files
@@ -199,12 +199,12 @@ class Builder:
         )
         if not absent:
             self._snapshots.remove()  # of a run that was killed after its last block
-            console.print(f"library {out} is complete: nothing to train")
+            say(f"library {out} is complete: nothing to train")
             return
         last = max(index for index, group in enumerate(groups) if any(k[0] in group for k in absent))
         rounds = [groups[i : min(i + ranks.world, last + 1)] for i in range(0, last + 1, ranks.world)]
         if len(rounds[0]) < ranks.world:
-            console.print(f"{ranks.world} processes, and layers for {len(rounds[0])}: a layer trains in one process")
+            say(f"{ranks.world} processes, and layers for {len(rounds[0])}: a layer trains in one process")
         self._data = data
         self._embedding = self.parent.embedding().to(self.device, self.dtype)
         self._streams = ResidualStreams(self._embed, self._like)
@@ -224,7 +224,7 @@ class Builder:
                     torch.cuda.empty_cache()
         self._snapshots.remove()
         wait_for_files([self.store.path(*key).with_suffix(".json") for key in absent])
-        console.print(f"trained {len(absent)} blocks into {out}")
+        say(f"trained {len(absent)} blocks into {out}")
 
     # -- one group -------------------------------------------------------------------------------------------
 
@@ -422,7 +422,7 @@ def build_library(source: str, options: BuildOptions) -> Path:
         ranks.from_first(parent.check)
         builder.plan()
         data = ranks.from_first(builder.load_data)
-        console.print(
+        say(
             f"{len(data.train)} training and {len(data.validation)} validation sequences of {options.seq_len} tokens "
             f"from {data.num_documents} documents"
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.base.console import console, progress, say
+from puzzle.base.console import progress, say
 from puzzle.base.device import compute_dtype, pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, write_json
@@ -239,7 +239,7 @@ class Scoring:
             return
         found, count = compared({n: self.results.layers[n] for n in self.library.layers})
         told = "cannot be told" if found is None else f"{found:.3f}"
-        console.print(f"Spearman of estimates and scores over {count} blocks: {told}")
+        say(f"Spearman of estimates and scores over {count} blocks: {told}")
         facts = {"spearman": found, "num_compared": count, "fraction": self.options.sub_block_screen}
         write_json(
             self.library.root / "scores" / "screen.json",
@@ -260,7 +260,7 @@ class Scoring:
             if mine:
                 Scorer(self.library, self.parent, self.tokens.validation, self.device, plan, mine).run(self.results)
         else:
-            console.print("all are scored already")
+            say("all are scored already")
         self.results.close()
         if self.ranks.is_first:
             self.compare()

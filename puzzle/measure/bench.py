@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
 from puzzle.base.machine import several
@@ -64,9 +64,7 @@ def bench(
         if precision is not None and solved is not None and solved.kv_dtype is not None:
             kept = False  # all in one precision is not what was solved for
         if kept and solved is not None and solved.costs["device"] != here:
-            console.print(
-                f"promised for {solved.costs['device']}, measured on {here}: no prediction is held against it"
-            )
+            say(f"promised for {solved.costs['device']}, measured on {here}: no prediction is held against it")
             kept = False
         promised = solved if kept else None
         if with_parent and solved is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from puzzle.base.console import console, say
+from puzzle.base.console import say
 from puzzle.base.device import compute_dtype, name_of, short_name
 from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks, running_ranks
@@ -124,7 +124,7 @@ def _evaluate(
     if options.prompts and ranks.is_first and whole.model is not None and cut.model is not None:
         said = continuations({"parent": whole.model, "child": cut.model}, options.prompts, opened.tokenizer)
     elif options.prompts:
-        console.print("no continuations: they take both models whole on the device")
+        say("no continuations: they take both models whole on the device")
     del whole, cut  # the runtimes want their memory
     work = work if ranks.is_first else None
     if work is not None and opened.too_large is not None:
@@ -283,7 +283,7 @@ def _speeds(
     """Of both, each at its batch."""
     solved, expected = child.solved, None
     at = batches or ((solved.parent_predicted.batch, solved.predicted.batch) if solved else (1, 1))
-    console.print(f"measuring speed: {work.input_len} tokens in, {work.output_len} out, batch {at[0]} and {at[1]}")
+    say(f"measuring speed: {work.input_len} tokens in, {work.output_len} out, batch {at[0]} and {at[1]}")
     if solved and batches is None and solved.workload == work:
         priced = (solved.costs["device"], solved.costs["precision"])
         expected = solved.parent_predicted.tokens_per_second if priced == (name_of(device), precision) else None

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.device import name_of
 from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks
@@ -130,7 +130,7 @@ def measure_speeds(
             if drifts[-1] <= MAX_DRIFT or len(attempts) == MAX_ATTEMPTS:
                 return attempts[drifts.index(min(drifts))]
             now = attempts[-1]["parent"].tokens_per_second
-            console.print(
+            say(
                 f"the parent runs at {now:.5g} tokens/s now, {expected:.5g} when this machine was profiled: measuring again"
             )
     except torch.cuda.OutOfMemoryError as error:

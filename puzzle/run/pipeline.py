@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.console import console
+from puzzle.base.console import console, say
 from puzzle.base.errors import UserError
 from puzzle.base.files import file_hash, read_json, write_json
 from puzzle.base.lock import holding
@@ -139,7 +139,7 @@ class Run:
         mark = self.marks.get(name, {})
         if done is not None:
             if mark.get("key") == key and "seconds" in mark and done.exists():
-                console.print("done already")
+                say("done already")
                 return
             if mark and mark["key"] != key:
                 for old in (done, done.with_name(f"{done.name}.heal")):
@@ -173,7 +173,7 @@ class Run:
             with _told(name):
                 step.child()
         result = self._finish(*self.child())
-        console.print(f"done in {seconds_text(time.monotonic() - begin)}: {self.out / 'result.json'}")
+        say(f"done in {seconds_text(time.monotonic() - begin)}: {self.out / 'result.json'}")
         return result
 
     def _begin(self) -> None:

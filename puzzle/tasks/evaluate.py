@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from puzzle.base.console import console
+from puzzle.base.console import say
 from puzzle.base.device import name_of, pick_device
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.lock import holding
@@ -86,7 +86,7 @@ def evaluate_tasks(
         allowed = sandbox.guarantees() if code and not dry_run else None
         for name, there in (allowed or {}).items():
             if not there:
-                console.print(f"generated code runs without `{name}`: this system allows no such sandbox")
+                say(f"generated code runs without `{name}`: this system allows no such sandbox")
         found = {}
         for model in models:
             found[model.name] = _scores(model, local, theirs, options)
