@@ -12,7 +12,8 @@ has; with --task-data the healed child's share of right answers in each task, an
     python benchmarks/quality/bench_chosen.py examples/smollm2_h100.yaml library choose heal steps --parent MODEL --data DATA \\
         --work WORK --out benchmarks/results/chosen.csv
 
-What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. Rehearsal on a CPU:
+What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. GPUs may share WORK, each with
+--methods of its own once library and choices are there, and an --out of its own; `table` alone writes the rows of all. Rehearsal on a CPU:
 
     python benchmarks/quality/bench_chosen.py examples/quickstart.yaml library choose heal steps --data /usr/lib/python3.11 \\
         --work WORK --out chosen.csv --speeds 1.3 --finalists 4 --rounds 1 --sequences 8 --chosen-on 4 --between 8192
@@ -36,7 +37,7 @@ import yaml
 from puzzle.base.files import content_hash
 from puzzle.measure.architecture import read_architecture
 
-PARTS = ("library", "choose", "bench", "heal", "steps", "tasks")
+PARTS = ("library", "choose", "bench", "heal", "steps", "tasks", "table")
 BASELINES = ("depth", "uniform-width", "greedy", "random")
 COLUMNS = ("speed", "method", "promised", "measured", "sum_of_scores", "choose_s", "library_s", "heal_s", "healed_tokens", "kl", "kl_stderr",
            "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "tasks", "changed", "device", "date")  # fmt: skip
@@ -277,7 +278,7 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
             for speed in every:
                 if part == "steps":
                     bench.steps(speed, between)
-                for method in asked if part not in ("library", "steps") else ():
+                for method in asked if part not in ("library", "steps", "table") else ():
                     if part == "choose":
                         bench.choose(speed, method, flags[method])
                     elif part == "tasks":

@@ -6,6 +6,7 @@ a teacher in memory, forward, half and half, or reverse; or KL over the top K wo
 over all words and the losses are measured after it on the same held-out sequences by `puzzle.runtime.divergence`.
 
     python benchmarks/quality/bench_stored_logits.py --out benchmarks/results/stored_logits.csv
+    python benchmarks/quality/bench_stored_logits.py --device cuda --tokens 4000000 --batch-size 32 --out stored_logits.csv   # one GPU
     python benchmarks/quality/bench_stored_logits.py --tokens 2048 --max-files 40 --out /tmp/stored_logits.csv      # rehearsal
 """
 
@@ -46,11 +47,12 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @click.command()
 @click.option("--tokens", default=8192)
+@click.option("--batch-size", default=4)
 @click.option("--max-files", type=int)
 @click.option("--lr", default=5e-4)
 @click.option("--device", default="cpu")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(tokens: int, max_files: int | None, lr: float, device: str, out: Path) -> None:
+def main(tokens: int, batch_size: int, max_files: int | None, lr: float, device: str, out: Path) -> None:
     """A row per way of teaching."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -75,7 +77,7 @@ def main(tokens: int, max_files: int | None, lr: float, device: str, out: Path) 
             record = heal(
                 HealOptions(
                     child=str(root / "child"), teacher=str(PARENT), data=[str(root / "corpus.jsonl")], out=root / "out",
-                    tokens=tokens, seq_len=256, batch_size=4, lr=lr, cosine_weight=0.0, eval_every=0, save_every=0,
+                    tokens=tokens, seq_len=256, batch_size=batch_size, lr=lr, cosine_weight=0.0, eval_every=0, save_every=0,
                     validation_sequences=8, device=device, force=True, **options, **stored,
                 )
             )  # fmt: skip
