@@ -145,7 +145,7 @@ def export(
     written = dtype or str(child.dtype).removeprefix("torch.")
     scales = {}
     if kv_dtype is not None:
-        claim_output(out, force)
+        claim_output(out, force, [child.tokenizer, *(data or [])])
         on = pick_device(device)
         scales = calibrate(whole, data or [], text_field, on, compute_dtype(on))
     any_reader = format == "nemotron-nas" and engine is None
@@ -265,7 +265,7 @@ def _write_gguf(child: Child, out: Path, dtype: str, card: str, force: bool) -> 
     if out.suffix == ".gguf":
         export_gguf(child, out, dtype=_GGUF_DTYPES[dtype], force=force)
         return
-    with publishing(out, force) as temporary:
+    with publishing(out, force, [child.tokenizer]) as temporary:
         export_gguf(child, temporary / _gguf_name(out, dtype), dtype=_GGUF_DTYPES[dtype], force=True)
         with writing(out):
             (temporary / "README.md").write_text(card, encoding="utf-8")
