@@ -122,7 +122,9 @@ def claim_output(out: Path, force: bool, reads: Iterable[str | Path | None] = ()
     check_writable(out)
     target = out.resolve()
     if Path.cwd().is_relative_to(target):
-        raise UserError(f"`out` {out} is the current directory, or holds it, and is replaced as a whole: name a new one")
+        raise UserError(
+            f"`out` {out} is the current directory, or holds it, and is replaced as a whole: name a new one"
+        )
     if not (out.is_dir() and any(out.iterdir())):
         return
     if not force:

@@ -103,7 +103,9 @@ class HealOptions:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"`{name}` {getattr(self, name):g}: {what}, between 0 and 1")
         if not 0.01 <= self.temperature <= 100:
-            raise UserError(f"`temperature` {self.temperature:g}: of 0.01 to 100, beyond which every distribution is alike")
+            raise UserError(
+                f"`temperature` {self.temperature:g}: of 0.01 to 100, beyond which every distribution is alike"
+            )
         if self.train_embeddings and self.old_lr == 0:
             raise UserError("`train_embeddings` with `old_lr` 0, which keeps all that is old: leave one of them out")
         if self.kl_weight == self.cosine_weight == self.lm_weight == 0:

@@ -233,7 +233,9 @@ def _check_data(recipe: Recipe, heal: HealOptions | None, opened: HfModel) -> No
     """That there is text, of every source, and enough of it for a sequence of the longest kind."""
     context = opened.structure.max_length
     if (recipe.score.seq_len or 0) > context:
-        raise UserError(f"score.seq_len {recipe.score.seq_len} is longer than the parent's context of {context}: use at most {context}")
+        raise UserError(
+            f"score.seq_len {recipe.score.seq_len} is longer than the parent's context of {context}: use at most {context}"
+        )
     longest = max(recipe.build.seq_len, recipe.score.seq_len or 0, recipe.evaluate.seq_len)
     load_tokens(
         recipe.data,

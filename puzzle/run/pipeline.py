@@ -183,7 +183,9 @@ class Run:
         path = self.out / "stages.json"
         self.marks = read_json(path, "puzzle run").get("stages") if path.is_file() else {}
         if not (isinstance(self.marks, dict) and all(isinstance(m, dict) and "key" in m for m in self.marks.values())):
-            raise UserError(f"{path} does not say what is done, as `puzzle run` wrote it: restore it, or choose another `out`")
+            raise UserError(
+                f"{path} does not say what is done, as `puzzle run` wrote it: restore it, or choose another `out`"
+            )
         write_json(path, {"stages": self.marks})
         write_json(self.out / "recipe.json", json.loads(json.dumps(asdict(self.recipe), default=str, allow_nan=False)))
 
@@ -260,7 +262,9 @@ class Run:
                     "run": self.out,
                 }
                 self._stage(f"after {name}", key, out, partial(one.run, {n: str(p) for n, p in places.items()}))
-                if (made := self.marks[f"after {name}"].get("made")) is not None:  # done again, it may give something else
+                if (
+                    made := self.marks[f"after {name}"].get("made")
+                ) is not None:  # done again, it may give something else
                     key = key_of(key, made)
                 child = child if one.result is None else out / one.result
         return child, key
