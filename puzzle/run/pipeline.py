@@ -181,7 +181,7 @@ class Run:
     def _begin(self) -> None:
         """What is in the directory from now on is ours."""
         path = self.out / "stages.json"
-        self.marks = read_json(path, "puzzle run").get("stages") if path.is_file() else {}
+        self.marks = read_json(path, "puzzle run").get("stages", []) if path.is_file() else {}
         if not (isinstance(self.marks, dict) and all(isinstance(m, dict) and "key" in m for m in self.marks.values())):
             raise UserError(
                 f"{path} does not say what is done, as `puzzle run` wrote it: restore it, or choose another `out`"
