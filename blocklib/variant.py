@@ -23,7 +23,9 @@ def variant_of(parent: SubBlock, name: str, slot: str = "sub-block") -> Variant:
     """
     if name == PARENT:
         return _own(parent)
-    for kind in kinds().values():
+    for kind in (
+        kinds().values() if name.isascii() else ()
+    ):  # digits of other scripts would make a second name of the same
         if (variant := kind.stand_in(parent, name)) is not None:
             return variant
     raise UserError(f"unknown {slot} variant '{name}': {nearest(name, [PARENT, *default_names(parent)])}")

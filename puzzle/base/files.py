@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,28 @@ def wait_for_files(paths: Sequence[Path], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def claim_output(out: Path, force: bool) -> None:
-    """Check that `out` is new or empty (or --force was given) and that it can be written. Raises UserError."""
+def claim_output(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) -> None:
+    """Check that `out` can be written as a whole: it is new or empty or, with --force, a checkpoint that puzzle wrote and that holds
+    nothing of what is read (`reads`: models, text). Raises UserError."""
     check_writable(out)
-    if out.is_dir() and any(out.iterdir()) and not force:
+    target = out.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise UserError(
+            f"`out` {out} is the current directory, or holds it, and is replaced as a whole: name a new one"
+        )
+    if not (out.is_dir() and any(out.iterdir())):
+        return
+    if not force:
         raise UserError(f"`out` {out} is not empty: choose another directory, or pass `force` to replace it")
+    manifest = out / "manifest.json"
+    if not (manifest.is_file() and "files" in read_any(manifest, "puzzle export")):
+        raise UserError(
+            f"`out` {out} is no checkpoint that puzzle wrote (it has no manifest.json), and `force` replaces no other: remove it yourself, or "
+            "choose another directory"
+        )
+    for one in reads:
+        if one is not None and Path(one).resolve().is_relative_to(target):
+            raise UserError(f"`out` {out} is, or holds, {one}, which is read: choose another directory")
 
 
 def check_writable(directory: Path) -> None:

@@ -103,6 +103,12 @@ def check_positive(options: object, *names: str) -> None:
                 positive(name, one)
 
 
+def check_seed(seed: int) -> None:
+    """Raise UserError unless a random generator takes it."""
+    if seed < 0:
+        raise UserError(f"`seed` {seed}: must not be negative")
+
+
 def parse_layers(option: str, text: str, num_layers: int) -> list[int]:
     """'0-3,7' -> [0, 1, 2, 3, 7]. Raises UserError outside the model or for anything else."""
     chosen: set[int] = set()

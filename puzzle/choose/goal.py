@@ -208,8 +208,10 @@ class Goal:
             raise UserError("`cached_tokens` needs `memory`: say what the weights and the cache must fit in, e.g. 80GB")
         if self.concurrency is not None and self.concurrency < 1:
             raise UserError(f"`concurrency` {self.concurrency}: at least 1 request is served")
-        if not 0 <= self.stage_tolerance < math.inf:
-            raise UserError(f"`stage_tolerance` {self.stage_tolerance:g}: must be 0 or more, such as 5%")
+        if self.keep_attention is not None and self.keep_attention < 0:
+            raise UserError(f"`keep_attention` {self.keep_attention}: must not be negative")
+        if not 0 <= self.stage_tolerance <= 1:
+            raise UserError(f"`stage_tolerance` {self.stage_tolerance:g}: a share from 0 to 1, such as 5% or 0.05")
 
     def plain(self) -> dict[str, str | float | int | None]:
         """All of it for JSON, by option; None where nothing was asked."""

@@ -71,7 +71,7 @@ def write_checkpoint(
     documents = {"config.json": config, "generation_config.json": generation_config}
     if clash := {*documents, "manifest.json", "model.safetensors.index.json"} & set(extra_json or ()):
         raise ValueError(f"extra_json may not replace {sorted(clash)}")
-    with publishing(out, force) as temporary:
+    with publishing(out, force, [tokenizer_from]) as temporary:
         _write_shards(temporary, tensors, max_shard_bytes, out)
         with writing(out):
             for name, content in {**documents, **(extra_json or {})}.items():
@@ -108,16 +108,16 @@ def outdated_code(directory: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def publishing(out: Path, force: bool) -> Iterator[Path]:
+def publishing(out: Path, force: bool, reads: Iterable[str | Path | None] = ()) -> Iterator[Path]:
     """Give a temporary directory beside `out`; when the block ends well, list it in a manifest and rename it to `out`.
 
     When the block fails it is removed and `out` stays as it was; what a killed process left there is removed first.
-    Raises UserError when `out` is in use (without force) or cannot be written.
+    Raises UserError when `out` is in use (without force), holds what is read or cannot be written.
     """
     target = out.resolve()  # through a symbolic link: the directory behind it is replaced
     with writing(out):
         clear_leftovers(target)
-    claim_output(out, force)
+    claim_output(out, force, reads)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         with writing(out):

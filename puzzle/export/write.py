@@ -132,7 +132,7 @@ def export(
     hub = None if push_to_hub is None else open_hub(push_to_hub)
     scales = {}
     if kv_dtype is not None:
-        claim_output(out, force)
+        claim_output(out, force, [child.tokenizer, *(data or [])])
         on = pick_device(device)
         scales = calibrate(whole, data or [], text_field, on, compute_dtype(on))
     name, any_reader = engine and engine_named(engine).name, format == "nemotron-nas" and engine is None
@@ -266,7 +266,7 @@ def _write_gguf(facts: CardFacts, out: Path, force: bool) -> None:
         export_gguf(child, out, dtype=dtype, force=force)
         return
     card = child_card(facts)
-    with publishing(out, force) as temporary:
+    with publishing(out, force, [child.tokenizer]) as temporary:
         export_gguf(child, temporary / (facts.file or out.name), dtype=dtype, force=True)
         with writing(out):
             (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -81,7 +81,7 @@ def fuse_verb(source: Path, wanted: FuseOptions) -> dict[str, Any]:
     if wanted.out is None and not wanted.dry_run:
         raise UserError("`out` is missing: say where the fused child goes, or pass `dry_run`")
     if wanted.out is not None and not wanted.dry_run:
-        claim_output(wanted.out, wanted.force)
+        claim_output(wanted.out, wanted.force, [source, wanted.library, *wanted.data])
     max_shard = parse_bytes(wanted.max_shard, "max_shard")
     rule = _rule(child, wanted)
     runs = _given(source, opened, wanted)

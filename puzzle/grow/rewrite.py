@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.base.units import check_positive
+from puzzle.base.units import check_positive, check_seed
 from puzzle.blocklib.ffn import Ffn
 from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.none import NoOp
@@ -39,6 +39,7 @@ class Growth:
     def check(self) -> None:
         """Raise UserError for numbers that no layer could be grown by."""
         check_positive(self, "experts", "top_k", "width")
+        check_seed(self.seed)
         if self.top_k > self.experts:
             raise UserError(f"`top_k` {self.top_k}: a token cannot have more than `experts` {self.experts}")
 

@@ -62,7 +62,7 @@ def grow_verb(source: str, wanted: GrowOptions) -> dict[str, Any]:
     }
     if wanted.dry_run:
         return told
-    claim_output(wanted.out, wanted.force)
+    claim_output(wanted.out, wanted.force, [source])
     record = {
         "schema": SCHEMA,
         "parent": child.name,

@@ -72,9 +72,10 @@ def heal(options: HealOptions, data: HealData | None = None) -> dict[str, Any]:
 def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealData | None) -> dict[str, Any]:
     models = open_models(options, stages, ranks)
     finished = options.out / "heal.json"
+    reads = [options.child, options.teacher, options.teacher_logits, *options.data]
     again = ranks.from_first(lambda: finished.is_file() and not options.force)
     if not again:
-        ranks.from_first(lambda: claim_output(options.out, options.force))
+        ranks.from_first(lambda: claim_output(options.out, options.force, reads))
     data = data or ranks.from_first(lambda: read_data(options, stages, models))
     for line in data.mixture.report():
         say(
@@ -101,7 +102,7 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
             say(f"{options.out} is healed already: nothing to do")
             work.remove()  # a run killed after its last file was written leaves it
             return record
-        ranks.from_first(lambda: claim_output(options.out, options.force))
+        ranks.from_first(lambda: claim_output(options.out, options.force, reads))
     if stored is not None:
         write_missing(stored, options, stages, models, data, ranks)
         models = replace(models, teacher=None, pairs=[])
@@ -243,9 +244,10 @@ class Run:
         self.log.write(lines)
         kl = f"  KL {found[-1]['kl']:.4f}" if self.options.kl_weight else ""
         bar.note(f"loss {found[-1]['loss']:.4f}{kl}  {rate:,.0f} tokens/s")
-        if max(metrics["skipped_in_a_row"] for metrics in found) >= self.options.max_skipped:
+        most = min(self.options.max_skipped, self.num_steps)  # where nothing was learned, a short run has diverged too
+        if max(metrics["skipped_in_a_row"] for metrics in found) >= most:
             raise UserError(
-                f"{self.options.max_skipped} steps in a row up to step {done} had a non-finite gradient: "
+                f"{most} steps in a row up to step {done} had a non-finite gradient: "
                 f"training diverged; lower `lr` {self.options.lr:g}, or use `dtype` fp32 (log: {self.work.log})"
             )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError
-from puzzle.base.units import check_positive, parse_count
+from puzzle.base.units import check_positive, check_seed, parse_count
 from puzzle.blocklib.distill import Recipe
 from puzzle.data.mixture import Stage
 
@@ -76,6 +76,7 @@ class HealOptions:
         """Raise UserError for values out of range or options that contradict each other."""
         check_positive(self, "tokens", "lr", "temperature", "clip_norm", "top_k")
         check_positive(self, "batch_size", "accumulate", "validation_sequences", "memory_limit")
+        check_seed(self.seed)
         if self.seq_len < 2:
             raise UserError(f"`seq_len` {self.seq_len}: must be at least 2, a token and the next one")
         for name in ("kl_weight", "cosine_weight", "lm_weight", "weight_decay", "save_every", "eval_every"):
@@ -91,6 +92,10 @@ class HealOptions:
         for name, what in shares.items():
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"`{name}` {getattr(self, name):g}: {what}, between 0 and 1")
+        if not 0.01 <= self.temperature <= 100:
+            raise UserError(
+                f"`temperature` {self.temperature:g}: of 0.01 to 100, beyond which every distribution is alike"
+            )
         if self.train_embeddings and self.old_lr == 0:
             raise UserError("`train_embeddings` with `old_lr` 0, which keeps all that is old: leave one of them out")
         if self.kl_weight == self.cosine_weight == self.lm_weight == 0:

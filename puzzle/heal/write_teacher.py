@@ -76,11 +76,19 @@ def claim(options: HealOptions, stages: list[Stage], models: Models, data: HealD
         facts |= {"teacher": models.teacher.checkpoint.fingerprint(), "words": min(own, vocabulary), "vocabulary": own}
         facts["name"] = models.teacher.directory.absolute().name
     record = directory / RECORD
+    if directory.resolve().is_relative_to(options.out.resolve()):
+        raise UserError(
+            f"`teacher_logits` {directory} lies in `out` {options.out}, which is written as a whole: choose another directory"
+        )
 
     def find() -> dict[str, Any]:
         if not record.is_file() and models.teacher is None:
             raise UserError(f"`teacher_logits` {directory} has no {RECORD}: pass `teacher`, which writes it")
         if not record.is_file():
+            if directory.is_dir() and any(path.name != ".lock" for path in directory.iterdir()):
+                raise UserError(
+                    f"`teacher_logits` {directory} holds other things, and no {RECORD}: choose a new directory"
+                )
             return facts
         found: dict[str, Any] = read_json(record, "puzzle heal --teacher-logits").get("run", {})
         return found

@@ -27,7 +27,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, wait_for_files
 from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.replay import Replayed
-from puzzle.base.units import check_positive, parse_layers
+from puzzle.base.units import check_positive, check_seed, parse_layers
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
 from puzzle.blocklib.plain.part import Part, Ropes, loaded, moved, moving
 from puzzle.blocklib.sub_block import ParentBlock, Variant
@@ -84,6 +84,7 @@ class BuildOptions:
         check_positive(self, "group_size", "memory_limit")
         if not 0 < self.mix <= 1:
             raise UserError(f"`mix` {self.mix:g}: the child's share of a batch, above 0 and at most 1")
+        check_seed(self.seed)
         if self.tokens < 0:
             raise UserError(f"`tokens` {self.tokens}: must be 0 or more")
 

@@ -35,23 +35,28 @@ def write_library(
     layers: dict[str, dict[str, dict[str, str]]] = {}
     if path.is_file():
         old = read_any(path, "puzzle build-library")
-        theirs = old["parent"]["fingerprint"]
+        try:
+            theirs, before = str(old["parent"]["fingerprint"]), (old.get("origin") or old["parent"]).get("name")
+            there = old["layers"] if old.get("schema") == SCHEMA else {}
+            layers = {index: {slot: {**keys} for slot, keys in slots.items()} for index, slots in there.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is broken ({error}): remove it, and run the same command again; it keeps all blocks"
+            ) from error
         if theirs != fingerprint:
             raise UserError(
                 f"library {root} was built from another parent (fingerprint {theirs[:12]}) than {source} "
                 f"({fingerprint[:12]}): use another `out`"
             )
         if old.get("origin") != first:
-            before = (old.get("origin") or old["parent"])["name"]
             raise UserError(
                 f"library {root} was built with names and goals of {before}: use another `out`, or the same `origin`"
             )
-        layers = old["layers"] if old.get("schema") == SCHEMA else {}
     for index, slots in spaces.items():
-        there = layers.setdefault(str(index), {})
+        now = layers.setdefault(str(index), {})
         for slot, space in slots.items():
             keys = {name: sub_block.key() for name, sub_block in space.items() if name != PARENT}
-            there[slot] = there.get(slot, {}) | keys
+            now[slot] = now.get(slot, {}) | keys
     local = Path(source).exists()
     facts = {
         "puzzle": __version__,

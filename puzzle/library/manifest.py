@@ -68,6 +68,9 @@ class Library:
             structure = Structure.from_json(facts["structure"])
             first = facts.get("origin")
             origin = structure if first is None else Structure.from_json(first["structure"])
+            for name in ("source", "name", "fingerprint"):
+                if not isinstance(facts["parent"][name], str):
+                    raise TypeError(f"parent.{name} is {facts['parent'][name]!r}")
             trained = [facts["layers"].get(str(index), {}) for index in range(structure.num_layers)]
             spaces = tuple(
                 {
@@ -139,9 +142,19 @@ class Library:
     def scores(self, layer: int) -> dict[str, dict[str, float]]:
         """{`score_name`: {"kl", "kl_stderr", "lm_loss", "top1_agreement", "num_tokens"}} of one layer.
 
-        Raises UserError when the layer has not been scored.
+        Raises UserError when the layer has not been scored, or for a file that holds no scores.
         """
-        return read_json(scores_path(self.root, layer), f"puzzle score {self.root}")["scores"]
+        path = scores_path(self.root, layer)
+        found: dict[str, dict[str, float]] = read_json(path, f"puzzle score {self.root}").get("scores", {})
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is broken (scores are {found!r}): remove it, and run `puzzle score {self.root}`")
+        for name, row in found.items():
+            kl = row.get("kl") if isinstance(row, dict) else None
+            if not isinstance(kl, int | float) or kl < -0.01:  # what rounding makes of 0 is near it
+                raise UserError(
+                    f"{path} is broken ({name} has kl = {kl!r}): remove it, and run `puzzle score {self.root}`"
+                )
+        return found
 
     def screened(self, layer: int) -> frozenset[str]:
         """Names that `puzzle score --sub-block-screen` left without a score, as hopeless."""

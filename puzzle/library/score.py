@@ -116,11 +116,14 @@ def wanted(structure: Structure, spaces: Spaces, joint: bool, fp8: bool) -> Todo
 
 
 def held_out(library: Library, parent: HfModel, data: list[str], options: ScoreOptions) -> TokenData:
-    """The text that blocks, and children of them, are measured on."""
+    """The text that blocks, and children of them, are measured on. Raises UserError for sequences beyond the parent's context."""
+    seq_len, longest = options.seq_len or library.facts["data"]["seq_len"], parent.structure.max_length
+    if seq_len > longest:
+        raise UserError(f"`seq_len` {seq_len} is longer than the parent's context of {longest}: use at most {longest}")
     return load_tokens(
         data,
         parent.directory,
-        seq_len=options.seq_len or library.facts["data"]["seq_len"],
+        seq_len=seq_len,
         num_train=1,
         num_validation=options.sequences,
         text_field=options.text_field,

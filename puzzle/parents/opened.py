@@ -34,6 +34,7 @@ NEUTRAL = {  # fields that change no output: of training, of generation, and wha
 READ = ("BF16", "F16", "F32", "F64")  # dtypes of weights, as safetensors names them
 QUANTISED = ("quantization_config", "compression_config")  # which `Checkpoint` has read
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+MOST_LAYERS = 10**5  # a structure is made of them before anything is read
 # Their config classes come with the checkpoint, which stays unread.
 OWN_CONFIGS = ("puzzle", "nemotron-nas", "nemotron_h_puzzle")
 
@@ -191,10 +192,18 @@ def open_model(source: str | Path) -> HfModel:
         base = structure.usual if known.base is None else known.base(config)
         _check_all_read(config, checkpoint.config, model_type)
         check_special(config, structure.vocab_size)
+        if structure.max_length < 1:
+            raise UserError(
+                f"config.json gives a context (max_position_embeddings) of {structure.max_length} tokens: correct it"
+            )
     except KeyError as error:
         raise UserError(f"{directory}/config.json lacks {error}: download the checkpoint again") from error
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{directory}/config.json has a value that cannot be ({error}): export or download it again"
+        ) from error
     if structure.tied and _own_head(checkpoint):
         structure = replace(structure, tied=False)
     known = replace(known, where=_layout(known, structure, checkpoint))
@@ -270,6 +279,9 @@ def defaults_of(config: dict[str, Any], directory: Path) -> _Noted:
     needed = families()[model_type].needed
     if missing := [name for name in needed if name not in raw]:
         raise UserError(f"{directory}/config.json lacks '{missing[0]}': download the checkpoint again")
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"{directory}/config.json has num_hidden_layers = {layers}, more than any model: correct it")
     if model_type in OWN_CONFIGS:
         return _Noted(_with_floats(raw))
     for name in needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VOCAB_PADDING = 64  # words that a vocabulary is padded to before it is shared
+_KINDS = {"int": (int,), "float": (int, float), "bool": (bool,)}  # of values in JSON, by a field's type
 Layer = Mapping[str, SubBlock]  # by slot, in the order of the residual stream: {"attention": Gqa, "ffn": SwiGLU}
 
 
@@ -102,7 +104,11 @@ class Structure:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Structure:
-        """Raises UserError for a sub-block that is not understood."""
+        """Raises UserError for a sub-block that is not understood, ValueError for a value that cannot be."""
+        for field in fields(cls):
+            kind, found = _KINDS.get(str(field.type)), value.get(field.name, field.default)
+            if kind is not None and not (type(found) in kind and 0 <= found < math.inf):
+                raise ValueError(f"{field.name} is {found!r}")
         read = cache(parse_key)  # equal sub-blocks are one
         layers = tuple({slot: read(key) for slot, key in layer.items()} for layer in value["layers"])
         return cls(

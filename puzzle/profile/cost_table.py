@@ -16,6 +16,7 @@ from pathlib import Path
 
 from puzzle.base.errors import UserError, nearest, writing
 from puzzle.base.files import file_hash, write_text
+from puzzle.base.units import PRECISION_BYTES
 from puzzle.base.workload import PAGE, PREFILL_ROWS, Workload
 from puzzle.blocklib.none import NoOp
 from puzzle.blocklib.sub_block import State, SubBlock
@@ -119,8 +120,16 @@ class CostTable:
             device, precision = row["device"], row["precision"]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"cost table {self.path} line {number} is broken ({error}): profile again") from error
-        if not 0 <= seconds < float("inf"):
-            raise UserError(f"cost table {self.path} line {number} has p50_s = {row['p50_s']}: profile again")
+        impossible = {
+            "p50_s": not (0 < seconds < math.inf or (seconds == 0 and not fits)),
+            "phase": key[1] not in ("prefill", "decode"),
+            "batch": key[2] < 1,
+            "context": context < (key[1] == "prefill"),
+            "workspace_bytes": workspace < 0,
+            "precision": precision not in PRECISION_BYTES,
+        }
+        if told := next((name for name, wrong in impossible.items() if wrong), None):
+            raise UserError(f"cost table {self.path} line {number} has {told} = {row[told]}: profile again")
         if self.precision and precision != self.precision:
             raise UserError(f"cost table {self.path} line {number} is in {precision}, those before in {self.precision}")
         if fits:  # a point without samples did not fit in memory

@@ -231,11 +231,16 @@ def _refused(child: Child, one: ExportOptions, told: str, target, format: str) -
 
 def _check_data(recipe: Recipe, heal: HealOptions | None, opened: HfModel) -> None:
     """That there is text, of every source, and enough of it for a sequence of the longest kind."""
+    context = opened.structure.max_length
+    if (recipe.score.seq_len or 0) > context:
+        raise UserError(
+            f"score.seq_len {recipe.score.seq_len} is longer than the parent's context of {context}: use at most {context}"
+        )
     longest = max(recipe.build.seq_len, recipe.score.seq_len or 0, recipe.evaluate.seq_len)
     load_tokens(
         recipe.data,
         opened.directory,
-        seq_len=min(longest, opened.structure.max_length),
+        seq_len=min(longest, context),
         num_train=1,
         num_validation=1,
         text_field=recipe.text_field,

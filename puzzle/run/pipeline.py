@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ class Run:
         self.library = out / "library"
         self.marks: dict[
             str, dict[str, Any]
-        ] = {}  # of stages: the "key" of what they begin from, "seconds" once they are done
+        ] = {}  # of stages: the "key" of what they begin from; "seconds" once they are done, and "made", when that was
         self.gone: list[str] = []  # stages of this recipe; another one may have had more
 
     def check(self) -> dict[str, Builder]:
@@ -149,9 +149,8 @@ class Run:
         with naming(*sections):
             work()
         spent = round(time.monotonic() - begin, 1)
-        self._mark(
-            name, {"key": key, "seconds": max(spent, mark.get("seconds", 0.0)) if same and done is None else spent}
-        )
+        seconds = max(spent, mark.get("seconds", 0.0)) if same and done is None else spent
+        self._mark(name, {"key": key, "seconds": seconds, "made": time.time_ns()})
 
     def _mark(self, name: str, mark: dict[str, Any]) -> None:
         self.marks[name] = mark
@@ -179,7 +178,11 @@ class Run:
     def _begin(self) -> None:
         """What is in the directory from now on is ours."""
         path = self.out / "stages.json"
-        self.marks = read_json(path, "puzzle run")["stages"] if path.is_file() else {}
+        self.marks = read_json(path, "puzzle run").get("stages", []) if path.is_file() else {}
+        if not (isinstance(self.marks, dict) and all(isinstance(m, dict) and "key" in m for m in self.marks.values())):
+            raise UserError(
+                f"{path} does not say what is done, as `puzzle run` wrote it: restore it, or choose another `out`"
+            )
         write_json(path, {"stages": self.marks})
         write_json(self.out / "recipe.json", json.loads(json.dumps(asdict(self.recipe), default=str, allow_nan=False)))
 
@@ -256,6 +259,10 @@ class Run:
                     "run": self.out,
                 }
                 self._stage(f"after {name}", key, out, partial(one.run, {n: str(p) for n, p in places.items()}))
+                if (
+                    made := self.marks[f"after {name}"].get("made")
+                ) is not None:  # done again, it may give something else
+                    key = key_of(key, made)
                 child = child if one.result is None else out / one.result
         return child, key
 
@@ -331,8 +338,17 @@ class Run:
             else:
                 write_architecture(target, solve_library(library, costs, request))
 
+        earlier = []
+        for path in (target, self.out / "child" / "architecture.json"):
+            with suppress(UserError):
+                earlier.append(read_architecture(path))
         self._stage("solve", key_of(*facts, gpu), target, solve, "goal", "solve", "workload", "profile")
-        return read_architecture(target)
+        solved = read_architecture(target)
+        for one in earlier:  # the same but for the seconds that solving took: what was made of it stays
+            if one != solved == replace(one, seconds=solved.seconds):
+                write_architecture(target, one)
+                return one
+        return solved
 
     def _fuse(self, child: Path, key: str) -> tuple[Path, str]:
         assert self.recipe.fuse is not None

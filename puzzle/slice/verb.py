@@ -113,7 +113,7 @@ def slice_verb(source: str, wanted: SliceOptions) -> dict[str, Any]:
     first = list(range(axes.depth or whole.num_layers))
     sliced_config(parent, axes.structure(whole, first), first)  # refuses here what it would of any layers
     if not wanted.dry_run:
-        claim_output(wanted.out, wanted.force)
+        claim_output(wanted.out, wanted.force, [source, *wanted.data])
     if not wanted.data:
         raise UserError("`data` is missing: channels and layers are ordered by what they do on text")
     size = parent.checkpoint.dtype(FINAL_NORM).itemsize

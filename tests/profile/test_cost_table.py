@@ -93,7 +93,7 @@ def test_a_table_of_the_first_version_is_refused(tmp_path):
 
 def test_decode_seconds_walk_over_the_context(tmp_path):
     """Every step at its own context, linear between measured points."""
-    rows = [replace(ROW, part=priced_as(ATTENTION), context=c, p50_s=float(c)) for c in (0, 10, 30)]
+    rows = [replace(ROW, part=priced_as(ATTENTION), context=c, p50_s=c or 1e-9) for c in (0, 10, 30)]
     costs = table(tmp_path / "x.csv", [*rows, ROW])
     assert costs.decode_seconds(ATTENTION, 1, Workload(input_len=8, output_len=5)) == pytest.approx(8 + 9 + 10 + 11)
 

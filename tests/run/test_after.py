@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -218,3 +219,28 @@ def test_its_scripts_are_there():
             one.check_there(recipe.here, list(recipe.after))
     assert shlex.split(recipe.after["sft"].command)[0] == "python"
     assert recipe.after["sft"].words(dict.fromkeys(("child", "out", "parent", "here", "run"), "x"))[0] == sys.executable
+
+
+def test_what_changed_nothing_stays_and_what_is_done_again_is_followed(puzzle, one_line_error, write, tmp_path):
+    """Solving again takes other seconds, and gives the same child: its healing and what came after stay. A command whose directory was
+    removed may give something else, so that the stages after it run again."""
+    recipe, out = recipe_of(write, tmp_path), tmp_path / "run"
+    call = ("run", recipe, "--out", out, "--run-commands")
+    assert puzzle(*call).exit_code == 0
+    lines = lambda: len((out / "count").read_text().splitlines())  # noqa: E731
+    healed = (out / "healed/heal.json").stat().st_mtime_ns
+    for removed in ("solution", "child"):
+        shutil.rmtree(out / removed)
+        assert puzzle(*call).exit_code == 0
+        assert (lines(), (out / "healed/heal.json").stat().st_mtime_ns) == (1, healed)
+    looked = (out / "after/look").stat().st_mtime_ns
+    shutil.rmtree(out / "after/copy")
+    assert puzzle(*call).exit_code == 0
+    assert (lines(), (out / "after/look").stat().st_mtime_ns != looked) == (2, True)
+    assert (puzzle(*call).exit_code, lines()) == (0, 2)
+    path = out / "stages.json"
+    for broken in ({"schema": 1}, {"schema": 1, "stages": []}, {"schema": 1, "stages": {"heal": {}}}):
+        path.write_text(json.dumps(broken))
+        done = puzzle(*call)
+        assert done.exit_code == 2
+        assert "stages.json does not say what is done" in done.stderr.replace("\n", " ")
