@@ -215,6 +215,7 @@ def test_leftovers_of_others_stay(tmp_path):
         ):
             (tmp_path / name).mkdir()
             (tmp_path / name / "file").write_text(name)
+            (tmp_path / name / "manifest.json").write_text('{"files": {}}')
         with pytest.raises(UserError, match="child is not empty"):
             _write(tmp_path / "child")
         assert (tmp_path / "child" / "file").read_text() == f".child.old-{gone.pid}"
