@@ -27,9 +27,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -44,7 +42,8 @@ from puzzle.parents.known import known_structure
 from puzzle.parents.structure import Layer, Structure
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import CausalModel, random_model
-from puzzle.runtime.parallel import joined, nccl_words
+from puzzle.runtime.parallel import joined
+from rank_steps import percentiles, timed
 
 LAYERS = {"llama-3.1-8b": (32, 12), "llama-3.1-405b-tp8": (24, 12)}  # all, without attention; others: all, half
 GROUPS = {"parent": 0, "unfused": 1, "twos": 2, "fours": 4, "one": -1}
@@ -75,44 +74,12 @@ def layers_of(full: Layer, count: int, free: int, fusion: str, fraction: float) 
     return [full] * before + middle + [full] * (count - free - before)
 
 
-def percentiles(replay: Callable[[], object], steps: int, device: torch.device, ranks: Ranks | None) -> list[float]:
-    """p20, p50, p80 seconds of one replay, of the slowest rank. The count is fixed, so that ranks stay in step."""
-    for _ in range(5):
-        replay()
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        torch.cuda.synchronize(device)
-        events[0].record()
-        for event in events[1:]:
-            replay()
-            event.record()
-        torch.cuda.synchronize(device)
-        samples = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
-    else:
-        samples = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            replay()
-            samples.append(time.perf_counter() - begin)
-    found = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    return found.tolist() if ranks is None else ranks.slowest(found.tolist())
-
-
 def measure(model: CausalModel, batch: int, context: int, steps: int, ranks: Ranks | None) -> list[float]:
     runtime = FastRuntime(model, batch, context + 2, ranks=ranks)
     runtime.randomize()
     runtime.at(context)
     with torch.inference_mode():
         return percentiles(runtime.replayed(runtime.step_in_place, warm_ups=3), steps, runtime.device, ranks)
-
-
-def versions_of(device: torch.device, tp: int) -> str:
-    found = f"torch {torch.__version__}"
-    if device.type == "cuda":
-        import triton
-
-        found += f"; triton {triton.__version__}" + (nccl_words(device) if tp > 1 else "")
-    return found
 
 
 def fill_speedups(rows: list[Row]) -> None:
@@ -182,7 +149,7 @@ def latencies(
         num_sums = sum(not isinstance(sub_block, NoOp) for _, _, sub_block in structure) if tp > 1 else 0
         model = random_model(structure, device, dtype)
         for batch in batches:
-            low, middle, high = measure(model, batch, context, steps, ranks)
+            found = measure(model, batch, context, steps, ranks)
             table.add(
                 {
                     "shapes": name,
@@ -194,12 +161,7 @@ def latencies(
                     "tp": str(tp),
                     "all_reduces_per_token": str(num_sums),
                     "weight_bytes": str(model.weight_bytes),
-                    "p20_s": f"{low:.6g}",
-                    "p50_s": f"{middle:.6g}",
-                    "p80_s": f"{high:.6g}",
-                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                    "versions": versions_of(device, tp),
-                    "date": time.strftime("%Y-%m-%d"),
+                    **timed(found, device, tp),
                 }
             )
         del model

@@ -32,10 +32,7 @@ from pathlib import Path
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from bench_fusion_latency import percentiles, versions_of
-
 from point_table import PointTable, Row
 from puzzle.base.ranks import Ranks
 from puzzle.blocklib.none import NO_OP
@@ -45,6 +42,7 @@ from puzzle.parents.structure import Structure
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import random_model
 from puzzle.runtime.parallel import joined
+from rank_steps import percentiles, timed
 
 COLUMNS = (
     "model,precision,tp,shares,batch,context,num_attentions,num_ffns,parameters_B,all_reduces_per_token,weight_bytes,distinct_weight_bytes,"
@@ -164,7 +162,7 @@ def measure(
         runtime.randomize()
         with torch.inference_mode():
             replay = runtime.replayed(runtime.step_in_place, warm_ups=3)
-            low, middle, high = percentiles(replay, steps, device, ranks)
+            found = percentiles(replay, steps, device, ranks)
         table.add({
             "model": model,
             "precision": precision,
@@ -178,12 +176,7 @@ def measure(
             "all_reduces_per_token": str(sum(b is not NO_OP for _, _, b in whole) if tp > 1 else 0),
             "weight_bytes": str(weight_bytes(share, fp8, runtime.embedding.dtype)),
             "distinct_weight_bytes": str(held),
-            "p20_s": f"{low:.6g}",
-            "p50_s": f"{middle:.6g}",
-            "p80_s": f"{high:.6g}",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "versions": versions_of(device, tp),
-            "date": time.strftime("%Y-%m-%d"),
+            **timed(found, device, tp),
         })  # fmt: skip
         del runtime, replay
         gc.collect()

@@ -25,7 +25,6 @@ from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from point_table import PointTable, Row
 from puzzle.base.errors import UserError
@@ -119,10 +118,9 @@ def measure(
     work: Path, shapes: str, gpu: str, tp: int, goals: list[str], repeats: int, path: Path, append: bool
 ) -> None:
     """What `puzzle bench` says of every child that was solved for, and of the parent once; rows come as they are measured."""
-    from bench_fusion_latency import versions_of
-
     from puzzle.measure.bench import bench
     from puzzle.runtime.parallel import joined
+    from rank_steps import versions_of
 
     reached = [goal for goal in goals if (folder(work, goal) / "architecture.json").is_file()]
     if not reached:
