@@ -1,7 +1,7 @@
 """Building, scoring and healing on one, two and four GPUs: tokens per second, and whether the results are the same.
 
 Protocol: for each number of processes `puzzle build-library` of --parent with the default search space, and `puzzle heal` of one child: --child, or
-what `solve --throughput 1.5x` with the shipped H100 prices chooses of the first library. `build`: training tokens over the seconds of its steps,
+what `solve --throughput 1.5x` chooses of the first library by what its blocks cost here at one batch size (`puzzle profile`). `build`: training tokens over the seconds of its steps,
 first ones and graph capture included; `score`: tokens that variants were scored on, over the seconds of it; `heal`: as heal.json has it, steps
 alone. kl: of scores their mean over all variants, of healing what it was before and after, on held-out text.
 
@@ -124,15 +124,18 @@ def fill_times(rows: list[Row]) -> None:
         one["times_of_one"] = f"{ratio[0]:.3f}" if ratio else ""
 
 
-def choose(work: Path, library: Path) -> Path:
+def choose(work: Path, library: Path, gpu: str) -> Path:
     """The child that is healed, made once."""
-    child = work / "child"
+    child, solution = work / "child", work / "solution"
     if not child.is_dir():
-        puzzle, solution = (sys.executable, "-m", "puzzle"), work / "solution"
-        goal = ("--throughput", "1.5x", "--gpu", "h100")
-        subprocess.run([*puzzle, "solve", str(library), *goal, "--out", str(solution)], check=True, env=environment())
-        command = [*puzzle, "export", str(library), str(solution), "--out", str(child)]
-        subprocess.run(command, check=True, env=environment())
+        grid = ("--batches", 4 if gpu == "cpu" else 64, "--prefill", 128, "--contexts", "128,256")
+        here = ("--gpu", gpu)
+        for command in (
+            ("profile", library, *here, *grid),
+            ("solve", library, "--throughput", "1.5x", *here, "--out", solution),
+            ("export", library, solution, "--out", child),
+        ):
+            subprocess.run([sys.executable, "-m", "puzzle", *map(str, command)], check=True, env=environment())
     return child
 
 
@@ -141,6 +144,7 @@ def choose(work: Path, library: Path) -> Path:
 @click.option("--parent", type=click.Path(path_type=Path), default=ROOT / "examples" / "parent")
 @click.option("--child", type=click.Path(path_type=Path), help="What is healed. Default: solved for, in WORK/child.")
 @click.option("--data", required=True, help="Text.")
+@click.option("--gpu", default="h100", show_default=True, help="This machine's.")
 @click.option("--ranks", "counts", default="1,2,4", show_default=True)
 @click.option("--stages", default="build,heal", show_default=True)
 @click.option("--tokens", default="2M", show_default=True, help="Of building.")
@@ -151,8 +155,17 @@ def choose(work: Path, library: Path) -> Path:
 @click.option("--csv", "path", type=click.Path(path_type=Path), default=Path("benchmarks/results/ranks.csv"))
 @click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
 def main(
-    work: Path, parent: Path, child: Path | None, counts: str, stages: str, small: bool, path: Path, append: bool, **sizes: object
-) -> None:  # fmt: skip
+    work: Path,
+    parent: Path,
+    child: Path | None,
+    gpu: str,
+    counts: str,
+    stages: str,
+    small: bool,
+    path: Path,
+    append: bool,
+    **sizes: object,
+) -> None:
     sizes |= SMALL if small else {}
     device, wanted = "cpu" if small else "cuda", stages.split(",")
     work.mkdir(parents=True, exist_ok=True)
@@ -162,7 +175,8 @@ def main(
         for row in build(work, ranks, device, parent, sizes):
             table.add(row)
     for ranks in numbers if "heal" in wanted else ():
-        table.add(heal(work, ranks, device, parent, child or choose(work, work / f"library-{numbers[0]}"), sizes))
+        chosen = child or choose(work, work / f"library-{numbers[0]}", "cpu" if small else gpu)
+        table.add(heal(work, ranks, device, parent, chosen, sizes))
 
 
 if __name__ == "__main__":
