@@ -76,8 +76,15 @@ roomy() {
   ((free / 10**9 > $1 && available / 10**9 > $1 + 60))
 }
 on_disk() { (($(df --output=avail -B1 "$WORK" | tail -1) / 10**9 > $1 + 10)); }
-large() { # large GB: where so many go
-  if [[ -n $LARGE ]]; then echo "$LARGE"; elif roomy "$1"; then echo /dev/shm/puzzle-large; else echo "$WORK/large"; fi
+SHM=/dev/shm/puzzle-large
+large() { # large GB NAME: where so many go, or NAME lies already
+  if [[ -n $LARGE ]]; then
+    echo "$LARGE"
+  elif [[ -d $SHM/$2 ]] || { [[ ! -d $WORK/large/$2 ]] && roomy "$1"; }; then
+    echo "$SHM"
+  else
+    echo "$WORK/large"
+  fi
 }
 
 # told NAME WHICH FILE: the JSON lines of NAME.log that FILE lacks, each with what it is of
@@ -100,7 +107,7 @@ SIZES=(--sequences "$SEQUENCES" --seq-len "$SEQ_LEN" --batch-size "$BATCH_SIZE" 
 
 scores_8b() {
   local place few whole
-  place=$(large 24)
+  place=$(large 24 "$EIGHT-$FIRST")
   few=$place/$EIGHT-$FIRST whole=$place/$EIGHT-$LAYERS
   within 8b_make "$PYTHON" "$BENCH" "$EIGHT" "$few" --layers "$FIRST" "${SIZES[@]}" "${SPACE[@]}" --make
   if [[ -n $REPO_BASE && ! -d $RESULTS/8b_base_scores ]]; then
@@ -149,9 +156,10 @@ screen() {
 evaluate_70b() {
   [[ -f $RESULTS/70b.done ]] && return
   local layers=$ALL place
-  place=$(large "$GB_70B")
-  if [[ -z $LARGE && $place == "$WORK/large" ]] && ! on_disk "$GB_70B"; then
-    layers=$FEWER place=$(large $((GB_70B * FEWER / ALL + 5)))
+  place=$(large "$GB_70B" "$SEVENTY-$layers")
+  if [[ -z $LARGE && ! -d $place/$SEVENTY-$layers && $place == "$WORK/large" ]] && ! on_disk "$GB_70B"; then
+    layers=$FEWER
+    place=$(large $((GB_70B * FEWER / ALL + 5)) "$SEVENTY-$layers")
   fi
   df -h /dev/shm "$WORK" | tail -2 >>"$RESULTS/70b.log"
   within 70b "$PYTHON" "$BENCH" "$SEVENTY" "$place/$SEVENTY-$layers" --layers "$layers" "${SIZES[@]}" --memory-limit "$LIMIT" --no-score \

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from puzzle.base.device import pick_device, short_name
 from puzzle.library.manifest import Library
 from puzzle.library.results import LayerScores
-from puzzle.library.score import Scorer, ScoreOptions, Scoring, score_library
+from puzzle.library.score import ScoreOptions, Scorer, Scoring, score_library
 from puzzle.library.screen import SEQUENCES, spearman
 from write_rows import write_rows
 

@@ -28,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from bench_ranks import ROOT, environment
+
 from point_table import PointTable, Row
 from puzzle.blocklib.variant import PARENT
 from puzzle.export.sources import child_of_library

@@ -52,14 +52,15 @@ TOKENIZER = Path(__file__).parents[2] / "examples" / "parent"
 NOISE = 2**27
 
 
-def noise(seed: int):
+def noise(seed: int, hidden: int):
     """A maker of matrices cut from one pool, scaled by what enters them: making 70 billion numbers anew takes minutes."""
-    pool = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    size = min(NOISE, 2**15 * hidden)
+    pool = torch.randn(size, generator=torch.Generator().manual_seed(seed)).bfloat16()
     place = [0]
 
     def make(shape: tuple[int, ...]) -> torch.Tensor:
         count = shape[0] * shape[1]
-        place[0] = (place[0] + 7919) % (NOISE // 2)
+        place[0] = (place[0] + 7919) % (size // 2)
         rest = pool[place[0] :]
         flat = rest[:count] if count <= len(rest) else rest.repeat(-(-count // len(rest)))[:count]
         return (flat.view(shape) * (0.5 / shape[1] ** 0.5)).contiguous()
@@ -72,9 +73,10 @@ def make_parent(out: Path, name: str, layers: int | None) -> None:
     structure = structure.with_layers(structure.layers[: layers or structure.num_layers])
     alike = all(layer == structure.layers[0] for layer in structure.layers)
     written = structure.with_layers(structure.layers[:1]) if alike else structure
-    child = random_child(written, structure.usual, noise(0), torch.bfloat16, TOKENIZER)
+    child = random_child(written, structure.usual, noise(0, structure.hidden_size), torch.bfloat16, TOKENIZER)
     first = out.with_name(out.name + "-first")
-    export(Source(child=child, solved=None, facts=None, measured=None), first, force=True, max_shard_bytes=2**50)
+    shutil.rmtree(first, ignore_errors=True)  # of a run that was cut off
+    export(Source(child=child, solved=None, facts=None, measured=None), first, max_shard_bytes=2**50)
     (first / "manifest.json").unlink()
     if alike:
         repeat(first, structure.num_layers)
@@ -118,7 +120,8 @@ def repeat(checkpoint: Path, layers: int) -> None:
 
 
 def make_library(root: Path, parent: Path, attention: str, ffn: str, seq_len: int) -> None:
-    opened, store, make = open_model(parent), BlockStore(root), noise(1)
+    opened, store = open_model(parent), BlockStore(root)
+    make = noise(1, opened.structure.hidden_size)
     spaces = search_spaces(dict(enumerate(opened.structure.layers)), {"attention": attention, "ffn": ffn})
     empty = torch.empty(0)
     data = TokenData(train=empty, validation=empty, num_documents=0, hash="none")
