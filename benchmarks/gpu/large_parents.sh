@@ -37,7 +37,7 @@ if [[ $DEVICE == cuda ]]; then
   : "${EIGHT:=llama-3.1-8b}" "${SEVENTY:=llama-3.3-70b}" "${LAYERS:=32}" "${FIRST:=8}" "${ALL:=80}" "${FEWER:=28}"
   : "${SEQUENCES:=64}" "${SEQ_LEN:=1024}" "${BATCH_SIZE:=8}" "${LIMIT:=76GB}" # LIMIT: of evaluate_70b, as on a card of 80 GB
   : "${TOKENS:=3M}" "${BUILD_SEQ_LEN:=1024}" "${BUILD_BATCH:=8}"              # of the library
-  : "${EVALUATED:=4096}" "${EVALUATED_LEN:=256}"                              # sequences, tokens of each, of evaluate_ranks
+  : "${EVALUATED:=6144}" "${EVALUATED_LEN:=256}"                              # sequences, tokens of each, of evaluate_ranks
   SPACE=() RANKED=(--sequences "$EVALUATED" --seq-len "$EVALUATED_LEN")
 else
   : "${EIGHT:=reference}" "${SEVENTY:=reference}" "${LAYERS:=3}" "${FIRST:=2}" "${ALL:=16}" "${FEWER:=4}"
