@@ -132,7 +132,7 @@ def row_of(run: str, ranks: int, parent: Path, sizes: dict[str, int], ended: Run
         "run": run,
         "ranks": str(ranks),
         "parent": "/".join(parent.absolute().parts[-2:]),
-        "sequences": str(sizes["sequences"]),
+        "sequences": str(found["num_tokens"] // sizes["seq_len"]),
         "seq_len": str(sizes["seq_len"]),
         "num_tokens": str(found["num_tokens"]),
         "seconds": f"{seconds:.3f}",
