@@ -1,4 +1,5 @@
-"""`puzzle` as torchrun starts it, with what its stages took on standard error: "TIMED stage seconds", of the first process, with all others.
+"""`puzzle` as torchrun starts it, with what its stages took on standard error: "TIMED stage seconds", of the first process, with all others, and "BEGUN
+stage" before. Of an evaluation `text` is reading it and both models' configs, `evaluate` the pass over it, without loading the models.
 
 torchrun --nproc-per-node 2 benchmarks/lib/timed_puzzle.py build-library examples/parent --data DATA --out lib
 """
@@ -15,16 +16,20 @@ import torch
 
 from puzzle.cli import main
 from puzzle.library import build, score
+from puzzle.measure import evaluate
 
 
-def timed(owner: type, name: str, stage: str) -> None:
-    """Make the method say how long each call takes."""
+def timed(owner: Any, name: str, stage: str) -> None:
+    """Make the method or function say how long each call takes."""
     plain = getattr(owner, name)
+    first = os.environ.get("RANK", "0") == "0"
 
     def wrapped(*given: Any, **more: Any) -> Any:
         begin = now()
+        if first:
+            print(f"BEGUN {stage}", file=sys.stderr, flush=True)
         found = plain(*given, **more)
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"TIMED {stage} {now() - begin:.3f}", file=sys.stderr, flush=True)
         return found
 
@@ -49,4 +54,6 @@ def read_timed(told: str) -> dict[str, float]:
 if __name__ == "__main__":
     timed(build.Builder, "_run_group", "build")
     timed(score.Scorer, "run", "score")
+    timed(evaluate, "_opened", "text")
+    timed(evaluate, "compare_layered", "evaluate")
     main(prog_name="puzzle")

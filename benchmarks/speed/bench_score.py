@@ -4,17 +4,26 @@ random blocks (one file for all layers), text of random words.
     python benchmarks/speed/bench_score.py llama-3.1-8b WORK --sequences 64 --seq-len 1024
     python benchmarks/speed/bench_score.py llama-3.3-70b WORK --layers 28 --memory-limit 40GB --attention none --ffn none,0.5 --evaluate
 
-WORK is kept, so that a second run measures alone; --again removes the scores first. Prints a JSON line for each part.
+WORK is kept, so that a second run measures alone; --again removes the scores first. Prints a JSON line for each part: `seconds` of it, models
+loaded and text read; what its dry run says; peak_bytes of the device by torch's allocator (reserved_bytes: what that has taken); of host
+memory, rss_bytes is the most that the process had, pages of files that it reads included, anonymous_bytes without these (looked at ten times
+a second), pinned_bytes what a GPU reads of it. Layers but the first are copies of it under their own names: 141 GB are written in a minute.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import struct
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -32,8 +41,9 @@ from puzzle.export.write import Source, export
 from puzzle.library.describe import write_library
 from puzzle.library.score import ScoreOptions, plan_scores, score_library
 from puzzle.library.store import BlockStore
-from puzzle.measure.evaluate import EvaluateOptions, evaluate
+from puzzle.measure.evaluate import EvaluateOptions, evaluate, plan_evaluation
 from puzzle.measure.measurable import name_of
+from puzzle.parents.checkpoint import read_header
 from puzzle.parents.known import known_structure
 from puzzle.parents.opened import open_model
 from random_child import random_child
@@ -42,14 +52,15 @@ TOKENIZER = Path(__file__).parents[2] / "examples" / "parent"
 NOISE = 2**27
 
 
-def noise(seed: int):
+def noise(seed: int, hidden: int):
     """A maker of matrices cut from one pool, scaled by what enters them: making 70 billion numbers anew takes minutes."""
-    pool = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    size = min(NOISE, 2**15 * hidden)
+    pool = torch.randn(size, generator=torch.Generator().manual_seed(seed)).bfloat16()
     place = [0]
 
     def make(shape: tuple[int, ...]) -> torch.Tensor:
         count = shape[0] * shape[1]
-        place[0] = (place[0] + 7919) % (NOISE // 2)
+        place[0] = (place[0] + 7919) % (size // 2)
         rest = pool[place[0] :]
         flat = rest[:count] if count <= len(rest) else rest.repeat(-(-count // len(rest)))[:count]
         return (flat.view(shape) * (0.5 / shape[1] ** 0.5)).contiguous()
@@ -60,12 +71,57 @@ def noise(seed: int):
 def make_parent(out: Path, name: str, layers: int | None) -> None:
     structure = known_structure(name)
     structure = structure.with_layers(structure.layers[: layers or structure.num_layers])
-    child = random_child(structure, structure.usual, noise(0), torch.bfloat16, TOKENIZER)
-    export(Source(child=child, solved=None, facts=None, measured=None), out, force=True)
+    alike = all(layer == structure.layers[0] for layer in structure.layers)
+    written = structure.with_layers(structure.layers[:1]) if alike else structure
+    child = random_child(written, structure.usual, noise(0, structure.hidden_size), torch.bfloat16, TOKENIZER)
+    first = out.with_name(out.name + "-first")
+    shutil.rmtree(first, ignore_errors=True)  # of a run that was cut off
+    export(Source(child=child, solved=None, facts=None, measured=None), first, max_shard_bytes=2**50)
+    (first / "manifest.json").unlink()
+    if alike:
+        repeat(first, structure.num_layers)
+    shutil.rmtree(out, ignore_errors=True)
+    first.rename(out)
+
+
+def repeat(checkpoint: Path, layers: int) -> None:
+    """Give a checkpoint of one layer and one file so many layers like it, a file each."""
+    whole = checkpoint / "model.safetensors"
+    header = read_header(whole)
+    with open(whole, "rb") as handle:
+        begin = 8 + struct.unpack("<Q", handle.read(8))[0]
+        own = {n: e for n, e in header.items() if ".layers.0." in n}
+        data, entries = bytearray(), {}
+        for name, entry in own.items():
+            handle.seek(begin + entry["data_offsets"][0])
+            at = len(data)
+            data += handle.read(entry["data_offsets"][1] - entry["data_offsets"][0])
+            entries[name] = entry | {"data_offsets": [at, len(data)]}
+
+    def write(layer: int) -> None:
+        names = {n.replace(".layers.0.", f".layers.{layer}."): e for n, e in entries.items()}
+        text = json.dumps(names).encode()
+        text += b" " * (-len(text) % 8)
+        with open(checkpoint / f"model-{layer:03}.safetensors", "wb") as handle:
+            handle.write(struct.pack("<Q", len(text)) + text)
+            handle.write(data)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(write, range(1, layers)))
+    places = {n: whole.name for n in header if n != "__metadata__"}
+    for layer in range(1, layers):
+        file = f"model-{layer:03}.safetensors"
+        places |= {n.replace(".layers.0.", f".layers.{layer}."): file for n in own}
+    size = whole.stat().st_size + (layers - 1) * len(data)
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}, indent=2))
 
 
 def make_library(root: Path, parent: Path, attention: str, ffn: str, seq_len: int) -> None:
-    opened, store, make = open_model(parent), BlockStore(root), noise(1)
+    opened, store = open_model(parent), BlockStore(root)
+    make = noise(1, opened.structure.hidden_size)
     spaces = search_spaces(dict(enumerate(opened.structure.layers)), {"attention": attention, "ffn": ffn})
     empty = torch.empty(0)
     data = TokenData(train=empty, validation=empty, num_documents=0, hash="none")
@@ -101,6 +157,31 @@ def make_text(path: Path, tokens: int) -> None:
     path.write_text("\n".join(json.dumps({"text": text[at : at + step]}) for at in range(0, len(text), step)))
 
 
+class HostMemory:
+    """The most that this process had in host memory, from here on."""
+
+    def __enter__(self) -> HostMemory:
+        self.anonymous, self._ends = 0, threading.Event()
+        with contextlib.suppress(OSError):  # where it is refused, the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._ends.wait(0.1):
+            self.anonymous = max(self.anonymous, self._said("RssAnon"))
+
+    def _said(self, what: str) -> int:
+        rows = Path("/proc/self/status").read_text().splitlines()
+        return next(int(row.split()[1]) * 1024 for row in rows if row.startswith(what + ":"))
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        self.rss = self._said("VmHWM")
+
+
 @click.command()
 @click.argument("name")
 @click.argument("work", type=click.Path(path_type=Path))
@@ -113,19 +194,25 @@ def make_text(path: Path, tokens: int) -> None:
 @click.option("--memory-limit", help="e.g. 40GB, to stream what would fit.")
 @click.option("--screen", type=float, help="FRACTION of score --sub-block-screen.")
 @click.option("--evaluate", "evaluated", is_flag=True, help="Also evaluate the parent against itself.")
+@click.option("--no-score", "unscored", is_flag=True, help="Evaluate alone.")
+@click.option("--make", "made", is_flag=True, help="Write parent, library and text alone.")
 @click.option("--again", is_flag=True)
 @click.option("--device", default="auto")
 def main(
-    name, work, layers, attention, ffn, sequences, seq_len, batch_size, memory_limit, screen, evaluated, again, device
-):
-    wanted = sequences * seq_len
+    name, work, layers, attention, ffn, sequences, seq_len, batch_size, memory_limit, screen, evaluated, unscored, made, again, device
+):  # fmt: skip
+    wanted, begin = sequences * seq_len, time.perf_counter()
+    work.mkdir(parents=True, exist_ok=True)
     parent, library, text = work / "parent", work / "lib", work / f"text-{wanted}.jsonl"
     if not (parent / "config.json").is_file():
         make_parent(parent, name, layers)
-    if not (library / "library.json").is_file():
+    if not unscored and not (library / "library.json").is_file():
         make_library(library, parent, attention, ffn, seq_len)
     if not text.is_file():
         make_text(text, 12 * max(wanted, 2**16))  # of which one document in about thirty is held out
+    print(json.dumps({"name": name, "what": "make", "seconds": round(time.perf_counter() - begin, 3)}), flush=True)
+    if made:
+        return
     if again:
         shutil.rmtree(library / "scores", ignore_errors=True)
     limit = None if memory_limit is None else parse_bytes(memory_limit)
@@ -139,29 +226,41 @@ def main(
         device=device,
         sub_block_screen=screen,
     )
-    facts = {"name": name, "layers": layers, "sequences": sequences, "seq_len": seq_len, "memory_limit": memory_limit}
-    facts["device"] = name_of(on)
+    facts = {"name": name, "layers": layers, "sequences": sequences, "seq_len": seq_len, "batch_size": batch_size}
+    facts |= {"memory_limit": memory_limit, "device": name_of(on), "torch": torch.__version__}
 
-    def timed(what: str, work, **more) -> None:
+    def timed(what: str, work: Callable[[], object], planned: dict[str, Any]) -> None:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
-        work()
-        peak = torch.cuda.max_memory_allocated() if cuda else 0
-        print(
-            json.dumps({**facts, "what": what, "seconds": time.perf_counter() - begin, "peak_bytes": peak, **more}),
-            flush=True,
-        )
+        with HostMemory() as host:
+            work()
+        seconds = time.perf_counter() - begin
+        told: dict[str, Any] = {"rss_bytes": host.rss, "anonymous_bytes": host.anonymous}
+        if cuda:
+            pinned = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
+            told |= {
+                "peak_bytes": torch.cuda.max_memory_allocated(),
+                "reserved_bytes": torch.cuda.max_memory_reserved(),
+                "pinned_bytes": pinned.get("allocated_bytes.peak"),
+            }
+        print(json.dumps({**facts, "what": what, "seconds": round(seconds, 3), **told, "planned": planned}), flush=True)
 
-    planned = plan_scores(library, [str(text)], options, parent=str(parent))
-    if planned["num_tokens"] != wanted:
-        raise click.ClickException(
-            f"{planned['num_tokens']} held-out tokens, and {wanted} were asked for: make more text"
-        )
-    timed("score", lambda: score_library(library, [str(text)], options, parent=str(parent)), **planned)
-    if evaluated:
+    if not unscored:
+        planned = plan_scores(library, [str(text)], options, parent=str(parent))
+        if planned["num_tokens"] != wanted:
+            raise click.ClickException(
+                f"{planned['num_tokens']} held-out tokens, and {wanted} were asked for: make more text"
+            )
+        timed("score", lambda: score_library(library, [str(text)], options, parent=str(parent)), planned)
+    if evaluated or unscored:
         asked = EvaluateOptions(sequences=sequences, seq_len=seq_len, memory_limit=limit, device=device)
-        timed("evaluate", lambda: print(evaluate(str(parent), str(parent), [str(text)], asked).to_json()["child"]))
+        planned = plan_evaluation(str(parent), str(parent), [str(text)], asked)
+        timed(
+            "evaluate",
+            lambda: print(json.dumps(evaluate(str(parent), str(parent), [str(text)], asked).to_json()["child"])),
+            planned,
+        )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class Walker:
         self, child: Child, sequences: Tensor, device: torch.device, dtype: torch.dtype, plan: Residency | None = None
     ):
         self.child, self.device, self.dtype = child, device, dtype
-        self.model = Layered(ChildWeights(child), device, dtype, streamed=plan is None or plan.streamed)
+        streamed = plan is None or plan.streamed
+        self.model = Layered(ChildWeights(child), device, dtype, streamed=streamed, forward=plan is not None)
         self.room = Room(device, 0 if plan is None else plan.on_device)
         self.together = None if plan is None else plan.together
         self.ids = [ids.long().to(device) for ids in sequences.split(AT_ONCE if plan is None else plan.batch_size)]

@@ -136,10 +136,11 @@ class Children:
         layers = {n: [dict.fromkeys(self.library.spaces[n], PARENT)] for n in self.library.layers}
         shape = {"sequences": sequences, "seq_len": length, "compute_bytes": size}
         passing = replace(
-            scoring(structure, layers, self.library.spaces, **shape), wanted=count, at_once=min(count, AT_ONCE)
+            scoring(structure, layers, self.library.spaces, **shape), wanted=count, at_once=min(count, AT_ONCE), ahead=0
         )
         memory = Memory.of(self.device, self.options.memory_limit)
-        return plan_residency("measuring children on", passing, memory, self.options.batch_size)
+        batch_size = passing.batch(self.options.batch_size, memory)
+        return plan_residency("measuring children on", passing, memory, batch_size)
 
     def _blocks(self, layers: Mapping[int, Replacement]) -> str:
         """The hash of what a child's blocks hold; "" where one is not there any more."""

@@ -31,8 +31,10 @@ from puzzle.runtime.residency import HEAD_GROUP, Residency
 from puzzle.runtime.stream import Job, Layered, Room, Stream, tensors_of
 
 Parts = dict[str, Part]  # by slot
-# (slot, variant) of what stands in for the parent's, layer by layer.
-ChildPath = tuple[tuple[tuple[str, str], ...], ...]
+Choice = tuple[tuple[str, str], ...]  # (slot, variant) of what stands in for the parent's in a layer
+ChildPath = tuple[Choice, ...]  # layer by layer
+# Of a pass: what all that it carries begins with, the paths that it carries, and which of these the next one begins with, if any.
+Carried = tuple[ChildPath, Sequence[ChildPath], ChildPath | None]
 Measured = list[tuple[ChildPath, dict[str, float]]]
 
 
@@ -55,7 +57,7 @@ class Passes:
     def __init__(self, library: Library, parent: HfModel, sequences: Tensor, device: torch.device, plan: Residency):
         self.library, self.device, self.plan = library, device, plan
         self.store, self.dtype = BlockStore(library.root), compute_dtype(device)
-        self.model = Layered(parent, device, self.dtype, streamed=plan.streamed)
+        self.model = Layered(parent, device, self.dtype, streamed=plan.streamed, forward=True)
         self.batches = [ids.long().to(device) for ids in sequences.split(plan.batch_size)]
         self.ropes = self.model.ropes(sequences.shape[1])
         self.room = Room(device, plan.on_device)
@@ -65,29 +67,39 @@ class Passes:
     def run(self, groups: Sequence[Sequence[ChildPath]], bar: Bar) -> Iterator[Measured]:
         """The divergence from the parent of every child, pass by pass. groups: the children of each, all different."""
         whole = path_of({}, self.library.num_layers)
-        begin: ChildPath = ()
+        carried = list(_carried(groups, whole))
         start: Stream | None = None
         final: Stream | None = None  # the parent's last
-        for number, paths in enumerate(groups):
-            follows = beginning(groups[number + 1]) if number + 1 < len(groups) else begin
-            if start is None:
-                begin, start = (), self.room.filled(self.model.embedded(self.batches))
-            keep = [follows] if number + 1 < len(groups) and follows[: len(begin)] == begin else []
-            first = [whole] if final is None else []
-            streams = self._carry(begin, start, [*paths, *keep, *first], bar)
+        own: Iterator[Parts] | None = None
+        if self.plan.ahead:  # over the ends of passes too, while the device works
+            own = self._parts(carried, self.plan.ahead)
+        for paths, (begin, wanted, follows) in zip(groups, carried, strict=True):
+            start = start or self.room.filled(self.model.embedded(self.batches))
+            streams = self._carry(begin, start, wanted, bar, own)
             final = final or streams[whole]
             yield from self._measured(paths, [streams[path] for path in paths], final, bar)
-            begin, start = (follows, streams[follows]) if keep else ((), None)
+            start = None if follows is None else streams[follows]
             self.room.drop(*(s for path, s in streams.items() if s is not final and s is not start))
 
-    def _carry(self, begin: ChildPath, start: Stream, wanted: Sequence[ChildPath], bar: Bar) -> dict[ChildPath, Stream]:
+    def _parts(self, carried: Sequence[Carried], count: int) -> Iterator[Parts]:
+        """What stands in for the parent's in these passes, in the order of their steps, `count` read ahead."""
+        steps = (step for begin, wanted, _ in carried for step in _steps(begin, wanted).items())
+        choices = ((layer, choice) for layer, step in steps for choice in step if choice)
+        return self.model.parts((partial(self._read, n, dict(choice)) for n, choice in choices), tensors_of, count)
+
+    def _carry(
+        self,
+        begin: ChildPath,
+        start: Stream,
+        wanted: Sequence[ChildPath],
+        bar: Bar,
+        own: Iterator[Parts] | None = None,
+    ) -> dict[ChildPath, Stream]:
         """The streams where `wanted` paths end, which may be before the last layer. start: that of `begin`, with which all of them
-        begin, used up."""
-        ends, live = set(wanted), {begin: start}
+        begin, used up. own: what stands in for the parent's; None: read here."""
+        ends, live, steps = set(wanted), {begin: start}, _steps(begin, wanted)
+        own = own or self._parts([(begin, wanted, None)], 1)
         kept = {begin: start} if begin in ends else {}
-        steps = {n: _steps(n, wanted) for n in range(len(begin), max(map(len, wanted)))}
-        reads = (partial(self._read, n, dict(choice)) for n, step in steps.items() for choice in step if choice)
-        own = self.model.parts(reads, tensors_of)
         for layer, block in self.model.blocks(len(begin), len(begin) + len(steps)):
             bar.note(f"layer {layer}")
             left = Counter(prefix for prefixes in steps[layer].values() for prefix in prefixes)
@@ -116,7 +128,9 @@ class Passes:
                 if len(replacement) == 1 or any(key[0] != layer for key in self._cached):
                     self._cached = {}  # only several slots together take a part again, and only in its layer
                 sub_block = self.library.spaces[layer][slot][name]
-                part = read_part(self.store, layer, slot, name, sub_block, self.model.reader.move)
+                part = read_part(
+                    self.store, layer, slot, name, sub_block, self.model.reader.move, in_training=self.model.in_training
+                )
                 self._cached[layer, slot, name] = part
             found[slot] = self._cached[layer, slot, name]
         return found
@@ -149,10 +163,24 @@ class Passes:
             bar.advance(len(group))
 
 
-def _steps(layer: int, wanted: Sequence[ChildPath]) -> dict[tuple[tuple[str, str], ...], list[ChildPath]]:
-    """Of one layer: by what stands in it, the parent's last, the beginnings that it follows."""
-    found: dict[tuple[tuple[str, str], ...], list[ChildPath]] = {}
-    for path in dict.fromkeys(path[: layer + 1] for path in wanted if len(path) > layer):
-        found.setdefault(path[layer], []).append(path[:layer])
-    whole = found.pop((), None)
-    return found if whole is None else found | {(): whole}
+def _carried(groups: Sequence[Sequence[ChildPath]], whole: ChildPath) -> Iterator[Carried]:
+    """Every pass; the first also carries the parent."""
+    begin: ChildPath = ()
+    for number, paths in enumerate(groups):
+        follows = beginning(groups[number + 1]) if number + 1 < len(groups) else None
+        if follows is not None and follows[: len(begin)] != begin:
+            follows = None
+        yield begin, [*paths, *([] if follows is None else [follows]), *([] if number else [whole])], follows
+        begin = follows or ()
+
+
+def _steps(begin: ChildPath, wanted: Sequence[ChildPath]) -> dict[int, dict[Choice, list[ChildPath]]]:
+    """By layer, behind what all of them begin with: by what stands in it, the parent's last, the beginnings that it follows."""
+    steps: dict[int, dict[Choice, list[ChildPath]]] = {}
+    for layer in range(len(begin), max(map(len, wanted))):
+        found: dict[Choice, list[ChildPath]] = {}
+        for path in dict.fromkeys(path[: layer + 1] for path in wanted if len(path) > layer):
+            found.setdefault(path[layer], []).append(path[:layer])
+        own = found.pop((), None)
+        steps[layer] = found if own is None else found | {(): own}
+    return steps

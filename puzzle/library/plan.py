@@ -97,6 +97,7 @@ def scoring(
         wanted=sum(map(len, replacements.values())),
         at_once=max(map(len, replacements.values()), default=0),
         beside=beside,
+        ahead=0 if joint else max(map(sum, sizes.values()), default=0),
     )
 
 

@@ -78,8 +78,8 @@ class Scorer:
 
 @dataclass(kw_only=True, slots=True)
 class ScoreOptions:
-    """sequences: held-out ones, of seq_len tokens (None: as in training), batch_size at a time or as many as memory_limit (None:
-    the device) lets; joint: also every combination of a layer's slots; fp8: also what fp8 costs the parent's own sub-blocks;
+    """sequences: held-out ones, of seq_len tokens (None: as in training), batch_size at a time, more of a narrow model on a GPU, or as many as
+    memory_limit (None: the device) lets; joint: also every combination of a layer's slots; fp8: also what fp8 costs the parent's own sub-blocks;
     sub_block_screen: the share of all blocks, those with the worst estimate, that are left out."""
 
     sequences: int = 64
@@ -174,7 +174,8 @@ class Scoring:
         size = compute_dtype(self.device).itemsize
         shape = {"sequences": count, "seq_len": length, "compute_bytes": size}
         passing = scoring(self.parent.structure, todo, self.library.spaces, **shape)
-        return plan_residency("scoring", passing, self.memory, self.options.batch_size)
+        memory = self.memory
+        return plan_residency("scoring", passing, memory, passing.batch(self.options.batch_size, memory))
 
     def screen(self) -> None:
         """Estimate what has no estimate yet, in the first process, and mark the worst; what has a score already keeps it."""

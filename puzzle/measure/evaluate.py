@@ -118,7 +118,7 @@ def _evaluate(
 ) -> Evaluation:
     parent, child, on, tokens, plan = opened.parent, opened.child, opened.device, opened.tokens, opened.plan
     say(f"measuring divergence on {tokens.validation.numel():,} held-out tokens, both models {plan.told()}")
-    whole, cut = (Layered(w, on, compute_dtype(on), streamed=plan.streamed) for w in opened.weights)
+    whole, cut = (Layered(w, on, compute_dtype(on), streamed=plan.streamed, forward=True) for w in opened.weights)
     against = compare_layered(whole, cut, tokens.validation, plan, ranks)
     said = None
     if options.prompts and ranks.is_first and whole.model is not None and cut.model is not None:

@@ -164,7 +164,7 @@ class Road:
         every = {index: spaces.get(index, {}) for index in replaced}
         shape = {"seq_len": seq_len, "compute_bytes": self.itemsize}
         passing = scoring(structure, replaced, every, sequences=score.sequences, **shape)
-        plan = plan_residency("scoring", passing, memory, score.batch_size)
+        plan = plan_residency("scoring", passing, memory, passing.batch(score.batch_size, memory))
         taken, flops, kept = plan.device_bytes, 0.0, 1.0
         if score.sub_block_screen is not None:
             offered = [b for space in spaces.values() for b in trained(space, False)]

@@ -139,14 +139,16 @@ class Weights(Protocol):
         ...
 
 
-def read_block(source: Weights, layer: int, move: Move, ranks: Ranks | None = None) -> Block:
-    """One layer, whole or this rank's share."""
+def read_block(
+    source: Weights, layer: int, move: Move, ranks: Ranks | None = None, *, in_training: bool = False
+) -> Block:
+    """One layer, whole or this rank's share. in_training: of the modules whose passes over memory are few on a GPU."""
     parts = {}
     for slot, sub_block in source.structure.layers[layer].items():
         weights = source.weights(layer, slot)
         if ranks is not None:
             weights, sub_block = sub_block.cut(weights, ranks.rank, ranks.world), sub_block.shared(ranks.world)
-        parts[slot] = loaded(sub_block, moved(sub_block, weights, move))
+        parts[slot] = loaded(sub_block, moved(sub_block, weights, move), in_training)
     return Block(parts)
 
 
@@ -156,8 +158,9 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     ranks: Ranks | None = None,
+    in_training: bool = False,
 ) -> CausalModel:
-    """A parent or a child on `device`, whole or this rank's share. Raises UserError as `open_model` does."""
+    """A parent or a child on `device`, whole or this rank's share, its layers as `read_block` has them. Raises UserError as `open_model` does."""
     opened = open_model(source) if isinstance(source, str | Path) else source
     structure = opened.structure if ranks is None else opened.structure.share(ranks.world)
 
@@ -165,7 +168,7 @@ def load_model(
         return (table if ranks is None else own_rows(ranks, table, structure.vocab_size)).to(device, dtype)
 
     move = moving(device, dtype)
-    blocks = [read_block(opened, n, move, ranks) for n in range(structure.num_layers)]
+    blocks = [read_block(opened, n, move, ranks, in_training=in_training) for n in range(structure.num_layers)]
     model = CausalModel(
         structure,
         words(opened.embedding()),

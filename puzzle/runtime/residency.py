@@ -22,7 +22,8 @@ LOGITS_BYTES = 28  # float32 ones of both models, and five more alive at once (k
 MOST_LOGITS = 2**24 + 2**20
 LAYERS_THERE = 3  # of a streamed model on the device: in hand, the next one, and one whose memory is not free yet
 STAGED = 4  # layers' worth of pinned memory, whose blocks have sizes of powers of two
-HEAD_GROUP = 8  # variants whose divergence is taken together
+FULL = 2**25  # numbers of a residual stream in a batch, from which on a GPU's kernels take longer than their launch
+HEAD_GROUP = 12  # variants whose divergence is taken together
 
 
 def widest(layer: Layer) -> int:
@@ -61,7 +62,8 @@ class Memory:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Residency:
     """streamed: a layer at a time, else whole on the device. batch_size: sequences at once. together: variants that one pass carries;
-    on_device: streams, the parent's among them, that wait there. Bytes are the peak that is planned."""
+    on_device: streams, the parent's among them, that wait there. Bytes are the peak that is planned. ahead: variants that are read while
+    others are computed, from one pass to the next; 0: the next one alone, of the same pass."""
 
     streamed: bool
     batch_size: int
@@ -69,6 +71,7 @@ class Residency:
     on_device: int
     device_bytes: int
     host_bytes: int
+    ahead: int = 0
 
     def told(self, wanted: int = 0) -> str:
         """In one line. wanted: variants in all."""
@@ -80,6 +83,7 @@ class Residency:
 
     def to_json(self, wanted: int = 0) -> dict[str, Any]:
         found = asdict(self)
+        del found["ahead"]
         if not wanted:
             del found["together"]
         return found | ({"passes": -(-wanted // self.together)} if wanted else {})
@@ -88,7 +92,8 @@ class Residency:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passing:
     """What passes over text. models: that are needed at once; spare: streams beside those of `wanted` variants; at_once: variants
-    of one pass while all is whole, where nothing is gained by more; beside: parameters that are on the device with a layer."""
+    of one pass while all is whole, where nothing is gained by more; beside: parameters that are on the device with a layer; ahead:
+    those of `at_once` variants more, which a GPU takes early if it has the room."""
 
     models: Sequence[Structure]
     sequences: int
@@ -98,6 +103,7 @@ class Passing:
     wanted: int = 0
     at_once: int = 0
     beside: int = 0
+    ahead: int = 0
 
     @property
     def hidden(self) -> int:
@@ -109,6 +115,13 @@ class Passing:
         if batch is None:
             return self.sequences * each
         return -(-self.sequences // batch) * 2 ** (min(batch, self.sequences) * each - 1).bit_length()
+
+    def batch(self, asked: int, memory: Memory) -> int:
+        """Sequences at a time: `asked`, or on a GPU as many as fill it where a model is narrow, in equal parts."""
+        if memory.on_host:
+            return asked
+        most = min(self.sequences, max(asked, FULL // (self.seq_len * self.hidden)))
+        return -(-self.sequences // -(-self.sequences // most)) if most > asked else asked
 
     def working(self, batch: int) -> int:
         layers = [layer for model in self.models for layer in model.layers]
@@ -156,6 +169,9 @@ def plan_residency(what: str, passing: Passing, memory: Memory, batch_size: int)
             more = max(0, min(passing.at_once - 1, (memory.device - used) // each))
             taken, together = used + more * each, more + min(1, passing.wanted)
             streams = passing.spare + together
+            early = passing.ahead * passing.compute_bytes
+            ahead = together if 0 < early <= memory.device - taken and not memory.on_host else 0
+            taken += early if ahead else 0
             return Residency(
                 streamed=False,
                 batch_size=size,
@@ -163,6 +179,7 @@ def plan_residency(what: str, passing: Passing, memory: Memory, batch_size: int)
                 on_device=streams,
                 device_bytes=memory.held + taken,
                 host_bytes=0,
+                ahead=ahead,
             )
     least = passing.waiting()
     for size in sizes:

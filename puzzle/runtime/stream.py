@@ -38,17 +38,22 @@ class Reader:
             return tensor.to(self.device, dtype or self.dtype)
         return tensor.to(dtype or self.dtype).pin_memory().to(self.device, non_blocking=True)
 
-    def ahead(self, reads: Iterable[Callable[[], T]], tensors: Callable[[T], Iterable[Tensor]]) -> Iterator[T]:
-        """What `reads` give, in order; the next one is read while the caller works with the one in hand. tensors: of a result."""
+    def ahead(
+        self, reads: Iterable[Callable[[], T]], tensors: Callable[[T], Iterable[Tensor]], count: int = 1
+    ) -> Iterator[T]:
+        """What `reads` give, in order; the next `count` are read while the caller works with the one in hand. tensors: of a result."""
+        waiting: deque[Future[T]] = deque()
         with ThreadPoolExecutor(1) as pool:
-            waiting: Future[T] | None = None
-            for read in reads:
-                upcoming = pool.submit(self._read, read)
-                if waiting is not None:
-                    yield self._ready(waiting.result(), tensors)
-                waiting = upcoming
-            if waiting is not None:
-                yield self._ready(waiting.result(), tensors)
+            try:
+                for read in reads:
+                    waiting.append(pool.submit(self._read, read))
+                    if len(waiting) > count:
+                        yield self._ready(waiting.popleft().result(), tensors)
+                while waiting:
+                    yield self._ready(waiting.popleft().result(), tensors)
+            finally:
+                for one in waiting:  # the caller has enough, or one of them failed
+                    one.cancel()
 
     def _read(self, read: Callable[[], T]) -> T:
         if self.side is None:
@@ -68,11 +73,15 @@ class Reader:
 
 class Layered:
     """A model whose layers come one after another: `blocks`. streamed: only the one in hand is on the device, and the next; else
-    all of them are, as `model`."""
+    all of them are, as `model`. forward: nothing but whole sequences go through, so that on a GPU the modules of training serve, whose
+    passes over memory are few; what they round differs."""
 
-    def __init__(self, source: Weights, device: torch.device, dtype: torch.dtype, *, streamed: bool):
+    def __init__(
+        self, source: Weights, device: torch.device, dtype: torch.dtype, *, streamed: bool, forward: bool = False
+    ):
         self.source, self.structure, self.device, self.dtype = source, source.structure, device, dtype
-        self.model = None if streamed else load_model(source, device=device, dtype=dtype)
+        self.in_training = forward and device.type == "cuda"
+        self.model = None if streamed else load_model(source, device=device, dtype=dtype, in_training=self.in_training)
         self.reader = Reader(device, dtype)
 
     def blocks(self, first: int = 0, end: int | None = None, *, backwards: bool = False) -> Iterator[tuple[int, Block]]:
@@ -85,13 +94,15 @@ class Layered:
             return
 
         def read(index: int) -> Callable[[], tuple[int, Block]]:
-            return lambda: (index, read_block(self.source, index, self.reader.move))
+            return lambda: (index, read_block(self.source, index, self.reader.move, in_training=self.in_training))
 
         yield from self.reader.ahead(map(read, order), lambda found: found[1].parameters())
 
-    def parts(self, reads: Iterable[Callable[[], T]], tensors: Callable[[T], Iterable[Tensor]]) -> Iterator[T]:
-        """What else is read beside the layers, one ahead too, by `Reader.move`."""
-        return self.reader.ahead(reads, tensors)
+    def parts(
+        self, reads: Iterable[Callable[[], T]], tensors: Callable[[T], Iterable[Tensor]], count: int = 1
+    ) -> Iterator[T]:
+        """What else is read beside the layers, `count` ahead, by `Reader.move`."""
+        return self.reader.ahead(reads, tensors, count)
 
     def ropes(self, length: int) -> Ropes:
         """Tables of sequences of `length` tokens, on the device."""

@@ -36,3 +36,14 @@ def test_what_is_written_is_read_back(tmp_path):
     assert opened.structure == parent.with_layers(layers)
     assert opened.weights(2, "ffn")["norm.weight"].tolist() == [1.0] * 256
     assert len(made) == 2 + sum(len(s) > 1 for layer in layers for b in layer.values() for s in b.tensors().values())
+
+
+def test_layers_of_a_large_parent_are_copies_of_the_first(load_script, tmp_path):
+    script = load_script("speed/bench_score.py")
+    script.make_parent(tmp_path / "parent", "reference", 3)
+    opened = open_model(str(tmp_path / "parent"))
+    assert opened.structure.layers == known_structure("reference").layers[:3]
+    for slot in ("attention", "ffn"):
+        first, last = opened.weights(0, slot), opened.weights(2, slot)
+        assert all(torch.equal(first[name], last[name]) for name in first)
+        assert first.keys() == last.keys()

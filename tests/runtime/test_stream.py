@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from puzzle.library.score import ScoreOptions, Scoring, score_library
 from puzzle.parents.known import known_structure
 from puzzle.parents.opened import open_model
 from puzzle.runtime import residency
-from puzzle.runtime.stream import Job, Layered, Room
+from puzzle.runtime.stream import Job, Layered, Reader, Room
 
 OPTIONS = {"sequences": 4, "device": "cpu"}
 
@@ -181,6 +183,62 @@ def test_dependency_streamed_is_that_of_a_whole_model(puzzle, light, deep, corpu
     assert "the model whole on the device" in found[0][1]
     assert int(re.search(r"layer by layer, (\d+) passes", found[1][1])[1]) > 1, found[1][1]
     assert found[0][0] | {"written": []} == found[1][0] | {"written": []}
+
+
+def test_what_is_read_ahead_changes_no_score(puzzle, copied, deep, corpus, monkeypatch):
+    """From one pass to the next, as on a GPU; and in a few large batches the same scores but for rounding."""
+    asked = ("score", copied, "--data", corpus, "--parent", deep, "--sequences", 4, "--device", "cpu")
+    assert puzzle(*asked).exit_code == 0
+    whole, plain = scores(copied), Scoring.plan
+    shutil.rmtree(copied / "scores")
+    monkeypatch.setattr(Scoring, "plan", lambda self, todo: replace(plain(self, todo), ahead=5))
+    done = puzzle(*asked)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert scores(copied) == whole
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_the_reader_keeps_order_and_stops(count):
+    """So many results wait at most; one that fails is told where its turn is, and no more are read."""
+    reader, read = Reader(torch.device("cpu"), torch.float32), []
+
+    def one(number: int) -> int:
+        read.append(number)
+        if number == 8:
+            raise UserError("eight")
+        return number
+
+    taken = []
+    with pytest.raises(UserError, match="eight"):
+        taken.extend(reader.ahead((partial(one, n) for n in range(200)), lambda _: (), count))
+    assert taken == list(range(8))
+    assert len(read) <= 9 + count + 1
+    read.clear()
+    asked = reader.ahead((partial(one, n) for n in range(7)), lambda _: (), count)
+    assert list(asked) == read == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sequences", "on_host", "taken"),
+    [(4096, 64, False, 8), (576, 64, False, 32), (576, 64, True, 8), (576, 3, False, 8), (64, 1000, False, 500)],
+)
+def test_batches_of_narrow_models_fill_a_gpu(hidden, sequences, on_host, taken):
+    structure = replace(SEVENTY, hidden_size=hidden)
+    passing = residency.Passing(models=[structure], sequences=sequences, seq_len=1024, compute_bytes=2, spare=3)
+    assert passing.batch(8, residency.Memory(device=GB, host=GB, on_host=on_host)) == taken
+
+
+@pytest.mark.gpu
+def test_few_passes_over_memory_change_rounding_alone(deep, light):
+    """Streams of a model whose layers are those of training, against the plain ones, both in bf16."""
+    ids, on = [torch.randint(1, 100, (2, 128), generator=torch.Generator().manual_seed(0)).cuda()], torch.device("cuda")
+    found = []
+    for forward in (True, False):
+        model = Layered(open_model(str(deep)), on, torch.bfloat16, streamed=False, forward=forward)
+        with torch.no_grad():
+            found.append(model.hidden(ids, Room(on, 1)).batches[0].double())
+    assert model.in_training is False
+    assert (found[0] - found[1]).norm() / found[1].norm() < 2e-2
 
 
 @pytest.mark.gpu
