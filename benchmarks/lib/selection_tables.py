@@ -24,7 +24,7 @@ def selection(rows: list[Row]) -> str:
     ranked = table(
         ["speed", "children", "rank by sums", "by interactions", "by new scores", "KL over sums", "over interactions", "over new scores"],
         (
-            [f"{r['speed']}x", r["children"], *(_shown(r[name], 3) for name in ("spearman", "spearman_pairs", "spearman_rescored")),
+            [f"{float(r['speed']):g}x", r["children"], *(_shown(r[name], 3) for name in ("spearman", "spearman_pairs", "spearman_rescored")),
              *(_shown(r[name], 2) for name in ("ratio", "predicted", "rescored"))]
             for r in ranks
         ),
@@ -32,7 +32,7 @@ def selection(rows: list[Row]) -> str:
     ways = table(
         ["speed", "method", "sum of scores", "KL", "±", "on other text", "children measured", "s"],
         (
-            [f"{r['speed']}x", r["method"], number(r["sum_of_scores"], 4), number(r["kl"], 4), number(r["kl_stderr"], 4),
+            [f"{float(r['speed']):g}x", r["method"], number(r["sum_of_scores"], 4), number(r["kl"], 4), number(r["kl_stderr"], 4),
              number(r["kl_other"], 4), r["children"], number(r["seconds"], 0)]
             for r in _sorted([row for row in rows if row["kind"] == "method"])
         ),
