@@ -118,6 +118,7 @@ within() {
   local code=$?
   echo "-- $name: $((SECONDS - begin)) s, exit $code"
   ((code == 0)) || tail -n 4 "$RESULTS/$name-$LANE.log"
+  tail -n 40 "$RESULTS/$name-$LANE.log" | grep -m 1 '^out of time'
   return $code
 }
 
@@ -126,7 +127,7 @@ alone() {
   local name=$1 lock code=0
   shift
   exec {lock}>"$WORK/claims/$name"
-  if flock -n "$lock"; then
+  if "$PYTHON" -c 'import fcntl, sys; fcntl.flock(int(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)' "$lock" 2>/dev/null; then
     "$@"
     code=$?
   else
