@@ -7,7 +7,7 @@
 #     selection    ranks of children near the optimum, and every way to choose                             selection.csv
 #     chosen       every way to choose and the baselines: chosen, measured, healed on HEAL_TOKENS          chosen.csv
 #     tasks        TASK_METHODS of `chosen`, before and after that healing                                 chosen.csv
-#     long         LONG_METHODS of `chosen`, healed on LONG_TOKENS                                         chosen_long.csv
+#     long         LONG_METHODS of `chosen`, healed on LONG_TOKENS; their tasks where TASKS is set          chosen_long.csv
 #     coupled      a second pass of distillation for the MIP's child at the last of SPEEDS                 coupled.csv
 #
 # Several GPUs share WORK: GPUS=0,1,2 starts a lane on each, or call the same line once a GPU with CUDA_VISIBLE_DEVICES and a LANE of its own. A
@@ -110,15 +110,16 @@ left() { echo $((T0 + END - $(date +%s))); }
 
 # within NAME COMMAND...: logs it, and ends it with the time
 within() {
-  local name=$1 seconds begin=$SECONDS
+  local name=$1 log=$RESULTS/$1-$LANE.log seconds before begin=$SECONDS
   shift
   seconds=$(left)
   ((seconds > 5)) || { echo "-- $name: no time left" && return 1; }
-  timeout -k 5 "$seconds" "$@" >>"$RESULTS/$name-$LANE.log" 2>&1
+  before=$(cat "$log" 2>/dev/null | wc -c)
+  timeout -k 5 "$seconds" "$@" >>"$log" 2>&1
   local code=$?
   echo "-- $name: $((SECONDS - begin)) s, exit $code"
-  ((code == 0)) || tail -n 4 "$RESULTS/$name-$LANE.log"
-  tail -n 40 "$RESULTS/$name-$LANE.log" | grep -m 1 '^out of time'
+  ((code == 0)) || tail -n 4 "$log"
+  tail -c "+$((before + 1))" "$log" | grep -m 1 '^out of time'
   return $code
 }
 
@@ -165,7 +166,11 @@ tasks() {
   return $code
 }
 
-long() { there long && children long "$RESULTS/chosen_long.csv" "$LONG_METHODS" choose heal --tokens "$LONG_TOKENS"; }
+long() {
+  local asked=(choose heal)
+  [[ -z $TASKS ]] || asked+=(tasks --task-data "$TASKS" --task-limit "$TASK_LIMIT")
+  there long && children long "$RESULTS/chosen_long.csv" "$LONG_METHODS" "${asked[@]}" --tokens "$LONG_TOKENS"
+}
 
 rank() { # rank SPEED: in a copy of the library, with measurements of its own
   local place=$WORK/selection/$1
