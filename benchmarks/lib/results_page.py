@@ -4,7 +4,7 @@
 
 What was measured is the first line of the script's docstring; the command is the one there, or in the header of a shell
 script, that names the file; device, versions and date are columns of the file (a JSON's date stands in the docstring).
-`result_tables.py` and `serving_tables.py` make the tables.
+`result_tables.py`, `rank_tables.py`, `selection_tables.py` and `serving_tables.py` make the tables.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import rank_tables
 import result_tables as t
+import selection_tables
 import serving_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,7 @@ BENCHMARKS, PAGE = ROOT / "benchmarks", ROOT / "docs" / "results.md"
 SYNTHETIC = "lib/synthetic_library.py"
 PROMISED = "An architecture solved for {} the throughput, Llama-3.1-8B's shapes, made-up scores, random weights."
 H100 = "quality/h100_fusion_heal.sh"
+SELECTION = "gpu/selection.sh"
 FACTS = (
     "device",
     "costs",
@@ -39,7 +41,9 @@ FACTS = (
     "date",
 )  # columns, in order
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
-AWAITED = ("published_child.csv", "ranks.csv")  # shown once they are there
+AWAITED = (  # shown once they are there
+    "published_child.csv", "ranks.csv", "initial.csv", "selection.csv", "chosen.csv", "chosen_long.csv", "coupled.csv",
+)  # fmt: skip
 INTRO = """# Results
 
 Every figure that we measured and kept, from the files in `benchmarks/results/`. `make results` writes this page and a test
@@ -136,6 +140,13 @@ SECTIONS = {
     "Quality": (
         Result("bld.csv", "quality/bench_bld.py", "Distillation of the default search space", t.bld),
         Result("bld_ffn.csv", "quality/bench_bld.py", "Distillation of narrow FFNs for longer", t.bld),
+        Result(
+            "initial.csv",
+            "quality/bench_bld.py",
+            "Narrow FFNs by contribution and by second order: SmolLM2",
+            t.bld,
+            SELECTION,
+        ),
         Result("ffn_linear.csv", "quality/bench_ffn_linear.py", "An FFN as one matrix", t.ffn_linear),
         Result("nested.csv", "quality/bench_nested.py", "Nested FFNs and independent ones", t.nested),
         Result("nested_smollm2.csv", "quality/bench_nested.py", "The same of SmolLM2-135M", t.nested),
@@ -166,6 +177,28 @@ SECTIONS = {
             "At equal measured time",
             t.fusion_aware_measured,
             H100,
+        ),
+        Result(
+            "selection.csv",
+            "quality/bench_selection.py",
+            "Ranking near the optimum",
+            selection_tables.selection,
+            SELECTION,
+        ),
+        Result("chosen.csv", "quality/bench_chosen.py", "Chosen children, healed", selection_tables.chosen, SELECTION),
+        Result(
+            "chosen_long.csv",
+            "quality/bench_chosen.py",
+            "Chosen children, healed for longer",
+            selection_tables.chosen,
+            SELECTION,
+        ),
+        Result(
+            "coupled.csv",
+            "quality/bench_coupled.py",
+            "A second pass on what the child gives",
+            selection_tables.coupled,
+            SELECTION,
         ),
         Result("heal_lr.csv", "quality/bench_heal.py", "Healing: learning rates", t.heal("lr"), H100),
         Result("heal.csv", "quality/bench_heal.py", "Healing: losses", t.heal("ablation"), H100, "heal.png"),

@@ -3,7 +3,8 @@
 Protocol: the default search space of every layer of --parent is initialised (a library of 0 tokens) and trained on
 --tokens tokens; both libraries are scored on the same held-out sequences. Reported per variant, median over layers:
 normalised MSE of the sub-block's output on held-out text, and KL(parent‖child) when it alone replaces its parent
-block. The trained library stays in --library.
+block. The trained library stays in --library, the other one in --initial where that is given: the same command goes on with both, and
+then has no seconds of a build that was cut off.
 
     python benchmarks/quality/bench_bld.py --data /usr/lib/python3/dist-packages --library runs/bld --tokens 24e6 --lr 2e-3 \\
         --out benchmarks/results/bld.csv
@@ -32,6 +33,7 @@ from puzzle.library.score import ScoreOptions, score_library
 @click.option("--parent", default="examples/parent", show_default=True)
 @click.option("--data", required=True, multiple=True)
 @click.option("--library", type=click.Path(path_type=Path), required=True)
+@click.option("--initial", type=click.Path(path_type=Path), help="Keep the library of 0 tokens here.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--attention", default=None, help="Default: the whole search space.")
 @click.option("--ffn", default=None)
@@ -44,6 +46,7 @@ def main(
     parent: str,
     data: tuple[str, ...],
     library: Path,
+    initial: Path | None,
     out: Path,
     attention: str | None,
     ffn: str | None,
@@ -53,8 +56,10 @@ def main(
     lr: float,
     score_sequences: int,
 ) -> None:
-    def built(root: Path, num_tokens: int) -> float:
-        begin = time.time()
+    def built(root: Path, num_tokens: int) -> str:
+        """Seconds of the build; "" where it was cut off once."""
+        begin, kept = time.time(), root.with_name(f"{root.name}.seconds")
+        whole = not root.exists()
         options = BuildOptions(
             data=list(data),
             out=root,
@@ -67,23 +72,25 @@ def main(
         )
         build_library(parent, options)
         seconds = time.time() - begin
+        if whole:
+            kept.write_text(f"{seconds:.1f}")
         score_library(root, list(data), ScoreOptions(sequences=score_sequences, seq_len=seq_len), parent=parent)
         print(f"{root}: built in {seconds:.1f} s, scored in {time.time() - begin - seconds:.1f} s", flush=True)
-        return seconds
+        return kept.read_text() if kept.is_file() else ""
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as work:
-        begun = Path(work) / "initial"
+        begun = initial or Path(work) / "initial"
         built(begun, 0)
         seconds = built(library, int(tokens))
-        initial, trained = Library.open(begun), Library.open(library)
+        untrained, trained = Library.open(begun), Library.open(library)
         rows = []
         for row in library_summary(library)["variants"]:
             slot, variant = row["slot"], row["variant"]
             having = [layer for layer in trained.layers if variant in trained.spaces[layer].get(slot, ())]
             before, after = (
                 [library.scores(layer)[score_name({slot: variant})]["kl"] for layer in having]
-                for library in (initial, trained)
+                for library in (untrained, trained)
             )
             first, last = statistics.median(before), statistics.median(after)
             rows.append(
@@ -108,7 +115,7 @@ def main(
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(head.split(","))
         for fields in rows:
-            common = (int(tokens), lr, f"{seconds:.1f}", device, torch.__version__, time.strftime("%Y-%m-%d"))
+            common = (int(tokens), lr, seconds, device, torch.__version__, time.strftime("%Y-%m-%d"))
             writer.writerow((*fields, *common))
             print(*fields, flush=True)
 

@@ -7,13 +7,14 @@ the speed-up first (its square root), healed on --between tokens, and the rest f
 are healed on as many tokens as RECIPE (or --tokens) says, those between the steps among them. `depth`, `uniform-width`, `greedy` and `random`
 are `solve --baseline`, at the same limit. KL(parent‖child) and loss on --sequences of held-out text, the first of which the choices have
 seen; `measured` is the speed of `bench` over that of the parent, `choose_s` what choosing takes beyond library and scores, which `library_s`
-has; with --task-data the healed child's share of right answers in each task, and its error.
+has; with --task-data the shares of right answers of parent and child in each task, healed (`tasks`) and not (`tasks-before`).
 
     python benchmarks/quality/bench_chosen.py examples/smollm2_h100.yaml library choose heal steps --parent MODEL --data DATA \\
         --work WORK --out benchmarks/results/chosen.csv
 
-What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. GPUs may share WORK, each with
---methods of its own once library and choices are there, and an --out of its own; `table` alone writes the rows of all. Rehearsal on a CPU:
+What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. GPUs may share WORK once the
+library is there: the same command on each takes what no other is at. What fails is told and left out. `table` alone writes the rows
+of all that is in WORK. Rehearsal on a CPU:
 
     python benchmarks/quality/bench_chosen.py examples/quickstart.yaml library choose heal steps --data /usr/lib/python3.11 \\
         --work WORK --out chosen.csv --speeds 1.3 --finalists 4 --rounds 1 --sequences 8 --chosen-on 4 --between 8192
@@ -21,13 +22,17 @@ What is in WORK is not done again; nothing runs longer than --minutes in all: th
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +42,21 @@ import yaml
 from puzzle.base.files import content_hash
 from puzzle.measure.architecture import read_architecture
 
-PARTS = ("library", "choose", "bench", "heal", "steps", "tasks", "table")
+PARTS = ("library", "choose", "bench", "heal", "steps", "tasks", "tasks-before", "table")
 BASELINES = ("depth", "uniform-width", "greedy", "random")
 COLUMNS = ("speed", "method", "promised", "measured", "sum_of_scores", "choose_s", "library_s", "heal_s", "healed_tokens", "kl", "kl_stderr",
-           "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "tasks", "changed", "device", "date")  # fmt: skip
+           "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "tasks_before", "tasks", "changed", "device", "date")  # fmt: skip
 
 
 class OutOfTime(Exception):
     pass
+
+
+class Waits(Exception):
+    """Another process is at it, or at what it needs (`held`); else what it needs is not there."""
+
+    def __init__(self, held: bool):
+        self.held = held
 
 
 class Bench:
@@ -53,16 +65,42 @@ class Bench:
     ):
         self.recipe, self.work, self.sequences, self.until = recipe, work, sequences, time.monotonic() + seconds
         self.longest, self.tag = longest, ""  # tag: of what depends on the tokens of the healing
+        self.ran, self.claims = 0, set[str]()  # what was run here; what other processes are kept from
         self.data = [word for one in data for word in ("--data", one)]
         self.base = work / "base" / "0" / "step-1"  # as deep as a step of a run, to which its parent is on the same way
-        work.mkdir(parents=True, exist_ok=True)
+        (work / "claims").mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[None]:
+        """Keep other processes from `name` for as long as this one lives and is at it. Raises Waits where another one is."""
+        if name in self.claims:
+            yield
+            return
+        with open(self.work / "claims" / name.replace("/", " "), "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Waits(held=True) from None
+            self.claims.add(name)
+            try:
+                yield
+            finally:
+                self.claims.discard(name)
+
+    def need(self, name: str) -> None:
+        if self.kept(name) is None:
+            with self.claim(name):
+                raise Waits(held=False)
 
     def once(self, name: str, *arguments: object) -> dict[str, Any]:
         """What a verb printed, now or earlier, and its seconds, those of calls that were cut off among them."""
-        path, spent = self.work / f"{name}.json", self.work / f"{name}.spent"
-        if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text())
+        if (found := self.kept(name)) is not None:
             return found
+        with self.claim(name):
+            return self.kept(name) or self.run(name, arguments)
+
+    def run(self, name: str, arguments: tuple[object, ...]) -> dict[str, Any]:
+        path, spent = self.work / f"{name}.json", self.work / f"{name}.spent"
         left, before = self.until - time.monotonic(), float(spent.read_text()) if spent.is_file() else 0.0
         if left < self.longest:
             raise OutOfTime
@@ -76,7 +114,8 @@ class Bench:
             seconds = before + time.monotonic() - begin
             spent.write_text(str(seconds))
         found = {"said": json.loads(done.stdout), "seconds": seconds}
-        path.write_text(json.dumps(found))
+        write_whole(path, json.dumps(found))
+        self.ran += 1
         print(f"{name}: {seconds:.1f} s", flush=True)
         return found
 
@@ -95,6 +134,11 @@ class Bench:
         self.once("library", "run", plain, *self.data, "--out", self.base)
 
     def choose(self, speed: float, method: str, flags: list[object]) -> None:
+        with self.claim(f"chosen/{method}-{speed:g}"):
+            self._choose(speed, method, flags)
+        self.measure(speed, method, self.solution(speed, method), "--library", self.base / "library")
+
+    def _choose(self, speed: float, method: str, flags: list[object]) -> None:
         copy, work = self.work / "copies" / f"{method}-{speed:g}" / "0" / "library", self.recipe["workload"]
         if not copy.is_dir():
             partial = copy.with_name("partial")
@@ -107,7 +151,6 @@ class Bench:
         self.once(
             f"chosen/{method}-{speed:g}", "solve", copy, *asked, *flags, *text, "--out", self.solution(speed, method)
         )
-        self.measure(speed, method, self.solution(speed, method), "--library", self.base / "library")
 
     def flags(self, values: dict[str, Any]) -> list[object]:
         return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -116,7 +159,8 @@ class Bench:
         return self.work / "chosen" / f"{method}-{speed:g}"
 
     def name(self, speed: float, method: str) -> str:
-        """Of a child: those that are alike are one."""
+        """Of a child: those that are alike are one. Raises Waits where it is not chosen yet."""
+        self.need(f"chosen/{method}-{speed:g}")
         return content_hash(read_architecture(self.solution(speed, method)).variants)[:16]
 
     def measure(self, speed: float, method: str, child: Path, *more: object) -> None:
@@ -127,36 +171,49 @@ class Bench:
     def heal(self, speed: float, method: str) -> None:
         name = self.name(speed, method)
         child, healed = self.work / "children" / name, self.work / f"healed{self.tag}" / name
-        if not child.is_dir():
-            self.once(f"exported/{name}", "export", self.base / "library", self.solution(speed, method), "--out", child)
+        self.export(speed, method)
         asked = ("--teacher", self.recipe["parent"], *self.data, *self.flags(self.recipe["heal"]))
         self.once(f"heal{self.tag}/{name}", "heal", child, *asked, "--out", healed)
         self.after(name, healed)
+
+    def export(self, speed: float, method: str) -> None:
+        name = self.name(speed, method)
+        child = self.work / "children" / name
+        self.once(f"exported/{name}", "export", self.base / "library", self.solution(speed, method), "--out", child)
 
     def after(self, name: str, healed: Path) -> None:
         asked = ("--sequences", self.sequences, "--seq-len", self.recipe["evaluate"].get("seq_len", 1024), "--no-speed")
         self.once(f"after{self.tag}/{name}", "evaluate", self.recipe["parent"], healed, *self.data, *asked)
 
     def bench(self, speed: float, method: str) -> None:
+        self.need(f"chosen/{method}-{speed:g}")
         solution, gpu = self.solution(speed, method), self.recipe["profile"]["gpu"]
         self.once(f"bench/{method}-{speed:g}", "bench", solution, "--gpu", gpu, "--with-parent")
 
-    def tasks(self, speed: float, method: str, task_data: Path, names: str) -> None:
-        """Of the healed child; the parent's answers are kept for all."""
+    def tasks(self, speed: float, method: str, healed: bool, asked: list[object]) -> None:
+        """Of the child; the parent's answers are kept for all that this process asks."""
         name = self.name(speed, method)
-        asked = (
-            "--tasks",
-            names,
-            "--task-data",
-            task_data,
-            "--answers",
-            self.work / f"answers-{os.getpid()}.jsonl",
-            "--run-code",
-        )
-        healed = self.work / f"healed{self.tag}" / name
-        self.once(f"tasks{self.tag}/{name}", "evaluate", self.recipe["parent"], healed, *asked)
+        if healed:
+            self.need(f"heal{self.tag}/{name}")
+            kind, child = f"tasks{self.tag}", self.work / f"healed{self.tag}" / name
+        else:
+            self.export(speed, method)
+            kind, child = "tasks-before", self.work / "children" / name
+        for number in range(64):  # one writes to a file of answers at a time
+            with contextlib.suppress(Waits), self.claim(f"answers-{number}"):
+                answers = self.work / f"answers-{number}.jsonl"
+                self.once(f"{kind}/{name}", "evaluate", self.recipe["parent"], child, *asked, "--answers", answers)
+                return
+        raise Waits(held=True)
 
     def steps(self, speed: float, between: float) -> None:
+        with self.claim(f"ran/steps-{speed:g}"):
+            self._steps(speed, between)
+        out = self.work / "steps" / f"{speed:g}"
+        self.measure(speed, "steps", out / "child")
+        self.after(f"steps-{speed:g}", out / "healed")
+
+    def _steps(self, speed: float, between: float) -> None:
         out, total = self.work / "steps" / f"{speed:g}", float(self.recipe["heal"]["tokens"])
         if not out.is_dir():  # the first library and its costs are there
             partial = out.with_name(f"{out.name}.partial")
@@ -169,8 +226,6 @@ class Bench:
         steps = [{"goal": {"throughput": f"{speed**0.5:.4g}x"}, "heal": {"tokens": between}}]
         recipe = self.written(f"steps-{speed:g}", goal=self.goal(speed), steps=steps, heal=heal, export="hf")
         self.once(f"ran/steps-{speed:g}", "run", recipe, *self.data, "--out", out)
-        self.measure(speed, "steps", out / "child")
-        self.after(f"steps-{speed:g}", out / "healed")
 
     def kept(self, name: str) -> dict[str, Any] | None:
         path = self.work / f"{name}.json"
@@ -209,13 +264,14 @@ class Bench:
             found["changed"] = sum(a != b for a, b in zip(solved.sub_blocks, other.sub_blocks, strict=True))
         if (benched := self.kept(f"bench/{method}-{speed:g}")) is not None:
             found["measured"] = benched["said"]["speedup"]["measured"]
-        if (answered := self.kept(f"tasks{self.tag}/{name}")) is not None:
-            found["tasks"] = "; ".join(
-                f"{task} {who} {each[who]['mean']:.4f} [{each[who]['low']:.4f}, {each[who]['high']:.4f}]"
-                for task, one in answered["said"]["tasks"].items()
-                for each in one["metrics"].values()
-                for who in each
-            )
+        for column, kind in (("tasks_before", "tasks-before"), ("tasks", f"tasks{self.tag}")):
+            if (answered := self.kept(f"{kind}/{name}")) is not None:
+                found[column] = "; ".join(
+                    f"{task} {metric} {who} {one['mean']:.4f} [{one['low']:.4f}, {one['high']:.4f}]"
+                    for task, all_of in answered["said"]["tasks"].items()
+                    for metric, each in all_of["metrics"].items()
+                    for who, one in each.items()
+                )
         for kind, ends in (("before", ""), (f"after{self.tag}", "_healed")):
             if (measured := self.kept(f"{kind}/{name}")) is not None:
                 said = measured["said"]
@@ -228,6 +284,25 @@ class Bench:
                 if ends:
                     found["healed_tokens"] = int(float(self.recipe["heal"]["tokens"]))
         return found
+
+    def table(self, out: Path, speeds: list[float], methods: list[str]) -> None:
+        """All that is known, as OUT."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        for speed in speeds:
+            for row in (self.row(speed, method) for method in (*methods, "steps")):
+                if row is not None:
+                    told = {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()}
+                    writer.writerow(told | {"date": time.strftime("%Y-%m-%d")})
+        write_whole(out, text.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """At once: other processes read it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 @click.command()
@@ -247,12 +322,13 @@ class Bench:
 )
 @click.option("--tokens", type=float, help="Of the healing, in place of the recipe's.")
 @click.option("--task-data", type=click.Path(path_type=Path), help="For the part `tasks`.")
-@click.option("--tasks", default="hellaswag,truthfulqa_mc1,humaneval", show_default=True)
+@click.option("--tasks", default="hellaswag,truthfulqa_mc1,humaneval,gsm8k", show_default=True)
+@click.option("--task-limit", type=int, help="The first documents of each task. Default: all.")
 @click.option("--minutes", type=float, default=8.8, show_default=True)
 @click.option("--longest", type=float, default=20, show_default=True, help="With fewer seconds left nothing is begun.")
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[str, ...], speeds: str, methods: str, finalists: int, min_distance: int, rounds: int, chosen_on: int, sequences: int, between: float, tokens: float | None, task_data: Path | None, tasks: str, minutes: float, longest: float, work: Path, out: Path) -> None:  # fmt: skip
+def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[str, ...], speeds: str, methods: str, finalists: int, min_distance: int, rounds: int, chosen_on: int, sequences: int, between: float, tokens: float | None, task_data: Path | None, tasks: str, task_limit: int | None, minutes: float, longest: float, work: Path, out: Path) -> None:  # fmt: skip
     value = yaml.safe_load(recipe.read_text())
     value["parent"] = str(Path(parent).resolve() if parent else (recipe.parent / value["parent"]).resolve())
     bench, every = (
@@ -270,33 +346,66 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
     }
     if tokens is not None:
         value["heal"]["tokens"], bench.tag = tokens, f"-{tokens:g}"
-    asked = methods.split(",")
+    chosen = methods.split(",")
+    questions: list[object] = ["--tasks", tasks, "--task-data", task_data, "--run-code"]
+    questions += [] if task_limit is None else ["--limit", task_limit]
+    if task_data is None and any(part.startswith("tasks") for part in parts):
+        raise click.UsageError("the part `tasks` needs --task-data")
+
+    def do(part: str, speed: float, method: str) -> None:
+        if part == "library":
+            bench.library(speed)
+        elif part == "steps":
+            bench.steps(speed, between)
+        elif part == "choose":
+            bench.choose(speed, method, flags[method])
+        elif part == "bench":
+            bench.bench(speed, method)
+        elif part == "heal":
+            bench.heal(speed, method)
+        else:
+            bench.tasks(speed, method, part == "tasks", questions)
+
+    wanted: list[tuple[str, float, str]] = []
+    for part in parts:
+        if part == "library":
+            wanted.append((part, every[-1], ""))
+        elif part == "steps":
+            wanted += [(part, speed, "") for speed in every]
+        elif part != "table":
+            wanted += [(part, speed, method) for speed in every for method in chosen]
+    failed, before = list[str](), -1
     try:
-        for part in parts:
-            if part == "library":
-                bench.library(every[-1])
-            for speed in every:
-                if part == "steps":
-                    bench.steps(speed, between)
-                for method in asked if part not in ("library", "steps", "table") else ():
-                    if part == "choose":
-                        bench.choose(speed, method, flags[method])
-                    elif part == "tasks":
-                        assert task_data is not None, "--task-data"
-                        bench.tasks(speed, method, task_data, tasks)
-                    else:
-                        bench.bench(speed, method) if part == "bench" else bench.heal(speed, method)
+        while wanted:
+            waiting, held = [], False
+            for one in wanted:
+                try:
+                    do(*one)
+                except Waits as waits:
+                    waiting.append(one)
+                    held |= waits.held
+                except subprocess.CalledProcessError as error:
+                    failed.append(f"{' '.join(map(str, one))}: exit {error.returncode}")
+                    print(f"failed: {failed[-1]}", flush=True)
+                    if one[0] == "library":
+                        raise click.ClickException("nothing goes on without the library") from error
+                if bench.ran != before:
+                    before = bench.ran
+                    bench.table(out, every, chosen)
+            if waiting and not held and waiting == wanted:
+                failed += [f"{' '.join(map(str, one))}: what it needs is not there" for one in waiting]
+                break
+            wanted = waiting
+            if waiting and held:
+                time.sleep(1)
+                if time.monotonic() > bench.until - longest:
+                    raise OutOfTime
     except OutOfTime:
         print("out of time: run the same command again, it goes on from here")
-    found = [bench.row(speed, method) for speed in every for method in (*asked, "steps")]
-    with open(out, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in found:
-            if row is not None:
-                told = {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()}
-                writer.writerow(told | {"date": time.strftime("%Y-%m-%d")})
-                print(*told.values())
+    bench.table(out, every, chosen)
+    print(out.read_text(encoding="utf-8"))
+    if failed:
+        raise click.ClickException("; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ chooses, and on as much other held-out text (`kl_other`), which no choice has se
 beyond the MIP, kept results of the methods before it among them for `all`.
 Then children near the optimum: the MIP on scores times exp(σz), z normal, σ in turn 0.1, 0.2, 0.4, those whose sum of scores is within
 25 % of the optimum. `spearman` of their KL and the sum of scores, and `spearman_pairs` with the prediction of interactions that
-were fitted without them, from what the methods have measured; `ratio` the median of KL over the sum.
+were fitted without them, from what the methods have measured; `spearman_rescored` with the KL of the MIP's child and what new scores around it
+say of every other replacement. The medians of KL over these three are `ratio`, `predicted` and `rescored`. Without --rounds there are
+neither new scores nor the methods that take them.
 
     python benchmarks/quality/bench_selection.py LIBRARY --gpu h100 --data DATA --out benchmarks/results/selection.csv
 
@@ -37,6 +39,7 @@ import click
 from puzzle.base.device import name_of
 from puzzle.base.errors import UserError
 from puzzle.base.workload import Workload
+from puzzle.blocklib.variant import PARENT
 from puzzle.choose.goal import GoalOptions
 from puzzle.choose.interactions import Layers, Terms, fit_interactions, predicted
 from puzzle.choose.options import SolveOptions
@@ -53,7 +56,7 @@ METHODS = ("mip", "finalists", "pairs", "rescored", "all")
 SIGMAS = (0.1, 0.2, 0.4)
 NEAR = 1.25  # times the optimum
 FIELDS = ("kind", "library", "speed", "method", "children", "seconds", "sum_of_scores", "predicted", "kl", "kl_stderr", "kl_other",
-          "speedup", "ratio", "spearman", "spearman_pairs", "device", "date")  # fmt: skip
+          "speedup", "ratio", "rescored", "spearman", "spearman_pairs", "spearman_rescored", "device", "date")  # fmt: skip
 
 
 class Rows:
@@ -108,7 +111,7 @@ class Bench:
                 )
             begin, before = time.monotonic(), len(self.text.known)
 
-        if done == set(METHODS):
+        if done >= set(METHODS if rounds else METHODS[:3]):
             return
         alone = Refiner(selection, self.text)
         alone.finalists(1, 1)
@@ -119,6 +122,8 @@ class Bench:
         note("finalists", several.found.best)
         several.pairs(finalists, distance)
         note("pairs", several.found.best)
+        if not rounds:
+            return
         alone.rounds(rounds)
         note("rescored", alone.found.best)
         several.rounds(rounds)
@@ -167,21 +172,38 @@ class Bench:
                 "child", speed, method=_told(one.layers), sum_of_scores=total, kl=one.kl, kl_stderr=one.kl_stderr
             )
 
-    def rank(self, speed: float, candidates: Sequence[Layers]) -> None:
-        """How sums and interactions order the children of one speed; interactions from what is no such child of any speed."""
+    def rank(self, speed: float, refiner: Refiner, rounds: int) -> None:
+        """How sums, interactions and new scores order the children of one speed; interactions from what is no such child of any speed."""
         apart = {row["method"] for s in self.selections for row in self.rows.of("child", s)}
         mine = {row["method"] for row in self.rows.of("child", speed)}
         everything = self.text.measurements()
         known = [(one.layers, one.kl) for one in everything if _told(one.layers) not in apart]
         near = [one for one in everything if _told(one.layers) in mine]
         selection = self.selections[speed]
-        terms = Terms(self.library, selection.cells)
-        fit = fit_interactions(self.library, selection.cells, known, candidates)
+        terms, candidates = Terms(self.library, selection.cells), refiner.found.candidates
+        fit = fit_interactions(self.library, selection.cells, known, [changed(one.solved) for one in candidates])
         if isinstance(fit, str):
             raise UserError(f"no interactions are fitted: {fit}")
         sums = [sum(cell.score for cell in terms.chosen(one.layers) or ()) for one in near]
         paired = [predicted(fit.interactions, terms, one.layers) for one in near]
         kls = [one.kl for one in near]
+        rescored: dict[str, float] = {}
+        if rounds:  # the MIP's child is the first candidate, and what is around it has been measured
+            own, marginal = candidates[0].solved.variants, refiner.marginal(candidates[0].solved.variants)
+            again = [
+                candidates[0].kl
+                + sum(
+                    marginal[n][slot][name]
+                    for n, layer in enumerate(own)
+                    for slot, before in layer.items()
+                    if (name := one.layers.get(n, {}).get(slot, PARENT)) != before
+                )
+                for one in near
+            ]
+            rescored = {
+                "rescored": median(k / p for k, p in zip(kls, again, strict=True)),
+                "spearman_rescored": _number(spearman(again, kls)),
+            }
         self.rows.add(
             "rank",
             speed,
@@ -190,6 +212,7 @@ class Bench:
             predicted=median(k / p for k, p in zip(kls, paired, strict=True)),
             spearman=_number(spearman(sums, kls)),
             spearman_pairs=_number(spearman(paired, kls)),
+            **rescored,
         )
 
 
@@ -215,7 +238,7 @@ def _told(layers: Layers) -> str:
 @click.option("--children", type=int, default=52, show_default=True, help="Near the optimum, at each speed.")
 @click.option("--finalists", type=int, default=16, show_default=True)
 @click.option("--min-distance", type=int, default=2, show_default=True)
-@click.option("--rounds", type=int, default=3, show_default=True)
+@click.option("--rounds", type=int, default=3, show_default=True, help="0: no new scores.")
 @click.option("--minutes", type=float, default=8.5, show_default=True, help="No stage is begun later than this.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
@@ -257,7 +280,7 @@ def main(root: Path, gpu: str, shapes: str | None, data: tuple[str, ...], parent
         if not bench.rows.of("rank", speed):
             refiner = Refiner(selections[speed], text)
             refiner.finalists(finalists, min_distance)
-            bench.rank(speed, [changed(one.solved) for one in refiner.found.candidates])
+            bench.rank(speed, refiner, rounds)
     print("done")
 
 

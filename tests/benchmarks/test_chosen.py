@@ -1,9 +1,11 @@
-"""The table of chosen children is made of what is kept, with nothing run again."""
+"""The table of chosen children is made of what is kept, with nothing run again; GPUs that share the work take what no other is at."""
 
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -31,3 +33,47 @@ def test_the_table_of_all_lanes_runs_nothing(tmp_path: Path, load_script, monkey
     with open(out, newline="", encoding="utf-8") as handle:
         found = [(float(one["speed"]), one["method"]) for one in csv.DictReader(handle)]
     assert found == [(speed, method) for speed in (1.5, 2.0) for method in ("mip", "random", "steps")]
+
+
+def test_one_waits_for_another(tmp_path: Path, load_script, monkeypatch: pytest.MonkeyPatch):
+    script, ran = load_script("quality/bench_chosen.py"), list[str]()
+    one, other = (script.Bench({"parent": "p"}, tmp_path, (), 1, 60, 1) for _ in range(2))
+
+    def run(command: list[str], **_: object) -> Any:
+        ran.append(command[3])
+        with pytest.raises(script.Waits) as waits:  # asked while the first one is at it
+            other.once("heal/a", "heal")
+        assert waits.value.held
+        with pytest.raises(script.Waits) as waits:
+            other.need("heal/a")
+        assert waits.value.held
+        return type("Done", (), {"stdout": json.dumps({"kl": 1})})
+
+    with pytest.raises(script.Waits) as waits:
+        other.need("heal/a")
+    assert not waits.value.held
+    monkeypatch.setattr(script.subprocess, "run", run)
+    assert one.once("heal/a", "heal") == other.once("heal/a", "heal")
+    other.need("heal/a")
+    assert ran == ["heal"]
+
+
+def test_what_fails_leaves_the_rest(tmp_path: Path, load_script, monkeypatch: pytest.MonkeyPatch):
+    script, ran = load_script("quality/bench_chosen.py"), list[str]()
+
+    def choose(bench: Any, speed: float, method: str, flags: object) -> None:
+        ran.append(method)
+        if method == "mip":
+            raise script.subprocess.CalledProcessError(2, "solve")
+
+    def heal(bench: Any, speed: float, method: str) -> None:
+        if method == "mip":
+            bench.need("chosen/mip-1.5")
+
+    monkeypatch.setattr(script.Bench, "choose", choose)
+    monkeypatch.setattr(script.Bench, "heal", heal)
+    asked = ["choose", "heal", "--data", "text", "--work", str(tmp_path), "--out", str(tmp_path / "chosen.csv")]
+    done = CliRunner().invoke(script.main, [str(RECIPE), *asked, "--speeds", "1.5", "--methods", "mip,greedy"])
+    assert done.exit_code == 1
+    assert "choose 1.5 mip: exit 2; heal 1.5 mip: what it needs is not there" in done.output
+    assert ran == ["mip", "greedy"]
