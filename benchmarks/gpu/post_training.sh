@@ -74,7 +74,7 @@ fi
 : "${GRPO_LR:=5e-6}"
 : "${SAVE_EVERY:=10}"
 # other ways to heal
-: "${STORED_ARGS:=--tokens 4000000 --batch-size 32}"
+: "${STORED_ARGS:=--tokens 3000000 --batch-size 32}"
 : "${TOKENIZER_ARGS:=--tokens 3e6 --batch-size 32 --written 8000 --new-tokens 384}"
 : "${WRITER:=$PARENT}"
 : "${GROW_ARGS:=--tokens 2000000}"
@@ -92,6 +92,7 @@ WORK=$(realpath "$WORK")
 RESULTS=$(realpath "$RESULTS")
 # Code of a checkpoint is copied before it is imported: of every call to a folder of its own.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_MODULES_CACHE="$WORK/modules/$$" TOKENIZERS_PARALLELISM=true
+[[ ! -d $PARENT ]] || export HF_HUB_OFFLINE=1
 SCRIPTS=examples/post_training
 LIBRARY=$WORK/library
 CSV=$WORK/csv
