@@ -90,6 +90,8 @@ fi
 mkdir -p "$WORK"/{csv,logs,assessed,curves} "$RESULTS" || exit 2
 WORK=$(realpath "$WORK")
 RESULTS=$(realpath "$RESULTS")
+# One GPU: a trainer that sees several would split every batch over them.
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-16}"
 # Code of a checkpoint is copied before it is imported: of every call to a folder of its own.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_MODULES_CACHE="$WORK/modules/$$" TOKENIZERS_PARALLELISM=true
 [[ ! -d $PARENT ]] || export HF_HUB_OFFLINE=1
