@@ -198,26 +198,32 @@ grpo_plain() {
   once tuned && grpo grpo_plain "$WORK/arithmetic/few.jsonl"
 }
 
+# whole NAME SECONDS COMMAND...: as within, but for what has ended well before
+whole() {
+  [[ ! -f $WORK/.$1.done ]] || return 0
+  within "$@" && touch "$WORK/.$1.done"
+}
+
 # shellcheck disable=SC2086
 stored_logits() {
-  within stored_logits 300 "$PYTHON" benchmarks/quality/bench_stored_logits.py --device "$DEVICE" --append --out "$CSV/stored_logits.csv" $STORED_ARGS
+  whole stored_logits 300 "$PYTHON" benchmarks/quality/bench_stored_logits.py --device "$DEVICE" --append --out "$CSV/stored_logits.csv" $STORED_ARGS
 }
 
 # shellcheck disable=SC2086
 other_tokenizer() {
-  within other_tokenizer 300 "$PYTHON" benchmarks/quality/bench_other_tokenizer.py --device "$DEVICE" --append --work "$WORK/tokenizer" \
+  whole other_tokenizer 300 "$PYTHON" benchmarks/quality/bench_other_tokenizer.py --device "$DEVICE" --append --work "$WORK/tokenizer" \
     --out "$CSV/other_tokenizer.csv" $TOKENIZER_ARGS
 }
 
 # shellcheck disable=SC2086
 grow() {
-  within grow 400 "$PYTHON" benchmarks/quality/bench_grow.py --writer "$WRITER" --device "$DEVICE" --append --solutions "$WORK/solutions.jsonl" \
+  whole grow 400 "$PYTHON" benchmarks/quality/bench_grow.py --writer "$WRITER" --device "$DEVICE" --append --solutions "$WORK/solutions.jsonl" \
     --out "$CSV/grow.csv" $GROW_ARGS
 }
 
 # shellcheck disable=SC2086
 long_heal() {
-  within long_heal 300 "$PYTHON" benchmarks/speed/bench_long_heal.py --parent "$LONG_PARENT" --device "$DEVICE" --append \
+  whole long_heal 300 "$PYTHON" benchmarks/speed/bench_long_heal.py --parent "$LONG_PARENT" --device "$DEVICE" --append \
     --out "$CSV/long_heal.csv" $LONG_ARGS
 }
 
