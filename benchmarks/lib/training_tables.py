@@ -50,7 +50,8 @@ def other_tokenizer(rows: list[Row]) -> str:
         [
             r["way"],
             number(r["nats_per_byte"], 4),
-            *(percent(r[k]) if r[k] else NONE for k in ("tokens_aligned", "words_in_both")),
+            percent(r["tokens_aligned"]) if r["tokens_aligned"] else NONE,
+            r["words_in_both"] or NONE,
             number(r["seconds"], 1),
         ]
         for r in rows

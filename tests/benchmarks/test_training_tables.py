@@ -73,3 +73,13 @@ def test_a_long_stage_and_a_grown_model():
     )
     assert shown.startswith("2,000,000 tokens written by w; 4 experts")
     assert "| new alone | 0.001 | 4.0000 | 3.0000 | 0.0000 | 12.9 |" in shown
+
+
+def test_another_tokenizer():
+    first = {"way": "aligned", "tokens": "1024", "words": "512", "nats_per_byte_before": "1.9681", "nats_per_byte": "1.91808", "seconds": "55.7",
+             "nats_per_byte_teacher": "0.61256", "tokens_aligned": "0.281496", "words_in_both": "491"}  # fmt: skip
+    shown = training_tables.other_tokenizer(
+        [first, first | {"way": "text alone", "tokens_aligned": "", "words_in_both": ""}]
+    )
+    assert "| aligned | 1.9181 | 28.1 % | 491 | 55.7 |" in shown
+    assert f"| text alone | 1.9181 | {training_tables.NONE} | {training_tables.NONE} | 55.7 |" in shown
