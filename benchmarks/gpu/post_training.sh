@@ -108,7 +108,9 @@ within() {
   shift 2
   ((seconds < $(left))) || seconds=$(left)
   ((seconds > 5)) || { echo "-- $name: no time left" && return 1; }
-  timeout -k 5 "$seconds" "$@" >>"$WORK/logs/$name.log" 2>&1
+  timeout -k 5 "$seconds" "$@" >>"$WORK/logs/$name.log" 2>&1 & # so that a signal for this script ends it too
+  running=$!
+  wait $running
   code=$?
   echo "-- $name: $((SECONDS - begin)) s, exit $code"
   echo "$name,$((SECONDS - begin)),$code,$GPU" >>"$CSV/seconds.csv"
@@ -238,8 +240,8 @@ keep() { cp -r "$CSV"/. "$WORK/logs" "$WORK/assessed" "$WORK/curves" "$RESULTS";
 
 while sleep 5; do keep; done 2>/dev/null &
 trap 'kill '$!' 2>/dev/null; keep' EXIT
-trap 'exit 143' TERM INT
-failed=0
+trap 'kill $running 2>/dev/null; exit 143' TERM INT
+failed=0 running=
 for stage in "$@"; do
   begin=$SECONDS
   echo "== $stage"
