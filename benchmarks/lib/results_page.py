@@ -22,6 +22,7 @@ import rank_tables
 import result_tables as t
 import selection_tables
 import serving_tables
+import training_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS, PAGE = ROOT / "benchmarks", ROOT / "docs" / "results.md"
@@ -29,6 +30,7 @@ SYNTHETIC = "lib/synthetic_library.py"
 PROMISED = "An architecture solved for {} the throughput, Llama-3.1-8B's shapes, made-up scores, random weights."
 H100 = "quality/h100_fusion_heal.sh"
 SELECTION = "gpu/selection.sh"
+AFTER = "gpu/post_training.sh"
 FACTS = (
     "device",
     "costs",
@@ -43,6 +45,7 @@ FACTS = (
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
 AWAITED = (  # shown once they are there
     "published_child.csv", "ranks.csv", "initial.csv", "selection.csv", "chosen.csv", "chosen_long.csv", "coupled.csv",
+    "other_tokenizer.csv", "grow.csv", "long_heal.csv", "post_training.csv", "post_training_curves.csv",
 )  # fmt: skip
 INTRO = """# Results
 
@@ -203,7 +206,30 @@ SECTIONS = {
         Result("heal_lr.csv", "quality/bench_heal.py", "Healing: learning rates", t.heal("lr"), H100),
         Result("heal.csv", "quality/bench_heal.py", "Healing: losses", t.heal("ablation"), H100, "heal.png"),
         Result("stored_logits.csv", "quality/bench_stored_logits.py", "Healing: a stored teacher", t.stored_logits),
+        Result(
+            "other_tokenizer.csv",
+            "quality/bench_other_tokenizer.py",
+            "Healing: a teacher with another tokenizer",
+            training_tables.other_tokenizer,
+            AFTER,
+        ),
         Result("heal_resume.csv", "quality/bench_heal_resume.py", "Healing: continued", t.heal_resume, H100),
+        Result("long_heal.csv", "speed/bench_long_heal.py", "Healing: long text", training_tables.long_heal, AFTER),
+        Result(
+            "grow.csv", "quality/bench_grow.py", "New experts and fine-tuning everything", training_tables.grow, AFTER
+        ),
+        Result(
+            "post_training.csv",
+            AFTER,
+            "SFT and GRPO of a child",
+            training_tables.post_training,
+        ),
+        Result(
+            "post_training_curves.csv",
+            AFTER,
+            "SFT and GRPO of a child, by steps",
+            training_tables.post_training_curves,
+        ),
     ),
     "Serving": (
         Result("serving.csv", "serving/bench_serving.py", "Throughput", serving_tables.serving),

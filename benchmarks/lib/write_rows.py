@@ -1,4 +1,4 @@
-"""The rows of a benchmark as a CSV."""
+"""The rows of a benchmark as a CSV, and those that an earlier call has left there."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(handle, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_rows(path: Path, append: bool) -> list[dict[str, Any]]:
+    """What is there, to go on from; none where that is not wanted."""
+    if not append or not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))

@@ -6,7 +6,7 @@ document of the old domain in sixteen (lib/reference_corpus.py) are held out. Ev
 next-token loss, at every learning rate of --lr: "everything" is the parent itself, "new alone" a grown one with --old-lr 0, "old slowly" with
 0.1, "all alike" with 1; "… and old text" has an eighth of its tokens from the old domain. Before any training the largest difference of
 logits between parent and grown model is taken in float32 and must be at most 1e-5. Losses and KL(parent‖child) are measured after it by
-`puzzle.runtime.divergence`. A --solutions file that is there is read, not written; the CSV is written anew after every run.
+`puzzle.runtime.divergence`. A --solutions file that is there is read, not written; --append goes on after what a call that was stopped has left.
 
     python benchmarks/quality/bench_grow.py --writer HuggingFaceTB/SmolLM2-135M-Instruct --solutions solutions.jsonl \\
         --out benchmarks/results/grow.csv                                                                       # one GPU
@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from puzzle.base.device import pick_device
+from puzzle.base.files import write_text
 from puzzle.base.machine import cpu_name
 from puzzle.data.tokenizer import load_tokenizer
 from puzzle.grow.verb import GrowOptions, grow_verb
@@ -40,7 +41,7 @@ from puzzle.heal.settings import HealOptions
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
 from reference_corpus import write_corpus
-from write_rows import write_rows
+from write_rows import read_rows, write_rows
 
 PARENT = Path(__file__).resolve().parents[2] / "examples" / "parent"
 WAYS: dict[str, tuple[bool, float, float]] = {  # grown, learning rate of the old as a share, share of old text
@@ -77,9 +78,10 @@ def write_solutions(path: Path, writer: str, count: int, max_new_tokens: int, de
         writer, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
     )
     model.to(device).eval()
-    torch.manual_seed(0)
-    rows, size = [], 512 if device.type == "cuda" else 16
-    for begin in range(0, count, size):
+    size, part = 512 if device.type == "cuda" else 16, path.with_suffix(".part")  # a batch is there as a whole, or not
+    rows = json.loads(part.read_text(encoding="utf-8")) if part.is_file() else []
+    for begin in range(len(rows), count, size):
+        torch.manual_seed(begin)
         asked = [problem(number) for number in range(begin, min(begin + size, count))]
         prompts = [f"{text}\nThink step by step.\n" for text in asked]
         if tokenizer.chat_template:
@@ -92,8 +94,10 @@ def write_solutions(path: Path, writer: str, count: int, max_new_tokens: int, de
         given = model.generate(**coded.to(device), pad_token_id=tokenizer.pad_token_id, **options)
         solved = tokenizer.batch_decode(given[:, coded["input_ids"].shape[1] :], skip_special_tokens=True)
         rows += [f"{text}\n{solution.strip()}\n" for text, solution in zip(asked, solved, strict=True)]
+        write_text(part, json.dumps(rows))
         click.echo(f"{len(rows)} of {count} problems solved")
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps({"text": row}) + "\n" for row in rows))
+    part.unlink()
 
 
 def split(path: Path, seq_len: int, held_out: int) -> tuple[Path, Tensor]:
@@ -122,10 +126,11 @@ def split(path: Path, seq_len: int, held_out: int) -> tuple[Path, Tensor]:
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--held-out", default=128, show_default=True, help="Sequences of each domain.")
 @click.option("--device", default="auto", show_default=True)
+@click.option("--append", is_flag=True, help="What --out has stays, and is not measured again.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
     writer: str, solutions: Path, problems: int, max_new_tokens: int, max_files: int | None, experts: int, top_k: int, width: int | None,
-    lr: str, tokens: int, seq_len: int, batch_size: int, held_out: int, device: str, out: Path,
+    lr: str, tokens: int, seq_len: int, batch_size: int, held_out: int, device: str, append: bool, out: Path,
 ) -> None:  # fmt: skip
     """A row per way and learning rate, and one of the parent."""
     on = pick_device(device)
@@ -146,7 +151,8 @@ def main(
             apart = (parent(ids) - grown(ids)).abs().max().item()
         assert apart <= 1e-5, f"logits differ by {apart} before training"
         del grown
-        rows: list[dict[str, Any]] = []
+        rows = read_rows(out, append)
+        there = [(row["way"], row["lr"]) for row in rows]
 
         def measured(path: Path, **facts: Any) -> None:
             model = load_model(path, device=on, dtype=torch.float32)
@@ -167,11 +173,14 @@ def main(
 
         nothing = {"lr": "", "tokens": 0, "seconds": "", "busiest_expert": ""}
         active = dict(zip((False, True), told["active_parameters"], strict=True))
-        measured(PARENT, way="the parent", active_parameters=active[False], **nothing)
+        if ("the parent", "") not in there:
+            measured(PARENT, way="the parent", active_parameters=active[False], **nothing)
         for way, (is_grown, old_lr, share) in WAYS.items():
             sources = [{"path": str(new), "weight": 1 - share}] + [{"path": str(old), "weight": share}] * bool(share)
             (root / "blend.yaml").write_text(yaml.safe_dump({"sources": sources}), encoding="utf-8")
             for rate in map(float, lr.split(",")):
+                if (way, str(rate)) in there:
+                    continue
                 record = heal(
                     HealOptions(
                         child=str(root / "grown" if is_grown else PARENT), blend=root / "blend.yaml", out=root / "out", kl_weight=0.0,

@@ -37,7 +37,7 @@ from puzzle.heal.settings import HealOptions
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
 from reference_corpus import write_corpus
-from write_rows import write_rows
+from write_rows import read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = ROOT / "examples" / "parent"
@@ -52,7 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def write_child(texts: list[str], words: int, out: Path) -> None:
     """The teacher's layers under another tokenizer."""
-    shutil.copytree(PARENT, out, ignore=shutil.ignore_patterns("training.csv", "README.md"))
+    shutil.copytree(PARENT, out, ignore=shutil.ignore_patterns("training.csv", "README.md"), dirs_exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,16 +98,30 @@ def per_byte(place: Path, corpus: Path, seq_len: int) -> float:
 @click.option("--new-tokens", default=512)
 @click.option("--max-files", type=int)
 @click.option("--device", default="auto")
+@click.option("--work", type=click.Path(path_type=Path), help="Where text and child stay for the next call.")
+@click.option("--append", is_flag=True, help="What --out has stays, and is not measured again.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
-    tokens: float, words: int, seq_len: int, batch_size: int, lr: float, written: int, out: Path, **o: Any
+    tokens: float,
+    words: int,
+    seq_len: int,
+    batch_size: int,
+    lr: float,
+    written: int,
+    work: Path | None,
+    append: bool,
+    out: Path,
+    **o: Any,
 ) -> None:
     """A row per way."""
     with tempfile.TemporaryDirectory() as folder:
-        root, rows = Path(folder), []
+        root, rows = Path(folder) if work is None else work, read_rows(out, append)
+        root.mkdir(parents=True, exist_ok=True)
         write_corpus(root / "corpus.jsonl", o["max_files"])
         texts = [json.loads(line)["text"] for line in (root / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
-        write_child(texts, words, root / "child")
+        if not (root / "child").is_dir():
+            write_child(texts, words, root / ".child")
+            (root / ".child").rename(root / "child")
         prompts = "".join(json.dumps({"text": text[: o["prompt_bytes"]]}) + "\n" for text in texts[:written])
         (root / "prompts.jsonl").write_text(prompts, encoding="utf-8")
         script = [
@@ -120,6 +134,8 @@ def main(
         subprocess.run([*script, "--out", str(root / "written.jsonl"), *given], check=True)
         start, goal = (per_byte(place, root / "corpus.jsonl", seq_len) for place in (root / "child", PARENT))
         for way, options in WAYS.items():
+            if way in [row["way"] for row in rows]:
+                continue
             begin = time.monotonic()
             record = heal(
                 HealOptions(

@@ -34,7 +34,7 @@ from puzzle.heal.stored_teacher import bytes_per_token
 from puzzle.runtime.divergence import compare
 from puzzle.runtime.model import load_model
 from reference_corpus import write_corpus
-from write_rows import write_rows
+from write_rows import read_rows, write_rows
 
 PARENT = Path(__file__).resolve().parents[2] / "examples" / "parent"
 WAYS: dict[str, dict[str, Any]] = {
@@ -51,8 +51,9 @@ WAYS: dict[str, dict[str, Any]] = {
 @click.option("--max-files", type=int)
 @click.option("--lr", default=5e-4)
 @click.option("--device", default="cpu")
+@click.option("--append", is_flag=True, help="What --out has stays, and is not measured again.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(tokens: int, batch_size: int, max_files: int | None, lr: float, device: str, out: Path) -> None:
+def main(tokens: int, batch_size: int, max_files: int | None, lr: float, device: str, append: bool, out: Path) -> None:
     """A row per way of teaching."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -65,13 +66,15 @@ def main(tokens: int, batch_size: int, max_files: int | None, lr: float, device:
             layers[index] = layers[index].put("ffn", NO_OP)
         write_hf(replace(child, layers=tuple(layers)), root / "child", "card")
         held_out = load_tokens([str(root / "corpus.jsonl")], PARENT, seq_len=256, num_train=1, num_validation=32)
-        parent, rows = load_model(PARENT), []
+        parent, rows = load_model(PARENT), read_rows(out, append)
 
         def measure(path: Path) -> dict[str, float]:
             return compare(parent, load_model(path), held_out.validation)
 
         before = measure(root / "child")
         for way, options in WAYS.items():
+            if way in [row["way"] for row in rows]:
+                continue
             stored: dict[str, Any] = {"teacher_logits": root / way} if "top_k" in options else {}
             begin = time.monotonic()
             record = heal(

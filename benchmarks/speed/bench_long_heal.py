@@ -3,7 +3,7 @@
 Protocol: the parent gets YaRN from its trained length to the longest stage (an existing scaling of its own is kept), so that its weights and
 work are its own. The child has no attention in every third layer. Every length has as many tokens a step as the longest sequence, or --tokens-per-step,
 in micro-batches of one sequence, with activations computed again in the backward pass. Each is a process of its own: planned memory is the formula
-of puzzle/heal/memory.py, planned tokens a second are those of `heal --dry-run`; measured are the most that torch has reserved (on a CPU the most that the
+of puzzle/heal/memory.py, planned tokens a second are those of `heal --dry-run`; measured are the most that torch has reserved, and has given out (on a CPU the most that the
 process has held) and the median over the last half of the steps.
 
     python benchmarks/speed/bench_long_heal.py --parent HuggingFaceTB/SmolLM2-135M --out benchmarks/results/long_heal.csv     # one GPU
@@ -43,7 +43,7 @@ from puzzle.heal.run import heal
 from puzzle.heal.settings import HealOptions
 from puzzle.parents.opened import open_model
 from reference_corpus import write_corpus
-from write_rows import write_rows
+from write_rows import read_rows, write_rows
 
 PARENT = Path(__file__).resolve().parents[2] / "examples" / "parent"
 
@@ -80,6 +80,7 @@ def measure(options: HealOptions) -> dict[str, Any]:
         "steps": record["num_steps"],
         "promised_bytes": plan.device_bytes,
         "measured_bytes": held,
+        "alive_bytes": torch.cuda.max_memory_allocated() if gpu else "",
         "promised_tokens_per_second": promised["tokens_per_second"],
         "measured_tokens_per_second": statistics.median(speeds[len(speeds) // 2 :]),
         "loss_after": round(record["after"]["loss"], 4),
@@ -99,13 +100,14 @@ def measure(options: HealOptions) -> dict[str, Any]:
 @click.option("--recompute/--no-recompute", default=True)
 @click.option("--max-files", type=int)
 @click.option("--device", default="auto")
+@click.option("--append", is_flag=True, help="What --out has stays, and is not measured again.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
-    parent: str, lengths: str, tokens_per_step: int | None, steps: int, recompute: bool, max_files: int | None, device: str, out: Path
+    parent: str, lengths: str, tokens_per_step: int | None, steps: int, recompute: bool, max_files: int | None, device: str, append: bool, out: Path
 ) -> None:  # fmt: skip
     """A row per length."""
     wanted = [int(length) for length in lengths.split(",")]
-    per_step, rows = tokens_per_step or max(wanted), []
+    per_step, rows = tokens_per_step or max(wanted), read_rows(out, append)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_corpus(root / "corpus.jsonl", max_files)
@@ -114,6 +116,8 @@ def main(
         layers = [layer.put("attention", NO_OP) if n % 3 == 2 else layer for n, layer in enumerate(child.layers)]
         write_hf(replace(child, layers=tuple(layers)), root / "child", "card")
         for seq_len in wanted:
+            if str(seq_len) in [row["seq_len"] for row in rows]:
+                continue
             batch = per_step // seq_len
             options = HealOptions(
                 child=str(root / "child"), teacher=str(root / "parent"), data=[str(root / "corpus.jsonl")], out=root / "out",

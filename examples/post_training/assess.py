@@ -16,6 +16,8 @@ from curriculum import read_rows
 from rewards import COUNT, MODES, Script, in_format, is_right, prompt
 from sampling import Child
 
+SHOWN = 8  # answers that are kept as they are
+
 
 @click.command(cls=Script)
 @click.argument("child")
@@ -38,7 +40,8 @@ def main(child: str, prompts: Path, out: Path, limit: int, at_once: int, max_new
             "format": [in_format(text, thinking) for text in texts],
             "accuracy": [is_right(text, row, sandbox) for text, row in zip(texts, rows, strict=True)],
         }
-        found[mode] = {"first": texts[0]}
+        said = [{**row, "text": text} for row, text in zip(rows[:SHOWN], texts, strict=False)]
+        found[mode] = {"first": texts[0], "said": said}
         for name, each in counts.items():
             mean = sum(each) / len(each)
             error = (mean * (1 - mean) / max(len(each) - 1, 1)) ** 0.5
