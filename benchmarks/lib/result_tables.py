@@ -297,7 +297,11 @@ def mixtures(rows: list[Row]) -> str:
         return number(value, 4) if value else NONE
 
     healed = next((r["healed_tokens"] for r in rows if r["healed_tokens"]), "")
-    head = f"The parent's loss is {number(rows[0]['parent_loss'], 4)}; healed on {int(healed):,} tokens.\n\n" if healed else ""
+    head = (
+        f"The parent's loss is {number(rows[0]['parent_loss'], 4)}; healed on {int(healed):,} tokens.\n\n"
+        if healed
+        else ""
+    )
     columns = ["goal", "rule", "speed, predicted", "parameters, M", "active, M", "KL", "loss", "KL healed", "loss"]
     return head + table(
         columns,

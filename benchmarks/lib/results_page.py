@@ -93,7 +93,12 @@ SECTIONS = {
         ),
         Result("linear_kl.csv", "kernels/bench_linear_kl.py", "LM head and KL", t.linear_kl),
         Result("block_loss.csv", "kernels/bench_block_loss.py", "Block loss", t.ways("rows", "hidden")),
-        Result("grouped.csv", "kernels/bench_grouped.py", "Products of experts", t.ways("model", "tokens", "rows_per_expert")),
+        Result(
+            "grouped.csv",
+            "kernels/bench_grouped.py",
+            "Products of experts",
+            t.ways("model", "tokens", "rows_per_expert"),
+        ),
     ),
     "Speed": (
         Result("road.csv", "speed/bench_road.py", "Promised and delivered: SmolLM2 on one H100", t.road),
@@ -101,7 +106,13 @@ SECTIONS = {
         Result("predict.csv", "speed/bench_predict.py", "Predicted times, bf16", t.predict, picture="predict.png"),
         Result("predict_fp8.csv", "speed/bench_predict.py", "Predicted times, fp8", t.predict),
         *(
-            Result(f"predict_{shapes.lower()}.csv", "speed/bench_predict.py", f"Predicted times, {shapes}", t.predict, MIXTURES)
+            Result(
+                f"predict_{shapes.lower()}.csv",
+                "speed/bench_predict.py",
+                f"Predicted times, {shapes}",
+                t.predict,
+                MIXTURES,
+            )
             for shapes in ("Nemotron-Nano-9B-v2", "Nemotron-3-Nano-30B-A3B", "Qwen3-30B-A3B")
         ),
         Result(

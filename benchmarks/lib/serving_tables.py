@@ -63,7 +63,10 @@ def held(rows: list[Row]) -> str:
     if not counted:
         return NONE
     said = {
-        tuple(f"{int(r[their]):,}" + ("" if r[their] == r[ours] else f" (we say {int(r[ours]):,})") for their, ours in BYTES)
+        tuple(
+            f"{int(r[their]):,}" + ("" if r[their] == r[ours] else f" (we say {int(r[ours]):,})")
+            for their, ours in BYTES
+        )
         for r in counted
     }
     return "; ".join(f"{kept} in {pages} of pages" for kept, pages in sorted(said))

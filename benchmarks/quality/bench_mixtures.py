@@ -129,7 +129,9 @@ def best_uniform(selection: Selection, rule: str) -> Found | None:
 def best_of_all(selection: Selection) -> Found | None:
     solved = ((batch, solve(selection.problem(batch))) for batch in selection.batches)
     return least(
-        Found(score=s.objective, batch=batch, choice=dict(s.choice), selection=selection) for batch, s in solved if s.choice
+        Found(score=s.objective, batch=batch, choice=dict(s.choice), selection=selection)
+        for batch, s in solved
+        if s.choice
     )
 
 
@@ -139,7 +141,9 @@ def best_point(selection: Selection, points: list[Selection]) -> Found | None:
     def every() -> Iterator[Found]:
         for point in points:
             there = replace(point, request=selection.request)
-            choice = {layer_label(i): next(n for n, c in cells.items() if c.is_parent) for i, cells in enumerate(there.cells)}
+            choice = {
+                layer_label(i): next(n for n, c in cells.items() if c.is_parent) for i, cells in enumerate(there.cells)
+            }
             for batch in there.batches:
                 if not there.problem(batch).violated(choice):
                     yield Found(score=there.base, batch=batch, choice=choice, selection=there)
@@ -226,7 +230,10 @@ def main(
     tokens = load_tokens(
         list(data), opened.directory, seq_len=seq_len, num_train=1, num_validation=sequences
     ).validation
-    told = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "date": time.strftime("%Y-%m-%d")}
+    told = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "date": time.strftime("%Y-%m-%d"),
+    }
     asked = f"{root.resolve()} {library.fingerprint} {gpu} {goals} {like} {rules} {sequences} {seq_len} {input_len} {output_len}"
     table = Table(out, None if children is None else children / "rows.json", asked)
     measured: dict[str, dict[str, Any]] = {}
@@ -267,7 +274,10 @@ def main(
             there = best.selection.library
             if there.point is None:
                 child = child_of_library(library, best.layers, opened)
-                structure, name = child.structure, "-".join([text.replace("=", "").replace(" ", "-").replace(",", "-"), rule])
+                structure, name = (
+                    child.structure,
+                    "-".join([text.replace("=", "").replace(" ", "-").replace(",", "-"), rule]),
+                )
                 checkpoint = None if children is None else children / name
                 if checkpoint is not None:
                     write_hf(child, checkpoint, plain_card(child, None), force=True)
@@ -281,7 +291,11 @@ def main(
                     else load_model(sliced, device=device, dtype=compute_dtype(device))
                 )
                 same = next((row for row in table.rows.values() if row.get("child") == best.told), None)
-                keep = {"name": name, "checkpoint": str(checkpoint)} if same is None else {n: same[n] for n in ("name", "checkpoint")}
+                keep = (
+                    {"name": name, "checkpoint": str(checkpoint)}
+                    if same is None
+                    else {n: same[n] for n in ("name", "checkpoint")}
+                )
                 measured[best.told] = {**against_parent(made), **keep}
             found = measured[best.told]
             row = {
