@@ -245,17 +245,39 @@ def main(
         """In a process of its own, which goes on where it was; rows of one child share it."""
         child, target = Path(table.rows[key]["checkpoint"]), children / "healed" / Path(table.rows[key]["name"])  # type: ignore[operator]
         if not (target / "config.json").is_file():
-            words = ["heal", child, "--teacher", opened.directory, *(w for one in data for w in ("--data", one)), "--out", target, "--tokens",
-                     int(heal_tokens), "--seq-len", seq_len, "--batch-size", heal_batch_size, "--lr", heal_lr, "--save-every", 100,
-                     "--eval-every", 0, "--validation-sequences", 8]  # fmt: skip
+            words = [
+                "heal",
+                child,
+                "--teacher",
+                opened.directory,
+                *(w for one in data for w in ("--data", one)),
+                "--out",
+                target,
+                "--tokens",
+                int(heal_tokens),
+                "--seq-len",
+                seq_len,
+                "--batch-size",
+                heal_batch_size,
+                "--lr",
+                heal_lr,
+                "--save-every",
+                100,
+                "--eval-every",
+                0,
+                "--validation-sequences",
+                8,
+                "--cosine-weight",
+                0,
+            ]  # fmt: skip; streams of other widths have no cosine
             subprocess.run([sys.executable, "-m", "puzzle.cli", *map(str, words)], check=True)
         return target
 
     work = Workload(input_len=input_len, output_len=output_len)
     costs = open_costs(library, gpu, None)
     anything = select(library, costs, Request(work=work, goal=GoalOptions(params="100%").goal()))  # type: ignore[call-arg]
-    goal_by_text = {text: goal_of(text) for text in goals}
-    goal_by_text |= {f"as {variant}": as_good_as(anything, variant) for variant in like}
+    goal_by_text = {f"as {variant}": as_good_as(anything, variant) for variant in like}
+    goal_by_text |= {text: goal_of(text) for text in goals}
     points = [anything.at_point(one, open_costs(one, gpu, None)) for one in points_of(library, None, None) if one.point]
     for text, goal in goal_by_text.items():
         selection = select(library, costs, Request(work=work, goal=goal))
