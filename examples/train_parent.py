@@ -272,6 +272,7 @@ def train(
 @click.option("--lr", type=float, default=3e-3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--max-files", type=int, default=None, help="Use only the first files (for a rehearsal).")
+@click.option("--length", type=int, default=None, help="Tokens of a sequence, in place of 1024 (for a rehearsal).")
 @click.option("--layers", type=int, default=None, help="16, 10 of qwen3_moe; of nemotron_h_moe the first of 18 blocks.")
 def main(
     out: Path,
@@ -282,9 +283,12 @@ def main(
     lr: float,
     seed: int,
     max_files: int | None,
+    length: int | None,
     layers: int | None,
 ) -> None:
     """Train the reference parent of --family and write it to --out."""
+    if length is not None:
+        globals()["T"] = length
     started = time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)

@@ -292,6 +292,27 @@ def bld(rows: list[Row]) -> str:
     )  # fmt: skip
 
 
+def mixtures(rows: list[Row]) -> str:
+    def shown(value: str) -> str:
+        return number(value, 4) if value else NONE
+
+    healed = next((r["healed_tokens"] for r in rows if r["healed_tokens"]), "")
+    head = (
+        f"The parent's loss is {number(rows[0]['parent_loss'], 4)}; healed on {int(healed):,} tokens.\n\n"
+        if healed
+        else ""
+    )
+    columns = ["goal", "rule", "speed, predicted", "parameters, M", "active, M", "KL", "loss", "KL healed", "loss"]
+    return head + table(
+        columns,
+        (
+            [r["goal"], r["rule"], f"{number(r['predicted_speedup'], 2)}x", number(r["parameters"], 2, "1e-6"),
+             number(r["active_parameters"], 2, "1e-6"), shown(r["kl"]), shown(r["lm_loss"]), shown(r["kl_healed"]), shown(r["lm_loss_healed"])]
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
 def ffn_linear(rows: list[Row]) -> str:
     layers = [layer for (layer,) in groups(rows, "layer") if layer != "median"]
     return f"Medians over {len(layers)} layers.\n\n" + table(

@@ -45,8 +45,11 @@ FACTS = (
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
 AWAITED = (  # shown once they are there
     "published_child.csv", "ranks.csv", "initial.csv", "selection.csv", "chosen.csv", "chosen_long.csv", "coupled.csv",
-    "other_tokenizer.csv", "grow.csv", "long_heal.csv", "post_training.csv", "post_training_curves.csv",
+    "other_tokenizer.csv", "grow.csv", "long_heal.csv", "post_training.csv", "post_training_curves.csv", "grouped.csv",
+    "predict_nemotron-nano-9b-v2.csv", "predict_nemotron-3-nano-30b-a3b.csv", "predict_qwen3-30b-a3b.csv", "bld_moe.csv",
+    "bld_hybrid.csv", "mixtures_moe.csv", "mixtures_hybrid.csv", "serving_matrix_mixtures.csv",
 )  # fmt: skip
+MIXTURES = "gpu/mixtures.sh"
 INTRO = """# Results
 
 Every figure that we measured and kept, from the files in `benchmarks/results/`. `make results` writes this page and a test
@@ -87,12 +90,28 @@ SECTIONS = {
         ),
         Result("linear_kl.csv", "kernels/bench_linear_kl.py", "LM head and KL", t.linear_kl),
         Result("block_loss.csv", "kernels/bench_block_loss.py", "Block loss", t.ways("rows", "hidden")),
+        Result(
+            "grouped.csv",
+            "kernels/bench_grouped.py",
+            "Products of experts",
+            t.ways("model", "tokens", "rows_per_expert"),
+        ),
     ),
     "Speed": (
         Result("road.csv", "speed/bench_road.py", "Promised and delivered: SmolLM2 on one H100", t.road),
         Result("parent_decode.csv", "speed/bench_parent_decode.py", "The intact parent", t.parent_decode),
         Result("predict.csv", "speed/bench_predict.py", "Predicted times, bf16", t.predict, picture="predict.png"),
         Result("predict_fp8.csv", "speed/bench_predict.py", "Predicted times, fp8", t.predict),
+        *(
+            Result(
+                f"predict_{shapes.lower()}.csv",
+                "speed/bench_predict.py",
+                f"Predicted times, {shapes}",
+                t.predict,
+                MIXTURES,
+            )
+            for shapes in ("Nemotron-Nano-9B-v2", "Nemotron-3-Nano-30B-A3B", "Qwen3-30B-A3B")
+        ),
         Result(
             "bench_throughput_5x.json", SYNTHETIC, "Promised and delivered: 5x", t.bench, what=PROMISED.format("5x")
         ),
@@ -150,6 +169,10 @@ SECTIONS = {
             t.bld,
             SELECTION,
         ),
+        Result("bld_moe.csv", "quality/bench_bld.py", "Distillation of the reference mixture's variants", t.bld),
+        Result("bld_hybrid.csv", "quality/bench_bld.py", "Distillation of the reference hybrid's variants", t.bld),
+        Result("mixtures_moe.csv", "quality/bench_mixtures.py", "Children of the reference mixture", t.mixtures),
+        Result("mixtures_hybrid.csv", "quality/bench_mixtures.py", "Children of the reference hybrid", t.mixtures),
         Result("ffn_linear.csv", "quality/bench_ffn_linear.py", "An FFN as one matrix", t.ffn_linear),
         Result("nested.csv", "quality/bench_nested.py", "Nested FFNs and independent ones", t.nested),
         Result("nested_smollm2.csv", "quality/bench_nested.py", "The same of SmolLM2-135M", t.nested),
@@ -238,6 +261,13 @@ SECTIONS = {
         ),
         Result(
             "serving_matrix_h100.csv", "serving/serving_matrix.py", "vLLM on a GPU", serving_tables.serving_matrix_gpu
+        ),
+        Result(
+            "serving_matrix_mixtures.csv",
+            "serving/serving_matrix.py",
+            "Mixtures and hybrids in vLLM on a GPU",
+            serving_tables.serving_matrix_gpu,
+            MIXTURES,
         ),
         Result("engine_promise.csv", "serving/bench_promise.py", "vLLM and its promise", serving_tables.engine_promise),
         Result("export.csv", "serving/bench_export.py", "Memory of an export", serving_tables.export),

@@ -6,6 +6,8 @@ from collections import Counter
 
 from result_tables import NONE, Row, groups, number, table
 
+BYTES = (("state_bytes", "our_state_bytes"), ("page_bytes", "our_page_bytes"))  # in an engine, and as we say
+
 
 def serving(rows: list[Row]) -> str:
     def found(row: Row, model: str) -> Row:
@@ -47,10 +49,27 @@ def serving_matrix_gpu(rows: list[Row]) -> str:
         cells: dict[tuple[str, ...], str] = {
             (r["engine"], r["format"]): f"{r['after']} ({r['verdict']})" if r["after"] else r["verdict"] for r in found
         }
-        plain = next(r["plain_after"] for r in found if r["plain_after"])
-        lines.append([child, plain, *(cells[engine] for engine in engines)])
+        plain = next((r["plain_after"] for r in found if r["plain_after"]), NONE)
+        lines.append([child, plain, *(cells.get(engine, "") for engine in engines), held(found)])
     head = "Mean |Δ log p| to our float32 after prompts of 17 to 3,000 tokens, 32 at once, in bf16; 'ours': that of our own bf16.\n\n"
-    return head + table(["child", "ours", *(f"{engine}, {format}" for engine, format in engines)], lines)
+    columns = ["child", "ours", *(f"{engine}, {format}" for engine, format in engines), "bytes of a sequence"]
+    with_bytes = any(line[-1] != NONE for line in lines)  # earlier files have none
+    return head + table(columns if with_bytes else columns[:-1], lines if with_bytes else [line[:-1] for line in lines])
+
+
+def held(rows: list[Row]) -> str:
+    """Of one child: what its layers keep of a sequence, and the engine's pages for it, each where the engine's count is ours."""
+    counted = [r for r in rows if r.get("state_bytes")]
+    if not counted:
+        return NONE
+    said = {
+        tuple(
+            f"{int(r[their]):,}" + ("" if r[their] == r[ours] else f" (we say {int(r[ours]):,})")
+            for their, ours in BYTES
+        )
+        for r in counted
+    }
+    return "; ".join(f"{kept} in {pages} of pages" for kept, pages in sorted(said))
 
 
 def engine_promise(rows: list[Row]) -> str:

@@ -14,7 +14,7 @@ def decode_step_seconds(runtime: FastRuntime, context: int, seconds: float = 0.1
     """Of one step of every sequence after `context` cached tokens, which are noise."""
     runtime.randomize()
     runtime.at(context)
-    return _median(runtime, runtime.step_in_place, seconds, min_samples=10)
+    return _median(runtime, runtime.step_again, seconds, min_samples=10)
 
 
 def prefill_seconds(runtime: FastRuntime, length: int, seconds: float = 0.1) -> float:

@@ -3,17 +3,21 @@
 Protocol: the default search space of every layer of --parent is initialised (a library of 0 tokens) and trained on
 --tokens tokens; both libraries are scored on the same held-out sequences. Reported per variant, median over layers:
 normalised MSE of the sub-block's output on held-out text, and KL(parent‖child) when it alone replaces its parent
-block. The trained library stays in --library, the other one in --initial where that is given: the same command goes on with both, and
-then has no seconds of a build that was cut off.
+block. Where a slot has sub-blocks of several kinds in the parent, as attention and Mamba-2 of a hybrid, each has rows of its own. The trained
+library stays in --library, the other one in --initial where that is given; what is there of them is not done again, and a build
+that was cut off has no seconds.
 
     python benchmarks/quality/bench_bld.py --data /usr/lib/python3/dist-packages --library runs/bld --tokens 24e6 --lr 2e-3 \\
         --out benchmarks/results/bld.csv
     python benchmarks/quality/bench_bld.py --data /usr/lib/python3/dist-packages --library runs/bld-ffn --ffn 0.25,0.1 \\
         --attention parent --tokens 60e6 --out benchmarks/results/bld_ffn.csv
+    benchmarks/gpu/mixtures.sh WORK road_moe        # benchmarks/results/bld_moe.csv
+    benchmarks/gpu/mixtures.sh WORK road_hybrid     # benchmarks/results/bld_hybrid.csv
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import statistics
 import tempfile
@@ -23,10 +27,35 @@ from pathlib import Path
 import click
 import torch
 
-from puzzle.cli.report import library_summary
+from puzzle.blocklib.variant import PARENT
 from puzzle.library.build import BuildOptions, build_library
 from puzzle.library.manifest import Library, score_name
 from puzzle.library.score import ScoreOptions, score_library
+from puzzle.library.store import BlockStore
+
+
+def compared(begun: Path, ended: Path) -> list[tuple[object, ...]]:
+    """A row for each variant, of the kind of sub-block that it replaces."""
+    initial, trained = Library.open(begun), Library.open(ended)
+    store, found = BlockStore(ended), dict[tuple[str, str, str], list[int]]()
+    for layer in trained.layers:
+        for slot, space in trained.spaces[layer].items():
+            for variant in space:
+                if variant != PARENT:
+                    found.setdefault((slot, space[PARENT].kind, variant), []).append(layer)
+    kinds = {slot: {kind for s, kind, _ in found if s == slot} for slot, _, _ in found}
+    rows: list[tuple[object, ...]] = []
+    for (slot, kind, variant), having in found.items():
+        name = score_name({slot: variant})
+        records = [store.record(layer, slot, variant) for layer in having]
+        losses = [statistics.median(r[f"validation_loss_{when}"] for r in records) for when in ("before", "after")]
+        before, after = ([one.scores(layer)[name]["kl"] for layer in having] for one in (initial, trained))
+        first, last = statistics.median(before), statistics.median(after)
+        rows.append((
+            slot if len(kinds[slot]) == 1 else kind, variant, *(f"{loss:.5f}" for loss in losses), f"{first:.6f}", f"{last:.6f}",
+            f"{1 - last / first if first else 0:.4f}", sum(a < b for a, b in zip(after, before, strict=True)), len(after),
+        ))  # fmt: skip
+    return rows
 
 
 @click.command()
@@ -79,33 +108,11 @@ def main(
         return kept.read_text() if kept.is_file() else ""
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as work:
-        begun = initial or Path(work) / "initial"
+    with contextlib.ExitStack() as stack:
+        begun = initial or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "initial"
         built(begun, 0)
         seconds = built(library, int(tokens))
-        untrained, trained = Library.open(begun), Library.open(library)
-        rows = []
-        for row in library_summary(library)["variants"]:
-            slot, variant = row["slot"], row["variant"]
-            having = [layer for layer in trained.layers if variant in trained.spaces[layer].get(slot, ())]
-            before, after = (
-                [library.scores(layer)[score_name({slot: variant})]["kl"] for layer in having]
-                for library in (untrained, trained)
-            )
-            first, last = statistics.median(before), statistics.median(after)
-            rows.append(
-                (
-                    slot,
-                    variant,
-                    f"{row['validation_loss_before']:.5f}",
-                    f"{row['validation_loss_after']:.5f}",
-                    f"{first:.6f}",
-                    f"{last:.6f}",
-                    f"{1 - last / first:.4f}",
-                    sum(a < b for a, b in zip(after, before, strict=True)),
-                    len(after),
-                )
-            )
+        rows = compared(begun, library)
     out.parent.mkdir(parents=True, exist_ok=True)
     head = (
         "kind,variant,nmse_init,nmse_trained,kl_init,kl_trained,kl_lowered_by,layers_lowered,num_layers,"

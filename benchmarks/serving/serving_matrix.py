@@ -133,7 +133,13 @@ def main() -> None:
         *facts,
     ]
     rows = []
-    with tempfile.TemporaryDirectory(prefix="serving-matrix-") as temporary:
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(arguments.out, "w", newline="", encoding="utf-8") as handle,
+        tempfile.TemporaryDirectory(prefix="serving-matrix-") as temporary,
+    ):
+        writer = csv.DictWriter(handle, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
         for name in arguments.children:
             write_tiny_child(name, Path(temporary) / name, gpu=arguments.gpu)
             own = [("vllm", format) for format in ALL[name].formats if arguments.gpu or "vllm" in arguments.engines]
@@ -141,13 +147,10 @@ def main() -> None:
             for engine, format in (*cells, *own):
                 row = {**run_cell(name, engine, format, Path(temporary), arguments.gpu), **facts}
                 rows.append(row)
+                writer.writerow(row)
+                handle.flush()
                 shown = " ".join(str(row[c]) for c in (*compared, "lowerings", "why") if row.get(c))
                 print(f"{name:<20} {engine:<10} {format:<13} {row['verdict']:<9} {shown}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
     bad = [row for row in rows if row["verdict"] not in ("equal", "refused", "detected", "not run")]
     print(f"{len(rows) - len(bad)} of {len(rows)} cells equal or refused; wrote {arguments.out}")
     sys.exit(1 if bad else 0)

@@ -180,7 +180,7 @@ class GpuTimer:
         """The parent's layers as they are served: at clocks that sustained work leaves, with what lies between two steps."""
         assert self.stack is not None
         runtime = FastRuntime(self.stack, at.batch, at.context + 1, fp8=self.fp8)
-        call: Callable[[], object] = runtime.step_in_place
+        call: Callable[[], object] = runtime.step_again
         if at.phase == "prefill":
             prompts = torch.randint(0, self.structure.vocab_size, (at.batch, at.context), device=self.device)
             call = partial(runtime.prefill, prompts)

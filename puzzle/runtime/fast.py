@@ -90,6 +90,7 @@ class FastRuntime(Runtime):
         made = [make(*waiting.pop(0)) for _ in range(len(waiting))]
         self.parts: list[Fast] = [part for part in made if part is not None]
         self.ids = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.unused = torch.zeros_like(self.ids)  # what `step_again` chose
 
     @property
     def state_bytes(self) -> int:
@@ -103,8 +104,11 @@ class FastRuntime(Runtime):
         return first, rest
 
     def randomize(self) -> None:
+        """Noise in all that is kept, and other tokens in hand for every sequence: of alike ones a mixture would need few experts."""
         for part in self.parts:
             part.randomize()
+        noise = torch.Generator().manual_seed(0)  # the same in every rank
+        self.ids.copy_(torch.randint(self.vocab_size, self.ids.shape, generator=noise))
 
     def at(self, position: int) -> None:
         self.batch.at(position)
@@ -158,13 +162,21 @@ class FastRuntime(Runtime):
         found = [rms_norm(*self._through(prompts, rows), scale, eps)[0] for rows in self._groups(prompts)]
         return torch.cat(found).view(*prompts.shape, -1).div_(self.structure.logits_divisor)
 
-    @torch.inference_mode()
-    def step_in_place(self) -> None:
-        """A step whose token stays where it is: the same work again and again, to be timed."""
+    def _stepped(self) -> Tensor:
         stream = self._embedded(self.ids)
         for part in self.parts:
             stream = part.decode(stream, self.batch)
-        self.ids.copy_(self._next(stream))
+        return self._next(stream)
+
+    @torch.inference_mode()
+    def step_in_place(self) -> None:
+        """A step whose token stays where it is."""
+        self.ids.copy_(self._stepped())
+
+    @torch.inference_mode()
+    def step_again(self) -> None:
+        """The same from the same tokens each time, to be timed: random weights soon give all sequences the same few words."""
+        self.unused.copy_(self._stepped())
 
     def step(self) -> None:
         self.step_in_place()

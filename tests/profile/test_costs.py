@@ -49,8 +49,8 @@ def test_shipped_tables_hold_what_a_library_has_by_default():
     tables = [t for t in (PACKAGED / "h100-sxm-80gb").glob("*.csv") if not t.stem.endswith("-fp8")]
     without = {
         name for name in STRUCTURES if name.startswith(("nemotron", "smollm2", "qwen3-30b", "gpt-oss"))
-    }  # hybrids, one for engines, mixtures
-    assert {t.stem for t in tables} == set(STRUCTURES) - without
+    }  # hybrids, one for engines, mixtures: not all are measured
+    assert set(STRUCTURES) - without <= {t.stem for t in tables} <= set(STRUCTURES)
     for path in tables:
         structure, table = STRUCTURES[path.stem], CostTable(path)
         spaces = search_spaces(dict(enumerate(structure.layers)), {})

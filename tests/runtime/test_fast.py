@@ -25,6 +25,21 @@ def test_prompts_in_groups_change_nothing(mixed, monkeypatch):
     assert torch.equal(FastRuntime(mixed, 5, 60).generate(prompts, 12), want)
 
 
+def test_a_step_is_timed_from_the_same_words(mixed):
+    """Others in every sequence, which stay: a mixture of random weights would soon have the same few experts for all."""
+    runtime = FastRuntime(mixed, 16, 40)
+    runtime.randomize()
+    runtime.at(20)
+    before = runtime.ids.clone()
+    assert len(before.unique()) > 8
+    for _ in range(3):
+        runtime.step_again()
+    assert torch.equal(runtime.ids, before)
+    chosen = runtime.unused.clone()
+    assert runtime.batch.positions.tolist() == [20] * 16
+    assert not torch.equal(chosen, before)
+
+
 def test_fp8_stays_close(mixed):
     prompts = torch.randint(0, 384, (2, 30), generator=torch.Generator().manual_seed(3))
     runtimes = [FastRuntime(mixed, 2, 40, fp8=fp8) for fp8 in (False, True)]
