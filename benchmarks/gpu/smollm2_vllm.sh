@@ -27,10 +27,11 @@
 # CPUS_B: cores of GPU_B's processes, as taskset takes them: a model this small runs at the pace of vLLM's Python, which neighbours slow
 # down. The rehearsal on a CPU, at the reference parent's shapes:
 #
-#   GPU=cpu GPU_A= GPU_B= PARENT=examples/parent SHAPES=reference DATA=/usr/lib/python3 PYTHON_OF_VLLM=.engines/vllm/bin/python \
-#     LIBRARY_ARGS="--attention kv1,none --ffn 0.5,none --layers 0-15" TOKENS=8k SCORE_SEQUENCES=2 SEQ_LEN=128 BATCH=4 HEAL_TOKENS=4k \
-#     PROFILE_ARGS="--batches 1,4,8 --contexts 32,64" INPUT_LEN=64 OUTPUT_LEN=32 MEMORY=60MB GOALS="1.5x 1.2x" SEQUENCES=2 \
-#     LONGEST=200 DTYPE=float32 benchmarks/gpu/smollm2_vllm.sh /tmp/work
+#   GPU=cpu GPU_A= GPU_B=-1 PARENT=examples/parent SHAPES=reference DATA=/usr/lib/python3 PYTHON_OF_VLLM=.engines/vllm/bin/python SLOW=5 \
+#     END=3600 TOKENS=2k SEQ_LEN=128 BATCH=4 SCORE_SEQUENCES=2 PROFILE_ARGS="--batches 1,4,8 --contexts 32,64" DTYPE=float32 LONGEST=200 \
+#     LIBRARY_ARGS="--attention kv1,none --ffn 0.5,none --layers 4-9 --validation-sequences 2 --calibration-sequences 2" SEQUENCES=2 \
+#     INPUT_LEN=64 OUTPUT_LEN=32 MEMORY=60MB GOALS="3x 1.15x" HEAL_TOKENS=2k HEAL_BATCH=4 HEAL_ARGS="--validation-sequences 2" REPEATS=1 \
+#     benchmarks/gpu/smollm2_vllm.sh /tmp/work
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -39,6 +40,7 @@ LANE_B=" profile bench_child bench_healed check answers fp8_vllm "
 WORK=${1:?usage: smollm2_vllm.sh WORK [STAGE...]}
 shift
 : "${T0:=$(date +%s)}" "${END:=1800}"
+: "${SLOW:=1}" # every stage may take so many times what it may on a GPU
 : "${PYTHON:=python3}" "${PYTHON_OF_VLLM:=}" "${SITE:=}"
 : "${PARENT:=SmolLM2-135M-Instruct}" "${DATA:?a text: directory, glob or file}" "${SHAPES:=smollm2-135m}"
 : "${RESULTS:=$WORK/results}"
@@ -84,9 +86,9 @@ printf '[vllm.general_plugins]\npuzzle = puzzle.serving.vllm_plugin:register\n' 
 
 left() { echo $((T0 + END - $(date +%s))); }
 
-# within SECONDS COMMAND...: at most as long, and not past END.
+# within SECONDS COMMAND...: at most SLOW times as long, and not past END.
 within() {
-  local most=$1 rest
+  local most=$(($1 * SLOW)) rest
   shift
   rest=$(left)
   if ((rest < 5)); then
