@@ -86,7 +86,7 @@ def main(children: tuple[Path, ...], parent: Path, data: tuple[str, ...], out: P
                     }
                 )
                 print(*rows[-1].values(), flush=True)
-    write_rows(out, rows)
+                write_rows(out, rows)
 
 
 if __name__ == "__main__":

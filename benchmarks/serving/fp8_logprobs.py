@@ -3,26 +3,32 @@
 Protocol: `reference` runs in puzzle's environment (on a GPU where there is one, in float32) and keeps, for 32 prompts of random tokens,
 the log-probabilities of the next token and 16 greedy tokens of three models: the child as it is stored (fp8 weights, exact), with
 activations rounded per token as vLLM does, and, where the checkpoint has scales for the cache, with that rounded too; beside them
-the same child in bf16, if given. `vllm` runs in vLLM's own environment, which needs no puzzle, and compares. In float32 on a CPU
-vLLM's answer is that of the second model up to where a value rounds the other way, which spreads with depth; in bf16 on a GPU look
-at the mean beside that of two precisions of ours.
+the same child in bf16, if given. `vllm` runs in vLLM's own environment, which needs no puzzle but its plug-in for a default export, and
+compares. In float32 on a CPU vLLM's answer is that of the second model up to where a value rounds the other way, which spreads with
+depth. In bf16 on a GPU hold the mean against "computed in bf16": the last of the rounded models, with all else in bf16 too, beside the
+same in float32.
 
     python benchmarks/serving/fp8_logprobs.py reference CHILD_FP8 REF.npz [--bf16 CHILD_BF16] [--longest 3000]
-    PYTHON_OF_VLLM benchmarks/serving/fp8_logprobs.py vllm CHILD_FP8 REF.npz [--dtype bfloat16]
+    PYTHON_OF_VLLM benchmarks/serving/fp8_logprobs.py vllm CHILD_FP8 REF.npz [--dtype bfloat16] [--csv ROWS.csv]
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import datetime
+import json
 import os
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 NEW = 16
+IN_BF16 = "computed in bf16"
 
 
 def hf_module(name: str) -> str:
@@ -61,19 +67,20 @@ def reference(child: Path, out: Path, bf16: Path | None, longest: int) -> None:
         for name, one in load_model(child).blocks.named_modules()
         if isinstance(one, torch.nn.Linear) and f"{hf_module(name)}.weight_scale" not in stored
     ]
-    kinds = ["weights", "activations", *(["cache"] if cached else []), *(["bf16"] if bf16 else [])]
+    kinds = ["weights", "activations", *(["cache"] if cached else []), IN_BF16, *(["bf16"] if bf16 else [])]
     for kind in kinds:
-        model = load_model(bf16 if kind == "bf16" and bf16 else child, device=on, dtype=torch.float32)
-        if kind in ("activations", "cache"):
+        dtype = torch.bfloat16 if kind == IN_BF16 else torch.float32
+        model = load_model(bf16 if kind == "bf16" and bf16 else child, device=on, dtype=dtype)
+        if kind in ("activations", "cache", IN_BF16):
             round_activations(model.blocks, kept)
-        if kind == "cache":
+        if kind == "cache" or (kind == IN_BF16 and cached):
             round_cache(model, child)
         last, texts = [], []
         with torch.no_grad():
             for prompt in prompts:
                 ids = torch.tensor(prompt)[None].to(on)
                 for step in range(NEW):
-                    logits = model.logits(model.hidden(ids)[0, -1])
+                    logits = model.logits(model.hidden(ids)[0, -1]).float()
                     if step == 0:
                         last.append(torch.log_softmax(logits, -1).cpu().numpy())
                     ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
@@ -81,12 +88,18 @@ def reference(child: Path, out: Path, bf16: Path | None, longest: int) -> None:
         saved |= {f"{kind} last": numpy.stack(last), f"{kind} texts": numpy.stack(texts)}
         print(f"{kind}: done", flush=True)
         if kind != "weights":
-            delta = numpy.abs(saved[f"{kind} last"] - saved["weights last"])
-            print(f"ours, {kind} against weights: |Δ log p| max {delta.max():.4f} mean {delta.mean():.5f}")
+            other = as_served(kinds) if kind == IN_BF16 else "weights"
+            delta = numpy.abs(saved[f"{kind} last"] - saved[f"{other} last"])
+            print(f"ours, {kind} against {other}: |Δ log p| max {delta.max():.4f} mean {delta.mean():.5f}")
     numpy.savez(out, kinds=kinds, **saved)
 
 
-def served(child: Path, path: Path, dtype: str) -> None:
+def as_served(kinds: Iterable[str]) -> str:
+    """Which of them rounds all that an engine does."""
+    return "cache" if "cache" in kinds else "activations"
+
+
+def served(child: Path, path: Path, dtype: str, table: Path | None) -> None:
     for key, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_USE_DEEP_GEMM": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "WARNING",
@@ -95,30 +108,59 @@ def served(child: Path, path: Path, dtype: str) -> None:
     warm_up = types.ModuleType("stub")  # of another model; its kernels are not in every build
     warm_up.minimax_m3_msa_warmup = lambda worker: None  # type: ignore[attr-defined]
     sys.modules.setdefault("vllm.model_executor.warmup.minimax_m3_msa_warmup", warm_up)
+    import torch
+    import vllm
     from vllm import LLM, SamplingParams
 
     saved = numpy.load(path)
     ends = numpy.cumsum(saved["lengths"])
     prompts = [p.tolist() for p in numpy.split(saved["prompts"], ends[:-1])]
     vocab = saved["weights last"].shape[1]
+    by_plug_in = json.loads((child / "config.json").read_text())["model_type"] == "puzzle"
     engine = LLM(
-        model=str(child), trust_remote_code=True, dtype=dtype, max_model_len=int(max(saved["lengths"])) + NEW, max_num_seqs=64,
+        model=str(child), trust_remote_code=not by_plug_in, dtype=dtype, max_model_len=int(max(saved["lengths"])) + NEW, max_num_seqs=64,
         skip_tokenizer_init=True, enable_prefix_caching=False, max_logprobs=vocab, enforce_eager=True,
     )  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=NEW, logprobs=vocab, detokenize=False, ignore_eos=True)
-    answers = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-    last = numpy.full((len(answers), vocab), numpy.nan)
-    for row, answer in enumerate(answers):
+    asked: list[Any] = [{"prompt_token_ids": p} for p in prompts]
+    common: dict[str, Any] = {"temperature": 0, "detokenize": False, "ignore_eos": True}
+    # All words after the prompt alone: of every token they would take minutes.
+    first = engine.generate(asked, SamplingParams(max_tokens=1, logprobs=vocab, **common), use_tqdm=False)
+    answers = engine.generate(asked, SamplingParams(max_tokens=NEW, **common), use_tqdm=False)
+    last = numpy.full((len(first), vocab), numpy.nan)
+    for row, answer in enumerate(first):
         for token, found in answer.outputs[0].logprobs[0].items():
             last[row, token] = found.logprob
-    for kind in saved["kinds"]:
-        delta = numpy.abs(last - saved[f"{kind} last"])
-        theirs, ours = (answer.outputs[0].token_ids for answer in answers), saved[f"{kind} texts"]
-        same = sum(list(t) == o.tolist() for t, o in zip(theirs, ours, strict=True))
-        print(
-            f"vLLM {dtype} against ours, {kind}: |Δ log p| max {numpy.nanmax(delta):.4f} mean {numpy.nanmean(delta):.5f}, "
-            f"{same} of {len(answers)} texts equal"
+    rows: list[dict[str, Any]] = []
+
+    def compare(who: str, kind: str, theirs: Any, texts: list[list[int]]) -> None:
+        delta = numpy.abs(theirs - saved[f"{kind} last"])
+        same = sum(text == ours.tolist() for text, ours in zip(texts, saved[f"{kind} texts"], strict=True))
+        found = {"mean": f"{numpy.nanmean(delta):.5f}", "max": f"{numpy.nanmax(delta):.4f}"}
+        rows.append(
+            {"child": child.name, "of": who, "against": kind, **found, "texts_equal": same, "texts": len(texts)}
         )
+        print(
+            f"{who} against ours, {kind}: |Δ log p| max {found['max']} mean {found['mean']}, {same} of {len(texts)} texts equal"
+        )
+
+    kinds = [str(kind) for kind in saved["kinds"]]
+    for kind in kinds:
+        compare(f"vLLM {dtype}", kind, last, [list(answer.outputs[0].token_ids) for answer in answers])
+    if IN_BF16 in kinds:
+        compare(IN_BF16, as_served(kinds), saved[f"{IN_BF16} last"], saved[f"{IN_BF16} texts"].tolist())
+    if table is not None:
+        facts = {
+            "prompts": len(prompts),
+            "longest": int(max(saved["lengths"])),
+            "versions": f"vLLM {vllm.__version__}, torch {torch.__version__}",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "date": datetime.date.today().isoformat(),
+        }
+        with open(table, "a", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, [*rows[0], *facts])
+            if handle.tell() == 0:
+                writer.writeheader()
+            writer.writerows(row | facts for row in rows)
 
 
 def main() -> None:
@@ -129,11 +171,12 @@ def main() -> None:
     parser.add_argument("--bf16", type=Path, help="The same child in bf16, to compare with.")
     parser.add_argument("--longest", type=int, default=3000, help="Of the prompts.")
     parser.add_argument("--dtype", default="bfloat16", help="What vLLM computes in; float32 on a CPU.")
+    parser.add_argument("--csv", type=Path, help="Rows of what is compared go to its end.")
     given = parser.parse_args()
     if given.what == "reference":
         reference(given.child, given.file, given.bf16, given.longest)
     else:
-        served(given.child, given.file, given.dtype)
+        served(given.child, given.file, given.dtype, given.csv)
 
 
 if __name__ == "__main__":

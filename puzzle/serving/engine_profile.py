@@ -162,6 +162,9 @@ def _profile(engine: str, structure: Structure, how: Engine, folder: Path, point
             f"{len(failed)} of the architectures failed in vLLM ({first}: {failed[first]}); what was measured is in {table}: mend the "
             f"cause and run the same command again, or fit what there is with `puzzle profile --engine {engine} --gpu {how.gpu} --fit {table}`"
         )
+    if how.gpu != "cpu":
+        room = [int(r["weight_bytes"]) + int(r["cache_bytes"]) for r in found.rows]
+        write_json(facts_path, read_architectures(facts_path) | {"room_bytes": int(median(room))})
     for _ in range(AGAIN.get(how.gpu, AGAIN[""])):
         slow = {name: of for name, of in _held_up(engine, table, points).items() if name in asked}
         if not slow:
@@ -169,9 +172,6 @@ def _profile(engine: str, structure: Structure, how: Engine, folder: Path, point
         told = ", ".join(f"{name} ({len(of)})" for name, of in slow.items())
         say(f"slower than the fit by more than {100 * HICCUP:.0f} %, measured again: {told}")
         found.measure(slow)
-    if how.gpu != "cpu":
-        room = [int(r["weight_bytes"]) + int(r["cache_bytes"]) for r in found.rows]
-        write_json(facts_path, read_architectures(facts_path) | {"room_bytes": int(median(room))})
     return fit_engine(engine, table, gpu=how.gpu)
 
 
