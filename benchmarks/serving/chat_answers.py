@@ -46,9 +46,10 @@ def main() -> None:
     sys.modules.setdefault("vllm.model_executor.warmup.minimax_m3_msa_warmup", warm_up)
     import torch
     import vllm
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(given.checkpoint)
+    # By the files of the tokenizer alone: no code of a child is asked for.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(given.checkpoint)
     if tokenizer.chat_template is None:
         sys.exit(f"error: {given.checkpoint} has no chat template")
     asked = [
