@@ -3,9 +3,9 @@
 #
 #   benchmarks/gpu/large_parents.sh WORK STAGE...       stages, on one GPU but for the last; none needs another, but `screen` leaves a
 #                                                       library that `evaluate_ranks` takes its child from:
-#     scores_8b        Llama-3.1-8B, 32 x 12 candidates, 65,536 tokens; its first 8 layers before     scores_8b.jsonl
+#     scores_8b        Llama-3.1-8B, 32 x 12 candidates, 65,536 tokens; its first 8 layers before     large_parents.csv
 #     screen           score --sub-block-screen: order against the exact scores, on PARENT            screen.csv
-#     evaluate_70b     Llama-3.3-70B, all 80 layers where memory or disk hold 141 GB, else 28         evaluate_70b.jsonl
+#     evaluate_70b     Llama-3.3-70B, all 80 layers where memory or disk hold 141 GB, else 28         large_parents.csv
 #     evaluate_ranks   (two GPUs) evaluate on one and on two, one of two killed, started again        evaluate_ranks.csv
 #
 # With REPO_BASE, another checkout, `scores_8b` measures the 8 layers with it too and says how far its scores are from these. Random weights
@@ -87,20 +87,8 @@ large() { # large GB NAME: where so many go, or NAME lies already
   fi
 }
 
-# told NAME WHICH FILE: the JSON lines of NAME.log that FILE lacks, each with what it is of
-told() {
-  "$PYTHON" - "$RESULTS/$1.log" "$2" "$RESULTS/$3" <<'PY'
-import json, sys
-from pathlib import Path
-log, which, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-there = out.read_text().splitlines() if out.is_file() else []
-for line in log.read_text().splitlines():
-    if line.startswith('{"name"') and (new := json.dumps({"run": which, **json.loads(line)})) not in there:
-        there.append(new)
-        print(*(f"{k}={v}" for k, v in json.loads(new).items() if k in ("run", "what", "seconds", "peak_bytes", "rss_bytes")))
-out.write_text("".join(line + "\n" for line in there))
-PY
-}
+# told NAME RUN: what NAME.log says of seconds and memory becomes rows
+told() { "$PYTHON" benchmarks/lib/large_rows.py "$RESULTS/$1.log" "$2" "$RESULTS/large_parents.csv"; }
 
 BENCH=benchmarks/speed/bench_score.py
 SIZES=(--sequences "$SEQUENCES" --seq-len "$SEQ_LEN" --batch-size "$BATCH_SIZE" --device "$DEVICE")
@@ -113,17 +101,17 @@ scores_8b() {
   if [[ -n $REPO_BASE && ! -d $RESULTS/8b_base_scores ]]; then
     PYTHONPATH="$REPO_BASE${REST:+:$REST}" within 8b_base "$PYTHON" "$REPO_BASE/$BENCH" "$EIGHT" "$few" --layers "$FIRST" "${SIZES[@]}" \
       "${SPACE[@]}" --again && cp -r "$few/lib/scores" "$RESULTS/8b_base_scores"
-    told 8b_base base scores_8b.jsonl
+    told 8b_base base
   fi
   if [[ ! -d $RESULTS/8b_first_scores ]]; then
     within 8b_first "$PYTHON" "$BENCH" "$EIGHT" "$few" --layers "$FIRST" "${SIZES[@]}" "${SPACE[@]}" --again \
       && cp -r "$few/lib/scores" "$RESULTS/8b_first_scores"
-    told 8b_first first scores_8b.jsonl
+    told 8b_first first
   fi
   [[ -d $RESULTS/8b_base_scores && -d $RESULTS/8b_first_scores ]] && differ "$RESULTS/8b_base_scores" "$RESULTS/8b_first_scores"
   if [[ ! -f $RESULTS/8b_whole.done ]]; then
     within 8b_whole "$PYTHON" "$BENCH" "$EIGHT" "$whole" --layers "$LAYERS" "${SIZES[@]}" "${SPACE[@]}" && touch "$RESULTS/8b_whole.done"
-    told 8b_whole whole scores_8b.jsonl # cut off and gone on: a line for each part, with how many were missing before it
+    told 8b_whole whole # cut off and gone on: a line for each part, with how many were missing before it
   fi
 }
 
@@ -164,7 +152,7 @@ evaluate_70b() {
   df -h /dev/shm "$WORK" | tail -2 >>"$RESULTS/70b.log"
   within 70b "$PYTHON" "$BENCH" "$SEVENTY" "$place/$SEVENTY-$layers" --layers "$layers" "${SIZES[@]}" --memory-limit "$LIMIT" --no-score \
     && touch "$RESULTS/70b.done"
-  told 70b "$layers layers" evaluate_70b.jsonl
+  told 70b "$layers layers"
   [[ -n $KEEP || ! -f $RESULTS/70b.done ]] || rm -rf "${place:?}/$SEVENTY-$layers"
 }
 

@@ -93,3 +93,15 @@ def ranks(rows: list[Row]) -> str:
             for r in rows
         ),
     )  # fmt: skip
+
+
+def evaluate_ranks(rows: list[Row]) -> str:
+    runs = {"whole": "", "again": "after one of them was killed"}
+    return table(
+        ["GPUs", "run", "tokens", "seconds", "times one", "text, s", "in all, s", "KL"],
+        (
+            [r["ranks"], runs[r["run"]], f"{int(r['num_tokens']):,}", number(r["seconds"], 1), number(r["times_of_one"], 2),
+             number(r["text_seconds"], 1), number(r["wall_seconds"], 1), number(r["kl"], 10)]
+            for r in rows
+        ),
+    )  # fmt: skip

@@ -280,7 +280,8 @@ def seeds(rows: list[Row]) -> str:
 
 def bld(rows: list[Row]) -> str:
     first = rows[0]
-    head = f"{int(first['tokens']):,} tokens at {first['lr']}, built in {first['build_seconds']} s.\n\n"
+    built = f", built in {first['build_seconds']} s" if first["build_seconds"] else ""
+    head = f"{int(first['tokens']):,} tokens at {first['lr']}{built}.\n\n"
     columns = ["sub-block", "variant", "nMSE at init", "trained", "KL at init", "trained", "KL lowered by", "in layers"]
     return head + table(
         columns,

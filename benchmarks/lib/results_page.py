@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import large_tables
 import rank_tables
 import result_tables as t
 import selection_tables
@@ -153,6 +154,20 @@ SECTIONS = {
             "The published child of the 405B",
             rank_tables.published_child,
         ),
+        Result(
+            "large_parents.csv",
+            "speed/bench_score.py",
+            "Scores and evaluation of large parents",
+            large_tables.large_parents,
+            command="benchmarks/gpu/large_parents.sh WORK scores_8b evaluate_70b",
+        ),
+        Result(
+            "evaluate_ranks.csv",
+            "speed/bench_evaluate_ranks.py",
+            "Evaluation on two GPUs",
+            rank_tables.evaluate_ranks,
+            command="benchmarks/gpu/large_parents.sh WORK evaluate_ranks",
+        ),
         Result("ranks.csv", "speed/bench_ranks.py", "Building and healing on several GPUs", rank_tables.ranks),
         Result("seeds.csv", "speed/bench_seeds.py", "The two Nemotron deployments, with made-up scores", t.seeds),
         Result("build_8b.csv", "speed/bench_build_8b.py", "Building at 8B shapes", t.build_8b),
@@ -177,6 +192,20 @@ SECTIONS = {
         Result("nested.csv", "quality/bench_nested.py", "Nested FFNs and independent ones", t.nested),
         Result("nested_smollm2.csv", "quality/bench_nested.py", "The same of SmolLM2-135M", t.nested),
         Result("fp8.csv", "quality/bench_fp8.py", "Children in fp8", t.fp8),
+        Result(
+            "fp8_smollm2.csv",
+            "quality/bench_fp8.py",
+            "SmolLM2 and its 2x child in fp8",
+            t.fp8,
+            command="benchmarks/gpu/smollm2_vllm.sh WORK library profile solve child heal fp8_kl",
+        ),
+        Result(
+            "screen.csv",
+            "quality/bench_screen.py",
+            "The order of the screen",
+            large_tables.screen,
+            command="benchmarks/gpu/large_parents.sh WORK screen",
+        ),
         Result(
             "precision.csv",
             "quality/bench_precision.py",
@@ -270,6 +299,13 @@ SECTIONS = {
             MIXTURES,
         ),
         Result("engine_promise.csv", "serving/bench_promise.py", "vLLM and its promise", serving_tables.engine_promise),
+        Result(
+            "fp8_logprobs.csv",
+            "serving/fp8_logprobs.py",
+            "A child in fp8 in vLLM",
+            serving_tables.fp8_logprobs,
+            command="benchmarks/gpu/smollm2_vllm.sh WORK library profile solve child heal fp8 fp8_reference fp8_vllm",
+        ),
         Result("export.csv", "serving/bench_export.py", "Memory of an export", serving_tables.export),
     ),
     "Solver": (

@@ -103,3 +103,15 @@ def export(rows: list[Row]) -> str:
 
 
 # ---- solver
+
+
+def fp8_logprobs(rows: list[Row]) -> str:
+    first = rows[0]
+    head = f"{first['prompts']} prompts of 17 to {int(first['longest']):,} tokens, 32 at once; log-probabilities of the next token.\n\n"
+    return head + table(
+        ["child", "what", "against ours", "mean |Δ log p|", "max", "same greedy texts"],
+        (
+            [r["child"], r["of"], r["against"], number(r["mean"], 3), number(r["max"], 2), f"{r['texts_equal']} of {r['texts']}"]
+            for r in rows
+        ),
+    )  # fmt: skip

@@ -188,7 +188,8 @@ def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
 def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
     """All fields of config.json that `child` reads. base: what its global values describe, usually `structure.usual` of the parent.
 
-    Values that every earlier version had are always there, later ones only where they say something.
+    Values that every earlier version had are always there, later ones only where they say something, here or in a layer: what a layer
+    names has to stand for all as well, or transformers refuses the config wherever it does not run the child's code (AutoTokenizer).
     """
     attends, gated = base["attention"], base["ffn"]
     if not isinstance(attends, Gqa) or not isinstance(gated, Ffn | Moe):
@@ -230,7 +231,11 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         config |= {name: getattr(gated, name) for name in numbers}
         own = {f.name: getattr(gated, f.name) for f in fields(gated) if getattr(gated, f.name) != f.default}
         config |= {word: own[name] for name, word in MIXTURE.items() if name in own}
-    return config | {"per_layer_config": entries}
+    everywhere = dict.fromkeys([*LISTS, *SIZED, DENSE]) | {name: value for name, (value, _) in told.items()}
+    if isinstance(gated, Moe):
+        everywhere |= {word: getattr(gated, name) for name, word in MIXTURE.items()}
+    named = {word for entry in entries.values() for word in entry} - {"skip", *config}
+    return config | {word: everywhere[word] for word in sorted(named)} | {"per_layer_config": entries}
 
 
 def check_said(config: Config, structure: Structure) -> None:
