@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedConfig
 
 from puzzle.base.errors import UserError
 from puzzle.blocklib.gqa import Gqa
@@ -105,6 +106,8 @@ def test_config_round_trip(made):
     assert set(config["per_layer_config"]) == {
         str(index) for index, layer in enumerate(structure.layers) if layer != base
     }
+    PreTrainedConfig.from_dict(config)  # as AutoTokenizer reads it, which runs no code of the child
+    assert {word for entry in config["per_layer_config"].values() for word in entry} - {"skip"} <= set(config)
 
 
 @pytest.mark.parametrize(
