@@ -231,11 +231,10 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         config |= {name: getattr(gated, name) for name in numbers}
         own = {f.name: getattr(gated, f.name) for f in fields(gated) if getattr(gated, f.name) != f.default}
         config |= {word: own[name] for name, word in MIXTURE.items() if name in own}
-    everywhere = dict.fromkeys([*LISTS, *SIZED, DENSE]) | {name: value for name, (value, _) in told.items()}
-    if isinstance(gated, Moe):
-        everywhere |= {word: getattr(gated, name) for name, word in MIXTURE.items()}
+    said = {word: getattr(part, name) for part in base.values() for word, name in part.config_words().items()}
+    said |= dict.fromkeys([*LISTS, *SIZED, DENSE])
     named = {word for entry in entries.values() for word in entry} - {"skip", *config}
-    return config | {word: everywhere[word] for word in sorted(named)} | {"per_layer_config": entries}
+    return config | {word: said[word] for word in sorted(named)} | {"per_layer_config": entries}
 
 
 def check_said(config: Config, structure: Structure) -> None:
