@@ -62,6 +62,7 @@ FROM_TRANSFORMERS = tuple(
     f"tests/export/test_{name}.py"
     for name in (
         "generation",
+        "generic_config",
         "modeling",
         "packed",
         "matrix",
