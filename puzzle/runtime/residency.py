@@ -23,7 +23,7 @@ MOST_LOGITS = 2**24 + 2**20
 LAYERS_THERE = 3  # of a streamed model on the device: in hand, the next one, and one whose memory is not free yet
 STAGED = 4  # layers' worth of pinned memory, whose blocks have sizes of powers of two
 FULL = 2**25  # numbers of a residual stream in a batch, from which on a GPU's kernels take longer than their launch
-HEAD_GROUP = 12  # variants whose divergence is taken together
+HEAD_GROUP = 8  # variants whose divergence is taken together
 
 
 def widest(layer: Layer) -> int:
