@@ -35,12 +35,6 @@ shift
 : "${HEAL_TOKENS:=10M}"
 : "${T0:=$(date +%s)}"
 : "${END:=36000}"
-if [[ -z ${GPU:-} ]]; then
-  case $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1) in
-    *H200*) GPU=h200 ;;
-    *) GPU=h100 ;;
-  esac
-fi
 
 mkdir -p "$WORK" "$RESULTS"
 WORK=$(realpath "$WORK")
@@ -49,20 +43,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" NCCL_NVLS_ENABLE=0 TOKENIZER
 SMALL=()
 [[ $DEVICE == cuda ]] || SMALL=(--small)
 
-left() { echo $((T0 + END - $(date +%s))); }
-
-# within NAME COMMAND...: logs it, and ends it with the time
-within() {
-  local name=$1 seconds begin=$SECONDS
-  shift
-  seconds=$(left)
-  ((seconds > 5)) || { echo "-- $name: no time left" && return 1; }
-  timeout -k 5 "$seconds" "$@" >>"$RESULTS/$name.log" 2>&1
-  local code=$?
-  echo "-- $name: $((SECONDS - begin)) s, exit $code"
-  ((code == 0)) || tail -n 4 "$RESULTS/$name.log"
-  return $code
-}
+source benchmarks/gpu/within.sh
+: "${GPU:=$(gpu_name)}"
 
 ranked() { # ranked PORT COUNT COMMAND...
   local port=$1 count=$2

@@ -53,20 +53,7 @@ RESULTS=$(realpath "$RESULTS")
 REST=${PYTHONPATH:-}
 export PYTHONPATH="$PWD${REST:+:$REST}" NCCL_NVLS_ENABLE=0 TOKENIZERS_PARALLELISM=true
 
-left() { echo $((T0 + END - $(date +%s))); }
-
-# within NAME COMMAND...: logs it, and ends it with the time
-within() {
-  local name=$1 seconds begin=$SECONDS
-  shift
-  seconds=$(left)
-  ((seconds > 5)) || { echo "-- $name: no time left" && return 1; }
-  timeout -k 5 "$seconds" "$@" >>"$RESULTS/$name.log" 2>&1
-  local code=$?
-  echo "-- $name: $((SECONDS - begin)) s, exit $code"
-  ((code == 0)) || tail -n 4 "$RESULTS/$name.log"
-  return $code
-}
+source benchmarks/gpu/within.sh
 
 # roomy GB: whether /dev/shm takes so many, and leaves 60 GB of memory
 roomy() {

@@ -73,13 +73,6 @@ small() { [[ $DEVICE != cuda ]]; }
 : "${CHILDREN:=8}" # random ones of a table
 : "${VLLM_PATH:=}"
 : "${VLLM_CHILDREN:=nemotron-h, experts|mamba in a llama|qwen3-moe, alike|nemotron-h, dense|qwen3_moe}"
-if [[ -z ${GPU:-} ]]; then
-  case $DEVICE$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1) in
-    cuda*H200*) GPU=h200 ;;
-    cuda*) GPU=h100 ;;
-    *) GPU=cpu ;;
-  esac
-fi
 
 mkdir -p "$WORK" "$RESULTS"
 WORK=$(realpath "$WORK")
@@ -87,20 +80,8 @@ RESULTS=$(realpath "$RESULTS")
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=true
 FAILED=0
 
-left() { echo $((T0 + END - $(date +%s))); }
-
-# within NAME COMMAND...: logs it, and ends it and what it started with the time
-within() {
-  local name=$1 seconds begin=$SECONDS
-  shift
-  seconds=$(left)
-  ((seconds > 5)) || { echo "-- $name: no time left" && return 1; }
-  timeout -k 5 "$seconds" "$@" >>"$RESULTS/$name.log" 2>&1
-  local code=$?
-  echo "-- $name: $((SECONDS - begin)) s, exit $code"
-  ((code == 0)) || tail -n 6 "$RESULTS/$name.log"
-  return $code
-}
+source benchmarks/gpu/within.sh
+: "${GPU:=$([[ $DEVICE == cuda ]] && gpu_name || echo cpu)}"
 
 puzzle() { # puzzle NAME VERB...
   local name=$1
