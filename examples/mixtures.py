@@ -152,12 +152,12 @@ def part_of(sub_block: SubBlock) -> Part:
 
 def contribution(part: Part, x: Tensor, ropes: Ropes) -> tuple[Tensor, Tensor | None]:
     """x with what the part adds, and of a mixture what was seen of its experts."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=x.is_cuda):
         return x + part(x, ropes), part.seen if isinstance(part, AllExperts) else None
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.is_cuda):
         logits = F.linear(hidden, head)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 

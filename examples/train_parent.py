@@ -36,6 +36,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from puzzle.base.device import compute_dtype
 from puzzle.data.documents import is_held_out, text_key
 
 VOCAB, T = 4096, 1024
@@ -228,7 +229,7 @@ def train(
     )
 
     def loss_fn(batch_ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(stream.device.type, dtype=torch.bfloat16):
+        with torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=stream.is_cuda):  # a CPU may take 50 times as long
             logits = model(batch_ids[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), batch_ids[:, 1:].flatten())
 
@@ -337,7 +338,8 @@ def main(
         from puzzle.runtime.model import load_model
 
         model.save(out, tokenizer)
-        read, ids = load_model(out, device=device, dtype=torch.bfloat16), held[None, :128].long().cpu()
+        read = load_model(out, device=device, dtype=compute_dtype(torch.device(device)))
+        ids = held[None, :128].long().cpu()
         sampler = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
         whole = lambda ids: SimpleNamespace(logits=read(ids))  # noqa: E731
         with torch.no_grad():

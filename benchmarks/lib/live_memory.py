@@ -32,7 +32,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:  # fmt: skip
-        out = func(*args, **(kwargs or {}))
+        out = self.run(func, *args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor, func)
@@ -40,6 +40,9 @@ class LiveMemory(TorchDispatchMode):
             self.peak = self.now
             self._at_peak = list(self._alive.values()) if self.where else []
         return out
+
+    def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return func(*args, **kwargs)
 
     def _note(self, tensor: torch.Tensor, func: Callable[..., Any]) -> None:
         storage = tensor.untyped_storage()

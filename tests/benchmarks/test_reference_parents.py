@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -47,13 +48,20 @@ def test_modules_in_training_are_those_that_are_served(family):
             assert (found[0][name] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-9, (sub_block.kind, name)
 
 
+@functools.cache
+def corpus_files():
+    return importlib.import_module("train_parent").corpus_files()
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h_moe"])
 def test_a_reference_parent_is_trained(family, tmp_path, monkeypatch):
     """A plain checkpoint within the time that was given: transformers and we read the same from it, and its experts stay even."""
+    files = corpus_files()
     script = importlib.import_module("train_parent")
+    monkeypatch.setattr(script, "corpus_files", lambda: files)
     monkeypatch.setattr(script, "T", 128)
     monkeypatch.setattr(script, "PROMPTS", script.PROMPTS[:1])
-    words = ["--family", family, "--out", tmp_path, "--seconds", 2, "--batch", 4, "--max-files", 120, "--layers", 6]
+    words = ["--family", family, "--out", tmp_path, "--seconds", 1, "--batch", 4, "--max-files", 60, "--layers", 6]
     done = CliRunner().invoke(script.main, list(map(str, words)), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "config.json").read_text())
