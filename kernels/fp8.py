@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
-ROWS = 1024  # dequantised together: a weight is never held twice in float32
+ROWS = 1024  # that become fp8, or come back, together: of a weight nothing else is held in float32
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,9 +17,14 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A value x comes back within max(|x| / 16, scale / 1024): half a step of 3 bits, or of the smallest number.
     """
-    scale = x.abs().amax(dim=1).float() / FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (x / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    found = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for begin in range(0, len(x), ROWS):
+        rows, at = x[begin : begin + ROWS], slice(begin, begin + ROWS)
+        largest = rows.abs().amax(dim=1).float() / FP8_MAX
+        scale[at] = torch.where(largest > 0, largest, 1.0)
+        found[at] = (rows / scale[at, None]).clamp(-FP8_MAX, FP8_MAX)
+    return found, scale
 
 
 def from_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] = (1, 1), first: int = 0) -> Tensor:

@@ -2,17 +2,18 @@
 # Tensor parallelism, fusion and ranks on N GPUs of one host, from an empty directory: the CSVs of docs/results.md about several GPUs.
 #
 #   benchmarks/gpu/four_gpus.sh WORK STAGE...        stages; `children` needs `sums` and `shares`, `ranks` needs `ranks_apart`:
-#     sums         all-reduces of 2 and N GPUs                                        costs/all_reduce/GPU.csv
+#     sums         all-reduces of SUMS GPUs, beside those that ship                   all_reduce/GPU.csv
 #     apart        on a GPU each: shares | ranks_apart
-#     shares       (one GPU) what a share of the parent costs; children for three latencies
+#     shares       (one GPU) what a share of the parent costs; children for latencies costs/GPU/
 #     ranks_apart  (three GPUs) build and heal SmolLM2 on one and on two              ranks.csv
 #     children     parent and children that N GPUs share: promised, measured          tp_children.csv
 #     ranks        build and heal on N                                                ranks.csv
 #     fusion       layers fused in twos, in fours, all in one                         fusion_latency.csv
 #     published    the 253B child beside its parent                                   published_child.csv
 #
-# What a stage has written stays, results go to RESULTS as they come, and nothing runs beyond END seconds after T0 (date +%s). Every
-# capital below may be set from outside:
+# What a stage has written stays and is not measured again, results go to RESULTS row by row, and nothing runs beyond END seconds after T0
+# (date +%s). A GPU on which a cost table is measured (`shares`, and `ranks_apart` before it heals) is full. Every capital below may be set from
+# outside:
 #
 #   PARENT=SmolLM2-135M DATA=text.jsonl benchmarks/gpu/four_gpus.sh /tmp/work sums apart children ranks fusion published
 #
@@ -29,6 +30,8 @@ shift
 : "${DEVICE:=cuda}"
 : "${N:=4}"
 : "${SHAPES:=llama-3.3-70b}" # of `children`
+: "${SUMS:=2 $N}"
+: "${FRACTIONS:=1}"          # of `fusion`: widths of FFNs without attention
 : "${PRECISIONS:=fp8,bf16}"  # of `published`
 : "${MEMORY:=40}"            # GB of different weights in it
 : "${TOKENS:=2M}"            # of `ranks`
@@ -59,10 +62,15 @@ on() { # on GPUS COMMAND...: only these are seen
 
 sums() {
   [[ $DEVICE == cuda ]] || return 0
-  for count in 2 "$N"; do
-    NAME=sums-$count ranked 29501 "$count" -m puzzle.cli profile --gpu "$GPU" --tp "$count" --all-reduce --out "$WORK/costs"
+  local count table=all_reduce/$GPU.csv
+  mkdir -p "$WORK/costs/all_reduce"
+  [[ -f $WORK/costs/$table ]] || cp "puzzle/profile/costs/$table" "$WORK/costs/$table"
+  for count in $SUMS; do
+    [[ -f $WORK/sums-$count.done ]] && continue
+    NAME=sums-$count ranked 29501 "$count" -m puzzle.cli profile --gpu "$GPU" --tp "$count" --all-reduce --out "$WORK/costs" \
+      && touch "$WORK/sums-$count.done"
+    cp -r "$WORK/costs/all_reduce" "$RESULTS/"
   done
-  cp -r "$WORK/costs/all_reduce" "$RESULTS/"
 }
 
 shares() {
@@ -70,39 +78,45 @@ shares() {
   [[ -d $WORK/costs/all_reduce ]] && costs=(--costs "$WORK/costs")
   on 0 within shares "$PYTHON" benchmarks/speed/bench_tp_children.py "$WORK/children" --tp "$N" --gpu "$GPU" --shapes "$SHAPES" \
     "${costs[@]}" "${SMALL[@]}"
+  local code=$?
+  cp -r "$WORK"/children/library/costs "$RESULTS/" 2>/dev/null
+  return $code
 }
 
-RANKS=("$PYTHON" benchmarks/speed/bench_ranks.py "$WORK/ranks" --parent "$PARENT" --data "$DATA" --gpu "$GPU" --tokens "$TOKENS" --heal-tokens "$HEAL_TOKENS")
+RANKS=("$PYTHON" benchmarks/speed/bench_ranks.py "$WORK/ranks" --parent "$PARENT" --data "$DATA" --gpu "$GPU" --tokens "$TOKENS" \
+  --heal-tokens "$HEAL_TOKENS" --go-on --csv "$RESULTS/ranks.csv" "${SMALL[@]}")
+CHILD=$WORK/ranks/child
 
 ranks_apart() {
-  on 1 within ranks-1 "${RANKS[@]}" --ranks 1 --csv "$WORK/ranks-1.csv" "${SMALL[@]}" &
-  on 2,3 within ranks-2 "${RANKS[@]}" --ranks 2 --stages build --csv "$WORK/ranks-2.csv" "${SMALL[@]}"
-  until [[ -f $WORK/ranks/child/config.json ]] || ! kill -0 $! 2>/dev/null; do sleep 1; done
-  on 2,3 within ranks-2 "${RANKS[@]}" --ranks 2 --stages heal --child "$WORK/ranks/child" --append --csv "$WORK/ranks-2.csv" "${SMALL[@]}"
-  wait
-  cat "$WORK/ranks-1.csv" <(tail -n +2 "$WORK/ranks-2.csv") >"$RESULTS/ranks.csv"
+  on 1 within ranks-1 "${RANKS[@]}" --ranks 1 &
+  local first=$!
+  on 2,3 within ranks-2 "${RANKS[@]}" --ranks 2 --stages build
+  until [[ -f $CHILD/config.json ]] || ! kill -0 $first 2>/dev/null; do sleep 1; done
+  [[ -f $CHILD/config.json ]] && on 2,3 within ranks-2 "${RANKS[@]}" --ranks 2 --stages heal --child "$CHILD"
+  wait $first
 }
 
 apart() {
   shares &
+  local other=$!
   ranks_apart
-  wait
+  wait $other
 }
 
 ranks() {
-  within ranks-n "${RANKS[@]}" --ranks "$N" --child "$WORK/ranks/child" --append --csv "$RESULTS/ranks.csv" "${SMALL[@]}"
+  within ranks-n "${RANKS[@]}" --ranks "$N" --child "$CHILD"
 }
 
 children() {
-  cp -r "$WORK"/children/library/costs "$RESULTS/" 2>/dev/null
-  NAME=children ranked 29502 "$N" benchmarks/speed/bench_tp_children.py "$WORK/children" --tp "$N" --gpu "$GPU" --shapes "$SHAPES" --append \
+  NAME=children ranked 29502 "$N" benchmarks/speed/bench_tp_children.py "$WORK/children" --tp "$N" --gpu "$GPU" --shapes "$SHAPES" --go-on \
     --csv "$RESULTS/tp_children.csv" "${SMALL[@]}"
 }
 
 fusion() {
   local small=()
   [[ $DEVICE == cuda ]] || small=(--device cpu --shapes reference --batches 1 --steps 5)
-  NAME=fusion ranked 29503 "$N" benchmarks/speed/bench_fusion_latency.py --tp "$N" --append --csv "$RESULTS/fusion_latency.csv" "${small[@]}"
+  NAME=fusion ranked 29503 "$N" benchmarks/speed/bench_fusion_latency.py --tp "$N" --fractions "$FRACTIONS" --go-on \
+    --csv "$RESULTS/fusion_latency.csv" "${small[@]}"
 }
 
 published() {
@@ -110,7 +124,7 @@ published() {
   ((N == 8)) && shares=8
   [[ $DEVICE == cuda ]] || shares=$N
   NAME=published ranked 29504 "$N" benchmarks/speed/bench_published_child.py --tp "$N" --shares "$shares" --precisions "$PRECISIONS" \
-    --memory "$MEMORY" --append --csv "$RESULTS/published_child.csv" "${SMALL[@]}"
+    --memory "$MEMORY" --go-on --csv "$RESULTS/published_child.csv" "${SMALL[@]}"
 }
 
 for stage in "$@"; do

@@ -55,7 +55,7 @@ shift
 : "${HEAL_TOKENS:=10M}" "${HEAL_BATCH:=32}" "${HEAL_LR:=1e-3}" "${HEAL_ARGS:=}"
 : "${REPEATS:=5}" # of a bench; the median counts
 # fp8
-: "${SEQUENCES:=64}" "${LONGEST:=3000}" "${DTYPE:=bfloat16}"
+: "${SEQUENCES:=64}" "${LONGEST:=3000}" "${DTYPE:=bfloat16}" "${OF_FP8:=healed-fp8 healed-fp8-kv}" # held against vLLM
 
 mkdir -p "$WORK"/{done,pending,logs,costs,promise/bench} "$RESULTS"
 WORK=$(realpath "$WORK") RESULTS=$(realpath "$RESULTS")
@@ -230,7 +230,7 @@ fp8_kl() {
 fp8_reference() {
   needs fp8 || return
   local one said=0
-  for one in healed-fp8 healed-fp8-kv; do
+  for one in $OF_FP8; do
     [[ -s $WORK/$one.npz ]] || on_a 240 "$PYTHON" benchmarks/serving/fp8_logprobs.py reference "$WORK/$one" "$WORK/$one.npz" \
       --bf16 "$WORK/healed" --longest "$LONGEST" || said=1
   done
@@ -240,7 +240,7 @@ fp8_reference() {
 fp8_vllm() {
   needs fp8_reference || return
   local one said=0
-  for one in healed-fp8 healed-fp8-kv; do
+  for one in $OF_FP8; do
     grep -q "^$one," "$RESULTS/fp8_logprobs.csv" 2>/dev/null || vllm_b 240 benchmarks/serving/fp8_logprobs.py vllm "$WORK/$one" \
       "$WORK/$one.npz" --dtype "$DTYPE" --csv "$RESULTS/fp8_logprobs.csv" || said=1
   done

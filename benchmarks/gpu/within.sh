@@ -19,6 +19,6 @@ within() {
   timeout -k 5 "$seconds" "$@" >>"$RESULTS/$name.log" 2>&1
   local code=$?
   echo "-- $name: $((SECONDS - begin)) s, exit $code"
-  ((code == 0)) || tail -n 6 "$RESULTS/$name.log"
+  ((code == 0)) || { grep -E '^rank [0-9]+: ' "$RESULTS/$name.log" | tail -n 4; tail -n 6 "$RESULTS/$name.log"; } # before what torchrun adds
   return $code
 }

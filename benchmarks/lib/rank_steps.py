@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 
 from puzzle.base.device import short_name
+from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks
 from puzzle.runtime.parallel import nccl_words
+
+
+@contextmanager
+def ending_all() -> Iterator[None]:
+    """Whatever fails in one rank ends its process at once, and so torchrun all others: a broken communicator would wait for them."""
+    try:
+        yield
+    except Exception as error:  # out of memory, NCCL, a kernel that does not compile, a shape that cannot be divided
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        said = " ".join(str(error).split())[:400]
+        print(f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def percentiles(replay: Callable[[], object], steps: int, device: torch.device, ranks: Ranks | None) -> list[float]:

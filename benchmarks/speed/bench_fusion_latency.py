@@ -24,7 +24,6 @@ the same point measured before are replaced.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from dataclasses import replace
@@ -35,6 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from point_table import PointTable, Row
+from puzzle.base.device import short_name
 from puzzle.base.ranks import Ranks
 from puzzle.blocklib.none import NO_OP, NoOp
 from puzzle.blocklib.swiglu import SwiGLU
@@ -43,7 +43,7 @@ from puzzle.parents.structure import Layer, Structure
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import CausalModel, random_model
 from puzzle.runtime.parallel import joined
-from rank_steps import percentiles, timed
+from rank_steps import ending_all, percentiles, timed
 
 LAYERS = {"llama-3.1-8b": (32, 12), "llama-3.1-405b-tp8": (24, 12)}  # all, without attention; others: all, half
 GROUPS = {"parent": 0, "unfused": 1, "twos": 2, "fours": 4, "one": -1}
@@ -101,6 +101,7 @@ def fill_speedups(rows: list[Row]) -> None:
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--csv", "path", type=click.Path(path_type=Path), default=Path("benchmarks/results/fusion_latency.csv"))
 @click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
+@click.option("--go-on", is_flag=True, help="And do not measure their points again.")
 def main(
     names: str,
     batches: str,
@@ -111,18 +112,15 @@ def main(
     device: str,
     path: Path,
     append: bool,
+    go_on: bool,
 ) -> None:
-    try:
-        with joined(tp, "gpu" if device == "cuda" else "cpu") as (ranks, where):
-            first = ranks is None or ranks.is_first
-            table = PointTable(path, COLUMNS, POINT, append=append, writes=first, fill=fill_speedups)
-            for name in names.split(","):
-                for fraction in map(float, fractions.split(",")):
-                    latencies(name, fraction, [int(b) for b in batches.split(",")], context, steps, ranks, where, table)
-    except (RuntimeError, ValueError) as error:  # out of memory, NCCL, a shape that cannot be divided
-        said = " ".join(str(error).split())[:400]
-        print(f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
-        os._exit(1)  # the other ranks are ended by torchrun; a broken communicator would wait for them
+    with ending_all(), joined(tp, "gpu" if device == "cuda" else "cpu") as (ranks, where):
+        first = ranks is None or ranks.is_first
+        table = PointTable(path, COLUMNS, POINT, append=append or go_on, writes=first, fill=fill_speedups)
+        sizes = [int(b) for b in batches.split(",")]
+        for name in names.split(","):
+            for fraction in map(float, fractions.split(",")):
+                latencies(name, fraction, sizes, context, steps, ranks, where, table, go_on)
 
 
 def latencies(
@@ -134,8 +132,9 @@ def latencies(
     ranks: Ranks | None,
     device: torch.device,
     table: PointTable,
+    go_on: bool,
 ) -> None:
-    """All ways of fusing one shape's attention-free layers of one width, at all batches."""
+    """All ways of fusing one shape's attention-free layers of one width, at all batches. go_on: that the table does not have."""
     tp = 1 if ranks is None else ranks.world
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     whole = known_structure(name)
@@ -144,21 +143,22 @@ def latencies(
     for fusion in ("parent", "unfused", "twos", "fours", "one"):
         if fusion == "parent" and fraction != 1:
             continue
+        point = {"shapes": name, "ffn_of_attention_free": f"x{fraction:g}", "fusion": fusion, "context": str(context),
+                 "tp": str(tp), "device": short_name(device)}  # fmt: skip
+        left = [batch for batch in batches if not (go_on and table.has(**point, batch=str(batch)))]
+        if not left:
+            continue
         begin = time.perf_counter()
         structure = own.with_layers(layers_of(own.layers[0], count, free, fusion, fraction))
         num_sums = sum(not isinstance(sub_block, NoOp) for _, _, sub_block in structure) if tp > 1 else 0
         model = random_model(structure, device, dtype)
-        for batch in batches:
+        for batch in left:
             found = measure(model, batch, context, steps, ranks)
             table.add(
-                {
-                    "shapes": name,
-                    "ffn_of_attention_free": f"x{fraction:g}",
-                    "fusion": fusion,
+                point
+                | {
                     "num_layers": str(structure.num_layers),
                     "batch": str(batch),
-                    "context": str(context),
-                    "tp": str(tp),
                     "all_reduces_per_token": str(num_sums),
                     "weight_bytes": str(model.weight_bytes),
                     **timed(found, device, tp),

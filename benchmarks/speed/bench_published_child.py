@@ -22,7 +22,6 @@ fusion, so 1.53 without.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from point_table import PointTable, Row
+from puzzle.base.device import short_name
 from puzzle.base.ranks import Ranks
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.sub_block import SubBlock
@@ -42,7 +42,7 @@ from puzzle.parents.structure import Structure
 from puzzle.runtime.fast import FastRuntime
 from puzzle.runtime.model import random_model
 from puzzle.runtime.parallel import joined
-from rank_steps import percentiles, timed
+from rank_steps import ending_all, percentiles, timed
 
 COLUMNS = (
     "model,precision,tp,shares,batch,context,num_attentions,num_ffns,parameters_B,all_reduces_per_token,weight_bytes,distinct_weight_bytes,"
@@ -197,6 +197,7 @@ def measure(
 @click.option("--small", is_flag=True, help="A tiny parent on a CPU in float32, to rehearse.")
 @click.option("--csv", "path", type=click.Path(path_type=Path), default=Path("benchmarks/results/published_child.csv"))
 @click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
+@click.option("--go-on", is_flag=True, help="And do not measure their points again.")
 def main(
     tp: int,
     counts: str | None,
@@ -208,25 +209,23 @@ def main(
     small: bool,
     path: Path,
     append: bool,
+    go_on: bool,
 ) -> None:
     published = SMALL if small else ULTRA
     if small:
         precisions, context, steps, memory = "float32", 16, 2, 2e-3
-    try:
-        with joined(tp, "cpu" if small else "gpu") as (ranks, device):
-            first = ranks is None or ranks.is_first
-            table = PointTable(path, COLUMNS, POINT, append=append, writes=first, fill=fill_speedups)
+    with ending_all(), joined(tp, "cpu" if small else "gpu") as (ranks, device):
+        first = ranks is None or ranks.is_first
+        table = PointTable(path, COLUMNS, POINT, append=append or go_on, writes=first, fill=fill_speedups)
+        for precision in precisions.split(","):
             for shares in (counts or str(tp)).split(","):
-                for precision in precisions.split(","):
-                    for model in MODELS:
-                        sizes = [int(b) for b in batches.split(",")]
-                        measure(
-                            published, model, int(shares), precision, sizes, context, steps, memory * 1e9, ranks, device, table
-                        )  # fmt: skip
-    except (RuntimeError, ValueError) as error:  # out of memory, NCCL, a shape that cannot be divided
-        said = " ".join(str(error).split())[:400]
-        print(f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
-        os._exit(1)  # the other ranks are ended by torchrun; a broken communicator would wait for them
+                for model in MODELS:
+                    point = {"model": model, "precision": precision, "tp": str(tp), "shares": shares, "context": str(context),
+                             "device": short_name(device)}  # fmt: skip
+                    sizes = [int(b) for b in batches.split(",") if not (go_on and table.has(**point, batch=b))]
+                    measure(
+                        published, model, int(shares), precision, sizes, context, steps, memory * 1e9, ranks, device, table
+                    )  # fmt: skip
 
 
 if __name__ == "__main__":

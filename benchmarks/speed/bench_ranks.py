@@ -96,6 +96,10 @@ def heal(work: Path, ranks: int, device: str, parent: Path, child: Path, sizes: 
     return row_of("heal", ranks, parent, said["num_tokens"], said["seconds"], wall, **kl)
 
 
+def named(parent: Path) -> str:
+    return "/".join(parent.absolute().parts[-2:])
+
+
 def row_of(
     stage: str, ranks: int, parent: Path, num_tokens: int, seconds: float, wall: float, kl: str, kl_before: str = ""
 ) -> Row:
@@ -103,7 +107,7 @@ def row_of(
     return {
         "stage": stage,
         "ranks": str(ranks),
-        "parent": "/".join(parent.absolute().parts[-2:]),
+        "parent": named(parent),
         "num_tokens": str(num_tokens),
         "seconds": f"{seconds:.3f}",
         "tokens_per_second": f"{num_tokens / seconds:.0f}",
@@ -153,7 +157,8 @@ def choose(work: Path, library: Path, gpu: str) -> Path:
 @click.option("--sequences", type=int, default=64, show_default=True, help="Held out, for scores and evaluations.")
 @click.option("--small", is_flag=True, help="A few tokens on a CPU, to rehearse.")
 @click.option("--csv", "path", type=click.Path(path_type=Path), default=Path("benchmarks/results/ranks.csv"))
-@click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
+@click.option("--append", is_flag=True, help="Keep the rows that are in the CSV, to which others may add meanwhile.")
+@click.option("--go-on", is_flag=True, help="And do not measure their points again.")
 def main(
     work: Path,
     parent: Path,
@@ -164,17 +169,25 @@ def main(
     small: bool,
     path: Path,
     append: bool,
+    go_on: bool,
     **sizes: object,
 ) -> None:
     sizes |= SMALL if small else {}
     device, wanted = "cpu" if small else "cuda", stages.split(",")
     work.mkdir(parents=True, exist_ok=True)
-    table = PointTable(path, COLUMNS, POINT, append=append, writes=True, fill=fill_times)
+    append = append or go_on
+    table = PointTable(path, COLUMNS, POINT, append=append, writes=True, fill=fill_times, shared=append)
     numbers = [int(n) for n in counts.split(",")]
-    for ranks in numbers if "build" in wanted else ():
+
+    def left(stage: str, last: str) -> list[int]:
+        """Numbers of processes of which the stage's last row is wanted."""
+        done = [n for n in numbers if go_on and table.has(stage=last, ranks=str(n), parent=named(parent))]
+        return [n for n in numbers if stage in wanted and n not in done]
+
+    for ranks in left("build", "score"):
         for row in build(work, ranks, device, parent, sizes):
             table.add(row)
-    for ranks in numbers if "heal" in wanted else ():
+    for ranks in left("heal", "heal"):
         chosen = child or choose(work, work / f"library-{numbers[0]}", "cpu" if small else gpu)
         table.add(heal(work, ranks, device, parent, chosen, sizes))
 

@@ -27,9 +27,13 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from point_table import PointTable, Row
+from puzzle.base.device import short_name
 from puzzle.base.errors import UserError
 from puzzle.base.files import write_json
+from puzzle.base.machine import several
 from puzzle.measure.architecture import Architecture, read_architecture
+from puzzle.profile.parts import shared_name
+from rank_steps import ending_all, versions_of
 from synthetic_library import main as synthetic_library
 
 COLUMNS = (
@@ -66,7 +70,8 @@ def solve(
             shares_of(Library.open(library).shareable(tp)[0], tp), "bf16", f"{shapes}-tp{tp}", "h100-made-up"
         )
     else:
-        if puzzle("profile", library, "--gpu", gpu, "--tp", tp, *grid).wait() != 0:
+        table = library / "costs" / gpu / f"{shared_name(shapes, tp)}.csv"
+        if not table.is_file() and puzzle("profile", library, "--gpu", gpu, "--tp", tp, *grid).wait() != 0:
             raise UserError("no table of the shares, and so no promise")
     asked = ("--gpu", gpu, "--tp", tp, "--concurrency", batch, *lengths)
     running = [puzzle("solve", library, "--latency", goal, *asked, "--out", folder(work, goal)) for goal in goals]
@@ -115,22 +120,25 @@ def rows_of(shapes: str, goal: str, solved: Architecture, found: dict[str, Any],
 
 
 def measure(
-    work: Path, shapes: str, gpu: str, tp: int, goals: list[str], repeats: int, path: Path, append: bool
+    work: Path, shapes: str, gpu: str, tp: int, goals: list[str], repeats: int, path: Path, append: bool, go_on: bool
 ) -> None:
-    """What `puzzle bench` says of every child that was solved for, and of the parent once; rows come as they are measured."""
+    """What `puzzle bench` says of every child that was solved for, and of the parent once; rows come as they are measured. go_on: not of
+    those that the CSV has."""
     from puzzle.measure.bench import bench
     from puzzle.runtime.parallel import joined
-    from rank_steps import versions_of
 
     reached = [goal for goal in goals if (folder(work, goal) / "architecture.json").is_file()]
     if not reached:
         raise UserError(f"{work} has no children: run this without torchrun first")
     with joined(tp, gpu) as (ranks, device):
         first = ranks is None or ranks.is_first
-        table = PointTable(path, COLUMNS, POINT, append=append, writes=first)
+        table = PointTable(path, COLUMNS, POINT, append=append or go_on, writes=first)
+        here = {"shapes": shapes, "tp": str(tp), "device": several(short_name(device), tp) if gpu != "cpu" else "cpu"}
         for number, goal in enumerate(reached):
-            begin = time.perf_counter()
             solved = read_architecture(folder(work, goal))
+            if go_on and table.has(**here, goal=f"latency {goal}", batch=str(solved.predicted.batch)):
+                continue
+            begin = time.perf_counter()
             found = bench(folder(work, goal), gpu=gpu, tp=tp, with_parent=number == 0, repeats=repeats)
             if first:
                 write_json(folder(work, goal) / "bench.json", found)
@@ -154,6 +162,7 @@ def measure(
 @click.option("--small", is_flag=True, help="A tiny parent on a CPU, made-up prices, to rehearse.")
 @click.option("--csv", "path", type=click.Path(path_type=Path), default=Path("benchmarks/results/tp_children.csv"))
 @click.option("--append", is_flag=True, help="Keep the rows that are in the CSV.")
+@click.option("--go-on", is_flag=True, help="And do not measure their points again.")
 def main(
     work: Path,
     tp: int,
@@ -164,19 +173,17 @@ def main(
     small: bool,
     path: Path,
     append: bool,
+    go_on: bool,
     **sizes: Any,
 ) -> None:
     sizes |= SMALL if small else {}
     shapes, gpu, wanted = sizes["shapes"], sizes["gpu"], goals.split(",")
-    try:
+    with ending_all():
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            measure(work, shapes, gpu, tp, wanted, repeats, path, append)
+            measure(work, shapes, gpu, tp, wanted, repeats, path, append, go_on)
         else:
             lengths = ["--input-len", str(sizes["input_len"]), "--output-len", str(sizes["output_len"])]
             solve(work, shapes, gpu, tp, wanted, lengths, sizes["batch"], costs, grid.split())
-    except UserError as error:
-        print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # a broken communicator would wait for the others
 
 
 if __name__ == "__main__":
