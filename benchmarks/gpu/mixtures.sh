@@ -4,13 +4,14 @@
 #   benchmarks/gpu/mixtures.sh WORK STAGE...       stages, with seconds on an H100 as estimated; each pair below may run on two GPUs at once:
 #     grouped                      products of experts: ours, torch's, a loop           grouped.csv                        60
 #     parent_moe | parent_hybrid   trains a reference parent for TRAIN_SECONDS          parent-*.tar.xz.?? (joined: tar xJ)  TRAIN_SECONDS + 80
-#     road_moe | road_hybrid       needs its parent: library, costs, global points,     bld_*.csv, mixtures_*.csv          220
+#     road_moe | road_hybrid       needs its parent, of examples/ where none is         bld_*.csv, mixtures_*.csv          300
+#                                  trained here: library, costs, global points,
 #                                  children of every rule under one goal
-#     heal_moe | heal_hybrid       needs its road: the children healed                  mixtures_*.csv                     150
+#     heal_moe | heal_hybrid       needs its road: the children healed                  mixtures_*.csv                     200
 #     table_dense | table_moe | table_qwen   costs of Nemotron-Nano-9B-v2, Nemotron 3 Nano 30B-A3B, Qwen3-30B-A3B; then
-#                                  8 random children, promised and measured             costs/, predict_*.csv              190, 190, 130
+#                                  8 random children, promised and measured             costs/, predict_*.csv              300, 300, 200
 #     vllm                         tiny children in vLLM, by its own formats and the plug-in: log-probabilities, bytes of
-#                                  keys, values and states                              serving_matrix_mixtures.csv        240
+#                                  keys, values and states                              serving_matrix_mixtures.csv        450
 #
 # What a stage has written stays: typed again, it goes on. Results and logs go to RESULTS as they come, and nothing runs beyond END seconds
 # after T0 (date +%s). A stage that fails does not stop later ones; the exit code says whether one did. Memory: 2 to 12 GB, but for
@@ -165,6 +166,7 @@ children() { # children NAME LOG OPTION...
 }
 
 road() { # road NAME ATTENTION FFN POINTS
+  [[ -e $WORK/parent-$1 || ! -d examples/parent_$1 ]] || cp -r "examples/parent_$1" "$WORK/parent-$1"
   [[ -f $WORK/parent-$1/model.safetensors ]] || { echo "-- road_$1: no parent in $WORK/parent-$1" && return 1; }
   corpus && begun "$1" "$2" "$3" && profiled "road-$1-profile" "$WORK/init-$1" || return 1
   local place slicing=()
