@@ -4,13 +4,14 @@
 #   benchmarks/gpu/mixtures.sh WORK STAGE...       stages, with seconds on an H100 as estimated; each pair below may run on two GPUs at once:
 #     grouped                      products of experts: ours, torch's, a loop           grouped.csv                        60
 #     parent_moe | parent_hybrid   trains a reference parent for TRAIN_SECONDS          parent-*.tar.xz.?? (joined: tar xJ)  TRAIN_SECONDS + 80
-#     road_moe | road_hybrid       needs its parent: library, costs, global points,     bld_*.csv, mixtures_*.csv          220
+#     road_moe | road_hybrid       needs its parent, of examples/ where none is         bld_*.csv, mixtures_*.csv          300
+#                                  trained here: library, costs, global points,
 #                                  children of every rule under one goal
-#     heal_moe | heal_hybrid       needs its road: the children healed                  mixtures_*.csv                     150
+#     heal_moe | heal_hybrid       needs its road: the children healed                  mixtures_*.csv                     200
 #     table_dense | table_moe | table_qwen   costs of Nemotron-Nano-9B-v2, Nemotron 3 Nano 30B-A3B, Qwen3-30B-A3B; then
-#                                  8 random children, promised and measured             costs/, predict_*.csv              190, 190, 130
+#                                  8 random children, promised and measured             costs/, predict_*.csv              300, 300, 200
 #     vllm                         tiny children in vLLM, by its own formats and the plug-in: log-probabilities, bytes of
-#                                  keys, values and states                              serving_matrix_mixtures.csv        240
+#                                  keys, values and states                              serving_matrix_mixtures.csv        450
 #
 # What a stage has written stays: typed again, it goes on. Results and logs go to RESULTS as they come, and nothing runs beyond END seconds
 # after T0 (date +%s). A stage that fails does not stop later ones; the exit code says whether one did. Memory: 2 to 12 GB, but for
@@ -52,6 +53,7 @@ small() { [[ $DEVICE != cuda ]]; }
 : "${CORPUS:=}"                               # a .jsonl; the parents' own text when empty
 : "${SEQ_LEN:=$(small && echo 128 || echo 1024)}"
 : "${LIBRARY_TOKENS:=$(small && echo 4e3 || echo 2e6)}"
+: "${LIBRARY_LR:=2e-3}"
 : "${LIBRARY_BATCH:=$(small && echo 4 || echo 16)}"
 : "${SEQUENCES:=$(small && echo 4 || echo 64)}" # held out, for scores and KL
 : "${CALIBRATION:=$(small && echo 4 || echo 64)}"
@@ -70,7 +72,8 @@ small() { [[ $DEVICE != cuda ]]; }
 : "${HYBRID_ATTENTION:=heads6,heads4,dim32,window-128,gdn,mamba2-8x64-g2-s64,none}"
 : "${MOE_POINTS:=h152 d5 h200-d7 h224-d6}"               # hidden channels, layers, heads of Mamba-2
 : "${HYBRID_POINTS:=h176 d12 h216-d15 h184-m6}"
-: "${CHILDREN:=8}" # random ones of a table
+: "${CHILDREN:=8}"  # random ones of a table
+: "${TABLE_ARGS:=}" # of `puzzle profile`; its usual grid when empty
 : "${VLLM_PATH:=}"
 : "${VLLM_CHILDREN:=nemotron-h, experts|mamba in a llama|qwen3-moe, alike|nemotron-h, dense|qwen3_moe}"
 
@@ -95,7 +98,7 @@ grouped() { [[ $DEVICE == cuda ]] && within grouped "$PYTHON" benchmarks/kernels
 
 pack() { # pack NAME: a parent in pieces of 15 MB; bf16 packs best where bytes know which half of a number they are
   [[ -f $WORK/$1/model.safetensors ]] || return 1
-  tar -C "$WORK" -c "$1" | xz -T4 --lzma2=preset=6,lc=0,lp=1,pb=1 >"$WORK/$1.tar.xz" || return 1
+  tar -C "$WORK" -c "$1" | xz -T0 --block-size=4MiB --lzma2=preset=6,lc=0,lp=1,pb=1 >"$WORK/$1.tar.xz" || return 1
   xz -dc "$WORK/$1.tar.xz" | tar -t >/dev/null && split -b 15m -d "$WORK/$1.tar.xz" "$RESULTS/$1.tar.xz."
 }
 
@@ -149,7 +152,7 @@ point() { # point NAME PLACE: slices the parent, and makes a library without var
 begun() { # begun NAME ATTENTION FFN: the library of 0 tokens, whose costs are those of the trained one
   [[ -f $WORK/init-$1/library.json ]] && return
   puzzle "road-$1-init" build-library "$WORK/parent-$1" --data "$CORPUS" --attention "$2" --ffn "$3" --tokens 0 --seq-len "$SEQ_LEN" \
-    --batch-size "$LIBRARY_BATCH" --no-score --out "$WORK/init-$1"
+    --batch-size "$LIBRARY_BATCH" --lr "$LIBRARY_LR" --no-score --out "$WORK/init-$1"
 }
 
 children() { # children NAME LOG OPTION...
@@ -163,21 +166,26 @@ children() { # children NAME LOG OPTION...
 }
 
 road() { # road NAME ATTENTION FFN POINTS
+  [[ -e $WORK/parent-$1 || ! -d examples/parent_$1 ]] || cp -r "examples/parent_$1" "$WORK/parent-$1"
   [[ -f $WORK/parent-$1/model.safetensors ]] || { echo "-- road_$1: no parent in $WORK/parent-$1" && return 1; }
   corpus && begun "$1" "$2" "$3" && profiled "road-$1-profile" "$WORK/init-$1" || return 1
-  local place
-  for place in $4; do point "$1" "$place"; done &
+  local place slicing=()
+  for place in $4; do
+    point "$1" "$place" &
+    slicing+=($!)
+  done
   if [[ ! -s $RESULTS/bld_$1.csv ]]; then
     within "road-$1-bld" "$PYTHON" benchmarks/quality/bench_bld.py --parent "$WORK/parent-$1" --data "$CORPUS" --library "$WORK/lib-$1" \
       --initial "$WORK/init-$1" --attention "$2" --ffn "$3" --tokens "$LIBRARY_TOKENS" --seq-len "$SEQ_LEN" --batch-size "$LIBRARY_BATCH" \
-      --lr 2e-3 --score-sequences "$SEQUENCES" --out "$RESULTS/bld_$1.csv"
+      --lr "$LIBRARY_LR" --score-sequences "$SEQUENCES" --out "$RESULTS/bld_$1.csv"
   fi
-  wait $!
+  wait "${slicing[@]}"
   [[ -s $RESULTS/bld_$1.csv ]] || return 1
   cp -rn "$WORK/init-$1/costs" "$WORK/lib-$1/"
   for place in $4; do
     [[ -f $WORK/lib-$1/points/$place/library.json ]] && profiled "road-$1-$place" "$WORK/lib-$1/points/$place"
   done
+  (($(left) > 5)) || return 1 # what has no costs yet stays a point of the next call
   for place in $4; do # one that failed is no point
     compgen -G "$WORK/lib-$1/points/$place/costs/*/*.csv" | grep -qv partial || rm -f "$WORK/lib-$1/points/$place/library.json"
   done
@@ -197,11 +205,14 @@ predicted() { # predicted SHAPES OPTION...: its costs, then random children of i
   shift
   small && echo "-- $shapes: not on a CPU" && return 1
   table=$(compgen -G "$WORK/costs/*/$shapes.csv" | head -1)
-  if [[ -z $table ]]; then
-    puzzle "table-$shapes" profile --shapes "$shapes" --gpu "$GPU" --out "$WORK/costs" || return 1
+  if [[ -z $table ]]; then # of one that is cut off the points so far lie beside: in WORK/costs of another call they are not measured again
+    # shellcheck disable=SC2086
+    puzzle "table-$shapes" profile --shapes "$shapes" --gpu "$GPU" --out "$WORK/costs" $TABLE_ARGS
     table=$(compgen -G "$WORK/costs/*/$shapes.csv" | head -1)
+    rm -f "$RESULTS"/costs/*/"$shapes.partial.csv"
+    mkdir -p "$RESULTS/costs" && cp -r "$WORK"/costs/* "$RESULTS/costs/"
+    [[ -n $table ]] || return 1
   fi
-  mkdir -p "$RESULTS/costs" && cp -r "$WORK"/costs/* "$RESULTS/costs/" && rm -f "$RESULTS"/costs/*/*.partial.csv
   [[ -s $RESULTS/predict_$shapes.csv && -f $WORK/predicted-$shapes ]] && return
   within "predict-$shapes" "$PYTHON" benchmarks/speed/bench_predict.py --gpu "$GPU" --shapes "$shapes" --table "$table" \
     --count "$CHILDREN" --out "$RESULTS/predict_$shapes.csv" "$@" || return 1
@@ -220,9 +231,9 @@ vllm() {
     within vllm-children "$PYTHON" benchmarks/lib/tiny_children.py "$WORK/tiny"
     return
   fi
-  PYTHONPATH="$PYTHONPATH${VLLM_PATH:+:$VLLM_PATH}" VLLM_ENABLE_V1_MULTIPROCESSING=0 HF_HUB_OFFLINE=1 VLLM_USE_FLASHINFER_SAMPLER=0 \
-    VLLM_USE_DEEP_GEMM=0 VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo VLLM_NO_USAGE_STATS=1 \
-    within vllm "$PYTHON" benchmarks/serving/serving_matrix.py --gpu --children "${names[@]}" --out "$RESULTS/serving_matrix_mixtures.csv"
+  source benchmarks/gpu/vllm.sh
+  PYTHONPATH="$PYTHONPATH:$PLUG_IN${VLLM_PATH:+:$VLLM_PATH}" within vllm "$PYTHON" benchmarks/serving/serving_matrix.py --gpu --append \
+    --children "${names[@]}" --out "$RESULTS/serving_matrix_mixtures.csv"
 }
 
 for stage in "$@"; do

@@ -74,10 +74,10 @@ fi
 : "${GRPO_LR:=5e-6}"
 : "${SAVE_EVERY:=10}"
 # other ways to heal
-: "${STORED_ARGS:=--tokens 3000000 --batch-size 32}"
-: "${TOKENIZER_ARGS:=--tokens 3e6 --batch-size 32 --written 8000 --new-tokens 384}"
+: "${STORED_ARGS:=--tokens 3000000 --batch-size 32 --max-files 3000}"
+: "${TOKENIZER_ARGS:=--tokens 3e6 --batch-size 32 --written 8000 --new-tokens 384 --max-files 9000}"
 : "${WRITER:=$PARENT}"
-: "${GROW_ARGS:=--tokens 2000000}"
+: "${GROW_ARGS:=--tokens 2000000 --max-files 3000}"
 : "${LONG_PARENT:=$PARENT}"
 : "${LONG_ARGS:=--steps 20 --max-files 3000}"
 if [[ -z ${GPU:-} ]]; then

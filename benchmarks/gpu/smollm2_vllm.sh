@@ -73,16 +73,8 @@ PYTHON_B=()
 [[ -z $PYTHON_OF_VLLM ]] || PYTHON_B=(--python "$PYTHON_OF_VLLM")
 
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
-export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0 VLLM_ENABLE_V1_MULTIPROCESSING=0
-export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
-export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$WORK/cache/vllm}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$WORK/cache/triton}"
+source benchmarks/gpu/vllm.sh
 PATH_B=$PWD${SITE:+:$SITE}:$PYTHONPATH
-
-# A checkout that is not installed has no entry point, by which vLLM finds the plug-in in check, answers and fp8_vllm.
-PLUG_IN=$WORK/plug-in
-mkdir -p "$PLUG_IN/puzzle_nas-0.1.0.dist-info"
-printf 'Metadata-Version: 2.1\nName: puzzle-nas\nVersion: 0.1.0\n' >"$PLUG_IN/puzzle_nas-0.1.0.dist-info/METADATA"
-printf '[vllm.general_plugins]\npuzzle = puzzle.serving.vllm_plugin:register\n' >"$PLUG_IN/puzzle_nas-0.1.0.dist-info/entry_points.txt"
 
 left() { echo $((T0 + END - $(date +%s))); }
 

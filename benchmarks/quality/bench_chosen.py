@@ -286,11 +286,12 @@ class Bench:
         return found
 
     def table(self, out: Path, speeds: list[float], methods: list[str]) -> None:
-        """All that is known, as OUT."""
+        """All that is known of these methods, as OUT: at other speeds too, for which earlier calls have chosen."""
+        there = {float(path.stem.rpartition("-")[2]) for path in self.work.glob("chosen/*.json")}
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        for speed in speeds:
+        for speed in sorted({*speeds, *there}):
             for row in (self.row(speed, method) for method in (*methods, "steps")):
                 if row is not None:
                     told = {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()}

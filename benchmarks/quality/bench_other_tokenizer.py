@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from puzzle.base.device import pick_device
 from puzzle.base.machine import cpu_name
 from puzzle.data.align import word_bytes
 from puzzle.data.packing import load_tokens
@@ -78,12 +79,12 @@ def write_child(texts: list[str], words: int, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def per_byte(place: Path, corpus: Path, seq_len: int) -> float:
+def per_byte(place: Path, corpus: Path, seq_len: int, device: torch.device) -> float:
     """Held-out loss in nats per byte."""
     held_out = load_tokens([str(corpus)], place, seq_len=seq_len, num_train=1, num_validation=32).validation
     known = word_bytes(load_tokenizer(place), place)
     size = sum(len(known[n]) for n in held_out[:, 1:].flatten().tolist())
-    model = load_model(place)
+    model = load_model(place, device=device)
     return compare(model, model, held_out)["lm_loss"] * held_out[:, 1:].numel() / size
 
 
@@ -132,7 +133,8 @@ def main(
         ]
         given = ["--temperature", "1", "--max-new-tokens", str(o["new_tokens"]), "--device", o["device"]]
         subprocess.run([*script, "--out", str(root / "written.jsonl"), *given], check=True)
-        start, goal = (per_byte(place, root / "corpus.jsonl", seq_len) for place in (root / "child", PARENT))
+        corpus, on = root / "corpus.jsonl", pick_device(o["device"])
+        start, goal = (per_byte(place, corpus, seq_len, on) for place in (root / "child", PARENT))
         for way, options in WAYS.items():
             if way in [row["way"] for row in rows]:
                 continue
@@ -150,7 +152,7 @@ def main(
                     "way": way,
                     "tokens": record["num_tokens"],
                     "nats_per_byte_before": f"{start:.5f}",
-                    "nats_per_byte": f"{per_byte(root / 'out', root / 'corpus.jsonl', seq_len):.5f}",
+                    "nats_per_byte": f"{per_byte(root / 'out', corpus, seq_len, on):.5f}",
                     "nats_per_byte_teacher": f"{goal:.5f}",
                     "tokens_aligned": record.get("aligned", {}).get("tokens", ""),
                     "words_in_both": record.get("aligned", {}).get("words", ""),

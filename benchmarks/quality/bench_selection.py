@@ -86,6 +86,17 @@ class Bench:
         self, library: Library, selections: dict[float, Selection], text: Children, other: Children, rows: Rows
     ):
         self.library, self.selections, self.text, self.other, self.rows = library, selections, text, other, rows
+        self._finalists: dict[float, list[Candidate]] = {}  # looking for them takes the solver a minute
+
+    def finalists(self, speed: float, count: int, distance: int) -> Refiner:
+        """One that has found them, and nothing else."""
+        refiner = Refiner(self.selections[speed], self.text)
+        if speed in self._finalists:
+            refiner.found.candidates += self._finalists[speed]
+        else:
+            refiner.finalists(count, distance)
+            self._finalists[speed] = list(refiner.found.candidates)
+        return refiner
 
     def methods(self, speed: float, finalists: int, distance: int, rounds: int) -> None:
         """A row of each that has none."""
@@ -117,8 +128,7 @@ class Bench:
         alone.finalists(1, 1)
         mip = alone.found.best
         note("mip", mip)
-        several = Refiner(selection, self.text)
-        several.finalists(finalists, distance)
+        several = self.finalists(speed, finalists, distance)
         note("finalists", several.found.best)
         several.pairs(finalists, distance)
         note("pairs", several.found.best)
@@ -278,9 +288,7 @@ def main(root: Path, gpu: str, shapes: str | None, data: tuple[str, ...], parent
             bench.near(speed, children)
     for speed in selections:
         if not bench.rows.of("rank", speed):
-            refiner = Refiner(selections[speed], text)
-            refiner.finalists(finalists, min_distance)
-            bench.rank(speed, refiner, rounds)
+            bench.rank(speed, bench.finalists(speed, finalists, min_distance), rounds)
     print("done")
 
 

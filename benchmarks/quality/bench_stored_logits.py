@@ -66,10 +66,10 @@ def main(tokens: int, batch_size: int, max_files: int | None, lr: float, device:
             layers[index] = layers[index].put("ffn", NO_OP)
         write_hf(replace(child, layers=tuple(layers)), root / "child", "card")
         held_out = load_tokens([str(root / "corpus.jsonl")], PARENT, seq_len=256, num_train=1, num_validation=32)
-        parent, rows = load_model(PARENT), read_rows(out, append)
+        parent, rows = load_model(PARENT, device=device), read_rows(out, append)
 
         def measure(path: Path) -> dict[str, float]:
-            return compare(parent, load_model(path), held_out.validation)
+            return compare(parent, load_model(path, device=device), held_out.validation)
 
         before = measure(root / "child")
         for way, options in WAYS.items():

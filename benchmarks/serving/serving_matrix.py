@@ -16,7 +16,7 @@ takes in vLLM stands beside what we say: bytes of keys, values and states by its
 --gpu: vLLM alone, in this Python, in bf16, 32 prompts of 17 to 3,000 tokens at once; heads of 64. A cell passes when vLLM's mean
 |Δ log p| to our float32 is at most 1.2 times that of our own bf16, after the prompts and while they are continued. A vLLM whose own
 reader is wrong about different KV heads passes when serve-check says so (`detected`), and has to be right once lowered for its version.
-Exit code 1 when a cell fails.
+--append: cells that --out has stay, and are not run again unless the engine failed. Exit code 1 when a cell fails.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from puzzle.export.write import Source, export
 from puzzle.serving.check import EngineFailed, serve_check
 from serving_environments import python_of, require
 from tiny_children import ALL, tiny_child, write_tiny_child
+from write_rows import read_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "serving_matrix.csv"
 CELLS = (
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=engines, choices=engines)
     parser.add_argument("--children", nargs="+", default=children, choices=children)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--append", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     cells = GPU_CELLS if arguments.gpu else [cell for cell in CELLS if cell[0] in arguments.engines]
@@ -132,7 +134,8 @@ def main() -> None:
         "version",
         *facts,
     ]
-    rows = []
+    rows = [row for row in read_rows(arguments.out, arguments.append) if row["verdict"] != "FAILED"]
+    there = {tuple(row[name] for name in columns[:3]) for row in rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(arguments.out, "w", newline="", encoding="utf-8") as handle,
@@ -140,11 +143,15 @@ def main() -> None:
     ):
         writer = csv.DictWriter(handle, columns, restval="", extrasaction="ignore")
         writer.writeheader()
+        writer.writerows(rows)
+        handle.flush()
         for name in arguments.children:
-            write_tiny_child(name, Path(temporary) / name, gpu=arguments.gpu)
             own = [("vllm", format) for format in ALL[name].formats if arguments.gpu or "vllm" in arguments.engines]
             own += [("hf", format) for format in ALL[name].formats if not arguments.gpu and "hf" in arguments.engines]
-            for engine, format in (*cells, *own):
+            left = [cell for cell in (*cells, *own) if (name, *cell) not in there]
+            if left:
+                write_tiny_child(name, Path(temporary) / name, gpu=arguments.gpu)
+            for engine, format in left:
                 row = {**run_cell(name, engine, format, Path(temporary), arguments.gpu), **facts}
                 rows.append(row)
                 writer.writerow(row)

@@ -26,13 +26,18 @@ def test_the_table_of_all_lanes_runs_nothing(tmp_path: Path, load_script, monkey
 
     monkeypatch.setattr(script.Bench, "row", row)
     monkeypatch.setattr(script.subprocess, "run", run)
-    out = tmp_path / "chosen.csv"
+    out, earlier = (
+        tmp_path / "chosen.csv",
+        tmp_path / "chosen" / "uniform-width-1.25.json",
+    )  # of a call for another speed
+    earlier.parent.mkdir()
+    earlier.touch()
     asked = ["table", "--parent", "parent", "--data", "text", "--work", str(tmp_path), "--out", str(out)]
     done = CliRunner().invoke(script.main, [str(RECIPE), *asked, "--speeds", "1.5,2", "--methods", "mip,greedy,random"])
     assert done.exit_code == 0, done.output
     with open(out, newline="", encoding="utf-8") as handle:
         found = [(float(one["speed"]), one["method"]) for one in csv.DictReader(handle)]
-    assert found == [(speed, method) for speed in (1.5, 2.0) for method in ("mip", "random", "steps")]
+    assert found == [(speed, method) for speed in (1.25, 1.5, 2.0) for method in ("mip", "random", "steps")]
 
 
 def test_one_waits_for_another(tmp_path: Path, load_script, monkeypatch: pytest.MonkeyPatch):
