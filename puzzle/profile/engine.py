@@ -144,7 +144,7 @@ class EngineModel:
         seconds, reach = seconds + (own.attention if state else own.ffn), state.kept(context)
         if prompt:  # half of the scores, by causality
             scores = batch * context * part.mixing_flops(reach) / 2 if state else 0.0
-            return max(own.launch, seconds + scores / (share * self.flops))
+            return larger(own.launch, seconds + scores / (share * self.flops))
         return seconds + self.weight_bytes * state.per_token * batch * (reach + own.tail) / (own.kv * self.bandwidth)
 
     def unfitted(self, part: SubBlock) -> str | None:
@@ -203,6 +203,15 @@ class EngineModel:
     def between_parts(self, parent: Structure, batch: int) -> float:
         """0: likewise."""
         return 0.0
+
+
+def larger(a: Any, b: Any) -> Any:
+    """Of numbers, or element by element where a fit's constants are arrays."""
+    if isinstance(a, float | int) and isinstance(b, float | int):
+        return max(a, b)
+    import numpy as np
+
+    return np.maximum(a, b)
 
 
 @cache

@@ -27,7 +27,7 @@ from puzzle.base.errors import UserError
 from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
 from puzzle.blocklib.sub_block import SubBlock
-from puzzle.profile.engine import SHARES, Constants, EngineModel, parts_of, read_architectures
+from puzzle.profile.engine import SHARES, Constants, EngineModel, larger, parts_of, read_architectures
 
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
 HICCUP = 0.1  # relative error
@@ -100,19 +100,19 @@ def _row(path: Path, number: int, row: dict[str, str], known: Sequence[str]) -> 
     ]
 
 
-def predicted(model: EngineModel, parts: dict[str, Any], one: Measurement) -> float:
-    """What the model says of a measurement of the architecture `parts`."""
+def predicted(model: EngineModel, parts: dict[str, Any], one: Measurement) -> Any:
+    """What the model says of a measurement of the architecture `parts`; an array where its constants are arrays."""
     counted = parts_of(parts)
     work, batch = one.work, one.batch
     if one.what == "decode_step":
         context = work.input_len + work.output_len // 2
         device = sum(n * model.seconds(part, "decode", batch, context) for part, n in counted)
-        return max(device, model.host_seconds(batch))
+        return larger(device, model.host_seconds(batch))
     prefill = sum(n * model.seconds(part, "prefill", batch, work.input_len) for part, n in counted)
     if one.what == "prefill":
         return prefill
     decode = sum(n * model.decode_seconds(part, batch, work) for part, n in counted)
-    return batch * work.output_len / (prefill + max(decode, (work.output_len - 1) * model.host_seconds(batch)))
+    return batch * work.output_len / (prefill + larger(decode, (work.output_len - 1) * model.host_seconds(batch)))
 
 
 def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement]) -> EngineModel:
@@ -128,7 +128,7 @@ def fit(engine: str, described: dict[str, Any], measured: Sequence[Measurement])
     steps = [m for m in measured if m.what == "decode_step"]
 
     def criterion(model: EngineModel, num_constants: int) -> float:
-        error = sum(_counted(_error(model, described, m)) ** 2 for m in steps)
+        error = float((_errors(model, described, steps) ** 2).sum())
         return len(steps) * math.log(error or 1e-300) + num_constants * math.log(len(steps))
 
     return paced if criterion(paced, len(HOST)) < criterion(without, 0) else without
@@ -140,14 +140,12 @@ def has_windows(described: dict[str, Any]) -> bool:
     return any(isinstance(part, SubBlock) and part.state().reach is not None for part in parts)
 
 
-def _error(model: EngineModel, described: dict[str, Any], m: Measurement) -> float:
-    """Relative, in logarithms."""
-    return math.log(predicted(model, described["architectures"][m.architecture], m) / m.value)
-
-
-def _counted(error: float) -> float:
-    """Its square grows by the logarithm beyond HICCUP."""
-    return math.copysign(HICCUP * math.sqrt(math.log1p((error / HICCUP) ** 2)), error)
+def _errors(model: EngineModel, described: dict[str, Any], measured: Sequence[Measurement]) -> np.ndarray:
+    """Relative, in logarithms, of every measurement [M], or of every measurement and column of the constants [M, C]. The square of one
+    grows by the logarithm beyond HICCUP."""
+    told = np.array([predicted(model, described["architectures"][m.architecture], m) / m.value for m in measured])
+    errors = np.log(told)
+    return np.copysign(HICCUP * np.sqrt(np.log1p((errors / HICCUP) ** 2)), errors)
 
 
 def _floor(measured: Sequence[Measurement]) -> tuple[float, float] | None:
@@ -177,19 +175,19 @@ def _least(
     largest, windows = max(m.batch for m in measured), has_windows(described)
 
     def model(x: np.ndarray) -> EngineModel:
-        values = np.maximum(least, np.exp(x) / np.where(odds, 1 + np.exp(x), 1.0))
-        constants = Constants(**start | dict(zip(names, values.tolist(), strict=True)))
+        """x: coordinates [C], or columns of them [C, N], for which every second that the model gives is an array [N]."""
+        values = np.maximum(least, np.exp(x.T) / np.where(odds, 1 + np.exp(x.T), 1.0)).T
+        constants = Constants(**start | dict(zip(names, values.tolist() if x.ndim == 1 else values, strict=True)))
         told = {key: described[key] for key in ("device", "precision")} | {"windows": windows}
         return EngineModel(engine, described["gpu"], constants, largest_batch=largest, **told)
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        now = model(x)
-        return np.concatenate([[_counted(_error(now, described, m)) for m in measured], PRIOR * (x - usual)])
+        return np.concatenate([_errors(model(x), described, measured), PRIOR * (x.T - usual).T])
 
     x, damping = usual, 1e-3
     error = residuals(x)
     for _ in range(MAX_STEPS):
-        slope = np.stack([(residuals(x + 1e-6 * unit) - error) / 1e-6 for unit in np.eye(len(x))], axis=1)
+        slope = (residuals(x[:, None] + 1e-6 * np.eye(len(x))) - error[:, None]) / 1e-6
         normal = slope.T @ slope
         step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -slope.T @ error)
         trial = residuals(x + step)
