@@ -75,12 +75,12 @@ def ffn_as_linear(statistics: Statistics) -> Tensor:
 
 
 def low_rank(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """(U [H, R], V [R, H]) whose product is nearest to W [H, H] in what both give: ‖(W - U V) C^½‖_F is least, with C = Σ n nᵀ + λI of the
-    inputs; gram None: C = I, the truncated SVD.
+    """(U [H, R], V [R, H]) whose product is nearest to W [H, H] by what both give: ‖(W - U V) C^½‖_F is least, with C = Σ n nᵀ + λI of what
+    enters; gram None: C = I, the truncated SVD.
 
-    U has the R main directions of what W gives, the eigenvectors of W C Wᵀ, and V = Uᵀ W. It is the truncated SVD of W S with S Sᵀ = C, taken back
-    by S⁻¹ (SVD-LLM, arXiv 2403.07378), since U Uᵀ W S is that truncation; and where W is the least-squares map of `ffn_as_linear`, with its λ,
-    the best of rank R on the calibration tokens (reduced-rank regression, Izenman 1975).
+    U has the R main directions of what W gives, the eigenvectors of W C Wᵀ, and V = Uᵀ W. As U Uᵀ W S is the truncated SVD of W S with
+    S Sᵀ = C, this is SVD-LLM's pair (arXiv 2403.07378) without S⁻¹; where W is `ffn_as_linear`'s, with its λ, it is reduced-rank regression
+    (Izenman 1975): no other pair has a smaller error on the calibration tokens.
     """
     wide = matrix.double()
     given = wide @ wide.T if gram is None else wide @ ridged(gram.to(wide)) @ wide.T

@@ -1,4 +1,5 @@
-"""One H × H matrix after the norm, or two of low rank: the cheapest stand-in that still mixes channels, for attention and for the FFN.
+"""One H × H matrix after the norm, or two of low rank: the cheapest stand-in that still mixes channels, for attention and
+for the FFN.
 
 Letters: H hidden_size, R rank.
 """
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear(Normed):
-    """No bias. rank: of the product U V of two matrices; None: one matrix. columns: that a rank of tensor parallel has of the one; None: all."""
+    """No bias. rank: of the product U V of two matrices; None: there is one. columns: that a rank of tensor parallel has of the
+    one; None: all."""
 
     kind: ClassVar[str] = "linear"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.linear:LinearMap"

@@ -1,5 +1,5 @@
-"""Twelve tiny children that hold, between them, every kind of layer, one of low rank, one of each family that is unlike Llama, and those that have
-formats of their own: for the matrix of engines and for tests.
+"""Twelve tiny children that hold, between them, every kind of layer, one with maps of low rank, one of each family that is unlike Llama, and
+those that have formats of their own: for the matrix of engines and for tests.
 
     python benchmarks/lib/tiny_children.py DIRECTORY        (writes them all as --format hf: DIRECTORY/<name>)
     from tiny_children import CHILDREN, FAMILIES, WITH_FORMATS, on_gpu, tiny_child, write_tiny_child
@@ -107,7 +107,7 @@ CHILDREN: dict[str, Tiny] = {
     "llama3-rope": Tiny(layers=(BLOCK, (kv(1), width(256)), (NO_OP, FFN), BLOCK), rope=LLAMA3),
     "window": Tiny(layers=(BLOCK, (replace(FULL, window=16), FFN), (kv(2), FFN))),
 }
-# Two matrices of low rank, of which more and fewer than a step of FFN widths pass between them, in every place that one may have.
+# Maps of low rank in every place that a linear map may have, beside whole ones.
 LOW_RANK = {
     "low-rank": Tiny(
         layers=(

@@ -190,7 +190,7 @@ def linear_attention_as_ffn(child: Child) -> Rewritten:
 
 
 def linear_ffn_as_swiglu(child: Child) -> Rewritten:
-    """M·n = M·(silu(64) · n/64): gate weight 0 and bias 64, up I/64, down M; width E. Of low rank, U·V·n: up V/64, down U; width R.
+    """M·n = M·(silu(64) · n/64): gate weight 0 and bias 64, up I/64, down M; width E. Of low rank R: up V/64, down U; width R.
 
     All SwiGLUs of a child have biases or none: the others get zero biases.
     """
