@@ -50,8 +50,7 @@ def surgeon(down: Tensor, gram: Tensor, width: int) -> tuple[Tensor, Tensor]:
     (Hassibi and Stork 1993; whole columns as in ZipLM, arXiv 2302.04089). What is left is the least-squares fit on the channels kept.
     """
     size = len(gram)
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-    inverse = torch.linalg.inv(gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device))
+    inverse = torch.linalg.inv(ridged(gram))
     weight, gone = down.to(gram), torch.zeros(size, dtype=torch.bool, device=gram.device)
     weight = weight.clone()
     for _ in range(size - width):
@@ -72,10 +71,24 @@ def ffn_as_linear(statistics: Statistics) -> Tensor:
     Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64. The product down · up, the other choice, drops the gate: it assumes
     silu(gate) = 1 for every channel and token, while the gate is mostly near 0 (docs/results.md has both errors).
     """
-    gram = statistics.gram.double()
-    size = gram.shape[0]
+    return torch.linalg.solve(ridged(statistics.gram.double()), statistics.cross.double().T).T.float()
+
+
+def low_rank(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """(U [H, R], V [R, H]) whose product is nearest to W [H, H] by what both give: ‖(W - U V) C^½‖_F is least, with C = Σ n nᵀ + λI of what
+    enters; gram None: C = I, the truncated SVD.
+
+    U has the R main directions of what W gives, the eigenvectors of W C Wᵀ, and V = Uᵀ W. As U Uᵀ W S is the truncated SVD of W S with
+    S Sᵀ = C, this is SVD-LLM's pair (arXiv 2403.07378) without S⁻¹; where W is `ffn_as_linear`'s, with its λ, it is reduced-rank regression
+    (Izenman 1975): no other pair has a smaller error on the calibration tokens.
+    """
+    wide = matrix.double()
+    given = wide @ wide.T if gram is None else wide @ ridged(gram.to(wide)) @ wide.T
+    directions = torch.linalg.eigh((given + given.T) / 2).eigenvectors[:, -rank:].flip(1)
+    return directions.to(matrix.dtype).contiguous(), (directions.T @ wide).to(matrix.dtype)
+
+
+def ridged(gram: Tensor) -> Tensor:
+    """Σ n nᵀ + λI. [H, H]"""
     ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-    solved = torch.linalg.solve(
-        gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device), statistics.cross.double().T
-    )
-    return solved.T.float()
+    return gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -6,7 +6,7 @@
     relu2 h4480 f15680                        FFN without a gate, of squared ReLUs
     mamba2 h4480 heads128 d80 groups8 state128    Mamba-2: hidden size, heads, head_dim, groups, state size
     gated_delta h4096 kheads16 k128 vheads32 v128    Gated DeltaNet: key heads and their size, value heads and theirs
-    linear h4096                              one matrix
+    linear h4096                              one matrix; rank256: the product of two, [H, 256] and [256, H]
     none                                      nothing, not even a norm
 
 A line like these is a sub-block's key, the one text form: cost tables, library.json, architecture.json. Each kind is a
@@ -96,17 +96,27 @@ class Statistics:
 
 @dataclass(kw_only=True, slots=True)
 class ParentBlock:
-    """One sub-block of a parent: weights by their name inside it ("norm.weight", "q_proj.weight", ...)."""
+    """One sub-block of a parent: weights by their name inside it ("norm.weight", "q_proj.weight", ...).
+
+    gram() [H, H]: Σ n nᵀ of what enters its matrices over calibration tokens, of any kind, computed when it is asked for.
+    """
 
     sub_block: SubBlock
     weights: dict[str, Tensor]
     statistics: Statistics | None = None
+    gram: Callable[[], Tensor] | None = None
 
     def calibrated(self, what: str) -> Statistics:
         """The statistics, which `what` needs."""
         if self.statistics is None:
             raise ValueError(f"{what} needs calibration statistics")
         return self.statistics
+
+    def input_gram(self, what: str) -> Tensor:
+        """What `gram` gives, which `what` needs."""
+        if self.gram is None:
+            raise ValueError(f"{what} needs calibration inputs")
+        return self.gram()
 
 
 Initialise = Callable[[ParentBlock], "dict[str, Tensor]"]

@@ -3,7 +3,8 @@
 #
 #   benchmarks/gpu/selection.sh WORK STAGE...        stages; all but `library` and `initial` need `library`:
 #     library      library, scores and costs of the parent
-#     initial      narrow FFNs by contribution and by second order, before and after distillation          initial.csv
+#     initial      narrow FFNs by contribution and by second order, maps of low rank by the inputs' second
+#                  moments and by plain SVD, before and after distillation                                 initial.csv
 #     selection    ranks of children near the optimum, and every way to choose                             selection.csv
 #     chosen       every way to choose and the baselines: chosen, measured, healed on HEAL_TOKENS          chosen.csv
 #     tasks        TASK_METHODS of `chosen`, before and after that healing                                 chosen.csv
@@ -35,8 +36,8 @@ shift
 if [[ -n ${SMALL:-} ]]; then
   : "${GPU:=cpu}" "${RECIPE:=examples/quickstart.yaml}" "${PARENT:=examples/parent}" "${SPEEDS:=1.3}" "${RANK_SPEEDS:=1.25,1.5}"
   : "${CHILDREN:=6}" "${FINALISTS:=4}" "${RANK_ROUNDS:=1}" "${ROUNDS:=1}" "${CHOOSE_ON:=4}" "${COMPARE_ON:=8}" "${BETWEEN:=8192}"
-  : "${HEAL_TOKENS:=16384}" "${LONG_TOKENS:=32768}" "${INITIAL_TOKENS:=8192}" "${INITIAL_FFN:=0.25,0.25-obs}" "${TASK_LIMIT:=2}"
-  : "${COUPLED_TOKENS:=8192}" "${SEQ_LEN:=256}" "${INITIAL_SCORES:=4}"
+  : "${HEAL_TOKENS:=16384}" "${LONG_TOKENS:=32768}" "${INITIAL_TOKENS:=8192}" "${INITIAL_FFN:=0.25,0.25-obs,linear-64,linear-64-svd}" "${TASK_LIMIT:=2}"
+  : "${INITIAL_ATTENTION:=linear-64,linear-64-svd}" "${COUPLED_TOKENS:=8192}" "${SEQ_LEN:=256}" "${INITIAL_SCORES:=4}"
 fi
 : "${PYTHON:=python3}"
 : "${RECIPE:=examples/smollm2_h100.yaml}"
@@ -68,7 +69,8 @@ fi
 : "${LONG_METHODS:=mip,depth,uniform-width}"
 : "${LONG_TOKENS:=50e6}"
 # initial
-: "${INITIAL_FFN:=0.5,0.5-obs,0.25,0.25-obs,0.1,0.1-obs}"
+: "${INITIAL_ATTENTION:=linear,linear-144,linear-144-svd}" # a quarter of SmolLM2's hidden size: half of a matrix
+: "${INITIAL_FFN:=0.5,0.5-obs,0.25,0.25-obs,0.1,0.1-obs,linear,linear-144,linear-144-svd}"
 : "${INITIAL_TOKENS:=8e6}"
 : "${INITIAL_SCORES:=32}"
 # coupled
@@ -199,7 +201,7 @@ selection() {
 }
 
 starts() {
-  within initial "$PYTHON" benchmarks/quality/bench_bld.py --parent "$PARENT" --data "$DATA" --attention parent --ffn "$INITIAL_FFN" \
+  within initial "$PYTHON" benchmarks/quality/bench_bld.py --parent "$PARENT" --data "$DATA" --attention "$INITIAL_ATTENTION" --ffn "$INITIAL_FFN" \
     --tokens "$INITIAL_TOKENS" --seq-len "$SEQ_LEN" --batch-size 8 --score-sequences "$INITIAL_SCORES" --initial "$WORK/initial/untrained" \
     --library "$WORK/initial/trained" --out "$RESULTS/initial.csv"
 }

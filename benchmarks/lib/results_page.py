@@ -180,7 +180,7 @@ SECTIONS = {
         Result(
             "initial.csv",
             "quality/bench_bld.py",
-            "Narrow FFNs by contribution and by second order: SmolLM2",
+            "Starts of narrow FFNs and of maps of low rank, two ways each: SmolLM2",
             t.bld,
             SELECTION,
         ),

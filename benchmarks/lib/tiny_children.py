@@ -1,5 +1,5 @@
-"""Twelve tiny children that hold, between them, every kind of layer, one of each family that is unlike Llama, and those that have
-formats of their own: for the matrix of engines and for tests.
+"""Twelve tiny children that hold, between them, every kind of layer, one with maps of low rank, one of each family that is unlike Llama, and
+those that have formats of their own: for the matrix of engines and for tests.
 
     python benchmarks/lib/tiny_children.py DIRECTORY        (writes them all as --format hf: DIRECTORY/<name>)
     from tiny_children import CHILDREN, FAMILIES, WITH_FORMATS, on_gpu, tiny_child, write_tiny_child
@@ -62,6 +62,10 @@ def width(channels: int) -> SwiGLU:
     return replace(FFN, intermediate_size=channels)
 
 
+def low_rank(rank: int) -> Linear:
+    return replace(LINEAR, rank=rank)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiny:
     """layers: (attention, FFN) each; context: the most tokens. base: what config.json's global values describe. ropes: by name, where there is not one alone,
@@ -102,6 +106,19 @@ CHILDREN: dict[str, Tiny] = {
     "fused-ffn": Tiny(layers=((FULL, width(1024)), (kv(2), width(256)), (FULL, width(1024)))),
     "llama3-rope": Tiny(layers=(BLOCK, (kv(1), width(256)), (NO_OP, FFN), BLOCK), rope=LLAMA3),
     "window": Tiny(layers=(BLOCK, (replace(FULL, window=16), FFN), (kv(2), FFN))),
+}
+# Maps of low rank in every place that a linear map may have, beside whole ones.
+LOW_RANK = {
+    "low-rank": Tiny(
+        layers=(
+            BLOCK,
+            (kv(2), low_rank(64)),
+            (low_rank(96), FFN),
+            (low_rank(8), low_rank(200)),
+            (NO_OP, LINEAR),
+            (LINEAR, low_rank(HIDDEN)),
+        )
+    )
 }
 # What layers have of their own, whatever the family: KV heads, nothing, one matrix, widths.
 MIXED = Tiny(layers=((NO_OP, FFN), BLOCK, (kv(2), LINEAR), (LINEAR, width(352)), (kv(1), NO_OP), (NO_OP, NO_OP), BLOCK))
@@ -231,7 +248,7 @@ WITH_FORMATS: dict[str, Tiny] = {
 }  # fmt: skip
 
 
-ALL = CHILDREN | FAMILIES | WITH_FORMATS
+ALL = CHILDREN | LOW_RANK | FAMILIES | WITH_FORMATS
 
 
 def random_tensors(sub_block: SubBlock, seed: str) -> dict[str, Tensor]:

@@ -66,6 +66,7 @@ def compared(begun: Path, ended: Path) -> list[tuple[object, ...]]:
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--attention", default=None, help="Default: the whole search space.")
 @click.option("--ffn", default=None)
+@click.option("--layers", default=None, help="Only these, e.g. 0-3,7. Default: all.")
 @click.option("--tokens", type=float, default=20e6, show_default=True)
 @click.option("--seq-len", type=int, default=1024, show_default=True)
 @click.option("--batch-size", type=int, default=16, show_default=True)
@@ -79,6 +80,7 @@ def main(
     out: Path,
     attention: str | None,
     ffn: str | None,
+    layers: str | None,
     tokens: float,
     seq_len: int,
     batch_size: int,
@@ -94,6 +96,7 @@ def main(
             out=root,
             attention=attention,
             ffn=ffn,
+            layers=layers,
             tokens=num_tokens,
             seq_len=seq_len,
             batch_size=batch_size,

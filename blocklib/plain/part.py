@@ -110,6 +110,16 @@ class Part(nn.Module):
         """Statistics over the residual streams [B, T, H] that enter; None for kinds whose replacements need none."""
         return None
 
+    @torch.no_grad()
+    def input_gram(self, inputs: list[Tensor]) -> Tensor:
+        """Σ n nᵀ of what the matrices read, over the residual streams [B, T, H] that enter, in float64. [H, H]"""
+        hidden = inputs[0].shape[-1]
+        total = torch.zeros(hidden, hidden, dtype=torch.float64, device=inputs[0].device)
+        for x in inputs:
+            read = self.enter(x).flatten(0, 1).double()
+            total.addmm_(read.T, read)
+        return total
+
     def watch(self, x: Tensor) -> None:
         """Note what is told of this block beside its loss, on residual streams [B, T, H] that enter. Most kinds tell nothing."""
 

@@ -35,12 +35,14 @@ MODES = (
 )
 @click.option("--mix", type=float, default=0.5, help="Share of a batch that is the child's then.")
 @click.option(
-    "--attention", metavar="NAMES", help="e.g. kv2,kv1,linear,none,window-128. Default: the usual ones of each layer."
+    "--attention",
+    metavar="NAMES",
+    help="e.g. kv2,kv1,linear,linear-64,none,window-128. Default: the usual ones of each layer.",
 )
 @click.option(
     "--ffn",
     metavar="NAMES",
-    help="e.g. 0.75,0.5,0.25,0.1,linear,none; of a mixture of experts experts=64,topk=4,experts=0.5-width=0.5,dense=1.0. Default: the usual ones of each layer.",
+    help="e.g. 0.75,0.5,0.5-obs,0.25,0.1,linear,linear-64,none; of a mixture of experts experts=64,topk=4,experts=0.5-width=0.5,dense=1.0. Default: the usual ones of each layer.",
 )
 @click.option("--layers", metavar="RANGES", help="Only these layers, e.g. 0-3,7. Default: all.")
 @click.option("--tokens", default="1M", metavar="COUNT", help="Training tokens, e.g. 20M; 0 only initialises.")

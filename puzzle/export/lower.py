@@ -124,7 +124,8 @@ def _plan(engine: Engine, format: str, child: Child) -> list[tuple[str, str, Cal
         (not engine.linear_attention, "linear-attention-as-ffn",
          "linear attention becomes the linear FFN of a layer put before", linear_attention_as_ffn),
         (not engine.linear_ffn, "linear-ffn-as-swiglu",
-         "linear FFN becomes a SwiGLU with a constant gate, 3 times its size; every FFN gets biases", linear_ffn_as_swiglu),
+         "linear FFN becomes a SwiGLU with a constant gate, one matrix 3 times its size; every FFN gets biases", linear_ffn_as_swiglu),
+        (True, "low-rank-as-matrix", "two matrices of low rank multiplied to one", low_rank_as_matrix),
         (first == "linear attention", "zero-linear-attention",
          "no attention in the first layer: zero linear attention", zero_linear_attention),
         (first == "softmax attention", "zero-attention",
@@ -189,7 +190,7 @@ def linear_attention_as_ffn(child: Child) -> Rewritten:
 
 
 def linear_ffn_as_swiglu(child: Child) -> Rewritten:
-    """M·n = M·(silu(64) · n/64): gate weight 0 and bias 64, up I/64, down M; width E.
+    """M·n = M·(silu(64) · n/64): gate weight 0 and bias 64, up I/64, down M; width E. Of low rank R: up V/64, down U; width R.
 
     All SwiGLUs of a child have biases or none: the others get zero biases.
     """
@@ -202,22 +203,46 @@ def linear_ffn_as_swiglu(child: Child) -> Rewritten:
         import torch
 
         found = read()
-        matrix = found.pop("linear.weight")
+        if "linear.u.weight" in found:
+            up, down = found.pop("linear.v.weight"), found.pop("linear.u.weight")
+        else:
+            down = found.pop("linear.weight")
+            up = torch.eye(size, dtype=down.dtype)
         return found | {
-            "up_proj.weight": torch.eye(size, dtype=matrix.dtype).div_(GATE),
-            "down_proj.weight": matrix,
-            "gate_proj.bias": matrix.new_full((size,), GATE),
+            "up_proj.weight": up / GATE,
+            "down_proj.weight": down,
+            "gate_proj.bias": down.new_full((len(up),), GATE),
         }
 
     def change(layer: ChildLayer) -> ChildLayer:
         ffn = layer.ffn
         if isinstance(ffn, Linear):
-            shape = SwiGLU(**ffn.norm_fields(), intermediate_size=size, bias=True)
+            shape = SwiGLU(**ffn.norm_fields(), intermediate_size=ffn.rank or size, bias=True)
             return layer.put("ffn", shape, _filled(child, shape, partial(gated, layer.reads["ffn"])))
         return _resized(child, layer, "ffn", replace(ffn, bias=True)) if isinstance(ffn, SwiGLU) else layer
 
     changed, _ = _each(child, change)
     return replace(changed, base={**child.base, "ffn": replace(child.ffn, bias=True)}), touched
+
+
+def low_rank_as_matrix(child: Child) -> Rewritten:
+    """U V as one matrix [E, E], multiplied in float32 or finer and rounded once."""
+
+    def multiplied(read: Read) -> Tensors:
+        import torch
+
+        found = read()
+        u, v = found.pop("linear.u.weight"), found.pop("linear.v.weight")
+        wide = torch.promote_types(u.dtype, torch.float32)
+        return found | {"linear.weight": (u.to(wide) @ v.to(wide)).to(u.dtype)}
+
+    def change(layer: ChildLayer) -> ChildLayer:
+        for slot, own in layer.slots.items():
+            if isinstance(own, Linear) and own.rank is not None:
+                layer = layer.put(slot, replace(own, rank=None), partial(multiplied, layer.reads[slot]))
+        return layer
+
+    return _each(child, change)
 
 
 def zero_linear_attention(child: Child) -> Rewritten:

@@ -10,7 +10,7 @@ A layer with `mamba`, {"num_heads": 128, "head_dim": 80, …}, has Mamba-2 in pl
 keeps a state for it.
 Every layer computes h = x + attention(norm(x)) and y = h + mlp(norm(h)), with norms after in place of these, or both, by
 `norm_placement`. A skipped sub-block adds nothing and has no weights, not even its norm; a linear one is a single [E, E]
-matrix in its place. With `num_experts` an mlp is a mixture of them (`modeling_puzzle_moe.py`) unless it is dense. With `sliding_window` W the query at position i sees the keys i-W+1 … i; `rope` names its rotary
+matrix in its place, or the product of [E, R] and [R, E] with `linear_rank`, {"mlp": R}. With `num_experts` an mlp is a mixture of them (`modeling_puzzle_moe.py`) unless it is dense. With `sliding_window` W the query at position i sees the keys i-W+1 … i; `rope` names its rotary
 positions, null for none. Weight names are Llama's, OLMo-2's (norms after) or Gemma-3's (both).
 Runs in transformers 5.14 to 5.24; a forward takes no keyword that it does not know, so that a newer name is an error.
 Letters: B batch, T new tokens, S all tokens so far (cached ones included), E hidden_size, H heads, K kv heads,
@@ -101,6 +101,7 @@ class PuzzleConfig(PreTrainedConfig):
     moe_latent_size: int | None = None  # channels that experts read and give, between two matrices
     dense: list[str] | None = None  # per layer only: ["mlp"] where it is of intermediate_size, whatever num_experts
     linear: list[str] | None = None  # per layer only: the sub-blocks that are one matrix
+    linear_rank: Any = None  # per layer only: {sub-block: R} of those that are the product of two matrices
     mamba: Any = None  # per layer only: sizes of Mamba-2 in place of attention
     gated_delta: Any = None  # per layer only: sizes of Gated DeltaNet in place of attention
     tie_word_embeddings: bool = False
@@ -236,9 +237,12 @@ class PuzzleMLP(nn.Module):
         )
 
 
-def matrix(name: str, size: int) -> nn.Module:
-    """A linear sub-block: one bias-free matrix called `name`. [B, T, E] -> [B, T, E]"""
-    return nn.Sequential(OrderedDict({name: nn.Linear(size, size, bias=False)}))
+def matrix(name: str, size: int, rank: int | None) -> nn.Module:
+    """A linear sub-block: one bias-free matrix called `name`, or with a rank v and then u in its place. [B, T, E] -> [B, T, E]"""
+    if rank is None:
+        return nn.Sequential(OrderedDict({name: nn.Linear(size, size, bias=False)}))
+    factors = {"v": nn.Linear(size, rank, bias=False), "u": nn.Linear(rank, size, bias=False)}
+    return nn.Sequential(OrderedDict({name: nn.Sequential(OrderedDict(factors))}))
 
 
 class PuzzleLayer(GradientCheckpointingLayer):
@@ -252,6 +256,10 @@ class PuzzleLayer(GradientCheckpointingLayer):
         if not skip | linear <= {"attention", "mlp"} or skip & linear or mixers > 1:
             raise ValueError(f"per_layer_config[{index}] has skip={sorted(skip)}, linear={sorted(linear)}, {recurrent}: "
                              "lists may name 'attention' and 'mlp', and a sub-block is one thing only")  # fmt: skip
+        ranks = config.linear_rank or {}
+        if not set(ranks) <= linear:
+            raise ValueError(f"per_layer_config[{index}] has linear_rank={ranks} beside linear={sorted(linear)}: "
+                             "what has a rank is linear")  # fmt: skip
         if config.dense not in (None, [], ["mlp"]):
             raise ValueError(f"per_layer_config[{index}] has dense={config.dense}: it may name 'mlp' alone")
         self.attends, self.recurs = not mixers, bool(recurrent)
@@ -266,7 +274,8 @@ class PuzzleLayer(GradientCheckpointingLayer):
             if before is not None:
                 self.add_module(before, PuzzleRMSNorm(size, config))
             if owner in linear:
-                self.add_module(name, matrix("linear_attn" if owner == "attention" else "linear_mlp", size))
+                called = "linear_attn" if owner == "attention" else "linear_mlp"
+                self.add_module(name, matrix(called, size, ranks.get(owner)))
             else:
                 mlp = PuzzleMoE if config.num_experts and not config.dense else PuzzleMLP
                 self.add_module(name, mixes(config, slot) if owner == "attention" else mlp(config))

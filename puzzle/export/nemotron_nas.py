@@ -78,6 +78,8 @@ def _block_config(child: Child, layer: ChildLayer, exact_widths: bool) -> dict[s
     """One entry of `block_configs`: exactly the keys that mlx-lm and TensorRT-LLM know, unless a width needs its own."""
     heads = child.attention.num_attention_heads
     attention, ffn = layer.attention, layer.ffn
+    if any(isinstance(own, Linear) and own.rank is not None for own in (attention, ffn)):
+        raise ValueError(f"layer {layer.origin}: two matrices of low rank were not multiplied to one")
     ffn_entry: dict[str, Any] = {
         "ffn_mult": None,
         "no_op": isinstance(ffn, NoOp),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from puzzle.parents.structure import Layer
 
-LEGEND = "█ parent   1 2 4 KV heads   m Mamba-2   g Gated DeltaNet   w window   ▁…▇ narrower   + wider   k lower top-k   d dense   / linear   · none"
+LEGEND = "█ parent   1 2 4 KV heads   m Mamba-2   g Gated DeltaNet   w window   ▁…▇ narrower   + wider   k lower top-k   d dense   / linear   r low rank   · none"
 
 
 def picture(layers: Sequence[Layer], parents: Sequence[Layer]) -> list[str]:

@@ -15,6 +15,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -279,7 +280,8 @@ class Builder:
         for (index, slot), block in blocks.items() if mine else ():
             part = parts[index, slot]
             with torch.no_grad(), autocast(self.device):
-                block.statistics = part.calibrate(streams) if streams else None
+                if streams:
+                    block.statistics, block.gram = part.calibrate(streams), partial(part.input_gram, streams)
                 streams = [x + part(x, ropes) for x in streams]
             shared = (block, self.recipe, self.device, self._lr)
             trainers[index, slot] = [
@@ -287,7 +289,7 @@ class Builder:
                 for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
                 if (index, slot, names[0]) in mine
             ]
-            block.statistics = None
+            block.statistics = block.gram = None
         if self.coupled is not None:
             self.coupled.load(parts, trainers, self._embedding)
         return parts, trainers

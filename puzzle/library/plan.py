@@ -10,6 +10,7 @@ from puzzle.base.device import PLANNED
 from puzzle.base.errors import UserError
 from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.ffn import SURGEON
+from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.variant import PARENT, bundles
 from puzzle.library.manifest import Replacement, Space
@@ -179,6 +180,8 @@ def plan_build(
     calibration = max(calibration_bytes(layer, hidden, recipe, compute_bytes) for layer in chosen)
     if any(name.endswith(SURGEON) for index in layers for space in spaces[index].values() for name in space):
         calibration += 4 * 8 * max(map(widest, chosen)) ** 2  # Hessian, its inverse, and what changes them, in float64
+    if any(b.rank for index in layers for b in trained(spaces[index], False) if isinstance(b, Linear)):
+        calibration += 6 * 8 * hidden**2  # of the inputs' second moments to the directions that are kept, in float64
     sequences = max(recipe.num_steps * recipe.batch_size, recipe.calibration_sequences) + recipe.validation_sequences
     waiting = sequences * recipe.seq_len * hidden * compute_bytes  # between groups, in host memory
     extra, reserved = (HOST_BYTES, 1.0) if on_host else (0, RESERVED)

@@ -3,7 +3,7 @@
     {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": null, …,
      "per_layer_config": {"3": {"num_key_value_heads": 2}, "4": {"skip": ["attention"]}, "6": {"linear": ["attention", "mlp"]}}}
 
-With `num_experts` the usual FFN is a mixture, and layers say `num_experts`, `num_experts_per_tok`, `moe_intermediate_size` and
+What `linear` names is one matrix, or the product of two with `"linear_rank": {"mlp": 64}`. With `num_experts` the usual FFN is a mixture, and layers say `num_experts`, `num_experts_per_tok`, `moe_intermediate_size` and
 `shared_expert_intermediate_size` of their own, or `{"dense": ["mlp"], "intermediate_size": 512}`.
 A layer with Mamba-2 in place of attention has its sizes, {"mamba": {"num_heads": 128, "head_dim": 80, …}}, one with Gated DeltaNet
 {"gated_delta": {"num_key_heads": 16, "key_dim": 128, …}}; with hidden_act "relu2" FFNs have no gate. The global values describe what most layers have (`usual`), `per_layer_config` what single layers change. A word that is not
@@ -32,6 +32,7 @@ from puzzle.parents.structure import Layer, Structure
 
 OWNERS = {"attention": "attention", "ffn": "mlp"}  # slot: its name in the lists of `per_layer_config`
 LISTS = {"skip": NoOp, "linear": Linear}  # lists of `per_layer_config`, and the kind of what they name
+RANK = "linear_rank"  # beside the list `linear`: {owner: rank} of what is the product of two matrices
 DENSE = "dense"  # a list too: of what is one FFN for all tokens where others are mixtures
 # Words with the sizes of a kind: the slot that it stands in, and the kind.
 SIZED = {"mamba": ("attention", Mamba2), "gated_delta": ("attention", GatedDelta)}
@@ -116,12 +117,17 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
         )
     if len(owners) != len(set(owners)):
         raise UserError(f"per_layer_config[{index}] says two things of one sub-block: {dict(entry)}")
-    known = {word for sub_block in base.values() for word in sub_block.config_words()} | {*lists, *SIZED}
+    known = {word for sub_block in base.values() for word in sub_block.config_words()} | {*lists, *SIZED, RANK}
     if mixture and named[DENSE]:
         known |= {"intermediate_size"}
     if unknown := sorted(set(entry) - known):
         raise UserError(
             f"per_layer_config[{index}] has '{unknown[0]}', which is not understood ({nearest(unknown[0], sorted(known))})"
+        )
+    ranks = entry.get(RANK) or {}
+    if not isinstance(ranks, Mapping) or not set(ranks) <= set(named["linear"]):
+        raise UserError(
+            f"per_layer_config[{index}].{RANK} = {ranks} is not understood: it has ranks of what is linear there"
         )
     found: dict[str, SubBlock] = {}
     for slot, sub_block in base.items():
@@ -131,7 +137,7 @@ def layer_of(entry: Mapping[str, Any], base: Layer, index: int) -> dict[str, Sub
             found[slot] = NO_OP
         elif OWNERS[slot] in named["linear"]:
             assert isinstance(sub_block, Normed)
-            found[slot] = Linear(**sub_block.norm_fields())
+            found[slot] = Linear(**sub_block.norm_fields(), rank=ranks.get(OWNERS[slot]))
         elif OWNERS[slot] in named.get(DENSE, ()):
             found[slot] = _dense(sub_block, entry.get("intermediate_size"), index)
     for word, (slot, kind) in SIZED.items():
@@ -178,6 +184,8 @@ def entry_of(layer: Layer, base: Layer) -> dict[str, Any]:
             entry[sized[0]] = {f.name: value for f, value in told if value != f.default}
         elif lists:
             entry[lists[0]] = [*entry.get(lists[0], []), OWNERS[slot]]
+            if isinstance(sub_block, Linear) and sub_block.rank is not None:
+                entry[RANK] = {**entry.get(RANK, {}), OWNERS[slot]: sub_block.rank}
         elif isinstance(sub_block, SwiGLU | Relu2) and isinstance(base[slot], Moe):
             entry |= {DENSE: [OWNERS[slot]], "intermediate_size": sub_block.intermediate_size}
         else:
@@ -232,7 +240,7 @@ def config_of(structure: Structure, base: Layer) -> dict[str, Any]:
         own = {f.name: getattr(gated, f.name) for f in fields(gated) if getattr(gated, f.name) != f.default}
         config |= {word: own[name] for name, word in MIXTURE.items() if name in own}
     said = {word: getattr(part, name) for part in base.values() for word, name in part.config_words().items()}
-    said |= dict.fromkeys([*LISTS, *SIZED, DENSE])
+    said |= dict.fromkeys([*LISTS, *SIZED, DENSE, RANK])
     named = {word for entry in entries.values() for word in entry} - {"skip", *config}
     return config | {word: said[word] for word in sorted(named)} | {"per_layer_config": entries}
 

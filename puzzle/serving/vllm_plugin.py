@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.recurrent import Recurrent
 from puzzle.blocklib.sub_block import MissingFace
-from puzzle.parents.child import DENSE, LISTS, SIZED
+from puzzle.parents.child import DENSE, LISTS, RANK, SIZED
 from puzzle.parents.child import child as read_child
 from puzzle.parents.names import EMBEDDING, FINAL_NORM, HEAD, hf_name
 from puzzle.parents.structure import Structure
@@ -24,7 +24,7 @@ READ_AGAINST = ((0, 26), (0, 32))  # the oldest and the newest vLLM whose source
 ARCHITECTURE, HYBRID = "PuzzleForCausalLM", "PuzzleHybridForCausalLM"  # the other of children with a recurrent kind
 # What single layers have of their own, by which vLLM must not judge all of them: it would cut every cache to a window, or stretch the
 # context by a RoPE's factor (`max_position_embeddings` has it already).
-OF_LAYERS = ("per_layer_config", "sliding_window", "rope", "ropes", "auto_map", *LISTS, DENSE, *SIZED)
+OF_LAYERS = ("per_layer_config", "sliding_window", "rope", "ropes", "auto_map", *LISTS, DENSE, RANK, *SIZED)
 # By vLLM itself.
 MAY_CHANGE = ("architectures", "dtype", "quantization_config", "tie_word_embeddings", "transformers_version")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ ROPE = Rope(head_dim=6, max_length=512, parameters={"rope_theta": 40.0})
 
 
 def parent_layer(**changes: Any) -> dict[str, ParentBlock]:
-    """Attention and FFN by slot, the latter with statistics. changes: fields of `Gqa` or `SwiGLU`; of both where both have them."""
+    """Attention and FFN by slot, with statistics. changes: fields of `Gqa` or `SwiGLU`; of both where both have them."""
     shared = {"hidden_size": HIDDEN, "norm_eps": 1e-5}
     attention = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, **shared}
     ffn = {"intermediate_size": 63, **shared}
@@ -32,7 +33,9 @@ def parent_layer(**changes: Any) -> dict[str, ParentBlock]:
         weights = {n: torch.randn(s, generator=generator) * 0.3 for n, s in sub_block.tensors().items()}
         layer[slot] = ParentBlock(sub_block=sub_block, weights=weights)
     x = torch.randn(3, 40, HIDDEN, generator=generator)
-    layer["ffn"].statistics = loaded(layer["ffn"].sub_block, layer["ffn"].weights).calibrate([x])
+    for block in layer.values():
+        part = loaded(block.sub_block, block.weights)
+        block.statistics, block.gram = part.calibrate([x]), partial(part.input_gram, [x])
     return layer
 
 

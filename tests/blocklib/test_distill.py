@@ -37,8 +37,8 @@ MIXTURES = (  # whose norms train through autograd
     "moe h32 e6 k2 f20 act=relu2 router=sigmoid correction_bias scaling=2.5",
 )
 MORE = {
-    "gqa": "window-7,kv2,linear,none",
-    "mamba2": "heads2,dim3,linear,none",
+    "gqa": "window-7,kv2,linear,linear-5,none",
+    "mamba2": "heads2,dim3,linear,linear-5,none",
     "gated_delta": "linear,none",
     "moe": "experts=3,width=0.8,none",
 }  # variants of a kind
@@ -51,7 +51,8 @@ def parent_of(key: str) -> tuple[ParentBlock, dict, torch.Tensor]:
     angles = torch.rand(24, 4).double().repeat(1, 2)
     block, ropes = ParentBlock(sub_block=sub_block, weights=weights), {"default": (angles.cos(), angles.sin())}
     x = torch.randn(2, 24, 32).double()
-    block.statistics = loaded(sub_block, weights).calibrate([x])
+    part = loaded(sub_block, weights)
+    block.statistics, block.gram = part.calibrate([x]), lambda: part.input_gram([x])
     return block, ropes, x
 
 

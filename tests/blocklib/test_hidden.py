@@ -16,6 +16,8 @@ KEYS = (
     "mamba2 h12 heads6 d2 groups3 state4 bias",
     "gated_delta h12 kheads2 k3 vheads4 v3",
     "linear h12",
+    "linear h12 rank12",
+    "linear h12 rank5",
     "none",
 )
 

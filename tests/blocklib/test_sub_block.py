@@ -120,6 +120,7 @@ def test_keys_as_people_read_them():
         ),
         (Relu2(hidden_size=4480, intermediate_size=15680), "relu2 h4480 f15680"),
         (Linear(hidden_size=4096, residual_scale=0.22), "linear h4096 residual=0.22"),
+        (Linear(hidden_size=4096, rank=256), "linear h4096 rank256"),
         (
             Moe(
                 hidden_size=2048, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True

@@ -34,7 +34,9 @@ def layer(request, make_layer) -> dict[str, ParentBlock]:
 
 
 def every_variant(block: ParentBlock, slot: str) -> list[Variant]:
-    return [variant_of(block.sub_block, name, slot) for name in search_space(block.sub_block, None, slot)]
+    """By default and by name."""
+    names = [*search_space(block.sub_block, None, slot), "linear-5", "linear-24", "linear-5-svd"]
+    return [variant_of(block.sub_block, name, slot) for name in names]
 
 
 def built(variant: Variant, block: ParentBlock):
@@ -121,6 +123,13 @@ def test_widths(fraction, inner):
         ("attention", "kv3", "divisor of 4"),
         ("attention", "kvv2", "unknown attention variant 'kvv2': did you mean 'kv2'"),
         ("attention", "window-0", "at least 1"),
+        ("attention", "linear-0", "variant 'linear-0': a rank is a whole number from 1 to the hidden size 24"),
+        ("ffn", "linear-25", "variant 'linear-25': a rank is a whole number from 1 to the hidden size 24"),
+        ("ffn", "linear-half", "variant 'linear-half': a rank is a whole number"),
+        ("ffn", "linear-5.5", "variant 'linear-5.5': a rank is a whole number"),
+        ("ffn", "linear--5", "variant 'linear--5': a rank is a whole number"),
+        ("ffn", "linear-", "variant 'linear-': a rank is a whole number"),
+        ("attention", "linear-5-obs", "variant 'linear-5-obs': a rank is a whole number"),
         ("ffn", "1.5", "above 0 and at most 1"),
         ("ffn", "0", "above 0"),
         ("ffn", "-0.5", "above 0"),

@@ -11,9 +11,9 @@ import tiny_children
 
 
 def pytest_generate_tests(metafunc):
-    """A test that asks for `name` runs once for each of the twelve."""
+    """A test that asks for `name` runs once for each of the twelve, and for the one of low rank."""
     if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", list(tiny_children.CHILDREN))
+        metafunc.parametrize("name", [*tiny_children.CHILDREN, *tiny_children.LOW_RANK])
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +105,10 @@ def naive_logits(child, ids: Tensor, dtype: torch.dtype = torch.float64) -> Tens
                 continue
             n = norm(x, w["norm.weight"])
             if isinstance(sub_block, Linear):
-                x = x + n @ w["linear.weight"].T
+                matrices = ("linear.weight",) if sub_block.rank is None else ("linear.v.weight", "linear.u.weight")
+                for matrix in matrices:
+                    n = n @ w[matrix].T
+                x = x + n
             else:
                 x = x + (attention(n, sub_block, w) if isinstance(sub_block, Gqa) else ffn(n, w))
     return norm(x, child.read_final_norm().to(dtype)) @ child.read_head().to(dtype).T

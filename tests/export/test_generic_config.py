@@ -28,6 +28,7 @@ DELTA = GatedDelta(hidden_size=32, num_key_heads=2, num_value_heads=4, key_dim=8
 ONE_LAYER = {
     "linear-ffn": (FFN, "ffn", LINEAR, {"linear": None}),
     "linear-attention": (FFN, "attention", LINEAR, {"linear": None}),
+    "low-rank": (FFN, "ffn", replace(LINEAR, rank=8), {"linear": None, "linear_rank": None}),
     "none": (FFN, "ffn", NO_OP, {}),
     "kv": (FFN, "attention", replace(GQA, num_key_value_heads=1), {"num_key_value_heads": 2}),
     "window": (FFN, "attention", replace(GQA, window=4), {"sliding_window": None}),

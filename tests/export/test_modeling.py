@@ -347,6 +347,8 @@ def test_what_the_model_cannot_do_is_said():
         child({"2": {"skip": ["ffn"]}})
     with pytest.raises(ValueError, match=r"per_layer_config\[0\]"):
         child({"0": {"skip": ["mlp"], "linear": ["mlp"]}})
+    with pytest.raises(ValueError, match=r"per_layer_config\[1\] has linear_rank={'mlp': 8} beside linear=\[\]"):
+        child({"1": {"linear_rank": {"mlp": 8}}})
     with pytest.raises(ValueError, match="rope_type 'spiral' is not supported"):
         child({}, rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0, "factor": 2.0})
     dynamic = child({}, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})

@@ -54,6 +54,7 @@ def children(draw) -> tuple[Structure, dict]:
     attentions = st.one_of(
         st.just(NO_OP),
         st.just(linear),
+        st.just(replace(linear, rank=5)),
         st.builds(
             lambda kv, window, rope: replace(attends, num_key_value_heads=kv, window=window, rope=rope),
             st.sampled_from([1, 2, 3, 6]),
@@ -61,7 +62,7 @@ def children(draw) -> tuple[Structure, dict]:
             st.sampled_from([*names, None]),
         ),
     )
-    ffns = st.sampled_from([NO_OP, linear, gated, replace(gated, intermediate_size=17)])
+    ffns = st.sampled_from([NO_OP, linear, replace(linear, rank=24), gated, replace(gated, intermediate_size=17)])
     layers = draw(
         st.lists(
             st.builds(lambda one, other: {"attention": one, "ffn": other}, attentions, ffns), min_size=1, max_size=4
@@ -122,6 +123,13 @@ def test_config_round_trip(made):
         ({"num_key_value_heads": "2"}, "num_key_value_heads '2' is not a whole number above 0"),
         ({"num_key_value_heads": None}, "num_key_value_heads None is not a whole number above 0"),
         ({"intermediate_size": 0}, "intermediate_size 0 is not a whole number above 0"),
+        (
+            {"linear_rank": {"mlp": 5}},
+            r"\[3\].linear_rank = {'mlp': 5} is not understood: it has ranks of what is linear there",
+        ),
+        ({"linear": ["mlp"], "linear_rank": 5}, r"\[3\].linear_rank = 5 is not understood"),
+        ({"linear": ["mlp"], "linear_rank": {"mlp": 0}}, "rank 0 is not a whole number above 0 or none"),
+        ({"linear": ["mlp"], "linear_rank": {"mlp": "5"}}, "rank '5' is not a whole number above 0 or none"),
         ({"sliding_window": 7.5}, "window 7.5 is not a whole number above 0 or none"),
     ],
 )

@@ -53,7 +53,12 @@ MODELS = {  # the families that differ in the runtime's eyes; all of them: bench
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
 }
-MIXED = {0: ("attention", "kv1"), 1: ("attention", "none"), 2: ("attention", "window-24"), 3: ("ffn", "linear")}
+MIXED = {
+    0: {"attention": "kv1"},
+    1: {"attention": "none", "ffn": "linear-8"},
+    2: {"attention": "window-24"},
+    3: {"ffn": "linear"},
+}
 
 
 def replaced(model: CausalModel, layer: int, names: Mapping[str, str]) -> None:
@@ -77,8 +82,8 @@ def replace_parts():
 def mixed(parent) -> CausalModel:
     torch.manual_seed(0)
     model = load_model(str(parent), dtype=torch.float32)
-    for layer, (slot, name) in MIXED.items():
-        replaced(model, layer, {slot: name})
+    for layer, names in MIXED.items():
+        replaced(model, layer, names)
     return model
 
 

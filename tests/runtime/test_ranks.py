@@ -175,6 +175,7 @@ def test_sizes_of_a_share(tp, kv):
 def test_shares_of_the_others():
     assert parse_key("swiglu h64 f96").share(4) == parse_key("swiglu h64 f24")
     assert Linear(hidden_size=64).share(4) == parse_key("linear h64 columns16")
+    assert Linear(hidden_size=64, rank=24).share(4) == parse_key("linear h64 rank6")
     assert NO_OP.share(8) == NO_OP
     structure = known_structure("llama-3.1-405b")
     assert structure.share(8) == known_structure("llama-3.1-405b-tp8")
@@ -191,6 +192,7 @@ def test_shares_of_the_others():
         ("gqa h64 q12 kv4 d8 qk_norm=all", 2, "`tp` 2: a norm over all heads together"),
         ("swiglu h64 f30", 4, "`tp` 4: intermediate_size 30 does not divide by it"),
         ("linear h36", 8, "`tp` 8: hidden_size 36 does not divide by it"),
+        ("linear h64 rank12", 8, "`tp` 8: rank 12 does not divide by it"),
     ],
 )
 def test_what_has_no_share_is_refused(key, tp, words):

@@ -26,7 +26,7 @@ from puzzle.parents.opened import open_model
 from puzzle.serving import vllm_plugin
 from puzzle.serving.check import EngineFailed, run_engine, serve_check
 from serving_environments import python_of
-from tiny_children import CHILDREN, FAMILIES, MIXED, WITH_FORMATS, build, tiny_child, write_tiny_child
+from tiny_children import CHILDREN, FAMILIES, LOW_RANK, MIXED, WITH_FORMATS, build, tiny_child, write_tiny_child
 from tiny_parents import write_tiny_parent
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_it_is_declared():
     assert vllm_plugin.READ_AGAINST[0] == (0, 26)
 
 
-@pytest.mark.parametrize("name", CHILDREN | FAMILIES)
+@pytest.mark.parametrize("name", CHILDREN | LOW_RANK | FAMILIES)
 def test_a_child_is_read_without_its_code(registered, tmp_path, name):
     """What vLLM sizes by: the most KV heads, no window for all, no RoPE that stretches the context; the layers as they are."""
     path = write_tiny_child(name, tmp_path / name)
@@ -164,7 +164,7 @@ def test_versions_that_are_too_old(version):
         vllm_plugin.check_version(version)
 
 
-@pytest.mark.parametrize("name", CHILDREN | FAMILIES)
+@pytest.mark.parametrize("name", CHILDREN | LOW_RANK | FAMILIES)
 def test_tensors_that_are_wanted(name):
     child = tiny_child(name)
     written = {name for name, _ in child.tensors()}

@@ -1,0 +1,177 @@
+"""Two matrices of low rank: the optimum that the formula promises, where it starts, and its share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from puzzle.blocklib.initialize import attention_as_linear, ffn_as_linear, low_rank, ridged
+from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.plain.part import loaded
+from puzzle.blocklib.sub_block import ParentBlock, parse_key
+from puzzle.blocklib.variant import default_names, search_space, variant_of
+from puzzle.kernels.block_loss import block_loss
+
+SIZE, RANK = 23, 5
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def matrix() -> torch.Tensor:
+    return random(SIZE, SIZE)
+
+
+@pytest.fixture
+def gram() -> torch.Tensor:
+    """Of inputs whose channels go together, some of them large."""
+    inputs = random(400, SIZE, seed=1) @ (random(SIZE, SIZE, seed=2) * torch.logspace(-1, 1, SIZE))
+    return inputs.T @ inputs
+
+
+def error(matrix: torch.Tensor, product: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """‖(W - M) C^½‖²"""
+    wrong = matrix - product
+    return torch.einsum("if,fg,ig->", wrong, gram, wrong)
+
+
+def started(block: ParentBlock, name: str):
+    """(the tensors of a variant as it starts, its module)"""
+    variant = variant_of(block.sub_block, name)
+    tensors = variant.initialise(block)
+    return tensors, loaded(variant.sub_block, tensors)
+
+
+@pytest.mark.parametrize("rank", [1, RANK, SIZE - 1])
+def test_it_is_the_truncated_svd_in_the_metric_of_the_inputs(matrix, gram, rank):
+    """By the formula as SVD-LLM has it: the SVD of W S, truncated, times S⁻¹. The error is what was cut off."""
+    u, v = low_rank(matrix, gram, rank)
+    assert (u.shape, v.shape, u.dtype) == ((SIZE, rank), (rank, SIZE), torch.float64)
+    root = torch.linalg.cholesky(ridged(gram))
+    left, values, right = torch.linalg.svd(matrix @ root)
+    whitened = torch.linalg.solve_triangular(root, right[:rank], left=False, upper=False)
+    torch.testing.assert_close(u @ v, (left[:, :rank] * values[:rank]) @ whitened)
+    torch.testing.assert_close(error(matrix, u @ v, ridged(gram)), values[rank:].square().sum())
+
+
+def test_nothing_near_it_or_by_descent_is_better(matrix, gram):
+    u, v = low_rank(matrix, gram, RANK)
+    least = error(matrix, u @ v, ridged(gram))
+    for seed in range(50):
+        for size in (1e-1, 1e-3):
+            other = (u + size * random(SIZE, RANK, seed=seed)) @ (v + size * random(RANK, SIZE, seed=seed + 50))
+            assert error(matrix, other, ridged(gram)) > least
+    for start in range(3):  # what alternating least squares come to, from anywhere
+        left = random(SIZE, RANK, seed=start)
+        for _ in range(2000):
+            right = torch.linalg.lstsq(left, matrix).solution
+            left = torch.linalg.solve(right @ ridged(gram) @ right.T, right @ ridged(gram) @ matrix.T).T
+        found = error(matrix, left @ right, ridged(gram))
+        torch.testing.assert_close(found, least, rtol=1e-6, atol=0)
+        assert found > least * (1 - 1e-9)
+    plain = low_rank(matrix, None, RANK)
+    assert error(matrix, plain[0] @ plain[1], ridged(gram)) > 1.2 * least
+
+
+def test_without_inputs_it_is_the_truncated_svd(matrix):
+    left, values, right = torch.linalg.svd(matrix)
+    wanted = (left[:, :RANK] * values[:RANK]) @ right[:RANK]
+    for gram in (None, 7 * torch.eye(SIZE, dtype=torch.float64)):
+        u, v = low_rank(matrix, gram, RANK)
+        torch.testing.assert_close(u @ v, wanted)
+
+
+@pytest.mark.parametrize("which", ["inputs", "fewer inputs than channels", "none", "only zeros"])
+def test_full_rank_gives_the_matrix_back(matrix, gram, which):
+    few = random(3, SIZE)
+    gram = {"inputs": gram, "fewer inputs than channels": few.T @ few, "none": None, "only zeros": 0 * gram}[which]
+    u, v = low_rank(matrix, gram, SIZE)
+    torch.testing.assert_close(u @ v, matrix)
+
+
+def test_of_an_ffn_it_is_the_best_of_its_rank(make_layer):
+    """Reduced-rank regression: no other pair has a smaller error of the FFN's own output, which full rank has as `linear`."""
+    block = make_layer()["ffn"]
+    part, x = loaded(block.sub_block, block.weights), torch.randn(4, 60, 24)
+    block.statistics, block.gram = part.calibrate([x[:1], x[1:]]), lambda: part.input_gram([x[:1], x[1:]])
+    assert torch.allclose(block.gram(), block.statistics.gram)
+    normed, target = part.norm(x).flatten(0, 1).double(), part(x, {}).flatten(0, 1).double()
+    whole = ffn_as_linear(block.statistics)
+    tensors, module = started(block, "linear-6")
+    product = (tensors["linear.u.weight"] @ tensors["linear.v.weight"]).double()
+    least = (target - normed @ product.T).square().sum()
+    assert torch.allclose(module(x, {}), (normed @ product.T).float().view_as(x), atol=1e-5)
+    u, v = tensors["linear.u.weight"].double(), tensors["linear.v.weight"].double()
+    for seed in range(20):
+        other = (u + 0.02 * random(24, 6, seed=seed)) @ (v + 0.02 * random(6, 24, seed=seed + 20))
+        assert (target - normed @ other.T).square().sum() > least
+    losses = [block_loss(started(block, f"linear-{rank}")[1](x, {}), part(x, {})) for rank in (1, 6, 12, 24)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[1] < block_loss(started(block, "linear-6-svd")[1](x, {}), part(x, {}))
+    full = started(block, "linear-24")[0]
+    torch.testing.assert_close(full["linear.u.weight"] @ full["linear.v.weight"], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_of_attention_it_is_nearest_to_what_linear_gives(make_layer):
+    block = make_layer(norm="both")["attention"]
+    part, mixed = loaded(block.sub_block, block.weights), torch.randn(24, 24)
+    x = torch.randn(3, 40, 24) @ mixed
+    block.gram = lambda: part.input_gram([x])
+    wanted = part.enter(x) @ attention_as_linear(block.weights, 8, 4).T
+    off = {}
+    for name in ("linear-4", "linear-4-svd"):
+        tensors, module = started(block, name)
+        product = tensors["linear.u.weight"] @ tensors["linear.v.weight"]
+        off[name] = (wanted - part.enter(x) @ product.T).square().sum()
+        assert torch.equal(tensors["post_norm.weight"], block.weights["post_norm.weight"])
+        torch.testing.assert_close(module(x, {}), part.leave(part.enter(x) @ product.T), rtol=1e-4, atol=1e-5)
+    assert off["linear-4"] < 0.95 * off["linear-4-svd"]
+
+
+def test_only_who_asks_pays(make_layer):
+    """Nothing counts inputs for other variants, and plain SVD has no need of any."""
+
+    def counted():
+        raise AssertionError("nobody asked for it")
+
+    for slot, block in make_layer().items():
+        block.gram = counted
+        for name in [*search_space(block.sub_block, None, slot), "linear-3-svd"]:
+            variant_of(block.sub_block, name).initialise(block)
+        with pytest.raises(AssertionError, match="nobody asked"):
+            started(block, "linear-3")
+        block.gram = None
+        with pytest.raises(ValueError, match="a linear map of rank 3 needs calibration inputs"):
+            started(block, "linear-3")
+
+
+def test_it_is_offered_by_name_alone(make_layer):
+    for slot, block in make_layer().items():
+        assert not any(name.startswith("linear-") for name in default_names(block.sub_block))
+        found = search_space(block.sub_block, "linear-16,linear-016,linear-4,linear-4-svd", slot)
+        assert list(found) == ["parent", "linear-16", "linear-4", "linear-4-svd"]
+        assert found["linear-4"] == found["linear-4-svd"] == Linear(**block.sub_block.norm_fields(), rank=4)
+        assert found["linear-16"].num_matrix_parameters == 2 * 24 * 16
+
+
+def test_what_people_and_clocks_see():
+    one, two = parse_key("linear h4096 eps=1e-05"), parse_key("linear h4096 rank256 eps=1e-05")
+    assert (two.symbol(one), two.words(one)) == ("r", "linear, rank 256")
+    assert two.timed() == parse_key("linear h4096 rank256")
+    assert two.flops(3, 7.0) == 3 * 2 * 2 * 4096 * 256
+    assert two.training_flops(7.0) == (3 * 2 * 2 - 2) * 4096 * 256  # no gradient of what enters v
+    assert not two.state()
+    assert two.by_rows
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_shares_add_up(tp):
+    whole = Linear(hidden_size=24, rank=12, norm="both")
+    weights = {name: torch.randn(shape) for name, shape in whole.tensors().items()}
+    x, part = torch.randn(2, 7, 24), loaded(whole, weights)
+    shares = [loaded(whole.shared(tp), whole.cut(weights, rank, tp)) for rank in range(tp)]
+    assert {share.sub_block.rank for share in shares} == {12 // tp}
+    total = sum(share.inner(share.enter(x), {}) for share in shares)
+    torch.testing.assert_close(part.leave(total), part(x, {}))
