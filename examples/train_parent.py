@@ -229,7 +229,9 @@ def train(
     )
 
     def loss_fn(batch_ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=stream.is_cuda):  # a CPU may take 50 times as long
+        with torch.autocast(
+            stream.device.type, dtype=torch.bfloat16, enabled=stream.is_cuda
+        ):  # a CPU may take 50 times as long
             logits = model(batch_ids[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), batch_ids[:, 1:].flatten())
 
