@@ -38,10 +38,12 @@ Told = tuple[float, dict[str, float]]  # seconds of the whole, and of its stages
 
 
 def launched(ranks: int, device: str, *arguments: object) -> Told:
-    """`puzzle ARGUMENTS` by so many processes. Raises RuntimeError with its last words where it fails."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port))
+    """`puzzle ARGUMENTS` by so many processes, one as users of one GPU have it. Raises RuntimeError with its last words where it fails."""
+    torchrun: tuple[str, ...] = ()
+    if ranks > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port))
     command = [sys.executable, *torchrun, str(ROOT / "benchmarks/lib/timed_puzzle.py"), *map(str, arguments)]
     begin = time.monotonic()
     done = subprocess.run([*command, "--device", device], capture_output=True, text=True, env=environment())

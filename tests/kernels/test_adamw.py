@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from puzzle.kernels.adamw import Rule, Weight, adamw, adamw_reference
 
-SHAPES = {"first": (37, 300), "second": (9, 300), "third": (300, 70), "bias": (41,)}
+SHAPES = {"first": (11, 300), "second": (3, 300), "third": (33, 70), "bias": (41,)}
 SCALED = ("first", "second")
 
 

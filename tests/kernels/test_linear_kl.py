@@ -9,7 +9,7 @@ from puzzle.kernels import linear_kl as module
 from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl, linear_kl_by_rows, linear_kl_of_many, linear_kl_reference
 
 CONFIGS = [
-    pytest.param(Chunks(tokens=3, words=40, block=16), id="chunks"),
+    pytest.param(Chunks(tokens=5, words=40, block=32), id="chunks"),
     pytest.param(Chunks(), id="one-chunk"),
     pytest.param(Fused(block_t=16, block_v=32, block_h=16, splits=3, rows_together=2, num_warps=4), id="fused"),
 ]

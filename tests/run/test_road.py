@@ -143,8 +143,14 @@ def test_steps(puzzle, one_line_error, write, parent, corpus, tmp_path):
     one_line_error(puzzle("run", write(**STEPPED | {"steps": []}), "--out", out), told)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Where one run is that was left alone, once for all that compare with it."""
+    return tmp_path_factory.mktemp("alone") / "run"
+
+
 @pytest.mark.parametrize("stage", ["step-1/heal", "build-library", "heal"])
-def test_steps_killed_and_run_again(puzzle, launch, write, tmp_path, stage):
+def test_steps_killed_and_run_again(puzzle, launch, write, tmp_path, alone, stage):
     """The same bits as of a run that was left alone."""
     out, recipe, (step, _, name) = tmp_path / "run", write(**STEPPED), stage.rpartition("/")
     steady = "from puzzle.profile.cpu import CpuTimer\nCpuTimer.reference = lambda timer: 1.0"
@@ -156,7 +162,6 @@ def test_steps_killed_and_run_again(puzzle, launch, write, tmp_path, stage):
         time.sleep(0.002)
     process.kill()
     process.join()
-    alone = tmp_path / "alone"
     for where in (out, alone):
         done = puzzle("run", recipe, "--out", where, "--json")
         assert done.exit_code == 0, (done.output, done.exception)
