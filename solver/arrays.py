@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from puzzle.solver.problem import Cell, Problem
+from puzzle.solver.problem import Cell, Problem, Variant
 
 
 class Contradiction(Exception):
@@ -98,20 +98,38 @@ def _common(problem: Problem, groups: list[list[int]]) -> list[list[str]]:
     return names
 
 
-def _columns(problem: Problem, place: dict[Cell, tuple[int, int]], shape: tuple[int, int]) -> np.ndarray:
+class _Places:
+    """Where cells stand: `at` gives (group, place among its variants), None for a cell that cannot be chosen."""
+
+    def __init__(self, problem: Problem, groups: list[list[int]], names: list[list[str]]):
+        self.groups = {problem.layers[i].name: g for g, group in enumerate(groups) for i in group}
+        self.variants = [{name: v for v, name in enumerate(common)} for common in names]
+
+    def at(self, cell: Cell) -> tuple[int, int] | None:
+        g = self.groups[cell[0]]
+        v = self.variants[g].get(cell[1])
+        return None if v is None else (g, v)
+
+
+def _columns(problem: Problem, places: _Places, shape: tuple[int, int]) -> np.ndarray:
     """Of every cell its score, its resources by constraint, and how many of it each count has. [1 + constraints + counts, *shape]"""
-    columns = np.zeros((1 + len(problem.constraints) + len(problem.counts), *shape))
+    resources = [constraint.resource for constraint in problem.constraints]
+    columns = np.zeros((1 + len(resources) + len(problem.counts), *shape))
+    found: list[Variant] = []
+    at: list[int] = []
     for layer in problem.layers:
-        for variant in layer.variants:
-            at = place.get((layer.name, variant.name))
-            if at is not None:
-                columns[0][at] += variant.score
-                for k, constraint in enumerate(problem.constraints, 1):
-                    columns[k][at] += variant.resources[constraint.resource]
-    for k, count in enumerate(problem.counts, 1 + len(problem.constraints)):
+        g = places.groups[layer.name]
+        place = places.variants[g]
+        own = [variant for variant in layer.variants if variant.name in place]
+        found += own
+        at += [g * shape[1] + place[variant.name] for variant in own]
+    amounts = [[v.score for v in found], *([v.resources[resource] for v in found] for resource in resources)]
+    for k, values in enumerate(amounts):  # summed in the order of layers
+        columns[k] = np.bincount(at, values, columns[k].size).reshape(shape)
+    for k, count in enumerate(problem.counts, len(amounts)):
         for cell in count.cells:
-            if cell in place:
-                columns[k][place[cell]] += 1
+            if cell[0] in places.groups and (where := places.at(cell)) is not None:
+                columns[k][where] += 1
     return columns
 
 
@@ -120,23 +138,20 @@ def compile_problem(problem: Problem) -> Arrays:
     groups = _merge(problem)
     names = _common(problem, groups)
     width = max(map(len, names))
-    place: dict[Cell, tuple[int, int]] = {}
-    for g, group in enumerate(groups):
-        for v, variant in enumerate(names[g]):
-            for i in group:
-                place[problem.layers[i].name, variant] = g, v
+    places = _Places(problem, groups, names)
     allowed = np.zeros((len(groups), width), dtype=bool)
     for g, common in enumerate(names):
         allowed[g, : len(common)] = True
-    columns = _columns(problem, place, (len(groups), width))
+    columns = _columns(problem, places, (len(groups), width))
 
     near: list[tuple[int, int, int, np.ndarray]] = []
     far: list[tuple[int, int, int, int, np.ndarray]] = []
     resources, zeros = [c.resource for c in problem.constraints], [0.0] * len(problem.counts)
     for pair in problem.pairs:
-        if pair.a not in place or pair.b not in place:
+        a, b = places.at(pair.a), places.at(pair.b)
+        if a is None or b is None:
             continue
-        (i, v), (j, w) = sorted((place[pair.a], place[pair.b]))
+        (i, v), (j, w) = sorted((a, b))
         values = np.array([pair.score, *(pair.resources.get(r, 0.0) for r in resources), *zeros])
         if i == j:
             if v == w:
@@ -159,14 +174,14 @@ def compile_problem(problem: Problem) -> Arrays:
     factor = _unit(columns[0], None if arcs is None else arcs[0], far_values[0])
     limits = [(c.label, problem.fixed.get(c.resource, 0.0), c.min, c.max) for c in problem.constraints]
     limits += [(c.label, 0.0, c.min, c.max) for c in problem.counts]
-    picked, signs, b, row_names = [], [], [], []
+    picked, signs, ends, row_names = [], [], [], []
     for k, (label, fixed, low, high) in enumerate(limits, 1):
         scale = _unit(columns[k], None if arcs is None else arcs[k], far_values[k])
         for side, direction in ((high, scale), (low, -scale)):
             if side is not None:
                 picked.append(k)
                 signs.append(direction)
-                b.append(direction * (float(side) - fixed - base[k]))
+                ends.append(direction * (float(side) - fixed - base[k]))
                 row_names.append(label)
     sign = np.array(signs)
     return Arrays(
@@ -175,7 +190,7 @@ def compile_problem(problem: Problem) -> Arrays:
         allowed=allowed,
         score=columns[0] * factor,
         rows=columns[picked] * sign[:, None, None],
-        b=np.array(b),
+        b=np.array(ends),
         row_names=row_names,
         arc_score=None if arcs is None else arcs[0] * factor,
         arc_rows=None if arcs is None else arcs[picked] * sign[:, None, None, None],

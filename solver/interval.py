@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from puzzle.solver.problem import Constraint, Problem
+from puzzle.solver.problem import Constraint, Layer, Problem, Variant
 from puzzle.solver.solution import Solution
 from puzzle.solver.solve import lower_bound, solve
 
@@ -72,17 +72,22 @@ def relaxed_between(one: Problem, other: Problem, fixed: Mapping[str, float]) ->
     """
     limits = list(zip(one.constraints, other.constraints, strict=True))
 
+    known: dict[tuple[int, int], dict[str, float]] = {}
+
     def least(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-        return {
-            str(n): min(a.get(x.resource, 0.0) / most(x), b.get(y.resource, 0.0) / most(y))
-            for n, (x, y) in enumerate(limits)
-        }
+        """Of what many cells may share, once."""
+        if (id(a), id(b)) not in known:
+            known[id(a), id(b)] = {
+                str(n): min(a.get(x.resource, 0.0) / most(x), b.get(y.resource, 0.0) / most(y))
+                for n, (x, y) in enumerate(limits)
+            }
+        return known[id(a), id(b)]
 
     layers = tuple(
-        replace(
-            la,
+        Layer(
+            name=la.name,
             variants=tuple(
-                replace(v, resources=least(v.resources, w.resources))
+                Variant(name=v.name, score=v.score, resources=least(v.resources, w.resources))
                 for v, w in zip(la.variants, lb.variants, strict=True)
             ),
         )

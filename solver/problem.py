@@ -59,24 +59,41 @@ count, the pin, the group or the stages have a say.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, Inexact
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import chain
 
 from puzzle.base.errors import UserError
 
 Cell = tuple[str, str]  # (layer, variant)
+NUMBERS = {int, float}
 
 
 class ProblemError(UserError):
     """The problem's data are unusable: one line with the cell, its value and the fix."""
 
 
+# Of more digits than from a double's last to the first of the largest, so that no sum of them is rounded.
+EXACTLY = Context(prec=1000, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[Inexact])
+
+
+@lru_cache(maxsize=1 << 18)
+def _written(value: float) -> Decimal:
+    return Decimal(value) if isinstance(value, int) else Decimal(repr(float(value)))
+
+
 @lru_cache(maxsize=1 << 18)
 def exact(value: float) -> Fraction:
     """The number as it is written in decimal."""
-    return Fraction(value) if isinstance(value, int) else Fraction(repr(float(value)))
+    return Fraction(_written(value))
+
+
+def exact_sum(values: Iterable[float]) -> Fraction:
+    """Of the numbers as they are written."""
+    return Fraction(reduce(EXACTLY.add, map(_written, values), Decimal(0)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +105,22 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
+    """Checked when it is made, and not again in every problem that has it. Raises ProblemError for no variants, for two of one name,
+    and for a number that is none, naming the cell."""
+
     name: str
     variants: tuple[Variant, ...]
+    resources: Set[str] = field(init=False, repr=False, compare=False)  # that all variants have
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise ProblemError(f"layer {self.name} has no variants: give at least one")
+        _unique((v.name for v in self.variants), f"variant of layer {self.name}")
+        amounts = [v.resources for v in self.variants]
+        if not _are_finite([*(v.score for v in self.variants), *chain.from_iterable(a.values() for a in amounts)]):
+            for variant in self.variants:
+                _all_finite(f"layer {self.name} variant {variant.name}", variant.score, variant.resources)
+        object.__setattr__(self, "resources", set(amounts[0]).intersection(*amounts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +183,7 @@ Limit = Constraint | Count | Stages
 class Problem:
     """pins {layer: the variants it may take}; equal: groups of layers that take variants of the same name.
 
-    Raises ProblemError for missing, duplicate, NaN or infinite data, naming the cell.
+    Raises ProblemError for missing, duplicate, NaN or infinite data beside what `Layer` checks, naming the cell.
     """
 
     layers: tuple[Layer, ...]
@@ -175,7 +206,7 @@ class Problem:
     def resources(self) -> list[str]:
         """Names that every variant has, in the order of the first."""
         first = self.layers[0].variants[0].resources
-        return [r for r in first if all(r in v.resources for layer in self.layers for v in layer.variants)]
+        return [r for r in first if all(r in layer.resources for layer in self.layers)]
 
     def chosen(self, choice: Mapping[str, str]) -> list[Variant]:
         """The variants that `choice` {layer: variant} names, layer by layer."""
@@ -187,11 +218,9 @@ class Problem:
         active = [p for p in self.pairs if choice[p.a[0]] == p.a[1] and choice[p.b[0]] == p.b[1]]
         sums = {}
         for resource in self.resources:
-            total = exact(self.fixed.get(resource, 0)) + sum(exact(v.resources[resource]) for v in picked)
-            sums[resource] = total + sum(exact(p.resources.get(resource, 0)) for p in active)
-        scores = [v.score for v in picked] + [p.score for p in active]
-        sums["score"] = sum(map(exact, scores), Fraction(0))
-        return sums
+            amounts = [self.fixed.get(resource, 0), *(v.resources[resource] for v in picked)]
+            sums[resource] = exact_sum([*amounts, *(p.resources.get(resource, 0) for p in active)])
+        return sums | {"score": exact_sum([*(v.score for v in picked), *(p.score for p in active)])}
 
     def violated(self, choice: Mapping[str, str]) -> list[str]:
         """Labels of what `choice` breaks, in exact arithmetic; "pin" and "equal" for those."""
@@ -254,20 +283,13 @@ def check(problem: Problem) -> None:
             raise ProblemError(
                 f"stage tolerance {problem.stages.tolerance!r}: must be a number from 0 up, such as 0.05"
             )
-    names: dict[str, set[str]] = {}
     for layer in problem.layers:
-        if not layer.variants:
-            raise ProblemError(f"layer {layer.name} has no variants: give at least one")
-        _unique((v.name for v in layer.variants), f"variant of layer {layer.name}")
-        names[layer.name] = {v.name for v in layer.variants}
-        for variant in layer.variants:
-            where = f"layer {layer.name} variant {variant.name}"
-            _finite(variant.score, where, "score")
-            for resource, value in variant.resources.items():
-                _finite(value, where, resource)
-            for resource in wanted:
-                if resource not in variant.resources:
-                    raise ProblemError(f"{where} has no {resource}: every variant needs each limited resource")
+        for lacking in wanted - layer.resources:
+            variant = next(v for v in layer.variants if lacking not in v.resources)
+            raise ProblemError(
+                f"layer {layer.name} variant {variant.name} has no {lacking}: every variant needs each limited resource"
+            )
+    names = {layer.name: {v.name for v in layer.variants} for layer in problem.layers}
     for pair in problem.pairs:
         where = f"pair {'/'.join(pair.a)} and {'/'.join(pair.b)}"
         for layer_name, variant_name in (pair.a, pair.b):
@@ -275,9 +297,8 @@ def check(problem: Problem) -> None:
                 raise ProblemError(f"{where}: there is no variant {variant_name} of layer {layer_name}")
         if pair.a[0] == pair.b[0]:
             raise ProblemError(f"{where}: a pair joins two different layers")
-        _finite(pair.score, where, "score")
-        for resource, value in pair.resources.items():
-            _finite(value, where, resource)
+        if not _are_finite((pair.score, *pair.resources.values())):
+            _all_finite(where, pair.score, pair.resources)
     for resource, value in problem.fixed.items():
         _finite(value, "fixed", resource)
     sides = [(c.label, side) for c in problem.constraints for side in (c.min, c.max)]
@@ -299,11 +320,20 @@ def check(problem: Problem) -> None:
 
 
 def _unique(names: Iterable[str], what: str) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ProblemError(f"two things are called {what} '{name}': names must differ")
-        seen.add(name)
+    every = list(names)
+    if len(set(every)) < len(every):
+        twice = next(name for n, name in enumerate(every) if name in every[:n])
+        raise ProblemError(f"two things are called {what} '{twice}': names must differ")
+
+
+def _are_finite(values: Collection[float]) -> bool:
+    """The quick answer; a number of another type, such as one of numpy's, is for `_finite`."""
+    return NUMBERS.issuperset(map(type, values)) and all(map(math.isfinite, values))
+
+
+def _all_finite(where: str, score: float, resources: Mapping[str, float]) -> None:
+    for what, value in (("score", score), *resources.items()):
+        _finite(value, where, what)
 
 
 def _finite(value: float, where: str, what: str) -> None:

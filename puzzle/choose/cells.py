@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import product
 
 from puzzle.base.errors import UserError
@@ -76,19 +77,23 @@ def layer_cells(library: Library, way: Way | None = None) -> list[list[Cell]]:
     cells = [_cells(library, layer) for layer in range(library.num_layers)]
     if way is None:
         return cells
-    return [
-        [other for cell in found for other in _in_precisions(library, n, cell, way)] for n, found in enumerate(cells)
-    ]
+    scores = cache(library.scores)  # a file, which only what fp8 costs is looked up in
 
-
-def _in_precisions(library: Library, layer: int, cell: Cell, way: Way) -> list[Cell]:
-    def charged(slot: str, name: str) -> float:
-        found = library.scores(layer).get(score_name({slot: name}))
+    def charged(layer: int, slot: str, name: str) -> float:
+        found = scores(layer).get(score_name({slot: name}))
         if found is None:
             told = score_name({slot: name})
             raise UserError(f"layer {layer} {told} has no score: run `puzzle score {library.root} --fp8`")
         return found["kl"]
 
+    return [
+        [other for cell in found for other in _in_precisions(partial(charged, n), cell, way)]
+        for n, found in enumerate(cells)
+    ]
+
+
+def _in_precisions(charged: Callable[[str, str], float], cell: Cell, way: Way) -> list[Cell]:
+    """charged: what fp8 costs the parent's own sub-block there, by slot and FP8_CACHE or FP8_WEIGHTS."""
     weighty = [slot for slot, sub_block in cell.sub_blocks.items() if not isinstance(sub_block, NoOp)]
     kept = [slot for slot in weighty if cell.sub_blocks[slot].state() and way.cache == "fp8"]
     score = cell.score + sum(charged(slot, FP8_CACHE) for slot in kept)

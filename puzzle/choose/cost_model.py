@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache, cached_property
 from typing import Any
 
 from puzzle.base.machine import several
@@ -59,6 +60,7 @@ class CostModel:
         self.has_host = self.table.host_seconds(self.batches[-1]) > 0
         self._seconds: dict[tuple[Part, int, str], tuple[float, float]] = {}
         self._workspace: dict[int, int] = {}
+        self._every: list[Part] = [*(part.shared(self.tp) for part in library.sub_blocks()), *self.ends]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -152,18 +154,12 @@ class CostModel:
         needs most works with, so that no choice needs more. Sub-blocks run one after another in the same memory. 0 where
         workspaces were not measured."""
         if batch not in self._workspace:
-            parts: list[Part] = [*(part.shared(self.tp) for part in self.library.sub_blocks()), *self.ends]
             tables = self.way.tables.values()
-            found = max(table.workspace(part, batch, self.work.input_len) for table in tables for part in parts)
+            found = max(table.workspace(part, batch, self.work.input_len) for table in tables for part in self._every)
             self._workspace[batch] = found + self.stream(batch) if found else 0
         return self._workspace[batch]
 
-    def bytes_of(self, sub_block: SubBlock, batch: int, precision: str | None = None) -> int:
-        """Of its weights, and of what `batch` whole requests keep."""
-        weights = PRECISION_BYTES[precision or self.table.precision]
-        return weights * sub_block.num_parameters + self._kept_bytes(sub_block) * batch
-
-    def _kept_bytes(self, sub_block: SubBlock) -> int:
+    def kept_bytes(self, sub_block: SubBlock) -> int:
         """What one whole request keeps."""
         state = sub_block.state()
         return state.bytes_of(self.table.kept(state, self.length), self.way.cache)
@@ -178,48 +174,29 @@ class CostModel:
             return [(part, self.table.precision) for part in self.runs(layer, index)]
         return [(part.shared(self.tp), precisions[slot]) for slot, part in layer.items()]
 
-    def resources(self, layer: Layer, batch: int, index: int = 1, precisions: ByUse | None = None) -> dict[str, float]:
-        """Seconds, bytes and parameters of one layer. index: of the layer; engines treat the first, 0, differently."""
-        runs = self.placed(layer, index, precisions)
-        return self._timed([self.part_seconds(part, batch, own) for part, own in runs], 0.0) | {
-            "memory_bytes": sum(self.bytes_of(part, batch, own) for part, own in runs),
-            "num_parameters": sum(sub_block.num_parameters for sub_block in layer.values()),
-            "active_parameters": sum(sub_block.active_parameters() for sub_block in layer.values()),
-        }
+    def layer(self, layer: Layer, index: int = 1, precisions: ByUse | None = None) -> Stack:
+        """One layer. index: of it; engines treat the first, 0, differently."""
+        return Stack(self, [layer], self.placed(layer, index, precisions))
+
+    def model(self, layers: Sequence[Layer], precisions: Sequence[ByUse] | None = None) -> Stack:
+        """All layers of a model."""
+        return Stack(self, layers, self._all(layers, precisions))
 
     def fixed(self, batch: int) -> dict[str, float]:
-        """The same of what no choice changes: embedding, final norm, LM head, workspace."""
+        """What `Stack.resources` says, of what no choice changes: embedding, final norm, LM head, workspace."""
         count = self.own.num_fixed_parameters
-        return self._timed([self.part_seconds(part, batch) for part in self.ends], self.host_seconds(batch)) | {
+        return self.timed([self.part_seconds(part, batch) for part in self.ends], self.host_seconds(batch)) | {
             "memory_bytes": count * FIXED_BYTES[self.table.precision] + self.workspace(batch),
             "num_parameters": self.library.origin.num_fixed_parameters,
             "active_parameters": self.library.origin.num_fixed_parameters,
         }
 
-    def _timed(self, parts: list[tuple[float, float]], host: float) -> dict[str, float]:
+    def timed(self, parts: list[tuple[float, float]], host: float) -> dict[str, float]:
         """Seconds at the device's pace and, of an engine that may set its own, with decode steps at that one: a limit on time is one
         on both, each a sum over layers."""
         prefill, decode = sum(p for p, _ in parts), sum(d for _, d in parts)
         found = {"seconds": prefill + decode, "prefill_seconds": prefill, "decode_seconds": decode}
         return found | ({"host_seconds": prefill + host, "host_decode_seconds": host} if self.has_host else {})
-
-    def cached_bytes(self, layer: Layer, num_tokens: int, index: int = 1, precisions: ByUse | None = None) -> float:
-        """Bytes of one layer's weights and of what it keeps for `num_tokens` tokens in sequences of the workload's length."""
-        total = 0.0
-        for part, own in self.placed(layer, index, precisions):
-            total += PRECISION_BYTES[own] * part.num_parameters + self._kept_bytes(part) * num_tokens / self.length
-        return total
-
-    def device_seconds(
-        self, runs: Sequence[Placed], batch: int, change: Mapping[str, float] | None = None
-    ) -> tuple[float, float]:
-        """(prefill, all decode steps) of a whole model of these sub-blocks at the device's pace. change: as `predict` has it."""
-        change = change or {}
-        prefill, decode = change.get("prefill_seconds", 0.0), change.get("decode_seconds", 0.0)
-        for part, own in (*runs, *((end, self.table.precision) for end in self.ends)):
-            first, rest = self.part_seconds(part, batch, own)
-            prefill, decode = prefill + first, decode + rest
-        return prefill, decode
 
     def host_pace(
         self, layers: Sequence[Layer], batch: int, change: Mapping[str, float] | None = None
@@ -228,8 +205,8 @@ class CostModel:
         None where the device does up to the largest batch."""
         if not self.has_host or self.work.output_len == 1:
             return None
-        runs = self._all(layers, None)
-        paced = [b for b in self.every_batch if self.host_seconds(b) > self.device_seconds(runs, b, change)[1]]
+        model = self.model(layers)
+        paced = [b for b in self.every_batch if self.host_seconds(b) > model.device_seconds(b, change)[1]]
         if not paced:
             return None
         scale = 1e3 / (self.work.output_len - 1)
@@ -237,7 +214,7 @@ class CostModel:
             "from_batch": paced[0],
             "batch": batch,
             "host_ms": scale * self.host_seconds(batch),
-            "device_ms": scale * self.device_seconds(runs, batch, change)[1],
+            "device_ms": scale * model.device_seconds(batch, change)[1],
         }
 
     def predict(
@@ -247,28 +224,8 @@ class CostModel:
         change: Mapping[str, float] | None = None,
         precisions: Sequence[ByUse] | None = None,
     ) -> Prediction:
-        """Of the whole model. change: what fusing layers adds to the resources (`puzzle.choose.fusion`)."""
-        change = change or {}
-        runs = self._all(layers, precisions)
-        prefill, decode = self.device_seconds(runs, batch, change)
-        decode = max(decode, self.host_seconds(batch))
-        fixed = self.fixed(batch)
-        inside = [sub_block for layer in layers for sub_block in layer.values()]
-        around = int(fixed["num_parameters"] + change.get("num_parameters", 0))
-        return Prediction(
-            batch=batch,
-            tokens_per_second=batch * self.work.output_len / (prefill + decode),
-            latency_seconds=prefill + decode,
-            ttft_seconds=prefill,
-            tpot_seconds=decode / max(1, self.work.output_len - 1),
-            memory_bytes=int(fixed["memory_bytes"] + change.get("memory_bytes", 0))
-            + sum(self.bytes_of(part, batch, own) for part, own in runs),
-            workspace_bytes=self.workspace(batch) + int(change.get("workspace_bytes", 0)),
-            kv_bytes_per_token=PRECISION_BYTES[self.way.cache] * sum(part.state().per_token for part, _ in runs),
-            num_parameters=around + sum(sub_block.num_parameters for sub_block in inside),
-            active_parameters=around + sum(sub_block.active_parameters() for sub_block in inside),
-            state_bytes=sum(part.state().fixed_bytes(self.way.cache) for part, _ in runs),
-        )
+        """`Stack.predict` of a whole model."""
+        return self.model(layers, precisions).predict(batch, change)
 
     def _all(self, layers: Sequence[Layer], precisions: Sequence[ByUse] | None) -> list[Placed]:
         """What the whole model runs, with precisions."""
@@ -299,6 +256,93 @@ class CostModel:
 
     def best_parent(self, memory: int | None) -> Prediction:
         """The parent at its own best batch that fits `memory` (at the smallest batch when none does)."""
-        found = [self.predict(self.library.origin.layers, b) for b in self.every_batch]
+        whole = self.model(self.library.origin.layers)
+        found = [whole.predict(b) for b in self.every_batch]
         fitting = [p for p in found if memory is None or p.memory_bytes <= memory] or found[:1]
         return max(fitting, key=lambda p: p.tokens_per_second)
+
+
+class Stack:
+    """Sub-blocks that run one after another: a layer, or all of a model. What is the same at every batch is added up once.
+
+    layers: before tensor parallel, or an engine's export, makes `runs` of them. sizes: bytes of the weights, and of what a whole request
+    keeps, for each of `runs`. num_parameters, active_parameters: of `layers`."""
+
+    def __init__(self, costs: CostModel, layers: Sequence[Layer], runs: Sequence[Placed]):
+        self.costs, self.runs = costs, runs
+        self.sizes = [(PRECISION_BYTES[own] * _parameters(part)[0], costs.kept_bytes(part)) for part, own in runs]
+        self._weights, self._kept = (sum(size[n] for size in self.sizes) for n in (0, 1))
+        inside = [_parameters(sub_block) for layer in layers for sub_block in layer.values()]
+        self.num_parameters, self.active_parameters = (sum(count[n] for count in inside) for n in (0, 1))
+
+    def num_bytes(self, batch: int) -> int:
+        """Of the weights, and of what `batch` whole requests keep."""
+        return self._weights + self._kept * batch
+
+    def cached_bytes(self, num_tokens: int) -> float:
+        """Of the weights, and of what is kept for `num_tokens` tokens in sequences of the workload's length."""
+        total = 0.0
+        for weights, kept in self.sizes:
+            total += weights + kept * num_tokens / self.costs.length
+        return total
+
+    def resources(self, batch: int) -> dict[str, float]:
+        """Seconds, bytes and parameters, as the solver counts them."""
+        costs = self.costs
+        return costs.timed([costs.part_seconds(part, batch, own) for part, own in self.runs], 0.0) | {
+            "memory_bytes": self.num_bytes(batch),
+            "num_parameters": self.num_parameters,
+            "active_parameters": self.active_parameters,
+        }
+
+    @cached_property
+    def _order(self) -> tuple[list[tuple[Part, str]], list[int]]:
+        """What runs, with embedding and head: each once, and their order."""
+        every = [*self.runs, *((end, self.costs.table.precision) for end in self.costs.ends)]
+        places = {one: n for n, one in enumerate(dict.fromkeys(every))}
+        return list(places), [places[one] for one in every]
+
+    def device_seconds(self, batch: int, change: Mapping[str, float] | None = None) -> tuple[float, float]:
+        """(prefill, all decode steps) of a whole model at the device's pace. change: as `predict` has it."""
+        change = change or {}
+        prefill, decode = change.get("prefill_seconds", 0.0), change.get("decode_seconds", 0.0)
+        every, order = self._order
+        seconds = [self.costs.part_seconds(part, batch, own) for part, own in every]
+        for place in order:
+            first, rest = seconds[place]
+            prefill, decode = prefill + first, decode + rest
+        return prefill, decode
+
+    def predict(self, batch: int, change: Mapping[str, float] | None = None) -> Prediction:
+        """Of a whole model. change: what fusing layers adds to the resources (`puzzle.choose.fusion`)."""
+        costs, change = self.costs, change or {}
+        prefill, decode = self.device_seconds(batch, change)
+        decode = max(decode, costs.host_seconds(batch))
+        fixed = costs.fixed(batch)
+        around = int(fixed["num_parameters"] + change.get("num_parameters", 0))
+        per_token, per_sequence = self._state
+        return Prediction(
+            batch=batch,
+            tokens_per_second=batch * costs.work.output_len / (prefill + decode),
+            latency_seconds=prefill + decode,
+            ttft_seconds=prefill,
+            tpot_seconds=decode / max(1, costs.work.output_len - 1),
+            memory_bytes=int(fixed["memory_bytes"] + change.get("memory_bytes", 0)) + self.num_bytes(batch),
+            workspace_bytes=costs.workspace(batch) + int(change.get("workspace_bytes", 0)),
+            kv_bytes_per_token=per_token,
+            num_parameters=around + self.num_parameters,
+            active_parameters=around + self.active_parameters,
+            state_bytes=per_sequence,
+        )
+
+    @cached_property
+    def _state(self) -> tuple[int, int]:
+        """Bytes that a request keeps: of every token, and whatever its length."""
+        cache, states = self.costs.way.cache, [part.state() for part, _ in self.runs]
+        return PRECISION_BYTES[cache] * sum(s.per_token for s in states), sum(s.fixed_bytes(cache) for s in states)
+
+
+@cache
+def _parameters(sub_block: SubBlock) -> tuple[int, int]:
+    """All, and those that a token uses."""
+    return sub_block.num_parameters, sub_block.active_parameters()

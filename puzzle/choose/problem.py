@@ -16,7 +16,7 @@ from puzzle.base.units import parse_layers
 from puzzle.base.workload import Workload
 from puzzle.choose.cells import Cell, layer_cells
 from puzzle.choose.context import Around, Interactions
-from puzzle.choose.cost_model import CostModel
+from puzzle.choose.cost_model import CostModel, Stack
 from puzzle.choose.fusion import Fusion
 from puzzle.choose.goal import LIMITS, Goal, Target, check_steps, host_label
 from puzzle.choose.precision import Way
@@ -135,17 +135,18 @@ class Selection:
 
     def problem(self, batch: int, choice: Mapping[str, str] | None = None) -> Problem:
         """The selection problem at one batch size. choice: what the layers take, where nothing else is to be looked at."""
-        goal, fixed = self.goal, self._fixed(batch)
+        goal = self.goal
         pinned = self._layers("pinned", goal.pinned)
         alike = self._layers("alike", goal.alike)
-        whole = [tuple(name for name, cell in cells.items() if cell.is_parent) for cells in self.cells]
         return Problem(
             layers=self._layers_at(batch) if choice is None else self._priced(batch, choice),
             constraints=self.constraints(batch),
             counts=self._counts(),
             pairs=self._pairs(batch) if choice is None else (),
-            fixed=fixed,
-            pins={layer_label(i): whole[i] for i in pinned},
+            fixed=self._fixed(batch),
+            pins={
+                layer_label(i): tuple(name for name, cell in self.cells[i].items() if cell.is_parent) for i in pinned
+            },
             equal=(tuple(layer_label(i) for i in alike),) if alike else (),
             stages=None
             if goal.stages is None
@@ -158,9 +159,14 @@ class Selection:
         one = self.problem(low)
         if low == high:
             return one
-        shares = [[self._fixed(b)[c.resource] / most(c) for c in self.constraints(b)] for b in range(low, high + 1)]
+        shares = [self._shares(b) for b in range(low, high + 1)]
         fixed = {str(n): min(values) for n, values in enumerate(zip(*shares, strict=True))}
         return relaxed_between(one, self.problem(high), fixed)
+
+    def _shares(self, batch: int) -> list[float]:
+        """Of every limit, what no choice changes."""
+        fixed = self._fixed(batch)
+        return [fixed[limit.resource] / most(limit) for limit in self.constraints(batch)]
 
     def _layers_at(self, batch: int) -> tuple[Layer, ...]:
         if batch not in self.known:
@@ -168,20 +174,33 @@ class Selection:
         return self.known[batch]
 
     def _priced(self, batch: int, choice: Mapping[str, str] | None = None) -> tuple[Layer, ...]:
-        seen: dict[tuple[object, ...], dict[str, float]] = {}
+        found: dict[int, dict[str, float]] = {}
         layers = []
-        for index, cells in enumerate(self.cells):
+        for index, (cells, kinds) in enumerate(zip(self.cells, self._kinds, strict=True)):
             variants, label = [], layer_label(index)
+            for name in cells if choice is None else [choice[label]]:
+                kind = kinds[name]
+                if id(kind) not in found:
+                    found[id(kind)] = self._resources(kind, batch)
+                variants.append(Variant(name=name, score=cells[name].score, resources=found[id(kind)]))
+            layers.append(Layer(name=label, variants=tuple(variants)))
+        return tuple(layers)
+
+    @cached_property
+    def _kinds(self) -> list[dict[str, list[Stack]]]:
+        """Per layer and cell, its costs in every workload; cells that cost the same have the same list."""
+        seen: dict[tuple[object, ...], list[Stack]] = {}
+        found = []
+        for index, cells in enumerate(self.cells):
+            kinds = {}
             for name, cell in cells.items():
-                if choice is not None and choice[label] != name:
-                    continue
                 first = index == 0  # an engine may treat the first layer differently
                 key = (tuple(cell.sub_blocks.items()), tuple(cell.precisions.items()), first)
                 if key not in seen:
-                    seen[key] = self._resources(cell, batch, index)
-                variants.append(Variant(name=name, score=cell.score, resources=seen[key]))
-            layers.append(Layer(name=label, variants=tuple(variants)))
-        return tuple(layers)
+                    seen[key] = [one.costs.layer(cell.sub_blocks, index, cell.precisions) for one in self.demands]
+                kinds[name] = seen[key]
+            found.append(kinds)
+        return found
 
     def _fixed(self, batch: int) -> dict[str, float]:
         """What no choice changes."""
@@ -190,13 +209,13 @@ class Selection:
             fixed |= other.timed(other.costs.fixed(other.at(batch)))
         return fixed | {"cached_bytes": fixed["memory_bytes"]}
 
-    def _resources(self, cell: Cell, batch: int, index: int) -> dict[str, float]:
-        layer, own = cell.sub_blocks, cell.precisions
-        found = self.costs.resources(layer, batch, index, own)
-        for other in self.others:
-            found |= other.timed(other.costs.resources(layer, other.at(batch), index, own))
+    def _resources(self, kind: list[Stack], batch: int) -> dict[str, float]:
+        own, *others = kind
+        found = own.resources(batch)
+        for other, stack in zip(self.others, others, strict=True):
+            found |= other.timed(stack.resources(other.at(batch)))
         if self.goal.cached_tokens is not None:
-            found["cached_bytes"] = self.costs.cached_bytes(layer, self.goal.cached_tokens, index, own)
+            found["cached_bytes"] = own.cached_bytes(self.goal.cached_tokens)
         return found
 
     def _pairs(self, batch: int) -> tuple[Pair, ...]:

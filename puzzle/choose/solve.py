@@ -221,7 +221,8 @@ def _faster(selection: Selection, batch: int, solution: Solution) -> tuple[int, 
     if selection.batch is not None or selection.fusion is not None:
         return batch, best
     cells, costs = selection.chosen(best), selection.costs
-    speeds = {b: predicted(selection, costs, cells, b).tokens_per_second for b in costs.every_batch}
+    model = costs.model([cell.sub_blocks for cell in cells], [cell.precisions for cell in cells])
+    speeds = {b: model.predict(b).tokens_per_second for b in costs.every_batch}
     for other_batch in sorted(speeds, key=speeds.__getitem__, reverse=True):
         there = selection.problem(other_batch, choice)
         if other_batch == batch or not there.violated(choice):

@@ -68,7 +68,7 @@ def picked(attention: str, ffn: str):
 def test_an_engine_is_priced_by_what_its_export_holds(tiny_library, engine, index, attention, ffn, wanted):
     costs, layer = priced(tiny_library, engine, open_engine("vllm", "h100").constants), picked(attention, ffn)
     assert costs.runs(layer, index) == wanted
-    found, batch, tokens = costs.resources(layer, 4, index), 4, 4 * 32
+    found, batch, tokens = costs.layer(layer, index).resources(4), 4, 4 * 32
     parameters = sum(sub_block.num_parameters for sub_block in wanted)
     elements = sum(sub_block.state().per_token for sub_block in wanted)
     assert found["memory_bytes"] == 2 * (parameters + elements * tokens)
@@ -82,7 +82,7 @@ def test_the_whole_is_the_sum_of_its_layers_as_exported(tiny_library):
     costs = priced(tiny_library, "vllm", open_engine("vllm", "h100").constants)
     layers = [picked("none", "linear"), picked(PARENT, "linear")]
     whole, fixed = costs.predict(layers, 4), costs.fixed(4)
-    single = [costs.resources(layer, 4, index) for index, layer in enumerate(layers)]
+    single = [costs.layer(layer, index).resources(4) for index, layer in enumerate(layers)]
     assert whole.latency_seconds == pytest.approx(fixed["seconds"] + sum(x["seconds"] for x in single))
     assert whole.memory_bytes == fixed["memory_bytes"] + sum(x["memory_bytes"] for x in single)
     assert whole.num_parameters == fixed["num_parameters"] + sum(x["num_parameters"] for x in single)
@@ -91,7 +91,7 @@ def test_the_whole_is_the_sum_of_its_layers_as_exported(tiny_library):
     assert moved.latency_seconds < whole.latency_seconds  # a layer 0 that attends needs no dummy
     # three matrices with biases, the dummy's q, k, v and o, a norm each, and keys and values of one head
     gated, dummy = 3 * 256 * 256 + 3 * 256 + 256, 2 * 256 * 32 * 9 + 256
-    assert costs.cached_bytes(layers[0], 100, 0) == 2 * (gated + dummy + 64 * 100)
+    assert costs.layer(layers[0], 0).cached_bytes(100) == 2 * (gated + dummy + 64 * 100)
 
 
 def test_an_engine_measured_through_the_plug_in_has_no_rewriting(tiny_library):
@@ -115,7 +115,7 @@ def test_an_engine_takes_no_less_than_its_host(tiny_library):
     assert slow.predict(layers, pace["from_batch"]).tpot_seconds > fast.predict(layers, pace["from_batch"]).tpot_seconds
     assert slow.predict(layers, pace["from_batch"] - 1) == fast.predict(layers, pace["from_batch"] - 1)
     assert pace["host_ms"] == pytest.approx(0.74)
-    parts = [slow.fixed(64), *(slow.resources(layer, 64, i) for i, layer in enumerate(layers))]
+    parts = [slow.fixed(64), *(slow.layer(layer, i).resources(64) for i, layer in enumerate(layers))]
     assert sum(p["host_seconds"] for p in parts) == pytest.approx(both[1].latency_seconds)
     assert sum(p["host_decode_seconds"] for p in parts) == pytest.approx(15 * both[1].tpot_seconds)
 

@@ -138,8 +138,11 @@ def test_prices(precise, gpu_seconds):
         assert costs.part_seconds(ffn, 4, own)[1] == pytest.approx(steps * gpu_seconds(ffn, own, "decode", 4, 0))
         sizes = {"bf16": 2, "fp8": 1}
         cached = attention.state().num_bytes(25, cache, both["bf16"].page) * 4
-        assert costs.bytes_of(attention, 4, own) == sizes[own] * attention.num_parameters + cached
-        assert costs.bytes_of(ffn, 4, own) == sizes[own] * ffn.num_parameters
+        assert (
+            costs.layer({"attention": attention}, 1, {"attention": own}).num_bytes(4)
+            == sizes[own] * attention.num_parameters + cached
+        )
+        assert costs.layer({"ffn": ffn}, 1, {"ffn": own}).num_bytes(4) == sizes[own] * ffn.num_parameters
 
 
 def test_one_precision_is_what_its_table_says(precise):

@@ -114,9 +114,9 @@ def test_ties_go_to_the_faster_child(own_library):
     for index, (layer, cells) in enumerate(zip(found.layers, selection.cells, strict=True)):
         own = {slot: choice.variant for slot, choice in layer.items()}
         chosen = next(cell for cell in cells.values() if dict(cell.variants) == own and not cell.fused)
-        seconds = selection.costs.resources(chosen.sub_blocks, found.predicted.batch, index)["seconds"]
+        seconds = selection.costs.layer(chosen.sub_blocks, index).resources(found.predicted.batch)["seconds"]
         for other in cells.values():
-            there = selection.costs.resources(other.sub_blocks, found.predicted.batch, index)["seconds"]
+            there = selection.costs.layer(other.sub_blocks, index).resources(found.predicted.batch)["seconds"]
             assert other.score != chosen.score or there >= seconds
 
 

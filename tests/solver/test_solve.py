@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.solver.baselines import greedy, random_feasible, uniform
-from puzzle.solver.problem import Constraint, Layer, Problem, ProblemError, Variant
+from puzzle.solver.problem import Constraint, Layer, Problem, ProblemError, Variant, exact, exact_sum
 from puzzle.solver.solve import solve
 from puzzle.solver.sweep import sweep
 
@@ -114,7 +114,12 @@ def test_one_layer_one_variant_equal_scores(backend):
         (lambda: two_layers([0.0, 1.0], [1.0, math.inf], 2.0), "L0 variant v1 c is inf"),
         (lambda: two_layers([0.0], [1.0], math.nan), "limit c is nan"),
         (lambda: Problem(layers=()), "no layers"),
-        (lambda: Problem(layers=(Layer(name="L", variants=()),)), "no variants"),
+        (lambda: Layer(name="L", variants=()), "no variants"),
+        (
+            lambda: Layer(name="L", variants=two_layers([0.0], [1.0], 1.0).layers[0].variants * 2),
+            "variant of layer L 'v0'",
+        ),
+        (lambda: Layer(name="L", variants=(Variant(name="v", score=True, resources={}),)), "score is True"),
         (
             lambda: Problem(
                 layers=two_layers([0.0], [1.0], 1).layers, constraints=(Constraint(resource="x", max=1.0),)
@@ -127,6 +132,16 @@ def test_one_layer_one_variant_equal_scores(backend):
 def test_bad_problems_name_the_cell(build, wanted):
     with pytest.raises(ProblemError, match=wanted):
         build()
+
+
+@given(
+    st.lists(st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**30), 10**30)), max_size=9)
+)
+def test_sums_are_exact(values):
+    """Of the largest and the smallest numbers together, too."""
+    assert exact_sum(values) == sum(map(exact, values))
+    largest, smallest = 1.7976931348623157e308, 5e-324
+    assert exact_sum([*values, largest, smallest, -largest]) - exact_sum(values) == exact(smallest)
 
 
 def test_sweep_keeps_the_best():
