@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.blocklib.sub_block import ParentBlock, Statistics
+from puzzle.blocklib.moments import Statistics
+from puzzle.blocklib.sub_block import ParentBlock
 
 ROUTER = ("gate.weight", "gate.bias", "gate.e_score_correction_bias")
 WHOLE = ("gate.weight", "gate.bias", "experts.down_proj_bias")  # what has no channels, where experts are merged

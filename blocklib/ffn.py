@@ -62,11 +62,6 @@ class Ffn(Normed):
         narrower = isinstance(wider, type(self)) and self.intermediate_size < wider.intermediate_size
         return narrower and replace(self, intermediate_size=wider.intermediate_size) == wider
 
-    def linear_map(self, block: ParentBlock) -> Tensor:
-        from puzzle.blocklib.initialize import ffn_as_linear
-
-        return ffn_as_linear(block.calibrated("a linear FFN"))
-
     # -- in place of another FFN of its kind -----------------------------------------------------------------
 
     @classmethod

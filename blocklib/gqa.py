@@ -106,11 +106,6 @@ class Gqa(Normed):
         of = f" of {parent.num_key_value_heads}" if isinstance(parent, Gqa) else ""
         return f"{self.num_key_value_heads}{of} KV heads" + (f", window {self.window}" if self.window else "")
 
-    def linear_map(self, block: ParentBlock) -> Tensor:
-        from puzzle.blocklib.initialize import attention_as_linear
-
-        return attention_as_linear(block.weights, self.num_attention_heads, self.num_key_value_heads)
-
     # -- in place of another attention -----------------------------------------------------------------------
 
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzle.blocklib.sub_block import Statistics
+from puzzle.blocklib.moments import Moments, Statistics
 
 RIDGE = 1e-4  # of the mean diagonal of the Gram matrix: keeps the solve stable when tokens are few
 
@@ -22,13 +22,6 @@ def merge_kv_heads(weight: Tensor, num_heads: int, num_merged: int) -> Tensor:
     dim = weight.shape[0] // num_heads
     grouped = weight.float().view(num_merged, num_heads // num_merged, dim, *weight.shape[1:])
     return grouped.mean(dim=1).reshape(num_merged * dim, *weight.shape[1:])
-
-
-def attention_as_linear(weights: dict[str, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
-    """O · V with each KV head repeated for its query heads: attention where every token sees only itself. [H, H]"""
-    value = weights["v_proj.weight"].float()
-    value = value.view(num_kv_heads, -1, value.shape[1]).repeat_interleave(num_heads // num_kv_heads, dim=0)
-    return weights["o_proj.weight"].float() @ value.reshape(-1, value.shape[-1])
 
 
 def contributions(last: Tensor, statistics: Statistics) -> Tensor:
@@ -65,13 +58,14 @@ def surgeon(down: Tensor, gram: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return kept, weight[:, kept].float()
 
 
-def ffn_as_linear(statistics: Statistics) -> Tensor:
-    """The H × H matrix with the least squared error against the FFN on the calibration tokens.
+def least_squares(moments: Moments) -> Tensor:
+    """The H × H matrix with the least squared error against the sub-block on the calibration tokens. Without an intercept, as the map
+    has no bias: that of an attention or FFN which has one is fitted by what enters, like all else.
 
-    Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64. The product down · up, the other choice, drops the gate: it assumes
-    silu(gate) = 1 for every channel and token, while the gate is mostly near 0 (docs/results.md has both errors).
+    Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64. Products of the weights, which need no text, are far from it: down · up drops the gate,
+    which is mostly near 0, and O · V has every token see itself alone (docs/results.md has all errors).
     """
-    return torch.linalg.solve(ridged(statistics.gram.double()), statistics.cross.double().T).T.float()
+    return torch.linalg.solve(ridged(moments.gram), moments.cross.T).T.float()
 
 
 def low_rank(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +73,7 @@ def low_rank(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Te
     enters; gram None: C = I, the truncated SVD.
 
     U has the R main directions of what W gives, the eigenvectors of W C Wᵀ, and V = Uᵀ W. As U Uᵀ W S is the truncated SVD of W S with
-    S Sᵀ = C, this is SVD-LLM's pair (arXiv 2403.07378) without S⁻¹; where W is `ffn_as_linear`'s, with its λ, it is reduced-rank regression
+    S Sᵀ = C, this is SVD-LLM's pair (arXiv 2403.07378) without S⁻¹; where W is `least_squares`', with its λ, it is reduced-rank regression
     (Izenman 1975): no other pair has a smaller error on the calibration tokens.
     """
     wide = matrix.double()

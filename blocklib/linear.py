@@ -55,14 +55,13 @@ class Linear(Normed):
 
     @classmethod
     def stand_ins(cls, parent: SubBlock) -> list[str]:
-        """In place of whatever knows a linear map to start from."""
-        knows = isinstance(parent, Normed) and type(parent).linear_map is not SubBlock.linear_map
-        return ["linear"] if knows else []
+        """In place of any kind with norms but this one."""
+        return ["linear"] if isinstance(parent, Normed) and not isinstance(parent, cls) else []
 
     @classmethod
     def stand_in(cls, parent: SubBlock, name: str) -> Variant | None:
-        """`linear`: the matrix that the parent's kind knows as the nearest to it, between the parent's norms. `linear-R`: two whose product
-        is nearest to it on the parent's inputs; `linear-R-svd`: whose product is nearest to it by itself (`initialize.low_rank`)."""
+        """`linear`: the matrix that is nearest to the parent's sub-block (`linear_map`), between its norms. `linear-R`: two whose product
+        is nearest to that matrix on the parent's inputs; `linear-R-svd`: whose product is nearest to it by itself (`initialize.low_rank`)."""
         first, *rest = name.split("-", 1)
         if first != "linear" or not cls.stand_ins(parent):
             return None
@@ -85,8 +84,9 @@ class Linear(Normed):
             matrix = parent.linear_map(block)
             if rank is None:
                 return {**norms, "linear.weight": matrix}
-            gram = block.input_gram(f"a linear map of rank {rank}") if by_inputs else None
+            gram = block.measured(f"a linear map of rank {rank}").gram if by_inputs else None
             u, v = low_rank(matrix, gram, rank)
             return {**norms, "linear.v.weight": v, "linear.u.weight": u}
 
-        return Variant(name=name, sub_block=sub_block, initialise=initialise)
+        # Attention began as O · V once.
+        return Variant(name=name, sub_block=sub_block, initialise=initialise, edition=int(parent.kind == "gqa"))

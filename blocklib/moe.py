@@ -176,11 +176,6 @@ class Moe(Normed):
         shared = f", shared {self.shared_intermediate_size}" if self.shared_intermediate_size else ""
         return f"{self.num_experts}{of} experts of {self.moe_intermediate_size}, {self.num_experts_per_tok} a token{shared}"
 
-    def linear_map(self, block: ParentBlock) -> Tensor:
-        from puzzle.blocklib.initialize import ffn_as_linear
-
-        return ffn_as_linear(block.calibrated("a linear FFN"))
-
     # -- in place of another mixture -------------------------------------------------------------------------
 
     @classmethod

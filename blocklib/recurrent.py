@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from puzzle.blocklib.sub_block import MissingFace, Normed, ParentBlock, State
+from puzzle.blocklib.sub_block import MissingFace, Normed, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +75,3 @@ class Recurrent(Normed):
             split = zip(tensor.split(sizes, dim), sizes, strict=True)
             found[name] = torch.cat([part.narrow(dim, rank * size // tp, size // tp) for part, size in split], dim)
         return found
-
-    def linear_map(self, block: ParentBlock) -> Tensor:
-        from puzzle.blocklib.initialize import ffn_as_linear
-
-        return ffn_as_linear(block.calibrated(f"a linear map in place of {self.kind}"))

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from puzzle.base.errors import UserError, nearest
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
+from puzzle.blocklib.moments import Moments, Statistics
 from puzzle.blocklib.words import WANTED, fits, read_word, types_of, wanted, word_of
 
 if TYPE_CHECKING:
@@ -79,32 +80,16 @@ class State:
 
 
 @dataclass(kw_only=True, slots=True)
-class Statistics:
-    """Of a parent's FFN or recurrent kind over calibration tokens, summed in float64.
-
-    channel_sum [F]: Σ|x_i| of what its last matrix reads; gram [H, H]: Σ n nᵀ of what enters its matrices (normed, where
-    there is a norm before); cross [H, H]: Σ y nᵀ with y what its last matrix gives. channel_gram() [F, F]: Σ x xᵀ of what its last
-    matrix reads, computed when it is asked for.
-    """
-
-    num_tokens: int
-    channel_sum: Tensor
-    gram: Tensor
-    cross: Tensor
-    channel_gram: Callable[[], Tensor] | None = None
-
-
-@dataclass(kw_only=True, slots=True)
 class ParentBlock:
     """One sub-block of a parent: weights by their name inside it ("norm.weight", "q_proj.weight", ...).
 
-    gram() [H, H]: Σ n nᵀ of what enters its matrices over calibration tokens, of any kind, computed when it is asked for.
+    moments(): computed when they are asked for, once.
     """
 
     sub_block: SubBlock
     weights: dict[str, Tensor]
     statistics: Statistics | None = None
-    gram: Callable[[], Tensor] | None = None
+    moments: Callable[[], Moments] | None = None
 
     def calibrated(self, what: str) -> Statistics:
         """The statistics, which `what` needs."""
@@ -112,11 +97,11 @@ class ParentBlock:
             raise ValueError(f"{what} needs calibration statistics")
         return self.statistics
 
-    def input_gram(self, what: str) -> Tensor:
-        """What `gram` gives, which `what` needs."""
-        if self.gram is None:
+    def measured(self, what: str) -> Moments:
+        """The moments, which `what` needs."""
+        if self.moments is None:
             raise ValueError(f"{what} needs calibration inputs")
-        return self.gram()
+        return self.moments()
 
 
 Initialise = Callable[[ParentBlock], "dict[str, Tensor]"]
@@ -126,12 +111,14 @@ Initialise = Callable[[ParentBlock], "dict[str, Tensor]"]
 class Variant:
     """What may stand in for a parent's sub-block: its short name ("kv2", "0.5"), what it is, and how it starts.
 
-    initialise: from the parent's block to the tensors that `sub_block.tensors()` lists, in float32.
+    initialise: from the parent's block to the tensors that `sub_block.tensors()` lists, in float32. edition: of `initialise`, raised
+    where it begins otherwise than before, so that a library's blocks of an earlier one are made anew.
     """
 
     name: str
     sub_block: SubBlock
     initialise: Initialise
+    edition: int = 0
 
 
 def size(key: str, *, config: str | None = None, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:
@@ -375,6 +362,12 @@ class Normed(SubBlock):
 
     def timed(self) -> Self:
         return replace(self, norm_eps=DEFAULT_EPS, norm_offset=False)
+
+    def linear_map(self, block: ParentBlock) -> Tensor:
+        """That with the least squared error of what stands between the norms, on calibration tokens."""
+        from puzzle.blocklib.initialize import least_squares
+
+        return least_squares(block.measured(f"a linear map in place of {self.kind}"))
 
     def norm_fields(self) -> dict[str, Any]:
         """The fields of this class, for another sub-block that takes this one's place."""

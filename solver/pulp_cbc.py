@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from puzzle.solver.linear import Linear
 
@@ -19,7 +20,8 @@ def run(linear: Linear, seconds: float | None) -> tuple[str, list[float] | None,
     """(status, value of every variable or None, bound on the objective). status: see `solution.Status`.
 
     When some choices miss a limit by less than CBC's tolerances, it may take the whole problem for infeasible. It is then
-    asked again with limits a hair wider; what comes back and breaks a limit by that hair is cut off by the caller.
+    asked again with limits a hair wider; what comes back and breaks a limit by that hair is cut off by the caller. Its preprocessing is off:
+    with it CBC 2.10 has called a choice optimal that was not the best one.
     """
     found = _ask(linear, seconds, 0.0)
     return _ask(linear, seconds, HAIR) if found[0] == "infeasible" and linear.limits else found
@@ -43,15 +45,11 @@ def _ask(linear: Linear, seconds: float | None, hair: float) -> tuple[str, list[
             model += total >= low
         if high < math.inf:
             model += total <= high + (hair * max(1.0, abs(high)) if number in linear.limits else 0.0)
-    solver = pulp.PULP_CBC_CMD(
-        msg=False,
-        timeLimit=seconds,
-        gapRel=0.0,
-        gapAbs=0.0,
-        threads=1,
-        options=["allowableGap 0", "ratioGap 0", "increment 0"],
-    )
-    model.solve(solver)
+    options = ["allowableGap 0", "ratioGap 0", "increment 0"]
+    try:
+        _solved(model, seconds, ["preprocess off", *options])
+    except pulp.PulpSolverError:  # CBC 2.10 then crashes where only the choice of whole variants is impossible
+        _solved(model, seconds, options)
     if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         infeasible = model.status == pulp.LpStatusInfeasible
         return ("infeasible" if infeasible else "time_limit"), None, math.inf if infeasible else -math.inf
@@ -59,3 +57,9 @@ def _ask(linear: Linear, seconds: float | None, hair: float) -> tuple[str, list[
     if model.sol_status == pulp.LpSolutionOptimal:
         return "optimal", values, float(pulp.value(model.objective) or 0.0)
     return "feasible", values, -math.inf
+
+
+def _solved(model: Any, seconds: float | None, options: list[str]) -> None:
+    import pulp
+
+    model.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=0.0, threads=1, options=options))

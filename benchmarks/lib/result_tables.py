@@ -314,12 +314,18 @@ def mixtures(rows: list[Row]) -> str:
     )  # fmt: skip
 
 
-def ffn_linear(rows: list[Row]) -> str:
+def linear(rows: list[Row]) -> str:
     layers = [layer for (layer,) in groups(rows, "layer") if layer != "median"]
-    return f"Medians over {len(layers)} layers.\n\n" + table(
-        ["initialisation", "nMSE", "KL"],
-        ([r["initialisation"], number(r["nmse"], 3), number(r["kl"], 3)] for r in rows if r["layer"] == "median"),
-    )
+    told = f"Medians over layers {', '.join(layers)}; {int(rows[0]['tokens']):,} tokens at {rows[0]['lr']}."
+    return f"{told}\n\n" + table(
+        ["in place of", "map", "initialisation", "nMSE at init", "trained", "KL at init", "trained"],
+        (
+            [r["slot"], r["map"], r["initialisation"],
+             *(number(r[column], 3) for column in ("nmse", "nmse_trained", "kl", "kl_trained"))]
+            for r in rows
+            if r["layer"] == "median"
+        ),
+    )  # fmt: skip
 
 
 def nested(rows: list[Row]) -> str:

@@ -188,7 +188,7 @@ SECTIONS = {
         Result("bld_hybrid.csv", "quality/bench_bld.py", "Distillation of the reference hybrid's variants", t.bld),
         Result("mixtures_moe.csv", "quality/bench_mixtures.py", "Children of the reference mixture", t.mixtures),
         Result("mixtures_hybrid.csv", "quality/bench_mixtures.py", "Children of the reference hybrid", t.mixtures),
-        Result("ffn_linear.csv", "quality/bench_ffn_linear.py", "An FFN as one matrix", t.ffn_linear),
+        Result("linear.csv", "quality/bench_linear.py", "A sub-block as one matrix, or two of low rank", t.linear),
         Result("nested.csv", "quality/bench_nested.py", "Nested FFNs and independent ones", t.nested),
         Result("nested_smollm2.csv", "quality/bench_nested.py", "The same of SmolLM2-135M", t.nested),
         Result("fp8.csv", "quality/bench_fp8.py", "Children in fp8", t.fp8),

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puzzle.blocklib.ffn import Ffn
+from puzzle.blocklib.moments import Statistics
 from puzzle.blocklib.plain.part import Part, Ropes, statistics_of
-from puzzle.blocklib.sub_block import MissingFace, Statistics, SubBlock
+from puzzle.blocklib.sub_block import MissingFace, SubBlock
 
 
 class ChannelFfn(Part):
@@ -52,4 +53,4 @@ class ChannelFfn(Part):
 
     @torch.no_grad()
     def calibrate(self, inputs: list[Tensor]) -> Statistics:
-        return statistics_of(self, inputs, self.channels, self.down_proj)
+        return statistics_of(self, inputs, self.channels, self.down_proj.in_features)

@@ -231,12 +231,10 @@ class SparseMoe(Part):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        count, hidden = own.num_experts, own.hidden_size
+        count = own.num_experts
         found = MoeStatistics(
             num_tokens=0,
             channel_sum=zeros(own.shared_intermediate_size or 0),
-            gram=zeros(hidden, hidden),
-            cross=zeros(hidden, hidden),
             routed=zeros(count),
             weight=zeros(count),
             added=zeros(count),
@@ -262,8 +260,5 @@ class SparseMoe(Part):
                 )
                 found.channel_sum += (gate * self.shared_expert.channels(entered).double().abs()).sum(0)
                 found.shared_weight += gate.sum()
-            out, flat = self.mixed(entered).double(), entered.double()
-            found.num_tokens += len(flat)
-            found.gram += flat.T @ flat
-            found.cross += out.T @ flat
+            found.num_tokens += len(entered)
         return found

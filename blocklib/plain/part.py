@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puzzle.blocklib.sub_block import MissingFace, Normed, Statistics, SubBlock
+from puzzle.blocklib.moments import Moments, Statistics
+from puzzle.blocklib.sub_block import MissingFace, Normed, SubBlock
 
 Ropes = Mapping[str, tuple[Tensor, Tensor]]  # by name: cos and sin of the tokens in hand [T, R]
 
@@ -111,14 +112,17 @@ class Part(nn.Module):
         return None
 
     @torch.no_grad()
-    def input_gram(self, inputs: list[Tensor]) -> Tensor:
-        """Σ n nᵀ of what the matrices read, over the residual streams [B, T, H] that enter, in float64. [H, H]"""
+    def moments(self, inputs: list[Tensor], ropes: Ropes) -> Moments:
+        """Over the residual streams [B, T, H] that enter, which are whole sequences: a kind that mixes tokens sees what it always sees."""
         hidden = inputs[0].shape[-1]
-        total = torch.zeros(hidden, hidden, dtype=torch.float64, device=inputs[0].device)
+        gram, cross = torch.zeros(2, hidden, hidden, dtype=torch.float64, device=inputs[0].device)
         for x in inputs:
-            read = self.enter(x).flatten(0, 1).double()
-            total.addmm_(read.T, read)
-        return total
+            entered = self.enter(x)
+            given = self.inner(entered, ropes).flatten(0, 1).double()
+            read = entered.flatten(0, 1).double()
+            gram += read.T @ read
+            cross += given.T @ read
+        return Moments(gram, cross)
 
     def watch(self, x: Tensor) -> None:
         """Note what is told of this block beside its loss, on residual streams [B, T, H] that enter. Most kinds tell nothing."""
@@ -129,37 +133,24 @@ class Part(nn.Module):
 
 
 @torch.no_grad()
-def statistics_of(
-    part: Part, inputs: list[Tensor], channels: Callable[[Tensor], Tensor], last: nn.Linear
-) -> Statistics:
-    """Over the residual streams [B, T, H] that enter. channels: from the normed input to what `last` reads [B, T, F]."""
-    wide = {"dtype": torch.float64, "device": inputs[0].device}
-    hidden, width = inputs[0].shape[-1], last.in_features
+def statistics_of(part: Part, inputs: list[Tensor], channels: Callable[[Tensor], Tensor], width: int) -> Statistics:
+    """Over the residual streams [B, T, H] that enter. channels: from the normed input to what the last matrix reads [B, T, width]."""
+    device = inputs[0].device
 
     @torch.no_grad()
     def channel_gram() -> Tensor:
-        total = torch.zeros(width, width, **wide)  # type: ignore[call-overload]
+        total = torch.zeros(width, width, dtype=torch.float64, device=device)
         for x in inputs:
             read = channels(part.enter(x)).flatten(0, 1).double()
             total.addmm_(read.T, read)
         return total
 
-    found = Statistics(
-        num_tokens=0,
-        channel_sum=torch.zeros(width, **wide),  # type: ignore[call-overload]
-        gram=torch.zeros(hidden, hidden, **wide),  # type: ignore[call-overload]
-        cross=torch.zeros(hidden, hidden, **wide),  # type: ignore[call-overload]
-        channel_gram=channel_gram,
-    )
+    total = torch.zeros(width, dtype=torch.float64, device=device)
+    found = Statistics(num_tokens=0, channel_sum=total, channel_gram=channel_gram)
     for x in inputs:
-        entered = part.enter(x)
-        read = channels(entered)
-        out = last(read).flatten(0, 1).double()
-        flat = entered.flatten(0, 1).double()
-        found.num_tokens += len(flat)
-        found.channel_sum += read.flatten(0, 1).double().abs().sum(dim=0)
-        found.gram += flat.T @ flat
-        found.cross += out.T @ flat
+        read = channels(part.enter(x)).flatten(0, 1)
+        found.num_tokens += len(read)
+        found.channel_sum += read.double().abs().sum(dim=0)
     return found
 
 

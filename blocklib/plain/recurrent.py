@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from puzzle.blocklib.moments import Statistics
 from puzzle.blocklib.plain.part import Part, Ropes, statistics_of
 from puzzle.blocklib.recurrent import Recurrent
-from puzzle.blocklib.sub_block import Statistics
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,7 +86,7 @@ class RecurrentMixer(Part):
 
     @torch.no_grad()
     def calibrate(self, inputs: list[Tensor]) -> Statistics:
-        return statistics_of(self, inputs, lambda entered: self.mixed(self.in_proj(entered)), self.out_proj)
+        return statistics_of(self, inputs, lambda entered: self.mixed(self.in_proj(entered)), self.out_proj.in_features)
 
 
 class RecurrentState:

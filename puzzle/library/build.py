@@ -15,7 +15,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, check_seed, parse_layers
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
+from puzzle.blocklib.moments import Moments
 from puzzle.blocklib.plain.part import Part, Ropes, loaded, moved, moving
 from puzzle.blocklib.sub_block import ParentBlock, Variant
 from puzzle.blocklib.variant import bundles, made_of, search_spaces
@@ -281,18 +282,26 @@ class Builder:
             part = parts[index, slot]
             with torch.no_grad(), autocast(self.device):
                 if streams:
-                    block.statistics, block.gram = part.calibrate(streams), partial(part.input_gram, streams)
-                streams = [x + part(x, ropes) for x in streams]
+                    block.statistics = part.calibrate(streams)
+                    block.moments = cache(partial(self._moments, part, streams, ropes))
             shared = (block, self.recipe, self.device, self._lr)
             trainers[index, slot] = [
                 VariantTrainer(index, slot, [self.variant(index, slot, name) for name in names], *shared)
                 for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
                 if (index, slot, names[0]) in mine
             ]
-            block.statistics = block.gram = None
+            block.statistics = block.moments = None
+            with torch.no_grad(), autocast(self.device):
+                for step, x in enumerate(streams):  # one set of them is there at a time
+                    streams[step] = x + part(x, ropes)
         if self.coupled is not None:
             self.coupled.load(parts, trainers, self._embedding)
         return parts, trainers
+
+    def _moments(self, part: Part, streams: list[Tensor], ropes: Ropes) -> Moments:
+        """For the variants that start from them."""
+        with autocast(self.device):
+            return part.moments(streams, ropes)
 
     def through(
         self,
@@ -363,8 +372,14 @@ class Builder:
         common = [fingerprint, asdict(self.recipe), data.hash, self.device.type]
         common += [] if self.origin is None else [self.origin.structure.to_json()]
         common += [] if self.coupled is None else self.coupled.key()
+
+        def key(layer: int, slot: str, name: str, together: tuple[str, ...]) -> str:
+            edition = 0 if self.coupled is not None else self.variant(layer, slot, name).edition
+            own = ([list(together)] if len(together) > 1 else []) + ([{"edition": edition}] if edition else [])
+            return content_hash([layer, slot, name, *common, *own])
+
         return {
-            (layer, slot, name): content_hash([layer, slot, name, *common, *([names] if len(names) > 1 else [])])
+            (layer, slot, name): key(layer, slot, name, names)
             for layer, slots in self.spaces.items()
             for slot, space in slots.items()
             for names in bundles(space, self.options.nested)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def layer_step(builder: Builder) -> tuple[Replayed, Tensor]:
         weights = {n: torch.randn(s, device=device, dtype=dtype) * 0.02 for n, s in sub_block.tensors().items()}
         block = ParentBlock(sub_block=sub_block, weights=weights)
         part = parts[first, slot] = loaded(sub_block, weights, in_training=True)
-        block.statistics, block.gram = part.calibrate([x[:1]]), partial(part.input_gram, [x[:1]])
+        block.statistics, block.moments = part.calibrate([x[:1]]), cache(partial(part.moments, [x[:1]], ropes))
         together = bundles(builder.spaces[first][slot], builder.options.nested)
         trainers[first, slot] = [
             VariantTrainer(first, slot, [builder.variant(first, slot, n) for n in names], block, recipe, device, lr)

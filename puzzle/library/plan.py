@@ -67,7 +67,7 @@ def trained(spaces: Mapping[str, Space], nested: bool) -> list[SubBlock]:
 
 
 def calibration_bytes(layer: Layer, hidden: int, recipe: Recipe, compute_bytes: int) -> int:
-    """While a layer's variants are initialised: the calibration streams, one batch's statistics in float64, the least
+    """While a layer's variants are initialised: the calibration streams, one batch's statistics in float64, the moments and their least
     squares, and a float32 copy of a sub-block."""
     tokens = recipe.batch_size * recipe.seq_len
     streams = recipe.calibration_sequences * recipe.seq_len * hidden * compute_bytes
@@ -181,7 +181,7 @@ def plan_build(
     if any(name.endswith(SURGEON) for index in layers for space in spaces[index].values() for name in space):
         calibration += 4 * 8 * max(map(widest, chosen)) ** 2  # Hessian, its inverse, and what changes them, in float64
     if any(b.rank for index in layers for b in trained(spaces[index], False) if isinstance(b, Linear)):
-        calibration += 6 * 8 * hidden**2  # of the inputs' second moments to the directions that are kept, in float64
+        calibration += 6 * 8 * hidden**2  # from the matrix and the moments to the directions that are kept, in float64
     sequences = max(recipe.num_steps * recipe.batch_size, recipe.calibration_sequences) + recipe.validation_sequences
     waiting = sequences * recipe.seq_len * hidden * compute_bytes  # between groups, in host memory
     extra, reserved = (HOST_BYTES, 1.0) if on_host else (0, RESERVED)

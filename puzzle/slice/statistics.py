@@ -14,7 +14,7 @@ from torch import Tensor
 
 from puzzle.base.console import progress
 from puzzle.blocklib.mamba2 import Mamba2
-from puzzle.blocklib.sub_block import Statistics
+from puzzle.blocklib.moments import Statistics
 from puzzle.parents.opened import HfModel
 from puzzle.runtime.stream import Layered
 
@@ -81,8 +81,7 @@ def gather(
                 if mixers and isinstance(part.sub_block, Mamba2):
                     whole = part.calibrate(streams)
                     assert whole is not None
-                    nothing = whole.gram.new_empty(0)  # a smaller one starts from what its channels contribute
-                    found.mixers[index, slot] = replace(whole, gram=nothing, cross=nothing)
+                    found.mixers[index, slot] = replace(whole, channel_gram=None)  # which would keep the streams
                 for name in NORMS:
                     if hasattr(part, name):  # the part is thrown away with its hooks
                         use = found.norms[index, slot, f"{name}.weight"] = Use()

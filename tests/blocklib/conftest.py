@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -35,7 +35,8 @@ def parent_layer(**changes: Any) -> dict[str, ParentBlock]:
     x = torch.randn(3, 40, HIDDEN, generator=generator)
     for block in layer.values():
         part = loaded(block.sub_block, block.weights)
-        block.statistics, block.gram = part.calibrate([x]), partial(part.input_gram, [x])
+        block.statistics = part.calibrate([x])
+        block.moments = cache(partial(part.moments, [x], {"default": ROPE.tables(40)}))
     return layer
 
 

@@ -52,7 +52,7 @@ def parent_of(key: str) -> tuple[ParentBlock, dict, torch.Tensor]:
     block, ropes = ParentBlock(sub_block=sub_block, weights=weights), {"default": (angles.cos(), angles.sin())}
     x = torch.randn(2, 24, 32).double()
     part = loaded(sub_block, weights)
-    block.statistics, block.gram = part.calibrate([x]), lambda: part.input_gram([x])
+    block.statistics, block.moments = part.calibrate([x]), lambda: part.moments([x], ropes)
     return block, ropes, x
 
 

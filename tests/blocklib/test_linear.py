@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from puzzle.blocklib.initialize import attention_as_linear, ffn_as_linear, low_rank, ridged
+from puzzle.blocklib.initialize import RIDGE, least_squares, low_rank, ridged
 from puzzle.blocklib.linear import Linear
+from puzzle.blocklib.moments import Moments
 from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import ParentBlock, parse_key
 from puzzle.blocklib.variant import default_names, search_space, variant_of
 from puzzle.kernels.block_loss import block_loss
 
 SIZE, RANK = 23, 5
+
+
+KINDS = (
+    "gqa h24 q4 kv2 d5",
+    "gqa h24 q4 kv4 d6 window7 qkv_bias o_bias sinks",
+    "gqa h24 q6 kv3 d4 qk_norm=head norm=both norm_offset residual=0.5",
+    "gqa h24 q4 kv2 d6 qk_norm=all norm=after",
+    "swiglu h24 f33 bias norm=both",
+    "moe h24 e5 k2 f20 shared17",
+    "mamba2 h24 heads4 d5 groups2 state6 conv3 chunk7",
+    "gated_delta h24 kheads2 k5 vheads4 v6 conv3 chunk7",
+)  # every one that mixes tokens, biases and all places of the norms
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,6 +56,52 @@ def started(block: ParentBlock, name: str):
     variant = variant_of(block.sub_block, name)
     tensors = variant.initialise(block)
     return tensors, loaded(variant.sub_block, tensors)
+
+
+def test_least_squares_are_those_of_lapack():
+    """At odd sizes, in float64; with few tokens and with none it is finite."""
+    n, y = random(401, SIZE), random(401, SIZE, seed=1) + 3
+    wanted = np.linalg.lstsq(n.numpy(), y.numpy(), rcond=None)[0].T
+    found = least_squares(Moments(n.T @ n, y.T @ n))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.from_numpy(wanted), rtol=0, atol=3 * RIDGE)
+    few = n[:3]
+    found = least_squares(Moments(few.T @ few, y[:3].T @ few))
+    torch.testing.assert_close(few @ found.T.double(), y[:3], rtol=1e-3, atol=1e-3)
+    zeros = torch.zeros(SIZE, SIZE, dtype=torch.float64)
+    assert torch.equal(least_squares(Moments(zeros, zeros)), zeros.float())
+
+
+@pytest.mark.parametrize("key", KINDS)
+def test_of_any_kind_it_is_fitted_on_what_the_parent_gives(key, ropes_of):
+    """Moments of two calls, against all sequences by themselves, token by token; the start leaves out no more than nothing would."""
+    torch.manual_seed(0)
+    sub_block = parse_key(key)
+    weights = {n: 0.4 * torch.randn(s) + ("norm" in n) for n, s in sub_block.tensors().items()}
+    block = ParentBlock(sub_block=sub_block, weights=weights)
+    part, x, ropes = loaded(sub_block, weights), torch.randn(4, 37, 24), {"default": ropes_of(37)["default"]}
+    if key.startswith("gqa"):
+        angles = torch.rand(37, sub_block.head_dim // 2 * 2)
+        ropes = {"default": (angles.cos(), angles.sin())}
+    gram, cross = part.moments([x[:1], x[1:]], ropes)
+    pairs = []
+    for one in x:
+        entered = part.enter(one[None])
+        pairs += zip(entered[0].double(), part.inner(entered, ropes)[0].double(), strict=True)
+    torch.testing.assert_close(gram, sum(torch.outer(n, n) for n, _ in pairs))
+    torch.testing.assert_close(cross, sum(torch.outer(y, n) for n, y in pairs), rtol=1e-5, atol=1e-4)
+    block.moments = lambda: Moments(gram, cross)
+    variant = variant_of(sub_block, "linear")
+    tensors = variant.initialise(block)
+    ns, ys = (torch.stack(some) for some in zip(*pairs, strict=True))
+    matrix = tensors.pop("linear.weight").double()
+    best = torch.linalg.lstsq(ns, ys).solution
+    least, mine = ((ys - ns @ m).square().sum() for m in (best, matrix.T))
+    assert least <= mine <= least * 1.001
+    assert mine < ys.square().sum()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in tensors.items())
+    made = loaded(variant.sub_block, tensors | {"linear.weight": matrix.float()})
+    torch.testing.assert_close(made(x, {}), part.leave(part.enter(x) @ matrix.T.float()))
 
 
 @pytest.mark.parametrize("rank", [1, RANK, SIZE - 1])
@@ -91,14 +151,14 @@ def test_full_rank_gives_the_matrix_back(matrix, gram, which):
     torch.testing.assert_close(u @ v, matrix)
 
 
-def test_of_an_ffn_it_is_the_best_of_its_rank(make_layer):
-    """Reduced-rank regression: no other pair has a smaller error of the FFN's own output, which full rank has as `linear`."""
-    block = make_layer()["ffn"]
+@pytest.mark.parametrize("slot", ["attention", "ffn"])
+def test_it_is_the_best_of_its_rank(make_layer, ropes_of, slot):
+    """Reduced-rank regression: no other pair has a smaller error of the sub-block's own output, which full rank has as `linear`."""
+    block, ropes = make_layer()[slot], ropes_of(60)
     part, x = loaded(block.sub_block, block.weights), torch.randn(4, 60, 24)
-    block.statistics, block.gram = part.calibrate([x[:1], x[1:]]), lambda: part.input_gram([x[:1], x[1:]])
-    assert torch.allclose(block.gram(), block.statistics.gram)
-    normed, target = part.norm(x).flatten(0, 1).double(), part(x, {}).flatten(0, 1).double()
-    whole = ffn_as_linear(block.statistics)
+    block.moments = lambda: part.moments([x[:1], x[1:]], ropes)
+    normed, target = part.norm(x).flatten(0, 1).double(), part(x, ropes).flatten(0, 1).double()
+    whole = least_squares(block.moments())
     tensors, module = started(block, "linear-6")
     product = (tensors["linear.u.weight"] @ tensors["linear.v.weight"]).double()
     least = (target - normed @ product.T).square().sum()
@@ -107,19 +167,20 @@ def test_of_an_ffn_it_is_the_best_of_its_rank(make_layer):
     for seed in range(20):
         other = (u + 0.02 * random(24, 6, seed=seed)) @ (v + 0.02 * random(6, 24, seed=seed + 20))
         assert (target - normed @ other.T).square().sum() > least
-    losses = [block_loss(started(block, f"linear-{rank}")[1](x, {}), part(x, {})) for rank in (1, 6, 12, 24)]
+    losses = [block_loss(started(block, f"linear-{rank}")[1](x, {}), part(x, ropes)) for rank in (1, 6, 12, 24)]
     assert losses == sorted(losses, reverse=True)
-    assert losses[1] < block_loss(started(block, "linear-6-svd")[1](x, {}), part(x, {}))
+    assert losses[0] < 1
+    assert losses[1] < block_loss(started(block, "linear-6-svd")[1](x, {}), part(x, ropes))
     full = started(block, "linear-24")[0]
     torch.testing.assert_close(full["linear.u.weight"] @ full["linear.v.weight"], whole, rtol=1e-4, atol=1e-5)
 
 
-def test_of_attention_it_is_nearest_to_what_linear_gives(make_layer):
+def test_between_two_norms_it_is_nearest_to_what_linear_gives(make_layer, ropes_of):
     block = make_layer(norm="both")["attention"]
     part, mixed = loaded(block.sub_block, block.weights), torch.randn(24, 24)
     x = torch.randn(3, 40, 24) @ mixed
-    block.gram = lambda: part.input_gram([x])
-    wanted = part.enter(x) @ attention_as_linear(block.weights, 8, 4).T
+    block.moments = lambda: part.moments([x], ropes_of(40))
+    wanted = part.enter(x) @ least_squares(block.moments()).T
     off = {}
     for name in ("linear-4", "linear-4-svd"):
         tensors, module = started(block, name)
@@ -131,20 +192,25 @@ def test_of_attention_it_is_nearest_to_what_linear_gives(make_layer):
 
 
 def test_only_who_asks_pays(make_layer):
-    """Nothing counts inputs for other variants, and plain SVD has no need of any."""
+    """Nothing is counted for other variants."""
 
     def counted():
         raise AssertionError("nobody asked for it")
 
     for slot, block in make_layer().items():
-        block.gram = counted
-        for name in [*search_space(block.sub_block, None, slot), "linear-3-svd"]:
-            variant_of(block.sub_block, name).initialise(block)
-        with pytest.raises(AssertionError, match="nobody asked"):
-            started(block, "linear-3")
-        block.gram = None
-        with pytest.raises(ValueError, match="a linear map of rank 3 needs calibration inputs"):
-            started(block, "linear-3")
+        block.moments = counted
+        for name in search_space(block.sub_block, None, slot):
+            if name != "linear":
+                variant_of(block.sub_block, name).initialise(block)
+        for name in ("linear", "linear-3", "linear-3-svd"):
+            block.moments = counted
+            with pytest.raises(AssertionError, match="nobody asked"):
+                started(block, name)
+            block.moments = None
+            with pytest.raises(
+                ValueError, match=f"a linear map in place of {block.sub_block.kind} needs calibration inputs"
+            ):
+                started(block, name)
 
 
 def test_it_is_offered_by_name_alone(make_layer):

@@ -44,7 +44,8 @@ def child_of(parent: Path, changes: dict[int, dict[str, str]]) -> Source:
     for index, chosen in changes.items():
         for slot, name in chosen.items():
             block = opened.block(index, slot)
-            block.statistics = getattr(model.blocks[index], slot).calibrate([torch.randn(2, 40, 36)])
+            part, x = getattr(model.blocks[index], slot), torch.randn(2, 40, 36)
+            block.statistics, block.moments = part.calibrate([x]), partial(part.moments, [x], model.ropes(40))
             variant = variant_of(block.sub_block, name, slot)
             layers[index] = layers[index].put(slot, variant.sub_block, partial(dict, variant.initialise(block)))
     return replace(source, child=replace(source.child, layers=tuple(layers)))

@@ -50,7 +50,7 @@ def built(tmp_path_factory, puzzle, parent, corpus, build_options):
 
 
 def test_they_start_by_the_formula_and_both_matrices_learn(built, puzzle, parent, corpus, build_options, tmp_path):
-    """U is orthogonal and V = Uᵀ W of what `linear` starts from; of FFNs it is a better start than plain SVD."""
+    """U is orthogonal and V = Uᵀ W of what `linear` starts from; it is a better start than plain SVD."""
     options, start = [*build_options], tmp_path / "lib"
     options[options.index("--tokens") + 1] = 0
     done = puzzle("build-library", parent, "--data", corpus, "--out", start, *options, *ASKED, "--layers", "1-2")
@@ -65,9 +65,10 @@ def test_they_start_by_the_formula_and_both_matrices_learn(built, puzzle, parent
             torch.testing.assert_close(v, u.T @ whole.float(), rtol=1e-4, atol=1e-5)
             last = trained.read(layer, slot, name)
             assert not any(torch.equal(last[key], first[key]) for key in first)
-    ffns = ("linear-12", "linear-12-svd")
-    before = [sum(start.record(i, "ffn", name)["validation_loss_before"] for i in (1, 2)) for name in ffns]
-    assert before[0] < before[1]
+    for slot, name in LOW.items():
+        names = (name, f"{name}-svd")
+        before = [sum(start.record(i, slot, name)["validation_loss_before"] for i in (1, 2)) for name in names]
+        assert before[0] < before[1]
 
 
 def test_all_are_trained_scored_and_priced(built, parent):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from puzzle.base.ranks import Ranks
 from puzzle.blocklib.distill import Recipe
+from puzzle.blocklib.linear import Linear
 from puzzle.library.build import Builder, BuildOptions, build_library
 from puzzle.library.manifest import Library
 from puzzle.library.plan import describe
@@ -57,6 +59,42 @@ def test_groups_do_not_change_a_bit(parent, corpus, tmp_path, group_size):
     build_library(str(parent), options(corpus, tmp_path / "all"))
     build_library(str(parent), options(corpus, tmp_path / "grouped", group_size=group_size))
     assert hashes(tmp_path / "all") == hashes(tmp_path / "grouped")
+
+
+def test_blocks_of_another_start_are_made_anew(parent, corpus, tmp_path, monkeypatch):
+    """A library of before attention's linear maps began as least squares: these alone are missing."""
+    asked = {"attention": "kv1,linear,linear-4", "ffn": "0.5,linear", "layers": "1-2"}
+    build_library(str(parent), options(corpus, tmp_path / "now", **asked))
+    plain = Linear.stand_in
+
+    def earlier(own, name):
+        variant = plain(own, name)
+        if variant is None or own.kind != "gqa":
+            return variant
+        tensors = {n: torch.full(s, 0.1) for n, s in variant.sub_block.tensors().items()}
+        return replace(variant, edition=0, initialise=lambda block: tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Linear, "stand_in", earlier)
+        build_library(str(parent), options(corpus, tmp_path / "before", **asked))
+    old = hashes(tmp_path / "before")
+    build_library(str(parent), options(corpus, tmp_path / "before", **asked))
+    found = hashes(tmp_path / "before")
+    changed = {str(Path(name).with_suffix("")) for name in old if found[name] != old[name]}
+    assert changed == {f"blocks/L0{layer}/attention/{name}" for layer in (1, 2) for name in ("linear", "linear-4")}
+    assert found == hashes(tmp_path / "now")
+
+
+@pytest.mark.parametrize("variants", ["linear", "linear-4"])
+def test_a_linear_map_begins_better_than_nothing(parent, corpus, tmp_path, variants):
+    """In place of attention and of the FFN: 1 is the loss of leaving them out."""
+    build_library(
+        str(parent),
+        options(corpus, tmp_path / "lib", attention=variants, ffn=variants, tokens=0, calibration_sequences=32),
+    )
+    records = [json.loads(path.read_text()) for path in (tmp_path / "lib").glob("blocks/*/*/linear*.json")]
+    assert len(records) == 2 * len(Library.open(tmp_path / "lib").layers)
+    assert all(record["validation_loss_before"] < 1 for record in records)
 
 
 def test_layers_can_be_chosen(parent, corpus, tmp_path):

@@ -78,6 +78,19 @@ def problems(draw) -> Problem:
     )
 
 
+def layers_of(rows) -> tuple[Layer, ...]:
+    """A row for each layer, of (score, a, b) of each of its variants."""
+    return tuple(
+        Layer(
+            name=f"L{i}",
+            variants=tuple(
+                Variant(name=f"v{n}", score=s, resources={"a": a, "b": b}) for n, (s, a, b) in enumerate(row)
+            ),
+        )
+        for i, row in enumerate(rows)
+    )
+
+
 def by_highs(problem: Problem) -> Solution:
     """HiGHS on widening sets of cells: what the default back end leaves to it when there are too many labels."""
     arrays = _possible(problem)
@@ -112,6 +125,17 @@ def test_pulp_equals_brute_force(problem):
     check(problem, lambda p: solve(p, "pulp"))
 
 
+def test_cbc_does_not_call_another_choice_optimal():
+    """Its preprocessing did: 0.0 where -1.0 is there."""
+    rows = (  # score, a, b
+        ((0.0, 0.0, 0.0), (-2.0, 3.0, 0.0), (0.0, 0.0, 1.0)),
+        ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
+        ((0.0, 0.0, 0.0), (0.0, 4.0, 0.0), (0.0, 0.1, 0.0)),
+    )
+    limits = (Constraint(resource="a", max=3.5), Constraint(resource="b", max=0.0))
+    check(Problem(layers=layers_of(rows), constraints=limits), partial(solve, backend="pulp"))
+
+
 def test_stages_that_are_just_balanced():
     """Loads of 1, 1, 1 and 3 over two stages, none of which may differ from the mean: a third is no number that a program holds."""
     rows = (  # score, a, b
@@ -120,13 +144,9 @@ def test_stages_that_are_just_balanced():
         ((0.0, 0.0, 1.0),),
         ((0.0, 1.0, 0.0), (0.0, 0.0, 3.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 2.0)),
     )
-    layers = []
-    for i, row in enumerate(rows):
-        cells = [Variant(name=f"v{n}", score=s, resources={"a": a, "b": b}) for n, (s, a, b) in enumerate(row)]
-        layers.append(Layer(name=f"L{i}", variants=tuple(cells)))
     limits = (Constraint(resource="a", max=0.0), Constraint(resource="b", max=12.0))
     stages = Stages(resource="b", count=2, tolerance=0.0)
-    problem = Problem(layers=tuple(layers), constraints=limits, stages=stages)
+    problem = Problem(layers=layers_of(rows), constraints=limits, stages=stages)
     for backend in ("ortools", "pulp"):
         check(problem, partial(solve, backend=backend))
 

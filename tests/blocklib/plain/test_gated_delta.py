@@ -150,7 +150,7 @@ def test_in_its_place():
     assert default_names(SIZES) == ["linear", "none"]
     linear, own = variant_of(SIZES, "linear"), weights(SIZES)
     assert isinstance(linear.sub_block, Linear)
-    block = ParentBlock(sub_block=SIZES, weights=own, statistics=loaded(SIZES, own).calibrate([stream(2, 40)]))
+    block = ParentBlock(sub_block=SIZES, weights=own, moments=lambda: loaded(SIZES, own).moments([stream(2, 40)], {}))
     assert linear.initialise(block)["linear.weight"].shape == (20, 20)
     with pytest.raises(MissingFace, match="'gated_delta' have no face in vLLM without a gate"):
         replace(SIZES, gate=False).in_vllm(None)

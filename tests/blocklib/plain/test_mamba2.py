@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -82,10 +83,10 @@ def test_it_learns():
 
 def block(sub_block) -> ParentBlock:
     own = weights(sub_block)
+    part, x = loaded(sub_block, own), stream(2, 40)
+    moments = partial(part.moments, [x], {})
     with torch.no_grad():
-        return ParentBlock(
-            sub_block=sub_block, weights=own, statistics=loaded(sub_block, own).calibrate([stream(2, 40)])
-        )
+        return ParentBlock(sub_block=sub_block, weights=own, statistics=part.calibrate([x]), moments=moments)
 
 
 def test_heads_that_give_nothing_are_cut_exactly():

@@ -36,7 +36,8 @@ def block_of(key: str) -> ParentBlock:
     weights = {n: torch.randn(s, generator=generator) * s[-1] ** -0.5 for n, s in sub_block.tensors().items()}
     weights["norm.weight"] = 1 + 0.1 * weights["norm.weight"]
     block = ParentBlock(sub_block=sub_block, weights=weights)
-    block.statistics = loaded(sub_block, weights).calibrate([rows(2), rows(3)])
+    part = loaded(sub_block, weights)
+    block.statistics, block.moments = part.calibrate([rows(2), rows(3)]), lambda: part.moments([rows(2), rows(3)], {})
     return block
 
 
