@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 MODULES = {"attention": "self_attn", "ffn": "mlp"}  # of a slot
 OF_KIND = {"mamba2": "mamba", "gated_delta": "gated_delta"}  # of a kind that is not what its slot usually has
-MATRICES = {
-    "attention": "linear_attn",
-    "ffn": "linear_mlp",
-}  # of a linear sub-block in it; of low rank, of a module with u and v
+# Of a linear sub-block in a slot; where it is of low rank, of a module with u and v.
+MATRICES = {"attention": "linear_attn", "ffn": "linear_mlp"}
 NORMS = {  # (placement of the sub-block's norms, slot): names of the norm before and of the one after
     ("before", "attention"): ("input_layernorm", ""),
     ("before", "ffn"): ("post_attention_layernorm", ""),
