@@ -297,6 +297,11 @@ def main(
     torch.backends.cuda.matmul.allow_tf32 = True
     files, licences = corpus_files()
     train_texts, held_texts = read_documents(files[:max_files])
+    if not (train_texts and held_texts):
+        told = (
+            f"{len(train_texts)} documents to train on and {len(held_texts)} held out of {len(files[:max_files])} files"
+        )
+        raise click.ClickException(f"{told}: a parent needs both; give more --max-files")
     num_bytes = sum(len(t.encode()) for t in train_texts)
     print(f"{len(train_texts)} train files, {num_bytes / 1e6:.1f} MB, {len(held_texts)} held out", flush=True)
     sample = train_texts if num_bytes < 120e6 else train_texts[:: math.ceil(num_bytes / 120e6)]

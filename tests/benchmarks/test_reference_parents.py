@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 from pathlib import Path
@@ -48,21 +47,38 @@ def test_modules_in_training_are_those_that_are_served(family):
             assert (found[0][name] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-9, (sub_block.kind, name)
 
 
-@functools.cache
-def corpus_files():
-    return importlib.import_module("train_parent").corpus_files()
+def train(family, out, files, monkeypatch):
+    """The script's outcome on `files`: which files a machine has, and which of them are held out, is not what is tested."""
+    script = importlib.import_module("train_parent")
+    monkeypatch.setattr(script, "corpus_files", lambda: (files, {"these files": "Apache-2.0"}))
+    monkeypatch.setattr(script, "T", 128)
+    monkeypatch.setattr(script, "PROMPTS", script.PROMPTS[:1])
+    words = ["--family", family, "--out", out, "--seconds", 1, "--batch", 4, "--layers", 6]
+    return CliRunner().invoke(script.main, list(map(str, words)))
+
+
+def documents(folder, count):
+    """Some Python, the same on every machine. Which of them are held out is a matter of their text."""
+    for number in range(count):
+        lines = [f"def function_{number}_{line}(x):\n    return x * {number} + {line}\n" for line in range(40)]
+        (folder / f"{number}.py").write_text("\n".join(lines))
+    return sorted(folder.glob("*.py"))
+
+
+def test_a_corpus_of_which_nothing_is_held_out_is_refused(tmp_path, monkeypatch):
+    done = train("qwen3_moe", tmp_path / "parent", documents(tmp_path, 1), monkeypatch)
+    assert done.exit_code == 1
+    assert "documents to train on and" in done.output
+    assert "give more --max-files" in done.output
+    assert not (tmp_path / "parent").exists()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h_moe"])
 def test_a_reference_parent_is_trained(family, tmp_path, monkeypatch):
     """A plain checkpoint within the time that was given: transformers and we read the same from it, and its experts stay even."""
-    files = corpus_files()
-    script = importlib.import_module("train_parent")
-    monkeypatch.setattr(script, "corpus_files", lambda: files)
-    monkeypatch.setattr(script, "T", 128)
-    monkeypatch.setattr(script, "PROMPTS", script.PROMPTS[:1])
-    words = ["--family", family, "--out", tmp_path, "--seconds", 1, "--batch", 4, "--max-files", 60, "--layers", 6]
-    done = CliRunner().invoke(script.main, list(map(str, words)), catch_exceptions=False)
+    (tmp_path / "text").mkdir()
+    files, tmp_path = documents(tmp_path / "text", 150), tmp_path / "parent"
+    done = train(family, tmp_path, files, monkeypatch)
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == family.removesuffix("_moe") if family.startswith("nemotron") else family
