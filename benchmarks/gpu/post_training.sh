@@ -21,7 +21,7 @@
 #   benchmarks/gpu/post_training.sh WORK other_tokenizer                                   # benchmarks/results/other_tokenizer.csv
 #   benchmarks/gpu/post_training.sh WORK long_heal                                         # benchmarks/results/long_heal.csv
 #
-# What is in WORK is not done again, so the same call goes on where one was stopped (SFT alone begins anew); it needs `puzzle-nas[train]`
+# What is in WORK is not done again, so the same call goes on where one was stopped; it needs `puzzle-nas[train]`
 # installed or on PYTHONPATH. CSVs, logs, curves and answers are copied to RESULTS all the while, and nothing runs beyond END seconds after T0
 # (date +%s). A stage that fails stops none that does not need it. Every capital below may be set from outside. Rehearsal on a CPU, minutes a stage:
 #
@@ -64,6 +64,7 @@ fi
 : "${SFT_LENGTH:=4096}" # of a packed row
 : "${SFT_BATCH:=4}"
 : "${SFT_LR:=2e-4}"
+: "${SFT_SAVE:=50}" # steps
 : "${ASSESSED:=512}" # held-out questions, a mode
 : "${ANSWER:=96}"    # tokens at most
 : "${PROMPTS:=1024}" # of GRPO
@@ -172,7 +173,7 @@ tuned() { # SFT's child, and what it took
       >"$chats/run.yaml"
   fi
   assess healed "$MADE"
-  [[ -f $WORK/sft/both/config.json ]] || within sft 240 "$PYTHON" $SCRIPTS/sft.py "$chats/run.yaml" --child "$MADE" --out "$WORK/sft" || return
+  [[ -f $WORK/sft/both/config.json ]] || within sft 240 "$PYTHON" $SCRIPTS/sft.py "$chats/run.yaml" --child "$MADE" --out "$WORK/sft" --save-every "$SFT_SAVE" || return
   cp "$WORK/sft/both/trainer_state.json" "$WORK/curves/sft.json"
   assess sft "$WORK/sft/both" || true # who waits for the child needs no assessment
 }

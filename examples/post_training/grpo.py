@@ -10,7 +10,6 @@ CPU with the bits of a run that was left alone.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -25,9 +24,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from curriculum import by_difficulty, read_rows
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, json_text, write_text
+from puzzle.base.files import content_hash
 from puzzle.data.tokenizer import load_tokenizer
 from puzzle.parents.opened import open_model
+from resuming import train
 from rewards import COUNT, SEED, Script, is_made, prompt, rewards
 
 ASKED = "grpo.json"  # what a run was asked for
@@ -48,19 +48,6 @@ def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: floa
     while len(drawn) < per_step * steps:
         drawn += shuffle.sample(rows, len(rows))
     return drawn[: per_step * steps]
-
-
-def newest(part: Path, processes: int) -> str | None:
-    """The last checkpoint that was written to its end: random states of all processes, then trainer_state.json."""
-    found = []
-    for state in part.glob("checkpoint-*/trainer_state.json"):
-        try:
-            step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
-        except (ValueError, KeyError):
-            continue
-        if len(list(state.parent.glob("rng_state*.pth"))) == processes:
-            found.append((step, str(state.parent)))
-    return max(found, default=(0, None))[1]
 
 
 @click.command(cls=Script)
@@ -143,24 +130,8 @@ def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
         processing_class=load_tokenizer(Path(child)),
         peft_config=adapters,
     )
-    first, whole = trainer.is_world_process_zero(), part / "whole"
-    if first:
-        part.mkdir(parents=True, exist_ok=True)
-        write_text(part / ASKED, json_text(asked) + "\n")
-    begun = newest(part, processes)
-    trainer.accelerator.wait_for_everyone()
-    for path in part.glob("checkpoint-*") if first else ():
-        if str(path) == begun:
-            click.echo(f"going on from {begun}")
-        else:
-            shutil.rmtree(path)  # killed while it was written
-    trainer.train(resume_from_checkpoint=begun)
-    if o["lora"]:
-        trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(str(whole))
-    if first:
-        trainer.state.save_to_json(str(whole / "trainer_state.json"))  # rewards of every step
-        shutil.copy(part / ASKED, whole)
+    whole = train(trainer, part, ASKED, asked)
+    if trainer.is_world_process_zero():
         for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(out / path.name)  # the last one says that all are there
         shutil.rmtree(part)

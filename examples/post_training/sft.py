@@ -5,11 +5,13 @@
 A stage names a blend file of `puzzle heal` whose sources have `messages`, and `tokens` to draw from it: sources in proportion to their
 weights, none more often than its `max_epochs`. A chat whose answers hold <think>…</think> gets the system prompt `detailed
 thinking on`, any other `detailed thinking off`. The loss is the mean over the assistant's tokens; chats are packed without padding.
-Several GPUs: `accelerate launch`. Finished stages are left alone when the command is typed again.
+Several GPUs: `accelerate launch`. The same command goes on where it was: finished stages are left alone, and another one goes on
+from its newest checkpoint, one every --save-every steps, which stands in OUT/.NAME.part: on a CPU with the bits of a run that was left alone.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -25,7 +27,6 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from puzzle.base.errors import UserError
-from puzzle.base.files import json_text, write_text
 from puzzle.base.units import parse_count
 from puzzle.data.blend import read_blend
 from puzzle.data.chats import render_chat, within
@@ -34,7 +35,8 @@ from puzzle.data.files import list_files, read_field
 from puzzle.data.tokenizer import load_tokenizer
 from puzzle.parents.grown import FILE, new_tensors
 from puzzle.parents.opened import open_model
-from rewards import COUNT, MODES, SEED, Script, is_made
+from resuming import train
+from rewards import COUNT, MODES, SEED, Script, check_same, is_made
 
 ASKED = "sft.json"  # what a stage was made of
 USUAL = {"max_length": 8192, "batch_size": 32, "lr": 1e-5, "tokens": "10M"}
@@ -129,19 +131,29 @@ def draw(sources: list[Source], pools: list[list[dict]], tokens: int, seed: int)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--lora", type=COUNT, help="Train adapters of this rank, and merge them after each stage.")
 @click.option("--new-only", is_flag=True, help="Train what `puzzle grow` added; the rest stays.")
+@click.option("--save-every", type=COUNT, default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--seed", type=SEED, default=0)
-def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, seed: int) -> None:
+def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, save_every: int, seed: int) -> None:
     """Train --child through STAGES; the child of each stands in OUT/NAME."""
     if new_only and (lora or not new_tensors(Path(child))):
         raise UserError(f"`new_only` needs a --child of `puzzle grow`, and no `lora`: {child}")
-    for stage in read_stages(stages):
+    read, processes = read_stages(stages), int(os.environ.get("WORLD_SIZE", "1"))
+    for stage in read:
+        if stage["batch_size"] % processes:
+            told = f"batch_size {stage['batch_size']} is no multiple of {processes} processes"
+            raise UserError(f"{stages} stage {stage['name']}: {told}")
+    for stage in read:
         blend, target = stages.parent / stage["blend"], out / stage["name"]
         asked = {"child": open_model(child).fingerprint(), "stage": stage, "blend": blend.read_text(encoding="utf-8")}
-        asked |= {"lora": lora, "new_only": new_only, "seed": seed}
+        asked |= {"lora": lora, "new_only": new_only, "seed": seed, "processes": processes}
+        part = out / f".{stage['name']}.part"
         if is_made(target, ASKED, asked):
+            shutil.rmtree(part, ignore_errors=True)  # killed once it was there
             child = str(target)
             continue
-        tokenizer, sources, part = load_tokenizer(Path(child)), read_blend(blend), out / f".{stage['name']}.part"
+        if (part / ASKED).is_file():
+            check_same(part / ASKED, asked, f"{target}, which is not finished,")
+        tokenizer, sources = load_tokenizer(Path(child)), read_blend(blend)
         pools = [chats(source, tokenizer, stage["max_length"]) for source in sources]
         rows = list(draw(sources, pools, stage["tokens"], seed))
         gpu = torch.cuda.is_available()
@@ -149,7 +161,7 @@ def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, 
             output_dir=str(part),
             num_train_epochs=1,
             per_device_train_batch_size=1,  # a row of packed chats
-            gradient_accumulation_steps=stage["batch_size"],
+            gradient_accumulation_steps=stage["batch_size"] // processes,
             max_length=stage["max_length"],
             packing=True,
             learning_rate=stage["lr"],
@@ -158,7 +170,9 @@ def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, 
             use_cpu=not gpu,
             bf16=gpu,
             report_to="none",
-            save_strategy="no",
+            save_strategy="steps",
+            save_steps=save_every,
+            save_total_limit=1,
             logging_steps=1,
             seed=seed,
         )
@@ -168,16 +182,12 @@ def main(stages: Path, child: str, out: Path, lora: int | None, new_only: bool, 
         new = new_tensors(Path(child)) if new_only else frozenset()
         for name, parameter in trainer.model.named_parameters() if new_only else ():
             parameter.requires_grad_(parameter.requires_grad and name in new)
-        trainer.train()
-        if lora:
-            trainer.model = trainer.model.merge_and_unload()
-        trainer.save_model(str(part))
+        whole = train(trainer, part, ASKED, asked)
         if trainer.is_world_process_zero():
-            trainer.state.save_to_json(str(part / "trainer_state.json"))  # losses of every step
             if (grown := Path(child) / FILE).is_file():
-                shutil.copy(grown, part)
-            write_text(part / ASKED, json_text(asked) + "\n")
-            part.replace(target)  # a stage is there as a whole, or not
+                shutil.copy(grown, whole)
+            whole.replace(target)  # a stage is there as a whole, or not
+            shutil.rmtree(part)
         trainer.accelerator.wait_for_everyone()
         child = str(target)
 

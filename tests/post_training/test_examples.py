@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,40 @@ def test_sft_runs(mixed, tmp_path, lora, one_line_error):
     one_line_error(
         CliRunner().invoke(module("sft").main, [str(a) for a in other]), "out/first was made with another seed"
     )
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", 4)], ids=["all", "lora"])
+def test_sft_that_stopped_goes_on(mixed, tmp_path, one_line_error, monkeypatch, lora):
+    """In the middle of its second stage, and once that was saved: the same bits as of a run that was left alone."""
+    sft, stages = module("sft"), sft_files(tmp_path)
+    stages.write_text(stages.read_text().replace("batch_size: 2", "batch_size: 1"))
+    asked = [str(a) for a in (stages, "--child", mixed, "--save-every", 1, *lora, "--out")]
+    run("sft", *asked, tmp_path / "whole")
+    out, part = tmp_path / "out", tmp_path / "out/.second.part"
+    for name, left in (("training_step", "checkpoint-1"), ("save_model", "checkpoint-3")):
+        plain = getattr(sft.SFTTrainer, name)
+
+        def stopped(self, *given, plain=plain, name=name, **named):
+            here = ".second.part" in self.args.output_dir and self.state.global_step
+            if here and (name == "training_step" or given[0].endswith("whole")):
+                raise KeyboardInterrupt
+            return plain(self, *given, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sft.SFTTrainer, name, stopped)
+            assert CliRunner().invoke(sft.main, [*asked, str(out)]).exit_code == 1
+        assert [path.name for path in part.glob("checkpoint-*")] == [left]
+    done = CliRunner().invoke(sft.main, [*asked, str(out), "--seed", "1"])
+    one_line_error(done, "out/first was made with another seed")
+    shutil.copytree(out, tmp_path / "other")
+    stages.write_text(stages.read_text().replace("tokens: 300", "tokens: 200"))
+    done = CliRunner().invoke(sft.main, [*asked, str(tmp_path / "other")])
+    one_line_error(done, "other/second, which is not finished, was made with another stage: give another `out`")
+    stages.write_text(stages.read_text().replace("tokens: 200", "tokens: 300"))
+    assert f"going on from {part / left}" in run("sft", *asked, out).output
+    assert sorted(path.name for path in out.iterdir()) == ["first", "second"]
+    first, second = (load_file(path / "second/model.safetensors") for path in (tmp_path / "whole", out))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_sft_trains_new_experts_alone(mixed, puzzle, tmp_path, one_line_error):
