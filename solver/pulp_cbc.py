@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from puzzle.solver.linear import Linear
+from puzzle.solver.problem import ProblemError
 
 HAIR = 1e-7  # relative
 
@@ -46,10 +48,14 @@ def _ask(linear: Linear, seconds: float | None, hair: float) -> tuple[str, list[
         if high < math.inf:
             model += total <= high + (hair * max(1.0, abs(high)) if number in linear.limits else 0.0)
     options = ["allowableGap 0", "ratioGap 0", "increment 0"]
-    try:
-        _solved(model, seconds, ["preprocess off", *options])
-    except pulp.PulpSolverError:  # CBC 2.10 then crashes where only the choice of whole variants is impossible
-        _solved(model, seconds, options)
+    for more in (
+        ["preprocess off"],
+        [],
+    ):  # CBC 2.10 crashes without it where only the choice of whole variants is impossible
+        if _solved(model, seconds, [*more, *options]):
+            break
+    else:
+        raise ProblemError("CBC crashes on this problem: use the back end 'ortools'")
     if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         infeasible = model.status == pulp.LpStatusInfeasible
         return ("infeasible" if infeasible else "time_limit"), None, math.inf if infeasible else -math.inf
@@ -59,7 +65,14 @@ def _ask(linear: Linear, seconds: float | None, hair: float) -> tuple[str, list[
     return "feasible", values, -math.inf
 
 
-def _solved(model: Any, seconds: float | None, options: list[str]) -> None:
+def _solved(model: Any, seconds: float | None, options: list[str]) -> bool:
+    """Whether CBC came to its end; what it writes on the way goes with it."""
     import pulp
 
-    model.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=0.0, threads=1, options=options))
+    command = pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=0.0, threads=1, options=options)
+    with TemporaryDirectory() as command.tmpDir:
+        try:
+            model.solve(command)
+        except pulp.PulpSolverError:
+            return False
+    return True

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from puzzle.solver.explain import explain_infeasible, prices, without
-from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, Stages, Variant
+from puzzle.solver.problem import Constraint, Count, Layer, Pair, Problem, ProblemError, Stages, Variant
 from puzzle.solver.relax import best_prices
 from puzzle.solver.running import Running
 from puzzle.solver.solution import Solution
@@ -166,6 +166,24 @@ def test_a_limit_that_is_missed_by_a_hair(hair, score):
     problem = Problem(layers=layers, constraints=(Constraint(resource="a", max=0.0),), fixed={"a": hair})
     check(problem, solve)
     check(problem, lambda p: solve(p, "pulp"))
+
+
+def test_a_crash_of_cbc_is_said_and_leaves_no_files(tmp_path, monkeypatch):
+    """After both ways to ask it."""
+    import pulp
+
+    (tmp_path / "tmp").mkdir()
+    crashing = tmp_path / "cbc"
+    crashing.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/asked"\nkill -9 $$\n')
+    crashing.chmod(0o755)
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", str(crashing))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    problem = Problem(layers=layers_of((((0.0, 1.0, 0.0), (1.0, 0.0, 0.0)),)), constraints=())
+    with pytest.raises(ProblemError, match="CBC crashes on this problem: use the back end 'ortools'"):
+        solve(problem, "pulp")
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert ["preprocess off" in line for line in asked] == [True, False]
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @given(problems())
