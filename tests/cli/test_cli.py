@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import io
 import re
@@ -161,6 +162,7 @@ def fields_of(verb: str) -> set[str]:
     return found
 
 
+@functools.cache
 def messages() -> dict[str, str]:
     """Where a UserError is raised: the words of its text."""
     found = {}
