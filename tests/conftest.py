@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import gc
 import json
@@ -14,23 +15,40 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: threads over tiny products wait for each other
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # workers would overwrite each other's copies of modeling files
-    os.environ["HF_MODULES_CACHE"] = os.path.join(tempfile.gettempdir(), f"puzzle-tests-{os.getuid()}-{worker}")
+os.environ["HF_HUB_OFFLINE"] = "1"  # every model is made here: whether there is a network changes nothing
+# What is printed breaks alike, and without colours, whatever the terminal and whoever set these.
+os.environ["COLUMNS"] = "80"
+os.environ.pop("FORCE_COLOR", None)
+# Copies of modeling files: other processes would overwrite them, and what an earlier run has left there is another version's.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="puzzle-tests-")
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 GPU, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")
 LAUNCH = Path(__file__).with_name("launch.py")
+PATIENCE = 600  # seconds after which a process counts as hung: what a busy machine takes is far below, and the end does not wait for it
+
+# The same examples on every machine, and as long for each as it takes. New ones: pytest --hypothesis-profile search
+STEADY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("suite", derandomize=True, database=None, **STEADY)
+settings.register_profile("search", **STEADY)
+settings.load_profile("suite")
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -369,24 +387,42 @@ def torchrun():
     return started
 
 
-def started(processes: int, *arguments: object) -> list[subprocess.Popen]:
-    """As torchrun starts them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "PYTHONPATH": Path(__file__).parents[1],
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
+def started(processes: int, *arguments: object) -> list[tuple[int, str, str]]:
+    """As torchrun starts them. Exit code, standard output and standard error of each."""
+    with reserved_port() as port:
+        shared = {
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "PYTHONPATH": Path(__file__).parents[1],
+        }
+        group = [
+            subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(processes)
+        ]  # fmt: skip
+        with ThreadPoolExecutor(processes) as waiting:  # at once: none may wait for another's full pipe
+            told = list(waiting.map(outcome, group))
+    return [(process.returncode, *texts) for process, texts in zip(group, told, strict=True)]
+
+
+def outcome(process: subprocess.Popen) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """One that nobody else is given meanwhile. It is bound, not listened at, so that the first process of a group may do so."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -444,12 +480,10 @@ def launch(tmp_path_factory):
             "transformers.tokenization_utils_tokenizers",
         ]
     )
-    started = []
+    started, ports = [], ExitStack()
 
     def start(arguments: tuple, processes: int = 1, setup: str = "") -> list:
-        port = socket.create_server(("127.0.0.1", 0))
-        number = port.getsockname()[1]
-        port.close()
+        number = ports.enter_context(reserved_port()) if processes > 1 else 0
         group, logs = [], tmp_path_factory.mktemp("logs")
         for rank in range(processes):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
@@ -468,19 +502,61 @@ def launch(tmp_path_factory):
         started.extend(group)
         return group
 
-    yield start
+    with ports:
+        yield start
     for process in started:
         if process.is_alive():
             process.kill()
 
 
-def join_all(group: list, seconds: float = 90) -> list:
+def join_all(group: list) -> list:
     """The exit codes of processes, which must end by themselves."""
     for process in group:
-        process.join(seconds)
+        process.join(PATIENCE)
     return [process.exitcode for process in group]
 
 
 @pytest.fixture(scope="session")
 def ended():
     return join_all
+
+
+HELD = """
+import pkgutil, threading
+owner, calls = pkgutil.resolve_name({owner!r}), []
+plain = getattr(owner, {name!r})
+def held(*given, **named):
+    calls.append(1)
+    if len(calls) >= {call}:
+        threading.Event().wait()
+    return plain(*given, **named)
+setattr(owner, {name!r}, held)
+"""
+
+
+def held_at(place: str, call: int = 1) -> str:
+    """Setup of a process that stands still at this call of `package.module.function`, or of `package.module.Class.method`: a kill
+    finds it at work, however late it comes."""
+    owner, _, name = place.rpartition(".")
+    return HELD.format(owner=owner, name=name, call=call)
+
+
+@pytest.fixture(scope="session")
+def held():
+    return held_at
+
+
+def wait_until(there, process=None) -> None:
+    """Until `there()` is true, which a process that was started brings about; fails where that ends, or hangs, without it."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        goes_on = time.monotonic() < end and (process is None or process.is_alive())
+        if there():
+            return
+        assert goes_on, process and (process.exitcode, process.log.read_text())
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def wait():
+    return wait_until

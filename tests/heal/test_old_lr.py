@@ -83,14 +83,12 @@ def test_the_old_learns_slowly(puzzle, grown, small, tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 @pytest.mark.parametrize(("parallel", "share"), [("shards", 0), ("replicas", 0), ("shards", 0.1)])
-def test_two_processes_equal_one(puzzle, launch, grown, small, tmp_path, parallel, share):
+def test_two_processes_equal_one(puzzle, launch, ended, grown, small, tmp_path, parallel, share):
     """The curve of one process, and what stays stays."""
     asked = ("heal", grown, *small, *TEXT, "--tokens", 2048, "--old-lr", share, "--out")
     assert puzzle(*asked, tmp_path / "one").exit_code == 0
     group = launch((*asked, tmp_path / "two", "--parallel", parallel), processes=2)
-    for process in group:
-        process.join(90)
-    assert [process.exitcode for process in group] == [0, 0]
+    assert ended(group) == [0, 0]
     one, two = ([x["loss"] for x in read_log(tmp_path / name / "heal.jsonl") if "loss" in x] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
     new, old = split(grown, moved(grown, tmp_path / "two"))

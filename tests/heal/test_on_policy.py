@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 
 import pytest
 import torch
@@ -126,22 +123,13 @@ def test_it_heals_and_says_how_long_it_sampled(healed):
     assert 0 < told["sampling_seconds"] < record["seconds"]
 
 
-def test_killed_it_goes_on_with_the_same_samples(launch, ended, healed, child, parent, small, tmp_path):
+def test_killed_it_goes_on_with_the_same_samples(
+    launch, ended, held, kill_at_step, healed, child, parent, small, tmp_path
+):
     """Kill -9 in the middle: the same lines and the same weights."""
     out, work = tmp_path / "out", tmp_path / "out.heal"
     command = ("heal", child, "--teacher", parent, *HALF, *small, "--accumulate", 2, "--out", out, "--save-every", 3)
-    (process,) = launch(command)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.is_alive():
-        if (
-            (work / "heal.jsonl").is_file()
-            and read_log(work / "heal.jsonl")[-1:]
-            and read_log(work / "heal.jsonl")[-1]["step"] > 7
-        ):
-            break
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    kill_at_step(work, 8, launch(command, setup=held("puzzle.heal.run.write_healed")))
     assert not out.exists()
     (process,) = launch(command)
     assert ended([process]) == [0], process.log.read_text()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -24,15 +22,7 @@ def losses(path: Path) -> list[tuple]:
     return [tuple((k, str(v)) for k, v in line.items() if k != "tokens_per_second") for line in lines]
 
 
-def wait_for_step(work: Path, least: int, process) -> None:
-    """Until the log of a running process has come to this step."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.is_alive():
-        lines = read_log(work / "heal.jsonl") if (work / "heal.jsonl").is_file() else []
-        if lines and lines[-1]["step"] >= least:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"no step {least} in {work}: exit code {process.exitcode}")
+WRITING = "puzzle.heal.run.write_healed"  # the last thing that a healing does
 
 
 @pytest.fixture(scope="module")
@@ -81,35 +71,29 @@ def test_healed_again_is_left_alone(puzzle, one_line_error, healed, parent, chil
     )
 
 
-def test_kill_nine_and_resume_is_bit_exact(launch, healed, child, parent, small, tmp_path):
+def test_kill_nine_and_resume_is_bit_exact(launch, ended, held, kill_at_step, healed, child, parent, small, tmp_path):
     """Killed twice, in the middle of anything: the same lines and the same weights as the run that was left alone."""
     out, work = tmp_path / "out", tmp_path / "out.heal"
     arguments = ("heal", child, "--teacher", parent, *small, "--out", out, "--save-every", 3)
     for least in (2, 8):
-        (process,) = launch(arguments)
-        wait_for_step(work, least, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        group = launch(arguments, setup=held(WRITING))
+        kill_at_step(work, least, group)
+        assert ended(group) == [-signal.SIGKILL]
         assert not out.exists()
-    (process,) = launch(arguments)
-    process.join(60)
-    assert process.exitcode == 0
+    assert ended(launch(arguments)) == [0]
     assert losses(out) == losses(healed)
     assert (out / "model.safetensors").read_bytes() == (healed / "model.safetensors").read_bytes()
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 @pytest.mark.parametrize("parallel", ["replicas", "shards"])
-def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path, parallel):
+def test_two_processes_equal_one(launch, ended, healed, child, parent, small, tmp_path, parallel):
     """Replicas that sum their gradients and FSDP2 shards, over gloo, with micro-batches and recomputed activations: the same
     curve, to 1e-4."""
     out = tmp_path / "out"
     extra = ("--accumulate", 2, "--recompute", "--save-every", 7, "--parallel", parallel)
     group = launch(("heal", child, "--teacher", parent, *small, "--out", out, *extra), processes=2)
-    for process in group:
-        process.join(90)
-    assert [process.exitcode for process in group] == [0, 0]
+    assert ended(group) == [0, 0]
     one, two = (read_log(path / "heal.jsonl") for path in (healed, out))
     assert len(one) == len(two)
     for mine, theirs in zip(one, two, strict=True):
@@ -125,15 +109,14 @@ def test_two_processes_equal_one(launch, healed, child, parent, small, tmp_path,
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 @pytest.mark.parametrize("parallel", ["replicas", "shards"])
-def test_one_process_continues_what_two_began(launch, puzzle, healed, child, parent, small, tmp_path, parallel):
+def test_one_process_continues_what_two_began(
+    launch, held, kill_at_step, puzzle, healed, child, parent, small, tmp_path, parallel
+):
     """What two killed processes left, in shards or not, is put together, and the curve goes on."""
     out, work = tmp_path / "out", tmp_path / "out.heal"
     arguments = ("heal", child, "--teacher", parent, *small, "--out", out, "--save-every", 4)
-    group = launch((*arguments, "--parallel", parallel), processes=2)
-    wait_for_step(work, 5, group[0])
-    for process in group:
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    group = launch((*arguments, "--parallel", parallel), processes=2, setup=held(WRITING))
+    kill_at_step(work, 5, group)
     assert [path.name for path in work.glob("step-*")] != []
     done = puzzle(*arguments)
     assert done.exit_code == 0, (done.output, done.exception)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
 from itertools import pairwise
 
 import pytest
@@ -125,24 +122,22 @@ def test_two_processes_write_and_read_their_parts(launch, ended, child, parent, 
     assert curve(tmp_path / "out") == pytest.approx(curve(said[1]), rel=1e-4)
 
 
-def test_a_killed_teacher_goes_on(launch, ended, puzzle, child, parent, small, said, tmp_path):
+def test_a_killed_teacher_goes_on(launch, ended, held, wait, puzzle, child, parent, small, said, tmp_path):
     """What was written stays, what is cut short is written again, and the child is the same to the bit."""
     out, directory = tmp_path / "out", tmp_path / "said"
     options = ("--teacher", parent, "--teacher-logits", directory, "--top-k", ALL_BUT_ONE, *NO_STATES)
-    slow = "import time, puzzle.heal.stored_teacher as s; s.SHARD_BYTES = 10**6; w = s.StoredTeacher.write\n"
-    slow += "s.StoredTeacher.write = lambda *a, **k: (time.sleep(0.2), w(*a, **k))"
-    (process,) = launch(("heal", child, *options, *small, "--out", out), setup=slow)
-    deadline = time.monotonic() + 60
-    while len(list(directory.glob("stage0-*"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    short = "import puzzle.heal.stored_teacher as s; s.SHARD_BYTES = 10**6\n"
+    setup = short + held("puzzle.heal.stored_teacher.StoredTeacher.write", 8)
+    (process,) = launch(("heal", child, *options, *small, "--out", out), setup=setup)
+    wait(lambda: len(list(directory.glob("stage0-*"))) >= 3, process)
+    process.kill()
     process.join()
     written = sorted(directory.glob("stage0-*"))
     assert 3 <= len(written) < 10
     assert not out.exists()
     kept = written[0].stat().st_mtime_ns
     written[1].write_bytes(written[1].read_bytes()[:-100])
-    (process,) = launch(("heal", child, *options, *small, "--out", out), setup=slow)
+    (process,) = launch(("heal", child, *options, *small, "--out", out), setup=short)
     assert ended([process]) == [0], process.log.read_text()
     assert written[0].stat().st_mtime_ns == kept
     assert (out / "model.safetensors").read_bytes() == (said[1] / "model.safetensors").read_bytes()

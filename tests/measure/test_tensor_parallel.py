@@ -27,16 +27,10 @@ def solved(tmp_path_factory, puzzle, library, gpu_table, shared_library):
     return copy / "solution"
 
 
-def said(group) -> list[tuple[int, str, str]]:
-    """Exit code, standard output and standard error of each process."""
-    told = [process.communicate(timeout=180) for process in group]
-    return [(process.returncode, *texts) for process, texts in zip(group, told, strict=True)]
-
-
 def test_bench_of_an_architecture(torchrun, solved):
     """Two processes run the shares of parent and child, and one speaks."""
     options = ("--gpu", "cpu", "--with-parent", "--repeats", 2, "--json")
-    (first, text, told), (second, silence, _) = said(torchrun(2, "-m", "puzzle", "bench", solved, *options))
+    (first, text, told), (second, silence, _) = torchrun(2, "-m", "puzzle", "bench", solved, *options)
     assert (first, second, silence) == (0, 0, ""), told
     found, promised = json.loads(text), json.loads((solved / "architecture.json").read_text())
     assert found["tp"] == 2
@@ -48,7 +42,7 @@ def test_bench_of_an_architecture(torchrun, solved):
 
 def test_bench_of_a_checkpoint_holds_half_of_it(torchrun, puzzle, child):
     options = ("--gpu", "cpu", "--input-len", 8, "--output-len", 4, "--batch", 2, "--repeats", 1, "--json")
-    (code, text, told), _ = said(torchrun(2, "-m", "puzzle", "bench", child, "--tp", 2, *options))
+    (code, text, told), _ = torchrun(2, "-m", "puzzle", "bench", child, "--tp", 2, *options)
     assert code == 0, told
     half, whole = json.loads(text), json.loads(puzzle("bench", child, *options).stdout)
     ratio = half["child"]["measured"]["memory_bytes"] / whole["child"]["measured"]["memory_bytes"]
@@ -62,11 +56,12 @@ def test_all_reduces_are_measured_and_kept_beside_others(torchrun, tmp_path, sol
     options = ("profile", solved.parent, "--gpu", "cpu", "--tp", 2, "--all-reduce")
     few = "t.measure_all_reduces.__defaults__ = ((64, 96, 4096),)"
     code = f"from puzzle.profile import all_reduce_timer as t; {few}; from puzzle.cli import main; main()"
-    for status, _, told in said(torchrun(2, "-c", code, *options)):
+    for status, _, told in torchrun(2, "-c", code, *options):
         assert status == 0, told
     rows = read_all_reduces(out / "cpu.csv")
     assert [(row.tp, row.num_bytes) for row in rows] == [(2, 64), (2, 96), (2, 4096), (4, 64)]
-    assert all(0 < row.seconds < 0.9 for row in rows)
+    assert [row.device == "a" for row in rows] == [False, False, False, True]
+    assert all(row.seconds > 0 for row in rows)
     assert (SIZES[0], SIZES[-1]) == (64, 3 * 2**28)
     (out / "cpu.csv").unlink()
 

@@ -26,8 +26,6 @@ SCRIPT = """if True:
 
 def test_every_layer_is_a_shard(mixed, torchrun, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
-    group = torchrun(2, "-c", SCRIPT, mixed)
-    for process in group:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    for code, out, error in torchrun(2, "-c", SCRIPT, mixed):
+        assert code == 0, error
         assert out.strip() == "8"  # seven layers and the model

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shlex
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,15 @@ def test_each_has_the_child_of_the_last(puzzle, one_line_error, write, tmp_path)
     assert len((out / "count").read_text().splitlines()) == 2
 
 
-def test_a_command_that_outlives_us(puzzle, one_line_error, write, tmp_path, launch, ended):
+def is_free(lock: Path) -> bool:
+    """No process holds it, nor one that it has started."""
+    with open(lock, "a") as handle, contextlib.suppress(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def test_a_command_that_outlives_us(puzzle, one_line_error, write, tmp_path, launch, ended, wait):
     """After kill -9 no second one is started beside it; in directories with spaces, its own program beside the recipe."""
     recipe = recipe_of(write, tmp_path, heal=None)
     value, here, out = yaml.safe_load(recipe.read_text()), tmp_path / "a {b} c", tmp_path / "my run"
@@ -82,18 +91,15 @@ def test_a_command_that_outlives_us(puzzle, one_line_error, write, tmp_path, lau
     recipe.write_text(yaml.safe_dump(value))
     stage, call = out / "after" / "wait", ("run", recipe, "--out", out, "--run-commands")
     [process] = launch(call)
-    until = time.monotonic() + 120
-    while not (stage / "begun").exists() and time.monotonic() < until:
-        time.sleep(0.05)
+    wait((stage / "begun").exists, process)
     process.kill()
     ended([process])
     done = puzzle(*call)
     assert done.exit_code == 2
     assert "after/wait is being changed by the command that a run before" in done.stderr.replace("\n", " ")
     (stage / "go").touch()
-    while not (stage / "ended").exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(0.3)
+    wait((stage / "ended").exists)
+    wait(lambda: is_free(stage.with_name("wait.lock")))
     done = puzzle(*call, "--json")
     assert (done.exit_code, json.loads(done.stdout)["after"]) == (0, {"wait": "after/wait"})
     assert not list(out.rglob("*.lock"))

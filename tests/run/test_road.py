@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,16 +149,12 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ["step-1/heal", "build-library", "heal"])
-def test_steps_killed_and_run_again(puzzle, launch, write, tmp_path, alone, stage):
+def test_steps_killed_and_run_again(puzzle, launch, wait, write, tmp_path, alone, stage):
     """The same bits as of a run that was left alone."""
     out, recipe, (step, _, name) = tmp_path / "run", write(**STEPPED), stage.rpartition("/")
     steady = "from puzzle.profile.cpu import CpuTimer\nCpuTimer.reference = lambda timer: 1.0"
     (process,), marks = launch(("run", recipe, "--out", out), setup=steady), out / step / "stages.json"
-    until = time.monotonic() + 100
-    while process.is_alive() and time.monotonic() < until:
-        if marks.is_file() and name in json.loads(marks.read_text())["stages"]:
-            break
-        time.sleep(0.002)
+    wait(lambda: marks.is_file() and name in json.loads(marks.read_text())["stages"], process)
     process.kill()
     process.join()
     for where in (out, alone):
@@ -194,16 +189,12 @@ def test_an_export_in_fp8(puzzle, write, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["profile", "child", "heal", "export nemotron-nas"])
-def test_killed_in_any_stage_and_run_again(puzzle, launch, write, tmp_path, stage):
+def test_killed_in_any_stage_and_run_again(puzzle, launch, wait, write, tmp_path, stage):
     """The same child as of a run that was left alone, and nothing half-written."""
     out, recipe = tmp_path / "run", write(profile={"seconds": 0.001})
     steady = "from puzzle.profile.cpu import CpuTimer\nCpuTimer.reference = lambda timer: 1.0"
     (process,), marks = launch(("run", recipe, "--out", out), setup=steady), out / "stages.json"
-    until = time.monotonic() + 100
-    while process.is_alive() and time.monotonic() < until:
-        if marks.is_file() and stage in json.loads(marks.read_text())["stages"]:
-            break
-        time.sleep(0.002)
+    wait(lambda: marks.is_file() and stage in json.loads(marks.read_text())["stages"], process)
     process.kill()
     process.join()
     done = puzzle("run", recipe, "--out", out, "--json")

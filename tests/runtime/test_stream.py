@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,7 +70,7 @@ def test_streamed_scores_are_the_resident_ones_to_the_bit(puzzle, capfd, copied,
         assert scores(copied) == whole
 
 
-def test_scoring_is_killed_and_goes_on(launch, ended, copied, deep, corpus, tmp_path):
+def test_scoring_is_killed_and_goes_on(launch, ended, held, wait, copied, deep, corpus, tmp_path):
     """kill -9 after the first pass: what is written stays, byte for byte, and what is missing is added."""
     limit = limit_for(copied, deep, corpus, 6)
     whole = shutil.copytree(copied, tmp_path / "whole")
@@ -85,9 +84,8 @@ device.held_memory = residency.held_memory = lambda on: 0
 score_library(Path({str(copied)!r}), [{str(corpus)!r}], ScoreOptions(memory_limit={limit}, **{OPTIONS!r}), parent={str(deep)!r})
 raise SystemExit(0)
 """
-    (process,) = launch((), setup=script)
-    while process.is_alive() and not list((copied / "scores").glob("L01.json")):
-        time.sleep(0.001)
+    (process,) = launch((), setup=held("puzzle.library.results.Results.put", 48) + script)
+    wait((copied / "scores/L01.json").exists, process)
     process.kill()
     process.join()
     before = scores(copied)

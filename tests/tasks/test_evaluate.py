@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +71,7 @@ def test_a_child_of_a_library(puzzle, own_library, parent, data, tmp_path):
     assert found[1]["models"]["child"]["fingerprint"] == open_model(str(tmp_path / "child")).fingerprint()
 
 
-def test_killed_and_started_again(chatting, data, tmp_path):
+def test_killed_and_started_again(launch, ended, held, wait, chatting, data, tmp_path):
     """The file has what was answered; a part of a line at its end is dropped."""
     words = [
         "evaluate",
@@ -88,18 +85,16 @@ def test_killed_and_started_again(chatting, data, tmp_path):
         "--answers",
         tmp_path / "a",
     ]
-    slow = "keep = model.Answers.keep; model.Answers.keep = lambda *line: (keep(*line), time.sleep(2))"  # an answer each two seconds
-    code = f"import sys, time; from puzzle.tasks import model; model.MOST['cpu'] = 1; {slow}; from puzzle.cli import main; main(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE)
-    while process.poll() is None and not ((tmp_path / "a").exists() and (tmp_path / "a").stat().st_size):
-        time.sleep(0.01)
+    single = "from puzzle.tasks import model; model.MOST['cpu'] = 1\n"
+    (process,) = launch(words, setup=single + held("puzzle.tasks.model.Answers.keep", 3))
+    wait(lambda: (tmp_path / "a").exists() and (tmp_path / "a").stat().st_size, process)
     process.kill()
-    process.communicate()
+    process.join()
     before = (tmp_path / "a").read_bytes()
     assert 1 <= before.count(b"\n") < 3
     (tmp_path / "a").write_bytes(before + b'{"key": "1')
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (process,) = launch(words, setup=single)
+    assert ended([process]) == [0], process.log.read_text()
     after = (tmp_path / "a").read_bytes()
     assert after.startswith(before)
     assert len([json.loads(line) for line in after.splitlines()]) == 3
