@@ -13,12 +13,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +48,18 @@ STEADY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("suite", derandomize=True, database=None, **STEADY)
 settings.register_profile("search", **STEADY)
 settings.load_profile("suite")
-STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n logical`: one for each core that we may use, also in a container on a host of many, and for each 3 GB of memory."""
+    from puzzle.base.machine import available_memory
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or no limit: "max 100000"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, -(-quota // period))
+    return max(1, min(cores, available_memory() // (3 * 10**9)))
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -94,6 +104,22 @@ def gpu(on_the_cpu, monkeypatch) -> bool:
     return GPU
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """A fixture that tests share draws the same random numbers, whichever of them is first to ask for it."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """As if every test was the first."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def marked(request) -> None:
     if request.node.get_closest_marker("gpu"):
@@ -124,11 +150,11 @@ def puzzle():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """Sixty documents of the standard library."""
+    """Sixty documents."""
+    from made_up_files import write_files
+
     directory = tmp_path_factory.mktemp("corpus")
-    files = sorted((STDLIB / "email").glob("*.py")) + sorted((STDLIB / "asyncio").glob("*.py"))
-    for path in files:
-        (directory / path.name).write_text(path.read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    write_files(directory, 60)
     return directory
 
 
