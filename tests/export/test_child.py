@@ -203,7 +203,7 @@ def test_killed_in_the_middle(format, there, tiny_checkpoint, tmp_path):
 
 def test_leftovers_of_others_stay(tmp_path):
     """A running process's directory is left alone; an old checkpoint moved aside by a killed one comes back."""
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     try:

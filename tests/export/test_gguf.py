@@ -185,7 +185,7 @@ from dataclasses import replace
 child = tiny_child("kv-heads")
 def slowly():
     print("here", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 export_gguf(replace(child, read_final_norm=slowly), Path(sys.argv[1]), dtype="f32", force=True)
 """
 

@@ -90,7 +90,15 @@ def test_a_linear_map_begins_better_than_nothing(parent, corpus, tmp_path, varia
     """In place of attention and of the FFN: 1 is the loss of leaving them out."""
     build_library(
         str(parent),
-        options(corpus, tmp_path / "lib", attention=variants, ffn=variants, tokens=0, calibration_sequences=32),
+        options(
+            corpus,
+            tmp_path / "lib",
+            attention=variants,
+            ffn=variants,
+            tokens=0,
+            calibration_sequences=32,
+            validation_sequences=8,
+        ),
     )
     records = [json.loads(path.read_text()) for path in (tmp_path / "lib").glob("blocks/*/*/linear*.json")]
     assert len(records) == 2 * len(Library.open(tmp_path / "lib").layers)

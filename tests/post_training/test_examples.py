@@ -104,7 +104,7 @@ def test_formats(text, on, off):
 def test_programs_run_in_the_sandbox_that_was_named_or_nowhere(program, right):
     is_right, row = module("rewards").is_right, {"tests": "assert f() == 3"}
     text = f"<think>?</think>\n```python\n{program}\n```\n"
-    assert is_right(text, row, SANDBOX, seconds=3) is right
+    assert is_right(text, row, SANDBOX, seconds=3 if "while" in program else 60) is right
     assert not is_right("no program", row, SANDBOX)
     with pytest.raises(UserError, match="a model's program runs in a sandbox alone: pass `sandbox`"):
         is_right(text, row)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from shlex import quote
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_an_engine_that_is_not_there(child, tmp_path, puzzle):
     done = puzzle("export", child, "--engine", "mlx", "--out", tmp_path / "mlx")
     assert done.exit_code == 0, done.output
     bare = tmp_path / "python"  # an interpreter without site-packages
-    bare.write_text(f'#!/bin/sh\nexec {sys._base_executable} -I -S "$@"\n')
+    bare.write_text(f'#!/bin/sh\nexec {quote(sys._base_executable)} -I -S "$@"\n')
     bare.chmod(0o755)
     done = puzzle("serve-check", tmp_path / "mlx", "--engine", "mlx", "--python", bare, "--reference", child)
     assert done.exit_code == 2, done.output
@@ -68,7 +69,7 @@ def test_an_engine_that_is_not_there(child, tmp_path, puzzle):
 def test_a_vllm_without_the_plug_in(child, tmp_path, puzzle):
     (tmp_path / "vllm.py").touch()
     bare = tmp_path / "python"  # an interpreter with vLLM alone
-    bare.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys._base_executable} -S "$@"\n')
+    bare.write_text(f'#!/bin/sh\nPYTHONPATH={quote(str(tmp_path))} exec {quote(sys._base_executable)} -S "$@"\n')
     bare.chmod(0o755)
     done = puzzle("serve-check", child, "--engine", "vllm", "--python", bare)
     assert done.exit_code == 2, done.output

@@ -6,11 +6,11 @@ import csv
 import fcntl
 import json
 import shutil
-import stat
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import pytest
 
@@ -31,7 +31,7 @@ from serving_environments import python_of
 
 TINY = known_structure("reference")
 TRUE = Constants(step=1e-4, attention=2e-5, ffn=1e-5, host=1e-3, host_sequence=3e-4, request=2e-5)
-STAND_IN = """#!{python}
+STAND_IN = """
 import json, os, sys
 from puzzle.parents.child import child
 from puzzle.profile.engine import Constants, EngineModel
@@ -65,10 +65,11 @@ say(done=True)
 @pytest.fixture
 def stand_in(tmp_path):
     """(a Python of an environment with a vLLM whose times are known, what to call to change how it behaves)."""
-    mode, python = tmp_path / "mode", tmp_path / "python"
+    mode, script, python = tmp_path / "mode", tmp_path / "stand_in.py", tmp_path / "python"
     mode.write_text("")
-    python.write_text(STAND_IN.format(python=sys.executable, mode=str(mode), constants=TRUE))
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    script.write_text(STAND_IN.format(mode=str(mode), constants=TRUE))
+    python.write_text(f'#!/bin/sh\nexec {quote(sys.executable)} {quote(str(script))} "$@"\n')
+    python.chmod(0o755)
     return python, mode.write_text
 
 
@@ -218,11 +219,11 @@ def test_a_worker_ends_with_its_caller(tmp_path):
     """Also where that is killed and can end nothing itself."""
     worker = Path(engine_run.__file__).with_name("engine_worker.py")
     code = "import importlib.util as u, sys, time; s = u.spec_from_file_location('w', sys.argv[1]); m = u.module_from_spec(s); "
-    code += "s.loader.exec_module(m); m.end_with_caller(); time.sleep(60)"
+    code += "s.loader.exec_module(m); m.end_with_caller(); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, str(worker)], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(20) == 1
+        assert process.wait() == 1
 
 
 def test_two_processes_do_not_measure_into_one_folder(stand_in, tmp_path):
