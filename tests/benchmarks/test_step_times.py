@@ -22,7 +22,7 @@ def runtime():
 
 def test_a_step_stays_at_its_context(runtime):
     seconds = step_times.decode_step_seconds(runtime, 33, seconds=0.0)
-    assert 0 < seconds < 60
+    assert seconds > 0
     assert runtime.batch.positions.tolist() == [33, 33]
 
 
@@ -30,6 +30,6 @@ def test_a_prefill_is_of_every_sequence(runtime, monkeypatch):
     prompts = []
     own = runtime.prefill
     monkeypatch.setattr(runtime, "prefill", lambda ids: prompts.append(ids) or own(ids))
-    assert 0 < step_times.prefill_seconds(runtime, 17, seconds=0.0) < 60
+    assert step_times.prefill_seconds(runtime, 17, seconds=0.0) > 0
     assert {tuple(ids.shape) for ids in prompts} == {(2, 17)}
     assert runtime.batch.positions.tolist() == [17, 17]

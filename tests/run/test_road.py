@@ -42,7 +42,9 @@ def test_every_stage(puzzle, write, tmp_path):
     assert solved["prices"]
     healed, written = (load_model(out / path) for path in result["exports"].values())
     ids = torch.arange(2, 40)[None]
-    assert torch.equal(healed(ids), written(ids))
+    torch.testing.assert_close(
+        healed(ids), written(ids), rtol=1e-4, atol=1e-4
+    )  # its FFNs are padded: sums of other lengths
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = puzzle("run", recipe, "--out", out)
     assert again.exit_code == 0, again.output
@@ -206,7 +208,9 @@ def test_killed_in_any_stage_and_run_again(puzzle, launch, wait, write, tmp_path
     }  # fmt: skip
     ids = torch.arange(2, 40)[None]
     healed, written = (load_model(out / path) for path in result["exports"].values())
-    assert torch.equal(healed(ids), written(ids))
+    torch.testing.assert_close(
+        healed(ids), written(ids), rtol=1e-4, atol=1e-4
+    )  # its FFNs are padded: sums of other lengths
 
 
 def test_the_example_of_steps(puzzle, parent, corpus, tmp_path):
