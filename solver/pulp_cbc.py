@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from tempfile import TemporaryDirectory
+import os
+import tempfile
 from typing import Any
 
 from puzzle.solver.linear import Linear
@@ -70,9 +71,16 @@ def _solved(model: Any, seconds: float | None, options: list[str]) -> bool:
     import pulp
 
     command = pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, gapRel=0.0, gapAbs=0.0, threads=1, options=options)
-    with TemporaryDirectory() as command.tmpDir:
+    with tempfile.TemporaryDirectory(dir=_directory()) as command.tmpDir:
         try:
             model.solve(command)
         except pulp.PulpSolverError:
             return False
     return True
+
+
+def _directory() -> str:
+    """For PuLP's files: it splits CBC's command line at spaces, also where the path of the system's temporary directory has some."""
+    usual = tempfile.gettempdir()
+    places = [place for place in (usual, "/tmp", "/var/tmp") if len(place.split()) == 1 and os.access(place, os.W_OK)]
+    return places[0] if places else usual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 import time
 from dataclasses import replace
 
@@ -91,6 +92,14 @@ def test_scales(backend, scale):
 def test_equality_with_the_limit_is_allowed(backend):
     problem = two_layers([0.0, 1.0], [0.75, 0.25], 1.0)
     assert solve(problem, backend).objective == 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_temporary_directory_with_spaces(backend, tmp_path, monkeypatch):
+    (tmp_path / "my own").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "my own"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "my own"))
+    assert solve(two_layers([0.0, 1.0], [0.75, 0.25], 1.0), backend).objective == 1.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
