@@ -207,9 +207,9 @@ def test_both_names_of_the_cache(model):
             cache, steps = DynamicCache(), []
             for part in ids.split([7, 1, 3, 1], dim=1):
                 steps.append(model(part, **{name: cache}).logits)
-            assert torch.allclose(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-5)
+            assert torch.allclose(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-4)
         first = model(ids[:, :7])
-        assert torch.allclose(model(ids[:, 7:], None, None, getattr(first, CACHE_NAME)).logits, whole[:, 7:], atol=1e-5)
+        assert torch.allclose(model(ids[:, 7:], None, None, getattr(first, CACHE_NAME)).logits, whole[:, 7:], atol=1e-4)
     with pytest.raises(ValueError, match="two names of one thing"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 

@@ -42,7 +42,16 @@ def test_both_generate_the_same_of_every_family(name, tmp_path):
         assert not any(length <= at < length + count for at in switches)
         prompts = prompts_of(model, 3, length)
         plain, fast = (cls(model, 3, length + count).generate(prompts, count) for cls in RUNTIMES)
-        assert torch.equal(fast, plain)
+        for row in range(3):
+            assert_same_but_for_ties(model, prompts[row], fast[row], plain[row])
+
+
+def assert_same_but_for_ties(model, prompt, one, other) -> None:
+    """Tokens [count]: where they part, both are as likely but for rounding, which differs from processor to processor."""
+    parted = (one != other).nonzero().flatten().tolist()
+    if parted:
+        logits = model(torch.cat((prompt, one[: parted[0]]))[None])[0, -1]
+        assert (logits[one[parted[0]]] - logits[other[parted[0]]]).abs() <= 1e-4 * logits.std()
 
 
 def test_a_prefill_gives_the_token_in_hand(kind, mixed):
