@@ -105,5 +105,5 @@ def test_the_gradient_of_the_norm_is_autograds(offset):
         copy = weight.copy.clone().requires_grad_()
         (grad,) = torch.autograd.grad((normed @ copy.T - target).square().mean(), copy)
         adamw_reference([weight], [grad], norm, offset, steps, rule_of(0.01, "cpu", clip_norm=0.1))
-    torch.testing.assert_close(weight.value, plain.detach(), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(norm.value, plain_scale.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weight.value, plain.detach(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(norm.value, plain_scale.detach(), rtol=1e-8, atol=1e-8)
