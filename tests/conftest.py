@@ -52,14 +52,14 @@ settings.load_profile("suite")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `-n logical`: one for each core that we may use, also in a container on a host of many, and for each 3 GB of memory."""
+    """Of `-n logical`: one for each core that we may use, also in a container on a host of many, and for each 2 GB of memory."""
     from puzzle.base.machine import available_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no such file, or no limit: "max 100000"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, -(-quota // period))
-    return max(1, min(cores, available_memory() // (3 * 10**9)))
+    return max(1, min(cores, available_memory() // (2 * 10**9)))
 
 
 def pytest_collection_modifyitems(items) -> None:
