@@ -213,7 +213,7 @@ def plan_measured(selection: Selection, asked: SolveOptions, children: Children)
     of_round = len(choices(library)) - slots + (2 * library.num_layers - 1).bit_length()
     parts = PARTS * library.num_layers if asked.pairs else 0
     count = several * (2 if asked.pairs else 1) + parts + (asked.rounds or 0) * of_round
-    near_best(selection, several, asked.min_distance)
+    near_best(selection, 1, asked.min_distance)  # is there one?
     return {
         "device": str(children.device),
         "num_tokens": children.tokens.validation.numel(),

@@ -285,11 +285,14 @@ class Builder:
                     block.statistics = part.calibrate(streams)
                     block.moments = cache(partial(self._moments, part, streams, ropes))
             shared = (block, self.recipe, self.device, self._lr)
-            trainers[index, slot] = [
-                VariantTrainer(index, slot, [self.variant(index, slot, name) for name in names], *shared)
-                for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
-                if (index, slot, names[0]) in mine
-            ]
+            try:
+                trainers[index, slot] = [
+                    VariantTrainer(index, slot, [self.variant(index, slot, name) for name in names], *shared)
+                    for names in bundles(self.spaces.get(index, {}).get(slot, {}), self.options.nested)
+                    if (index, slot, names[0]) in mine
+                ]
+            except torch.linalg.LinAlgError as error:  # sums of squares with λ break for nothing else
+                raise self._not_finite(index, slot) from error
             block.statistics = block.moments = None
             with torch.no_grad(), autocast(self.device):
                 for step, x in enumerate(streams):  # one set of them is there at a time
@@ -302,6 +305,12 @@ class Builder:
         """For the variants that start from them."""
         with autocast(self.device):
             return part.moments(streams, ropes)
+
+    def _not_finite(self, layer: int, slot: str) -> UserError:
+        return UserError(
+            f"layer {layer} {slot} of {self.parent.checkpoint.directory}: what enters it or what it gives is not finite on this text, in "
+            f"{str(self.dtype).removeprefix('torch.')}: the weights there or before are broken"
+        )
 
     def through(
         self,
@@ -327,8 +336,10 @@ class Builder:
         for batch in range(-(-len(self._data.validation) // self.recipe.batch_size)):
             x = self.through(parts, trainers, ropes, self._streams.get("validation", batch), VariantTrainer.validate)
             self._streams.put("validation", batch, x, last=look == -1)
-        for trainer in (one for of_place in trainers.values() for one in of_place):
-            trainer.losses[look] = trainer.validated()
+        for place, trainer in ((place, one) for place, of_place in trainers.items() for one in of_place):
+            trainer.losses[look] = found = trainer.validated()
+            if look == 0 and found.isnan().any():  # before anything is trained
+                raise self._not_finite(*place)
 
     @property
     def num_calibration(self) -> int:

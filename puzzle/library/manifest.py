@@ -9,6 +9,7 @@ origin: only where the parent is a healed child: the model that it was made of, 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -150,7 +151,7 @@ class Library:
             raise UserError(f"{path} is broken (scores are {found!r}): remove it, and run `puzzle score {self.root}`")
         for name, row in found.items():
             kl = row.get("kl") if isinstance(row, dict) else None
-            if not isinstance(kl, int | float) or kl < -0.01:  # what rounding makes of 0 is near it
+            if type(kl) not in (int, float) or not -0.01 <= kl < math.inf:  # what rounding makes of 0 is near it
                 raise UserError(
                     f"{path} is broken ({name} has kl = {kl!r}): remove it, and run `puzzle score {self.root}`"
                 )

@@ -183,6 +183,8 @@ def test_a_dry_run_measures_nothing(puzzle, own_library, corpus, tmp_path):
     (path,) = (own_library / "children").iterdir()
     count = len(json.loads(path.read_text())["children"])
     assert 3 < count <= planned["children_at_most"]
+    many = ("solve", own_library, *SOLVE, "--finalists", 10**6, "--data", corpus, *TEXT, "--dry-run", "--json")
+    assert json.loads(puzzle(*many).stdout)["children_at_most"] == 10**6  # of which it looks for one
     told = ("--gpu", "cpu", "--data", corpus, *TEXT, "--dry-run", "--json")
     again = json.loads(puzzle("rescore", own_library, tmp_path / "s", *told).stdout)
     assert again["measured_before"] == count

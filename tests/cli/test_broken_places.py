@@ -103,6 +103,8 @@ def test_a_cost_table_with_impossible_values(puzzle, one_line_error, own_library
         ({"attention/kv1": {}}, "attention/kv1 has kl = None"),
         ({"attention/kv1": {"kl": "x"}}, "attention/kv1 has kl = 'x'"),
         ({"attention/kv1": {"kl": -1}}, "attention/kv1 has kl = -1"),
+        ({"attention/kv1": {"kl": float("nan")}}, "attention/kv1 has kl = nan"),
+        ({"attention/kv1": {"kl": float("inf")}}, "attention/kv1 has kl = inf"),
     ],
 )
 def test_scores_changed_by_hand(puzzle, one_line_error, own_library, scores, told):

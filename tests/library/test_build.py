@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -14,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from puzzle.base.errors import UserError
 from puzzle.base.ranks import Ranks
-from puzzle.blocklib.distill import Recipe
+from puzzle.blocklib.distill import Recipe, VariantTrainer
 from puzzle.blocklib.linear import Linear
 from puzzle.library.build import Builder, BuildOptions, build_library
 from puzzle.library.manifest import Library
@@ -103,6 +105,25 @@ def test_a_linear_map_begins_better_than_nothing(parent, corpus, tmp_path, varia
     records = [json.loads(path.read_text()) for path in (tmp_path / "lib").glob("blocks/*/*/linear*.json")]
     assert len(records) == 2 * len(Library.open(tmp_path / "lib").layers)
     assert all(record["validation_loss_before"] < 1 for record in records)
+
+
+@pytest.mark.parametrize("ffn", ["none", "0.5-obs", "linear-4"])
+def test_a_parent_that_overflows_is_named_before_it_trains(parent, corpus, tmp_path, poison, monkeypatch, ffn):
+    """Whatever its variants start from, and where LAPACK or a GPU's solver breaks at what is not finite."""
+    broken = shutil.copytree(parent, tmp_path / "parent")
+    for name in ("gate_proj", "up_proj"):
+        poison(broken, f"model.layers.1.mlp.{name}.weight", lambda weight: weight * 1e25)
+    monkeypatch.setattr(VariantTrainer, "step", None)
+    plain = torch.linalg.eigh
+
+    def strict(matrix):
+        if not matrix.isfinite().all():
+            raise torch.linalg.LinAlgError("failed to converge")
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", strict)
+    with pytest.raises(UserError, match=r"layer 1 ffn of .*parent: .* not finite on this text, in float32"):
+        build_library(str(broken), options(corpus, tmp_path / "lib", attention="kv1", ffn=ffn))
 
 
 def test_layers_can_be_chosen(parent, corpus, tmp_path):
