@@ -10,7 +10,8 @@ Letters: R tokens, K words kept, T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from puzzle.base.errors import UserError
 from puzzle.base.files import content_hash, replacing
@@ -27,6 +29,7 @@ from puzzle.parents.checkpoint import read_header
 
 SHARD_BYTES = 2**26
 HELD_OUT, RECORD = "held-out.safetensors", "teacher.json"
+NAMES = ("words", "logs", "rest")
 
 
 def bytes_per_token(top_k: int, words: int) -> int:
@@ -49,6 +52,7 @@ class StoredTeacher:
     def __init__(self, directory: Path, stages: list[Stage], facts: dict[str, Any], device: torch.device):
         self.directory, self.stages, self.facts, self.device = directory, stages, facts, device
         self.key, self.top_k = content_hash(facts), int(facts["top_k"])
+        self._sound: set[Path] = set()
         self.shards = [
             Shard(path=directory / f"stage{n}-{first:08}.safetensors", stage=n, steps=steps)
             for n, stage in enumerate(stages)
@@ -70,14 +74,15 @@ class StoredTeacher:
         """One shard, renamed into place when it is whole. more: for its header."""
         number = torch.uint16 if self.facts["words"] <= 2**16 else torch.int32
         tensors = {"words": told.words.to(number), "logs": told.logs.half(), "rest": told.rest.float()}
+        tensors = {n: t.cpu().contiguous() for n, t in tensors.items()}
         with replacing(path) as temporary:
-            save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"run": self.key, **more})
+            save_file(tensors, temporary, {"run": self.key, "sha256": _hash(tensors), **more})
 
     def lessons(self, stage: int, steps: range, rows: slice, parts: int) -> Iterator[TopK]:
         """Of the rows of these steps, in `parts` micro-batches each."""
         length, size = self.stages[stage].seq_len, self.stages[stage].batch_size
         for shard in (s for s in self.shards if s.stage == stage and s.steps.stop > steps.start):
-            with safe_open(shard.path, framework="pt") as handle:
+            with self._opened(shard.path) as handle:
                 for step in shard.steps:
                     if step < steps.start:
                         continue
@@ -87,19 +92,39 @@ class StoredTeacher:
                         yield self._read(handle, row * length, (row + each) * length)
 
     def held_out(self, rows: slice, seq_len: int) -> TopK:
-        with safe_open(self.directory / HELD_OUT, framework="pt") as handle:
+        with self._opened(self.directory / HELD_OUT) as handle:
             return self._read(handle, rows.start * seq_len, rows.stop * seq_len)
 
     def told(self, kl: float) -> dict[str, float]:
         """For an evaluation, from the mean over held-out tokens."""
         return {"kl_top": kl, "teacher_loss": float(read_header(self.directory / HELD_OUT)["__metadata__"]["loss"])}
 
+    def _opened(self, path: Path) -> Any:
+        """Raises UserError, the first time, for numbers that are not those written; files of before have no hash of them."""
+        handle = safe_open(path, framework="pt")
+        if path not in self._sound:
+            wanted = handle.metadata().get("sha256")
+            if wanted is not None and wanted != _hash({name: handle.get_tensor(name) for name in NAMES}):
+                raise UserError(
+                    f"{path} was changed after it was written: remove it, and pass `teacher`, which writes it again"
+                )
+            self._sound.add(path)
+        return handle
+
     def _read(self, handle: Any, begin: int, end: int) -> TopK:
         """Made to sum to 1, which rounding to float16 has moved."""
-        words, logs, rest = (handle.get_slice(name)[begin:end] for name in ("words", "logs", "rest"))
+        words, logs, rest = (handle.get_slice(name)[begin:end] for name in NAMES)
         words, logs, rest = words.int().to(self.device), logs.to(self.device).float(), rest.to(self.device)
         total = torch.logaddexp(logs.logsumexp(-1), rest)
         return TopK(words=words.long(), logs=logs - total[:, None], rest=rest - total)
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """Of the bytes of these, by name."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _cut(stage: Stage, each: int) -> Iterator[tuple[int, range]]:

@@ -16,6 +16,7 @@ from puzzle.heal import top_k
 from puzzle.heal.log import read_log
 from puzzle.heal.loss import head_losses
 from puzzle.heal.top_k import top_k_losses, top_k_of
+from puzzle.parents.checkpoint import read_header
 
 ALL_BUT_ONE = 383  # of the tiny parent's 384 words: nothing is lost
 NO_STATES = ("--cosine-weight", 0)
@@ -185,6 +186,20 @@ def test_what_does_not_fit_is_refused_by_name(
     (lacks / "teacher.json").write_text((directory / "teacher.json").read_text())
     top = ("--top-k", ALL_BUT_ONE)
     one_line_error(puzzle(*run, lacks, *NO_STATES, *top), "lacks stage0-00000000.safetensors: pass --teacher")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["words", "logs"])
+def test_what_was_changed_since_is_no_lesson(puzzle, one_line_error, child, small, said, tmp_path, name):
+    """Numbers of words beyond the vocabulary were a traceback, log-probabilities that are none steps left out without a word."""
+    directory = shutil.copytree(said[0], tmp_path / "said")
+    path = sorted(directory.glob("stage0-*"))[0]
+    tensors, told = load_file(path), read_header(path)["__metadata__"]
+    tensors[name][0] = 60_000 if name == "words" else torch.nan
+    save_file(tensors, path, told)
+    given = ("--teacher-logits", directory, "--top-k", ALL_BUT_ONE, *NO_STATES)
+    done = puzzle("heal", child, *given, *small, "--out", tmp_path / "out")
+    one_line_error(done, f"{path} was changed after it was written: remove it, and pass --teacher")
     assert not (tmp_path / "out").exists()
 
 
