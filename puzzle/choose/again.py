@@ -25,6 +25,7 @@ def asked_again(library: Library, solved: Architecture, asked: SolveOptions, gpu
         "stages": solved.goal.get("stages") is not None,
         "fusion": solved.fuse is not None or bool(solved.fused),
         "precision": solved.kv_dtype is not None,
+        "hidden or --depth": solved.point is not None,
     }
     for name, there in others.items():
         if there:

@@ -90,6 +90,8 @@ def test_a_sliced_child_goes_down_the_road(puzzle, both, parent, corpus, tmp_pat
     done = puzzle("export", small, small / "solution", "--out", tmp_path / "child")
     assert done.exit_code == 0, (done.output, done.exception)
     assert open_model(tmp_path / "child").structure.hidden_size == 24
+    again = puzzle("rescore", small, small / "solution", "--gpu", "cpu", "--data", corpus, "--out", tmp_path / "again")
+    one_line_error(again, "was solved with --hidden or --depth, which is not scored anew")
     evaluated = (
         "--data",
         corpus,
