@@ -14,7 +14,7 @@ import click
 
 from curriculum import read_rows
 from rewards import COUNT, MODES, Script, in_format, is_right, prompt
-from sampling import Child
+from sampling import Child, check_room
 
 SHOWN = 8  # answers that are kept as they are
 
@@ -30,6 +30,8 @@ SHOWN = 8  # answers that are kept as they are
 def main(child: str, prompts: Path, out: Path, limit: int, at_once: int, max_new_tokens: int, sandbox: str | None):
     """Ask CHILD the questions of PROMPTS and write what came of it to --out."""
     rows, asked = read_rows(prompts, sandbox, out)[:limit], Child(child)
+    for thinking in MODES:
+        check_room(asked.opened, asked.tokenizer, [prompt(row["question"], thinking) for row in rows], max_new_tokens)
     found: dict = {"child": child, "questions": len(rows)}
     for thinking, mode in MODES.items():
         texts = []

@@ -20,9 +20,8 @@ import torch
 
 from puzzle.base.errors import UserError
 from puzzle.base.files import json_text, write_text
-from puzzle.parents.opened import open_model
 from rewards import COUNT, SEED, Script, check_same, check_sandbox, is_right, prompt, read_lines
-from sampling import Child
+from sampling import Child, check_room
 
 
 def read_rows(path: Path, sandbox: str | None = None, out: Path | None = None) -> list[dict[str, Any]]:
@@ -84,9 +83,11 @@ def main(
     seed: int,
 ):
     """Write PROMPTS to --out with the share of CHILD's answers that are right."""
-    rows = read_rows(prompts, sandbox, out)
+    rows, asked = read_rows(prompts, sandbox, out), Child(child)
+    chats = [prompt(row["question"], True) for row in rows]
+    check_room(asked.opened, asked.tokenizer, chats, max_new_tokens)
     settings = {"samples": samples, "at_once": at_once, "max_new_tokens": max_new_tokens, "seed": seed}
-    asked_for, place = {"child": open_model(child).fingerprint(), **settings}, out.with_suffix(".asked.json")
+    asked_for, place = {"child": asked.opened.fingerprint(), **settings}, out.with_suffix(".asked.json")
     written = out.read_bytes() if out.is_file() else b""
     whole = written[: written.rfind(b"\n") + 1]  # a kill may have cut the last row off
     if whole:
@@ -98,12 +99,11 @@ def main(
     done = read_rows(out, sandbox) if whole else []
     if [row["question"] for row in done] != [row["question"] for row in rows[: len(done)]]:
         raise UserError(f"`out` {out} holds other prompts than {prompts}: give another, or remove it")
-    asked = Child(child)
     with open(out, "a" if whole else "w", encoding="utf-8") as handle:
         for begin in range(len(done) // at_once * at_once, len(rows), at_once):
             batch = rows[begin : begin + at_once]
             torch.manual_seed(seed + begin)
-            drawn = asked.answers([prompt(row["question"], True) for row in batch], max_new_tokens, samples)
+            drawn = asked.answers(chats[begin : begin + at_once], max_new_tokens, samples)
             for number, (row, texts) in enumerate(zip(batch, drawn, strict=True), begin):
                 row["pass_rate"] = sum(is_right(text, row, sandbox) for text in texts) / samples
                 if number >= len(done):  # a batch that was cut off is drawn again, with the same numbers

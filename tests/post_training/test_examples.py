@@ -442,6 +442,10 @@ def test_what_the_scripts_refuse(mixed, tmp_path, one_line_error):
         (sft, (stages, "--child", mixed), "stage 1: unknown key 'epochs'"),
         (grpo, (mixed, good, "--off", 2), "Invalid value for '--off': 2.0 is not in the range"),
         (grpo, (mixed, good, "--accumulate", 3), "`accumulate` 3: 128 answers of a step"),
+        *(
+            (one, (mixed, good, "--max-new-tokens", 999), "`max_new_tokens` 999 after a prompt of")
+            for one in (grpo, curriculum, assess)
+        ),
         (grpo, (mixed, half), "1 of 2 prompts have a `pass_rate`"),
         (grpo, (tmp_path, good), "config.json"),
         (grpo, (mixed, good, "--sandbox", "no-such-program"), "`sandbox` no-such-program: no such program here"),
@@ -490,7 +494,9 @@ def test_an_answer_of_zero_counts(mixed, tmp_path, monkeypatch):
 
     monkeypatch.setattr(grpo, "GRPOTrainer", Trainer)
     rows = write_rows(tmp_path / "rows.jsonl", [{"question": "2 - 2?", "answer": 0}])
-    CliRunner().invoke(grpo.main, [str(mixed), str(rows), "--out", str(tmp_path / "rl"), "--steps", "1"])
+    CliRunner().invoke(
+        grpo.main, [str(mixed), str(rows), "--out", str(tmp_path / "rl"), "--steps", "1", "--max-new-tokens", "4"]
+    )
     assert seen == ["0"] * 8
 
 
