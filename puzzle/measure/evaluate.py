@@ -200,6 +200,8 @@ def _opened(
     def read() -> TokenData:
         if isinstance(data, TokenData):
             return data
+        if options.seq_len > longest:
+            say(f"sequences of {longest} tokens, the context of {parent.name}, and not of {options.seq_len}")
         return load_tokens(
             data,
             directory,

@@ -58,8 +58,8 @@ def test_evaluate_measures_both(puzzle, own_library, parent, corpus, tmp_path):
     assert 0 <= found["child"]["top1_agreement"] <= 1
     assert found["child"]["num_parameters"] < found["parent"]["num_parameters"]
     assert found["speedup"] > 0
-    same = json.loads(
-        puzzle("evaluate", parent, parent, "--data", corpus, "--sequences", 4, "--no-speed", "--json").stdout
-    )
+    done = puzzle("evaluate", parent, parent, "--data", corpus, "--sequences", 4, "--no-speed", "--json")
+    same = json.loads(done.stdout)
+    assert f"sequences of 256 tokens, the context of {parent}, and not of 1024" in done.stderr
     assert same["child"]["kl"] == pytest.approx(0, abs=1e-9)
     assert same["child"]["top1_agreement"] == 1
