@@ -289,6 +289,10 @@ def main(
     layers: int | None,
 ) -> None:
     """Train the reference parent of --family and write it to --out."""
+    given = {"tokens": tokens, "seconds": seconds, "batch": batch, "lr": lr, "max-files": max_files, "length": length}
+    for name, value in {**given, "layers": layers}.items():  # before minutes of reading
+        if value is not None and not 0 < value < math.inf:
+            raise click.ClickException(f"--{name} {value:g}: must be above 0")
     if length is not None:
         globals()["T"] = length
     started = time.time()

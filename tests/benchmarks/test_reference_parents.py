@@ -62,6 +62,14 @@ def train(family, out, files, monkeypatch):
     return CliRunner().invoke(script.main, list(map(str, words)))
 
 
+@pytest.mark.parametrize("words", [("--tokens", "nan"), ("--batch", 0), ("--lr", -1), ("--layers", 0)])
+def test_sizes_that_cannot_be_are_refused_before_anything_is_read(tmp_path, monkeypatch, words):
+    script = importlib.import_module("train_parent")
+    monkeypatch.setattr(script, "corpus_files", None)
+    done = CliRunner().invoke(script.main, ["--out", str(tmp_path / "parent"), *map(str, words)])
+    assert (done.exit_code, done.output) == (1, f"Error: {words[0]} {words[1]}: must be above 0\n")
+
+
 def documents(folder, count):
     """Some Python, the same on every machine. Which of them are held out is a matter of their text."""
     for number in range(count):
