@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzle.blocklib.moments import Moments, Statistics
-
-RIDGE = 1e-4  # of the mean diagonal of the Gram matrix: keeps the solve stable when tokens are few
+from puzzle.blocklib.moments import Moments, Statistics, ridged
 
 
 def merge_kv_heads(weight: Tensor, num_heads: int, num_merged: int) -> Tensor:
@@ -62,27 +60,21 @@ def least_squares(moments: Moments) -> Tensor:
     """The H × H matrix with the least squared error against the sub-block on the calibration tokens. Without an intercept, as the map
     has no bias: that of an attention or FFN which has one is fitted by what enters, like all else.
 
-    Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64. Products of the weights, which need no text, are far from it: down · up drops the gate,
-    which is mostly near 0, and O · V has every token see itself alone (docs/results.md has all errors).
+    Solves W (Σ n nᵀ + λI) = Σ y nᵀ in float64, with the λ of `best_ridge`. Products of the weights, which need no text, are far from it:
+    down · up drops the gate, which is mostly near 0, and O · V has every token see itself alone (docs/results.md has all errors).
     """
-    return torch.linalg.solve(ridged(moments.gram), moments.cross.T).T.float()
+    return torch.linalg.solve(moments.damped, moments.cross.T).T.float()
 
 
 def low_rank(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """(U [H, R], V [R, H]) whose product is nearest to W [H, H] by what both give: ‖(W - U V) C^½‖_F is least, with C = Σ n nᵀ + λI of what
-    enters; gram None: C = I, the truncated SVD.
+    """(U [H, R], V [R, H]) whose product is nearest to W [H, H] by what both give: ‖(W - U V) C^½‖_F is least, with C = `gram` of what
+    enters; None: C = I, the truncated SVD.
 
     U has the R main directions of what W gives, the eigenvectors of W C Wᵀ, and V = Uᵀ W. As U Uᵀ W S is the truncated SVD of W S with
     S Sᵀ = C, this is SVD-LLM's pair (arXiv 2403.07378) without S⁻¹; where W is `least_squares`', with its λ, it is reduced-rank regression
-    (Izenman 1975): no other pair has a smaller error on the calibration tokens.
+    (Izenman 1975): no other pair has a smaller error on the calibration tokens, λ ‖U V‖² included.
     """
     wide = matrix.double()
-    given = wide @ wide.T if gram is None else wide @ ridged(gram.to(wide)) @ wide.T
+    given = wide @ wide.T if gram is None else wide @ gram.to(wide) @ wide.T
     directions = torch.linalg.eigh((given + given.T) / 2).eigenvectors[:, -rank:].flip(1)
     return directions.to(matrix.dtype).contiguous(), (directions.T @ wide).to(matrix.dtype)
-
-
-def ridged(gram: Tensor) -> Tensor:
-    """Σ n nᵀ + λI. [H, H]"""
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-    return gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

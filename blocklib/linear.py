@@ -84,9 +84,9 @@ class Linear(Normed):
             matrix = parent.linear_map(block)
             if rank is None:
                 return {**norms, "linear.weight": matrix}
-            gram = block.measured(f"a linear map of rank {rank}").gram if by_inputs else None
+            gram = block.measured(f"a linear map of rank {rank}").damped if by_inputs else None
             u, v = low_rank(matrix, gram, rank)
             return {**norms, "linear.v.weight": v, "linear.u.weight": u}
 
-        # Attention began as O · V once.
-        return Variant(name=name, sub_block=sub_block, initialise=initialise, edition=int(parent.kind == "gqa"))
+        # Attention began as O · V once, then all with one λ.
+        return Variant(name=name, sub_block=sub_block, initialise=initialise, edition=1 + (parent.kind == "gqa"))

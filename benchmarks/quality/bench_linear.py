@@ -57,11 +57,11 @@ def starts(block: ParentBlock, moments: Moments, rank: int) -> Iterator[tuple[st
         return Variant(name=name, sub_block=Linear(**fields, rank=rank), initialise=lambda _: norms | tensors)
 
     name, product = product_of(block.sub_block, block.weights)
-    scale = (product * moments.cross).sum() / (product @ moments.gram * product).sum()
+    scale = (product * moments.cross).sum() / (product @ moments.grams.sum(0) * product).sum()
     matrices = {"least squares": least_squares(moments), name: product.float()}
     for start, matrix in matrices.items():
         yield start, variant({"linear.weight": matrix}, None)
-        u, v = low_rank(matrix, moments.gram, rank)
+        u, v = low_rank(matrix, moments.damped, rank)
         yield start, variant({"linear.v.weight": v, "linear.u.weight": u}, rank)
     yield f"{name}, scaled", variant({"linear.weight": (scale * product).float()}, None)
     yield "nothing", variant({"linear.weight": torch.zeros_like(matrix)}, None)

@@ -114,15 +114,18 @@ class Part(nn.Module):
     @torch.no_grad()
     def moments(self, inputs: list[Tensor], ropes: Ropes) -> Moments:
         """Over the residual streams [B, T, H] that enter, which are whole sequences: a kind that mixes tokens sees what it always sees."""
-        hidden = inputs[0].shape[-1]
-        gram, cross = torch.zeros(2, hidden, hidden, dtype=torch.float64, device=inputs[0].device)
+        hidden, seen = inputs[0].shape[-1], 0
+        grams, crosses = torch.zeros(2, 2, hidden, hidden, dtype=torch.float64, device=inputs[0].device)
         for x in inputs:
             entered = self.enter(x)
-            given = self.inner(entered, ropes).flatten(0, 1).double()
-            read = entered.flatten(0, 1).double()
-            gram += read.T @ read
-            cross += given.T @ read
-        return Moments(gram, cross)
+            given = self.inner(entered, ropes)
+            for half in (0, 1):
+                some = slice((seen + half) % 2, None, 2)
+                read, y = entered[some].flatten(0, 1).double(), given[some].flatten(0, 1).double()
+                grams[half] += read.T @ read
+                crosses[half] += y.T @ read
+            seen += len(x)
+        return Moments(grams, crosses)
 
     def watch(self, x: Tensor) -> None:
         """Note what is told of this block beside its loss, on residual streams [B, T, H] that enter. Most kinds tell nothing."""

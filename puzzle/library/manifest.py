@@ -151,7 +151,9 @@ class Library:
             raise UserError(f"{path} is broken (scores are {found!r}): remove it, and run `puzzle score {self.root}`")
         for name, row in found.items():
             kl = row.get("kl") if isinstance(row, dict) else None
-            if type(kl) not in (int, float) or not -0.01 <= kl < math.inf:  # what rounding makes of 0 is near it
+            if (
+                not isinstance(kl, int | float) or isinstance(kl, bool) or not -0.01 <= kl < math.inf
+            ):  # what rounding makes of 0 is near it
                 raise UserError(
                     f"{path} is broken ({name} has kl = {kl!r}): remove it, and run `puzzle score {self.root}`"
                 )

@@ -67,12 +67,12 @@ def trained(spaces: Mapping[str, Space], nested: bool) -> list[SubBlock]:
 
 
 def calibration_bytes(layer: Layer, hidden: int, recipe: Recipe, compute_bytes: int) -> int:
-    """While a layer's variants are initialised: the calibration streams, one batch's statistics in float64, the moments and their least
-    squares, and a float32 copy of a sub-block."""
+    """While a layer's variants are initialised: the calibration streams, one batch's statistics in float64, the moments of both halves and
+    their least squares, and a float32 copy of a sub-block."""
     tokens = recipe.batch_size * recipe.seq_len
     streams = recipe.calibration_sequences * recipe.seq_len * hidden * compute_bytes
     statistics = tokens * (2 * 8 * widest(layer) + 3 * 8 * hidden)
-    return streams + statistics + 6 * 8 * hidden**2 + 4 * layer_parameters(layer)
+    return streams + statistics + 12 * 8 * hidden**2 + 4 * layer_parameters(layer)
 
 
 def scoring(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from puzzle.base.errors import UserError
-from puzzle.blocklib.initialize import RIDGE, channel_order, merge_kv_heads, surgeon
+from puzzle.blocklib.initialize import channel_order, merge_kv_heads, surgeon
+from puzzle.blocklib.moments import RIDGE
 from puzzle.blocklib.plain.part import loaded
 from puzzle.blocklib.sub_block import ParentBlock
 from puzzle.blocklib.variant import PARENT, bundles, search_space, variant_of
@@ -61,7 +62,7 @@ def test_linear_ffn_is_the_least_squares_solution(make_layer):
     best = torch.linalg.lstsq(normed, target.flatten(0, 1).double()).solution
     optimum = block_loss((normed @ best).view_as(x), target)
     mine = block_loss(started(block, "linear")(x, {}), target)
-    assert optimum <= mine + 1e-6 <= 1.01 * optimum + 2e-6
+    assert optimum <= mine + 1e-6 <= 1.03 * optimum + 2e-6  # 800 tokens of random noise: λ is no small one
     product = block.weights["down_proj.weight"] @ block.weights["up_proj.weight"]
     assert mine < block_loss(ffn.norm(x) @ product.T, target)
     assert mine < 1
