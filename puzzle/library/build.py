@@ -30,6 +30,7 @@ from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, check_seed, parse_layers
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer, autocast
+from puzzle.blocklib.ffn import SURGEON
 from puzzle.blocklib.moments import Moments
 from puzzle.blocklib.plain.part import Part, Ropes, loaded, moved, moving
 from puzzle.blocklib.sub_block import ParentBlock, Variant
@@ -43,12 +44,15 @@ from puzzle.library.store import BlockStore
 from puzzle.library.streams import ResidualStreams, Split
 from puzzle.parents.opened import HfModel, open_model
 from puzzle.runtime.model import embed
+from puzzle.runtime.residency import widest
 
 SNAPSHOT_SECONDS = 60.0
 
 Parts = dict[tuple[int, str], Part]  # the parent's sub-blocks by (layer, slot), in the order of the residual stream
 Trainers = dict[tuple[int, str], list[VariantTrainer]]  # by (layer, slot)
 BlockKey = tuple[int, str, str]  # (layer, slot, variant)
+
+SURGEON_TOKENS = 4  # a channel, from which on its Hessian pays (docs/lessons.md)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +208,13 @@ class Builder:
             self._snapshots.remove()  # of a run that was killed after its last block
             say(f"library {out} is complete: nothing to train")
             return
+        tokens = self.recipe.calibration_sequences * self.recipe.seq_len
+        reads = [widest(self.structure.layers[layer]) for layer, _, name in absent if name.endswith(SURGEON)]
+        if self.coupled is None and tokens < SURGEON_TOKENS * max(reads, default=0):
+            say(
+                f"{tokens:,} calibration tokens for {max(reads):,} channels: {SURGEON} starts worse than without it on fewer than about "
+                f"{SURGEON_TOKENS} a channel"
+            )
         last = max(index for index, group in enumerate(groups) if any(k[0] in group for k in absent))
         rounds = [groups[i : min(i + ranks.world, last + 1)] for i in range(0, last + 1, ranks.world)]
         if len(rounds[0]) < ranks.world:

@@ -126,6 +126,13 @@ def test_a_parent_that_overflows_is_named_before_it_trains(parent, corpus, tmp_p
         build_library(str(broken), options(corpus, tmp_path / "lib", attention="kv1", ffn=ffn))
 
 
+@pytest.mark.parametrize(("sequences", "told"), [(11, True), (12, False)])  # 352 and 384 tokens for 96 channels
+def test_few_tokens_for_a_second_order_start_are_said(parent, corpus, tmp_path, capfd, sequences, told):
+    asked = {"attention": "kv1", "ffn": "0.5-obs", "layers": "1", "tokens": 0, "calibration_sequences": sequences}
+    build_library(str(parent), options(corpus, tmp_path / "lib", **asked))
+    assert ("352 calibration tokens for 96 channels: -obs starts worse" in capfd.readouterr().err) == told
+
+
 def test_layers_can_be_chosen(parent, corpus, tmp_path):
     """Layer 2 alone trains as it does in a build of all layers, though layers 0 and 1 only pass activations on."""
     build_library(str(parent), options(corpus, tmp_path / "all", attention="kv1", ffn="0.5"))
