@@ -61,16 +61,16 @@ def best_ridge(moments: Moments) -> float:
     def error(ridge: float) -> float:
         total = 0.0
         for gram, cross, there, y in ((one, given, other, wanted), (other, wanted, one, given)):
-            matrix = torch.linalg.solve(gram + (ridged(whole, ridge) - whole), cross.T).T
+            matrix = torch.linalg.solve(ridged(gram, ridge, like=whole), cross.T).T
             total += float((matrix * (matrix @ there - 2 * y)).sum())
         return total
 
     return min(RIDGES, key=error)  # the largest, where there is one sequence alone
 
 
-def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Σ n nᵀ + λI, λ being `ridge` of the mean diagonal. [H, H]"""
+def ridged(gram: Tensor, ridge: float = RIDGE, *, like: Tensor | None = None) -> Tensor:
+    """Σ n nᵀ + λI, λ being `ridge` of the mean diagonal, of the other Gram matrix `like` where one is given. [H, H]"""
     import torch
 
-    level = ridge * gram.diagonal().mean().clamp(min=1e-30)
+    level = ridge * (gram if like is None else like).diagonal().mean().clamp(min=1e-30)
     return gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from made_up_files import write_files
 from puzzle.blocklib.mamba2 import Mamba2
 from puzzle.blocklib.moe import Moe
 from puzzle.parents.opened import open_model
@@ -70,16 +71,8 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_read(tmp_path, monk
     assert (done.exit_code, done.output) == (1, f"Error: {words[0]} {words[1]}: must be above 0\n")
 
 
-def documents(folder, count):
-    """Some Python, the same on every machine. Which of them are held out is a matter of their text."""
-    for number in range(count):
-        lines = [f"def function_{number}_{line}(x):\n    return x * {number} + {line}\n" for line in range(40)]
-        (folder / f"{number}.py").write_text("\n".join(lines))
-    return sorted(folder.glob("*.py"))
-
-
 def test_a_corpus_of_which_nothing_is_held_out_is_refused(tmp_path, monkeypatch):
-    done = train("qwen3_moe", tmp_path / "parent", documents(tmp_path, 1), monkeypatch)
+    done = train("qwen3_moe", tmp_path / "parent", write_files(tmp_path, 1), monkeypatch)
     assert done.exit_code == 1
     assert "documents to train on and" in done.output
     assert "give more --max-files" in done.output
@@ -90,7 +83,7 @@ def test_a_corpus_of_which_nothing_is_held_out_is_refused(tmp_path, monkeypatch)
 def test_a_reference_parent_is_trained(family, tmp_path, monkeypatch):
     """A plain checkpoint within the time that was given: transformers and we read the same from it, and its experts stay even."""
     (tmp_path / "text").mkdir()
-    files, tmp_path = documents(tmp_path / "text", 150), tmp_path / "parent"
+    files, tmp_path = write_files(tmp_path / "text", 60), tmp_path / "parent"
     done = train(family, tmp_path, files, monkeypatch)
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "config.json").read_text())
