@@ -29,9 +29,9 @@ SHOWN = 8  # answers that are kept as they are
 @click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
 def main(child: str, prompts: Path, out: Path, limit: int, at_once: int, max_new_tokens: int, sandbox: str | None):
     """Ask CHILD the questions of PROMPTS and write what came of it to --out."""
-    rows, asked = read_rows(prompts, sandbox, out)[:limit], Child(child)
-    for thinking in MODES:
-        check_room(asked.opened, asked.tokenizer, [prompt(row["question"], thinking) for row in rows], max_new_tokens)
+    rows = read_rows(prompts, sandbox, out)[:limit]
+    check_room(child, [prompt(row["question"], thinking) for thinking in MODES for row in rows], max_new_tokens)
+    asked = Child(child)
     found: dict = {"child": child, "questions": len(rows)}
     for thinking, mode in MODES.items():
         texts = []

@@ -20,6 +20,7 @@ import torch
 
 from puzzle.base.errors import UserError
 from puzzle.base.files import json_text, write_text
+from puzzle.parents.opened import open_model
 from rewards import COUNT, SEED, Script, check_same, check_sandbox, is_right, prompt, read_lines
 from sampling import Child, check_room
 
@@ -83,11 +84,11 @@ def main(
     seed: int,
 ):
     """Write PROMPTS to --out with the share of CHILD's answers that are right."""
-    rows, asked = read_rows(prompts, sandbox, out), Child(child)
+    rows = read_rows(prompts, sandbox, out)
     chats = [prompt(row["question"], True) for row in rows]
-    check_room(asked.opened, asked.tokenizer, chats, max_new_tokens)
+    check_room(child, chats, max_new_tokens)
     settings = {"samples": samples, "at_once": at_once, "max_new_tokens": max_new_tokens, "seed": seed}
-    asked_for, place = {"child": asked.opened.fingerprint(), **settings}, out.with_suffix(".asked.json")
+    asked_for, place = {"child": open_model(child).fingerprint(), **settings}, out.with_suffix(".asked.json")
     written = out.read_bytes() if out.is_file() else b""
     whole = written[: written.rfind(b"\n") + 1]  # a kill may have cut the last row off
     if whole:
@@ -99,6 +100,7 @@ def main(
     done = read_rows(out, sandbox) if whole else []
     if [row["question"] for row in done] != [row["question"] for row in rows[: len(done)]]:
         raise UserError(f"`out` {out} holds other prompts than {prompts}: give another, or remove it")
+    asked = Child(child)
     with open(out, "a" if whole else "w", encoding="utf-8") as handle:
         for begin in range(len(done) // at_once * at_once, len(rows), at_once):
             batch = rows[begin : begin + at_once]

@@ -81,9 +81,9 @@ def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: floa
 @click.option("--seed", type=SEED, default=0)
 def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
     """Train CHILD on PROMPTS and write it to --out."""
-    rows, at_once, opened = read_rows(prompts, o["sandbox"]), o["group"] * o["prompts_per_step"], open_model(child)
+    rows, at_once = read_rows(prompts, o["sandbox"]), o["group"] * o["prompts_per_step"]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    asked = {"child": opened.fingerprint(), "prompts": content_hash(rows), "processes": processes}
+    asked = {"child": open_model(child).fingerprint(), "prompts": content_hash(rows), "processes": processes}
     asked |= {name: value for name, value in o.items() if name not in FREE}
     if at_once % o["accumulate"]:
         raise UserError(
@@ -100,7 +100,7 @@ def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
         thinking = off.random() >= o["off"]
         question = {"prompt": prompt(row["question"], thinking), "thinking": thinking}
         drawn.append({**question, "answer": str(row.get("answer", "")), "tests": row.get("tests") or ""})
-    check_room(opened, load_tokenizer(Path(child)), [one["prompt"] for one in drawn], o["max_new_tokens"])
+    check_room(child, [one["prompt"] for one in drawn], o["max_new_tokens"])
     gpu = torch.cuda.is_available()
     config = GRPOConfig(
         output_dir=str(part),

@@ -10,14 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from puzzle.base.errors import UserError
 from puzzle.data.tokenizer import load_tokenizer
-from puzzle.parents.opened import HfModel, open_model
+from puzzle.parents.opened import open_model
 
 
-def check_room(opened: HfModel, tokenizer: Any, chats: list[list[dict[str, str]]], max_new_tokens: int) -> None:
-    """Raise UserError where an answer could pass the model's context: it would go on, and say nothing that counts."""
+def check_room(child: str, chats: list[list[dict[str, str]]], max_new_tokens: int) -> None:
+    """Raise UserError where an answer could pass the child's context: it would go on, and say nothing that counts."""
+    room, tokenizer = open_model(child).structure.max_length, load_tokenizer(Path(child))
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    if longest + max_new_tokens > (room := opened.structure.max_length):
+    if longest + max_new_tokens > room:
         raise UserError(
             f"`max_new_tokens` {max_new_tokens} after a prompt of {longest} tokens are more than the child's context of {room}: give at "
             "most what is left, or leave the longest prompts out"
@@ -28,7 +29,7 @@ class Child:
     """An exported child on the GPU, if there is one."""
 
     def __init__(self, path: str):
-        self.opened = open_model(path)  # refuses in one line what is no model
+        open_model(path)  # refuses in one line what is no model
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto").to(device).eval()
         self.tokenizer = load_tokenizer(Path(path))
