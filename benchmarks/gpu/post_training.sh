@@ -73,6 +73,7 @@ fi
 : "${GROUP:=16}"
 : "${PER_STEP:=8}"
 : "${GRPO_LR:=5e-6}"
+: "${HARDEST:=0}" # pass rate, of the curriculum's prompts
 : "${SAVE_EVERY:=10}"
 # other ways to heal
 : "${STORED_ARGS:=--tokens 3000000 --batch-size 32 --max-files 3000}"
@@ -182,9 +183,9 @@ sft() {
   once tuned && once rows && [[ -f $WORK/assessed/healed.json && -f $WORK/assessed/sft.json ]]
 }
 
-grpo() { # grpo NAME PROMPTS
+grpo() { # grpo NAME PROMPTS OPTION...
   [[ -f $WORK/$1/config.json ]] || within "$1" 360 "$PYTHON" $SCRIPTS/grpo.py "$WORK/sft/both" "$2" --out "$WORK/$1" --steps "$GRPO_STEPS" \
-    --group "$GROUP" --prompts-per-step "$PER_STEP" --max-new-tokens "$ANSWER" --lr "$GRPO_LR" --save-every "$SAVE_EVERY" || return
+    --group "$GROUP" --prompts-per-step "$PER_STEP" --max-new-tokens "$ANSWER" --lr "$GRPO_LR" --save-every "$SAVE_EVERY" "${@:3}" || return
   cp "$WORK/$1/trainer_state.json" "$WORK/curves/$1.json"
   assess "$1" "$WORK/$1" && once rows
 }
@@ -194,7 +195,7 @@ grpo_curriculum() {
   local rated=$WORK/arithmetic/rated.jsonl
   [[ -f $rated.done ]] || { within rate 200 "$PYTHON" $SCRIPTS/curriculum.py "$WORK/sft/both" "$WORK/arithmetic/few.jsonl" --out "$rated" \
     --samples "$SAMPLES" --at-once 128 --max-new-tokens "$ANSWER" && touch "$rated.done"; } || return
-  grpo grpo_curriculum "$rated"
+  grpo grpo_curriculum "$rated" --hardest "$HARDEST"
 }
 
 grpo_plain() {

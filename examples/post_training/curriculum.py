@@ -36,13 +36,25 @@ def read_rows(path: Path, sandbox: str | None = None, out: Path | None = None) -
 
 
 def by_difficulty(
-    rates: list[float], batch_size: int, num_batches: int, *, easiest: float = 0.75, width: float = 0.15, seed: int = 0
+    rates: list[float],
+    batch_size: int,
+    num_batches: int,
+    *,
+    easiest: float = 0.75,
+    hardest: float = 0.0,
+    width: float = 0.15,
+    seed: int = 0,
 ) -> list[list[int]]:
-    """Prompts of each batch. rates: how often each is solved; those above `easiest` are dropped. Each batch's are drawn, none twice
-    until all were, from a Gaussian of `width` over the rates, whose mean goes from the easiest that is left to the hardest."""
-    kept = np.array([index for index, rate in enumerate(rates) if rate <= easiest])
+    """Prompts of each batch. rates: how often each is solved; those above `easiest` or below `hardest` are dropped. Each batch's are
+    drawn, none twice until all were, from a Gaussian of `width` over the rates, whose mean goes from the easiest that is left to the
+    hardest."""
+    kept = np.array([index for index, rate in enumerate(rates) if hardest <= rate <= easiest])
     if not len(kept):
-        raise UserError(f"all {len(rates)} prompts are solved more often than {easiest:g}: give harder ones")
+        if min(rates) > easiest:
+            raise UserError(f"all {len(rates)} prompts are solved more often than {easiest:g}: give harder ones")
+        raise UserError(
+            f"none of {len(rates)} prompts is solved at a rate of {hardest:g} to {easiest:g}: ask for others"
+        )
     found, left = np.array([rates[index] for index in kept]), np.ones(len(kept), dtype=bool)
     draw, batches = np.random.default_rng(seed), []
     for mean in np.linspace(found.max(), found.min(), num_batches):

@@ -35,7 +35,9 @@ ASKED = "grpo.json"  # what a run was asked for
 FREE = ("save_every", "sandbox")  # changes nothing of what is learned
 
 
-def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: float, seed: int) -> list[dict[str, Any]]:
+def ordered(
+    rows: list[dict[str, Any]], per_step: int, steps: int, easiest: float, hardest: float, seed: int
+) -> list[dict[str, Any]]:
     """The prompts of all steps."""
     if rated := sum("pass_rate" in row for row in rows):
         if rated < len(rows):
@@ -43,7 +45,10 @@ def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: floa
                 f"{rated} of {len(rows)} prompts have a `pass_rate`: let curriculum.py rate all of them, or none"
             )
         rates = [row["pass_rate"] for row in rows]
-        return [rows[i] for batch in by_difficulty(rates, per_step, steps, easiest=easiest, seed=seed) for i in batch]
+        batches = by_difficulty(rates, per_step, steps, easiest=easiest, hardest=hardest, seed=seed)
+        return [rows[i] for batch in batches for i in batch]
+    if hardest:
+        raise UserError("`hardest` goes by a `pass_rate`, which no prompt has: let curriculum.py rate them")
     drawn: list[dict[str, Any]] = []
     shuffle = random.Random(seed)
     while len(drawn) < per_step * steps:
@@ -74,6 +79,12 @@ def ordered(rows: list[dict[str, Any]], per_step: int, steps: int, easiest: floa
     "--off", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Share of prompts without thinking."
 )
 @click.option("--easiest", default=0.75, show_default=True, help="Prompts that are solved more often are dropped.")
+@click.option(
+    "--hardest",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Prompts that are solved less often are dropped, e.g. 0.1: a group without a right answer teaches nothing.",
+)
 @click.option("--lora", type=COUNT, help="Train adapters of this rank, and merge them at the end.")
 @click.option("--vllm", is_flag=True, help="Sample in vLLM on the same GPU, through puzzle's plug-in.")
 @click.option("--sandbox", help="A command that runs the program on its standard input, for prompts with tests.")
@@ -96,7 +107,7 @@ def main(child: str, prompts: Path, out: Path, **o: Any) -> None:
         shutil.rmtree(part, ignore_errors=True)  # killed once it was there
         return
     off, drawn = random.Random(o["seed"]), []
-    for row in ordered(rows, o["prompts_per_step"], o["steps"], o["easiest"], o["seed"]):
+    for row in ordered(rows, o["prompts_per_step"], o["steps"], o["easiest"], o["hardest"], o["seed"]):
         thinking = off.random() >= o["off"]
         question = {"prompt": prompt(row["question"], thinking), "thinking": thinking}
         drawn.append({**question, "answer": str(row.get("answer", "")), "tests": row.get("tests") or ""})

@@ -126,6 +126,10 @@ def test_batches_go_from_easy_to_hard():
     assert [sorted(batch) for batch in few] == [[0, 0, 1, 1]] * 2
     with pytest.raises(UserError, match="all 2 prompts are solved more often"):
         by_difficulty([0.8, 1.0], 4, 2)
+    solved = by_difficulty([0.0, 0.1, 0.5, 1.0], 4, 2, hardest=0.1)
+    assert {index for batch in solved for index in batch} == {1, 2}
+    with pytest.raises(UserError, match="none of 3 prompts is solved at a rate of 0.2 to 0.75"):
+        by_difficulty([0.0, 0.1, 1.0], 4, 2, hardest=0.2)
 
 
 def test_a_chat_gets_the_prompt_of_its_mode():
@@ -267,6 +271,10 @@ def test_curriculum_and_grpo_run(mixed, tmp_path, one_line_error):
     small = ("--steps", 2, "--group", 2, "--prompts-per-step", 2, "--max-new-tokens", 6, "--lr", 1e-3, "--off", 0.5)
     run("grpo", mixed, rated, "--out", tmp_path / "rl", *small, "--easiest", 1.0)
     run("grpo", mixed, prompts, "--out", tmp_path / "lora", *small, "--lora", 4)
+    found = CliRunner().invoke(
+        module("grpo").main, [str(a) for a in (mixed, prompts, "--out", tmp_path / "no", *small, "--hardest", 0.1)]
+    )
+    one_line_error(found, "`hardest` goes by a `pass_rate`")
     assert load_model(tmp_path / "rl").structure == load_model(tmp_path / "lora").structure
 
 
