@@ -128,7 +128,7 @@ def test_batches_go_from_easy_to_hard():
         by_difficulty([0.8, 1.0], 4, 2)
     solved = by_difficulty([0.0, 0.1, 0.5, 1.0], 4, 2, hardest=0.1)
     assert {index for batch in solved for index in batch} == {1, 2}
-    with pytest.raises(UserError, match="none of 3 prompts is solved at a rate of 0.2 to 0.75"):
+    with pytest.raises(UserError, match=r"none of 3 prompts is solved at a rate of 0\.2 to 0\.75"):
         by_difficulty([0.0, 0.1, 1.0], 4, 2, hardest=0.2)
 
 
