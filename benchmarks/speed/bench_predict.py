@@ -114,9 +114,8 @@ def predicted_seconds(
     parts = [*(sub_block for _, _, sub_block in structure), *ends_of(structure)]
     if phase == "decode":
         running = sum(not isinstance(sub_block, NoOp) for _, _, sub_block in structure)
-        return sum(costs.seconds(p, phase, batch, context) for p in parts) + running * costs.between_parts(
-            parent, batch
-        )
+        seconds = sum(costs.seconds(p, phase, batch, context) for p in parts)
+        return seconds + running * costs.between_parts(parent, batch) + costs.step_overhead(parent, batch)
     factor = costs.whole_over_parts(parent, phase, batch, context)
     return factor * sum(costs.seconds(part, phase, batch, context) for part in parts)
 

@@ -54,14 +54,15 @@ def promised(row: dict[str, str], table: CostTable, sums: float, bandwidth: floa
     fraction = float(row["ffn_of_attention_free"].removeprefix("x"))
     structure = own.with_layers(layers_of(own.layers[0], count, free, row["fusion"], fraction))
     parts: list[Part] = [b for _, _, b in structure if not isinstance(b, NoOp)]
-    between = len(parts) * table.between_parts(own.with_layers([own.layers[0]] * whole.num_layers), batch)
+    parent = own.with_layers([own.layers[0]] * whole.num_layers)
+    beside = len(parts) * table.between_parts(parent, batch) + table.step_overhead(parent, batch)
     seconds = sum(
         ffn_seconds(table, part, batch)
         if isinstance(part, SubBlock) and part.kind == "swiglu"
         else table.seconds(part, "decode", batch, context)
         for part in (*parts, *ends_of(structure))
     )
-    return seconds * bandwidth + between + sums
+    return seconds * bandwidth + beside + sums
 
 
 def table_of(card: str, name: str, roots: list[Path]) -> CostTable | None:

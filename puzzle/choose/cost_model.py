@@ -1,8 +1,8 @@
 """Seconds, bytes and parameters of any architecture made of one library's sub-blocks. Needs no torch.
 
 The cost of a model is the sum of its measured parts as the whole parent corrects it (see `profile.cost_table`): times a factor, and in
-decode on a GPU with what lies between two sub-blocks. Where weights are in one precision and the cache is in another, a decode step of
-attention takes what the cache's table says, plus what the weights' takes more, or less, with nothing cached.
+decode on a GPU with what lies between two sub-blocks and what a step takes once. Where weights are in one precision and the cache is
+in another, a decode step of attention takes what the cache's table says, plus what the weights' takes more, or less, with nothing cached.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class CostModel:
             for name, one, b in every
         }
         self._between = {(name, b): one.between_parts(structure, b) for name, one, b in every}
+        # Once, whatever the precisions: what is in bf16 either way is the first table's, this too.
+        self._step = {b: self.table.step_overhead(structure, b) for b in self.batches}
         self.has_host = self.table.host_seconds(self.batches[-1]) > 0
         self._seconds: dict[tuple[Part, int, str], tuple[float, float]] = {}
         self._workspace: dict[int, int] = {}
@@ -135,6 +137,14 @@ class CostModel:
         """The measured batches next to this one. Raises UserError beyond them."""
         return around(self.batches, batch)
 
+    def step_seconds(self, batch: int) -> float:
+        """What all decode steps take beside their parts, however many these are; linear in the batch between those measured."""
+        low, high = self.around(batch)
+        step = self._step[low]
+        if low < high:
+            step += (self._step[high] - step) * (batch - low) / (high - low)
+        return step * (self.work.output_len - 1)
+
     def host_seconds(self, batch: int) -> float:
         """The least that all decode steps take, at the pace of an engine's own Python; 0 where it never sets one."""
         return self.table.host_seconds(batch) * (self.work.output_len - 1)
@@ -183,9 +193,10 @@ class CostModel:
         return Stack(self, layers, self._all(layers, precisions))
 
     def fixed(self, batch: int) -> dict[str, float]:
-        """What `Stack.resources` says, of what no choice changes: embedding, final norm, LM head, workspace."""
+        """What `Stack.resources` says, of what no choice changes: embedding, final norm, LM head, what a step takes once, workspace."""
         count = self.own.num_fixed_parameters
-        return self.timed([self.part_seconds(part, batch) for part in self.ends], self.host_seconds(batch)) | {
+        parts = [*(self.part_seconds(part, batch) for part in self.ends), (0.0, self.step_seconds(batch))]
+        return self.timed(parts, self.host_seconds(batch)) | {
             "memory_bytes": count * FIXED_BYTES[self.table.precision] + self.workspace(batch),
             "num_parameters": self.library.origin.num_fixed_parameters,
             "active_parameters": self.library.origin.num_fixed_parameters,
@@ -311,7 +322,7 @@ class Stack:
         for place in order:
             first, rest = seconds[place]
             prefill, decode = prefill + first, decode + rest
-        return prefill, decode
+        return prefill, decode + self.costs.step_seconds(batch)
 
     def predict(self, batch: int, change: Mapping[str, float] | None = None) -> Prediction:
         """Of a whole model. change: what fusing layers adds to the resources (`puzzle.choose.fusion`)."""

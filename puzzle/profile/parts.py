@@ -35,8 +35,8 @@ class Head(Ends):
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The parent, or its first layers with embedding and head where all would be too large: what the sum of its parts is held
-    against. num_layers: None for all."""
+    """The parent, or its first layers with embedding and head, of which two depths stand for one that would be too large: what the sum
+    of its parts is held against. num_layers: None for all."""
 
     num_layers: int | None = None
     NAME: ClassVar[str] = "model parent"

@@ -34,7 +34,9 @@ from puzzle.profile.grid import At, Grid, Target, cpu_grid, gpu_grid, offered_by
 from puzzle.profile.parts import shared_name
 
 STEADY = 1.1  # the slowest over the fastest of a fixed piece of work through a round: no further round is needed
-SECONDS_PER_POINT = 0.1  # on a GPU, with compiling: 4,329 points took 443 s on an H100
+# On a GPU, with compiling: 4,329 points took 443 s on an H100, with graphs of 1 ms. Those of 4 ms add 11 ms of replays, and as much in
+# the capture of longer ones (computed).
+SECONDS_PER_POINT = 0.12
 
 
 class Timer(Protocol):

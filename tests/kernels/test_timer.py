@@ -43,6 +43,33 @@ def test_short_calls_go_into_a_graph_several_times():
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize(("launch", "work"), [(5e-6, 2e-4), (3e-4, 2e-4), (3e-4, 2e-5), (5e-6, 1e-7), (0.0, 1.0)])
+def test_a_graph_grows_until_its_launch_is_little(monkeypatch, launch, work):
+    """Also where the first one took little but its launch."""
+
+    made = []
+
+    class Fake:
+        def __init__(self, call, device, warm_ups=2, rounds=1):
+            self.rounds = rounds
+            made.append(rounds)
+
+        def replay(self):
+            return launch + self.rounds * work
+
+    def time_replays(replay, length, *_):
+        return timer.percentiles([replay() / length])
+
+    monkeypatch.setattr(timer, "Graph", Fake)
+    monkeypatch.setattr(timer, "time_replays", time_replays)
+    found = timer.time_calls([lambda: None], device="cuda")
+    assert found.p50 == pytest.approx(launch / made[-1] + work)
+    assert launch + made[-1] * work > 0.9 * timer.MIN_GRAPH_SECONDS or made[-1] == timer.MAX_ROUNDS
+    assert made == sorted(made)
+    assert len(made) <= 5
+    assert work < timer.MIN_GRAPH_SECONDS or made == [1]
+
+
 def test_no_calls():
     with pytest.raises(ValueError, match="no calls"):
         timer.time_calls([])

@@ -13,7 +13,8 @@ from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.sub_block import State
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.parents.known import known_structure
-from puzzle.profile.cost_table import CostRow, CostTable, find_costs, write_costs
+from puzzle.parents.structure import Structure
+from puzzle.profile.cost_table import CostRow, CostTable, append_costs, find_costs, write_costs
 from puzzle.profile.parts import Embedding, Whole, ends_of, priced_as
 
 FFN = SwiGLU(hidden_size=8, intermediate_size=24, norm_eps=1e-5)
@@ -115,12 +116,86 @@ def test_what_the_whole_adds_on_a_gpu(tmp_path):
     ]
     costs = table(tmp_path / "t.csv", [*decode, *both, *prefill])
     assert costs.whole_over_parts(parent, "decode", 4, 8) == 1.0
-    assert costs.between_parts(parent, 4) == pytest.approx((11.0 - 7.0) / 4)
+    assert costs.between_parts(parent, 4) == (11.0 - 7.0) / 4
     assert costs.between_parts(parent, 2) == 0.0  # not measured there
+    assert costs.step_overhead(parent, 4) == costs.step_overhead(parent, 2) == 0.0
     assert costs.whole_over_parts(parent, "prefill", 2, 8) == pytest.approx(38.0 / (2 * 9.0 + 1.0))
     assert costs.page == 1  # as a CPU has it
     rows = [replace(row, precision="bf16") for row in decode]
     assert table(tmp_path / "bf16.csv", rows).page == PAGE
+
+
+SECONDS = {FFN: 1.0, ATTENTION: 2.0}  # of a decode step
+ONCE, EACH, ENDS = 5.0, -0.25, 1.0  # chains of parts are measured too long
+
+
+def two_depths(path, num_layers: int, depths=(2, 5), precision="bf16", lacking=()) -> tuple[Structure, CostTable]:
+    """A parent of which `depths` layers were measured, at batch 4; None: all. lacking: depths that did not fit."""
+    parent = replace(known_structure("reference"), hidden_size=8, vocab_size=16)
+    parent = parent.with_layers([{"attention": ATTENTION, "ffn": FFN}] * num_layers)
+    row = replace(ROW, batch=4, precision=precision)
+    rows = [replace(row, part=priced_as(p), context=8 if p is ATTENTION else 0, p50_s=s) for p, s in SECONDS.items()]
+    rows += [replace(row, part=end.key(), p50_s=ENDS / 2) for end in ends_of(parent)]
+    for depth in depths:
+        count = depth or num_layers
+        seconds = ENDS + count * sum(SECONDS.values()) + ONCE + 2 * count * EACH
+        measured = {"p50_s": 0.0, "num_samples": 0} if depth in lacking else {"p50_s": seconds}
+        rows.append(replace(row, part=Whole(depth).key(), context=8, **measured))
+    return parent, table(path, rows)
+
+
+@pytest.mark.parametrize("depths", [(2, 5), (5, 2), (2, None)])
+def test_two_depths_tell_a_step_from_its_sub_blocks(tmp_path, depths):
+    parent, costs = two_depths(tmp_path / "t.csv", 9, depths)
+    assert costs.between_parts(parent, 4) == EACH
+    assert costs.step_overhead(parent, 4) == ONCE
+    assert costs.between_parts(parent, 2) == costs.step_overhead(parent, 2) == 0.0  # not measured there
+
+
+def test_a_parent_without_sub_blocks_between_two_depths(tmp_path):
+    """Nothing tells what a sub-block takes, so that all of it is the step's."""
+    parent, costs = two_depths(tmp_path / "t.csv", 9)
+    hollow = parent.with_layers([*parent.layers[:2], *[{"attention": NO_OP, "ffn": NO_OP}] * 7])
+    assert costs.between_parts(hollow, 4) == 0.0
+    assert costs.step_overhead(hollow, 4) == (ENDS + 15 + ONCE + 10 * EACH) - (ENDS + 6)
+
+
+def test_a_depth_that_did_not_fit(tmp_path):
+    """The shallower one alone would give its few sub-blocks what a step takes once."""
+    parent, costs = two_depths(tmp_path / "t.csv", 9, lacking=(5,))
+    assert costs.between_parts(parent, 4) == 0.0
+    assert costs.step_overhead(parent, 4) == ONCE + 4 * EACH
+
+
+def test_one_depth_has_all_between_its_sub_blocks(tmp_path):
+    """As in tables of before, of which published promises were made."""
+    for depth, count in ((5, 5), (None, 9)):
+        parent, costs = two_depths(tmp_path / "t.csv", 9, (depth,))
+        assert costs.between_parts(parent, 4) == (ONCE + 2 * count * EACH) / (2 * count)
+        assert costs.step_overhead(parent, 4) == 0.0
+
+
+def test_prefill_takes_the_deepest(tmp_path):
+    parent, costs = two_depths(tmp_path / "t.csv", 9)
+    assert costs.whole_over_parts(parent, "prefill", 1, 8) == 1.0  # not measured
+    row = replace(ROW, precision="bf16")
+    seconds = {priced_as(FFN): 1.0, priced_as(ATTENTION): 2.0, Whole(2).key(): 70.0, Whole(5).key(): 32.0}
+    for part, s in seconds.items():
+        append_costs(costs.path, replace(row, part=part, phase="prefill", context=8, p50_s=s))
+    for end in ends_of(parent):
+        append_costs(costs.path, replace(row, part=end.key(), p50_s=ENDS / 2))
+    assert CostTable(costs.path).whole_over_parts(parent, "prefill", 1, 8) == 32.0 / (5 * 3.0 + ENDS)
+
+
+def test_a_cpu_has_no_overhead_of_a_step(tmp_path):
+    """Its whole parent is a factor, as before."""
+    parent, _ = two_depths(tmp_path / "t.csv", 9, (None,))
+    rows = [replace(ROW, part=priced_as(p), batch=4, context=8, p50_s=s) for p, s in SECONDS.items()]
+    rows += [replace(ROW, part=end.key(), batch=4, context=8, p50_s=ENDS / 2) for end in ends_of(parent)]
+    costs = table(tmp_path / "cpu.csv", [*rows, replace(ROW, part=Whole().key(), batch=4, context=8, p50_s=56.0)])
+    assert costs.strict
+    assert costs.between_parts(parent, 4) == costs.step_overhead(parent, 4) == 0.0
+    assert costs.whole_over_parts(parent, "decode", 4, 8) == 2.0
 
 
 def test_prompts_go_through_in_groups(tmp_path):

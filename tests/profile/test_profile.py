@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from puzzle.base.errors import UserError
 from puzzle.blocklib.variant import search_spaces
 from puzzle.library.manifest import Library
 from puzzle.parents.known import known_structure
+from puzzle.profile import grid as grids
+from puzzle.profile import profile as room
 from puzzle.profile.cost_table import CostTable
 from puzzle.profile.cpu import CpuTimer
 from puzzle.profile.gpu import GpuTimer
-from puzzle.profile.grid import Grid, gpu_grid
+from puzzle.profile.grid import Grid, cpu_grid, gpu_grid, targets, wholes_of
+from puzzle.profile.parts import Whole
 from puzzle.profile.profile import Subject, count_points, profile, subject_named, subject_of
 
 GRID = Grid(
@@ -132,6 +136,59 @@ def test_a_cpu_is_measured_by_the_plain_modules(tmp_path, library):
     assert set(keys(found)) == {(part, *point) for part in parts for point in points}
     assert facts["points"] == len(found) == count_points(offered, grid)
     assert facts["precision"] == table.precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "depths"),
+    [("qwen3-30b-a3b", (5, 10)), ("llama-3.1-405b", (1, 2)), ("smollm2-135m", (None,)), ("reference", (None,))],
+)
+def test_a_parent_that_is_too_large_is_measured_at_two_depths(name, depths):
+    """In decode; the factor on prefill is the deeper one's."""
+    structure, grid = known_structure(name).timed(), gpu_grid()
+    assert wholes_of(structure, grid) == [Whole(depth) for depth in depths]
+    asked = {target.part: target.points for target in targets(structure, [], grid) if isinstance(target.part, Whole)}
+    assert list(asked) == [Whole(depth) for depth in depths]
+    decode = [[at for at in points if at.phase == "decode"] for points in asked.values()]
+    assert all(points == decode[0] and len(points) == len(grid.batches) for points in decode)
+    prefill = [len(points) - len(grid.batches) for points in asked.values()]
+    assert prefill[:-1] == [0] * (len(depths) - 1)
+    assert prefill[-1] > 0
+    on_cpu = [target.part for target in targets(structure, [], cpu_grid()) if isinstance(target.part, Whole)]
+    assert on_cpu == [Whole()]
+
+
+def test_one_layer_has_no_half(monkeypatch):
+    monkeypatch.setattr(grids, "WHOLE_WEIGHT_BYTES", 1)
+    assert wholes_of(known_structure("reference"), gpu_grid()) == [Whole(1)]
+
+
+def test_cut_off_between_two_depths(tmp_path, monkeypatch, subject):
+    """What stands of the first is kept, and both say what a step takes."""
+    grid = replace(GRID, whole=True, wide=())
+    layer = sum(2 * part.num_parameters for part in subject.structure.layers[0].values())
+    monkeypatch.setattr(grids, "WHOLE_WEIGHT_BYTES", 4.5 * layer)
+    real = room.append_costs
+
+    def cut(path, row):
+        if row.part == Whole(4).key():
+            raise KeyboardInterrupt
+        real(path, row)
+
+    with monkeypatch.context() as short:
+        short.setattr(room, "append_costs", cut)
+        with pytest.raises(KeyboardInterrupt):
+            profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=grid)
+    kept = rows(tmp_path / "reference.partial.csv")
+    assert [r["batch"] for r in kept if r["part"] == Whole(2).key()] == ["1", "4"]
+    path, facts = profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=grid)
+    found, structure = rows(path), subject.structure
+    assert facts["points"] == len(found) == count_points(subject, grid)
+    assert facts["measured_now"] == len(found) - len(kept)
+    table = CostTable(path)
+    each, once = table.between_parts(structure, 4), table.step_overhead(structure, 4)
+    for depth in (2, 4):
+        whole, parts, count = table._whole_and_parts(Whole(depth), structure, "decode", 4, 1)
+        assert parts + count * each + once == pytest.approx(whole)
 
 
 def test_wrong_machine(monkeypatch, tmp_path, subject):
