@@ -56,3 +56,17 @@ def test_promises_are_of_the_table_of_the_row_s_own_card(load_script, tmp_path):
     second = read(out)
     assert {row["table_of"] for row in second} == {"NVIDIA H200"}
     assert float(second[0]["promised_s"]) > float(first[0]["promised_s"])
+
+
+def test_published_promises_are_those_of_the_shipped_tables(load_script, tmp_path):
+    """Costs and sums that are measured later, or another rule, change them."""
+    script, results, out = load_script("speed/bench_tp_promise.py"), BENCHMARKS / "results", tmp_path / "x.csv"
+    measured = [results / "fusion_latency.csv", results / "fusion_latency_8xh200.csv"]
+    given = [word for path in measured for word in ("--measured", str(path))] + ["--csv", str(out)]
+    assert CliRunner().invoke(script.main, given, catch_exceptions=False).exit_code == 0
+    found, published = read(out), read(results / "tp_promise.csv")
+    for name in ("promised_s", "measured_over_promised"):
+        assert [float(row.pop(name)) for row in found] == pytest.approx(
+            [float(row.pop(name)) for row in published], rel=2e-4
+        )
+    assert found == published
