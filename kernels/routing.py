@@ -157,7 +157,9 @@ if triton is not None:
             one = picked.to(tl.int32)
             count = tl.sum(one, 0)
             after = tl.cumsum(count, 0)
-            row = (after - count)[None, :] + tl.cumsum(one, 0) - one
+            row = (after - count)[None, :]
+            if BLOCK_N > 1:
+                row += tl.cumsum(one, 0) - one
             tl.store(place_ptr + row, n + tl.zeros_like(slot), mask=picked)
             tl.store(back_ptr + at, row, mask=picked)
             expert = tl.arange(0, BLOCK_E)
