@@ -43,7 +43,9 @@ class Config(NamedTuple):
     prefetch: int = 0
 
 
-def skinny_linear_reference(x: Tensor, w: Tensor, *, scale: Tensor | None = None, gated: bool = False) -> Tensor:
+def skinny_linear_reference(
+    x: Tensor, w: Tensor, *, scale: Tensor | None = None, gated: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
     """The twin of `skinny_linear` in plain PyTorch: same arguments, same results up to rounding."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) @ w.to(wide).T
@@ -51,7 +53,7 @@ def skinny_linear_reference(x: Tensor, w: Tensor, *, scale: Tensor | None = None
         out = out * scale
     if gated:
         out = F.silu(out[:, ::2]) * out[:, 1::2]
-    return out.to(x.dtype)
+    return out.to(dtype or x.dtype)
 
 
 if triton is not None:
@@ -166,9 +168,12 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
-def skinny_linear(x: Tensor, w: Tensor, config: Config, *, scale: Tensor | None = None, gated: bool = False) -> Tensor:
+def skinny_linear(
+    x: Tensor, w: Tensor, config: Config, *, scale: Tensor | None = None, gated: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """x [M, K], M at most MAX_ROWS, w [N, K] in x's dtype or float8_e4m3fn with scale [N] float32 -> [M, N], or [M, N/2]
-    if gated, in x's dtype. Sums are float32; equal inputs give equal bits. Raises ValueError for shapes that do not fit.
+    if gated, in `dtype`, by default x's. Sums are float32; equal inputs give equal bits. Raises ValueError for shapes that do not fit.
     """
     rows, columns = x.shape
     num = len(w)
@@ -178,9 +183,9 @@ def skinny_linear(x: Tensor, w: Tensor, config: Config, *, scale: Tensor | None 
             f"not {tuple(w.shape)} {w.dtype}"
         )
     if triton is None or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return skinny_linear_reference(x, w, scale=scale, gated=gated)
+        return skinny_linear_reference(x, w, scale=scale, gated=gated, dtype=dtype)
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(rows, num // 2 if gated else num, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, num // 2 if gated else num, dtype=dtype or x.dtype, device=x.device)
     block_m, tiles = max(16, triton.next_power_of_2(rows)), triton.cdiv(num, config.block_n)
     split = min(config.split_k, triton.cdiv(columns, config.block_k))
     partial, counters = out, out

@@ -46,7 +46,7 @@ FACTS = (
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
 AWAITED = (  # shown once they are there
     "published_child.csv", "ranks.csv", "initial.csv", "selection.csv", "chosen.csv", "chosen_long.csv", "coupled.csv",
-    "other_tokenizer.csv", "grow.csv", "long_heal.csv", "post_training.csv", "post_training_curves.csv", "grouped.csv",
+    "other_tokenizer.csv", "grow.csv", "long_heal.csv", "post_training.csv", "post_training_curves.csv", "grouped.csv", "routing.csv",
     "predict_nemotron-nano-9b-v2.csv", "predict_nemotron-3-nano-30b-a3b.csv", "predict_qwen3-30b-a3b.csv", "bld_moe.csv",
     "bld_hybrid.csv", "mixtures_moe.csv", "mixtures_hybrid.csv", "serving_matrix_mixtures.csv",
 )  # fmt: skip
@@ -97,6 +97,7 @@ SECTIONS = {
             "Products of experts",
             t.ways("model", "tokens", "rows_per_expert"),
         ),
+        Result("routing.csv", "kernels/bench_routing.py", "Routing of experts", t.ways("model", "tokens", "part")),
     ),
     "Speed": (
         Result("road.csv", "speed/bench_road.py", "Promised and delivered: SmolLM2 on one H100", t.road),

@@ -145,7 +145,7 @@ def by_expert(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def owners(rows: Tensor, ends: Tensor) -> Tensor:
     """The expert of every row. [M]"""
-    return torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
+    return torch.searchsorted(ends, torch.arange(len(rows), dtype=ends.dtype, device=rows.device), right=True)
 
 
 def capturing(rows: Tensor) -> bool:
@@ -205,7 +205,10 @@ class SparseMoe(Part):
     def mixed(self, x: Tensor, run: Callable[..., Tensor] | None = None) -> Tensor:
         """[N, H] -> [N, H]. run: the experts (module, x, chosen, weights), in place of their own forward."""
         routed = (self.read(x), *self.gate(x))
-        out = self.given(self.experts(*routed) if run is None else run(self.experts, *routed))
+        return self.beside(self.given(self.experts(*routed) if run is None else run(self.experts, *routed)), x)
+
+    def beside(self, out: Tensor, x: Tensor) -> Tensor:
+        """With what the shared expert, if there is one, makes of x added. [N, H] -> [N, H]"""
         if not hasattr(self, "shared_expert"):
             return out
         shared = self.shared_expert(x)

@@ -20,6 +20,9 @@ def test_matches_twin(device, relative_error, rows, columns, num, split, gated, 
     want = skinny_linear_reference(x.double(), w.double(), gated=gated)
     assert out.dtype == dtype
     assert relative_error(out, want) < (5e-3 if dtype == torch.bfloat16 else 2e-6)
+    out = skinny_linear(x, w, PLAIN._replace(split_k=split), gated=gated, dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert relative_error(out, want) < 2e-6
 
 
 @pytest.mark.parametrize("gated", [False, True])

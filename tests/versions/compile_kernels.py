@@ -28,6 +28,7 @@ from puzzle.kernels.linear_kl import Chunks, Fused, linear_kl
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.rope import rope
 from puzzle.kernels.rope_kv import rope_kv
+from puzzle.kernels.routing import combine, route
 from puzzle.kernels.skinny import Config, skinny_linear
 from puzzle.kernels.swiglu import rows_to_fp8, silu_mul, silu_mul_to_fp8
 
@@ -99,6 +100,17 @@ def experts(tile: Tile) -> None:
         grouped_linear(x, weight, torch.tensor([1, 1, 6]), **options)
 
 
+def routing(num: int) -> None:
+    logits, bias = torch.randn(num, 128).to(BF16), torch.zeros(128)
+    route(logits, 8, normalise=True)
+    route(logits, 8)
+    found = route(logits.float(), 6, sigmoid=True, bias=bias, normalise=True, scale=2.5)
+    route(logits.float(), 6, sigmoid=True, bias=bias, num_groups=8, num_topk_groups=4)
+    given = torch.randn(6 * num, 128).to(BF16)
+    for beside in ((), (given[:num],), (given[:num], given[:num, :1])):
+        combine(given, found.back, found.weights, *beside)
+
+
 def losses(config: Any) -> None:
     parent, weight = torch.randn(70, 64).to(BF16), torch.randn(300, 64).to(BF16)
     child = torch.randn(70, 64).to(BF16).requires_grad_()
@@ -127,6 +139,7 @@ def main() -> None:
         *((products, dtype) for dtype in (BF16, FP8)),
         *((training, dtype) for dtype in (BF16, torch.float32)),
         *((experts, choose_tile(rows, 1)) for rows in (16, 32, 64, 128)),
+        *((routing, num) for num in (1, 2, 16, 17)),
         *((losses, config) for config in (Chunks(tokens=64, words=128), Fused(num_stages=3))),
     ]
     for call, argument in calls:

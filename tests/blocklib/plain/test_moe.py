@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -12,6 +14,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from puzzle.base.errors import UserError
 from puzzle.blocklib import experts
 from puzzle.blocklib.distill import Recipe, Shown, VariantTrainer
+from puzzle.blocklib.fast import moe as fast_moe
 from puzzle.blocklib.fast.batch import make_fast, new_batch
 from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.plain import moe as plain_moe
@@ -153,10 +156,12 @@ def test_shares_add_up(block):
 def test_our_kernels_path_is_the_plain_one(block, monkeypatch):
     x, batch = rows(7).flatten(0, 1), new_batch(1, 64, {}, "cpu")
     part = loaded(block.sub_block, block.weights)
-    for bounds in (None, (0.0, 1e9)):  # torch's products, our kernel's twin
+    for bounds, limit in product((None, (0.0, 1e9)), (512, 0)):  # torch's ways, the twins of our kernels
         monkeypatch.setattr(grouped, "FASTER", bounds)
-        delta, residual = make_fast(part, batch).decode((x, None), batch)
-        assert torch.allclose(delta + residual, part.add(x[None], {})[0], atol=1e-5)
+        monkeypatch.setattr(fast_moe, "MAX_ROWS", limit)
+        for rows_in_hand in (x[:1], x):
+            delta, residual = make_fast(part, batch).decode((rows_in_hand, None), batch)
+            assert torch.allclose(delta + residual, part.add(rows_in_hand[None], {})[0], atol=1e-5)
     batch.fp8 = True
     with pytest.raises(UserError, match="'moe' have no path on our kernels in fp8"):
         make_fast(part, batch)
