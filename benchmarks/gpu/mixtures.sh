@@ -2,7 +2,8 @@
 # Mixtures of experts and hybrids on one GPU, from an empty directory: the CSVs of docs/results.md about them, cost tables, reference parents.
 #
 #   benchmarks/gpu/mixtures.sh WORK STAGE...       stages, with seconds on an H100 as estimated; each pair below may run on two GPUs at once:
-#     grouped                      products of experts: ours, torch's, a loop           grouped.csv                        60
+#     grouped | routing            products of experts: ours, torch's, a loop; and      grouped.csv, routing.csv           20, 60
+#                                  what stands between them and the router
 #     parent_moe | parent_hybrid   trains a reference parent for TRAIN_SECONDS          parent-*.tar.xz.?? (joined: tar xJ)  TRAIN_SECONDS + 80
 #     road_moe | road_hybrid       needs its parent, of examples/ where none is         bld_*.csv, mixtures_*.csv          300
 #                                  trained here: library, costs, global points,
@@ -24,13 +25,14 @@
 #   CUDA_VISIBLE_DEVICES=2 benchmarks/gpu/mixtures.sh /tmp/work table_moe table_dense table_qwen
 #   CUDA_VISIBLE_DEVICES=3 benchmarks/gpu/mixtures.sh /tmp/work vllm
 #
-# Rehearsal on a CPU, of all but `grouped` and the tables; `vllm` makes its children and stops:
+# Rehearsal on a CPU, of all but `grouped`, `routing` and the tables; `vllm` makes its children and stops:
 #
 #   DEVICE=cpu benchmarks/gpu/mixtures.sh /tmp/work parent_moe road_moe heal_moe vllm
 #
 # Committed figures are to be copied from RESULTS to benchmarks/results, tables from RESULTS/costs to puzzle/profile/costs:
 #
 #   benchmarks/gpu/mixtures.sh WORK grouped                    # benchmarks/results/grouped.csv
+#   benchmarks/gpu/mixtures.sh WORK routing                    # benchmarks/results/routing.csv
 #   benchmarks/gpu/mixtures.sh WORK table_dense                # benchmarks/results/predict_nemotron-nano-9b-v2.csv
 #   benchmarks/gpu/mixtures.sh WORK table_moe                  # benchmarks/results/predict_nemotron-3-nano-30b-a3b.csv
 #   benchmarks/gpu/mixtures.sh WORK table_qwen                 # benchmarks/results/predict_qwen3-30b-a3b.csv
@@ -93,6 +95,7 @@ puzzle() { # puzzle NAME VERB...
 }
 
 grouped() { [[ $DEVICE == cuda ]] && within grouped "$PYTHON" benchmarks/kernels/bench_grouped.py --out "$RESULTS/grouped.csv"; }
+routing() { [[ $DEVICE == cuda ]] && within routing "$PYTHON" benchmarks/kernels/bench_routing.py --out "$RESULTS/routing.csv"; }
 
 # ---- reference parents
 
@@ -238,7 +241,7 @@ vllm() {
 
 for stage in "$@"; do
   case $stage in
-    grouped | parent_moe | parent_hybrid | road_moe | road_hybrid | heal_moe | heal_hybrid | table_dense | table_moe | table_qwen | vllm) ;;
+    grouped | routing | parent_moe | parent_hybrid | road_moe | road_hybrid | heal_moe | heal_hybrid | table_dense | table_moe | table_qwen | vllm) ;;
     *) echo "unknown stage $stage" >&2 && exit 2 ;;
   esac
 done

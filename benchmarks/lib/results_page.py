@@ -46,9 +46,8 @@ FACTS = (
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
 AWAITED = (  # shown once they are there
     "published_child.csv", "ranks.csv", "initial.csv", "selection.csv", "chosen.csv", "chosen_long.csv", "coupled.csv",
-    "other_tokenizer.csv", "grow.csv", "long_heal.csv", "post_training.csv", "post_training_curves.csv", "grouped.csv", "routing.csv",
-    "predict_nemotron-nano-9b-v2.csv", "predict_nemotron-3-nano-30b-a3b.csv", "predict_qwen3-30b-a3b.csv", "bld_moe.csv",
-    "bld_hybrid.csv", "mixtures_moe.csv", "mixtures_hybrid.csv", "serving_matrix_mixtures.csv",
+    "routing.csv", "predict_nemotron-nano-9b-v2.csv", "predict_nemotron-3-nano-30b-a3b.csv", "predict_qwen3-30b-a3b.csv", "bld_hybrid.csv",
+    "mixtures_moe.csv", "mixtures_hybrid.csv", "serving_matrix_mixtures.csv",
 )  # fmt: skip
 MIXTURES = "gpu/mixtures.sh"
 INTRO = """# Results
