@@ -34,7 +34,7 @@ ONE_PROGRAM = 2048  # tokens times experts, both up to a power of 2, that one pr
 
 
 class Routing(NamedTuple):
-    """chosen [N, K]: a token's experts, the best first. weights [N, K] float32 (float64 of such logits): what each is multiplied by.
+    """chosen [N, K]: a token's experts, the best first. weights [N, K] float32 (of the twin float64, of such logits): what each is multiplied by.
     place [M]: the token of each row, those of an expert together. ends [E]: after each expert's last row. back [N, K]: the row of a
     token's expert. All but the weights are int32."""
 

@@ -129,6 +129,17 @@ def rounds_for(once: float) -> int:
     return max(1, min(MAX_ROUNDS, math.ceil(MIN_GRAPH_SECONDS / max(once, 1e-7))))
 
 
+def long_enough(call: Call, device: torch.device, graph: Graph) -> Graph:
+    """A graph of `call` that takes MIN_GRAPH_SECONDS, or nearly, or holds it MAX_ROUNDS times: captured again where most of a short one's
+    time was its launch. On a CPU `graph` as it is."""
+    while device.type == "cuda" and graph.rounds < MAX_ROUNDS:
+        took = time_replays(graph.replay, 1, device, 0.0, 1).p50
+        if took > 0.9 * MIN_GRAPH_SECONDS:
+            break
+        graph = Graph(call, device, warm_ups=0, rounds=min(MAX_ROUNDS, graph.rounds * rounds_for(took)))
+    return graph
+
+
 def time_calls(
     calls: Sequence[Call],
     *,
@@ -152,12 +163,7 @@ def time_calls(
         for index, call in enumerate(calls):
             kept[index] = call()
 
-    graph = Graph(run, device, warm_ups=1)
-    while graph.rounds < MAX_ROUNDS:  # again where most of a short graph's time was its launch
-        took = time_replays(graph.replay, 1, device, 0.0, 3).p50
-        if took > 0.9 * MIN_GRAPH_SECONDS:
-            break
-        graph = Graph(run, device, warm_ups=0, rounds=min(MAX_ROUNDS, graph.rounds * rounds_for(took)))
+    graph = long_enough(run, device, Graph(run, device, warm_ups=1))
     return time_replays(graph.replay, len(calls) * graph.rounds, device, seconds, min_samples)
 
 

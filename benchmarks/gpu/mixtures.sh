@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Mixtures of experts and hybrids on one GPU, from an empty directory: the CSVs of docs/results.md about them, cost tables, reference parents.
 #
-#   benchmarks/gpu/mixtures.sh WORK STAGE...       stages, with seconds on an H100 as estimated; each pair below may run on two GPUs at once:
+#   benchmarks/gpu/mixtures.sh WORK STAGE...       stages, with seconds as estimated; each pair below may run on two GPUs at once:
 #     grouped | routing            products of experts: ours, torch's, a loop; and      grouped.csv, routing.csv           20, 60
 #                                  what stands between them and the router
 #     parent_moe | parent_hybrid   trains a reference parent for TRAIN_SECONDS          parent-*.tar.xz.?? (joined: tar xJ)  TRAIN_SECONDS + 80

@@ -69,7 +69,7 @@ fi
 : "${ANSWER:=96}"    # tokens at most
 : "${PROMPTS:=1024}" # of GRPO
 : "${SAMPLES:=8}"
-: "${GRPO_STEPS:=60}"
+: "${GRPO_STEPS:=50}"
 : "${GROUP:=16}"
 : "${PER_STEP:=8}"
 : "${GRPO_LR:=5e-6}"

@@ -257,7 +257,9 @@ SECTIONS = {
         ),
         Result("heal_lr.csv", "quality/bench_heal.py", "Healing: learning rates", t.heal("lr"), H100),
         Result("heal.csv", "quality/bench_heal.py", "Healing: losses", t.heal("ablation"), H100, "heal.png"),
-        Result("stored_logits.csv", "quality/bench_stored_logits.py", "Healing: a stored teacher", t.stored_logits),
+        Result(
+            "stored_logits.csv", "quality/bench_stored_logits.py", "Healing: a stored teacher", t.stored_logits, AFTER
+        ),
         Result(
             "other_tokenizer.csv",
             "quality/bench_other_tokenizer.py",

@@ -111,11 +111,13 @@ def predicted_seconds(
     if low < high:
         less, more = (predicted_seconds(costs, parent, structure, phase, b, context) for b in (low, high))
         return less + (more - less) * (batch - low) / (high - low)
-    parts = [*(sub_block for _, _, sub_block in structure), *ends_of(structure)]
     if phase == "decode":
-        running = sum(not isinstance(sub_block, NoOp) for _, _, sub_block in structure)
-        seconds = sum(costs.seconds(p, phase, batch, context) for p in parts)
-        return seconds + running * costs.between_parts(parent, batch) + costs.step_overhead(parent, batch)
+        between = costs.between_parts(parent, batch)
+        running = [sub_block for _, _, sub_block in structure if not isinstance(sub_block, NoOp)]
+        seconds = sum(max(0.0, costs.seconds(one, phase, batch, context) + between) for one in running)
+        seconds += sum(costs.seconds(end, phase, batch, context) for end in ends_of(structure))
+        return seconds + costs.step_overhead(parent, batch)
+    parts = [*(sub_block for _, _, sub_block in structure), *ends_of(structure)]
     factor = costs.whole_over_parts(parent, phase, batch, context)
     return factor * sum(costs.seconds(part, phase, batch, context) for part in parts)
 

@@ -63,7 +63,7 @@ class FastMoe(Fast):
 def given_by(experts: Experts, x: Tensor, place: Tensor, ends: Tensor) -> Tensor:
     """What experts give for their rows, without gradients: rows are gathered and the activation applied within the first product. Our
     kernel knows neither biases nor an activation of gate and up together. x [N, H], place [M], ends [E] -> [M, H]"""
-    if experts.biased or experts.activation is None or not faster(len(place), len(ends)):
+    if experts.biased or experts.activation is None or not faster(x, len(place), len(ends)):
         return experts.product("down_proj", experts.channels(x[place], ends), ends)
     gate = experts.gate_proj if experts.gated else None
     inner = grouped_linear(x, experts.up_proj, ends, place=place, gate=gate, activation=experts.activation_name)

@@ -83,6 +83,7 @@ def ordered(
     "--hardest",
     type=click.FloatRange(0, 1),
     default=0.0,
+    show_default=True,
     help="Prompts that are solved less often are dropped, e.g. 0.1: a group without a right answer teaches nothing.",
 )
 @click.option("--lora", type=COUNT, help="Train adapters of this rank, and merge them at the end.")

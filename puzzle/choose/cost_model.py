@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
+from puzzle.base.errors import UserError
 from puzzle.base.machine import several
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, bytes_text
 from puzzle.base.workload import PREFILL_ROWS, Workload
@@ -57,6 +58,12 @@ class CostModel:
             for name, one, b in every
         }
         self._between = {(name, b): one.between_parts(structure, b) for name, one, b in every}
+        depths = {one.num_depths: one for one in self.way.tables.values() if isinstance(one, CostTable)}
+        if len(depths) > 1 and max(depths) > 1:
+            raise UserError(
+                f"cost tables {depths[max(depths)].path} and {depths[min(depths)].path} have the parent at {max(depths)} and {min(depths)} "
+                "depths, and do not say alike what a decode step takes beside its parts: profile the latter again"
+            )
         # Once, whatever the precisions: what is in bf16 either way is the first table's, this too.
         self._step = {b: self.table.step_overhead(structure, b) for b in self.batches}
         self.has_host = self.table.host_seconds(self.batches[-1]) > 0

@@ -287,18 +287,26 @@ class CostTable:
         """Seconds of a decode step beside its parts: for each sub-block, and once.
 
         Two depths give both: what a sub-block more takes, and what is left of the deeper one. One whole has all of it between its
-        sub-blocks, also where it is but the parent's first layers, as in tables of before: those of the H100 are of 29 layers of 32,
-        and published promises rest on them. Of a table with two depths, a batch at which one of them did not fit has all of it once.
+        sub-blocks, also where it is most of the parent's layers, as in tables of before: those of the H100 are of 29 layers of 32, and
+        published promises rest on them. Half of the layers or fewer have all of it once, since what they take once would come out
+        many times; so has, of a table with two depths, a batch at which one of them did not fit.
         """
         found = [] if self.strict else self._wholes_and_parts(parent, "decode", batch, 1)
         if not found:
             return 0.0, 0.0
         whole, parts, count = found[-1]
         if len(self._depths) == 1:
-            return (whole - parts) / count, 0.0
+            (depth,) = self._depths
+            few = depth.num_layers is not None and 2 * depth.num_layers <= parent.num_layers
+            return (0.0, whole - parts) if few else ((whole - parts) / count, 0.0)
         less, fewer, some = found[0]
         each = ((whole - less) - (parts - fewer)) / (count - some) if count > some else 0.0
         return each, whole - parts - count * each
+
+    @property
+    def num_depths(self) -> int:
+        """Of the parent, that were measured."""
+        return len(self._depths)
 
     def host_seconds(self, batch: int) -> float:
         """0: what our runtime's Python takes is in what was measured."""

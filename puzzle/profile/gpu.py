@@ -26,7 +26,7 @@ from puzzle.blocklib.recurrent import Recurrent
 from puzzle.blocklib.sub_block import MissingFace, SubBlock
 from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.swiglu import linear
-from puzzle.kernels.timer import Graph, Timing, num_copies, rounds_for, time_replays
+from puzzle.kernels.timer import Graph, Timing, long_enough, num_copies, rounds_for, time_replays
 from puzzle.parents.structure import Structure
 from puzzle.profile.grid import At, Grid, Target
 from puzzle.profile.parts import Embedding, Whole
@@ -214,6 +214,8 @@ class GpuTimer:
         if workspace > 2**30:  # the graph has memory of its own
             self._release()
         graph = Graph(run, self.device, warm_ups=0, rounds=rounds_for(guess) if self.on_gpu else 1)
+        if guess < LONG_SECONDS:
+            graph = long_enough(run, self.device, graph)
         least = self.grid.min_samples if guess < LONG_SECONDS else min(self.grid.min_samples, LONG_SAMPLES)
         calls, found = length * graph.rounds, []
         while True:

@@ -217,6 +217,18 @@ def test_a_decode_step_takes_once_what_two_depths_tell(own_library, gpu_table, s
             assert sum(x["seconds"] for x in (costs.fixed(batch), *each)) == pytest.approx(more.latency_seconds)
 
 
+def test_tables_that_tell_different_things_of_a_step_are_refused(own_library, gpu_table):
+    library, costs = Library.open(own_library), own_library / "costs" / "h100-test"
+    for name in ("bf16", "fp8"):
+        gpu_table(library, name, name)
+    add_depths(costs / "fp8.csv", library.structure)
+    tables = {name: CostTable(costs / f"{name}.csv") for name in ("bf16", "fp8")}
+    with pytest.raises(
+        UserError, match=r"fp8\.csv and .*bf16\.csv have the parent at 2 and 0 depths, .* profile the latter again"
+    ):
+        CostModel(library, Way(tables=tables, cache="bf16"), WORK)
+
+
 def test_a_workload_longer_than_the_parent_takes(tiny_library):
     with pytest.raises(UserError, match=r"`input_len` 500 \+ `output_len` 13 exceed the parent's context of 512"):
         CostModel(tiny_library, open_engine("vllm", "h100"), Workload(input_len=500, output_len=13))

@@ -57,5 +57,5 @@ def test_what_does_not_fit_and_when_it_runs(monkeypatch):
     with pytest.raises(ValueError, match=r"gate \(2, 4, 8\) is not as weight"):
         grouped_linear(x, weight, ends, gate=weight[:, 1:], activation="silu")
     monkeypatch.setattr(module, "FASTER", (2.0, 16.0))
-    assert [faster(rows, 8) for rows in (8, 16, 128, 129)] == [False, True, True, False]
+    assert [faster(x, rows, 8) for rows in (8, 16, 128, 129)] == [False, True, True, False]
     assert [choose_tile(8 * rows, 8).block_m for rows in (1, 17, 33, 500)] == [16, 64, 64, 128]

@@ -175,6 +175,13 @@ def test_one_depth_has_all_between_its_sub_blocks(tmp_path):
         assert costs.step_overhead(parent, 4) == 0.0
 
 
+def test_one_depth_of_few_layers_has_all_of_it_once(tmp_path):
+    for depth in (1, 4):
+        parent, costs = two_depths(tmp_path / "t.csv", 9, (depth,))
+        assert costs.between_parts(parent, 4) == 0.0
+        assert costs.step_overhead(parent, 4) == ONCE + 2 * depth * EACH
+
+
 def test_prefill_takes_the_deepest(tmp_path):
     parent, costs = two_depths(tmp_path / "t.csv", 9)
     assert costs.whole_over_parts(parent, "prefill", 1, 8) == 1.0  # not measured
