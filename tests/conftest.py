@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
-pytest_plugins = ["processes"]  # in tests/plugins
+pytest_plugins = ["processes", "example_scripts"]  # in tests/plugins
 GPU, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")
 
 # The same examples on every machine, and as long for each as it takes. New ones: pytest --hypothesis-profile search
