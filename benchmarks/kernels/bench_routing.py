@@ -59,13 +59,7 @@ def routed_by_torch(part: SparseMoe, logits: Tensor) -> tuple[Tensor, ...]:
     own = part.sub_block
     assert isinstance(own, Moe)
     scores = logits.sigmoid() if own.router == "sigmoid" else logits.softmax(-1, dtype=torch.float32)
-    choice = scores + part.gate.e_score_correction_bias if own.correction_bias else scores
-    chosen = choice.topk(own.num_experts_per_tok, dim=-1)[1]
-    weights = scores.gather(1, chosen)
-    if own.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + (0 if own.router == "softmax" else 1e-20))
-    if own.routed_scaling_factor != 1:
-        weights = weights * own.routed_scaling_factor
+    chosen, weights = part.gate.choose(scores)
     order, ends = sorted_by_expert(chosen, own.num_experts)
     return order, order // chosen.shape[1], ends.int(), weights
 

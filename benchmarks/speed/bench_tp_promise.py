@@ -55,14 +55,16 @@ def promised(row: dict[str, str], table: CostTable, sums: float, bandwidth: floa
     structure = own.with_layers(layers_of(own.layers[0], count, free, row["fusion"], fraction))
     parts: list[Part] = [b for _, _, b in structure if not isinstance(b, NoOp)]
     parent = own.with_layers([own.layers[0]] * whole.num_layers)
-    beside = len(parts) * table.between_parts(parent, batch) + table.step_overhead(parent, batch)
-    seconds = sum(
-        ffn_seconds(table, part, batch)
-        if isinstance(part, SubBlock) and part.kind == "swiglu"
-        else table.seconds(part, "decode", batch, context)
-        for part in (*parts, *ends_of(structure))
-    )
-    return seconds * bandwidth + beside + sums
+    between, seconds = table.between_parts(parent, batch), 0.0
+    for part in parts:
+        own_seconds = (
+            ffn_seconds(table, part, batch)
+            if isinstance(part, SubBlock) and part.kind == "swiglu"
+            else table.seconds(part, "decode", batch, context)
+        )
+        seconds += max(0.0, own_seconds * bandwidth + between)
+    ends = sum(table.seconds(end, "decode", batch, context) for end in ends_of(structure))
+    return seconds + ends * bandwidth + table.step_overhead(parent, batch) + sums
 
 
 def table_of(card: str, name: str, roots: list[Path]) -> CostTable | None:

@@ -47,13 +47,17 @@ class Router(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(sub_block.num_experts), requires_grad=False))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        own, count = self.sub_block, self.sub_block.num_experts_per_tok
-        if own.router == "softmax":
+        if self.sub_block.router == "softmax":
             scores = F.linear(x, self.weight, self.bias).softmax(-1, dtype=torch.float32)
         else:
             with torch.autocast(x.device.type, enabled=False):
                 bias = None if self.bias is None else self.bias.float()
                 scores = F.linear(x.float(), self.weight.float(), bias).sigmoid()
+        return self.choose(scores)
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """scores [N, E] in float32 -> as `forward`."""
+        own, count = self.sub_block, self.sub_block.num_experts_per_tok
         choice = scores + self.e_score_correction_bias if own.correction_bias else scores
         if own.num_groups > 1:
             grouped = choice.detach().unflatten(-1, (own.num_groups, -1))
