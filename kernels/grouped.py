@@ -39,12 +39,15 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+def measured(x: Tensor) -> bool:
+    """Whether kernels of experts were timed in x's dtype on such a GPU; of a CPU, where their twins run, they need not be."""
+    return not x.is_cuda or (x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9)
+
+
 def faster(x: Tensor, num_rows: int, num_experts: int) -> bool:
     """Whether this is to be run for so many rows of all experts together, of x's device and dtype: on a GPU of what was measured alone, since
     tiles want more shared memory than others have."""
-    if x.is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device)[0] != 9):
-        return False
-    return FASTER is not None and FASTER[0] <= num_rows / num_experts <= FASTER[1]
+    return measured(x) and FASTER is not None and FASTER[0] <= num_rows / num_experts <= FASTER[1]
 
 
 def choose_tile(num_rows: int, num_experts: int) -> Tile:

@@ -4,8 +4,8 @@
 gave to their tokens; `sub-block`: all of it with norm, router, experts and the shared expert, routed by our kernels whatever the number
 of tokens, or by none. Bytes: logits, what experts gave and the tokens' sums; of the sub-block the matrices of all experts that any token
 has. Each call has other tokens, so that experts' matrices come from memory; calls are replayed as one CUDA graph; p50 of replays.
-`MAX_ROWS` in kernels/routing.py is up to how many tokens ours is faster, `ONE_PROGRAM` up to how many tokens times experts the way
-`puzzle, two kernels` is slower.
+`MAX_ROWS` in kernels/routing.py is up to how many tokens ours is faster, `ONE_PROGRAM` up to how many tokens times experts one program is
+faster than two kernels; in the committed figures, taken while that was 2,048, `puzzle` is one program up to there.
 
     python benchmarks/kernels/bench_routing.py --out benchmarks/results/routing.csv
 """
@@ -29,13 +29,14 @@ from puzzle.blocklib.fast.batch import make_fast, new_batch
 from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.plain.moe import Experts, SparseMoe, sorted_by_expert
 from puzzle.blocklib.plain.part import loaded
-from puzzle.kernels.routing import ONE_PROGRAM, combine, route
+from puzzle.kernels.routing import combine, route
 from puzzle.kernels.timer import time_calls
 from puzzle.parents.known import known_structure
 
 MODELS = ("qwen3-30b-a3b", "nemotron-3-nano-30b-a3b")
 TOKENS = (1, 8, 16, 64, 512, 4096)
 COPIES = 4
+BOTH_WAYS = 2048  # tokens times experts up to which both are timed
 DEVICE = "cuda"
 
 
@@ -91,12 +92,15 @@ def main(out: Path) -> None:
             chosen = sum(r.ends.diff(prepend=r.ends.new_zeros(1)).count_nonzero().item() for r in ours) / COPIES
             matrices = 2 * chosen * len(sub_block.matrices) * sub_block.expert_size * sub_block.moe_intermediate_size
             size = tokens * experts * logits[0].element_size()
-            two = [partial(route, x, count, one_program=False, **fast.rules) for x in logits]
+            ones = {"puzzle, one program": True, "puzzle, two kernels": False} if tokens * experts <= BOTH_WAYS else {}
             ways = {
                 "route": {
                     "puzzle": [partial(route, x, count, **fast.rules) for x in logits],
                     "torch": [partial(routed_by_torch, part, x) for x in logits],
-                    **({"puzzle, two kernels": two} if tokens * experts <= ONE_PROGRAM else {}),
+                    **{
+                        way: [partial(route, x, count, one_program=one, **fast.rules) for x in logits]
+                        for way, one in ones.items()
+                    },
                 },
                 "combine": {
                     "puzzle": [partial(combine, g, r.back, r.weights) for g, r in zip(given, ours, strict=True)],

@@ -115,8 +115,7 @@ def predicted_seconds(
         between = costs.between_parts(parent, batch)
         running = [sub_block for _, _, sub_block in structure if not isinstance(sub_block, NoOp)]
         seconds = sum(max(0.0, costs.seconds(one, phase, batch, context) + between) for one in running)
-        seconds += sum(costs.seconds(end, phase, batch, context) for end in ends_of(structure))
-        return seconds + costs.step_overhead(parent, batch)
+        return seconds + sum(costs.seconds(end, phase, batch, context) for end in ends_of(structure))
     parts = [*(sub_block for _, _, sub_block in structure), *ends_of(structure)]
     factor = costs.whole_over_parts(parent, phase, batch, context)
     return factor * sum(costs.seconds(part, phase, batch, context) for part in parts)

@@ -1,7 +1,7 @@
 """Is the promise of GPUs that share a model kept? Decode steps that `bench_fusion_latency.py` measured, beside what cost tables and all-reduces say.
 
 Promised: the sum over a rank's parts of the shipped H100 table of these shapes, corrected as `solve` does it, and of as many all-reduces
-as the row has. All-reduces are those of the H100 where they were measured (--costs), else of the H200. No table of an H200 ships: without
+as the row has. All-reduces are those of the H100 where they were measured (--costs), else of the H200. No table of these shapes on an H200 ships: without
 one in --costs its rows are promised from the H100's times the ratio of the two cards' bandwidths (3.35 and 4.8 TB/s), which is computed, not
 measured, and marked so. Needs no GPU.
 
@@ -64,7 +64,7 @@ def promised(row: dict[str, str], table: CostTable, sums: float, bandwidth: floa
         )
         seconds += max(0.0, own_seconds * bandwidth + between)
     ends = sum(table.seconds(end, "decode", batch, context) for end in ends_of(structure))
-    return seconds + ends * bandwidth + table.step_overhead(parent, batch) + sums
+    return seconds + ends * bandwidth + sums
 
 
 def table_of(card: str, name: str, roots: list[Path]) -> CostTable | None:

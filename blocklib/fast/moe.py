@@ -13,7 +13,7 @@ from puzzle.blocklib.fast.batch import Batch, Fast
 from puzzle.blocklib.moe import Moe
 from puzzle.blocklib.plain.moe import Experts, SparseMoe, sorted_by_expert
 from puzzle.blocklib.sub_block import MissingFace
-from puzzle.kernels.grouped import faster, grouped_linear
+from puzzle.kernels.grouped import faster, grouped_linear, measured
 from puzzle.kernels.routing import MAX_ROWS, combine, route
 from puzzle.kernels.skinny import skinny_linear
 from puzzle.kernels.swiglu import choose_linear
@@ -40,7 +40,7 @@ class FastMoe(Fast):
 
     def inner(self, entered: Tensor) -> Tensor:
         part = self.part
-        if len(entered) > MAX_ROWS:
+        if len(entered) > MAX_ROWS or not measured(entered):
             return part.mixed(entered, run)
         routing = route(self.logits(entered), self.num_chosen, **self.rules)
         given = given_by(part.experts, part.read(entered), routing.place, routing.ends)

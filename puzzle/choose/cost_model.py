@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
-from puzzle.base.errors import UserError
 from puzzle.base.machine import several
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES, bytes_text
 from puzzle.base.workload import PREFILL_ROWS, Workload
@@ -58,14 +57,6 @@ class CostModel:
             for name, one, b in every
         }
         self._between = {(name, b): one.between_parts(structure, b) for name, one, b in every}
-        depths = {one.num_depths: one for one in self.way.tables.values() if isinstance(one, CostTable)}
-        if len(depths) > 1 and max(depths) > 1:
-            raise UserError(
-                f"cost tables {depths[max(depths)].path} and {depths[min(depths)].path} have the parent at {max(depths)} and {min(depths)} "
-                "depths, and do not say alike what a decode step takes beside its parts: profile the latter again"
-            )
-        # Once, whatever the precisions: what is in bf16 either way is the first table's, this too.
-        self._step = {b: self.table.step_overhead(structure, b) for b in self.batches}
         self.has_host = self.table.host_seconds(self.batches[-1]) > 0
         self._seconds: dict[tuple[Part, int, str], tuple[float, float]] = {}
         self._workspace: dict[int, int] = {}
@@ -144,14 +135,6 @@ class CostModel:
         """The measured batches next to this one. Raises UserError beyond them."""
         return around(self.batches, batch)
 
-    def step_seconds(self, batch: int) -> float:
-        """What all decode steps take beside their parts, however many these are; linear in the batch between those measured."""
-        low, high = self.around(batch)
-        step = self._step[low]
-        if low < high:
-            step += (self._step[high] - step) * (batch - low) / (high - low)
-        return step * (self.work.output_len - 1)
-
     def host_seconds(self, batch: int) -> float:
         """The least that all decode steps take, at the pace of an engine's own Python; 0 where it never sets one."""
         return self.table.host_seconds(batch) * (self.work.output_len - 1)
@@ -200,9 +183,9 @@ class CostModel:
         return Stack(self, layers, self._all(layers, precisions))
 
     def fixed(self, batch: int) -> dict[str, float]:
-        """What `Stack.resources` says, of what no choice changes: embedding, final norm, LM head, what a step takes once, workspace."""
+        """What `Stack.resources` says, of what no choice changes: embedding, final norm, LM head, workspace."""
         count = self.own.num_fixed_parameters
-        parts = [*(self.part_seconds(part, batch) for part in self.ends), (0.0, self.step_seconds(batch))]
+        parts = [self.part_seconds(part, batch) for part in self.ends]
         return self.timed(parts, self.host_seconds(batch)) | {
             "memory_bytes": count * FIXED_BYTES[self.table.precision] + self.workspace(batch),
             "num_parameters": self.library.origin.num_fixed_parameters,
@@ -329,7 +312,7 @@ class Stack:
         for place in order:
             first, rest = seconds[place]
             prefill, decode = prefill + first, decode + rest
-        return prefill, decode + self.costs.step_seconds(batch)
+        return prefill, decode
 
     def predict(self, batch: int, change: Mapping[str, float] | None = None) -> Prediction:
         """Of a whole model. change: what fusing layers adds to the resources (`puzzle.choose.fusion`)."""

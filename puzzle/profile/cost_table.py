@@ -89,7 +89,9 @@ class CostTable:
         self._points: dict[Key, list[tuple[int, float]]] = {}
         self._workspace: dict[tuple[str, str], dict[int, int]] = {}  # part, phase -> rows: bytes
         self._rows: dict[str, bool] = {}
-        self._depths: set[Whole] = set()  # of the parent, whether they fitted or not
+        self._whole: Whole | None = (
+            None  # of the parent; its first layers where it is too large, as many as there are of it
+        )
         self.extrapolated: dict[Key, tuple[int, int, str]] = {}  # asked for at least, at most; what was measured
         try:
             with open(path, newline="", encoding="utf-8") as handle:
@@ -134,7 +136,7 @@ class CostTable:
         if self.precision and precision != self.precision:
             raise UserError(f"cost table {self.path} line {number} is in {precision}, those before in {self.precision}")
         if (whole := Whole.parse(key[0])) is not None:
-            self._depths.add(whole)
+            self._whole = max(self._whole or whole, whole, key=lambda one: one.num_layers or math.inf)
         if fits:  # a point without samples did not fit in memory
             self._points.setdefault(key, []).append((context, seconds))
             by_rows = self._workspace.setdefault(key[:2], {})
@@ -176,7 +178,7 @@ class CostTable:
         if self._by_rows(name):
             if phase == "prefill":
                 if isinstance(part, Ends):
-                    return self.seconds(part, "decode", batch, 0)
+                    return self._ends(name, batch)
                 return self._grouped(self._prefill_by_rows, name, batch, context)
             return self._known(name, phase, batch)[0][1]
         if phase == "prefill" and not self.strict:
@@ -209,6 +211,16 @@ class CostTable:
                 f"cost table {self.path} has no {phase} time of '{name}' at batch {batch}: profile again with this library"
             )
         return points
+
+    def _ends(self, name: str, batch: int) -> float:
+        """Of as many prompts as go through together, which need be no batch that was measured: linear between these, beyond them as between
+        the last two, and of fewer as of the fewest."""
+        known = [(b, self._known(name, "decode", b)[0][1]) for b in self.batches if (name, "decode", b) in self._points]
+        at = min(max(1, bisect_left(known, (batch, -1.0))), len(known) - 1)
+        if not at or batch <= known[0][0]:
+            return known[0][1]
+        (left, low), (right, high) = known[at - 1], known[at]
+        return low + (high - low) * (batch - left) / (right - left)
 
     def _grouped(self, one: Callable[[str, int, int], float], name: str, batch: int, context: int) -> float:
         """Seconds of a prefill whose prompts go through in groups, as the runtime on a GPU takes them. one: of one group."""
@@ -260,7 +272,7 @@ class CostTable:
         return low + (high - low) * (context - left) / (right - left)
 
     def whole_over_parts(self, parent: Structure, phase: str, batch: int, context: int) -> float:
-        """Measured whole parent (or most of its first layers) over the sum of its parts, at the point nearest to `batch` sequences of
+        """Measured whole parent (or its first layers) over the sum of its parts, at the point nearest to `batch` sequences of
         `context`; 1 when the table has no whole, and for decode steps on a GPU (`between_parts`). Children are predicted as
         this factor times the sum of their parts: it carries what no part shows alone (on a CPU cold instruction caches and dispatch
         between parts; on a GPU the clocks of sustained work, parts being timed in bursts).
@@ -269,62 +281,31 @@ class CostTable:
             return 1.0
         if not self.strict:
             batch = min(batch, max(1, PREFILL_ROWS // context))  # that go through together
-        found = self._wholes_and_parts(parent, phase, batch, context)
-        return found[-1][0] / found[-1][1] if found else 1.0
+        found = self._whole_and_parts(parent, phase, batch, context)
+        return found[0] / found[1] if found else 1.0
 
     def between_parts(self, parent: Structure, batch: int) -> float:
         """Seconds that a decode step on a GPU takes longer than its parts, for each sub-block that does something: what lies
         between two of them. Measured on small models it is the same 2 µs whatever the sub-blocks; below 0 where chains of parts were
-        measured too long. 0 where no whole was measured, and on a CPU (`whole_over_parts`)."""
-        return self._beside_parts(parent, batch)[0]
-
-    def step_overhead(self, parent: Structure, batch: int) -> float:
-        """Seconds that a decode step on a GPU takes longer than its parts, however many they are: mostly its graph's launch. 0 where
-        fewer than two depths of the parent were measured, and on a CPU."""
-        return self._beside_parts(parent, batch)[1]
-
-    def _beside_parts(self, parent: Structure, batch: int) -> tuple[float, float]:
-        """Seconds of a decode step beside its parts: for each sub-block, and once.
-
-        Two depths give both: what a sub-block more takes, and what is left of the deeper one. One whole has all of it between its
-        sub-blocks, also where it is most of the parent's layers, as in tables of before: those of the H100 are of 29 layers of 32, and
-        published promises rest on them. Half of the layers or fewer have all of it once, since what they take once would come out
-        many times; so has, of a table with two depths, a batch at which one of them did not fit.
-        """
-        found = [] if self.strict else self._wholes_and_parts(parent, "decode", batch, 1)
-        if not found:
-            return 0.0, 0.0
-        whole, parts, count = found[-1]
-        if len(self._depths) == 1:
-            (depth,) = self._depths
-            few = depth.num_layers is not None and 2 * depth.num_layers <= parent.num_layers
-            return (0.0, whole - parts) if few else ((whole - parts) / count, 0.0)
-        less, fewer, some = found[0]
-        each = ((whole - less) - (parts - fewer)) / (count - some) if count > some else 0.0
-        return each, whole - parts - count * each
-
-    @property
-    def num_depths(self) -> int:
-        """Of the parent, that were measured."""
-        return len(self._depths)
+        measured too long. 0 where no whole was measured, or no more than half of the parent's layers, which tell nothing of all of them
+        (docs/lessons.md); and on a CPU (`whole_over_parts`)."""
+        whole = self._whole
+        if self.strict or whole is None or not whole.tells_of(parent.num_layers):
+            return 0.0
+        found = self._whole_and_parts(parent, "decode", batch, 1)
+        return (found[0] - found[1]) / found[2] if found else 0.0
 
     def host_seconds(self, batch: int) -> float:
         """0: what our runtime's Python takes is in what was measured."""
         return 0.0
 
-    def _wholes_and_parts(
-        self, parent: Structure, phase: str, batch: int, context: int
-    ) -> list[tuple[float, float, int]]:
-        """`_whole_and_parts` of every depth that was measured there, the deepest last."""
-        depths = sorted(self._depths, key=lambda whole: whole.num_layers or parent.num_layers)
-        every = (self._whole_and_parts(whole, parent, phase, batch, context) for whole in depths)
-        return [found for found in every if found is not None]
-
     def _whole_and_parts(
-        self, whole: Whole, parent: Structure, phase: str, batch: int, context: int
+        self, parent: Structure, phase: str, batch: int, context: int
     ) -> tuple[float, float, int] | None:
         """Seconds of the whole and of its parts together, and how many sub-blocks these are. None: not measured."""
-        key = whole.key(), phase
+        if self._whole is None:
+            return None
+        key = self._whole.key(), phase
         known = [(k[2], at, s) for k, points in self._points.items() if k[:2] == key for at, s in points]
         if phase == "decode":
             known = [point for point in known if point[0] == batch]
@@ -333,7 +314,7 @@ class CostTable:
         size, at, seconds = min(
             known, key=lambda p: (abs(math.log(p[0] * p[1] / (batch * context))), abs(p[1] - context))
         )
-        layers = [list(layer.values()) for layer in parent.layers[: whole.num_layers]]
+        layers = [list(layer.values()) for layer in parent.layers[: self._whole.num_layers]]
         parts: list[Part] = [part for layer in layers for part in layer if not isinstance(part, NoOp)]
         return seconds, sum(self.seconds(p, phase, size, at) for p in (*parts, *ends_of(parent))), len(parts)
 

@@ -204,10 +204,6 @@ class EngineModel:
         """0: likewise."""
         return 0.0
 
-    def step_overhead(self, parent: Structure, batch: int) -> float:
-        """0: `step` is in the head's."""
-        return 0.0
-
 
 def larger(a: Any, b: Any) -> Any:
     """Of numbers, or element by element where a fit's constants are arrays."""

@@ -16,7 +16,7 @@ from puzzle.parents.structure import Structure
 from puzzle.profile.parts import Ends, Part, Whole, ends_of, priced_as
 
 MAX_WIDE_BYTES = 12 * 2**30  # of one FFN in bf16: wider ones are not measured
-# In bf16: as many layers as fit, and half of them, stand for the whole parent on a GPU.
+# In bf16: as many layers as fit stand for the whole parent on a GPU.
 WHOLE_WEIGHT_BYTES, WHOLE_CACHE_BYTES = (12 * 2**30, 32 * 2**30)
 WHOLE_TOKENS = 1024  # of a sequence there: the measured length nearest to it
 OFFERED = ("kv4", "kv2", "kv1", "window-128", "window-1024")  # where no library says: beside the default ones
@@ -34,8 +34,7 @@ class At(NamedTuple):
 class Grid:
     """batches: in decode. contexts: cached tokens before a decode step. prompts: (batch, length) in prefill. rows: of what depends on
     a number of rows alone, in prefill. by_rows: whether such parts are measured by rows, once for all batches and contexts.
-    whole: whether the parent is measured as a whole too, at all points, or where parts go by rows at one per number of rows, and there at
-    two depths where it is too large.
+    whole: whether the parent is measured as a whole too, at all points, or where parts go by rows at one per number of rows.
     wide: FFN widths as multiples of the parent's, what fusion makes. seconds, min_samples: spent on a point in each of `rounds`
     walks over all points, so that a slow minute does not sit on one part; a steady machine is spared the later ones."""
 
@@ -138,14 +137,12 @@ def targets(structure: Structure, offered: Iterable[tuple[str, SubBlock]], grid:
     for end in ends_of(structure):
         add(end)
     if grid.whole and grid.by_rows:
-        for whole in wholes_of(structure, grid):
-            add(whole)
+        add(whole_of(structure, grid))
     return list(found.values())
 
 
-def wholes_of(structure: Structure, grid: Grid) -> list[Whole]:
-    """What stands for the whole on a GPU, the deepest last: all layers, or the first ones that fit beside the caches of the largest
-    batch and half as many, which tell what a step takes once from what it takes for every sub-block."""
+def whole_of(structure: Structure, grid: Grid) -> Whole:
+    """What stands for the whole on a GPU: all layers, or the first ones that fit beside the caches of the largest batch."""
     weights = cached = count = 0
     for layer in structure.layers:
         for sub_block in layer.values():
@@ -154,9 +151,7 @@ def wholes_of(structure: Structure, grid: Grid) -> list[Whole]:
         if count and (weights > WHOLE_WEIGHT_BYTES or cached > WHOLE_CACHE_BYTES):
             break
         count += 1
-    if count == structure.num_layers:
-        return [Whole()]
-    return [Whole(depth) for depth in (count // 2, count) if depth]
+    return Whole(None if count == structure.num_layers else count)
 
 
 def _whole_context(grid: Grid, structure: Structure) -> int:
@@ -171,9 +166,8 @@ def _points(part: Part, structure: Structure, grid: Grid) -> tuple[At, ...]:
         return (*decode, *(At("prefill", 1, rows) for rows in grid.rows))
     longest = structure.max_length
     if grid.by_rows and isinstance(part, Whole):
-        decode = [At("decode", b, _whole_context(grid, structure)) for b in grid.batches]
-        if part != wholes_of(structure, grid)[-1]:  # prefill's factor is the deepest one's
-            return tuple(decode)
+        told = grid.batches if part.tells_of(structure.num_layers) else ()
+        decode = [At("decode", b, _whole_context(grid, structure)) for b in told]
         prompts: dict[int, tuple[int, int]] = {}  # by their tokens together
         for b, t in sorted(grid.prompts, key=lambda prompt: -abs(prompt[1] - WHOLE_TOKENS)):
             if t <= longest:

@@ -35,11 +35,15 @@ class Head(Ends):
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The parent, or its first layers with embedding and head, of which two depths stand for one that would be too large: what the sum
-    of its parts is held against. num_layers: None for all."""
+    """The parent, or its first layers with embedding and head where all would be too large: what the sum of its parts is held against.
+    num_layers: None for all."""
 
     num_layers: int | None = None
     NAME: ClassVar[str] = "model parent"
+
+    def tells_of(self, num_layers: int) -> bool:
+        """Whether a parent of so many layers is known by it: these are all of them, or most."""
+        return self.num_layers is None or 2 * self.num_layers > num_layers
 
     def key(self) -> str:
         return self.NAME if self.num_layers is None else f"{self.NAME} first {self.num_layers}"

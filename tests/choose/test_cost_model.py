@@ -14,13 +14,10 @@ from puzzle.base.workload import Workload
 from puzzle.blocklib.none import NO_OP
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.cost_model import CostModel
-from puzzle.choose.precision import Way
 from puzzle.export.lower import lower
 from puzzle.library.manifest import Library
-from puzzle.profile.all_reduce import find_all_reduces
-from puzzle.profile.cost_table import PACKAGED, CostRow, CostTable, append_costs
+from puzzle.profile.cost_table import CostTable
 from puzzle.profile.engine import Constants, EngineModel, open_engine
-from puzzle.profile.parts import Whole, ends_of
 from tiny_children import FFN, FULL, LINEAR, Tiny, build, kv, tiny_child, width
 
 SPACE = {
@@ -160,73 +157,6 @@ def test_memory_holds_the_largest_workspace(library):
     stream = 2 * 16 * 4 * opened.structure.hidden_size
     assert after.workspace_bytes == 10**9 + stream
     assert after.memory_bytes == before.memory_bytes + 10**9 + stream
-
-
-ONCE, EACH = {1: 2e-4, 4: 3e-4}, 2e-6  # seconds of a decode step by batch, and of each sub-block, beside its parts
-
-
-def add_depths(path: Path, structure) -> None:
-    """What one layer and three would take in one graph."""
-    table = CostTable(path)
-    for batch, depth in itertools.product(ONCE, (1, 3)):
-        parts = [part for layer in structure.layers[:depth] for part in layer.values()]
-        seconds = sum(table.seconds(part, "decode", batch, 16) for part in (*parts, *ends_of(structure)))
-        seconds += ONCE[batch] + EACH * len(parts)
-        point = {
-            "part": Whole(depth).key(),
-            "precision": table.precision,
-            "phase": "decode",
-            "batch": batch,
-            "context": 16,
-        }
-        times = dict.fromkeys(("p20_s", "p50_s", "p80_s"), seconds)
-        append_costs(
-            path, CostRow(**point, **times, num_samples=5, device=table.device, versions="1", date="2026-01-01")
-        )
-
-
-@pytest.mark.parametrize("kind", ["one table", "two precisions", "two ranks"])
-def test_a_decode_step_takes_once_what_two_depths_tell(own_library, gpu_table, shared_library, kind):
-    """And as much again for every sub-block that runs, whatever the child; the solver's sum over layers agrees."""
-    library = Library.open(own_library)
-    tp, names = (2 if kind == "two ranks" else 1), ("bf16", "fp8") if kind == "two precisions" else ("bf16",)
-    for name in names:
-        gpu_table(library if tp == 1 else shared_library(library, tp), name, name)
-    reduces = find_all_reduces("h100", tp, [PACKAGED]) if tp > 1 else None
-    paths = {name: own_library / "costs" / "h100-test" / f"{name}.csv" for name in names}
-
-    def model() -> CostModel:
-        tables = {name: CostTable(path) for name, path in paths.items()}
-        return CostModel(library, Way(tables=tables, cache=names[-1]), WORK, reduces)
-
-    before = model()
-    for path in paths.values():
-        add_depths(path, library.origin.share(tp))
-    costs, layers = model(), list(library.structure.layers)
-    none = dict.fromkeys(layers[0], NO_OP)
-    steps = WORK.output_len - 1
-    for child in (layers, [*layers[:1], *[none] * 3], [none] * 4):
-        running = sum(part is not NO_OP for layer in child for part in layer.values())
-        precisions = [dict.fromkeys(layer, names[n % len(names)]) for n, layer in enumerate(child)]
-        for batch, once in (*ONCE.items(), (2, 2e-4 + 1e-4 / 3)):
-            less, more = (one.predict(child, batch, None, precisions) for one in (before, costs))
-            wanted = steps * (once + EACH * running)
-            assert more.latency_seconds - less.latency_seconds == pytest.approx(wanted, rel=1e-3)
-            assert more.ttft_seconds == less.ttft_seconds
-            each = [costs.layer(*one).resources(batch) for one in zip(child, range(4), precisions, strict=True)]
-            assert sum(x["seconds"] for x in (costs.fixed(batch), *each)) == pytest.approx(more.latency_seconds)
-
-
-def test_tables_that_tell_different_things_of_a_step_are_refused(own_library, gpu_table):
-    library, costs = Library.open(own_library), own_library / "costs" / "h100-test"
-    for name in ("bf16", "fp8"):
-        gpu_table(library, name, name)
-    add_depths(costs / "fp8.csv", library.structure)
-    tables = {name: CostTable(costs / f"{name}.csv") for name in ("bf16", "fp8")}
-    with pytest.raises(
-        UserError, match=r"fp8\.csv and .*bf16\.csv have the parent at 2 and 0 depths, .* profile the latter again"
-    ):
-        CostModel(library, Way(tables=tables, cache="bf16"), WORK)
 
 
 def test_a_workload_longer_than_the_parent_takes(tiny_library):

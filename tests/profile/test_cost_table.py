@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -118,7 +119,6 @@ def test_what_the_whole_adds_on_a_gpu(tmp_path):
     assert costs.whole_over_parts(parent, "decode", 4, 8) == 1.0
     assert costs.between_parts(parent, 4) == (11.0 - 7.0) / 4
     assert costs.between_parts(parent, 2) == 0.0  # not measured there
-    assert costs.step_overhead(parent, 4) == costs.step_overhead(parent, 2) == 0.0
     assert costs.whole_over_parts(parent, "prefill", 2, 8) == pytest.approx(38.0 / (2 * 9.0 + 1.0))
     assert costs.page == 1  # as a CPU has it
     rows = [replace(row, precision="bf16") for row in decode]
@@ -126,10 +126,10 @@ def test_what_the_whole_adds_on_a_gpu(tmp_path):
 
 
 SECONDS = {FFN: 1.0, ATTENTION: 2.0}  # of a decode step
-ONCE, EACH, ENDS = 5.0, -0.25, 1.0  # chains of parts are measured too long
+EACH, ENDS = -0.25, 1.0  # chains of parts are measured too long
 
 
-def two_depths(path, num_layers: int, depths=(2, 5), precision="bf16", lacking=()) -> tuple[Structure, CostTable]:
+def with_whole(path, num_layers: int, depths=(5,), precision="bf16", lacking=()) -> tuple[Structure, CostTable]:
     """A parent of which `depths` layers were measured, at batch 4; None: all. lacking: depths that did not fit."""
     parent = replace(known_structure("reference"), hidden_size=8, vocab_size=16)
     parent = parent.with_layers([{"attention": ATTENTION, "ffn": FFN}] * num_layers)
@@ -138,52 +138,31 @@ def two_depths(path, num_layers: int, depths=(2, 5), precision="bf16", lacking=(
     rows += [replace(row, part=end.key(), p50_s=ENDS / 2) for end in ends_of(parent)]
     for depth in depths:
         count = depth or num_layers
-        seconds = ENDS + count * sum(SECONDS.values()) + ONCE + 2 * count * EACH
+        seconds = ENDS + count * sum(SECONDS.values()) + 2 * count * EACH
         measured = {"p50_s": 0.0, "num_samples": 0} if depth in lacking else {"p50_s": seconds}
         rows.append(replace(row, part=Whole(depth).key(), context=8, **measured))
     return parent, table(path, rows)
 
 
-@pytest.mark.parametrize("depths", [(2, 5), (5, 2), (2, None)])
-def test_two_depths_tell_a_step_from_its_sub_blocks(tmp_path, depths):
-    parent, costs = two_depths(tmp_path / "t.csv", 9, depths)
-    assert costs.between_parts(parent, 4) == EACH
-    assert costs.step_overhead(parent, 4) == ONCE
-    assert costs.between_parts(parent, 2) == costs.step_overhead(parent, 2) == 0.0  # not measured there
+@pytest.mark.parametrize(("depths", "each"), [((5,), EACH), ((None,), EACH), ((4,), 0.0), ((1,), 0.0)])
+def test_a_decode_step_is_corrected_by_most_of_the_layers(tmp_path, depths, each):
+    """Of nine. Few of them say nothing of all: whatever they take beside their parts, the sum of these is the promise."""
+    parent, costs = with_whole(tmp_path / "t.csv", 9, depths)
+    assert costs.between_parts(parent, 4) == each
+    assert costs.between_parts(parent, 2) == 0.0  # not measured there
 
 
-def test_a_parent_without_sub_blocks_between_two_depths(tmp_path):
-    """Nothing tells what a sub-block takes, so that all of it is the step's."""
-    parent, costs = two_depths(tmp_path / "t.csv", 9)
-    hollow = parent.with_layers([*parent.layers[:2], *[{"attention": NO_OP, "ffn": NO_OP}] * 7])
-    assert costs.between_parts(hollow, 4) == 0.0
-    assert costs.step_overhead(hollow, 4) == (ENDS + 15 + ONCE + 10 * EACH) - (ENDS + 6)
-
-
-def test_a_depth_that_did_not_fit(tmp_path):
-    """The shallower one alone would give its few sub-blocks what a step takes once."""
-    parent, costs = two_depths(tmp_path / "t.csv", 9, lacking=(5,))
+def test_of_two_depths_the_deeper_counts(tmp_path):
+    """As some tables have them."""
+    for depths in ((2, 5), (5, 2), (2, None)):
+        parent, costs = with_whole(tmp_path / "t.csv", 9, depths)
+        assert costs.between_parts(parent, 4) == EACH
+    parent, costs = with_whole(tmp_path / "t.csv", 9, (2, 5), lacking=(5,))
     assert costs.between_parts(parent, 4) == 0.0
-    assert costs.step_overhead(parent, 4) == ONCE + 4 * EACH
-
-
-def test_one_depth_has_all_between_its_sub_blocks(tmp_path):
-    """As in tables of before, of which published promises were made."""
-    for depth, count in ((5, 5), (None, 9)):
-        parent, costs = two_depths(tmp_path / "t.csv", 9, (depth,))
-        assert costs.between_parts(parent, 4) == (ONCE + 2 * count * EACH) / (2 * count)
-        assert costs.step_overhead(parent, 4) == 0.0
-
-
-def test_one_depth_of_few_layers_has_all_of_it_once(tmp_path):
-    for depth in (1, 4):
-        parent, costs = two_depths(tmp_path / "t.csv", 9, (depth,))
-        assert costs.between_parts(parent, 4) == 0.0
-        assert costs.step_overhead(parent, 4) == ONCE + 2 * depth * EACH
 
 
 def test_prefill_takes_the_deepest(tmp_path):
-    parent, costs = two_depths(tmp_path / "t.csv", 9)
+    parent, costs = with_whole(tmp_path / "t.csv", 12, (2, 5))
     assert costs.whole_over_parts(parent, "prefill", 1, 8) == 1.0  # not measured
     row = replace(ROW, precision="bf16")
     seconds = {priced_as(FFN): 1.0, priced_as(ATTENTION): 2.0, Whole(2).key(): 70.0, Whole(5).key(): 32.0}
@@ -191,18 +170,40 @@ def test_prefill_takes_the_deepest(tmp_path):
         append_costs(costs.path, replace(row, part=part, phase="prefill", context=8, p50_s=s))
     for end in ends_of(parent):
         append_costs(costs.path, replace(row, part=end.key(), p50_s=ENDS / 2))
-    assert CostTable(costs.path).whole_over_parts(parent, "prefill", 1, 8) == 32.0 / (5 * 3.0 + ENDS)
+    costs = CostTable(costs.path)
+    assert costs.whole_over_parts(parent, "prefill", 1, 8) == 32.0 / (5 * 3.0 + ENDS)
+    assert costs.between_parts(parent, 4) == 0.0  # of twelve
 
 
-def test_a_cpu_has_no_overhead_of_a_step(tmp_path):
-    """Its whole parent is a factor, as before."""
-    parent, _ = two_depths(tmp_path / "t.csv", 9, (None,))
+def test_a_cpu_corrects_by_a_factor(tmp_path):
+    parent, _ = with_whole(tmp_path / "t.csv", 9, (None,))
     rows = [replace(ROW, part=priced_as(p), batch=4, context=8, p50_s=s) for p, s in SECONDS.items()]
     rows += [replace(ROW, part=end.key(), batch=4, context=8, p50_s=ENDS / 2) for end in ends_of(parent)]
     costs = table(tmp_path / "cpu.csv", [*rows, replace(ROW, part=Whole().key(), batch=4, context=8, p50_s=56.0)])
     assert costs.strict
-    assert costs.between_parts(parent, 4) == costs.step_overhead(parent, 4) == 0.0
+    assert costs.between_parts(parent, 4) == 0.0
     assert costs.whole_over_parts(parent, "decode", 4, 8) == 2.0
+
+
+@pytest.mark.parametrize("batches", [(3, 24), (1, 7, 16), (5,), (200, 300)])
+def test_prompts_that_go_through_together_are_no_batch(tmp_path, batches):
+    """Embedding and head cost what rows do, linear between batches that were measured, whatever the number of prompts in a group."""
+    parent = replace(known_structure("reference"), hidden_size=8, vocab_size=16).with_layers([{"ffn": FFN}] * 3)
+    ends, row = ends_of(parent), replace(ROW, precision="bf16")
+    rows = [replace(row, part=priced_as(p), batch=b, p50_s=1.0 + b) for b in batches for p in (FFN, *ends)]
+    rows += [replace(row, part=priced_as(FFN), phase="prefill", context=t, p50_s=float(t)) for t in (128, PREFILL_ROWS)]
+    for length in (96, 1000):
+        together = PREFILL_ROWS // length
+        whole = replace(row, part=Whole().key(), phase="prefill", batch=together, context=length)
+        rows.append(replace(whole, p50_s=2.0 * 3 * together * length))
+    costs = table(tmp_path / "t.csv", rows)
+    every = [costs.seconds(ends[0], "prefill", b, 96) for b in range(1, 400)]
+    assert every == sorted(every)
+    assert every[batches[0] - 1] == every[0] == 1.0 + batches[0]
+    if len(batches) > 1:
+        assert every[batches[0] - 1 :] == pytest.approx([1.0 + b for b in range(batches[0], 400)])
+    for batch, length in itertools.product((*batches, 64, 170), (96, 1000)):
+        assert 1.8 < costs.whole_over_parts(parent, "prefill", batch, length) <= 2.0
 
 
 def test_prompts_go_through_in_groups(tmp_path):

@@ -18,11 +18,10 @@ from puzzle.blocklib.variant import search_spaces
 from puzzle.library.manifest import Library
 from puzzle.parents.known import known_structure
 from puzzle.profile import grid as grids
-from puzzle.profile import profile as room
 from puzzle.profile.cost_table import CostTable
 from puzzle.profile.cpu import CpuTimer
 from puzzle.profile.gpu import GpuTimer
-from puzzle.profile.grid import Grid, cpu_grid, gpu_grid, targets, wholes_of
+from puzzle.profile.grid import Grid, cpu_grid, gpu_grid, targets, whole_of
 from puzzle.profile.parts import Whole
 from puzzle.profile.profile import Subject, count_points, profile, subject_named, subject_of
 
@@ -139,56 +138,46 @@ def test_a_cpu_is_measured_by_the_plain_modules(tmp_path, library):
 
 
 @pytest.mark.parametrize(
-    ("name", "depths"),
-    [("qwen3-30b-a3b", (5, 10)), ("llama-3.1-405b", (1, 2)), ("smollm2-135m", (None,)), ("reference", (None,))],
+    ("name", "depth"), [("qwen3-30b-a3b", 10), ("llama-3.1-405b", 2), ("llama-3.1-8b", 29), ("smollm2-135m", None)]
 )
-def test_a_parent_that_is_too_large_is_measured_at_two_depths(name, depths):
-    """In decode; the factor on prefill is the deeper one's."""
+def test_of_a_parent_that_is_too_large_the_first_layers_are_measured(name, depth):
+    """In prefill; in decode where these are most of it."""
     structure, grid = known_structure(name).timed(), gpu_grid()
-    assert wholes_of(structure, grid) == [Whole(depth) for depth in depths]
-    asked = {target.part: target.points for target in targets(structure, [], grid) if isinstance(target.part, Whole)}
-    assert list(asked) == [Whole(depth) for depth in depths]
-    decode = [[at for at in points if at.phase == "decode"] for points in asked.values()]
-    assert all(points == decode[0] and len(points) == len(grid.batches) for points in decode)
-    prefill = [len(points) - len(grid.batches) for points in asked.values()]
-    assert prefill[:-1] == [0] * (len(depths) - 1)
-    assert prefill[-1] > 0
+    whole = whole_of(structure, grid)
+    assert whole == Whole(depth)
+    (points,) = (target.points for target in targets(structure, [], grid) if isinstance(target.part, Whole))
+    decode = [at.batch for at in points if at.phase == "decode"]
+    assert decode == (list(grid.batches) if whole.tells_of(structure.num_layers) else [])
+    assert len(points) > len(decode)
+    assert whole.tells_of(structure.num_layers) == (name in ("llama-3.1-8b", "smollm2-135m"))
     on_cpu = [target.part for target in targets(structure, [], cpu_grid()) if isinstance(target.part, Whole)]
     assert on_cpu == [Whole()]
 
 
-def test_one_layer_has_no_half(monkeypatch):
+def test_one_layer_is_the_least_that_stands_for_all(monkeypatch):
     monkeypatch.setattr(grids, "WHOLE_WEIGHT_BYTES", 1)
-    assert wholes_of(known_structure("reference"), gpu_grid()) == [Whole(1)]
+    assert whole_of(known_structure("reference"), gpu_grid()) == Whole(1)
 
 
-def test_cut_off_between_two_depths(tmp_path, monkeypatch, subject):
-    """What stands of the first is kept, and both say what a step takes."""
-    grid = replace(GRID, whole=True, wide=())
+@pytest.mark.parametrize("most", [True, False])
+def test_a_partial_whole_is_measured_and_read(tmp_path, monkeypatch, subject, most):
+    layers = subject.structure.num_layers
     layer = sum(2 * part.num_parameters for part in subject.structure.layers[0].values())
-    monkeypatch.setattr(grids, "WHOLE_WEIGHT_BYTES", 4.5 * layer)
-    real = room.append_costs
-
-    def cut(path, row):
-        if row.part == Whole(4).key():
-            raise KeyboardInterrupt
-        real(path, row)
-
-    with monkeypatch.context() as short:
-        short.setattr(room, "append_costs", cut)
-        with pytest.raises(KeyboardInterrupt):
-            profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=grid)
-    kept = rows(tmp_path / "reference.partial.csv")
-    assert [r["batch"] for r in kept if r["part"] == Whole(2).key()] == ["1", "4"]
+    depth = layers // 2 + most
+    monkeypatch.setattr(grids, "WHOLE_WEIGHT_BYTES", (depth + 0.5) * layer)
+    grid = replace(GRID, whole=True, wide=())
     path, facts = profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=grid)
-    found, structure = rows(path), subject.structure
+    found, table = rows(path), CostTable(path)
     assert facts["points"] == len(found) == count_points(subject, grid)
-    assert facts["measured_now"] == len(found) - len(kept)
-    table = CostTable(path)
-    each, once = table.between_parts(structure, 4), table.step_overhead(structure, 4)
-    for depth in (2, 4):
-        whole, parts, count = table._whole_and_parts(Whole(depth), structure, "decode", 4, 1)
-        assert parts + count * each + once == pytest.approx(whole)
+    measured = {(r["phase"], r["batch"]) for r in found if r["part"] == Whole(depth).key()}
+    assert {batch for phase, batch in measured if phase == "decode"} == ({"1", "4"} if most else set())
+    assert any(phase == "prefill" for phase, _ in measured)
+    each = table.between_parts(subject.structure, 4)
+    if most:
+        whole, parts, count = table._whole_and_parts(subject.structure, "decode", 4, 1)
+        assert parts + count * each == pytest.approx(whole)
+    else:
+        assert each == 0.0
 
 
 def test_wrong_machine(monkeypatch, tmp_path, subject):
