@@ -24,7 +24,7 @@ from puzzle.base.device import side_stream
 Call = Callable[[], Any]
 L2_MULTIPLE = 4  # the copies together are this many times the L2
 MAX_SAMPLES = 400
-# Shorter graphs hold their calls several times: a launch takes 5 µs on one machine, 100 to 300 µs on another.
+# Shorter graphs hold their calls several times: chains of 1 ms came out up to 6 µs a sub-block longer than of 4 ms on one machine (docs/lessons.md).
 MIN_GRAPH_SECONDS, MAX_ROUNDS = 4e-3, 256
 
 

@@ -37,7 +37,7 @@ if [[ -n ${SMALL:-} ]]; then
   : "${GPU:=cpu}" "${RECIPE:=examples/quickstart.yaml}" "${PARENT:=examples/parent}" "${SPEEDS:=1.3}" "${RANK_SPEEDS:=1.25,1.5}"
   : "${CHILDREN:=6}" "${FINALISTS:=4}" "${RANK_ROUNDS:=1}" "${ROUNDS:=1}" "${CHOOSE_ON:=4}" "${COMPARE_ON:=8}" "${BETWEEN:=8192}"
   : "${HEAL_TOKENS:=16384}" "${LONG_TOKENS:=32768}" "${INITIAL_TOKENS:=8192}" "${INITIAL_FFN:=0.25,0.25-obs,linear-64,linear-64-svd}" "${TASK_LIMIT:=2}"
-  : "${INITIAL_ATTENTION:=linear-64,linear-64-svd}" "${COUPLED_TOKENS:=8192}" "${SEQ_LEN:=256}" "${INITIAL_SCORES:=4}"
+  : "${INITIAL_ATTENTION:=linear-64,linear-64-svd}" "${COUPLED_TOKENS:=8192}" "${SEQ_LEN:=256}" "${INITIAL_SCORES:=4}" "${INITIAL_LRS:=3e-3,1e-3}"
 fi
 : "${PYTHON:=python3}"
 : "${RECIPE:=examples/smollm2_h100.yaml}"
@@ -72,6 +72,7 @@ fi
 : "${INITIAL_ATTENTION:=linear,linear-144,linear-144-svd}" # a quarter of SmolLM2's hidden size: half of a matrix
 : "${INITIAL_FFN:=0.5,0.5-obs,0.25,0.25-obs,0.1,0.1-obs,linear,linear-144,linear-144-svd}"
 : "${INITIAL_TOKENS:=8e6}"
+: "${INITIAL_LRS:=3e-3,1e-3,3e-4}"
 : "${INITIAL_SCORES:=32}"
 # coupled
 : "${COUPLED_TOKENS:=2M}"
@@ -200,14 +201,21 @@ selection() {
   return $code
 }
 
-starts() {
+starts() { # starts LEARNING_RATE
   within initial "$PYTHON" benchmarks/quality/bench_bld.py --parent "$PARENT" --data "$DATA" --attention "$INITIAL_ATTENTION" --ffn "$INITIAL_FFN" \
-    --tokens "$INITIAL_TOKENS" --seq-len "$SEQ_LEN" --batch-size 8 --score-sequences "$INITIAL_SCORES" --initial "$WORK/initial/untrained" \
-    --library "$WORK/initial/trained" --out "$RESULTS/initial.csv"
+    --tokens "$INITIAL_TOKENS" --seq-len "$SEQ_LEN" --batch-size 8 --lr "$1" --score-sequences "$INITIAL_SCORES" \
+    --initial "$WORK/initial/untrained-$1" --library "$WORK/initial/trained-$1" --out "$WORK/initial/$1.csv"
 }
 
 initial() {
-  [[ -f $RESULTS/initial.csv ]] || alone initial starts
+  local code=0 lr
+  mkdir -p "$WORK/initial"
+  for lr in ${INITIAL_LRS//,/ }; do
+    [[ -f $WORK/initial/$lr.csv ]] || alone "initial-$lr" starts "$lr" || code=1
+    awk 'FNR > 1 || NR == 1' "$WORK"/initial/*.csv >"$WORK/initial-$LANE.csv" 2>/dev/null &&
+      mv "$WORK/initial-$LANE.csv" "$RESULTS/initial.csv"
+  done
+  return $code
 }
 
 again() {
