@@ -46,7 +46,7 @@ FACTS = (
 )  # columns, in order
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
 AWAITED = (  # shown once they are there
-    "initial.csv", "selection.csv", "chosen.csv", "chosen_long.csv", "coupled.csv",
+    "chosen.csv", "chosen_long.csv", "coupled.csv",
     "routing.csv", "predict_nemotron-nano-9b-v2.csv", "predict_nemotron-3-nano-30b-a3b.csv", "predict_qwen3-30b-a3b.csv", "bld_hybrid.csv",
     "mixtures_moe.csv", "mixtures_hybrid.csv", "serving_matrix_mixtures.csv",
 )  # fmt: skip
