@@ -198,6 +198,9 @@ def profile(rows: list[Row]) -> str:
     )
 
 
+WITH_ENDS = "2026-11-28"  # see `bench_fusion_latency.py`
+
+
 def fusion_latency(rows: list[Row]) -> str:
     fused, lines = ("twos", "fours", "one"), []
     known = [list(dict.fromkeys(row[column] for row in rows)) for column in ("shapes", "ffn_of_attention_free")]
@@ -220,10 +223,12 @@ def fusion_latency(rows: list[Row]) -> str:
     batches = " / ".join(dict.fromkeys(row["batch"] for row in rows))
     head = (
         f"At batch {batches}, {rows[0]['context']} cached tokens; FFN: width in the attention-free layers. Speed-ups of the median "
-        "step: in twos, in fours and all in one over unfused; all in one over the parent, which has attention everywhere.\n\n"
+        "step: in twos, in fours and all in one over unfused; all in one over the parent, which has attention everywhere."
     )
+    if any(row["tp"] != "1" and row["date"] >= WITH_ENDS for row in rows):
+        head += f" Steps of several GPUs that were measured since {WITH_ENDS} have the sums of embedding and head too."
     columns = ["shapes", "GPUs", "FFN", "all-reduces: parent, unfused, twos, fours, one", "unfused, ms"]
-    return head + table([*columns, *fused, "one over the parent"], lines)
+    return head + "\n\n" + table([*columns, *fused, "one over the parent"], lines)
 
 
 # ---- quality

@@ -31,6 +31,7 @@ SYNTHETIC = "lib/synthetic_library.py"
 PROMISED = "An architecture solved for {} the throughput, Llama-3.1-8B's shapes, made-up scores, random weights."
 H100 = "quality/h100_fusion_heal.sh"
 SELECTION = "gpu/selection.sh"
+FOUR_GPUS = "benchmarks/gpu/four_gpus.sh WORK {}"
 AFTER = "gpu/post_training.sh"
 FACTS = (
     "device",
@@ -45,7 +46,7 @@ FACTS = (
 )  # columns, in order
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
 AWAITED = (  # shown once they are there
-    "published_child.csv", "ranks.csv", "initial.csv", "selection.csv", "chosen.csv", "chosen_long.csv", "coupled.csv",
+    "chosen.csv", "chosen_long.csv", "coupled.csv",
     "routing.csv", "predict_nemotron-nano-9b-v2.csv", "predict_nemotron-3-nano-30b-a3b.csv", "predict_qwen3-30b-a3b.csv", "bld_hybrid.csv",
     "mixtures_moe.csv", "mixtures_hybrid.csv", "serving_matrix_mixtures.csv",
 )  # fmt: skip
@@ -146,13 +147,15 @@ SECTIONS = {
             "Children of GPUs that share a model",
             rank_tables.tp_children,
             command="puzzle solve LIBRARY --latency 66% --concurrency 64 (or --throughput 3x) --gpu h100 --tp 2 --input-len 512 --output-len 256 "
-            "--out DIR; torchrun --nproc-per-node 2 -m puzzle bench DIR --gpu h100 --tp 2 --with-parent --json",
+            "--out DIR; torchrun --nproc-per-node 2 -m puzzle bench DIR --gpu h100 --tp 2 --with-parent --json\n"
+            f"{FOUR_GPUS.format('sums apart children')}     # four H200",
         ),
         Result(
             "published_child.csv",
             "speed/bench_published_child.py",
             "The published child of the 405B",
             rank_tables.published_child,
+            command=FOUR_GPUS.format("published"),
         ),
         Result(
             "large_parents.csv",
@@ -168,7 +171,13 @@ SECTIONS = {
             rank_tables.evaluate_ranks,
             command="benchmarks/gpu/large_parents.sh WORK evaluate_ranks",
         ),
-        Result("ranks.csv", "speed/bench_ranks.py", "Building and healing on several GPUs", rank_tables.ranks),
+        Result(
+            "ranks.csv",
+            "speed/bench_ranks.py",
+            "Building and healing on several GPUs",
+            rank_tables.ranks,
+            command=f"HEAL_TOKENS=4M {FOUR_GPUS.format('apart ranks')}",
+        ),
         Result("seeds.csv", "speed/bench_seeds.py", "The two Nemotron deployments, with made-up scores", t.seeds),
         Result("build_8b.csv", "speed/bench_build_8b.py", "Building at 8B shapes", t.build_8b),
         Result("build_8b_steps.csv", "speed/bench_build_8b.py", "A step of building at 8B shapes", t.build_8b_steps),

@@ -29,16 +29,27 @@ def selection(rows: list[Row]) -> str:
             for r in ranks
         ),
     )  # fmt: skip
+    methods = _sorted([row for row in rows if row["kind"] == "method"])
+    alone = {row["speed"]: float(row["kl_other"]) for row in methods if row["method"] == "mip"}
+
+    def beside(row: Row) -> str:
+        if row["method"] == "mip" or row["speed"] not in alone:
+            return NONE
+        return f"{100 * (float(row['kl_other']) / alone[row['speed']] - 1):+.1f} %"
+
     ways = table(
-        ["speed", "method", "sum of scores", "KL", "±", "on other text", "children measured", "s"],
+        ["speed", "method", "sum of scores", "KL", "±", "on other text", "against mip there", "children measured", "s"],
         (
             [f"{float(r['speed']):g}x", r["method"], number(r["sum_of_scores"], 4), number(r["kl"], 4), number(r["kl_stderr"], 4),
-             number(r["kl_other"], 4), r["children"], number(r["seconds"], 0)]
-            for r in _sorted([row for row in rows if row["kind"] == "method"])
+             number(r["kl_other"], 4), beside(r), r["children"], number(r["seconds"], 0)]
+            for r in methods
         ),
     )  # fmt: skip
     said = "Spearman's correlation with the KL of children near the optimum, and medians of their KL over what is said of it."
-    return "\n\n".join(([said, ranked] if ranks else []) + [ways])
+    told = (
+        "KL of the child that each way chose, on the text that chose it and on as much other text, which no choice saw."
+    )
+    return "\n\n".join(([said, ranked] if ranks else []) + [told, ways])
 
 
 def chosen(rows: list[Row]) -> str:

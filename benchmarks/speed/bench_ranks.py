@@ -99,7 +99,8 @@ def heal(work: Path, ranks: int, device: str, parent: Path, child: Path, sizes: 
 
 
 def named(parent: Path) -> str:
-    return "/".join(parent.absolute().parts[-2:])
+    """A path's last word: of a hub id the model's."""
+    return parent.absolute().name
 
 
 def row_of(

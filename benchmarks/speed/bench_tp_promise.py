@@ -1,7 +1,8 @@
 """Is the promise of GPUs that share a model kept? Decode steps that `bench_fusion_latency.py` measured, beside what cost tables and all-reduces say.
 
 Promised: the sum over a rank's parts of the shipped H100 table of these shapes, corrected as `solve` does it, and of as many all-reduces
-as the row has. All-reduces are those of the H100 where they were measured (--costs), else of the H200. No table of these shapes on an H200 ships: without
+as the row has, with those of embedding and head where the step had them (measured since 2026-11-28). All-reduces are those of the H100 where they
+were measured (--costs), else of the H200. No table of these shapes on an H200 ships: without
 one in --costs its rows are promised from the H100's times the ratio of the two cards' bandwidths (3.35 and 4.8 TB/s), which is computed, not
 measured, and marked so. Needs no GPU.
 
@@ -31,6 +32,8 @@ from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
 from puzzle.profile.parts import Part, ends_of, priced_as, shared_name
 
 COLUMNS = "shapes,ffn_of_attention_free,fusion,tp,batch,context,device,all_reduces_of,table_of,promised_s,measured_s,measured_over_promised"
+
+WITH_ENDS = "2026-11-28"  # since then steps have the sums of embedding and head
 
 
 def ffn_seconds(table: CostTable, part: SubBlock, batch: int) -> float:
@@ -96,7 +99,10 @@ def main(paths: tuple[Path, ...], costs: Path | None, out: Path | None) -> None:
             if tp > 1:
                 found = find_all_reduces(gpu, tp, roots)
                 width, source = known_structure(row["shapes"]).hidden_size, found.device
-                sums = int(row["all_reduces_per_token"]) * found.seconds(2 * width * int(row["batch"]))
+                each, batch = 2 * width, int(row["batch"])
+                sums = int(row["all_reduces_per_token"]) * found.seconds(each * batch)
+                if row["date"] >= WITH_ENDS:
+                    sums += found.seconds(each * batch) + found.seconds(8 * tp * batch)
             bandwidth = 1.0 if gpu.upper() in table.device else GPUS["h100"].bandwidth / GPUS[gpu].bandwidth
             said = promised(row, table, sums, bandwidth)
             kept = {key: row[key] for key in COLUMNS.split(",") if key in row}

@@ -41,12 +41,17 @@ def test_selection(load_script):
             load_script, "quality/bench_selection.py", "FIELDS",
             {"kind": "method", "speed": "2.0", "method": "pairs", "sum_of_scores": "0.1", "kl": "0.2", "kl_stderr": "0.01",
              "kl_other": "0.3", "children": "90", "seconds": "12.3"},
+            {"kind": "method", "speed": "2.0", "method": "mip", "sum_of_scores": "0.1", "kl": "0.2", "kl_stderr": "0.01",
+             "kl_other": "0.4", "children": "1", "seconds": "1"},
+            {"kind": "method", "speed": "3.0", "method": "pairs", "sum_of_scores": "0.1", "kl": "0.2", "kl_stderr": "0.01",
+             "kl_other": "0.4", "children": "1", "seconds": "1"},
             {"kind": "child", "speed": "2.0", "method": "0:ffn/none", "sum_of_scores": "0.1", "kl": "0.2", "kl_stderr": "0.01"},
             {"kind": "rank", "speed": "2.0", "children": "52", "ratio": "1.3", "predicted": "1.01", "spearman": "0.7", "spearman_pairs": "nan"},
         )
     )  # fmt: skip
     assert "| 2x | 52 | 0.700 | – | – | 1.30 | 1.01 | – |" in shown.splitlines()
-    assert "| 2x | pairs | 0.1000 | 0.2000 | 0.0100 | 0.3000 | 90 | 12 |" in shown.splitlines()
+    assert "| 2x | pairs | 0.1000 | 0.2000 | 0.0100 | 0.3000 | -25.0 % | 90 | 12 |" in shown.splitlines()
+    assert "| 3x | pairs | 0.1000 | 0.2000 | 0.0100 | 0.4000 | – | 1 | 1 |" in shown.splitlines()  # without a mip
 
 
 def test_every_way_of_choosing_has_its_place(load_script):

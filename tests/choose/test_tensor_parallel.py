@@ -197,10 +197,11 @@ def test_the_shipped_sums():
     """Monotone, flat below the smallest, at the last bandwidth beyond the largest."""
     for tp in (2, 4, 8):
         found = find_all_reduces("h200", tp, [PACKAGED])
-        times = [found.seconds(n) for n in (1, 8192, 10**5, 2**20, 2**23, 2**24, 2**29)]
+        (smallest, least), *_, (before, less), (largest, most) = found.points
+        times = [found.seconds(n) for n in (1, smallest, 8192, 10**5, 2**20, 2**23, largest, 2 * largest)]
         assert times == sorted(times)
-        assert times[0] == times[1]
-        assert (times[5] - times[4]) / 2**23 == pytest.approx((times[6] - times[5]) / (2**29 - 2**24))
+        assert times[0] == times[1] == least
+        assert (times[-1] - most) / largest == pytest.approx((most - less) / (largest - before))
     assert find_all_reduces("h200", 8, [PACKAGED]).seconds(2 * 16384) == pytest.approx(27.22e-6, rel=0.03)
 
 
