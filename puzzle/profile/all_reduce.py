@@ -57,8 +57,9 @@ def write_all_reduces(path: Path, rows: Sequence[AllReduceRow]) -> None:
 
 
 class AllReduces:
-    """Seconds by bytes between `tp` ranks: linear between measured sizes and made monotone, the smallest's below them, and beyond
-    them at the bandwidth of the last two. stands_in: for which GPU, where it was measured on another one."""
+    """Seconds by bytes between `tp` ranks: linear between measured sizes, the smallest's below them, and beyond them at the bandwidth of
+    the last two. More bytes may take less: three times a power of two often takes longer than the next power. stands_in: for which GPU,
+    where it was measured on another one."""
 
     def __init__(self, path: Path, tp: int, rows: Sequence[AllReduceRow], stands_in: str | None = None):
         self.path, self.tp, self.stands_in = path, tp, stands_in
@@ -67,8 +68,6 @@ class AllReduces:
         for row in rows:
             sizes.setdefault(row.num_bytes, []).append(row.seconds)
         self.points = sorted((size, median(times)) for size, times in sizes.items())
-        for at in range(1, len(self.points)):
-            self.points[at] = (self.points[at][0], max(self.points[at][1], self.points[at - 1][1]))
 
     @property
     def largest(self) -> int:
@@ -86,7 +85,7 @@ class AllReduces:
         if at == 0 or len(points) == 1:
             return points[0][1] if at == 0 else points[0][1] * num_bytes / points[0][0]
         (left, low), (right, high) = points[min(at, len(points) - 1) - 1 :][:2]
-        if at == len(points) and high == low:
+        if at == len(points) and high <= low:
             return high * num_bytes / right
         return low + (high - low) * (num_bytes - left) / (right - left)
 

@@ -18,7 +18,7 @@ from puzzle.choose.fusion import WideFfn
 from puzzle.library.manifest import Library
 from puzzle.measure.architecture import read_architecture
 from puzzle.parents.known import known_structure
-from puzzle.profile.all_reduce import AllReduceRow, find_all_reduces, read_all_reduces, write_all_reduces
+from puzzle.profile.all_reduce import AllReduceRow, AllReduces, find_all_reduces, read_all_reduces, write_all_reduces
 from puzzle.profile.cost_table import PACKAGED, CostTable
 from puzzle.profile.parts import Head, ends_of
 from puzzle.profile.profile import subject_named
@@ -194,15 +194,26 @@ def test_sums_that_were_not_measured(puzzle, one_line_error, priced, tmp_path, m
 
 
 def test_the_shipped_sums():
-    """Monotone, flat below the smallest, at the last bandwidth beyond the largest."""
+    """As measured, flat below the smallest, at the last bandwidth beyond the largest."""
     for tp in (2, 4, 8):
         found = find_all_reduces("h200", tp, [PACKAGED])
+        assert all(found.seconds(size) == seconds for size, seconds in found.points)
         (smallest, least), *_, (before, less), (largest, most) = found.points
-        times = [found.seconds(n) for n in (1, smallest, 8192, 10**5, 2**20, 2**23, largest, 2 * largest)]
+        times = [found.seconds(n) for n in (1, smallest, 10**5, 2**20, 2**23, largest, 2 * largest)]
         assert times == sorted(times)
         assert times[0] == times[1] == least
         assert (times[-1] - most) / largest == pytest.approx((most - less) / (largest - before))
     assert find_all_reduces("h200", 8, [PACKAGED]).seconds(2 * 16384) == pytest.approx(27.22e-6, rel=0.03)
+
+
+def test_sums_that_take_less_for_more(tmp_path):
+    """One that is slow between two fast ones stays alone; beyond a last one that is fast, time goes on with its bytes."""
+    facts = {"tp": 2, "device": "NVIDIA H100", "versions": "1", "date": "2026-01-01"}
+    times = {1024: 8e-6, 3072: 1.2e-5, 4096: 9e-6, 8192: 1e-5}
+    found = [AllReduceRow(num_bytes=size, seconds=seconds, **facts) for size, seconds in times.items()]
+    sums = AllReduces(tmp_path, 2, found)
+    assert [sums.seconds(n) for n in (4096, 6144, 8192)] == pytest.approx([9e-6, 9.5e-6, 1e-5])
+    assert AllReduces(tmp_path, 2, found[:3]).seconds(8192) == pytest.approx(1.8e-5)
 
 
 def test_a_broken_table_of_sums_is_refused(puzzle, one_line_error, priced):
