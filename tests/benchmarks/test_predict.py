@@ -9,7 +9,6 @@ from click.testing import CliRunner
 
 from results_page import BENCHMARKS
 
-
 H200 = ("nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "qwen3-30b-a3b")
 
 
