@@ -47,6 +47,7 @@ class Moe(Normed):
 
     added_once: ClassVar[tuple[str, ...]] = ("experts.down_proj_bias",)
     exact: ClassVar[tuple[str, ...]] = ("gate.e_score_correction_bias",)  # rounded, it would choose other experts
+    routes: ClassVar[bool] = True
 
     num_experts: int = size("e", config="num_experts")
     num_experts_per_tok: int = size("k", config="num_experts_per_tok")

@@ -133,7 +133,9 @@ class SubBlock:
     """The base of all kinds. kind: the first word of its key. plain, in_training, on_kernels, on_vllm: "module:class" of its
     module in plain PyTorch (a `plain.part.Part`), of that with fewer passes in training (None: the plain one), on our kernels (a
     `fast.batch.Fast`) and in vLLM's layers (`vllm/place.py`), imported when they are wanted; None: it has none. read_input: its matrices that
-    multiply with what enters, which nothing else in it reads. exact: tensors that keep their own dtype, whatever the model's. num_sums, added_once: of tensor parallel, see `share`."""
+    multiply with what enters, which nothing else in it reads. exact: tensors that keep their own dtype, whatever the model's.
+    routes: it chooses, token by token, which of its weights are used, so that a rounding can choose others. num_sums, added_once: of tensor
+    parallel, see `share`."""
 
     kind: ClassVar[str]
     plain: ClassVar[str | None] = None
@@ -142,6 +144,7 @@ class SubBlock:
     on_vllm: ClassVar[str | None] = None
     read_input: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[tuple[str, ...]] = ()
+    routes: ClassVar[bool] = False
     num_sums: ClassVar[int] = 1  # all-reduces of [tokens, H] that end its share
     added_once: ClassVar[tuple[str, ...]] = ()  # tensors that count once in the sum over all shares
 

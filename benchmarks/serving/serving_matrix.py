@@ -14,8 +14,9 @@ a CPU, and is judged as with --gpu. What one sequence of the longest prompt
 takes in vLLM stands beside what we say: bytes of keys, values and states by its own specs, and of the pages for them.
 
 --gpu: vLLM alone, in this Python, in bf16, 32 prompts of 17 to 3,000 tokens at once; heads of 64. A cell passes when vLLM's mean
-|Δ log p| to our float32 is at most 1.2 times that of our own bf16, after the prompts and while they are continued. A vLLM whose own
-reader is wrong about different KV heads passes when serve-check says so (`detected`), and has to be right once lowered for its version.
+|Δ log p| to our float32 is at most 1.2 times that of our own bf16, after the prompts and while they are continued; with experts, the largest of
+8 roundings of our own (plain_runs), since one alone is mostly chance (bench_rounding.py). A vLLM whose own reader is wrong about
+different KV heads passes when serve-check says so (`detected`), and has to be right once lowered for its version.
 --append: cells that --out has stay, and are not run again unless the engine failed. Exit code 1 when a cell fails.
 """
 
@@ -53,7 +54,14 @@ CELLS = (
 GPU_CELLS = (("vllm", "hf"), ("vllm", "nemotron-nas"), ("vllm==0.26", "nemotron-nas"))
 NO_RELU2 = ("relu2 on a CPU", "is_act_and_mul=False is supported only for")  # of experts: the plug-in's words, vLLM's
 TRIES, BESIDE = 4, "Error in memory profiling"  # vLLM gives up where another process on the GPU ends while it starts
-GPU_COLUMNS = ("after", "plain_after", "during", "plain_during", "same_texts")  # `puzzle.serving.batch.Batch`
+GPU_COLUMNS = (
+    "after",
+    "plain_after",
+    "during",
+    "plain_during",
+    "plain_runs",
+    "same_texts",
+)  # `puzzle.serving.batch.Batch`
 STATE_COLUMNS = ("state_bytes", "our_state_bytes", "page_bytes", "our_page_bytes")  # `puzzle.serving.pages.Held`
 
 
@@ -89,6 +97,7 @@ def run_cell(name: str, engine: str, format: str, directory: Path, gpu: bool) ->
             **row,
             "verdict": (other or "equal") if check.equal else "detected" if wrong else "DIFFERENT",
             **{name: f"{getattr(batch, name):.4f}" for name in GPU_COLUMNS[:4]},
+            "plain_runs": batch.plain_runs,
             "same_texts": f"{batch.same_texts}/{batch.num_prompts}",
             "same_tokenizer": check.same_text,
             "version": check.version,

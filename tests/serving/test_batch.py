@@ -103,6 +103,7 @@ def test_on_a_gpu(version, child, change, named, exports, report, puzzle):
     assert all((part in told) == named for part in (f"{version} {CAUSE}", *WAY_OUT)), told
     found = json.loads(puzzle(*arguments, "--json").stdout)
     assert (found["equal"], found["delta"], found["batch"]["tolerance"]) == (change is None, None, 1.2)
+    assert (found["batch"]["plain_runs"], "roundings" in told) == (1, False)
     if change is None:  # the engine is plain bf16 itself
         assert found["batch"]["after"] == pytest.approx(found["batch"]["plain_after"], rel=0.05)
         assert 0 < found["batch"]["during"] < 1.2 * found["batch"]["plain_during"]
