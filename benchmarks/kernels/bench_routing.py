@@ -5,7 +5,8 @@ gave to their tokens; `sub-block`: all of it with norm, router, experts and the 
 of tokens, or by none. Bytes: logits, what experts gave and the tokens' sums; of the sub-block the matrices of all experts that any token
 has. Each call has other tokens, so that experts' matrices come from memory; calls are replayed as one CUDA graph; p50 of replays.
 `MAX_ROWS` in kernels/routing.py is up to how many tokens ours is faster, `ONE_PROGRAM` up to how many tokens times experts one program is
-faster than two kernels; in the committed figures, taken while that was 2,048, `puzzle` is one program up to there.
+faster than two kernels; in the committed figures, taken while that was 2,048, `puzzle` is one program up to there, and
+the measured ceiling is a copy's bandwidth.
 
     python benchmarks/kernels/bench_routing.py --out benchmarks/results/routing.csv
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from ceilings import copy_bandwidth
+from ceilings import read_bandwidth
 from kernel_report import BANDWIDTH, Report
 from puzzle.blocklib.fast import moe as fast_moe
 from puzzle.blocklib.fast.batch import make_fast, new_batch
@@ -74,7 +75,7 @@ def with_limit(limit: int, call: Callable[[], object]) -> object:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(out: Path) -> None:
-    report = Report(out, ["model", "tokens", "part"], copy_bandwidth(DEVICE), BANDWIDTH)
+    report = Report(out, ["model", "tokens", "part"], read_bandwidth(DEVICE), BANDWIDTH)
     for model in MODELS:
         sub_block = mixture(model)
         part = filled(sub_block)

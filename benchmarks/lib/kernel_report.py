@@ -9,9 +9,9 @@ from typing import Any
 from ceilings import environment
 from puzzle.base.machine import gpu_facts
 
-H100 = gpu_facts("h100")  # by its datasheet, as the next three
-BANDWIDTH = H100.bandwidth  # bytes a second
-BF16, FP8 = H100.bf16_flops, 1979e12  # FLOP a second, dense
+CARD = gpu_facts("h200" if "H200" in environment()["device"] else "h100")  # by its datasheet, as the next three
+BANDWIDTH = CARD.bandwidth  # bytes a second
+BF16, FP8 = CARD.bf16_flops, 1979e12  # FLOP a second, dense
 
 
 class Report:

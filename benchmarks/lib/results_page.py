@@ -47,7 +47,6 @@ FACTS = (
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
 AWAITED = (  # shown once they are there
     "chosen.csv", "chosen_long.csv", "coupled.csv",
-    "routing.csv", "predict_nemotron-nano-9b-v2.csv", "predict_nemotron-3-nano-30b-a3b.csv", "predict_qwen3-30b-a3b.csv", "bld_hybrid.csv",
     "mixtures_moe.csv", "mixtures_hybrid.csv", "serving_matrix_mixtures.csv",
 )  # fmt: skip
 MIXTURES = "gpu/mixtures.sh"
