@@ -19,7 +19,7 @@
 #
 # TASKS is a directory with HumanEval.jsonl.gz, gsm8k/test.jsonl, hellaswag/cases.jsonl and truthfulqa_mc1/cases.jsonl. The committed figures:
 #
-#   benchmarks/gpu/selection.sh WORK initial                      # benchmarks/results/initial.csv
+#   INITIAL_LRS=3e-3 benchmarks/gpu/selection.sh WORK initial     # benchmarks/results/initial.csv
 #   benchmarks/gpu/selection.sh WORK library selection            # benchmarks/results/selection.csv
 #   benchmarks/gpu/selection.sh WORK library chosen tasks         # benchmarks/results/chosen.csv
 #   benchmarks/gpu/selection.sh WORK library long                 # benchmarks/results/chosen_long.csv

@@ -5,8 +5,8 @@ gave to their tokens; `sub-block`: all of it with norm, router, experts and the 
 of tokens, or by none. Bytes: logits, what experts gave and the tokens' sums; of the sub-block the matrices of all experts that any token
 has. Each call has other tokens, so that experts' matrices come from memory; calls are replayed as one CUDA graph; p50 of replays.
 `MAX_ROWS` in kernels/routing.py is up to how many tokens ours is faster, `ONE_PROGRAM` up to how many tokens times experts one program is
-faster than two kernels; in the committed figures, taken while that was 2,048, `puzzle` is one program up to there, and
-the measured ceiling is a copy's bandwidth.
+faster than two kernels; in the committed figures, taken while that was 2,048, `puzzle` is one program up to there, the
+measured ceiling is a copy's bandwidth, and 2 and 4 tokens lack.
 
     python benchmarks/kernels/bench_routing.py --out benchmarks/results/routing.csv
 """
@@ -35,7 +35,7 @@ from puzzle.kernels.timer import time_calls
 from puzzle.parents.known import known_structure
 
 MODELS = ("qwen3-30b-a3b", "nemotron-3-nano-30b-a3b")
-TOKENS = (1, 8, 16, 64, 512, 4096)
+TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 COPIES = 4
 BOTH_WAYS = 2048  # tokens times experts up to which both are timed
 DEVICE = "cuda"

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ceilings import environment
-from puzzle.base.machine import gpu_facts
+from puzzle.base.machine import GPUS, gpu_facts
 
-CARD = gpu_facts("h200" if "H200" in environment()["device"] else "h100")  # by its datasheet, as the next three
+HERE = environment()["device"]
+# By its datasheet, as the next three; a CPU rehearses for an H100. Another card is unknown, which is said.
+CARD = gpu_facts("h100" if HERE == "cpu" else next((n for n in GPUS if n.upper() in HERE), HERE))
 BANDWIDTH = CARD.bandwidth  # bytes a second
 BF16, FP8 = CARD.bf16_flops, 1979e12  # FLOP a second, dense
 

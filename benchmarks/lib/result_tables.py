@@ -286,12 +286,25 @@ def seeds(rows: list[Row]) -> str:
 def bld(rows: list[Row]) -> str:
     first = rows[0]
     built = f", built in {first['build_seconds']} s" if first["build_seconds"] else ""
-    head = f"{int(first['tokens']):,} tokens at {first['lr']}{built}.\n\n"
-    columns = ["sub-block", "variant", "nMSE at init", "trained", "KL at init", "trained", "KL lowered by", "in layers"]
+    rates = list(dict.fromkeys(r["lr"] for r in rows))
+    several = len(rates) > 1
+    at = f"at {rates[0]}{built}" if not several else f"at {', '.join(rates)}"
+    head = f"{int(first['tokens']):,} tokens {at}.\n\n"
+    columns = [
+        "sub-block",
+        "variant",
+        *(["rate"] if several else []),
+        "nMSE at init",
+        "trained",
+        "KL at init",
+        "trained",
+        "KL lowered by",
+        "in layers",
+    ]
     return head + table(
         columns,
         (
-            [r["kind"], r["variant"], number(r["nmse_init"], 3), number(r["nmse_trained"], 3), number(r["kl_init"], 4),
+            [r["kind"], r["variant"], *([r["lr"]] if several else []), number(r["nmse_init"], 3), number(r["nmse_trained"], 3), number(r["kl_init"], 4),
              number(r["kl_trained"], 4), percent(r["kl_lowered_by"], 0), f"{r['layers_lowered']} of {r['num_layers']}"]
             for r in rows
         ),

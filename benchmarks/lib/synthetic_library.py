@@ -36,12 +36,16 @@ def scores(num_layers: int, spaces: dict[str, Space], layer: int, chance: random
     depth = layer / (num_layers - 1)
     edge = 1 + 6 * (layer < 2) + 3 * (layer >= num_layers - 2)
     found = {}
-    for name in spaces["attention"]:
-        found[f"attention/{name}"] = LOSS.get(name, 0.0) * edge * (1.6 - 1.2 * depth)
-    for name in spaces["ffn"]:
-        kept = {PARENT: 1.0, "linear": 0.06, "none": 0.0}.get(name)
-        kept = float(name) if kept is None else kept
-        found[f"ffn/{name}"] = 0.09 * edge * (1 - kept) ** 2
+    for slot, space in spaces.items():
+        for name, sub_block in space.items():
+            if space[PARENT].kind == "gqa":
+                found[f"{slot}/{name}"] = LOSS.get(name, 0.0) * edge * (1.6 - 1.2 * depth)
+            else:
+                kept = {PARENT: 1.0, "linear": 0.06, "none": 0.0}.get(name)
+                if kept is None:  # a width's name is what is kept of it
+                    narrow = name.replace(".", "").isdigit()
+                    kept = float(name) if narrow else sub_block.num_parameters / space[PARENT].num_parameters
+                found[f"{slot}/{name}"] = 0.09 * edge * max(0.0, 1 - kept) ** 2
     return {
         name: {
             "kl": kl * chance.uniform(0.8, 1.2),
@@ -62,13 +66,16 @@ def scores(num_layers: int, spaces: dict[str, Space], layer: int, chance: random
 @click.option(
     "--attention", default=ATTENTION, help="What is offered; KV heads that do not divide the parent's are left out."
 )
-@click.option("--ffn", default=FFN)
+@click.option("--ffn", default=FFN, help="Hybrids and mixtures are offered their defaults instead of both.")
 def main(name: str, out: Path, seed: int, attention: str, ffn: str) -> None:
     structure = known_structure(name)
-    most = max(layer["attention"].num_key_value_heads for layer in structure.layers)
-    every = attention.split(",")
-    heads = [v for v in every if not v.startswith("kv") or (int(v[2:]) < most and most % int(v[2:]) == 0)]
-    spaces = search_spaces(dict(enumerate(structure.layers)), {"attention": ",".join(heads), "ffn": ffn})
+    offered: dict[str, str] = {}
+    if {sub_block.kind for _, _, sub_block in structure} == {"gqa", "swiglu"}:
+        most = max(layer["attention"].num_key_value_heads for layer in structure.layers)
+        every = attention.split(",")
+        heads = [v for v in every if not v.startswith("kv") or (int(v[2:]) < most and most % int(v[2:]) == 0)]
+        offered = {"attention": ",".join(heads), "ffn": ffn}
+    spaces = search_spaces(dict(enumerate(structure.layers)), offered)
     chosen = {
         str(layer): {
             slot: {variant: sub_block.key() for variant, sub_block in space.items() if variant != PARENT}

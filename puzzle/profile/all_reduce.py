@@ -1,7 +1,7 @@
 """Tables of all-reduces: seconds of summing one message over the GPUs of a host. Needs no torch.
 
 costs/all_reduce/<gpu>.csv, a row per (tp, num_bytes): the median time that one all-reduce of bf16 adds to a product of a matrix, in a
-CUDA graph of many, of the slowest rank. `solve --tp` reads the library's own table first, then the one that ships with the package.
+CUDA graph of many, of the slowest rank (the shipped ones of eight H200s are older: one after another, which takes longer). `solve --tp` reads the library's own table first, then the one that ships with the package.
 """
 
 from __future__ import annotations

@@ -214,12 +214,14 @@ class CostTable:
 
     def _ends(self, name: str, batch: int) -> float:
         """Of as many prompts as go through together, which need be no batch that was measured: linear between these, beyond them as between
-        the last two, and of fewer as of the fewest."""
+        the last two, and never less than the last, and of fewer as of the fewest."""
         known = [(b, self._known(name, "decode", b)[0][1]) for b in self.batches if (name, "decode", b) in self._points]
         at = min(max(1, bisect_left(known, (batch, -1.0))), len(known) - 1)
         if not at or batch <= known[0][0]:
             return known[0][1]
         (left, low), (right, high) = known[at - 1], known[at]
+        if batch > right:  # where fewer took longer, more do not take less and less
+            return max(high, low + (high - low) * (batch - left) / (right - left))
         return low + (high - low) * (batch - left) / (right - left)
 
     def _grouped(self, one: Callable[[str, int, int], float], name: str, batch: int, context: int) -> float:
@@ -275,14 +277,17 @@ class CostTable:
         """Measured whole parent (or its first layers) over the sum of its parts, at the point nearest to `batch` sequences of
         `context`; 1 when the table has no whole, and for decode steps on a GPU (`between_parts`). Children are predicted as
         this factor times the sum of their parts: it carries what no part shows alone (on a CPU cold instruction caches and dispatch
-        between parts; on a GPU the clocks of sustained work, parts being timed in bursts).
+        between parts; on a GPU the clocks of sustained work, parts being timed in bursts). Half of the layers or fewer show that some work
+        is slower than in bursts, and never that all layers are faster: a factor below 1 of these counts as 1.
         """
         if phase == "decode" and not self.strict:
             return 1.0
         if not self.strict:
             batch = min(batch, max(1, PREFILL_ROWS // context))  # that go through together
         found = self._whole_and_parts(parent, phase, batch, context)
-        return found[0] / found[1] if found else 1.0
+        factor = found[0] / found[1] if found else 1.0
+        few = self._whole is not None and not self._whole.tells_of(parent.num_layers)
+        return max(1.0, factor) if few else factor
 
     def between_parts(self, parent: Structure, batch: int) -> float:
         """Seconds that a decode step on a GPU takes longer than its parts, for each sub-block that does something: what lies

@@ -25,8 +25,8 @@ SIZES = [
 
 
 def ways(num: int, experts: int) -> list[bool]:
-    """`one_program` of route: where it fits, and two kernels."""
-    return [True, False] if num * max(32, experts) <= ONE_PROGRAM / 2 else [False]
+    """`one_program` of route: where it fits, twice as far as it is chosen and more, and two kernels."""
+    return [True, False] if num * max(32, experts) <= 2 * ONE_PROGRAM else [False]
 
 
 def logits_of(num: int, experts: int, device) -> torch.Tensor:

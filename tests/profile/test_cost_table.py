@@ -173,6 +173,11 @@ def test_prefill_takes_the_deepest(tmp_path):
     costs = CostTable(costs.path)
     assert costs.whole_over_parts(parent, "prefill", 1, 8) == 32.0 / (5 * 3.0 + ENDS)
     assert costs.between_parts(parent, 4) == 0.0  # of twelve
+    fast = costs.path.read_text().replace(",1,32,1,", ",1,8,1,")
+    (tmp_path / "fast.csv").write_text(fast)
+    assert CostTable(tmp_path / "fast.csv").whole_over_parts(parent, "prefill", 1, 8) == 1.0
+    nine = parent.with_layers(parent.layers[:9])
+    assert CostTable(tmp_path / "fast.csv").whole_over_parts(nine, "prefill", 1, 8) == 0.5
 
 
 def test_a_cpu_corrects_by_a_factor(tmp_path):
@@ -183,6 +188,17 @@ def test_a_cpu_corrects_by_a_factor(tmp_path):
     assert costs.strict
     assert costs.between_parts(parent, 4) == 0.0
     assert costs.whole_over_parts(parent, "decode", 4, 8) == 2.0
+
+
+def test_ends_that_took_less_for_more_are_no_less_than_nothing(tmp_path):
+    """As an embedding does between 16 and 32 rows."""
+    parent = replace(known_structure("reference"), hidden_size=8, vocab_size=16)
+    ends, row = ends_of(parent), replace(ROW, precision="bf16")
+    rows = [replace(row, part=end.key(), batch=b, p50_s=s) for end in ends for b, s in ((16, 7.6), (32, 1.5))]
+    costs = table(tmp_path / "t.csv", rows)
+    assert [costs.seconds(ends[0], "prefill", b, 8) for b in (1, 16, 24, 32, 128)] == pytest.approx(
+        [7.6, 7.6, 4.55, 1.5, 1.5]
+    )
 
 
 @pytest.mark.parametrize("batches", [(3, 24), (1, 7, 16), (5,), (200, 300)])
