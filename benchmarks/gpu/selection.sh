@@ -126,6 +126,13 @@ within() {
   return $code
 }
 
+# joined NAME CSV...: of all lanes, as RESULTS/NAME.csv
+joined() {
+  local name=$1
+  shift
+  awk 'FNR > 1 || NR == 1' "$@" >"$WORK/$name-$LANE.csv" 2>/dev/null && mv "$WORK/$name-$LANE.csv" "$RESULTS/$name.csv"
+}
+
 # alone NAME FUNCTION...: unless another lane is at it
 alone() {
   local name=$1 lock code=0
@@ -195,8 +202,7 @@ selection() {
   LENGTHS=(--input-len "$(sed -n 's/^  input_len: //p' "$RECIPE")" --output-len "$(sed -n 's/^  output_len: //p' "$RECIPE")")
   for speed in ${RANK_SPEEDS//,/ }; do
     alone "selection-$speed" rank "$speed" || code=1
-    awk 'FNR > 1 || NR == 1' "$WORK"/selection/*/selection.csv >"$WORK/selection-$LANE.csv" 2>/dev/null &&
-      mv "$WORK/selection-$LANE.csv" "$RESULTS/selection.csv"
+    joined selection "$WORK"/selection/*/selection.csv
   done
   return $code
 }
@@ -212,8 +218,7 @@ initial() {
   mkdir -p "$WORK/initial"
   for lr in ${INITIAL_LRS//,/ }; do
     [[ -f $WORK/initial/$lr.csv ]] || alone "initial-$lr" starts "$lr" || code=1
-    awk 'FNR > 1 || NR == 1' "$WORK"/initial/*.csv >"$WORK/initial-$LANE.csv" 2>/dev/null &&
-      mv "$WORK/initial-$LANE.csv" "$RESULTS/initial.csv"
+    joined initial "$WORK"/initial/*.csv
   done
   return $code
 }

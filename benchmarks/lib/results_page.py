@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import large_tables
+import library_tables as blocks
 import rank_tables
 import result_tables as t
 import selection_tables
@@ -183,22 +184,22 @@ SECTIONS = {
         Result("build_8b_steps_profile.csv", "speed/bench_build_8b.py", "Where a step goes", t.build_8b_profile),
     ),
     "Quality": (
-        Result("bld.csv", "quality/bench_bld.py", "Distillation of the default search space", t.bld),
-        Result("bld_ffn.csv", "quality/bench_bld.py", "Distillation of narrow FFNs for longer", t.bld),
+        Result("bld.csv", "quality/bench_bld.py", "Distillation of the default search space", blocks.bld),
+        Result("bld_ffn.csv", "quality/bench_bld.py", "Distillation of narrow FFNs for longer", blocks.bld),
         Result(
             "initial.csv",
             "quality/bench_bld.py",
             "Starts of narrow FFNs and of maps of low rank, two ways each: SmolLM2",
-            t.bld,
+            blocks.bld,
             SELECTION,
         ),
-        Result("bld_moe.csv", "quality/bench_bld.py", "Distillation of the reference mixture's variants", t.bld),
-        Result("bld_hybrid.csv", "quality/bench_bld.py", "Distillation of the reference hybrid's variants", t.bld),
-        Result("mixtures_moe.csv", "quality/bench_mixtures.py", "Children of the reference mixture", t.mixtures),
-        Result("mixtures_hybrid.csv", "quality/bench_mixtures.py", "Children of the reference hybrid", t.mixtures),
-        Result("linear.csv", "quality/bench_linear.py", "A sub-block as one matrix, or two of low rank", t.linear),
-        Result("nested.csv", "quality/bench_nested.py", "Nested FFNs and independent ones", t.nested),
-        Result("nested_smollm2.csv", "quality/bench_nested.py", "The same of SmolLM2-135M", t.nested),
+        Result("bld_moe.csv", "quality/bench_bld.py", "Distillation of the reference mixture's variants", blocks.bld),
+        Result("bld_hybrid.csv", "quality/bench_bld.py", "Distillation of the reference hybrid's variants", blocks.bld),
+        Result("mixtures_moe.csv", "quality/bench_mixtures.py", "Children of the reference mixture", blocks.mixtures),
+        Result("mixtures_hybrid.csv", "quality/bench_mixtures.py", "Children of the reference hybrid", blocks.mixtures),
+        Result("linear.csv", "quality/bench_linear.py", "A sub-block as one matrix, or two of low rank", blocks.linear),
+        Result("nested.csv", "quality/bench_nested.py", "Nested FFNs and independent ones", blocks.nested),
+        Result("nested_smollm2.csv", "quality/bench_nested.py", "The same of SmolLM2-135M", blocks.nested),
         Result("fp8.csv", "quality/bench_fp8.py", "Children in fp8", t.fp8),
         Result(
             "fp8_smollm2.csv",

@@ -16,7 +16,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,15 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def greedy(model: CausalModel, prompts: list[list[int]], count: int) -> Tensor:
     """[P, count]"""
-    texts = []
-    for prompt in prompts:
-        runtime = PlainRuntime(model, 1, len(prompt) + count)
-        text = [runtime.prefill(torch.tensor([prompt])).clone()]
-        for _ in range(count - 1):
-            runtime.step()
-            text.append(runtime.ids.clone())
-        texts.append(torch.cat(text))
-    return torch.stack(texts)
+    return torch.cat([PlainRuntime(model, 1, len(p) + count).generate(torch.tensor([p]), count) for p in prompts])
 
 
 def likeliest(model: CausalModel, prompts: list[list[int]], texts: Tensor, top: int) -> Tensor:
@@ -100,12 +92,9 @@ def measure(name: str, path: Path, num_runs: int) -> None:
     same: list[float] = []
     other: list[float] = []
     for seed in range(num_runs):
-        with choices(model, prompts) as chosen, mock.patch.object(F, "linear", linear):
-            if seed:
-                with rounded_otherwise(model, seed):
-                    theirs = log_probs(model, prompts, texts, words)[:2]
-            else:
-                theirs = log_probs(model, prompts, texts, words)[:2]
+        rounding = rounded_otherwise(model, seed) if seed else nullcontext()
+        with choices(model, prompts) as chosen, mock.patch.object(F, "linear", linear), rounding:
+            theirs = log_probs(model, prompts, texts, words)[:2]
         after = (theirs[0] - ours[0]).abs().mean(-1)
         during = (theirs[1] - ours[1]).abs().mean()
         largest = ", ".join(f"{value:.3f}" for value in after.topk(3).values.tolist())

@@ -54,14 +54,8 @@ CELLS = (
 GPU_CELLS = (("vllm", "hf"), ("vllm", "nemotron-nas"), ("vllm==0.26", "nemotron-nas"))
 NO_RELU2 = ("relu2 on a CPU", "is_act_and_mul=False is supported only for")  # of experts: the plug-in's words, vLLM's
 TRIES, BESIDE = 4, "Error in memory profiling"  # vLLM gives up where another process on the GPU ends while it starts
-GPU_COLUMNS = (
-    "after",
-    "plain_after",
-    "during",
-    "plain_during",
-    "plain_runs",
-    "same_texts",
-)  # `puzzle.serving.batch.Batch`
+# `puzzle.serving.batch.Batch`
+GPU_COLUMNS = ("after", "plain_after", "during", "plain_during", "plain_runs", "same_texts")
 STATE_COLUMNS = ("state_bytes", "our_state_bytes", "page_bytes", "our_page_bytes")  # `puzzle.serving.pages.Held`
 
 

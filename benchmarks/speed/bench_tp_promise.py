@@ -21,6 +21,7 @@ from statistics import mean
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from bench_fusion_latency import LAYERS, layers_of, share
 
 from puzzle.base.machine import GPUS
@@ -30,10 +31,9 @@ from puzzle.parents.known import known_structure
 from puzzle.profile.all_reduce import find_all_reduces
 from puzzle.profile.cost_table import PACKAGED, CostTable, find_costs
 from puzzle.profile.parts import Part, ends_of, priced_as, shared_name
+from result_tables import WITH_ENDS
 
 COLUMNS = "shapes,ffn_of_attention_free,fusion,tp,batch,context,device,all_reduces_of,table_of,promised_s,measured_s,measured_over_promised"
-
-WITH_ENDS = "2026-11-28"  # since then steps have the sums of embedding and head
 
 
 def ffn_seconds(table: CostTable, part: SubBlock, batch: int) -> float:

@@ -1,8 +1,8 @@
 """Seconds, bytes and parameters of any architecture made of one library's sub-blocks. Needs no torch.
 
 The cost of a model is the sum of its measured parts as the whole parent corrects it (see `profile.cost_table`): times a factor, and in
-decode on a GPU with what lies between two sub-blocks. Where weights are in one precision and the cache is
-in another, a decode step of attention takes what the cache's table says, plus what the weights' takes more, or less, with nothing cached.
+decode on a GPU with what lies between two sub-blocks. Where weights are in one precision and the cache is in another, a decode step of
+attention takes what the cache's table says, plus what the weights' takes more, or less, with nothing cached.
 """
 
 from __future__ import annotations

@@ -89,9 +89,7 @@ class CostTable:
         self._points: dict[Key, list[tuple[int, float]]] = {}
         self._workspace: dict[tuple[str, str], dict[int, int]] = {}  # part, phase -> rows: bytes
         self._rows: dict[str, bool] = {}
-        self._whole: Whole | None = (
-            None  # of the parent; its first layers where it is too large, as many as there are of it
-        )
+        self._whole: Whole | None = None  # the deepest that was measured
         self.extrapolated: dict[Key, tuple[int, int, str]] = {}  # asked for at least, at most; what was measured
         try:
             with open(path, newline="", encoding="utf-8") as handle:
@@ -215,14 +213,13 @@ class CostTable:
     def _ends(self, name: str, batch: int) -> float:
         """Of as many prompts as go through together, which need be no batch that was measured: linear between these, beyond them as between
         the last two, and never less than the last, and of fewer as of the fewest."""
-        known = [(b, self._known(name, "decode", b)[0][1]) for b in self.batches if (name, "decode", b) in self._points]
-        at = min(max(1, bisect_left(known, (batch, -1.0))), len(known) - 1)
-        if not at or batch <= known[0][0]:
+        known = [(b, self._points[key][0][1]) for b in self.batches if (key := (name, "decode", b)) in self._points]
+        at = min(bisect_left(known, (batch, -1.0)), len(known) - 1)
+        if at == 0:
             return known[0][1]
         (left, low), (right, high) = known[at - 1], known[at]
-        if batch > right:  # where fewer took longer, more do not take less and less
-            return max(high, low + (high - low) * (batch - left) / (right - left))
-        return low + (high - low) * (batch - left) / (right - left)
+        found = low + (high - low) * (batch - left) / (right - left)
+        return max(high, found) if batch > right else found
 
     def _grouped(self, one: Callable[[str, int, int], float], name: str, batch: int, context: int) -> float:
         """Seconds of a prefill whose prompts go through in groups, as the runtime on a GPU takes them. one: of one group."""
@@ -286,19 +283,21 @@ class CostTable:
             batch = min(batch, max(1, PREFILL_ROWS // context))  # that go through together
         found = self._whole_and_parts(parent, phase, batch, context)
         factor = found[0] / found[1] if found else 1.0
-        few = self._whole is not None and not self._whole.tells_of(parent.num_layers)
-        return max(1.0, factor) if few else factor
+        return factor if self._tells_of(parent) else max(1.0, factor)
 
     def between_parts(self, parent: Structure, batch: int) -> float:
         """Seconds that a decode step on a GPU takes longer than its parts, for each sub-block that does something: what lies
         between two of them. Measured on small models it is the same 2 µs whatever the sub-blocks; below 0 where chains of parts were
         measured too long. 0 where no whole was measured, or no more than half of the parent's layers, which tell nothing of all of them
         (docs/lessons.md); and on a CPU (`whole_over_parts`)."""
-        whole = self._whole
-        if self.strict or whole is None or not whole.tells_of(parent.num_layers):
+        if self.strict or not self._tells_of(parent):
             return 0.0
         found = self._whole_and_parts(parent, "decode", batch, 1)
         return (found[0] - found[1]) / found[2] if found else 0.0
+
+    def _tells_of(self, parent: Structure) -> bool:
+        """Whether what was measured as a whole is most of the parent."""
+        return self._whole is not None and self._whole.tells_of(parent.num_layers)
 
     def host_seconds(self, batch: int) -> float:
         """0: what our runtime's Python takes is in what was measured."""
