@@ -58,15 +58,15 @@ fi
 : "${CHOOSE_ON:=64}" # sequences that children are measured on, there and in `chosen`
 # chosen
 : "${SPEEDS:=1.5,2}"
-: "${METHODS:=all,rescored,pairs,finalists,mip,depth,uniform-width,greedy,random}"
-: "${PARTS:=steps choose heal bench}"
+: "${METHODS:=all,rescored,pairs,finalists,mip,depth,uniform,greedy,random}" # uniform-width, FFNs alone, reaches neither of SPEEDS
+: "${PARTS:=choose steps measure heal bench}"
 : "${ROUNDS:=2}"
 : "${COMPARE_ON:=256}"
 : "${BETWEEN:=3e6}"
 : "${HEAL_TOKENS:=10e6}"
-: "${TASK_METHODS:=mip,all,depth,uniform-width}"
+: "${TASK_METHODS:=mip,all,depth,uniform}"
 : "${TASK_LIMIT:=500}"
-: "${LONG_METHODS:=mip,depth,uniform-width}"
+: "${LONG_METHODS:=mip,depth,uniform}"
 : "${LONG_TOKENS:=50e6}"
 # initial
 : "${INITIAL_ATTENTION:=linear,linear-144,linear-144-svd}" # a quarter of SmolLM2's hidden size: half of a matrix
@@ -94,12 +94,6 @@ if [[ -n $GPUS ]]; then
   wait
   exit
 fi
-if [[ -z ${GPU:-} ]]; then
-  case $(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1) in
-    *H200*) GPU=h200 ;;
-    *) GPU=h100 ;;
-  esac
-fi
 
 mkdir -p "$WORK/claims" "$RESULTS"
 WORK=$(realpath "$WORK")
@@ -108,23 +102,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=true
 CHOSEN=$WORK/chosen
 LIBRARY=$CHOSEN/base/0/step-1/library
 STATUS=0
-
-left() { echo $((T0 + END - $(date +%s))); }
-
-# within NAME COMMAND...: logs it, and ends it with the time
-within() {
-  local name=$1 log=$RESULTS/$1-$LANE.log seconds before begin=$SECONDS
-  shift
-  seconds=$(left)
-  ((seconds > 5)) || { echo "-- $name: no time left" && return 1; }
-  before=$(cat "$log" 2>/dev/null | wc -c)
-  timeout -k 5 "$seconds" "$@" >>"$log" 2>&1
-  local code=$?
-  echo "-- $name: $((SECONDS - begin)) s, exit $code"
-  ((code == 0)) || tail -n 4 "$log"
-  tail -c "+$((before + 1))" "$log" | grep -m 1 '^out of time'
-  return $code
-}
+source benchmarks/gpu/within.sh
+: "${GPU:=$(gpu_name)}"
 
 # joined NAME CSV...: of all lanes, as RESULTS/NAME.csv
 joined() {
@@ -177,7 +156,7 @@ tasks() {
 }
 
 long() {
-  local asked=(choose heal)
+  local asked=(choose measure heal)
   [[ -z $TASKS ]] || asked+=(tasks --task-data "$TASKS" --task-limit "$TASK_LIMIT")
   there long && children long "$RESULTS/chosen_long.csv" "$LONG_METHODS" "${asked[@]}" --tokens "$LONG_TOKENS"
 }

@@ -33,14 +33,18 @@ def mixtures(rows: list[Row]) -> str:
         else ""
     )
     columns = ["goal", "rule", "speed, predicted", "parameters, M", "active, M", "KL", "loss", "KL healed", "loss"]
-    return head + table(
-        columns,
-        (
-            [r["goal"], r["rule"], f"{number(r['predicted_speedup'], 2)}x", number(r["parameters"], 2, "1e-6"),
-             number(r["active_parameters"], 2, "1e-6"), shown(r["kl"]), shown(r["lm_loss"]), shown(r["kl_healed"]), shown(r["lm_loss_healed"])]
-            for r in rows
-        ),
-    )  # fmt: skip
+    lines, rules = [], [rule for (rule,) in groups(rows, "rule")]
+    for (goal,), same in groups(rows, "goal").items():
+        children = {r["rule"]: r for r in same}
+        for rule in rules:
+            if (r := children.get(rule)) is None:
+                lines.append([goal, rule, "none meets the goal", *[NONE] * 6])
+                continue
+            lines.append([
+                goal, rule, f"{number(r['predicted_speedup'], 2)}x", number(r["parameters"], 2, "1e-6"), number(r["active_parameters"], 2, "1e-6"),
+                shown(r["kl"]), shown(r["lm_loss"]), shown(r["kl_healed"]), shown(r["lm_loss_healed"]),
+            ])  # fmt: skip
+    return head + table(columns, lines)
 
 
 def linear(rows: list[Row]) -> str:

@@ -48,7 +48,6 @@ FACTS = (
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
 AWAITED = (  # shown once they are there
     "chosen.csv", "chosen_long.csv", "coupled.csv",
-    "mixtures_moe.csv", "mixtures_hybrid.csv", "serving_matrix_mixtures.csv",
 )  # fmt: skip
 MIXTURES = "gpu/mixtures.sh"
 INTRO = """# Results

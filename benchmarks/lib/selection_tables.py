@@ -6,7 +6,7 @@ import re
 
 from result_tables import NONE, Row, groups, number, table
 
-ORDER = ("mip", "finalists", "pairs", "rescored", "all", "steps", "depth", "uniform-width", "greedy", "random")
+ORDER = ("mip", "finalists", "pairs", "rescored", "all", "steps", "depth", "uniform", "uniform-width", "greedy", "random")  # fmt: skip
 
 
 def _shown(value: str, digits: int, times: str = "1") -> str:

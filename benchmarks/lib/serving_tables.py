@@ -51,7 +51,9 @@ def serving_matrix_gpu(rows: list[Row]) -> str:
         }
         plain = next((r["plain_after"] for r in found if r["plain_after"]), NONE)
         lines.append([child, plain, *(cells.get(engine, "") for engine in engines), held(found)])
-    head = "Mean |Δ log p| to our float32 after prompts of 17 to 3,000 tokens, 32 at once, in bf16; 'ours': that of our own bf16.\n\n"
+    runs = max((int(r["plain_runs"]) for r in rows if r.get("plain_runs")), default=1)
+    largest = f", with experts the largest of {runs} roundings" if runs > 1 else ""
+    head = f"Mean |Δ log p| to our float32 after prompts of 17 to 3,000 tokens, 32 at once, in bf16; 'ours': that of our own bf16{largest}.\n\n"
     columns = ["child", "ours", *(f"{engine}, {format}" for engine, format in engines), "bytes of a sequence"]
     with_bytes = any(line[-1] != NONE for line in lines)  # earlier files have none
     return head + table(columns if with_bytes else columns[:-1], lines if with_bytes else [line[:-1] for line in lines])

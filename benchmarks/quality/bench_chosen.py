@@ -4,19 +4,19 @@ Protocol: one library and one cost table, of RECIPE without its healing. At ever
 of finalists (`finalists`), with interactions (`pairs`), after new scores around the MIP's child (`rescored`), around the best of
 finalists and pairs (`all`). Each in a copy of the library, so that none is spared what another one has measured. Then `steps`: half of
 the speed-up first (its square root), healed on --between tokens, and the rest from there. All meet the same limit at the same prices and
-are healed on as many tokens as RECIPE (or --tokens) says, those between the steps among them. `depth`, `uniform-width`, `greedy` and `random`
-are `solve --baseline`, at the same limit. KL(parent‖child) and loss on --sequences of held-out text, the first of which the choices have
-seen; `measured` is the speed of `bench` over that of the parent, `choose_s` what choosing takes beyond library and scores, which `library_s`
-has; with --task-data the shares of right answers of parent and child in each task, healed (`tasks`) and not (`tasks-before`).
+are healed on as many tokens as RECIPE (or --tokens) says, those between the steps among them. `depth`, `uniform`, `uniform-width`, `greedy` and
+`random` are `solve --baseline`, at the same limit. KL(parent‖child) and loss on --sequences of held-out text, the first of which the choices have
+seen (`measure`); `measured` is the speed of `bench` over that of the parent, `choose_s` what choosing takes beyond library and scores, which
+`library_s` has; with --task-data the shares of right answers of parent and child in each task, healed (`tasks`) and not (`tasks-before`).
 
-    python benchmarks/quality/bench_chosen.py examples/smollm2_h100.yaml library choose heal steps --parent MODEL --data DATA \\
+    python benchmarks/quality/bench_chosen.py examples/smollm2_h100.yaml library choose steps measure heal --parent MODEL --data DATA \\
         --work WORK --out benchmarks/results/chosen.csv
 
 What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. GPUs may share WORK once the
 library is there: the same command on each takes what no other is at. What fails is told and left out. `table` alone writes the rows
 of all that is in WORK. Rehearsal on a CPU:
 
-    python benchmarks/quality/bench_chosen.py examples/quickstart.yaml library choose heal steps --data /usr/lib/python3.11 \\
+    python benchmarks/quality/bench_chosen.py examples/quickstart.yaml library choose steps measure heal --data /usr/lib/python3.11 \\
         --work WORK --out chosen.csv --speeds 1.3 --finalists 4 --rounds 1 --sequences 8 --chosen-on 4 --between 8192
 """
 
@@ -42,8 +42,8 @@ import yaml
 from puzzle.base.files import content_hash
 from puzzle.measure.architecture import read_architecture
 
-PARTS = ("library", "choose", "bench", "heal", "steps", "tasks", "tasks-before", "table")
-BASELINES = ("depth", "uniform-width", "greedy", "random")
+PARTS = ("library", "choose", "steps", "measure", "bench", "heal", "tasks", "tasks-before", "table")
+BASELINES = ("depth", "uniform", "uniform-width", "greedy", "random")
 COLUMNS = ("speed", "method", "promised", "measured", "sum_of_scores", "choose_s", "library_s", "heal_s", "healed_tokens", "kl", "kl_stderr",
            "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "tasks_before", "tasks", "changed", "device", "date")  # fmt: skip
 
@@ -136,7 +136,6 @@ class Bench:
     def choose(self, speed: float, method: str, flags: list[object]) -> None:
         with self.claim(f"chosen/{method}-{speed:g}"):
             self._choose(speed, method, flags)
-        self.measure(speed, method, self.solution(speed, method), "--library", self.base / "library")
 
     def _choose(self, speed: float, method: str, flags: list[object]) -> None:
         copy, work = self.work / "copies" / f"{method}-{speed:g}" / "0" / "library", self.recipe["workload"]
@@ -163,9 +162,18 @@ class Bench:
         self.need(f"chosen/{method}-{speed:g}")
         return content_hash(read_architecture(self.solution(speed, method)).variants)[:16]
 
-    def measure(self, speed: float, method: str, child: Path, *more: object) -> None:
+    def measure(self, speed: float, method: str) -> None:
+        if method != "steps":
+            child, of_library = self.solution(speed, method), ("--library", self.base / "library")
+            self.evaluate(f"before/{self.name(speed, method)}", child, *of_library)
+            return
+        self.need(f"ran/steps-{speed:g}")
+        out = self.work / "steps" / f"{speed:g}"
+        self.evaluate(f"before/steps-{speed:g}", out / "child")
+        self.evaluate(f"after{self.tag}/steps-{speed:g}", out / "healed")
+
+    def evaluate(self, name: str, child: Path, *more: object) -> None:
         asked = ("--sequences", self.sequences, "--seq-len", self.recipe["evaluate"].get("seq_len", 1024), "--no-speed")
-        name = f"before/{self.name(speed, method)}" if method != "steps" else f"before/steps-{speed:g}"
         self.once(name, "evaluate", self.recipe["parent"], child, *more, *self.data, *asked)
 
     def heal(self, speed: float, method: str) -> None:
@@ -174,16 +182,12 @@ class Bench:
         self.export(speed, method)
         asked = ("--teacher", self.recipe["parent"], *self.data, *self.flags(self.recipe["heal"]))
         self.once(f"heal{self.tag}/{name}", "heal", child, *asked, "--out", healed)
-        self.after(name, healed)
+        self.evaluate(f"after{self.tag}/{name}", healed)
 
     def export(self, speed: float, method: str) -> None:
         name = self.name(speed, method)
         child = self.work / "children" / name
         self.once(f"exported/{name}", "export", self.base / "library", self.solution(speed, method), "--out", child)
-
-    def after(self, name: str, healed: Path) -> None:
-        asked = ("--sequences", self.sequences, "--seq-len", self.recipe["evaluate"].get("seq_len", 1024), "--no-speed")
-        self.once(f"after{self.tag}/{name}", "evaluate", self.recipe["parent"], healed, *self.data, *asked)
 
     def bench(self, speed: float, method: str) -> None:
         self.need(f"chosen/{method}-{speed:g}")
@@ -209,9 +213,6 @@ class Bench:
     def steps(self, speed: float, between: float) -> None:
         with self.claim(f"ran/steps-{speed:g}"):
             self._steps(speed, between)
-        out = self.work / "steps" / f"{speed:g}"
-        self.measure(speed, "steps", out / "child")
-        self.after(f"steps-{speed:g}", out / "healed")
 
     def _steps(self, speed: float, between: float) -> None:
         out, total = self.work / "steps" / f"{speed:g}", float(self.recipe["heal"]["tokens"])
@@ -360,6 +361,8 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
             bench.steps(speed, between)
         elif part == "choose":
             bench.choose(speed, method, flags[method])
+        elif part == "measure":
+            bench.measure(speed, method)
         elif part == "bench":
             bench.bench(speed, method)
         elif part == "heal":
@@ -375,6 +378,9 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
             wanted += [(part, speed, "") for speed in every]
         elif part != "table":
             wanted += [(part, speed, method) for speed in every for method in chosen]
+        if part == "measure":
+            stepped = [s for s in every if "steps" in parts or bench.kept(f"ran/steps-{s:g}")]
+            wanted += [(part, speed, "steps") for speed in stepped]
     failed, before = list[str](), -1
     try:
         while wanted:

@@ -11,8 +11,8 @@ done again, and the table is written anew whenever a child is done.
 
     python benchmarks/quality/bench_mixtures.py --library lib --data corpus.jsonl --gpu h100 --goal params=75% \\
         --goal throughput=1.2x,params=90% --children children --out benchmarks/results/mixtures.csv
-    benchmarks/gpu/mixtures.sh WORK road_moe        # benchmarks/results/mixtures_moe.csv
-    benchmarks/gpu/mixtures.sh WORK road_hybrid     # benchmarks/results/mixtures_hybrid.csv
+    benchmarks/gpu/mixtures.sh WORK road_moe heal_moe           # benchmarks/results/mixtures_moe.csv
+    benchmarks/gpu/mixtures.sh WORK road_hybrid heal_hybrid     # benchmarks/results/mixtures_hybrid.csv
 """
 
 from __future__ import annotations

@@ -183,7 +183,8 @@ def chosen(selection: Selection) -> tuple[int, dict[int, Solution]]:
 def why_none(selection: Selection, solutions: Mapping[int, Solution]) -> str:
     request = selection.request
     if request.baseline is not None:
-        return f"`baseline` {request.baseline} finds no child that meets the goal: leave it out, or relax the goal"
+        way_out = "take uniform, which changes attention too" if request.baseline == "uniform-width" else "leave it out"
+        return f"`baseline` {request.baseline} finds no child that meets the goal: {way_out}, or relax the goal"
     if any(s.status == "time_limit" for s in solutions.values()):
         return f"no child was found in `time_limit` {request.time_limit:g} s: allow more"
     return why_infeasible(_telling(selection), selection.demands)

@@ -218,9 +218,11 @@ def with_dtype(child: Child, dtype: torch.dtype) -> Child:
     """The child with all tensors but `exact` ones cast to `dtype` when they are read; reading raises UserError where one overflows."""
     import torch
 
+    from puzzle.base.finite import all_finite
+
     def cast(tensor: Tensor) -> Tensor:
         found = tensor.to(dtype)
-        if tensor.dtype != dtype and dtype == torch.float16 and not torch.isfinite(found).all():
+        if tensor.dtype != dtype and dtype == torch.float16 and not all_finite(found):
             raise UserError(f"`dtype` float16: a weight of {child.name} exceeds its range of 65504: use bfloat16")
         return found
 

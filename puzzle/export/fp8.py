@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError
+from puzzle.base.finite import all_finite
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NoOp
@@ -92,7 +93,7 @@ def in_fp8(tensors: Iterable[tuple[str, Tensor]], kept: Iterable[str] = ()) -> I
 
 
 def _finite(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-    if not torch.isfinite(rows).all():
+    if not all_finite(rows):
         raise UserError(f"`dtype` fp8: weight {name} has NaN or infinite values: build its block again")
     return to_fp8(rows)
 
@@ -136,7 +137,7 @@ def cache_scales(walker: Walker) -> Scales:
                     largest = torch.maximum(largest, torch.stack([k.abs().max(), v.abs().max()]).float().cpu())
                 x = part.add(x, walker.ropes)
             walker.room.put(stream, batch, x)
-        if not torch.isfinite(largest).all():
+        if not all_finite(largest):
             raise UserError(f"`kv_dtype` fp8: layer {index} of {walker.child.name} gives NaN or infinity on this text")
         if isinstance(walker.child.layers[index].attention, Gqa):
             k, v = (value / FP8_MAX or 1.0 for value in largest.tolist())

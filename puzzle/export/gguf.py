@@ -21,6 +21,7 @@ from torch import Tensor
 
 from puzzle.base.errors import UserError, nearest, writing
 from puzzle.base.files import check_writable, replacing
+from puzzle.base.finite import all_finite
 from puzzle.blocklib.gqa import Gqa
 from puzzle.blocklib.linear import Linear
 from puzzle.blocklib.none import NoOp
@@ -274,7 +275,7 @@ def _write(handle: IO[bytes], tensor: Tensor, entry: _Entry) -> None:
             data = part.bfloat16().view(torch.int16).numpy()
         elif entry.type == "F16":
             half = part.half()
-            if not torch.isfinite(half).all():
+            if not all_finite(half):
                 raise UserError(f"{entry.name} has values beyond 65504, the largest float16: use `dtype` bf16 or f32")
             data = half.numpy()
         else:

@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puzzle.base.errors import UserError
+from puzzle.base.finite import all_finite
 from puzzle.kernels.fp8 import from_fp8
 from puzzle.parents import mxfp4
 from puzzle.parents.fp8 import Fp8, fp8_of
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SAMPLE_BYTES = 4096
-CHUNK = 2**24  # elements looked at together: `isfinite` needs several copies of what it looks at
 
 
 class Checkpoint:
@@ -139,11 +139,10 @@ class Checkpoint:
         return torch.stack([found[name] for name in names])
 
     def _finite(self, name: str, value: Tensor) -> Tensor:
-        bad = sum(int((~torch.isfinite(part)).sum()) for part in value.flatten().split(CHUNK))
-        if bad:
-            path = self._files[name]
-            raise UserError(f"weight {name} in {path} has {bad} NaN or infinite values: the checkpoint is damaged")
-        return value
+        if all_finite(value):
+            return value
+        bad, path = int((~torch.isfinite(value)).sum()), self._files[name]
+        raise UserError(f"weight {name} in {path} has {bad} NaN or infinite values: the checkpoint is damaged")
 
     def _dequantised(self, name: str, weight: Tensor, num_rows: int, first: int) -> Tensor:
         """weight: rows of a stored one of `num_rows`, from `first`."""
