@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from puzzle.base.errors import UserError, first_line, writing
 from puzzle.base.files import read_json, write_json
@@ -71,6 +69,8 @@ class WorkDir:
 
     def save(self, trainer: Trainer, step: int) -> None:
         """Write the state after `step` steps, then remove older ones. Every rank takes part."""
+        import torch.distributed.checkpoint as dcp  # takes seconds: not for verbs that save nothing
+
         final = self._directory(step)
         temporary = final.with_name(f"{final.name}.tmp")
         if self.ranks.is_first and temporary.exists():
@@ -95,6 +95,8 @@ class WorkDir:
 
     def load(self, trainer: Trainer, step: int) -> None:
         """Continue from `save`, bit for bit. Raises UserError when the checkpoint cannot be read."""
+        import torch.distributed.checkpoint as dcp
+
         directory = self._directory(step)
         random = self._random()
         try:
@@ -127,6 +129,8 @@ class WorkDir:
 @contextlib.contextmanager
 def _plain_errors(path: Path):
     """The error of the file system in place of the checkpoint library's collection of what every rank met."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except CheckpointException as error:

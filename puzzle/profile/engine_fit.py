@@ -28,6 +28,7 @@ from puzzle.base.files import write_json
 from puzzle.base.workload import Workload
 from puzzle.blocklib.sub_block import SubBlock
 from puzzle.profile.engine import SHARES, Constants, EngineModel, larger, parts_of, read_architectures
+from puzzle.profile.parts import Part
 
 PRIOR = 0.02  # relative error that a constant e-fold away from its usual value is worth
 HICCUP = 0.1  # relative error
@@ -54,6 +55,20 @@ class Measurement:
     batch: int
     work: Workload
     value: float
+
+
+class Remembering(EngineModel):
+    """Architectures share most of their sub-blocks: each is asked about once for a shape."""
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._told: dict[tuple[Part, str, int, int], Any] = {}
+
+    def seconds(self, part: Part, phase: str, batch: int, context: int) -> Any:
+        asked = (part, phase, batch, context)
+        if asked not in self._told:
+            self._told[asked] = super().seconds(*asked)
+        return self._told[asked]
 
 
 def read_measurements(path: Path, known: Sequence[str]) -> list[Measurement]:
@@ -179,7 +194,7 @@ def _least(
         values = np.maximum(least, np.exp(x.T) / np.where(odds, 1 + np.exp(x.T), 1.0)).T
         constants = Constants(**start | dict(zip(names, values.tolist() if x.ndim == 1 else values, strict=True)))
         told = {key: described[key] for key in ("device", "precision")} | {"windows": windows}
-        return EngineModel(engine, described["gpu"], constants, largest_batch=largest, **told)
+        return Remembering(engine, described["gpu"], constants, largest_batch=largest, **told)
 
     def residuals(x: np.ndarray) -> np.ndarray:
         return np.concatenate([_errors(model(x), described, measured), PRIOR * (x.T - usual).T])

@@ -59,7 +59,7 @@ def train(family, out, files, monkeypatch):
     monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: next(ticks) / 10, strftime=time.strftime))
     monkeypatch.setattr(script, "T", 128)
     monkeypatch.setattr(script, "PROMPTS", script.PROMPTS[:1])
-    words = ["--family", family, "--out", out, "--seconds", 1, "--batch", 4, "--layers", 6]
+    words = ["--family", family, "--out", out, "--seconds", 1, "--batch", 2, "--layers", 6]
     return CliRunner().invoke(script.main, list(map(str, words)))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 
 import pytest
+from click.testing import CliRunner, Result
 
 import rank_tables
 from results_page import BENCHMARKS
@@ -14,21 +13,20 @@ from results_page import BENCHMARKS
 SCRIPT = BENCHMARKS / "speed" / "bench_tp_children.py"
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], cwd=BENCHMARKS.parent, capture_output=True, text=True
-    )
+@pytest.fixture(scope="module")
+def script(load_script):
+    return load_script("speed/bench_tp_children.py")
 
 
-@pytest.fixture(autouse=True)
-def package(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+def run(script, *arguments: object) -> Result:
+    """Without torchrun, where it is to succeed: a failure ends its process."""
+    return CliRunner().invoke(script.main, [str(a) for a in arguments])
 
 
-def test_solved_then_measured(torchrun, tmp_path):
+def test_solved_then_measured(script, torchrun, tmp_path):
     small = (tmp_path / "work", "--tp", 2, "--small")
-    done = run(*small, "--goals", "75%,0.01%")  # of which one cannot be reached
-    assert done.returncode == 0, done.stderr
+    done = run(script, *small, "--goals", "75%,0.01%")  # of which one cannot be reached
+    assert done.exit_code == 0, (done.output, done.exception)
     path = tmp_path / "x.csv"
     for code, _, told in torchrun(2, SCRIPT, *small, "--goals", "75%,0.01%", "--csv", path):
         assert code == 0, told
@@ -45,15 +43,14 @@ def test_nothing_to_measure(torchrun, tmp_path):
     for code, _, told in torchrun(2, SCRIPT, tmp_path, "--tp", 2, "--small", "--csv", tmp_path / "x.csv"):
         assert code == 1
         assert "has no children: run this without torchrun first" in told
-    done = run(tmp_path, "--tp", 2, "--small", "--goals", "0.01%")
-    assert (done.returncode, "no goal was reached" in done.stderr) == (1, True)
+    ((code, _, told),) = torchrun(1, SCRIPT, tmp_path, "--tp", 2, "--small", "--goals", "0.01%")
+    assert (code, "no goal was reached" in told) == (1, True)
 
 
-def test_rows_hold_promises_beside_what_was_measured(load_script, tmp_path):
+def test_rows_hold_promises_beside_what_was_measured(script, tmp_path):
     from puzzle.measure.architecture import read_architecture
 
-    script = load_script("speed/bench_tp_children.py")
-    assert run(tmp_path, "--tp", 2, "--small", "--goals", "66%").returncode == 0
+    assert run(script, tmp_path, "--tp", 2, "--small", "--goals", "66%").exit_code == 0
     solved = read_architecture(script.folder(tmp_path, "66%"))
     told = solved.predicted
     measured = {

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from puzzle.heal.log import read_log
 from puzzle.heal.settings import HealOptions
@@ -221,18 +223,16 @@ def test_a_run_that_ends_without_a_finite_loss_is_no_child(puzzle, one_line_erro
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(
     puzzle, one_line_error, child, parent, small, tmp_path, monkeypatch
 ):
-    from puzzle.heal import checkpoint
-
-    save, calls = checkpoint.dcp.save, []
+    save, calls = dcp.save, []
 
     def full(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             cause = OSError(errno.ENOSPC, "No space left on device")
-            raise checkpoint.CheckpointException("save", {0: (cause, None)})
+            raise CheckpointException("save", {0: (cause, None)})
         return save(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    monkeypatch.setattr(dcp, "save", full)
     arguments = ("heal", child, "--teacher", parent, *small, "--save-every", 6, "--out", tmp_path / "out")
     one_line_error(puzzle(*arguments), "disk full while writing", "run the same command again")
     assert [path.name for path in (tmp_path / "out.heal").glob("step-*")] == ["step-00000006"]

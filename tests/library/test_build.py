@@ -229,7 +229,7 @@ def test_kill_9_anywhere_then_resume(launch, parent, corpus, tmp_path):
         script = (
             "from pathlib import Path; from puzzle.library.build import *\n"
             f"build_library({str(parent)!r}, BuildOptions(data=[{str(corpus)!r}], out=Path({str(tmp_path / name)!r}), device='cpu',"
-            f" snapshot_seconds=0.1, **{SMALL | {'tokens': 16384}!r}))\nraise SystemExit(0)"
+            f" snapshot_seconds=0.1, **{SMALL | {'tokens': 8192}!r}))\nraise SystemExit(0)"
         )
         return launch((), setup=script)[0]
 

@@ -73,6 +73,7 @@ def launch(tmp_path_factory):
             "puzzle.run.pipeline",
             "puzzle.cli.heal",
             "torch._dynamo",
+            "torch.distributed.checkpoint",
             "torch.distributed.fsdp",
             "transformers.generation",
             "transformers.models.llama.modeling_llama",
