@@ -135,21 +135,25 @@ class Bench:
 
     def choose(self, speed: float, method: str, flags: list[object]) -> None:
         with self.claim(f"chosen/{method}-{speed:g}"):
-            self._choose(speed, method, flags)
-
-    def _choose(self, speed: float, method: str, flags: list[object]) -> None:
-        copy, work = self.work / "copies" / f"{method}-{speed:g}" / "0" / "library", self.recipe["workload"]
-        if not copy.is_dir():
-            partial = copy.with_name("partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(self.base / "library", partial, copy_function=os.link)
-            shutil.rmtree(partial / "children", ignore_errors=True)
-            partial.rename(copy)
-        asked = ["--throughput", f"{speed:g}x", "--gpu", self.recipe["profile"]["gpu"], *self.flags(work)]
-        text = self.data if "--sequences" in flags else []
-        self.once(
-            f"chosen/{method}-{speed:g}", "solve", copy, *asked, *flags, *text, "--out", self.solution(speed, method)
-        )
+            copy, work = self.work / "copies" / f"{method}-{speed:g}" / "0" / "library", self.recipe["workload"]
+            if not copy.is_dir():
+                partial = copy.with_name("partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(self.base / "library", partial, copy_function=os.link)
+                shutil.rmtree(partial / "children", ignore_errors=True)
+                partial.rename(copy)
+            asked = ["--throughput", f"{speed:g}x", "--gpu", self.recipe["profile"]["gpu"], *self.flags(work)]
+            text = self.data if "--sequences" in flags else []
+            self.once(
+                f"chosen/{method}-{speed:g}",
+                "solve",
+                copy,
+                *asked,
+                *flags,
+                *text,
+                "--out",
+                self.solution(speed, method),
+            )
 
     def flags(self, values: dict[str, Any]) -> list[object]:
         return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -212,21 +216,18 @@ class Bench:
 
     def steps(self, speed: float, between: float) -> None:
         with self.claim(f"ran/steps-{speed:g}"):
-            self._steps(speed, between)
-
-    def _steps(self, speed: float, between: float) -> None:
-        out, total = self.work / "steps" / f"{speed:g}", float(self.recipe["heal"]["tokens"])
-        if not out.is_dir():  # the first library and its costs are there
-            partial = out.with_name(f"{out.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(self.base / "library", partial / "step-1" / "library", copy_function=os.link)
-            shutil.copy(self.base / "stages.json", partial / "step-1")
-            (partial / "stages.json").write_text('{"schema": 1, "stages": {}}')
-            partial.rename(out)
-        heal = self.recipe["heal"] | {"tokens": total - between}
-        steps = [{"goal": {"throughput": f"{speed**0.5:.4g}x"}, "heal": {"tokens": between}}]
-        recipe = self.written(f"steps-{speed:g}", goal=self.goal(speed), steps=steps, heal=heal, export="hf")
-        self.once(f"ran/steps-{speed:g}", "run", recipe, *self.data, "--out", out)
+            out, total = self.work / "steps" / f"{speed:g}", float(self.recipe["heal"]["tokens"])
+            if not out.is_dir():  # the first library and its costs are there
+                partial = out.with_name(f"{out.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(self.base / "library", partial / "step-1" / "library", copy_function=os.link)
+                shutil.copy(self.base / "stages.json", partial / "step-1")
+                (partial / "stages.json").write_text('{"schema": 1, "stages": {}}')
+                partial.rename(out)
+            heal = self.recipe["heal"] | {"tokens": total - between}
+            steps = [{"goal": {"throughput": f"{speed**0.5:.4g}x"}, "heal": {"tokens": between}}]
+            recipe = self.written(f"steps-{speed:g}", goal=self.goal(speed), steps=steps, heal=heal, export="hf")
+            self.once(f"ran/steps-{speed:g}", "run", recipe, *self.data, "--out", out)
 
     def kept(self, name: str) -> dict[str, Any] | None:
         path = self.work / f"{name}.json"

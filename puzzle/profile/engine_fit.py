@@ -17,6 +17,7 @@ import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,11 @@ class Measurement:
 class Remembering(EngineModel):
     """Architectures share most of their sub-blocks: each is asked about once for a shape."""
 
-    def __init__(self, *given: Any, **named: Any):
-        super().__init__(*given, **named)
-        self._told: dict[tuple[Part, str, int, int], Any] = {}
+    @cached_property
+    def _told(self) -> dict[tuple[Part, str, int, int], float]:
+        return {}
 
-    def seconds(self, part: Part, phase: str, batch: int, context: int) -> Any:
+    def seconds(self, part: Part, phase: str, batch: int, context: int) -> float:
         asked = (part, phase, batch, context)
         if asked not in self._told:
             self._told[asked] = super().seconds(*asked)
