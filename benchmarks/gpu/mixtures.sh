@@ -62,8 +62,9 @@ small() { [[ $DEVICE != cuda ]]; }
 : "${PROFILE_ARGS:=$(small && echo --batches 1,4 --prefill 16 --contexts 16,32 --seconds 0.002 --rounds 1 || echo --batches 16,64,256 --prefill 128 --contexts 128,256)}"
 : "${INPUT_LEN:=$(small && echo 16 || echo 128)}"
 : "${OUTPUT_LEN:=$(small && echo 16 || echo 128)}"
-: "${LIKE:=experts=8}"         # its speed and size are one goal
-: "${GOALS:=throughput=1.25x}" # and these, apart by spaces
+: "${LIKE:=experts=8}" # its speed and size are one goal
+: "${MOE_GOALS:=throughput=1.2x throughput=1.4x}" # and these, apart by spaces: a little below 8 and 7 of the mixture's 10 layers
+: "${HYBRID_GOALS:=throughput=1.25x}"
 : "${RULES:=mip,experts,minitron,width,uniform}"
 : "${HEAL_TOKENS:=$(small && echo 1024 || echo 10e6)}"
 : "${HEAL_BATCH:=$(small && echo 2 || echo 32)}"
@@ -72,7 +73,7 @@ small() { [[ $DEVICE != cuda ]]; }
 : "${FFN:=experts=12,experts=8,experts=4,frequent=8,merged=8,width=0.5,width=0.25,topk=2,topk=1,experts=8-width=0.5,dense=1.0,none}"
 : "${MOE_ATTENTION:=kv2,window-128,gdn,mamba2-8x64-g2-s64,none}"
 : "${HYBRID_ATTENTION:=heads6,heads4,dim32,window-128,gdn,mamba2-8x64-g2-s64,none}"
-: "${MOE_POINTS:=h152 d5 h200-d7 h224-d6}"               # hidden channels, layers, heads of Mamba-2
+: "${MOE_POINTS:=h224-d6 h200-d7 h224-d7 d7 d8}"          # hidden channels, layers, heads of Mamba-2
 : "${HYBRID_POINTS:=h176 d12 h216-d15 h184-m6}"
 : "${CHILDREN:=8}"  # random ones of a table
 : "${TABLE_ARGS:=}" # of `puzzle profile`; its usual grid when empty
@@ -159,9 +160,9 @@ begun() { # begun NAME ATTENTION FFN: the library of 0 tokens, whose costs are t
 }
 
 children() { # children NAME LOG OPTION...
-  local name=$1 log=$2 words=() one
+  local name=$1 log=$2 words=() one goals=${1^^}_GOALS
   shift 2
-  for one in $GOALS; do words+=(--goal "$one"); done
+  for one in ${!goals}; do words+=(--goal "$one"); done
   for one in $LIKE; do words+=(--like "$one"); done
   within "$log" "$PYTHON" benchmarks/quality/bench_mixtures.py --library "$WORK/lib-$name" --data "$CORPUS" --gpu "$GPU" "${words[@]}" \
     --rules "$RULES" --sequences "$SEQUENCES" --seq-len "$SEQ_LEN" --input-len "$INPUT_LEN" --output-len "$OUTPUT_LEN" \
