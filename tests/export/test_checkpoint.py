@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -233,7 +231,7 @@ def test_an_error_while_reading_is_not_called_a_write_error(model, tmp_path):
         write(tmp_path / "child", failing(model, PermissionError(errno.EACCES, "parent's weights")))
 
 
-def test_killed_midway_leaves_nothing_under_the_final_name(tmp_path):
+def test_killed_midway_leaves_nothing_under_the_final_name(tmp_path, python):
     script = (
         "import os, signal, sys, torch; from pathlib import Path\n"
         "from puzzle.export.checkpoint import write_checkpoint\n"
@@ -243,8 +241,8 @@ def test_killed_midway_leaves_nothing_under_the_final_name(tmp_path):
         "write_checkpoint(Path(sys.argv[1]), config={}, tensors=tensors(), tokenizer_from=None,\n"
         "                 generation_config=None, card='')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "child")], check=False)
-    assert done.returncode == -signal.SIGKILL
+    code, _, told = python("-c", script, tmp_path / "child")
+    assert code == -signal.SIGKILL, told
     assert not (tmp_path / "child").exists()
     write(tmp_path / "child", iter([("a", torch.ones(3))]))
 

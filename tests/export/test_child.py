@@ -181,14 +181,14 @@ write.export(write.open_source(source), out, format=format, force=True, max_shar
 
 @pytest.mark.parametrize("format", ["hf", "nemotron-nas"])
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
-def test_killed_in_the_middle(format, there, tiny_checkpoint, tmp_path):
+def test_killed_in_the_middle(format, there, tiny_checkpoint, tmp_path, python):
     """No half checkpoint under the final name; the next export clears what the killed one left."""
     source, out = tiny_checkpoint("kv-heads"), tmp_path / "child"
     if there:
         export(open_source(source), out, format=format)
     before = {path.name: path.read_bytes() for path in out.iterdir()} if there else None
-    done = subprocess.run([sys.executable, "-c", KILLED, source, out, format], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, _, told = python("-c", KILLED, source, out, format)
+    assert code == -signal.SIGKILL, told
     left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".child.tmp-")]
     assert len(left) == 1
     parts = [path.suffix for path in (tmp_path / left[0]).iterdir()]

@@ -1,16 +1,26 @@
-"""What a started process runs: `setup`, then `puzzle ARGUMENTS`, with an environment and a file of output of its own; all
-given by whoever starts it."""
+"""What a forked process runs: `setup`, then `python WORDS`, with an environment and files of output of its own; all given by whoever
+starts it."""
 
 import os
+import runpy
+import sys
 
 import torch
 
 os.environ.update(environment)  # type: ignore[name-defined]  # noqa: F821
 torch.set_num_threads(1)
-for stream in (1, 2):
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)  # type: ignore[name-defined]  # noqa: F821
-
-from puzzle.cli import main  # noqa: E402
+for stream, path in ((1, out), (2, err)):  # type: ignore[name-defined]  # noqa: F821
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 
 exec(setup)  # type: ignore[name-defined]  # noqa: F821
-main(arguments, prog_name="puzzle")  # type: ignore[name-defined]  # noqa: F821
+first, *others = words  # type: ignore[name-defined]  # noqa: F821
+if first == "-m":
+    sys.argv[:] = others
+    runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+elif first == "-c":
+    sys.argv[:] = ["-c", *others[1:]]
+    exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
+else:
+    sys.argv[:] = words  # type: ignore[name-defined]  # noqa: F821
+    sys.path.insert(0, os.path.dirname(first))
+    runpy.run_path(first, run_name="__main__")

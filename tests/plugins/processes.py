@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import runpy
 import socket
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 LAUNCH = Path(__file__).with_name("launch.py")
+NEEDED = [
+    "puzzle.run.pipeline",
+    "puzzle.cli.heal",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers.generation",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+]
 PATIENCE = 600  # seconds after which a process counts as hung: what a busy machine takes is far below, and the end does not wait for it
 
 
@@ -25,33 +33,42 @@ def torchrun():
     return started
 
 
+@pytest.fixture(scope="session")
+def python():
+    """`python(ARGUMENTS)` in a process of its own: exit code, standard output, standard error."""
+    return lambda *arguments: ran([{}], arguments)[0]
+
+
 def started(processes: int, *arguments: object) -> list[tuple[int, str, str]]:
-    """As torchrun starts them. Exit code, standard output and standard error of each."""
+    """`python ARGUMENTS` with the environment that torchrun gives. Exit code, standard output and standard error of each."""
     with reserved_port() as port:
-        shared = {
-            "WORLD_SIZE": processes,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "PYTHONPATH": Path(__file__).parents[2],
-        }
-        group = [
-            subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
-                env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(processes)
-        ]  # fmt: skip
-        with ThreadPoolExecutor(processes) as waiting:  # at once: none may wait for another's full pipe
-            told = list(waiting.map(outcome, group))
-    return [(process.returncode, *texts) for process, texts in zip(group, told, strict=True)]
+        return ran([ranked(rank, processes, port) for rank in range(processes)], arguments)
 
 
-def outcome(process: subprocess.Popen) -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
+def ran(environments: list[dict[str, str]], arguments: tuple) -> list[tuple[int, str, str]]:
+    with tempfile.TemporaryDirectory() as directory:
+        files = [[str(Path(directory, f"{n}.{end}")) for end in ("out", "err")] for n in range(len(environments))]
+        words = [str(a) for a in arguments]
+        group = [forked(one, words, *told) for one, told in zip(environments, files, strict=True)]
+        codes = join_all(group)
+        for process in group:
+            process.kill()
+        return [(code, *(Path(file).read_text() for file in told)) for code, told in zip(codes, files, strict=True)]
+
+
+def ranked(rank: int, world: int, port: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in numbers.items()}
+
+
+def forked(environment: dict[str, str], words: list[str], out: str, err: str, setup: str = ""):
+    """`python WORDS` as a fork of a process that has imported what most of them need, which takes longer than what they do."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(NEEDED)
+    given = {"environment": environment, "words": words, "setup": setup, "out": out, "err": err}
+    process = context.Process(target=runpy.run_path, args=(str(LAUNCH), given), daemon=True)
+    process.start()
+    return process
 
 
 @contextmanager
@@ -67,37 +84,15 @@ def reserved_port() -> Iterator[int]:
 def launch(tmp_path_factory):
     """`launch(arguments)` starts `puzzle ...` in a process of its own; `processes` of them work together, as under torchrun. setup:
     Python that each runs before. What a process says is in the file `process.log`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "puzzle.run.pipeline",
-            "puzzle.cli.heal",
-            "torch._dynamo",
-            "torch.distributed.checkpoint",
-            "torch.distributed.fsdp",
-            "transformers.generation",
-            "transformers.models.llama.modeling_llama",
-            "transformers.models.auto.tokenization_auto",
-            "transformers.tokenization_utils_tokenizers",
-        ]
-    )
     started, ports = [], ExitStack()
 
     def start(arguments: tuple, processes: int = 1, setup: str = "") -> list:
         number = ports.enter_context(reserved_port()) if processes > 1 else 0
         group, logs = [], tmp_path_factory.mktemp("logs")
         for rank in range(processes):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-            environment["MASTER_PORT"] = number
             log = logs / f"{rank}.txt"
-            given = {
-                "arguments": [str(a) for a in arguments],
-                "environment": {k: str(v) for k, v in environment.items()},
-                "setup": setup,
-                "log": str(log),
-            }
-            process = context.Process(target=runpy.run_path, args=(str(LAUNCH), given), daemon=True)
-            process.start()
+            words = ["-m", "puzzle", *map(str, arguments)]
+            process = forked(ranked(rank, processes, number), words, str(log), str(log), setup)
             process.log = log
             group.append(process)
         started.extend(group)

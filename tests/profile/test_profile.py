@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -72,10 +70,10 @@ def keys(found):
     return [(r["part"], r["phase"], r["batch"], r["context"]) for r in found]
 
 
-def test_killed_and_resumed(tmp_path, subject):
+def test_killed_and_resumed(tmp_path, subject, python):
     code = KILLED.replace("OUT", str(tmp_path)).replace("GRID", repr(GRID))
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    ended, _, told = python("-c", code)
+    assert ended == -signal.SIGKILL, told
     kept = rows(tmp_path / "reference.partial.csv")[:11]
     path, facts = profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=GRID)
     found = rows(path)
