@@ -24,6 +24,15 @@ SIZES = [
 ]  # fmt: skip
 
 
+# Triton's interpreter takes a second for a large one: each of those has one router.
+CASES = [
+    (size, name)
+    for i, size in enumerate(SIZES)
+    for j, name in enumerate(ROUTERS)
+    if size[0] * size[1] <= 100 or i % 5 == j
+]
+
+
 def ways(num: int, experts: int) -> list[bool]:
     """`one_program` of route: where it fits, twice as far as it is chosen and more, and two kernels."""
     return [True, False] if num * max(32, experts) <= 2 * ONE_PROGRAM else [False]
@@ -63,8 +72,7 @@ def whole(found: Routing, num: int, experts: int, count: int) -> None:
     assert ((begins[chosen] <= rows) & (rows < begins[chosen + 1])).all()
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "name"), CASES, ids=str)
 def test_matches_twin(size, name, device):
     num, experts, count = size
     logits, options = logits_of(num, experts, device), options_of(name, experts, device)
@@ -75,7 +83,7 @@ def test_matches_twin(size, name, device):
         whole(found, num, experts, count)
 
 
-@pytest.mark.parametrize(("num", "experts", "count"), [(2, 512, 512), (512, 128, 2)])
+@pytest.mark.parametrize(("num", "experts", "count"), [(1, 512, 512), (42, 32, 25)])
 def test_many(num, experts, count, device):
     """All experts, and more rows than one step of the alignment sees."""
     logits = logits_of(num, experts, device)
@@ -85,10 +93,12 @@ def test_many(num, experts, count, device):
 
 
 @pytest.mark.parametrize(
-    ("experts", "groups", "chosen", "count"),
-    [(12, 4, 2, 3), (256, 8, 4, 8), (64, 2, 1, 32), (60, 3, 2, 40), (512, 8, 8, 5), (6, 3, 1, 2)],
-)
-@pytest.mark.parametrize("num", [1, 7])
+    ("num", "experts", "groups", "chosen", "count"),
+    [
+        (1, 12, 4, 2, 3), (7, 12, 4, 2, 3), (1, 6, 3, 1, 2), (7, 6, 3, 1, 2), (2, 256, 8, 4, 8), (7, 64, 2, 1, 32), (2, 60, 3, 2, 40),
+        (1, 512, 8, 8, 5),
+    ],
+)  # fmt: skip
 def test_groups(num, experts, groups, chosen, count, device):
     logits = logits_of(num, experts, device)
     bias = 0.37 * torch.randint(-3, 3, (experts,), device=device)
@@ -131,7 +141,7 @@ def test_what_is_not_finite_stays_in_bounds(name, one_program, device):
     assert int(found.chosen[2:].min()) >= 7
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @drawn(st.data())
 def test_any_numbers(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"
