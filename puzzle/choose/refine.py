@@ -104,10 +104,11 @@ class Refiner:
         self._add(["mip", *["finalist"] * (len(solutions) - 1)], solutions)
 
     def pairs(self, count: int, min_distance: int) -> None:
-        """Measure parts of the finalists, fit interactions, and measure what is near the optimum with them."""
+        """Measure parts of the finalists, fit interactions, and measure what is near the optimum with them. What else the library has
+        measured is no part of the fit: the same question has the same answer, whatever was asked before."""
         own, library = [changed(one.solved) for one in self.found.candidates], self.selection.library
-        self.children.measure([self._whole(one) for one in sample(own)])
-        known = [(one.layers, one.kl) for one in self.children.measurements()]
+        parts = self.children.measure([self._whole(one) for one in sample(own)])
+        known = [*zip(own, (one.kl for one in self.found.candidates), strict=True), *((p.layers, p.kl) for p in parts)]
         fit = fit_interactions(library, self.selection.cells, known, own)
         if isinstance(fit, str):
             say(f"no interactions are fitted: {fit}; finalists stand as they are")

@@ -125,7 +125,7 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
     type=float,
     callback=options.positive,
     metavar="SECONDS",
-    help="For the whole answer. Default: none.",
+    help="For the whole answer; for each child of several: --diverse, --finalists, --pairs, --rounds. Default: none.",
 )
 @click.option("--baseline", type=click.Choice(RULES), help="A simple rule in place of the optimum.")
 @click.option("--explain", is_flag=True, help="Also say what 1 % more of each limit would buy.")

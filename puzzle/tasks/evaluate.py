@@ -78,6 +78,7 @@ def evaluate_tasks(
     code = [task.name for task in local if task.runs_code]
     if code and not options.run_code and not dry_run:
         raise UserError(f"`tasks` {code[0]} runs generated code: allow it with `run_code`; it then runs in a sandbox")
+    _check_used(options, any(task.generates for task in local) or bool(others))
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(holding(options.answers.absolute().with_name(f".{options.answers.name}.lock")))
@@ -101,6 +102,21 @@ def evaluate_tasks(
         "tasks": {task: _compared({name: scores[task] for name, scores in found.items()}) for task in found["parent"]},
         "cut": {model.name: len(model.cut) for model in models},
     } | ({} if allowed is None else {"sandbox": allowed})
+
+
+def _check_used(options: TaskOptions, generates: bool) -> None:
+    """generates: whether any task asks for text."""
+    given = {
+        "samples": options.samples > 1,
+        "temperature": options.temperature > 0,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    unused = [name for name, there in given.items() if there and not generates]
+    if unused:
+        raise UserError(
+            f"`{unused[0]}` {getattr(options, unused[0])} is for generated answers, and none of `tasks` "
+            f"{','.join(options.tasks)} generates: leave it out"
+        )
 
 
 def _tasks(options: TaskOptions) -> tuple[list[LocalTask], list[str]]:

@@ -64,26 +64,77 @@ class LocalTask:
         return any(metric["metric"] == "pass@1" for metric in self.config["metric_list"])
 
     def render(self, name: str, row: Row) -> str:
+        """The row's column of that name, as lm-eval has it, else the template with the row's values."""
+        asked = self.config[name]
+        if isinstance(asked, str) and asked in row:
+            return str(row[asked])
         try:
-            return _template(str(self.config[name])).render(**row)
-        except (TemplateError, TypeError, ValueError, AttributeError) as error:
+            return _template(str(asked)).render(**row)
+        except (TemplateError, TypeError, ValueError, AttributeError, re.error) as error:
             raise UserError(
                 f"task {self.name}: `{name}` does not fit a row of its data ({first_line(error)}; the row has {', '.join(row)})"
             ) from error
 
     def choices(self, row: Row) -> list[str]:
         asked = self.config["doc_to_choice"]
-        if isinstance(asked, list):
-            return asked
-        return list(row[asked]) if asked in row else ast.literal_eval(self.render("doc_to_choice", row))
+        found = asked
+        if isinstance(asked, str):
+            try:
+                found = row[asked] if asked in row else ast.literal_eval(self.render("doc_to_choice", row))
+            except (SyntaxError, ValueError):
+                found = None
+        found = list(found.values()) if isinstance(found, dict) else found
+        if not isinstance(found, list) or not found:
+            raise UserError(f"task {self.name}: `doc_to_choice` gives no list of choices for {dict(row)}")
+        return [str(one) for one in found]
 
     def right(self, row: Row) -> int:
-        """Which choice is."""
+        """Which choice is: by its number, or by its text."""
         told, choices = self.render("doc_to_target", row), self.choices(row)
-        number = int(told) if told.isdigit() else choices.index(told) if told in choices else -1
+        column = row.get(self.config["doc_to_target"])
+        by_text = isinstance(column, str) or not told.isdigit()
+        number = (choices.index(told) if told in choices else -1) if by_text else int(told)
         if not 0 <= number < len(choices):
             raise UserError(f"task {self.name}: the right answer is {told!r} of {len(choices)} choices in {dict(row)}")
         return number
+
+    def check(self) -> None:
+        """Everything that no answer decides, of every row, before there are any. Raises UserError."""
+        for name in ("doc_to_text", "doc_to_target", *(() if self.generates else ("doc_to_choice",))):
+            if name not in self.config:
+                raise UserError(f"task {self.name} has no `{name}`: its file says with it what a row asks")
+            if not isinstance(self.config[name], (str, int, list, dict) if name == "doc_to_choice" else (str, int)):
+                raise UserError(f"task {self.name}: `{name}` {self.config[name]!r} is no text")
+        for step in (step for one in self.config.get("filter_list") or [] for step in one["filter"]):
+            self._compiled("regex_pattern", step.get("regex_pattern", ""))
+        for pattern in self.config["metric_list"][0].get("regexes_to_ignore") or []:
+            self._compiled("regexes_to_ignore", pattern)
+        _ = self.shots
+        for row in self.rows:
+            question, wanted = self.render("doc_to_text", row), self.render("doc_to_target", row)
+            if self.runs_code and not isinstance(row.get("prompt"), str):
+                raise UserError(
+                    f"task {self.name}: pass@1 completes the text in the column `prompt`; a row has {', '.join(row)}"
+                )
+            if self.generates:
+                if not self.runs_code and wanted.startswith("[") and wanted.endswith("]"):
+                    raise UserError(
+                        f"task {self.name}: `doc_to_target` gives the list {wanted}: one right answer is read here"
+                    )
+                continue
+            self.right(row)
+            if question.isdigit():
+                raise UserError(f"task {self.name}: `doc_to_text` gives {question}, which lm-eval takes for a number")
+            if any(one["metric"] == "acc_norm" for one in self.config["metric_list"]) and "" in self.choices(row):
+                raise UserError(
+                    f"task {self.name}: acc_norm divides by a choice's length, and one is empty in {dict(row)}"
+                )
+
+    def _compiled(self, name: str, pattern: Any) -> None:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"task {self.name}: `{name}` {pattern!r} is no regular expression ({error})") from error
 
     @cached_property
     def shots(self) -> list[tuple[str, str]]:
@@ -162,7 +213,8 @@ def _filtered(answer: str, steps: Sequence[Mapping[str, Any]]) -> str:
     for step in steps:
         if step["function"] == "regex":
             found = re.findall(step["regex_pattern"], answer)
-            one = found[step.get("group_select", 0)] if found else ""
+            group = step.get("group_select", 0)
+            one = found[group] if -len(found) <= group < len(found) else ""
             one = next((part for part in one if part), "") if isinstance(one, tuple) else one
             answer = one.strip() if one else step.get("fallback", "[invalid]")
     return answer
@@ -185,7 +237,10 @@ def read_task(path: Path, data: Path | None, limit: int | None) -> LocalTask:
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
         raise UserError(f"`tasks` {path} has no `task: NAME`: give a task file of lm-eval's form")
-    _check_read(config)
+    try:
+        _check_read(config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"`tasks` {path} is not of lm-eval's form ({type(error).__name__}: {error})") from error
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     files = files.get(config.get("test_split")) if isinstance(files, dict) else files
     if config.get("dataset_path") != "json" or not files:
@@ -193,7 +248,9 @@ def read_task(path: Path, data: Path | None, limit: int | None) -> LocalTask:
     rows = read_rows(
         config["task"], [files] if isinstance(files, str) else files, data or path.parent, "task_data" if data else None
     )
-    return LocalTask(name=config["task"], config=config, rows=rows[:limit])
+    task = LocalTask(name=config["task"], config=config, rows=rows[:limit])
+    task.check()
+    return task
 
 
 def _check_read(config: Mapping[str, Any]) -> None:

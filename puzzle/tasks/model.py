@@ -25,7 +25,7 @@ from puzzle.data.tokenizer import load_tokenizer, tokenizer_hash
 from puzzle.measure.measurable import Measurable
 from puzzle.runtime.interface import Fp8, Runtime, check_lengths
 from puzzle.runtime.open import DTYPES, open_runtime
-from puzzle.tasks.request import Answer, Answers, Request
+from puzzle.tasks.request import Answer, Answers, Request, Text
 
 MOST = {"cpu": 16, "cuda": 128}  # sequences at once
 TOKENS = {"cpu": 4096, "cuda": PREFILL_ROWS}  # of them, when they are scored
@@ -296,6 +296,11 @@ class Model:
 
         return draw
 
+    def _thinks(self, context: Text) -> bool:
+        """Whether the prompt itself has begun a thought, as some chat templates do."""
+        text = context if isinstance(context, str) else self.tokenizer.decode(context)
+        return text.rfind("<think>") > text.rfind("</think>")
+
     def _said(self, one: Encoded, tokens: list[int]) -> tuple[str, bool]:
         """The answer in what was generated, and whether it is whole."""
         tokens = tokens[: one.new]
@@ -304,11 +309,12 @@ class Model:
         done = end is not None or len(tokens) == one.new
         if one.request.thinking is None:
             return ("" if end is None else text), done
-        if one.request.thinking or text.lstrip().startswith("<think>"):
-            _, thought, answer = text.rpartition("</think>")
-            if not thought:
-                return text, done
+        _, thought, answer = text.rpartition("</think>")
+        begun = text.lstrip().startswith("<think>")
+        if thought and (begun or one.request.thinking):
             text = answer.lstrip()
+        elif begun or (one.request.thinking and self._thinks(one.request.context)):
+            return "", done  # a thought that came to no end is no answer
         cuts = [place for word in one.request.until if word and (place := text.find(word)) >= 0]
         return (text[: min(cuts)], True) if cuts else (text, done)
 

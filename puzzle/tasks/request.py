@@ -19,8 +19,8 @@ START = b'{"key": '
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """continuation: whose log-likelihood after `context` is asked for; None: a text of up to max_tokens tokens, up to one of
-    `until`, is. temperature 0 is greedy; sample: which of several; thinking: what stands before </think> is no
-    answer; None: it belongs to the answer, which is empty where it came to no end."""
+    `until`, is. temperature 0 is greedy; sample: which of several; thinking: what stands before </think> is no answer, which is empty
+    where a thought came to no end; None: it belongs to the answer, which is empty where it came to no end itself."""
 
     context: Text
     continuation: Text | None = None
@@ -40,6 +40,8 @@ class Answers:
 
     def __init__(self, path: Path):
         self.path, self.lines = path, dict[str, dict[str, Any]]()
+        if path.exists() and not path.is_file():  # a device would be read for ever
+            raise UserError(f"`answers` {path} is no file: name one")
         data = path.read_bytes() if path.exists() else b""
         self.end = data.rfind(b"\n") + 1  # a killed process leaves a part of a line
         for number, line in enumerate(data[: self.end].splitlines(), 1):

@@ -93,6 +93,11 @@ def test_pairs_and_rounds(puzzle, own_library, corpus, tmp_path):
     better = json.loads(again.stdout)
     assert better["children"][0]["method"] == "start"
     assert better["children"][better["best"]]["kl"] <= found["children"][found["best"]]["kl"]
+    typed_again = puzzle(*asked, "--data", corpus, *TEXT, "--out", tmp_path / "t", "--json")  # more is measured by now
+    assert [json.loads(typed_again.stdout)[name] for name in ("pairs", "children")] == [
+        found["pairs"],
+        found["children"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def wait_until(there, process=None) -> None:
         if there():
             return
         assert goes_on, process and (process.exitcode, process.log.read_text())
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

@@ -149,6 +149,7 @@ REFUSED = {
     "unknown": (["--tasks", "gsm9k"], "gsm9k", "gsm8k"),
     "no data": (["--tasks", "gsm8k", "--task-data", "."], "no **/gsm8k/test.jsonl or", "--task-data"),
     "code": (["--tasks", "humaneval", "--task-data", "DATA"], "runs generated code", "--run-code"),
+    "unused": (["--tasks", "hellaswag", "--task-data", "DATA", "--max-new-tokens", 5], "--max-new-tokens 5 is for generated answers", "leave it out"),
     "samples": (["--tasks", "gsm8k", "--task-data", "DATA", "--samples", 3], "--samples 3 are all alike", "--temperature"),
     "no chat": (["--tasks", "gsm8k", "--task-data", "DATA", "--system", "x"], "--system is part of a chat", "--chat"),
     "precision": (["--tasks", "gsm8k", "--task-data", "DATA", "--precision", "fp8"], "--precision fp8", "float32"),

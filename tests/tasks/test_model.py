@@ -72,13 +72,17 @@ def test_what_ends_an_answer(chatting, tmp_path):
     text = model.answer([Request(context=TEXTS[2], max_tokens=40)])[0]
     stop = text[10:13]
     assert model.answer([Request(context=TEXTS[2], max_tokens=40, until=(stop,))])[0] == text[: text.index(stop)]
-    for said, wanted, thinking in (
-        ("<think>a Q: b</think>\n\nc Q: d", "c ", False),
-        ("a Q: b</think> c Q: d", "c ", True),
-        ("a Q: b", "a Q: b", True),  # still thinking
-        ("a Q: b", "a ", False),
+    for said, wanted, thinking, context in (
+        ("<think>a Q: b</think>\n\nc Q: d", "c ", False, "x"),
+        ("a Q: b</think> c Q: d", "c ", True, "x<think>"),
+        ("a Q: b", "", True, "x<think>\n"),  # still thinking
+        ("<think>a Q: b", "", True, "x"),
+        ("<think>a Q: b", "", False, "x"),
+        ("a Q: b", "a ", True, "say <think>why</think> and x"),  # it does not think
+        ("a Q: b", "a ", True, (4, 5)),
+        ("a Q: b", "a ", False, "x<think>"),
     ):
-        request = Request(context="x", until=("Q:",), max_tokens=99, thinking=thinking)
+        request = Request(context=context, until=("Q:",), max_tokens=99, thinking=thinking)
         one = models.Encoded(request=request, ids=[2], new=99)
         assert model._said(one, model.tokenizer(said)["input_ids"])[0] == wanted
 

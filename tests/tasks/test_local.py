@@ -1,0 +1,119 @@
+"""Task files of lm-eval's form: columns and templates say the same, and what is wrong is told before any model answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from puzzle.base.errors import UserError
+from puzzle.tasks.local import NotReadHere, read_task
+from puzzle.tasks.request import Answers
+
+ROWS = [
+    {"question": "which is red?", "choices": ["sky", "blood"], "label": 1, "answer": "blood", "prompt": "def f():\n"},
+    {"question": "which is two?", "choices": ["1", "2", "0"], "label": 1, "answer": "2", "prompt": "def g():\n"},
+]
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{label}}",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
+TEXT = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "exact_match"}],
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def task(base: dict, rows=ROWS, **changes):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "test_split": "test"}
+        config = {name: one for name, one in ({"task": "own"} | data | base | changes).items() if one is not None}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+        return read_task(tmp_path / "own.yaml", None, None)
+
+    return task
+
+
+def asked(task):
+    return [[(r.context, r.continuation, r.until) for r in task.requests(row, None)] for row in task.rows]
+
+
+@pytest.mark.parametrize(
+    ("base", "columns"),
+    [
+        (CHOICE, {"doc_to_text": "question", "doc_to_choice": "choices", "doc_to_target": "label"}),
+        (CHOICE, {"doc_to_target": "answer"}),  # a text is found among the choices, also where it is a number
+        (TEXT, {"doc_to_text": "question", "doc_to_target": "answer"}),
+    ],
+)
+def test_a_columns_name_stands_for_what_it_holds(read, base, columns):
+    plain, named = read(base), read(base, **columns)
+    assert asked(plain) == asked(named)
+    assert asked(plain)[0][0][0] == "which is red?"
+    for row in ROWS:
+        assert plain.render("doc_to_target", row) == named.render("doc_to_target", row) or base is CHOICE
+        assert base is TEXT or (plain.right(row), named.right(row)) == (row["label"], row["label"])
+    if base is TEXT:
+        assert named.scores([["blood"], ["3"]]) == {"exact_match,none": [1.0, 0.0]}
+
+
+def test_choices_may_be_a_list_or_by_name(read):
+    for given in (["sky", "blood"], {"a": "sky", "b": "blood"}):
+        assert read(CHOICE, ROWS[:1], doc_to_choice=given).choices(ROWS[0]) == ["sky", "blood"]
+    assert read(CHOICE, [ROWS[0] | {"choices": [3, 4]}]).choices({"choices": [3, 4]}) == ["3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "told"),
+    [
+        (CHOICE, {"doc_to_text": None}, "task own has no `doc_to_text`"),
+        (CHOICE, {"doc_to_choice": None}, "task own has no `doc_to_choice`"),
+        (TEXT, {"doc_to_target": None}, "task own has no `doc_to_target`"),
+        (CHOICE, {"doc_to_text": ["a"]}, r"`doc_to_text` \['a'\] is no text"),
+        (CHOICE, {"doc_to_text": "{{nothing}}"}, "`doc_to_text` does not fit a row of its data"),
+        (CHOICE, {"doc_to_text": "7"}, "`doc_to_text` gives 7, which lm-eval takes for a number"),
+        (CHOICE, {"doc_to_choice": "{{ choices | join(', ') }}"}, "`doc_to_choice` gives no list of choices"),
+        (CHOICE, {"doc_to_choice": "question"}, "`doc_to_choice` gives no list of choices"),
+        (CHOICE, {"doc_to_choice": []}, "`doc_to_choice` gives no list of choices"),
+        (CHOICE, {"doc_to_choice": ["", "a"]}, "acc_norm divides by a choice's length, and one is empty"),
+        (CHOICE, {"doc_to_target": "9"}, "the right answer is '9' of 2 choices"),
+        (TEXT, {"doc_to_target": "{{choices}}"}, "`doc_to_target` gives the list"),
+        (TEXT, {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "("}]}]}, r"`regex_pattern` '\(' is no regular"),
+        (TEXT, {"metric_list": [{"metric": "exact_match", "regexes_to_ignore": ["["]}]}, r"`regexes_to_ignore` '\[' is no regular"),
+        (TEXT, {"filter_list": [{"name": "x"}]}, "is not of lm-eval's form"),
+        (TEXT, {"metric_list": [{"metric": "pass@1"}], "doc_to_text": "question"}, None),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_told_before_anything_is_answered(read, base, changes, told):
+    if told is None:
+        with pytest.raises(UserError, match="pass@1 completes the text in the column `prompt`; a row has question"):
+            read(base, [{"question": "?", "answer": "x"}], **changes)
+        return
+    with pytest.raises(UserError, match=told):
+        read(base, **changes)
+
+
+def test_what_only_lm_eval_knows(read):
+    for changes in ({"metric_list": [{"metric": "bleu"}]}, {"include": "x"}, {"output_type": "loglikelihood"}):
+        with pytest.raises(NotReadHere):
+            read(TEXT, **changes)
+
+
+def test_a_match_that_is_not_there_is_no_answer(read):
+    steps = [{"function": "regex", "regex_pattern": "[0-9]+", "group_select": 1}]
+    task = read(TEXT, [ROWS[1]], filter_list=[{"name": "second", "filter": steps}])
+    assert [task.scores([[said]])["exact_match,second"] for said in ("2", "1 2", "none")] == [[0.0], [1.0], [0.0]]
+
+
+def test_answers_are_kept_in_a_file(tmp_path):
+    for place in ("/dev/null", tmp_path):
+        with pytest.raises(UserError, match="is no file: name one"):
+            Answers(type(tmp_path)(place))
