@@ -147,8 +147,11 @@ KEYS_OF_FILES = {
     "name",
     "path",
     "messages",
+    "doc_to_text",
+    "doc_to_choice",
+    "doc_to_target",
     *(f.name for f in fields(After)),
-}  # of blends and recipes, not options
+}  # of blends, task files and recipes, not options
 
 
 def flags_of(verb: str) -> set[str]:

@@ -166,7 +166,7 @@ Checkpoint.fingerprint = lambda self: plain(self) + os.environ["RANK"]
 
 def test_other_arguments_in_one_process(launch, ended, build, tmp_path):
     """A block trained by another recipe would go into the library, or the processes wait for each other."""
-    setup = "import os, sys\nsys.argv[1:] = ['build-library', '--lr', f'{1 + int(os.environ[\"RANK\"])}e-3', '--no-score']\n"
+    setup = "import os, sys\nsys.argv += ['--lr', f'{1 + int(os.environ[\"RANK\"])}e-3']\n"
     group = launch((*build, "--out", tmp_path / "lib"), processes=2, setup=setup)
     assert ended(group) == [2, 2]
     told = "process 1 was started with '--lr 2e-3' where the first has '--lr 1e-3': start all with the same arguments"

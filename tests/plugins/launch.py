@@ -12,15 +12,13 @@ torch.set_num_threads(1)
 for stream, path in ((1, out), (2, err)):  # type: ignore[name-defined]  # noqa: F821
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 
-exec(setup)  # type: ignore[name-defined]  # noqa: F821
 first, *others = words  # type: ignore[name-defined]  # noqa: F821
+sys.argv[:] = words if first.endswith(".py") else ["-c", *others[1:]] if first == "-c" else others  # type: ignore[name-defined]  # noqa: F821
+exec(setup)  # type: ignore[name-defined]  # noqa: F821
 if first == "-m":
-    sys.argv[:] = others
     runpy.run_module(others[0], run_name="__main__", alter_sys=True)
 elif first == "-c":
-    sys.argv[:] = ["-c", *others[1:]]
     exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
 else:
-    sys.argv[:] = words  # type: ignore[name-defined]  # noqa: F821
     sys.path.insert(0, os.path.dirname(first))
     runpy.run_path(first, run_name="__main__")
