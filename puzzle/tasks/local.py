@@ -110,6 +110,7 @@ class LocalTask:
         for pattern in self.config["metric_list"][0].get("regexes_to_ignore") or []:
             self._compiled("regexes_to_ignore", pattern)
         _ = self.shots
+        by_length = any(one["metric"] == "acc_norm" for one in self.config["metric_list"])
         for row in self.rows:
             question, wanted = self.render("doc_to_text", row), self.render("doc_to_target", row)
             if self.runs_code and not isinstance(row.get("prompt"), str):
@@ -125,7 +126,7 @@ class LocalTask:
             self.right(row)
             if question.isdigit():
                 raise UserError(f"task {self.name}: `doc_to_text` gives {question}, which lm-eval takes for a number")
-            if any(one["metric"] == "acc_norm" for one in self.config["metric_list"]) and "" in self.choices(row):
+            if by_length and "" in self.choices(row):
                 raise UserError(
                     f"task {self.name}: acc_norm divides by a choice's length, and one is empty in {dict(row)}"
                 )

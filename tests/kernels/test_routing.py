@@ -24,12 +24,19 @@ SIZES = [
 ]  # fmt: skip
 
 
-# Triton's interpreter takes a second for a large one: each of those has one router.
+# A GPU takes all of them. Triton's interpreter takes a second for a large one: each size has one router, and groups few tokens.
+GPU = torch.cuda.is_available()
 CASES = [
     (size, name)
     for i, size in enumerate(SIZES)
     for j, name in enumerate(ROUTERS)
-    if size[0] * size[1] <= 100 or i % 5 == j
+    if GPU or size[0] * size[1] <= 100 or i % len(ROUTERS) == j
+]
+GROUPS = [
+    (num, *one)
+    for one in ((12, 4, 2, 3), (256, 8, 4, 8), (64, 2, 1, 32), (60, 3, 2, 40), (512, 8, 8, 5), (6, 3, 1, 2))
+    for num in (1, 7)
+    if GPU or num * one[0] <= 512
 ]
 
 
@@ -83,7 +90,7 @@ def test_matches_twin(size, name, device):
         whole(found, num, experts, count)
 
 
-@pytest.mark.parametrize(("num", "experts", "count"), [(1, 512, 512), (42, 32, 25)])
+@pytest.mark.parametrize(("num", "experts", "count"), [(2, 512, 512), (42, 32, 25)])
 def test_many(num, experts, count, device):
     """All experts, and more rows than one step of the alignment sees."""
     logits = logits_of(num, experts, device)
@@ -92,13 +99,7 @@ def test_many(num, experts, count, device):
     whole(found, num, experts, count)
 
 
-@pytest.mark.parametrize(
-    ("num", "experts", "groups", "chosen", "count"),
-    [
-        (1, 12, 4, 2, 3), (7, 12, 4, 2, 3), (1, 6, 3, 1, 2), (7, 6, 3, 1, 2), (2, 256, 8, 4, 8), (7, 64, 2, 1, 32), (2, 60, 3, 2, 40),
-        (1, 512, 8, 8, 5),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("num", "experts", "groups", "chosen", "count"), GROUPS)
 def test_groups(num, experts, groups, chosen, count, device):
     logits = logits_of(num, experts, device)
     bias = 0.37 * torch.randint(-3, 3, (experts,), device=device)
@@ -141,7 +142,7 @@ def test_what_is_not_finite_stays_in_bounds(name, one_program, device):
     assert int(found.chosen[2:].min()) >= 7
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=15)
 @drawn(st.data())
 def test_any_numbers(data):
     device = "cuda" if torch.cuda.is_available() else "cpu"
