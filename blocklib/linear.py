@@ -25,6 +25,7 @@ class Linear(Normed):
 
     kind: ClassVar[str] = "linear"
     plain: ClassVar[str | None] = "puzzle.blocklib.plain.linear:LinearMap"
+    in_training: ClassVar[str | None] = "puzzle.blocklib.fast.training:LinearInTraining"
     on_kernels: ClassVar[str | None] = "puzzle.blocklib.fast.linear:FastLinear"
     on_vllm: ClassVar[str | None] = "puzzle.blocklib.vllm.linear:VllmLinear"
 

@@ -86,14 +86,14 @@ def _on_kernels(x: Tensor) -> bool:
 
 
 @functools.cache
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def loss_and_energy(child: Tensor, parent: Tensor, config: dict[str, int] = FORWARD) -> tuple[Tensor, Tensor]:
     """The loss and Σ parent², float32 scalars. Contiguous tensors of one shape, on a GPU or under the interpreter."""
     num_elements = child.numel()
-    most = min(_num_processors(child.device) * config["programs_per_sm"], MAX_PROGRAMS)
+    most = min(num_processors(child.device) * config["programs_per_sm"], MAX_PROGRAMS)
     num_programs = min(triton.cdiv(num_elements, config["BLOCK"]), most)
     partial = torch.empty(2, num_programs, dtype=torch.float32, device=child.device)
     loss = torch.empty((), dtype=torch.float32, device=child.device)

@@ -56,7 +56,8 @@ class _GatedSilu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         out, num = torch.empty_like(gate), gate.numel()
-        gated_kernel[(triton.cdiv(num, CONFIG["BLOCK"]),)](gate, up, out, num, **CONFIG)
+        with torch.cuda.device_of(gate):  # Triton launches on the current device
+            gated_kernel[(triton.cdiv(num, CONFIG["BLOCK"]),)](gate, up, out, num, **CONFIG)
         return out
 
     @staticmethod
@@ -64,7 +65,8 @@ class _GatedSilu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grads, num = (torch.empty_like(gate), torch.empty_like(up)), gate.numel()
         grid = (triton.cdiv(num, CONFIG["BLOCK"]),)
-        gated_backward_kernel[grid](gate, up, grad_outputs[0].contiguous(), *grads, num, **CONFIG)
+        with torch.cuda.device_of(gate):
+            gated_backward_kernel[grid](gate, up, grad_outputs[0].contiguous(), *grads, num, **CONFIG)
         return grads
 
 

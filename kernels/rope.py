@@ -62,10 +62,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, tokens, dim = x.shape
     out = torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=x.device)
-    rope_kernel[(batch * tokens,)](
-        x, cos, sin, out, *x.stride()[:3], tokens, N=heads, HALF=dim // 2, BACKWARD=backward,
-        BLOCK_N=triton.next_power_of_2(heads), BLOCK_HALF=triton.next_power_of_2(dim // 2), num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        rope_kernel[(batch * tokens,)](
+            x, cos, sin, out, *x.stride()[:3], tokens, N=heads, HALF=dim // 2, BACKWARD=backward,
+            BLOCK_N=triton.next_power_of_2(heads), BLOCK_HALF=triton.next_power_of_2(dim // 2), num_warps=4,
+        )  # fmt: skip
     return out.transpose(1, 2)
 
 

@@ -39,6 +39,8 @@ from typing import Any
 import click
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from forked_puzzle import run_puzzle
 from puzzle.base.files import content_hash
 from puzzle.measure.architecture import read_architecture
 
@@ -46,6 +48,10 @@ PARTS = ("library", "choose", "steps", "measure", "bench", "heal", "tasks", "tas
 BASELINES = ("depth", "uniform", "uniform-width", "greedy", "random")
 COLUMNS = ("speed", "method", "promised", "measured", "sum_of_scores", "choose_s", "library_s", "heal_s", "healed_tokens", "kl", "kl_stderr",
            "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "tasks_before", "tasks", "changed", "device", "date")  # fmt: skip
+
+
+# What is no cost of choosing begins as a fork, for most of what it takes by itself is importing.
+FORKED = ("exported/", "before/", "after", "heal", "bench/", "tasks")
 
 
 class OutOfTime(Exception):
@@ -105,15 +111,15 @@ class Bench:
         if left < self.longest:
             raise OutOfTime
         path.parent.mkdir(parents=True, exist_ok=True)
-        begin, command = time.monotonic(), [sys.executable, "-m", "puzzle", *map(str, arguments), "--json"]
+        begin, words = time.monotonic(), [*map(str, arguments), "--json"]
         try:
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=left)
+            said = (run_puzzle if name.startswith(FORKED) else whole_puzzle)(words, left)
         except subprocess.TimeoutExpired as error:
             raise OutOfTime from error
         finally:
             seconds = before + time.monotonic() - begin
             spent.write_text(str(seconds))
-        found = {"said": json.loads(done.stdout), "seconds": seconds}
+        found = {"said": json.loads(said), "seconds": seconds}
         write_whole(path, json.dumps(found))
         self.ran += 1
         print(f"{name}: {seconds:.1f} s", flush=True)
@@ -194,9 +200,12 @@ class Bench:
         self.once(f"exported/{name}", "export", self.base / "library", self.solution(speed, method), "--out", child)
 
     def bench(self, speed: float, method: str) -> None:
-        self.need(f"chosen/{method}-{speed:g}")
-        solution, gpu = self.solution(speed, method), self.recipe["profile"]["gpu"]
-        self.once(f"bench/{method}-{speed:g}", "bench", solution, "--gpu", gpu, "--with-parent")
+        name, solution = f"steps-{speed:g}", self.work / "steps" / f"{speed:g}" / "solution"
+        if method == "steps":
+            self.need(f"ran/{name}")
+        else:
+            name, solution = self.name(speed, method), self.solution(speed, method)
+        self.once(f"bench/{name}", "bench", solution, "--gpu", self.recipe["profile"]["gpu"], "--with-parent")
 
     def tasks(self, speed: float, method: str, healed: bool, asked: list[object]) -> None:
         """Of the child; the parent's answers are kept for all that this process asks."""
@@ -264,7 +273,7 @@ class Bench:
         if (mip / "architecture.json").is_file():
             other = read_architecture(mip)
             found["changed"] = sum(a != b for a, b in zip(solved.sub_blocks, other.sub_blocks, strict=True))
-        if (benched := self.kept(f"bench/{method}-{speed:g}")) is not None:
+        if (benched := self.kept(f"bench/{name}")) is not None:
             found["measured"] = benched["said"]["speedup"]["measured"]
         for column, kind in (("tasks_before", "tasks-before"), ("tasks", f"tasks{self.tag}")):
             if (answered := self.kept(f"{kind}/{name}")) is not None:
@@ -299,6 +308,12 @@ class Bench:
                     told = {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()}
                     writer.writerow(told | {"date": time.strftime("%Y-%m-%d")})
         write_whole(out, text.getvalue())
+
+
+def whole_puzzle(words: list[str], seconds: float) -> str:
+    """As `run_puzzle`, from nothing."""
+    command = [sys.executable, "-m", "puzzle", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=seconds).stdout
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -379,7 +394,7 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
             wanted += [(part, speed, "") for speed in every]
         elif part != "table":
             wanted += [(part, speed, method) for speed in every for method in chosen]
-        if part == "measure":
+        if part in ("measure", "bench"):
             stepped = [s for s in every if "steps" in parts or bench.kept(f"ran/steps-{s:g}")]
             wanted += [(part, speed, "steps") for speed in stepped]
     failed, before = list[str](), -1

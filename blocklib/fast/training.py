@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from puzzle.blocklib.plain.gqa import Attention
-from puzzle.blocklib.plain.part import Part
+from puzzle.blocklib.plain.linear import LinearMap
+from puzzle.blocklib.plain.part import Part, RMSNorm
 from puzzle.blocklib.plain.swiglu import GatedFfn
-from puzzle.blocklib.sub_block import Normed
 from puzzle.kernels.gated import gated_silu
-from puzzle.kernels.rmsnorm import rms_norm
 from puzzle.kernels.rope import rope
+from puzzle.kernels.trained_norm import trained_norm
 
 PLAIN_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 TILE = 128  # tokens of cuDNN's kernels
@@ -27,15 +27,17 @@ def backends(q: Tensor, causal: bool) -> list[SDPBackend]:
     return [SDPBackend.CUDNN_ATTENTION, *PLAIN_BACKENDS] if good else PLAIN_BACKENDS
 
 
-class InTraining(Part):
-    """The norm before in one kernel, as long as it does not learn by a gradient that passes through it."""
+class NormInTraining(RMSNorm):
+    """In one kernel, as its gradients are."""
 
-    def enter(self, x: Tensor) -> Tensor:
-        sub_block = self.sub_block
-        assert isinstance(sub_block, Normed)
-        if not sub_block.norm_before or sub_block.norm_offset or self.norm.weight.requires_grad:
-            return super().enter(x)
-        return rms_norm(x, None, self.norm.weight, sub_block.norm_eps)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        return trained_norm(x, self.weight, self.eps, self.offset) if x.is_cuda else super().forward(x)
+
+
+class InTraining(Part):
+    """Its norms in one kernel each."""
+
+    rms_norm = NormInTraining
 
 
 class AttentionInTraining(InTraining, Attention):
@@ -70,3 +72,7 @@ class AttentionInTraining(InTraining, Attention):
 class FfnInTraining(InTraining, GatedFfn):
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return gated_silu(gate, up) if self.activation is F.silu else super().gated(gate, up)
+
+
+class LinearInTraining(InTraining, LinearMap):
+    pass

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puzzle.blocklib.gqa import Gqa
-from puzzle.blocklib.plain.part import Part, RMSNorm, Ropes, causal_mask, rotate
+from puzzle.blocklib.plain.part import Part, Ropes, causal_mask, rotate
 
 BLOCK = 128  # queries that share their keys under a window, at least
 
@@ -33,7 +33,7 @@ class Attention(Part):
         self.o_proj = nn.Linear(q_size, hidden, bias=sub_block.o_bias)
         if self.qk_norm is not None:
             sizes = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (q_size, kv_size)
-            self.q_norm, self.k_norm = (RMSNorm(n, sub_block.norm_eps, sub_block.norm_offset) for n in sizes)
+            self.q_norm, self.k_norm = (self.rms_norm(n, sub_block.norm_eps, sub_block.norm_offset) for n in sizes)
         self.register_parameter("sinks", nn.Parameter(torch.empty(self.num_heads)) if sub_block.sinks else None)
         self.finish()
 

@@ -40,17 +40,19 @@ class RMSNorm(nn.Module):
 class Part(nn.Module):
     """The base of all kinds' modules. A kind fills in `inner`; one with a state also `new_state`, `prefill` and `decode`."""
 
+    rms_norm: type[RMSNorm] = RMSNorm  # of all norms in it
+
     def __init__(self, sub_block: SubBlock):
         super().__init__()
         self.sub_block = sub_block
         if isinstance(sub_block, Normed) and sub_block.norm_before:
-            self.norm = RMSNorm(sub_block.hidden_size, sub_block.norm_eps, sub_block.norm_offset)
+            self.norm = self.rms_norm(sub_block.hidden_size, sub_block.norm_eps, sub_block.norm_offset)
 
     def finish(self) -> None:
         """Add the norm after; called by a kind once its own modules stand, so that it comes last."""
         sub_block = self.sub_block
         if isinstance(sub_block, Normed) and sub_block.norm_after:
-            self.post_norm = RMSNorm(sub_block.hidden_size, sub_block.norm_eps, sub_block.norm_offset)
+            self.post_norm = self.rms_norm(sub_block.hidden_size, sub_block.norm_eps, sub_block.norm_offset)
 
     def enter(self, x: Tensor) -> Tensor:
         """What the sub-block's own matrices read. [B, T, H]"""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +26,10 @@ from puzzle.blocklib.plain.part import Ropes
 from puzzle.data.mixture import IGNORE
 from puzzle.heal.aligned_loss import Aligned, aligned_losses
 from puzzle.heal.top_k import TopK, top_k_losses
+from puzzle.kernels.cosine import cosine_distance
 from puzzle.kernels.linear_kl import Chunks, linear_kl, linear_kl_by_rows
 from puzzle.runtime.divergence import widened
 from puzzle.runtime.model import CausalModel
-
-SMALLEST = 1e-8  # of a norm, as torch's cosine similarity has it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,33 +152,6 @@ class Learner(nn.Module):
             _, loss = head_losses(from_teacher, normed, teacher_head, child_head, labels, 1.0)
             lm = (loss * counts).sum() * scale
         return kl, lm, none
-
-
-class _CosineDistance(torch.autograd.Function):
-    """With d = c·p / (|c| |p|): 1 - d, and its gradient d c / |c|² - p / (|c| |p|). Keeps c and p as they are and four
-    numbers a row: F.cosine_similarity keeps float32 copies of both and moves three times the bytes."""
-
-    @staticmethod
-    def forward(ctx: Any, child: Tensor, teacher: Tensor) -> Tensor:
-        wide = torch.promote_types(child.dtype, torch.float32)
-        dot = (child.to(wide) * teacher).sum(-1, dtype=wide)
-        own, other = (torch.linalg.vector_norm(x, dim=-1, dtype=wide).clamp(min=SMALLEST) for x in (child, teacher))
-        cosine = dot / (own * other)
-        ctx.save_for_backward(child, teacher, cosine / own.square(), 1 / (own * other))
-        return 1 - cosine
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        child, teacher, to_child, to_teacher = ctx.saved_tensors
-        [grad] = grad_outputs
-        own, other = (grad * to_child)[..., None], (grad * to_teacher)[..., None]
-        return (child * own - teacher * other).to(child.dtype), None
-
-
-def cosine_distance(child: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cos of the angle between hidden states, in float32 at least; `teacher` learns nothing. [..., H] twice -> [...]"""
-    with torch.autocast(child.device.type, enabled=False):
-        return _CosineDistance.apply(child, teacher)
 
 
 def head_losses(

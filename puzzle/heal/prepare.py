@@ -174,7 +174,7 @@ def build_trainer(
     streamed teacher, which every rank reads, looks at in one pass; None: it is whole. tutor: what teaches by step, with
     the teacher or in place of one."""
     device = ranks.device
-    child = load_model(models.child, device=device, dtype=torch.float32)
+    child = load_model(models.child, device=device, dtype=torch.float32, in_training=device.type == "cuda")
     learning(child).train()
     old: set[str] = set() if models.new is None else _old_parameters(child, models)
     if options.old_lr == 0:
@@ -235,7 +235,9 @@ def build_teacher(models: Models, layers: list[int], ahead: int | None) -> Teach
     assert models.teacher is not None
     if ahead is not None:
         return StreamedTeacher(models.teacher, layers, models.teacher_device, models.dtype, ahead)
-    return Teacher(load_model(models.teacher, device=models.teacher_device, dtype=models.dtype), layers)
+    device = models.teacher_device
+    model = load_model(models.teacher, device=device, dtype=models.dtype, in_training=device.type == "cuda")
+    return Teacher(model, layers)
 
 
 def _frozen_ends(model: CausalModel) -> set[nn.Parameter]:

@@ -22,7 +22,7 @@ class StreamedTeacher(Teacher):
     the head, and the child mostly shares both."""
 
     def __init__(self, source: Weights, layers: list[int], device: torch.device, dtype: torch.dtype, tokens: int):
-        streamed = Layered(source, device, dtype, streamed=True)
+        streamed = Layered(source, device, dtype, streamed=True, forward=True)
         embedding, norm = (t.to(device, dtype) for t in (source.embedding(), source.final_norm()))
         head = None if source.structure.tied else source.lm_head().to(device, dtype)
         super().__init__(CausalModel(source.structure, embedding, [], norm, head).eval(), layers)

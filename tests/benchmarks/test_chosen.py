@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from puzzle import __version__
 from results_page import BENCHMARKS
 
 RECIPE = BENCHMARKS.parent / "examples" / "smollm2_h100.yaml"
@@ -25,7 +27,8 @@ def test_the_table_of_all_lanes_runs_nothing(tmp_path: Path, load_script, monkey
         raise AssertionError("something was run")
 
     monkeypatch.setattr(script.Bench, "row", row)
-    monkeypatch.setattr(script.subprocess, "run", run)
+    for how in ("whole_puzzle", "run_puzzle"):
+        monkeypatch.setattr(script, how, run)
     out, earlier = (
         tmp_path / "chosen.csv",
         tmp_path / "chosen" / "uniform-width-1.25.json",
@@ -44,20 +47,20 @@ def test_one_waits_for_another(tmp_path: Path, load_script, monkeypatch: pytest.
     script, ran = load_script("quality/bench_chosen.py"), list[str]()
     one, other = (script.Bench({"parent": "p"}, tmp_path, (), 1, 60, 1) for _ in range(2))
 
-    def run(command: list[str], **_: object) -> Any:
-        ran.append(command[3])
+    def run(words: list[str], seconds: float) -> str:
+        ran.append(words[0])
         with pytest.raises(script.Waits) as waits:  # asked while the first one is at it
             other.once("heal/a", "heal")
         assert waits.value.held
         with pytest.raises(script.Waits) as waits:
             other.need("heal/a")
         assert waits.value.held
-        return type("Done", (), {"stdout": json.dumps({"kl": 1})})
+        return json.dumps({"kl": 1})
 
     with pytest.raises(script.Waits) as waits:
         other.need("heal/a")
     assert not waits.value.held
-    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(script, "run_puzzle", run)
     assert one.once("heal/a", "heal") == other.once("heal/a", "heal")
     other.need("heal/a")
     assert ran == ["heal"]
@@ -82,3 +85,20 @@ def test_what_fails_leaves_the_rest(tmp_path: Path, load_script, monkeypatch: py
     assert done.exit_code == 1
     assert "choose 1.5 mip: exit 2; heal 1.5 mip: what it needs is not there" in done.output
     assert ran == ["mip", "greedy"]
+
+
+def test_a_fork_does_what_the_command_does(load_script, capfd: pytest.CaptureFixture):
+    """It prints what the command prints, fails as it fails, and ends when its time does."""
+    script = load_script("quality/bench_chosen.py")
+    assert (
+        script.run_puzzle(["--version"], 120)
+        == script.whole_puzzle(["--version"], 120)
+        == f"puzzle, version {__version__}\n"
+    )
+    for run in (script.run_puzzle, script.whole_puzzle):
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            run(["heal", "nowhere", "--data", "text", "--out", "healed"], 120)
+        assert failed.value.returncode == 2
+        assert "error: " in capfd.readouterr().err
+        with pytest.raises(subprocess.TimeoutExpired):
+            run(["--version"], 0)
