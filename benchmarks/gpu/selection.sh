@@ -6,8 +6,8 @@
 #     initial      narrow FFNs by contribution and by second order, maps of low rank by the inputs' second
 #                  moments and by plain SVD, before and after distillation                                 initial.csv
 #     selection    ranks of children near the optimum, and every way to choose                             selection.csv
-#     chosen       every way to choose and the baselines: chosen, measured, healed on HEAL_TOKENS          chosen.csv
-#     tasks        TASK_METHODS of `chosen`, before and after that healing                                 chosen.csv
+#     chosen       every way to choose and the baselines: chosen, measured, healed on HEAL_TOKENS; where TASKS is set,
+#                  the tasks of TASK_METHODS before and after                                              chosen.csv
 #     long         LONG_METHODS of `chosen`, healed on LONG_TOKENS; their tasks where TASKS is set          chosen_long.csv
 #     coupled      a second pass of distillation for the MIP's child at the last of SPEEDS                 coupled.csv
 #
@@ -15,19 +15,19 @@
 # lane takes what no other one is at. What is written stays and is not done again, results go to RESULTS as they come, and nothing runs beyond
 # END seconds after T0 (date +%s). Every capital below may be set from outside:
 #
-#   PARENT=SmolLM2-135M-Instruct DATA=english.jsonl TASKS=sets GPUS=0,1,2 benchmarks/gpu/selection.sh /tmp/work library initial selection chosen tasks
+#   PARENT=SmolLM2-135M-Instruct DATA=english.jsonl TASKS=sets GPUS=0,1,2 benchmarks/gpu/selection.sh /tmp/work library initial selection chosen
 #
 # TASKS is a directory with HumanEval.jsonl.gz, gsm8k/test.jsonl, hellaswag/cases.jsonl and truthfulqa_mc1/cases.jsonl. The committed figures:
 #
 #   INITIAL_LRS=3e-3 benchmarks/gpu/selection.sh WORK initial     # benchmarks/results/initial.csv
 #   benchmarks/gpu/selection.sh WORK library selection            # benchmarks/results/selection.csv
-#   benchmarks/gpu/selection.sh WORK library chosen tasks         # benchmarks/results/chosen.csv
-#   benchmarks/gpu/selection.sh WORK library long                 # benchmarks/results/chosen_long.csv
+#   TASKS=sets benchmarks/gpu/selection.sh WORK library chosen    # benchmarks/results/chosen.csv
+#   TASKS=sets SPEEDS=1.5 benchmarks/gpu/selection.sh WORK library long    # benchmarks/results/chosen_long.csv
 #   benchmarks/gpu/selection.sh WORK library chosen coupled       # benchmarks/results/coupled.csv
 #
 # Rehearsal on a CPU, of the reference parent:
 #
-#   SMALL=1 DATA=/usr/lib/python3.11 TASKS=sets benchmarks/gpu/selection.sh /tmp/work library initial selection chosen tasks long coupled
+#   SMALL=1 DATA=/usr/lib/python3.11 TASKS=sets benchmarks/gpu/selection.sh /tmp/work library initial selection chosen long coupled
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -59,14 +59,14 @@ fi
 # chosen
 : "${SPEEDS:=1.5,2}"
 : "${METHODS:=all,rescored,pairs,finalists,mip,depth,uniform,greedy,random}" # uniform-width, FFNs alone, reaches neither of SPEEDS
-: "${PARTS:=choose steps measure heal bench}"
+: "${PARTS:=choose steps bench measure heal${TASKS:+ tasks-before tasks}}"
 : "${ROUNDS:=2}"
 : "${COMPARE_ON:=256}"
 : "${BETWEEN:=3e6}"
 : "${HEAL_TOKENS:=10e6}"
-: "${TASK_METHODS:=mip,all,depth,uniform}"
+: "${TASK_METHODS:=mip,all,depth,uniform,greedy,random}"
 : "${TASK_LIMIT:=500}"
-: "${LONG_METHODS:=mip,depth,uniform}"
+: "${LONG_METHODS:=mip,all,depth,uniform,greedy,random}"
 : "${LONG_TOKENS:=50e6}"
 # initial
 : "${INITIAL_ATTENTION:=linear,linear-144,linear-144-svd}" # a quarter of SmolLM2's hidden size: half of a matrix
@@ -80,7 +80,7 @@ fi
 
 for stage in "$@"; do
   case $stage in
-    library | initial | selection | chosen | tasks | long | coupled) ;;
+    library | initial | selection | chosen | long | coupled) ;;
     *) echo "unknown stage $stage" >&2 && exit 2 ;;
   esac
 done
@@ -136,7 +136,8 @@ children() {
   sed "s/^  gpu: .*/  gpu: $GPU/" "$RECIPE" >"$WORK/recipe-$LANE.yaml"
   within "$name" "$PYTHON" benchmarks/quality/bench_chosen.py "$WORK/recipe-$LANE.yaml" "$@" --parent "$PARENT" --data "$DATA" \
     --speeds "$SPEEDS" --methods "$methods" --finalists "$FINALISTS" --rounds "$ROUNDS" --chosen-on "$CHOOSE_ON" --sequences "$COMPARE_ON" \
-    --between "$BETWEEN" --minutes "$(minutes)" --work "$CHOSEN" --out "$csv"
+    --between "$BETWEEN" --minutes "$(minutes)" --work "$CHOSEN" --out "$csv" \
+    ${TASKS:+--task-data "$TASKS" --task-limit "$TASK_LIMIT" --task-methods "$TASK_METHODS"}
 }
 
 there() { [[ -f $CHOSEN/library.json ]] || { echo "-- $1: no library" && return 1; }; }
@@ -146,19 +147,8 @@ library() { children library "$WORK/library-$LANE.csv" mip library; }
 # shellcheck disable=SC2086
 chosen() { there chosen && children chosen "$RESULTS/chosen.csv" "$METHODS" $PARTS --tokens "$HEAL_TOKENS"; }
 
-tasks() {
-  [[ -n $TASKS ]] || { echo "-- tasks: TASKS is not set" && return 1; }
-  there tasks || return 1
-  children tasks "$WORK/tasks-$LANE.csv" "$TASK_METHODS" tasks-before tasks --tokens "$HEAL_TOKENS" --task-data "$TASKS" --task-limit "$TASK_LIMIT"
-  local code=$?
-  children tasks "$RESULTS/chosen.csv" "$METHODS" table --tokens "$HEAL_TOKENS"
-  return $code
-}
-
 long() {
-  local asked=(choose measure heal)
-  [[ -z $TASKS ]] || asked+=(tasks --task-data "$TASKS" --task-limit "$TASK_LIMIT")
-  there long && children long "$RESULTS/chosen_long.csv" "$LONG_METHODS" "${asked[@]}" --tokens "$LONG_TOKENS"
+  there long && TASK_METHODS=$LONG_METHODS children long "$RESULTS/chosen_long.csv" "$LONG_METHODS" choose measure heal ${TASKS:+tasks} --tokens "$LONG_TOKENS"
 }
 
 rank() { # rank SPEED: in a copy of the library, with measurements of its own

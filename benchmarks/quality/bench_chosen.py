@@ -12,8 +12,8 @@ seen (`measure`); `measured` is the speed of `bench` over that of the parent, `c
     python benchmarks/quality/bench_chosen.py examples/smollm2_h100.yaml library choose steps measure heal --parent MODEL --data DATA \\
         --work WORK --out benchmarks/results/chosen.csv
 
-What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. GPUs may share WORK once the
-library is there: the same command on each takes what no other is at. What fails is told and left out. `table` alone writes the rows
+What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. GPUs, and several such commands
+on one of them, may share WORK once the library is there: each takes what no other is at, and on a GPU one heals at a time. What fails is told and left out. `table` alone writes the rows
 of all that is in WORK. Rehearsal on a CPU:
 
     python benchmarks/quality/bench_chosen.py examples/quickstart.yaml library choose steps measure heal --data /usr/lib/python3.11 \\
@@ -52,6 +52,7 @@ COLUMNS = ("speed", "method", "promised", "measured", "sum_of_scores", "choose_s
 
 # What is no cost of choosing begins as a fork, for most of what it takes by itself is importing.
 FORKED = ("exported/", "before/", "after", "heal", "bench/", "tasks")
+ALONE = ("library", "chosen/", "ran/", "bench/")  # whose seconds or speeds count: nothing else is on the GPU meanwhile
 
 
 class OutOfTime(Exception):
@@ -93,6 +94,19 @@ class Bench:
             finally:
                 self.claims.discard(name)
 
+    @contextlib.contextmanager
+    def on_gpu(self, alone: bool) -> Iterator[None]:
+        """Beside others, or alone: who waits for that stands at the gate, so that nobody else comes in before."""
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "any")
+        with (
+            open(self.work / "claims" / f"gate of {gpu}", "w") as gate,
+            open(self.work / "claims" / f"on {gpu}", "w") as floor,
+        ):
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            fcntl.flock(floor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            fcntl.flock(gate, fcntl.LOCK_UN)
+            yield
+
     def need(self, name: str) -> None:
         if self.kept(name) is None:
             with self.claim(name):
@@ -102,7 +116,8 @@ class Bench:
         """What a verb printed, now or earlier, and its seconds, those of calls that were cut off among them."""
         if (found := self.kept(name)) is not None:
             return found
-        with self.claim(name):
+        gpu = contextlib.nullcontext() if name.startswith("exported/") else self.on_gpu(name.startswith(ALONE))
+        with self.claim(name), gpu:
             return self.kept(name) or self.run(name, arguments)
 
     def run(self, name: str, arguments: tuple[object, ...]) -> dict[str, Any]:
@@ -191,7 +206,9 @@ class Bench:
         child, healed = self.work / "children" / name, self.work / f"healed{self.tag}" / name
         self.export(speed, method)
         asked = ("--teacher", self.recipe["parent"], *self.data, *self.flags(self.recipe["heal"]))
-        self.once(f"heal{self.tag}/{name}", "heal", child, *asked, "--out", healed)
+        if self.kept(f"heal{self.tag}/{name}") is None:
+            with self.claim(f"healing on {os.environ.get('CUDA_VISIBLE_DEVICES', 'any')}"):  # its seconds are a cost
+                self.once(f"heal{self.tag}/{name}", "heal", child, *asked, "--out", healed)
         self.evaluate(f"after{self.tag}/{name}", healed)
 
     def export(self, speed: float, method: str) -> None:
@@ -341,12 +358,13 @@ def write_whole(path: Path, text: str) -> None:
 @click.option("--tokens", type=float, help="Of the healing, in place of the recipe's.")
 @click.option("--task-data", type=click.Path(path_type=Path), help="For the part `tasks`.")
 @click.option("--tasks", default="hellaswag,truthfulqa_mc1,humaneval,gsm8k", show_default=True)
+@click.option("--task-methods", help="Whose children they are asked of. Default: all of --methods.")
 @click.option("--task-limit", type=int, help="The first documents of each task. Default: all.")
 @click.option("--minutes", type=float, default=8.8, show_default=True)
 @click.option("--longest", type=float, default=20, show_default=True, help="With fewer seconds left nothing is begun.")
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[str, ...], speeds: str, methods: str, finalists: int, min_distance: int, rounds: int, chosen_on: int, sequences: int, between: float, tokens: float | None, task_data: Path | None, tasks: str, task_limit: int | None, minutes: float, longest: float, work: Path, out: Path) -> None:  # fmt: skip
+def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[str, ...], speeds: str, methods: str, finalists: int, min_distance: int, rounds: int, chosen_on: int, sequences: int, between: float, tokens: float | None, task_data: Path | None, tasks: str, task_methods: str | None, task_limit: int | None, minutes: float, longest: float, work: Path, out: Path) -> None:  # fmt: skip
     value = yaml.safe_load(recipe.read_text())
     value["parent"] = str(Path(parent).resolve() if parent else (recipe.parent / value["parent"]).resolve())
     bench, every = (
@@ -393,7 +411,8 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
         elif part == "steps":
             wanted += [(part, speed, "") for speed in every]
         elif part != "table":
-            wanted += [(part, speed, method) for speed in every for method in chosen]
+            asked = task_methods.split(",") if task_methods and part.startswith("tasks") else chosen
+            wanted += [(part, speed, method) for speed in every for method in asked]
         if part in ("measure", "bench"):
             stepped = [s for s in every if "steps" in parts or bench.kept(f"ran/steps-{s:g}")]
             wanted += [(part, speed, "steps") for speed in stepped]
