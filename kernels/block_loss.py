@@ -7,11 +7,12 @@ adds up in a fixed order (so equal inputs give equal bits). The gradient reads b
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
 from torch import Tensor
+
+from puzzle.kernels.launch import num_processors
 
 try:
     import triton
@@ -83,11 +84,6 @@ if triton is not None:
 
 def _on_kernels(x: Tensor) -> bool:
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def loss_and_energy(child: Tensor, parent: Tensor, config: dict[str, int] = FORWARD) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puzzle.kernels.launch import row_sizes
+
 try:
     import triton
     import triton.language as tl
@@ -21,7 +23,6 @@ except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
 SMALLEST = 1e-8  # of a norm, as torch's cosine similarity has it
-ELEMENTS = 4096  # of a program's rows at once, if one row has no more
 
 
 def distance_reference(child: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,16 +82,6 @@ def _on_kernels(x: Tensor) -> bool:
     return there and x.numel() > 0 and x.dtype != torch.float64
 
 
-def _launch(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """A grid, and the sizes of its programs."""
-    hidden = x.shape[-1]
-    block = triton.next_power_of_2(hidden)
-    each = max(1, ELEMENTS // block)
-    warps = min(16, max(4, block // 1024))
-    sizes = {"H": hidden, "BLOCK_R": each, "BLOCK_H": block, "num_warps": warps}
-    return (triton.cdiv(x.numel() // hidden, each),), sizes
-
-
 class _CosineDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, child: Tensor, teacher: Tensor) -> Tensor:
@@ -99,9 +90,11 @@ class _CosineDistance(torch.autograd.Function):
         else:
             child, teacher = child.contiguous(), teacher.contiguous()
             out, *kept = torch.empty(3, *child.shape[:-1], dtype=torch.float32, device=child.device)
-            grid, sizes = _launch(child)
+            sizes = row_sizes(child.shape[-1])
             with torch.cuda.device_of(child):  # Triton launches on the current device
-                cosine_kernel[grid](child, teacher, out, *kept, out.numel(), LEAST=SMALLEST, **sizes)
+                cosine_kernel[(triton.cdiv(out.numel(), sizes["BLOCK_R"]),)](
+                    child, teacher, out, *kept, out.numel(), LEAST=SMALLEST, **sizes
+                )
         ctx.save_for_backward(child, teacher, *kept)
         return out
 
@@ -111,9 +104,11 @@ class _CosineDistance(torch.autograd.Function):
         [grad] = grad_outputs
         if not _on_kernels(child):
             return gradient_reference(child, teacher, grad, *kept), None
-        out, (grid, sizes) = torch.empty_like(child), _launch(child)
+        out, sizes = torch.empty_like(child), row_sizes(child.shape[-1])
         with torch.cuda.device_of(child):
-            cosine_gradient_kernel[grid](child, teacher, grad.contiguous(), *kept, out, grad.numel(), **sizes)
+            cosine_gradient_kernel[(triton.cdiv(grad.numel(), sizes["BLOCK_R"]),)](
+                child, teacher, grad.contiguous(), *kept, out, grad.numel(), **sizes
+            )
         return out, None
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.kernels.block_loss import num_processors
+from puzzle.kernels.launch import num_processors, row_sizes
+from puzzle.kernels.rmsnorm import rms_norm_reference
 
 try:
     import triton
@@ -24,17 +25,15 @@ try:
 except ImportError:  # no wheel for this platform: the twin serves
     triton = None  # type: ignore[assignment]
 
-ELEMENTS = 4096  # of a program's rows at once, if one row has no more
 PROGRAMS_PER_SM = 4
 
 
 def trained_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
     """The twin of `trained_norm` in plain PyTorch. float32 inside, float64 for float64 inputs."""
+    if not offset:
+        return rms_norm_reference(x, None, weight, eps)[0]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    if offset:
-        return (normed * (1 + weight.to(wide.dtype))).to(x.dtype)
-    return normed.to(x.dtype) * weight.to(x.dtype)
+    return rms_norm_reference(wide, None, 1 + weight.to(wide.dtype), eps)[0].to(x.dtype)
 
 
 if triton is not None:
@@ -92,22 +91,12 @@ if triton is not None:
             tl.store(partial_ptr + program * H + columns, total, mask=columns < H)
 
 
-def _sizes(hidden: int) -> dict[str, int]:
-    block = triton.next_power_of_2(hidden)
-    return {
-        "H": hidden,
-        "BLOCK_R": max(1, ELEMENTS // block),
-        "BLOCK_H": block,
-        "num_warps": min(16, max(4, block // 1024)),
-    }
-
-
 class _TrainedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.offset = eps, offset
-        out, sizes = torch.empty_like(x), _sizes(x.shape[-1])
+        out, sizes = torch.empty_like(x), row_sizes(x.shape[-1])
         rows = x.numel() // x.shape[-1]
         with torch.cuda.device_of(x):  # Triton launches on the current device
             norm_kernel[(triton.cdiv(rows, sizes["BLOCK_R"]),)](x, weight, out, rows, eps, OFFSET=offset, **sizes)
@@ -117,7 +106,7 @@ class _TrainedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight = ctx.needs_input_grad[:2]
-        hidden, sizes = x.shape[-1], _sizes(x.shape[-1])
+        hidden, sizes = x.shape[-1], row_sizes(x.shape[-1])
         rows = x.numel() // hidden
         programs = min(triton.cdiv(rows, sizes["BLOCK_R"]), PROGRAMS_PER_SM * num_processors(x.device))
         x_grad = torch.empty_like(x) if of_x else x

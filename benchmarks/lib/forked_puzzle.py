@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 NEEDED = [
-    "puzzle.cli", "puzzle.heal.run", "puzzle.measure.evaluate", "puzzle.measure.bench", "puzzle.export.checkpoint", "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers",
-    "transformers.models.llama.modeling_llama",
+    "puzzle.cli", "puzzle.heal.run", "puzzle.measure.evaluate", "puzzle.measure.bench", "puzzle.export.checkpoint",
+    "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 
 

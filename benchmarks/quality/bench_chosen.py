@@ -13,8 +13,8 @@ seen (`measure`); `measured` is the speed of `bench` over that of the parent, `c
         --work WORK --out benchmarks/results/chosen.csv
 
 What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. GPUs, and several such commands
-on one of them, may share WORK once the library is there: each takes what no other is at, and on a GPU one heals at a time. What fails is told and left out. `table` alone writes the rows
-of all that is in WORK. Rehearsal on a CPU:
+on one of them, may share WORK once the library is there: each takes what no other is at, and on a GPU one heals at a time. What fails is
+told and left out. `table` alone writes the rows of all that is in WORK. Rehearsal on a CPU:
 
     python benchmarks/quality/bench_chosen.py examples/quickstart.yaml library choose steps measure heal --data /usr/lib/python3.11 \\
         --work WORK --out chosen.csv --speeds 1.3 --finalists 4 --rounds 1 --sequences 8 --chosen-on 4 --between 8192
@@ -50,9 +50,12 @@ COLUMNS = ("speed", "method", "promised", "measured", "sum_of_scores", "choose_s
            "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "tasks_before", "tasks", "changed", "device", "date")  # fmt: skip
 
 
-# What is no cost of choosing begins as a fork, for most of what it takes by itself is importing.
-FORKED = ("exported/", "before/", "after", "heal", "bench/", "tasks")
-ALONE = ("library", "chosen/", "ran/", "bench/")  # whose seconds or speeds count: nothing else is on the GPU meanwhile
+COSTS = (
+    "library",
+    "chosen/",
+    "ran/",
+)  # of choosing; all else begins as a fork, for most of what it takes by itself is importing
+ALONE = (*COSTS, "bench/")  # whose seconds or speeds count: nothing else is on the GPU meanwhile
 
 
 class OutOfTime(Exception):
@@ -71,6 +74,7 @@ class Bench:
         self, recipe: dict[str, Any], work: Path, data: tuple[str, ...], sequences: int, seconds: float, longest: float
     ):
         self.recipe, self.work, self.sequences, self.until = recipe, work, sequences, time.monotonic() + seconds
+        self.gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "any")
         self.longest, self.tag = longest, ""  # tag: of what depends on the tokens of the healing
         self.ran, self.claims = 0, set[str]()  # what was run here; what other processes are kept from
         self.data = [word for one in data for word in ("--data", one)]
@@ -97,11 +101,8 @@ class Bench:
     @contextlib.contextmanager
     def on_gpu(self, alone: bool) -> Iterator[None]:
         """Beside others, or alone: who waits for that stands at the gate, so that nobody else comes in before."""
-        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "any")
-        with (
-            open(self.work / "claims" / f"gate of {gpu}", "w") as gate,
-            open(self.work / "claims" / f"on {gpu}", "w") as floor,
-        ):
+        claims = self.work / "claims"
+        with open(claims / f"gate of {self.gpu}", "w") as gate, open(claims / f"on {self.gpu}", "w") as floor:
             fcntl.flock(gate, fcntl.LOCK_EX)
             fcntl.flock(floor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             fcntl.flock(gate, fcntl.LOCK_UN)
@@ -128,7 +129,7 @@ class Bench:
         path.parent.mkdir(parents=True, exist_ok=True)
         begin, words = time.monotonic(), [*map(str, arguments), "--json"]
         try:
-            said = (run_puzzle if name.startswith(FORKED) else whole_puzzle)(words, left)
+            said = (whole_puzzle if name.startswith(COSTS) else run_puzzle)(words, left)
         except subprocess.TimeoutExpired as error:
             raise OutOfTime from error
         finally:
@@ -207,7 +208,7 @@ class Bench:
         self.export(speed, method)
         asked = ("--teacher", self.recipe["parent"], *self.data, *self.flags(self.recipe["heal"]))
         if self.kept(f"heal{self.tag}/{name}") is None:
-            with self.claim(f"healing on {os.environ.get('CUDA_VISIBLE_DEVICES', 'any')}"):  # its seconds are a cost
+            with self.claim(f"healing on {self.gpu}"):  # its seconds are a cost
                 self.once(f"heal{self.tag}/{name}", "heal", child, *asked, "--out", healed)
         self.evaluate(f"after{self.tag}/{name}", healed)
 
@@ -217,8 +218,8 @@ class Bench:
         self.once(f"exported/{name}", "export", self.base / "library", self.solution(speed, method), "--out", child)
 
     def bench(self, speed: float, method: str) -> None:
-        name, solution = f"steps-{speed:g}", self.work / "steps" / f"{speed:g}" / "solution"
         if method == "steps":
+            name, solution = f"steps-{speed:g}", self.work / "steps" / f"{speed:g}" / "solution"
             self.need(f"ran/{name}")
         else:
             name, solution = self.name(speed, method), self.solution(speed, method)
