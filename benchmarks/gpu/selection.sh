@@ -11,7 +11,7 @@
 #     long         LONG_METHODS of `chosen`, healed on LONG_TOKENS; their tasks where TASKS is set          chosen_long.csv
 #     coupled      a second pass of distillation for the MIP's child at the last of SPEEDS                 coupled.csv
 #
-# Several GPUs share WORK: GPUS=0,1,2 starts a lane on each, or call the same line once a GPU with CUDA_VISIBLE_DEVICES and a LANE of its own. A
+# Several GPUs share WORK: GPUS=0,1,2 starts a lane on each (0,0,0: three on one, where one loads and reads while others heal), or call the same line once a GPU with CUDA_VISIBLE_DEVICES and a LANE of its own. A
 # lane takes what no other one is at. What is written stays and is not done again, results go to RESULTS as they come, and nothing runs beyond
 # END seconds after T0 (date +%s). Every capital below may be set from outside:
 #
@@ -21,7 +21,7 @@
 #
 #   INITIAL_LRS=3e-3 benchmarks/gpu/selection.sh WORK initial     # benchmarks/results/initial.csv
 #   benchmarks/gpu/selection.sh WORK library selection            # benchmarks/results/selection.csv
-#   TASKS=sets benchmarks/gpu/selection.sh WORK library chosen    # benchmarks/results/chosen.csv
+#   TASKS=sets SPEEDS=1.5 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK library chosen    # benchmarks/results/chosen.csv
 #   TASKS=sets SPEEDS=1.5 benchmarks/gpu/selection.sh WORK library long    # benchmarks/results/chosen_long.csv
 #   benchmarks/gpu/selection.sh WORK library chosen coupled       # benchmarks/results/coupled.csv
 #

@@ -54,19 +54,18 @@ def selection(rows: list[Row]) -> str:
 
 def chosen(rows: list[Row]) -> str:
     """A line per method: speed, KL and loss before and after healing, minutes; then the tasks."""
-    first, lines = rows[0], []
+    lines = []
     for r in _sorted(rows):
-        minutes = [_shown(r[name], 1, str(1 / 60)) for name in ("choose_s", "heal_s")]
+        minutes = [_shown(r[name], 2, str(1 / 60)) for name in ("library_s", "choose_s", "heal_s")]
         lines.append([
             f"{r['speed']}x", r["method"], _shown(r["promised"], 3), _shown(r["measured"], 3), r["changed"] or NONE,
             *(_shown(r[name], 4) for name in ("kl", "kl_healed")), *(_shown(r[name], 3) for name in ("loss", "loss_healed")),
             *minutes,
         ])  # fmt: skip
-    columns = ["speed", "method", "promised", "measured", "other sub-blocks than mip", "KL", "healed", "loss", "healed", "choosing, min", "healing, min"]  # fmt: skip
+    columns = ["speed", "method", "promised", "measured", "other sub-blocks than mip", "KL", "healed", "loss", "healed", "library, min", "choosing, min", "healing, min"]  # fmt: skip
     tokens = max((int(r["healed_tokens"]) for r in rows if r["healed_tokens"]), default=0)
-    library = _shown(first["library_s"], 1, str(1 / 60))
     losses = sorted({number(r["parent_loss"], 3) for r in rows if r["parent_loss"]})
-    head = f"Healed on {tokens:,} tokens; the parent's loss is {', '.join(losses) or NONE}; library and scores took {library} minutes."
+    head = f"Healed on {tokens:,} tokens; the parent's loss is {', '.join(losses) or NONE}. Minutes of a GPU with nothing beside: scores are the library's."
     return "\n\n".join([head, table(columns, lines), *_tasks(_sorted(rows))])
 
 

@@ -13,8 +13,9 @@ seen (`measure`); `measured` is the speed of `bench` over that of the parent, `c
         --work WORK --out benchmarks/results/chosen.csv
 
 What is in WORK is not done again; nothing runs longer than --minutes in all: the same command goes on. GPUs, and several such commands
-on one of them, may share WORK once the library is there: each takes what no other is at, and on a GPU one heals at a time. What fails is
-told and left out. `table` alone writes the rows of all that is in WORK. Rehearsal on a CPU:
+on one of them, may share WORK once the library is there: each takes what no other is at. What is told in seconds runs alone on its GPU:
+the healing of `steps`, but of no other, which takes as many tokens. What fails is told and left out. `table` alone writes the rows of all
+that is in WORK. Rehearsal on a CPU:
 
     python benchmarks/quality/bench_chosen.py examples/quickstart.yaml library choose steps measure heal --data /usr/lib/python3.11 \\
         --work WORK --out chosen.csv --speeds 1.3 --finalists 4 --rounds 1 --sequences 8 --chosen-on 4 --between 8192
@@ -207,9 +208,7 @@ class Bench:
         child, healed = self.work / "children" / name, self.work / f"healed{self.tag}" / name
         self.export(speed, method)
         asked = ("--teacher", self.recipe["parent"], *self.data, *self.flags(self.recipe["heal"]))
-        if self.kept(f"heal{self.tag}/{name}") is None:
-            with self.claim(f"healing on {self.gpu}"):  # its seconds are a cost
-                self.once(f"heal{self.tag}/{name}", "heal", child, *asked, "--out", healed)
+        self.once(f"heal{self.tag}/{name}", "heal", child, *asked, "--out", healed)
         self.evaluate(f"after{self.tag}/{name}", healed)
 
     def export(self, speed: float, method: str) -> None:
@@ -270,10 +269,7 @@ class Bench:
         place = self.work / "steps" / f"{speed:g}" / "solution" if stepped else self.solution(speed, method)
         solved, name = read_architecture(place), f"steps-{speed:g}" if stepped else self.name(speed, method)
         first, spent = road["said"]["seconds"], chosen["seconds"]
-        heal, own = (
-            self.kept(f"heal{self.tag}/{name}"),
-            {"library_s": first["build-library"] + first["score"], "choose_s": spent},
-        )
+        own = {"library_s": first["build-library"] + first["score"], "choose_s": spent}
         if stepped:
             taken = chosen["said"]["seconds"]
             healing, libraries = (
@@ -284,8 +280,6 @@ class Bench:
                 "choose_s": taken["solve"] + taken["step 1 solve"],
                 "heal_s": healing,
             }
-        elif heal is not None:
-            own |= {"heal_s": heal["seconds"]}
         mip = self.solution(speed, "mip")
         found = {"speed": speed, "method": method, "promised": solved.speedup, "sum_of_scores": solved.objective, **own}
         if (mip / "architecture.json").is_file():

@@ -24,12 +24,12 @@ def test_chosen(load_script):
                      "tasks_before": task.format("parent", "child"), "tasks": task.format("parent", "child")},
         )
     )  # fmt: skip
-    assert "Healed on 10,000,000 tokens; the parent's loss is 2.411; library and scores took 1.5 minutes." in shown
+    assert "Healed on 10,000,000 tokens; the parent's loss is 2.411. Minutes of a GPU with nothing beside: scores are the library's." in shown
     lines = shown.splitlines()
     assert next(n for n, line in enumerate(lines) if "| mip |" in line) < next(
         n for n, line in enumerate(lines) if "| depth |" in line
     )
-    assert "| 1.5x | mip | 1.501 | – | – | 0.2000 | 0.1235 | – | – | 0.5 | – |" in lines
+    assert "| 1.5x | mip | 1.501 | – | – | 0.2000 | 0.1235 | – | – | 1.50 | 0.50 | – |" in lines
     assert "|  | parent | 2.5 [1.0, 4.0] | – |" in lines
     assert "| 1.5x | mip, child | – | 50.0 [40.0, 60.0] |" in lines
     assert "| 1.5x | mip, healed child | – | 50.0 [40.0, 60.0] |" in lines
