@@ -40,30 +40,28 @@ class _Cli(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from puzzle.base.errors import UserError
 
-        several = not alone()
         try:
             found = super().invoke(ctx)
-            if several:
+            if not alone():
                 _end(0)
             return found
         except click.ClickException as error:
-            if not several:
-                raise
-            told = error.format_message()
+            _fail(_of_click(error))
         except UserError as error:
-            told = self.in_flags(str(error), ctx.invoked_subcommand)
+            _fail(self.in_flags(str(error), ctx.invoked_subcommand))
         except OSError as error:  # what the system says of a path that no stage has looked at before
             if error.filename is None:
                 raise
-            told = f"{error.filename}: {error.strerror}; give another path, or change what is there"
-        if several:
-            from puzzle.base.ranks import is_first_to_fail
+            _fail(f"{error.filename}: {error.strerror}; give another path, or change what is there")
 
-            if is_first_to_fail():
-                click.echo(f"error: {told}", err=True)
-            _end(2)
-        click.echo(f"error: {told}", err=True)
-        sys.exit(2)
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **named: Any) -> click.Context:
+        asked = bool(args)  # without a word click shows the help
+        try:
+            return super().make_context(info_name, args, *more, **named)
+        except click.UsageError as error:
+            if not asked:
+                raise
+            _fail(_of_click(error))
 
     def in_flags(self, message: str, verb: str | None) -> str:
         """The message with fields, which stages write as `seq_len`, as this verb's flags; those that it has no flag for stay."""
@@ -75,6 +73,23 @@ class _Cli(click.Group):
                     for name in (flag[2:].replace("-", "_"), option.name if flag in option.opts else None):
                         flags.setdefault(name or "", flag)
         return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: flags.get(found[1], found[0]), message)
+
+
+def _of_click(error: click.ClickException) -> str:
+    """What click says in three lines, in one."""
+    context = getattr(error, "ctx", None)
+    return error.format_message() + ("" if context is None else f" See {context.command_path} --help.")
+
+
+def _fail(told: str) -> NoReturn:
+    if alone():
+        click.echo(f"error: {told}", err=True)
+        sys.exit(2)
+    from puzzle.base.ranks import is_first_to_fail
+
+    if is_first_to_fail():
+        click.echo(f"error: {told}", err=True)
+    _end(2)
 
 
 def _end(code: int) -> NoReturn:

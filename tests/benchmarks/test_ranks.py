@@ -38,7 +38,7 @@ def test_one_and_two_processes(script, parent, child, corpus, tmp_path):
 
 
 def test_a_failure_says_why(script):
-    with pytest.raises(RuntimeError, match="heal on 1: Error: Missing option '--out'"):
+    with pytest.raises(RuntimeError, match="heal on 1: error: Missing option '--out'"):
         script.launched(1, "cpu", "heal", "nothing")
 
 

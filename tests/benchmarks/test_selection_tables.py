@@ -24,7 +24,10 @@ def test_chosen(load_script):
                      "tasks_before": task.format("parent", "child"), "tasks": task.format("parent", "child")},
         )
     )  # fmt: skip
-    assert "Healed on 10,000,000 tokens; the parent's loss is 2.411. Minutes of a GPU with nothing beside: scores are the library's." in shown
+    assert (
+        "Healed on 10,000,000 tokens; the parent's loss is 2.411. Minutes of a GPU with nothing beside: scores are the library's."
+        in shown
+    )
     lines = shown.splitlines()
     assert next(n for n, line in enumerate(lines) if "| mip |" in line) < next(
         n for n, line in enumerate(lines) if "| depth |" in line

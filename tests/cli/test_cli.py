@@ -52,6 +52,32 @@ def test_every_verb_shows_an_example(puzzle, verb):
     assert "--json" in done.output
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (("--nosuch",), "No such option '--nosuch'. See puzzle --help."),
+        (("nosuch",), "No such command 'nosuch'. See puzzle --help."),
+        (("solve", "lib", "--throughputs", "2x"), "No such option '--throughputs'. Did you mean '--throughput'? See puzzle solve --help."),
+        (("solve", "lib", "--throughput"), "Option '--throughput' requires an argument."),
+        (("solve", "lib", "--input-len", "x"), "Invalid value for '--input-len': 'x' is not a valid integer. See puzzle solve --help."),
+        (("heal",), "Missing argument 'CHILD'. See puzzle heal --help."),
+    ],
+)  # fmt: skip
+def test_what_is_mistyped_is_told_in_one_line(puzzle, typed, told):
+    done = puzzle(*typed)
+    assert (done.exit_code, done.stdout) == (2, "")
+    told = told.replace("See puzzle", "See main")  # its name as a function
+    # the oldest click has colons in place of quotes, and no full stop
+    assert re.sub(r"[^a-z]", "", done.stderr.lower()) == re.sub(r"[^a-z]", "", f"error: {told}".lower()), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_word_at_all_shows_the_help(puzzle):
+    done = puzzle()
+    assert "The road:" in done.output
+    assert "error" not in done.stderr
+
+
 def test_unknown_gpu(puzzle, one_line_error, own_library):
     one_line_error(
         puzzle("solve", own_library, "--throughput", "2x", "--gpu", "cpo"), "--gpu cpo", "did you mean 'cpu'"
