@@ -59,14 +59,20 @@ def chosen(rows: list[Row]) -> str:
         minutes = [_shown(r[name], 2, str(1 / 60)) for name in ("library_s", "choose_s", "heal_s")]
         lines.append([
             f"{r['speed']}x", r["method"], _shown(r["promised"], 3), _shown(r["measured"], 3), r["changed"] or NONE,
-            *(_shown(r[name], 4) for name in ("kl", "kl_healed")), *(_shown(r[name], 3) for name in ("loss", "loss_healed")),
+            *(one for k in ("kl", "kl_healed") for one in (_shown(r[k], 4), _beside(r, k))), *(_shown(r[name], 3) for name in ("loss", "loss_healed")),
             *minutes,
         ])  # fmt: skip
-    columns = ["speed", "method", "promised", "measured", "other sub-blocks than mip", "KL", "healed", "loss", "healed", "library, min", "choosing, min", "healing, min"]  # fmt: skip
+    columns = ["speed", "method", "promised", "measured", "other sub-blocks than mip", "KL", "over mip's", "healed", "over mip's", "loss", "healed", "library, min", "choosing, min", "healing, min"]  # fmt: skip
     tokens = max((int(r["healed_tokens"]) for r in rows if r["healed_tokens"]), default=0)
     losses = sorted({number(r["parent_loss"], 3) for r in rows if r["parent_loss"]})
     head = f"Healed on {tokens:,} tokens; the parent's loss is {', '.join(losses) or NONE}. Minutes of a GPU with nothing beside: scores are the library's."
     return "\n\n".join([head, table(columns, lines), *_tasks(_sorted(rows))])
+
+
+def _beside(row: Row, kl: str) -> str:
+    """How much more than the MIP's child, and the error of that."""
+    more, error = (row[f"{kl}_over_mip{ends}"] for ends in ("", "_stderr"))
+    return NONE if more == "" else f"{float(more):+.4f} ± {float(error):.4f}"
 
 
 def _tasks(rows: list[Row]) -> list[str]:

@@ -6,8 +6,9 @@ finalists and pairs (`all`). Each in a copy of the library, so that none is spar
 the speed-up first (its square root), healed on --between tokens, and the rest from there. All meet the same limit at the same prices and
 are healed on as many tokens as RECIPE (or --tokens) says, those between the steps among them. `depth`, `uniform`, `uniform-width`, `greedy` and
 `random` are `solve --baseline`, at the same limit. KL(parent‖child) and loss on --sequences of held-out text, the first of which the choices have
-seen (`measure`); `measured` is the speed of `bench` over that of the parent, `choose_s` what choosing takes beyond library and scores, which
-`library_s` has; with --task-data the shares of right answers of parent and child in each task, healed (`tasks`) and not (`tasks-before`).
+seen (`measure`), and how much more it is than of the MIP's child, sequence by sequence (`over_mip`); `measured` is the speed of `bench` over
+that of the parent, `choose_s` what choosing takes beyond library and scores, which `library_s` has; with --task-data the shares of right
+answers of parent and child in each task, healed (`tasks`) and not (`tasks-before`).
 
     python benchmarks/quality/bench_chosen.py examples/smollm2_h100.yaml library choose steps measure heal --parent MODEL --data DATA \\
         --work WORK --out benchmarks/results/chosen.csv
@@ -30,6 +31,7 @@ import io
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -48,7 +50,8 @@ from puzzle.measure.architecture import read_architecture
 PARTS = ("library", "choose", "steps", "measure", "bench", "heal", "tasks", "tasks-before", "table")
 BASELINES = ("depth", "uniform", "uniform-width", "greedy", "random")
 COLUMNS = ("speed", "method", "promised", "measured", "sum_of_scores", "choose_s", "library_s", "heal_s", "healed_tokens", "kl", "kl_stderr",
-           "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "tasks_before", "tasks", "changed", "device", "date")  # fmt: skip
+           "loss", "kl_healed", "kl_healed_stderr", "loss_healed", "parent_loss", "kl_over_mip", "kl_over_mip_stderr", "kl_healed_over_mip",
+           "kl_healed_over_mip_stderr", "tasks_before", "tasks", "changed", "device", "date")  # fmt: skip
 
 
 COSTS = (
@@ -304,9 +307,23 @@ class Bench:
                     "parent_loss": said["parent"]["loss"],
                     "device": said["device"],
                 }
+                if (over := self.over_mip(kind, name, speed)) is not None:
+                    found |= {f"kl{ends}_over_mip": over[0], f"kl{ends}_over_mip_stderr": over[1]}
                 if ends:
                     found["healed_tokens"] = int(float(self.recipe["heal"]["tokens"]))
         return found
+
+    def over_mip(self, kind: str, name: str, speed: float) -> tuple[float, float] | None:
+        """The mean over sequences of the KL less that of the MIP's child, and its error. None: one of them is not measured, or was before
+        each sequence was kept, or it is the MIP's child."""
+        if self.kept(f"chosen/mip-{speed:g}") is None or (mip := self.name(speed, "mip")) == name:
+            return None
+        measured = [self.kept(f"{kind}/{one}") for one in (name, mip)]
+        mine, base = (None if m is None else m["said"]["child"].get("kl_of_sequences") for m in measured)
+        if mine is None or base is None:
+            return None
+        differences = [a - b for a, b in zip(mine, base, strict=True)]
+        return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
 
     def table(self, out: Path, speeds: list[float], methods: list[str]) -> None:
         """All that is known of these methods, as OUT: at other speeds too, for which earlier calls have chosen."""

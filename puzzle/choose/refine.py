@@ -168,9 +168,12 @@ class Refiner:
         self.keep(methods, solved)
 
     def keep(self, methods: Sequence[str], several: Sequence[Architecture]) -> None:
-        """Measure children that are chosen."""
-        new = [(m, one) for m, one in zip(methods, several, strict=True) if str(one.variants) not in self._known]
-        self._known |= {str(one.variants) for _, one in new}
+        """Measure children that are chosen, each once: of several alike, and of those before, the first stands."""
+        new: list[tuple[str, Architecture]] = []
+        for method, one in zip(methods, several, strict=True):
+            if str(one.variants) not in self._known:
+                self._known.add(str(one.variants))
+                new.append((method, one))
         measured = self.children.measure([one.variants for _, one in new]) if new else []
         for (method, one), there in zip(new, measured, strict=True):
             first = self.found.candidates[0].solved if self.found.candidates else one

@@ -55,7 +55,8 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """One model. identity: as `Measurable` has it. kl, kl_stderr, top1_agreement: of its parent; None for the parent itself. speed: None where not measured."""
+    """One model. identity: as `Measurable` has it. kl, kl_stderr, top1_agreement: of its parent; None for the parent itself. kl_of_sequences: of
+    each held-out sequence, so that two children on the same text can be compared in pairs. speed: None where not measured."""
 
     loss: float
     num_parameters: int
@@ -64,6 +65,7 @@ class Evaluated:
     state_bytes: int = 0
     kl: float | None = None
     kl_stderr: float | None = None
+    kl_of_sequences: list[float] | None = None
     top1_agreement: float | None = None
     speed: Served | None = None
     identity: dict[str, str] = field(default_factory=dict)
@@ -144,6 +146,7 @@ def _evaluate(
             loss=against["lm_loss"],
             kl=against["kl"],
             kl_stderr=against["kl_stderr"],
+            kl_of_sequences=against["kl_of_sequences"],
             top1_agreement=against["top1_agreement"],
             speed=fast,
             **sizes[1],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,10 @@ class Divergence:
             "num_tokens": self.num_tokens,
         }
 
+    def of_sequences(self) -> list[float]:
+        """KL of each sequence, in their order: those of two children on the same text make pairs."""
+        return torch.cat(self._kl).tolist() if self._kl else []
+
 
 def widened(x: Tensor, width: int) -> Tensor:
     """Zeros to the right of x up to `width` columns; x itself when it has them."""
@@ -104,15 +109,16 @@ def add_variants(
 
 
 @torch.no_grad()
-def compare(parent: CausalModel, child: CausalModel, sequences: Tensor, batch_size: int = 8) -> dict[str, float]:
-    """Divergence of a whole child from its parent on sequences [S, T]; "parent_loss" is the parent's own LM loss."""
+def compare(parent: CausalModel, child: CausalModel, sequences: Tensor, batch_size: int = 8) -> dict[str, Any]:
+    """Divergence of a whole child from its parent on sequences [S, T], and "kl_of_sequences", of each; "parent_loss" is the parent's own
+    LM loss."""
     return _result(*_whole(parent, child, sequences.split(batch_size)))
 
 
 @torch.no_grad()
 def compare_layered(
     parent: Layered, child: Layered, sequences: Tensor, plan: Residency, ranks: Ranks | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """`compare`; streamed models read their weights once, while the streams of all sequences wait. ranks: the processes that take
     some of the batches each; None: this one."""
     batches = sequences.split(plan.batch_size)
@@ -152,5 +158,5 @@ def _streamed(
     return meter, itself
 
 
-def _result(meter: Divergence, itself: Divergence) -> dict[str, float]:
-    return meter.result() | {"parent_loss": itself.result()["lm_loss"]}
+def _result(meter: Divergence, itself: Divergence) -> dict[str, Any]:
+    return meter.result() | {"kl_of_sequences": meter.of_sequences(), "parent_loss": itself.result()["lm_loss"]}

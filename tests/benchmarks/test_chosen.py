@@ -101,3 +101,21 @@ def test_a_fork_does_what_the_command_does(load_script):
         assert failed.value.returncode == 2
         with pytest.raises(subprocess.TimeoutExpired):
             run(["--version"], 0)
+
+
+def test_children_are_compared_with_the_mips_in_pairs(tmp_path: Path, load_script, monkeypatch: pytest.MonkeyPatch):
+    """Sequence by sequence: these differ by much more from each other than the children do on any of them."""
+    script = load_script("quality/bench_chosen.py")
+    bench = script.Bench({"parent": "p"}, tmp_path, (), 1, 60, 1)
+    monkeypatch.setattr(bench, "name", lambda speed, method: method)
+    for name, each in (("mip", [0.1, 0.5, 0.9]), ("all", [0.08, 0.47, 0.86]), ("older", None)):
+        child = {"kl": 0.5} | ({} if each is None else {"kl_of_sequences": each})
+        for kind in ("before", "chosen"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / kind / f"{name}{'-1.5' if kind == 'chosen' else ''}.json").write_text(
+                json.dumps({"said": {"child": child}, "seconds": 1})
+            )
+    assert bench.over_mip("before", "all", 1.5) == pytest.approx((-0.03, 0.01 / 3**0.5))
+    for name in ("mip", "older", "absent"):
+        assert bench.over_mip("before", name, 1.5) is None
+    assert bench.over_mip("before", "all", 2.0) is None  # no MIP there

@@ -16,7 +16,7 @@ from puzzle.choose.goal import GoalOptions
 from puzzle.choose.interactions import Terms, fit_interactions, predicted
 from puzzle.choose.problem import Request, Selection, select
 from puzzle.choose.refine import Refiner
-from puzzle.choose.solve import choose, open_costs
+from puzzle.choose.solve import architecture, choose, open_costs
 from puzzle.library.children import Children
 from puzzle.library.manifest import Library
 from puzzle.library.passes import Passes
@@ -279,6 +279,18 @@ def test_marginal_scores_are_differences_of_whole_children(own_library, corpus):
     for n, slot, name in ((0, "ffn", "none"), (1, "attention", "none"), (1, "ffn", "parent"), (3, "attention", "kv1")):
         other = [layer | ({slot: name} if n == at else {}) for at, layer in enumerate(own)]
         assert found[n][slot][name] == pytest.approx(alone.measure([other])[0].kl - base, abs=1e-6)
+
+
+def test_several_alike_are_one(own_library, corpus):
+    """Trust regions of several sizes may have the same best child."""
+    library = Library.open(own_library)
+    selection = selection_of(library)
+    refiner = Refiner(selection, Children(library, [str(corpus)], ScoreOptions(sequences=4, device="cpu")))
+    batch, solutions = choose(selection)
+    one = architecture(selection, batch, solutions[batch])
+    refiner.keep(["a", "b"], [one, one])
+    refiner.keep(["c"], [one])
+    assert [found.method for found in refiner.found.candidates] == ["a"]
 
 
 def test_a_trust_region(own_library):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 
 import pytest
 
@@ -55,6 +56,11 @@ def test_evaluate_measures_both(puzzle, own_library, parent, corpus, tmp_path):
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["child"]["kl"] > 0
+    each = found["child"]["kl_of_sequences"]
+    assert statistics.mean(each) == pytest.approx(found["child"]["kl"])
+    assert statistics.stdev(each) / len(each) ** 0.5 == pytest.approx(found["child"]["kl_stderr"])
+    assert len(each) == 4
+    assert "kl_of_sequences" not in found["parent"]
     assert 0 <= found["child"]["top1_agreement"] <= 1
     assert found["child"]["num_parameters"] < found["parent"]["num_parameters"]
     assert found["speedup"] > 0
