@@ -135,7 +135,7 @@ def _evaluate(
     precision = pick_precision(on, None if child.solved is None else child.solved.costs["precision"])
     speeds = {} if work is None else _speeds(parent, child, work, batches, on, precision, options.repeats)
     fp8 = child.fp8(on)
-    sizes = [_sizes(parent.structure, precision), _sizes(child.structure, precision, fp8)]
+    sizes: list[dict[str, Any]] = [_sizes(parent.structure, precision), _sizes(child.structure, precision, fp8)]
     fast, slow = speeds.get("child"), speeds.get("parent")
     return Evaluation(
         device=short_name(on),
