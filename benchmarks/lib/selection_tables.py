@@ -76,7 +76,8 @@ def _beside(row: Row, kl: str) -> str:
 
 
 def _tasks(rows: list[Row]) -> list[str]:
-    """Percent of right answers and intervals of 95 %, as `puzzle evaluate --tasks` gives them; none where no task was asked."""
+    """Percent of right answers and intervals of 95 %, as `puzzle evaluate --tasks` gives them, and how much more than the parent's, question by
+    question; none where no task was asked."""
     lines, tasks = dict[tuple[str, ...], dict[str, str]](), dict[str, None]()
     for row in rows:
         for column, told in (("tasks_before", "child"), ("tasks", "healed child")):
@@ -86,12 +87,19 @@ def _tasks(rows: list[Row]) -> list[str]:
                 mean, low, high = (number(one, 1, "100") for one in numbers)
                 name = f"{task}, {metric.removesuffix(',none').replace(',', ' ')}"
                 key = ("", "parent") if who == "parent" else (f"{row['speed']}x", f"{row['method']}, {told}")
+                cells = lines.setdefault(key, {})
                 tasks.setdefault(name)
-                lines.setdefault(key, {})[name] = f"{mean} [{low}, {high}]"
+                if who == "difference":
+                    cells[name] += f" ({'' if mean.startswith('-') else '+'}{mean} [{low}, {high}])"
+                else:
+                    cells[name] = f"{mean} [{low}, {high}]"
     if not lines:
         return []
     shown = ([*key, *(cells.get(task, NONE) for task in tasks)] for key, cells in lines.items())
-    return ["Right answers in percent, with intervals of 95 %:", table(["speed", "model", *tasks], shown)]
+    return [
+        "Right answers in percent, with intervals of 95 % (and what they are above the parent's, question by question):",
+        table(["speed", "model", *tasks], shown),
+    ]
 
 
 def coupled(rows: list[Row]) -> str:

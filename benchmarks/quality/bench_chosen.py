@@ -296,7 +296,7 @@ class Bench:
                     f"{task} {metric} {who} {one['mean']:.4f} [{one['low']:.4f}, {one['high']:.4f}]"
                     for task, all_of in answered["said"]["tasks"].items()
                     for metric, each in all_of["metrics"].items()
-                    for who, one in each.items()
+                    for who, one in (each | {"difference": all_of["differences"]["child - parent"][metric]}).items()
                 )
         for kind, ends in (("before", ""), (f"after{self.tag}", "_healed")):
             if (measured := self.kept(f"{kind}/{name}")) is not None:

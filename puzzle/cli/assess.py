@@ -108,6 +108,7 @@ def evaluate_command(
 
     CHILD is a checkpoint, or what `puzzle solve` wrote, whose blocks then come from its library. Models that do not fit into
     memory together go over the text layer by layer. With --tasks: what both can do, and how they differ document by document.
+    --json has the KL of each held-out sequence, so that two children on the same text can be compared in pairs.
 
     \b
     Examples:

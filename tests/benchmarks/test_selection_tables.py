@@ -21,7 +21,7 @@ def test_chosen(load_script):
             "COLUMNS",
             known | {"method": "depth"},
             known | {"method": "mip", "kl_healed": "0.12345", "kl_healed_over_mip": "-0.00123", "kl_healed_over_mip_stderr": "0.0004", "healed_tokens": "10000000", "parent_loss": "2.4111",
-                     "tasks_before": task.format("parent", "child"), "tasks": task.format("parent", "child")},
+                     "tasks_before": task.format("parent", "child"), "tasks": task.format("parent", "child") + "; hellaswag acc,none difference -0.02 [-0.0665, 0.0273]"},
         )
     )  # fmt: skip
     assert (
@@ -35,7 +35,7 @@ def test_chosen(load_script):
     assert "| 1.5x | mip | 1.501 | – | – | 0.2000 | – | 0.1235 | -0.0012 ± 0.0004 | – | – | 1.50 | 0.50 | – |" in lines
     assert "|  | parent | 2.5 [1.0, 4.0] | – |" in lines
     assert "| 1.5x | mip, child | – | 50.0 [40.0, 60.0] |" in lines
-    assert "| 1.5x | mip, healed child | – | 50.0 [40.0, 60.0] |" in lines
+    assert "| 1.5x | mip, healed child | – | 50.0 [40.0, 60.0] (-2.0 [-6.7, 2.7]) |" in lines
 
 
 def test_selection(load_script):
