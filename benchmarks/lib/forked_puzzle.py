@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 NEEDED = [
@@ -15,10 +17,21 @@ NEEDED = [
 ]  # fmt: skip
 
 
-def run_puzzle(words: list[str], seconds: float) -> str:
-    """What the verb printed. Raises subprocess's CalledProcessError where it fails, and TimeoutExpired after `seconds`."""
+def begin_imports() -> None:
+    """Of the process that is forked, beside what the caller does first."""
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(NEEDED)
+    return context
+
+
+def run_puzzle(words: list[str], seconds: float) -> str:
+    """What the verb printed. Raises subprocess's CalledProcessError where it fails, and TimeoutExpired after `seconds`."""
+    context = _context()
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "out")
         process = context.Process(target=_verb, args=(words, str(out)))
