@@ -11,9 +11,10 @@
 #     long         LONG_METHODS of `chosen`, healed on LONG_TOKENS; their tasks where TASKS is set          chosen_long.csv
 #     coupled      a second pass of distillation for the MIP's child at the last of SPEEDS                 coupled.csv
 #
-# Several GPUs share WORK: GPUS=0,1,2 starts a lane on each (0,0,0: three on one, where one loads and reads while others heal), or call the same line once a GPU with CUDA_VISIBLE_DEVICES and a LANE of its own. A
-# lane takes what no other one is at. What is written stays and is not done again, results go to RESULTS as they come, and nothing runs beyond
-# END seconds after T0 (date +%s). Every capital below may be set from outside:
+# Several GPUs share WORK: GPUS=0,1,2 starts a lane on each (0,0,0: three on one, where one loads and reads while others heal), or call the
+# same line once a GPU with CUDA_VISIBLE_DEVICES and a LANE of its own. A lane takes what no other one is at. What is written stays and is not
+# done again, results go to RESULTS as they come, and nothing runs beyond END seconds after T0 (date +%s). Every capital below may be set
+# from outside:
 #
 #   PARENT=SmolLM2-135M-Instruct DATA=english.jsonl TASKS=sets GPUS=0,1,2 benchmarks/gpu/selection.sh /tmp/work library initial selection chosen
 #

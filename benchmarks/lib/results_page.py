@@ -46,9 +46,7 @@ FACTS = (
     "date",
 )  # columns, in order
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
-AWAITED = (  # shown once they are there
-    "chosen_long.csv", "coupled.csv",
-)  # fmt: skip
+AWAITED = ("chosen_long.csv", "coupled.csv")  # shown once they are there
 MIXTURES = "gpu/mixtures.sh"
 INTRO = """# Results
 

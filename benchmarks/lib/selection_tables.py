@@ -59,7 +59,7 @@ def chosen(rows: list[Row]) -> str:
         minutes = [_shown(r[name], 2, str(1 / 60)) for name in ("library_s", "choose_s", "heal_s")]
         lines.append([
             f"{r['speed']}x", r["method"], _shown(r["promised"], 3), _shown(r["measured"], 3), r["changed"] or NONE,
-            *(one for k in ("kl", "kl_healed") for one in (_shown(r[k], 4), _beside(r, k))), *(_shown(r[name], 3) for name in ("loss", "loss_healed")),
+            *(one for k in ("kl", "kl_healed") for one in (_shown(r[k], 4), _over_mip(r, k))), *(_shown(r[name], 3) for name in ("loss", "loss_healed")),
             *minutes,
         ])  # fmt: skip
     columns = ["speed", "method", "promised", "measured", "other sub-blocks than mip", "KL", "over mip's", "healed", "over mip's", "loss", "healed", "library, min", "choosing, min", "healing, min"]  # fmt: skip
@@ -69,7 +69,7 @@ def chosen(rows: list[Row]) -> str:
     return "\n\n".join([head, table(columns, lines), *_tasks(_sorted(rows))])
 
 
-def _beside(row: Row, kl: str) -> str:
+def _over_mip(row: Row, kl: str) -> str:
     """How much more than the MIP's child, and the error of that."""
     more, error = (row[f"{kl}_over_mip{ends}"] for ends in ("", "_stderr"))
     return NONE if more == "" else f"{float(more):+.4f} ± {float(error):.4f}"

@@ -82,6 +82,7 @@ def _of_click(error: click.ClickException) -> str:
 
 
 def _fail(told: str) -> NoReturn:
+    """The one line of an error, and exit code 2; of several processes the first that fails has it."""
     if alone():
         click.echo(f"error: {told}", err=True)
         sys.exit(2)
