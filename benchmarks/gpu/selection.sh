@@ -22,9 +22,10 @@
 #
 #   INITIAL_LRS=3e-3 benchmarks/gpu/selection.sh WORK initial     # benchmarks/results/initial.csv
 #   benchmarks/gpu/selection.sh WORK library selection            # benchmarks/results/selection.csv
-#   TASKS=sets SPEEDS=1.5 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK library chosen    # benchmarks/results/chosen.csv
-#   TASKS=sets SPEEDS=1.5 benchmarks/gpu/selection.sh WORK library long    # benchmarks/results/chosen_long.csv
-#   benchmarks/gpu/selection.sh WORK library chosen coupled       # benchmarks/results/coupled.csv
+#   TASKS=sets SPEEDS=1.5 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK library chosen    # benchmarks/results/chosen.csv, 1.5x
+#   TASKS=sets SPEEDS=2 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK library chosen      # benchmarks/results/chosen.csv, 2x
+#   SPEEDS=2 benchmarks/gpu/selection.sh WORK coupled                                   # benchmarks/results/coupled.csv, of the same WORK
+#   TASKS=sets SPEEDS=2 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK long                # benchmarks/results/chosen_long.csv, of the same WORK
 #
 # Rehearsal on a CPU, of the reference parent:
 #

@@ -46,7 +46,6 @@ FACTS = (
     "date",
 )  # columns, in order
 NAMED = ("torch", "cuda", "triton", "python")  # columns whose values are bare numbers
-AWAITED = ("chosen_long.csv", "coupled.csv")  # shown once they are there
 MIXTURES = "gpu/mixtures.sh"
 INTRO = """# Results
 
@@ -375,15 +374,10 @@ def section(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def is_there(result: Result) -> bool:
-    """False for a file that is yet to be measured."""
-    return result.file not in AWAITED or (BENCHMARKS / "results" / result.file).is_file()
-
-
 def page() -> str:
     parts = [INTRO.strip()]
     for name, results in SECTIONS.items():
-        parts += [f"## {name}", *(section(result) for result in results if is_there(result))]
+        parts += [f"## {name}", *(section(result) for result in results)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -197,10 +197,10 @@ class Bench:
             child, of_library = self.solution(speed, method), ("--library", self.base / "library")
             self.evaluate(f"before/{self.name(speed, method)}", child, *of_library)
             return
-        self.need(f"ran/steps-{speed:g}")
-        out = self.work / "steps" / f"{speed:g}"
-        self.evaluate(f"before/steps-{speed:g}", out / "child")
-        self.evaluate(f"after{self.tag}/steps-{speed:g}", out / "healed")
+        name, out = self.stepped(speed)
+        self.need(f"ran/{name}")
+        self.evaluate(f"before/{name}", out / "child")
+        self.evaluate(f"after{self.tag}/{name}", out / "healed")
 
     def evaluate(self, name: str, child: Path, *more: object) -> None:
         asked = ("--sequences", self.sequences, "--seq-len", self.recipe["evaluate"].get("seq_len", 1024), "--no-speed")
@@ -221,7 +221,8 @@ class Bench:
 
     def bench(self, speed: float, method: str) -> None:
         if method == "steps":
-            name, solution = f"steps-{speed:g}", self.work / "steps" / f"{speed:g}" / "solution"
+            name, out = self.stepped(speed)
+            solution = out / "solution"
             self.need(f"ran/{name}")
         else:
             name, solution = self.name(speed, method), self.solution(speed, method)
@@ -243,9 +244,14 @@ class Bench:
                 return
         raise Waits(held=True)
 
+    def stepped(self, speed: float) -> tuple[str, Path]:
+        """Name and place of the road in steps, whose children depend on the tokens of the healing between them."""
+        return f"steps{self.tag}-{speed:g}", self.work / f"steps{self.tag}" / f"{speed:g}"
+
     def steps(self, speed: float, between: float) -> None:
-        with self.claim(f"ran/steps-{speed:g}"):
-            out, total = self.work / "steps" / f"{speed:g}", float(self.recipe["heal"]["tokens"])
+        name, out = self.stepped(speed)
+        with self.claim(f"ran/{name}"):
+            total = float(self.recipe["heal"]["tokens"])
             if not out.is_dir():  # the first library and its costs are there
                 partial = out.with_name(f"{out.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
@@ -255,8 +261,8 @@ class Bench:
                 partial.rename(out)
             heal = self.recipe["heal"] | {"tokens": total - between}
             steps = [{"goal": {"throughput": f"{speed**0.5:.4g}x"}, "heal": {"tokens": between}}]
-            recipe = self.written(f"steps-{speed:g}", goal=self.goal(speed), steps=steps, heal=heal, export="hf")
-            self.once(f"ran/steps-{speed:g}", "run", recipe, *self.data, "--out", out)
+            recipe = self.written(name, goal=self.goal(speed), steps=steps, heal=heal, export="hf")
+            self.once(f"ran/{name}", "run", recipe, *self.data, "--out", out)
 
     def kept(self, name: str) -> dict[str, Any] | None:
         path = self.work / f"{name}.json"
@@ -264,13 +270,14 @@ class Bench:
 
     def row(self, speed: float, method: str) -> dict[str, Any] | None:
         """What is known of a child; None: nothing."""
-        ran, road = self.kept(f"ran/steps-{speed:g}"), self.kept("library")
-        stepped = method == "steps"
-        chosen = ran if stepped else self.kept(f"chosen/{method}-{speed:g}")
+        name, out = self.stepped(speed)
+        stepped, road = method == "steps", self.kept("library")
+        chosen = self.kept(f"ran/{name}" if stepped else f"chosen/{method}-{speed:g}")
         if chosen is None or road is None:
             return None
-        place = self.work / "steps" / f"{speed:g}" / "solution" if stepped else self.solution(speed, method)
-        solved, name = read_architecture(place), f"steps-{speed:g}" if stepped else self.name(speed, method)
+        if not stepped:
+            name = self.name(speed, method)
+        solved = read_architecture(out / "solution" if stepped else self.solution(speed, method))
         first, spent = road["said"]["seconds"], chosen["seconds"]
         own = {"library_s": first["build-library"] + first["score"], "choose_s": spent}
         if stepped:
@@ -428,7 +435,7 @@ def main(recipe: Path, parts: tuple[str, ...], parent: str | None, data: tuple[s
             asked = task_methods.split(",") if task_methods and part.startswith("tasks") else chosen
             wanted += [(part, speed, method) for speed in every for method in asked]
         if part in ("measure", "bench"):
-            stepped = [s for s in every if "steps" in parts or bench.kept(f"ran/steps-{s:g}")]
+            stepped = [s for s in every if "steps" in parts or bench.kept(f"ran/{bench.stepped(s)[0]}")]
             wanted += [(part, speed, "steps") for speed in stepped]
     failed, before = list[str](), -1
     try:

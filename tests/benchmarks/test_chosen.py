@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,3 +120,23 @@ def test_children_are_compared_with_the_mips_in_pairs(tmp_path: Path, load_scrip
     for name in ("mip", "older", "absent"):
         assert bench.over_mip("before", name, 1.5) is None
     assert bench.over_mip("before", "all", 2.0) is None  # no MIP there
+
+
+def test_the_road_in_steps_is_told_of_the_tokens_it_healed_on(
+    tmp_path: Path, load_script, monkeypatch: pytest.MonkeyPatch
+):
+    """Its children depend on them: a table of another healing has no row of it."""
+    script = load_script("quality/bench_chosen.py")
+    bench = script.Bench({"parent": "p", "heal": {"tokens": 10e6}}, tmp_path, (), 1, 60, 1)
+    for name in ("library", "ran/steps-1e+07-2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        seconds = {"build-library": 1, "score": 1, "solve": 1, "step 1 solve": 1, "heal": 5, "step 1 heal": 6}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"said": {"seconds": seconds}, "seconds": 9}))
+    solved = SimpleNamespace(speedup=2.0, objective=0.3, sub_blocks=[])
+    monkeypatch.setattr(script, "read_architecture", {tmp_path / "steps-1e+07" / "2" / "solution": solved}.__getitem__)
+    bench.tag = "-1e+07"
+    assert bench.row(2.0, "steps")["heal_s"] == 11
+    bench.tag = "-5e+07"
+    assert bench.row(2.0, "steps") is None
+    with pytest.raises(script.Waits):
+        bench.measure(2.0, "steps")

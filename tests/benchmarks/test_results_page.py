@@ -26,8 +26,7 @@ def test_the_page_is_up_to_date():
 
 
 def test_every_file_has_a_section():
-    shown = [r.file for r in RESULTS if results_page.is_there(r)]
-    assert sorted(shown) == sorted(path.name for path in (BENCHMARKS / "results").iterdir())
+    assert sorted(r.file for r in RESULTS) == sorted(path.name for path in (BENCHMARKS / "results").iterdir())
 
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: r.file)
