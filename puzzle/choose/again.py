@@ -45,11 +45,7 @@ def asked_again(library: Library, solved: Architecture, asked: SolveOptions, gpu
         rest["cached_tokens"] = str(rest["cached_tokens"])
     goal = GoalOptions(**texts | rest).goal()
     selection = select(library, costs, asked.request(library, gpu, solved.workload, goal))
-    own = [{slot: choice.variant for slot, choice in layer.items()} for layer in solved.layers]
-    choice = {
-        layer_label(n): next((name for name, cell in cells.items() if dict(cell.variants) == own[n]), "")
-        for n, cells in enumerate(selection.cells)
-    }
+    choice = selection.named(solved.variants)
     for n, layer in enumerate(solved.layers):
         if not choice[layer_label(n)]:
             raise UserError(f"the architecture's layer {n} has {_no_choice(library, costs, n, layer)}: {INSTEAD}")

@@ -13,7 +13,7 @@ from puzzle.blocklib.sub_block import SubBlock
 from puzzle.blocklib.swiglu import SwiGLU
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.precision import Way
-from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, score_name
+from puzzle.library.manifest import FP8_CACHE, FP8_WEIGHTS, Library, score_name, score_of
 from puzzle.measure.architecture import Choice
 
 
@@ -111,17 +111,10 @@ def _cells(library: Library, layer: int) -> list[Cell]:
     scores = library.scores(layer) if layer in library.layers else {}
 
     def score(variants: Mapping[str, str]) -> float:
-        replaced = {slot: name for slot, name in variants.items() if name != PARENT}
-        joint = scores.get(score_name(replaced))
-        if joint is not None:
-            return joint["kl"]
-        total = 0.0
-        for slot, name in replaced.items():
-            alone = score_name({slot: name})
-            if alone not in scores:
-                raise UserError(f"layer {layer} {alone} has no score: run `puzzle score {library.root}`")
-            total += scores[alone]["kl"]
-        return total
+        try:
+            return score_of(scores, variants)
+        except KeyError as error:
+            raise UserError(f"layer {layer} {error.args[0]} has no score: run `puzzle score {library.root}`") from error
 
     found, out = [], library.screened(layer)
     for names in product(*spaces.values()):

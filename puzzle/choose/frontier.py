@@ -6,6 +6,7 @@ OUT/frontier.csv grows a row a point, so that an interrupted run goes on; OUT/fr
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from dataclasses import asdict, replace
@@ -14,7 +15,8 @@ from typing import Any
 
 from puzzle.base.console import progress
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, json_text, read_json, write_json
+from puzzle.base.files import json_text, read_json, write_json
+from puzzle.base.lock import holding
 from puzzle.choose.goal import AXES, BY_OPTION, Target
 from puzzle.choose.problem import Selection
 from puzzle.choose.solve import choose
@@ -33,12 +35,24 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
         raise UserError(f"`pareto` {axis}: use {', '.join(AXES)}")
     if count < 2:
         raise UserError(f"`points` {count}: a frontier has at least 2 points")
-    costs = selection.costs
     values = _values(selection, axis, count)
-    path = out / "frontier.csv"
-    key = content_hash([axis, values, costs.table.hash, selection.library.facts["parent"], selection.goal.plain()])
+    with holding(out):
+        rows = _grown(selection, axis, values, out)
+        rows.sort(key=lambda row: row["value"])
+        draw(rows, axis, out / "frontier.png")
+    return rows
+
+
+def _grown(selection: Selection, axis: str, values: list[float], out: Path) -> list[dict]:
+    """The rows of frontier.csv after those that were missing are there, in the order of the file."""
+    costs, request, path = selection.costs, selection.request, out / "frontier.csv"
+    posed = [
+        asdict(selection.problem(batch)) for batch in selection.batches
+    ]  # all that an answer depends on, but for how
+    how = [request.backend, request.time_limit, request.baseline, request.same_batch]
+    told = json.dumps([axis, values, costs.table.hash, how, posed], sort_keys=True, default=sorted)  # sets, in an order
+    key = hashlib.sha256(told.encode()).hexdigest()
     rows = _resume(out, key)
-    out.mkdir(parents=True, exist_ok=True)
     with progress("frontier", len(values)) as bar, open(path, "a" if rows else "w", newline="") as handle:
         writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
         if not rows:
@@ -71,8 +85,6 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
                 if batch is not None:
                     keep(value, batch, solutions[batch])
             bar.advance()
-    rows.sort(key=lambda row: row["value"])
-    draw(rows, axis, out / "frontier.png")
     return rows
 
 
@@ -103,7 +115,10 @@ def _resume(out: Path, key: str) -> list[dict]:
     if not path.is_file() or not mark.is_file() or read_json(mark, "puzzle solve --pareto").get("key") != key:
         return []
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a killed run may have left half a line
-    return _rows(path)
+    try:
+        return _rows(path)
+    except (KeyError, TypeError, ValueError):  # changed by something else: as if it was not there
+        return []
 
 
 def _rows(path: Path) -> list[dict]:

@@ -8,7 +8,7 @@ child are compared at their own best; else the number of requests at once that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -123,6 +123,13 @@ class Selection:
     def chosen(self, solution: Solution) -> list[Cell]:
         """The solution's cells, layer by layer."""
         return [cells[solution.choice[layer_label(index)]] for index, cells in enumerate(self.cells)]
+
+    def named(self, layers: Sequence[Mapping[str, str]]) -> dict[str, str]:
+        """{slot: variant} of every layer, as the solver calls them; "" for what a layer has no cell of."""
+        return {
+            layer_label(index): next((name for name, cell in cells.items() if dict(cell.variants) == own), "")
+            for index, (cells, own) in enumerate(zip(self.cells, layers, strict=True))
+        }
 
     @property
     def batches(self) -> list[int]:

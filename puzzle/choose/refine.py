@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.console import progress, say
-from puzzle.base.files import replacing, write_json
+from puzzle.base.files import finite, replacing, write_json
 from puzzle.blocklib.variant import PARENT
 from puzzle.choose.context import Around
 from puzzle.choose.interactions import PARTS, Fit, Layers, fit_interactions, sample
@@ -24,7 +24,7 @@ from puzzle.choose.problem import Selection
 from puzzle.choose.solve import architecture, choose, chosen
 from puzzle.library.children import Children
 from puzzle.library.manifest import Library, Replacement
-from puzzle.measure.architecture import Architecture, write_architecture
+from puzzle.measure.architecture import FINALISTS, Architecture, write_architecture
 from puzzle.solver.diverse import diverse_over
 from puzzle.solver.solution import Solution, certified
 from puzzle.solver.solve import solve
@@ -81,14 +81,15 @@ class Refined:
 
     def write(self, out: Path) -> None:
         """OUT/architecture.json, the best one, and OUT/finalists.csv and .json, all."""
-        with replacing(out / "finalists.csv") as path, open(path, "w", newline="", encoding="utf-8") as handle:
+        write_architecture(out / "architecture.json", self.best.solved)
+        rows, whole = (out / name for name in FINALISTS)
+        with replacing(rows) as path, open(path, "w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
             writer.writeheader()
             for one in self.candidates:
                 layers = [" ".join(layer.values()) for layer in one.solved.variants]
-                writer.writerow(one.to_json() | {"layers": ";".join(layers)})
-        write_json(out / "finalists.json", self.to_json())
-        write_architecture(out / "architecture.json", self.best.solved)
+                writer.writerow(finite(one.to_json()) | {"layers": ";".join(layers)})
+        write_json(whole, self.to_json())
 
 
 class Refiner:
@@ -167,6 +168,12 @@ class Refiner:
             )
         self.keep(methods, solved)
 
+    def scored(self, start: Architecture) -> Architecture:
+        """A child that was solved earlier, by the library's scores of now, of which nothing was proven."""
+        batch, told = start.predicted.batch, {"seconds": start.seconds, "solver": start.solver, "proven": False}
+        named = self.selection.named(start.variants)
+        return architecture(self.selection, batch, certified(self.selection.problem(batch), named, **told))
+
     def keep(self, methods: Sequence[str], several: Sequence[Architecture]) -> None:
         """Measure children that are chosen, each once: of several alike, and of those before, the first stands."""
         new: list[tuple[str, Architecture]] = []
@@ -202,7 +209,7 @@ def solve_measured(
     if start is None:
         refiner.finalists(asked.finalists or 1, asked.min_distance)
     else:
-        refiner.keep(["start"], [start])
+        refiner.keep(["start"], [refiner.scored(start)])
     if asked.pairs:
         refiner.pairs(asked.finalists or 1, asked.min_distance)
     refiner.rounds(asked.rounds or 0)

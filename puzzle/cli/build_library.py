@@ -111,6 +111,7 @@ def build_library_command(
     from puzzle.base.ranks import held_by_all, running_ranks
     from puzzle.cli.report import library_summary, print_library, print_plan
     from puzzle.library.build import Builder, BuildOptions, build_library
+    from puzzle.library.coupled import take_scores
     from puzzle.library.estimate import plan_of
     from puzzle.library.score import ScoreOptions, score_library
     from puzzle.parents.opened import open_model
@@ -128,4 +129,6 @@ def build_library_command(
             scoring = ScoreOptions(sequences=score_sequences, joint=joint, **same)
             with renaming({"sequences": "`score_sequences`"}):
                 score_library(out, list(data), scoring, parent=source)
+            if wanted.inputs_from is not None and ranks.is_first:
+                take_scores(out)
     options.show(lambda: library_summary(out), as_json, print_library)

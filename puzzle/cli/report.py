@@ -3,6 +3,7 @@ with measured."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -192,7 +193,9 @@ def print_finalists(refined: Refined) -> None:
             f"{one.solved.speedup:.3g}x",
             one.changed,
             f"{one.solved.objective:.5f}",
-            f"{one.kl:.5f} ± {one.kl_stderr:.5f}" + (" best" if one is refined.best else ""),
+            f"{one.kl:.5f}"
+            + (f" ± {one.kl_stderr:.5f}" if math.isfinite(one.kl_stderr) else "")
+            + (" best" if one is refined.best else ""),
         )
         for one in refined.candidates
     ]

@@ -229,8 +229,12 @@ def solve_command(
         from puzzle.choose.solve import solve_diverse
 
         several = solve_diverse(opened, costs, request, diverse, asked.min_distance)
-        for number, one in enumerate(several, 1):
-            write_architecture(target / f"architecture-{number:02d}.json", one)
+        written = {target / f"architecture-{number:02d}.json": one for number, one in enumerate(several, 1)}
+        for path, one in written.items():
+            write_architecture(path, one)
+        for path in set(target.glob("architecture-*.json")) - set(written):  # of another question
+            if path.stem.removeprefix("architecture-").isdigit():
+                path.unlink()
         found = {"schema": 1, "solutions": [one.to_json() for one in several]}
         options.print_json(found) if as_json else print_diverse(several)
         click.echo(f"wrote {len(several)} architectures into {target}", err=True)

@@ -78,7 +78,10 @@ class Children:
         try:
             kept = read_json(self.path, MADE_BY)["children"] if self.path.is_file() else {}
             same = {name: one for name, one in kept.items() if one["blocks"] == self._blocks(_read(one["layers"]))}
-            assert all(math.isfinite(one["kl"]) and math.isfinite(one["kl_stderr"]) for one in same.values())
+            for one in same.values():
+                one["kl_stderr"] = math.inf if one["kl_stderr"] is None else one["kl_stderr"]  # of a single sequence
+                assert math.isfinite(one["kl"])
+                assert one["kl_stderr"] >= 0
         except (UserError, AssertionError, AttributeError, KeyError, TypeError, ValueError):
             return {}
         return same

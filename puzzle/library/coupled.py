@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,25 @@ from puzzle.blocklib.plain.part import Part, Ropes, moving
 from puzzle.blocklib.sub_block import Variant
 from puzzle.blocklib.variant import PARENT
 from puzzle.library.assemble import architecture_of, library_of, read_part, read_variant
-from puzzle.library.manifest import Library, Space
+from puzzle.library.manifest import Library, Space, score_of
 from puzzle.library.store import BlockStore
-from puzzle.measure.architecture import write_architecture
+from puzzle.measure.architecture import Architecture, read_architecture, write_architecture
 
 Place = tuple[int, str]  # layer and slot
 Show = Callable[[VariantTrainer, Shown], list[Tensor]]
+
+
+SCORED_BEFORE, SCORED = "trained again, sum of the scores of before", "trained again"  # in place of the solver's status
+
+
+def take_scores(root: Path) -> None:
+    """Give the architecture in a library of blocks that learnt again the sum of their own scores. One whose precisions were chosen, which
+    have scores beside these, keeps that of before, and says so."""
+    library, path = Library.open(root), root / "solution" / "architecture.json"
+    solved = read_architecture(path)
+    if solved.kv_dtype is None and solved.point is None:
+        total = sum(score_of(library.scores(n), solved.variants[n]) for n in library.layers)
+        write_architecture(path, replace(solved, status=SCORED, objective=total))
 
 
 class Coupled:
@@ -87,7 +101,13 @@ class Coupled:
                     for suffix in (".safetensors", ".json"):
                         with replacing(there.path(n, slot, name).with_suffix(suffix)) as temporary:
                             shutil.copyfile(self._store.path(n, slot, name).with_suffix(suffix), temporary)
-        write_architecture(out / "solution" / "architecture.json", self.solved)
+        write_architecture(out / "solution" / "architecture.json", self._unproven())
+
+    def _unproven(self) -> Architecture:
+        """The choice, without what was proven or measured of it with the blocks of before."""
+        return replace(
+            self.solved, status=SCORED_BEFORE, bound=None, gap=None, measured=None, prices=None, objective_per_batch=None, points=None
+        )  # fmt: skip
 
     def load(self, parts: Mapping[Place, Part], taught: Mapping[Place, Any], like: Tensor) -> None:
         """The blocks that do not learn, into memory beside the parent's `parts`. like: of the device and dtype that computes."""

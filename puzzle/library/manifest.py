@@ -9,8 +9,8 @@ origin: only where the parent is a healed child: the model that it was made of, 
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,14 @@ def scores_path(root: Path, layer: int) -> Path:
 def score_name(replacement: Replacement) -> str:
     """What scores/LNN.json calls it: "attention/kv2", or "attention/kv2+ffn/0.5" for both together."""
     return "+".join(f"{slot}/{variant}" for slot, variant in replacement.items())
+
+
+def score_of(scores: Mapping[str, Mapping[str, float]], variants: Replacement) -> float:
+    """What one layer's choice of variants costs: its joint score where that was measured, else the sum of its parts. scores: of the layer,
+    as `Library.scores`. Raises KeyError with the name of what has none."""
+    replaced = {slot: name for slot, name in variants.items() if name != PARENT}
+    joint = scores.get(score_name(replaced))
+    return joint["kl"] if joint is not None else sum(scores[score_name({s: n})]["kl"] for s, n in replaced.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +160,7 @@ class Library:
         for name, row in found.items():
             kl = row.get("kl") if isinstance(row, dict) else None
             if (
-                not isinstance(kl, int | float) or isinstance(kl, bool) or not -0.01 <= kl < math.inf
+                not isinstance(kl, int | float) or isinstance(kl, bool) or not -0.01 <= kl <= sys.float_info.max
             ):  # what rounding makes of 0 is near it
                 raise UserError(
                     f"{path} is broken ({name} has kl = {kl!r}): remove it, and run `puzzle score {self.root}`"
@@ -162,7 +170,12 @@ class Library:
     def screened(self, layer: int) -> frozenset[str]:
         """Names that `puzzle score --sub-block-screen` left without a score, as hopeless."""
         path = scores_path(self.root, layer)
-        return frozenset(read_json(path, f"puzzle score {self.root}").get("screened", ()) if path.is_file() else ())
+        found = read_json(path, f"puzzle score {self.root}").get("screened", []) if path.is_file() else []
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise UserError(
+                f"{path} is broken (what was screened out is {found!r}): remove it, and run `puzzle score {self.root}`"
+            )
+        return frozenset(found)
 
     def parent_source(self, override: str | None = None) -> str:
         """Where the parent is: as given by --parent, or as recorded (a hub id, or a path relative to the library)."""

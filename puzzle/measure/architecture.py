@@ -22,6 +22,10 @@ from puzzle.parents.structure import Layer, Structure
 
 MADE_BY = "puzzle solve"
 SCHEMA = 2
+FINALISTS = (
+    "finalists.csv",
+    "finalists.json",
+)  # of all children that were measured, beside the best one's architecture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,6 +223,9 @@ def architecture_path(path: Path) -> Path:
 
 
 def write_architecture(path: Path, architecture: Architecture) -> None:
+    """With what was measured beside it for the one that was there removed."""
+    for name in FINALISTS:
+        path.with_name(name).unlink(missing_ok=True)
     write_json(path, architecture.to_json(), SCHEMA)
 
 

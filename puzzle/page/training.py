@@ -32,7 +32,8 @@ def scores(run: Found) -> str:
             with understood(path):
                 for name, score in library.scores(layer).items():
                     numbers(score["kl"], score["kl_stderr"])
-                    found[layer, name] = float(score["kl"]), float(score["kl_stderr"])
+                    error = score["kl_stderr"]  # None: of a single sequence, which says none
+                    found[layer, name] = float(score["kl"]), math.inf if error is None else float(error)
                 screened |= {(layer, name) for name in library.screened(layer)}
     names = [score_name({slot: variant}) for slot, variant in _offered(library)]
     if not names or not found:
@@ -53,7 +54,8 @@ def scores(run: Found) -> str:
             return Cell(f"{here} {'screened out' if out else 'not scored'}", ring=ring, mark="×" if out else "")
         kl, error = found[layer, name]
         place = math.log(max(kl, low) / low) / math.log(high / low)
-        return Cell(f"{here} KL {kl:.3g} ± {error:.2g}", min(NUM_SHADES - 1, int(place * NUM_SHADES)), ring=ring)
+        told = f"KL {kl:.3g}" + (f" ± {error:.2g}" if math.isfinite(error) else ", of one sequence")
+        return Cell(f"{here} {told}", min(NUM_SHADES - 1, int(place * NUM_SHADES)), ring=ring)
 
     rows = [(name, [cell(layer, name) for layer in range(library.num_layers)]) for name in names]
     edges = [low * (high / low) ** (n / NUM_SHADES) for n in range(NUM_SHADES)]

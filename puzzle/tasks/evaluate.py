@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -51,7 +52,7 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "limit", "samples", "max_new_tokens", "memory_limit")
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"`temperature` {self.temperature}: 0 is greedy, more is sampled")
         if self.samples > 1 and self.temperature == 0:
             raise UserError(
@@ -62,6 +63,8 @@ class TaskOptions:
                 raise UserError(f"`{name}` is part of a chat: add `chat`")
         if len(set(self.tasks)) < len(self.tasks):
             raise UserError(f"`tasks` {','.join(self.tasks)} has a task twice: leave one out")
+        if twice := [one for one in self.precisions if self.precisions.count(one) > 1]:
+            raise UserError(f"`precision` {','.join(self.precisions)} has {twice[0]} twice: leave one out")
 
 
 def evaluate_tasks(

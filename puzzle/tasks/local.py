@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 
 from puzzle.base.errors import UserError, first_line
 from puzzle.tasks import sandbox
+from puzzle.tasks.form import wrong_form
 from puzzle.tasks.request import Answer, Request
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -70,7 +71,7 @@ class LocalTask:
             return str(row[asked])
         try:
             return _template(str(asked)).render(**row)
-        except (TemplateError, TypeError, ValueError, AttributeError, re.error) as error:
+        except Exception as error:  # whatever its expressions raise
             raise UserError(
                 f"task {self.name}: `{name}` does not fit a row of its data ({first_line(error)}; the row has {', '.join(row)})"
             ) from error
@@ -106,7 +107,8 @@ class LocalTask:
             if not isinstance(self.config[name], (str, int, list, dict) if name == "doc_to_choice" else (str, int)):
                 raise UserError(f"task {self.name}: `{name}` {self.config[name]!r} is no text")
         for step in (step for one in self.config.get("filter_list") or [] for step in one["filter"]):
-            self._compiled("regex_pattern", step.get("regex_pattern", ""))
+            if step["function"] == "regex":
+                self._compiled("regex_pattern", step["regex_pattern"])
         for pattern in self.config["metric_list"][0].get("regexes_to_ignore") or []:
             self._compiled("regexes_to_ignore", pattern)
         _ = self.shots
@@ -240,14 +242,17 @@ def read_task(path: Path, data: Path | None, limit: int | None) -> LocalTask:
         raise UserError(f"`tasks` {path} has no `task: NAME`: give a task file of lm-eval's form")
     try:
         _check_read(config)
+        wrong = wrong_form(config)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"`tasks` {path} is not of lm-eval's form ({type(error).__name__}: {error})") from error
+    if wrong is not None:
+        raise UserError(f"`tasks` {path}: {wrong}")
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     files = files.get(config.get("test_split")) if isinstance(files, dict) else files
     if config.get("dataset_path") != "json" or not files:
         raise NotReadHere("data that are not `dataset_path: json` with `data_files` of its test_split")
     rows = read_rows(
-        config["task"], [files] if isinstance(files, str) else files, data or path.parent, "task_data" if data else None
+        config["task"], [files] if isinstance(files, str) else files, data or path.parent, data is not None
     )
     task = LocalTask(name=config["task"], config=config, rows=rows[:limit])
     task.check()
@@ -276,15 +281,20 @@ def _check_read(config: Mapping[str, Any]) -> None:
     ):
         raise NotReadHere(f"`{unknown[0]}` of a filter")
     if (config.get("num_fewshot") or 0) > len((config.get("fewshot_config") or {}).get("samples") or []):
-        raise NotReadHere("`num_fewshot` without as many `samples`")
+        raise NotReadHere("`num_fewshot` without as many samples of its `fewshot_config`")
     if (config.get("repeats") or 1) != 1 or (config.get("generation_kwargs") or {}).get("do_sample"):
         raise NotReadHere("`repeats` and `do_sample`")
 
 
-def read_rows(task: str, patterns: Sequence[str], directory: Path, option: str | None) -> list[Row]:
-    """Of the first pattern that a file has. Raises UserError for none, for several, and for one that is no table of JSON."""
+def read_rows(task: str, patterns: Sequence[str], directory: Path, given: bool) -> list[Row]:
+    """Of the first pattern that a file has. given: whether the user named the directory. Raises UserError for none, for several, and for one that is no table of JSON."""
     for pattern in patterns:
-        found = [Path(pattern)] if Path(pattern).is_file() else sorted(directory.glob(pattern.lstrip("/")))
+        try:
+            found = [Path(pattern)] if Path(pattern).is_file() else sorted(directory.glob(pattern.lstrip("/")))
+        except (ValueError, IndexError, NotImplementedError) as error:
+            raise UserError(
+                f"task {task}: {pattern!r} names no file of its data ({error}): give the file's name"
+            ) from error
         if len(found) > 1:
             raise UserError(
                 f"task {task}: {found[0]} and {found[1]} are both its data: give a directory with one of them"
@@ -292,7 +302,7 @@ def read_rows(task: str, patterns: Sequence[str], directory: Path, option: str |
         if found:
             break
     else:
-        fix = f"`{option}` with the directory that has it" if option is None else f"another `{option}`"
+        fix = "another `task_data`" if given else "`task_data` with the directory that has it"
         raise UserError(f"task {task}: no {' or '.join(patterns)} under {directory}: give {fix}")
     try:
         opened = gzip.open if found[0].suffix == ".gz" else open
@@ -303,7 +313,8 @@ def read_rows(task: str, patterns: Sequence[str], directory: Path, option: str |
             if text.startswith("[")
             else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
-    except (OSError, EOFError, ValueError) as error:
+        json.dumps(rows, ensure_ascii=False).encode()  # half a surrogate pair, which no tokenizer takes, is no text
+    except (OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"task {task}: {found[0]} cannot be read as rows of JSON ({first_line(error)})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"task {task}: {found[0]} has no rows, an object of JSON on each line")

@@ -18,10 +18,10 @@ from torch import Tensor
 from puzzle.base.console import progress
 from puzzle.base.device import device_memory
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, read_any
+from puzzle.base.files import content_hash, file_hash, read_any
 from puzzle.base.units import bytes_text
 from puzzle.base.workload import PREFILL_ROWS
-from puzzle.data.tokenizer import load_tokenizer, tokenizer_hash
+from puzzle.data.tokenizer import load_tokenizer, tokenizer_files
 from puzzle.measure.measurable import Measurable
 from puzzle.runtime.interface import Fp8, Runtime, check_lengths
 from puzzle.runtime.open import DTYPES, open_runtime
@@ -72,12 +72,13 @@ class Model:
 
     @cached_property
     def key(self) -> str:
-        """Hash of the weights' fingerprint, the tokenizer, the precision and the kind of device."""
+        """Hash of the weights' fingerprint, all of the tokenizer, what ends an answer, the precision and the kind of device."""
         source, directory = self.opened.source, self.opened.tokenizer
         assert source is not None
         assert directory is not None
         fp8 = self.fp8 and [sorted(map(str, self.fp8.weights)), self.fp8.cache]
-        return content_hash([source.fingerprint(), tokenizer_hash(directory), self.precision, fp8, self.device.type])
+        reads = [(str(path.relative_to(directory)), file_hash(path)) for path in tokenizer_files(directory)]
+        return content_hash([source.fingerprint(), reads, sorted(self.ends), self.precision, fp8, self.device.type])
 
     @cached_property
     def ends(self) -> set[int]:
@@ -126,7 +127,8 @@ class Model:
             ids, scored, room = self.ids(context) or [self.prefix], 0, longest - request.max_tokens
             if room < 1:
                 raise UserError(
-                    f"`max_new_tokens` {request.max_tokens} leaves nothing of the {longest} tokens that {self.opened.name} can read"
+                    f"answers of up to {request.max_tokens} tokens leave nothing of the {longest} tokens that {self.opened.name} can read: "
+                    "give a smaller `max_new_tokens`"
                 )
         else:
             if isinstance(context, tuple) or isinstance(text, tuple):
@@ -206,9 +208,10 @@ class Model:
             check_lengths(structure, 1, longest)
             memory, size = device_memory(self.device, self.memory_limit), structure.num_parameters * dtype.itemsize
             if size > memory:
+                larger = "a larger device" if self.memory_limit is None else "a larger `memory_limit`, or none"
                 raise UserError(
-                    f"{self.opened.name} ({bytes_text(size)}) does not fit whole into the {bytes_text(memory)} of this device, and `tasks` "
-                    "does not stream: use a larger device"
+                    f"{self.opened.name} ({bytes_text(size)}) does not fit whole into the {bytes_text(max(0, memory))} that are free for it, "
+                    f"and `tasks` does not stream: use {larger}"
                 )
             cache = sum(block.state().num_bytes(longest, self.precision, 64) for _, _, block in structure)
             each = cache + 16 * structure.vocab_size + 64 * longest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,13 @@ class Request:
         return content_hash([model, asdict(self)])
 
 
+def _is_answer(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    kinds = [type(one) for one in value] if isinstance(value, list) else []
+    return kinds in ([float, bool], [int, bool]) and math.isfinite(value[0])
+
+
 class Answers:
     """A line each: {"key", "model": its name, "answer", "tokens", "seconds"}. Raises UserError for a file of something else."""
 
@@ -48,8 +56,11 @@ class Answers:
             try:
                 one = json.loads(line)
                 assert one.keys() >= {"key", "model", "answer", "tokens", "seconds"}
+                assert isinstance(one["key"], str)
+                assert _is_answer(one["answer"])
+                assert all(type(one[name]) in (int, float) and one[name] >= 0 for name in ("tokens", "seconds"))
                 self.lines[one["key"]] = one
-            except (ValueError, AttributeError, AssertionError):
+            except (ValueError, AttributeError, AssertionError, RecursionError):
                 raise self._foreign(number) from None
         if not self.end and not START.startswith(data[: len(START)]):
             raise self._foreign(1)

@@ -15,8 +15,8 @@ from functools import cache
 SECONDS = 10
 MEMORY, FILE, FILES, PROCESSES = 2**31, 2**24, 64, 64
 
-# What the process does first, on its own: limits; namespaces of its own for network and users; Landlock, by which nothing outside its
-# directory can be written. It says what it got, then runs the program and, at its end, says the word that only we know.
+# What the process does first, on its own: limits; namespaces of its own for network and users; Landlock, by which no file outside its
+# directory can be written, made or removed (modes, owners and times are none of Landlock's). It says what it got, then runs the program and, at its end, says the word that only we know.
 START = f"""
 import ctypes, os, resource, struct, sys
 told, code, word = int(sys.argv[1]), sys.argv[2], sys.stdin.read()
@@ -43,7 +43,7 @@ os.write(told, word.encode())
 
 
 def run(program: str, seconds: float = SECONDS) -> tuple[bool, str]:
-    """Whether the program came to its end, and "11": it had no network, and could write to its own directory alone."""
+    """Whether the program came to its end, and "11": it had no network, and could write, make and remove files in its own directory alone."""
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as directory:
         path, (read, write) = os.path.join(directory, "answer.py"), os.pipe()

@@ -347,3 +347,66 @@ def selection_of(library: Library, throughput: str = "1.2x") -> Selection:
     return select(
         library, open_costs(library, "cpu", None), Request(work=Workload(input_len=16, output_len=16), goal=goal)
     )
+
+
+def test_a_single_sequence_says_no_error(puzzle, own_library, corpus, tmp_path, monkeypatch):
+    """What has no error is kept too, beside what was measured before, and a report shows it."""
+    out = tmp_path / "s"
+    asked = [
+        "solve",
+        own_library,
+        *SOLVE,
+        "--data",
+        corpus,
+        "--sequences",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        "--json",
+    ]
+    done = puzzle(*asked, "--finalists", 4)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert {one["kl_stderr"] for one in json.loads(done.stdout)["children"]} == {None}
+    with open(out / "finalists.csv", newline="") as handle:
+        assert {row["kl_stderr"] for row in csv.DictReader(handle)} == {""}
+    assert "±" not in puzzle(*asked[:-1], "--finalists", 4).stdout
+    more = puzzle(*asked, "--finalists", 6)
+    assert more.exit_code == 0, (more.output, more.exception)
+    (path,) = (own_library / "children").glob("*.json")
+    assert len(json.loads(path.read_text())["children"]) == 6
+    monkeypatch.setattr("puzzle.library.children.Passes", None)
+    assert puzzle(*asked, "--finalists", 4).stdout == done.stdout
+    scores = next((own_library / "scores").glob("L*.json"))
+    told = json.loads(scores.read_text())
+    next(iter(told["scores"].values()))["kl_stderr"] = None
+    scores.write_text(json.dumps(told))
+    assert puzzle("report", own_library, "--out", tmp_path / "r.html").exit_code == 0
+    assert "of one sequence" in (tmp_path / "r.html").read_text()
+
+
+def test_what_was_written_for_another_question_goes(puzzle, own_library, corpus, tmp_path):
+    out = tmp_path / "s"
+    assert puzzle("solve", own_library, *SOLVE, "--finalists", 3, "--data", corpus, *TEXT, "--out", out).exit_code == 0
+    assert puzzle("solve", own_library, *SOLVE, "--out", out).exit_code == 0
+    assert [path.name for path in out.iterdir()] == ["architecture.json"]
+    for count in (3, 2):
+        assert puzzle("solve", own_library, *SOLVE, "--diverse", count, "--out", tmp_path / "d").exit_code == 0
+        assert len(list((tmp_path / "d").iterdir())) == count
+
+
+def test_rescore_begins_with_the_scores_of_now(puzzle, own_library, corpus, tmp_path):
+    """Those that the child was solved by are no part of its answer, nor is what they proved."""
+    assert puzzle("solve", own_library, *SOLVE, "--out", tmp_path / "s").exit_code == 0
+    objective = json.loads((tmp_path / "s" / "architecture.json").read_text())["objective"]
+    for path in (own_library / "scores").glob("L*.json"):
+        told = json.loads(path.read_text())
+        for score in told["scores"].values():
+            score["kl"] /= 2
+        path.write_text(json.dumps(told))
+    asked = ("--gpu", "cpu", "--data", corpus, *TEXT, "--rounds", 1, "--out", tmp_path / "r", "--json")
+    first = json.loads(puzzle("rescore", own_library, tmp_path / "s", *asked).stdout)["children"][0]
+    assert (first["method"], first["sum_of_scores"]) == ("start", objective / 2)
+    best = json.loads((tmp_path / "r" / "architecture.json").read_text())
+    assert (best["status"], best["bound"]) == ("feasible", None)

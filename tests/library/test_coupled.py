@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from puzzle.blocklib.distill import Recipe, VariantTrainer
+from puzzle.blocklib.variant import PARENT
 from puzzle.library.assemble import assemble, open_parent
 from puzzle.library.build import Builder, BuildOptions, build_library
 from puzzle.library.coupled import Coupled
@@ -33,7 +34,7 @@ def architecture(puzzle, own_library) -> Path:
         for slot, choice in layer.items():
             name = CHOSEN[n].get(slot, "parent")
             choice |= {"variant": name, "sub_block": spaces[n][slot][name].key()}
-    path.write_text(json.dumps(facts))
+    path.write_text(json.dumps(facts | {"measured": {"kl": 0.5, "kl_stderr": 0.1, "num_tokens": 64}}))
     return path.parent
 
 
@@ -63,7 +64,17 @@ def test_they_learn_and_all_else_stays(puzzle, own_library, architecture, parent
     learnt = {"blocks/L00/attention/kv1.json", "blocks/L01/ffn/0.5.json", "blocks/L01/attention/none.json"}
     assert after.keys() == learnt | {"blocks/L02/ffn/0.25.json"}  # an empty one has nothing but a new key
     assert {name for name in after if after[name] != before[name]} == learnt
-    assert read_architecture(out / "solution") == read_architecture(architecture)
+    solved, first = read_architecture(out / "solution"), read_architecture(architecture)
+    assert solved.layers == first.layers
+    library = Library.open(out)
+    parts = [
+        library.scores(n)[f"{s}/{v}"]["kl"]
+        for n, layer in enumerate(solved.variants)
+        for s, v in layer.items()
+        if v != PARENT
+    ]
+    assert solved.objective == pytest.approx(sum(parts)) != pytest.approx(first.objective)
+    assert (solved.status, solved.measured, solved.bound) == ("trained again", None, None)
     done = puzzle(
         "evaluate", parent, out / "solution", "--data", corpus, "--sequences", 4, "--seq-len", 64, "--no-speed"
     )
@@ -72,8 +83,10 @@ def test_they_learn_and_all_else_stays(puzzle, own_library, architecture, parent
     assert hashes(out) == after
     # one that is gone is trained with all that it learnt from, and so comes out the same
     (out / "blocks/L01/ffn/0.5.safetensors").unlink()
-    assert puzzle(*given).exit_code == 0
+    assert puzzle(*given, "--no-score").exit_code == 0
     assert hashes(out) == after
+    solved = read_architecture(out / "solution")
+    assert (solved.status, solved.objective) == ("trained again, sum of the scores of before", first.objective)
 
 
 @pytest.mark.parametrize("mix", [0.25, 1.0])

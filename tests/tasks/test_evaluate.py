@@ -154,10 +154,12 @@ REFUSED = {
     "no chat": (["--tasks", "gsm8k", "--task-data", "DATA", "--system", "x"], "--system is part of a chat", "--chat"),
     "precision": (["--tasks", "gsm8k", "--task-data", "DATA", "--precision", "fp8"], "--precision fp8", "float32"),
     "answers": (["--tasks", "gsm8k", "--task-data", "DATA", "--answers", "FOREIGN"], "is no answer of", "--answers"),
-    "too long": (["--tasks", "gsm8k", "--task-data", "DATA", "--max-new-tokens", 5000], "--max-new-tokens 5000 leaves nothing", "4096"),
+    "too long": (["--tasks", "gsm8k", "--task-data", "DATA", "--max-new-tokens", 5000], "answers of up to 5000 tokens leave nothing of the 4096", "--max-new-tokens"),
     "streamed": (["--tasks", "gsm8k", "--task-data", "DATA", "--memory-limit", "1KB"], "does not fit whole", "does not stream"),
     "text": (["--tasks", "gsm8k", "--task-data", "DATA", "--data", "DATA"], "--data is not used with --tasks", ""),
     "no tasks": (["--limit", 3], "--limit is not used without --tasks", ""),
+    "endless heat": (["--tasks", "gsm8k", "--task-data", "DATA", "--temperature", "inf"], "--temperature inf", "0 is greedy"),
+    "precision twice": (["--tasks", "gsm8k", "--task-data", "DATA", "--precision", "float32,float32"], "has float32 twice", ""),
     "twice": (["--tasks", "gsm8k,gsm8k", "--task-data", "DATA"], "has a task twice", ""),
 }  # fmt: skip
 

@@ -89,6 +89,26 @@ def test_choices_may_be_a_list_or_by_name(read):
         (TEXT, {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "("}]}]}, r"`regex_pattern` '\(' is no regular"),
         (TEXT, {"metric_list": [{"metric": "exact_match", "regexes_to_ignore": ["["]}]}, r"`regexes_to_ignore` '\[' is no regular"),
         (TEXT, {"filter_list": [{"name": "x"}]}, "is not of lm-eval's form"),
+        (CHOICE, {"doc_to_text": "{{ 1 / 0 }}"}, r"`doc_to_text` does not fit a row of its data \(division by zero"),
+        (CHOICE, {"metric_list": [{"metric": "acc"}, {"metric": "acc"}]}, "metric_list has acc twice: leave one out"),
+        (TEXT, {"filter_list": [{"name": "x", "filter": []}] * 2}, "filter_list has x twice: leave one out"),
+        *(
+            (TEXT, {"generation_kwargs": {"max_gen_toks": value}}, "generation_kwargs max_gen_toks is .*: give a whole number, 1 or more")
+            for value in ("abc", -5, 0, None, 1.5, [3], True)
+        ),
+        *((TEXT, {"generation_kwargs": {"until": value}}, "generation_kwargs until is .*: give a text or a list") for value in (5, [1, 2])),
+        *((CHOICE, {"target_delimiter": value}, "target_delimiter is .*: give a text") for value in (5, ["x"], True)),
+        *((CHOICE, {"num_fewshot": value}, "num_fewshot is .*: give a whole number, 0 or more") for value in (-1, 0.0, [])),
+        (CHOICE, {"test_split": ["test"]}, "test_split is .*: give a text"),
+        *(
+            (CHOICE, {"dataset_kwargs": {"data_files": value}}, "data_files is .*: give a file's name or a list of names")
+            for value in (5, [1], {"test": 5}, {"test": ["own.jsonl"], "train": None})
+        ),
+        (TEXT, {"metric_list": [{"metric": "exact_match", "regexes_to_ignore": 5}]}, "regexes_to_ignore is 5: give a list of texts"),
+        (TEXT, {"metric_list": [{"metric": "exact_match", "ignore_case": "no"}]}, "ignore_case is 'no': give true or false"),
+        (TEXT, {"filter_list": [{"filter": []}]}, "filter_list has an entry without name"),
+        (TEXT, {"filter_list": [{"name": "x", "filter": [{"function": "regex"}]}]}, "a step regex has no regex_pattern"),
+        (TEXT, {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "a", "group_select": "0"}]}]}, "step group_select is '0'"),
         (TEXT, {"metric_list": [{"metric": "pass@1"}], "doc_to_text": "question"}, None),
     ],
 )  # fmt: skip
@@ -117,3 +137,36 @@ def test_answers_are_kept_in_a_file(tmp_path):
     for place in ("/dev/null", tmp_path):
         with pytest.raises(UserError, match="is no file: name one"):
             Answers(type(tmp_path)(place))
+
+
+@pytest.mark.parametrize("name", ["/", ".", "nowhere.jsonl"])
+def test_data_that_are_not_there(read, name):
+    """Where the directory is the task file's own, `task_data` is what to give."""
+    with pytest.raises(
+        UserError, match=r"task own: .*(names no file of its data|give `task_data` with the directory|cannot be read)"
+    ):
+        read(CHOICE, dataset_kwargs={"data_files": {"test": name}})
+
+
+@pytest.mark.parametrize(
+    "row", ['{"question": "\\ud800"}', '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"a": NaN', "[1]"]
+)
+def test_rows_that_cannot_be_read(read, tmp_path, row):
+    (tmp_path / "bad.jsonl").write_text(row)
+    with pytest.raises(UserError, match=r"task own: .*bad.jsonl (cannot be read as|has no) rows"):
+        read(CHOICE, dataset_kwargs={"data_files": {"test": "bad.jsonl"}})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"key": ["a"]}, *({"answer": one} for one in (None, [1], [float("nan"), True], {}, ["x", True], [-1.0, 1])), {"seconds": None},
+     {"tokens": "7"}, {"seconds": -1}],
+)  # fmt: skip
+def test_lines_that_are_no_answers(tmp_path, changed):
+    line = {"key": "k", "model": "m", "answer": [-1.5, True], "tokens": 3, "seconds": 0.1}
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    assert Answers(path).lines == {"k": line}
+    path.write_text(json.dumps(line | changed) + "\n")
+    with pytest.raises(UserError, match="line 1 is no answer"):
+        Answers(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -85,6 +88,22 @@ def test_what_ends_an_answer(chatting, tmp_path):
         request = Request(context=context, until=("Q:",), max_tokens=99, thinking=thinking)
         one = models.Encoded(request=request, ids=[2], new=99)
         assert model._said(one, model.tokenizer(said)["input_ids"])[0] == wanted
+
+
+def test_answers_belong_to_what_ends_them_and_to_the_whole_tokenizer(chatting, tmp_path):
+    """Weights and vocabulary are not all that an answer depends on."""
+    other = shutil.copytree(chatting, tmp_path / "other")
+    keys = {opened(chatting, tmp_path).key, opened(other, tmp_path).key}
+    assert len(keys) == 1
+    for name, field, value in (
+        ("generation_config.json", "eos_token_id", [3, 4]),
+        ("tokenizer_config.json", "bos_token", "x"),
+    ):
+        path = other / name
+        told = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(told | {field: value}))
+        keys.add(opened(other, tmp_path).key)
+    assert len(keys) == 3
 
 
 def test_long_contexts_lose_their_begin_and_are_counted(chatting, tmp_path):

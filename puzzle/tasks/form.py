@@ -1,0 +1,83 @@
+"""What the values in a task file must be. A key that is named with another one's before it lies within that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Form(NamedTuple):
+    """null: nothing may stand there too."""
+
+    words: str
+    fits: Callable[[Any], bool]
+    null: bool = False
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_whole(value: Any, least: int | None = None) -> bool:
+    return type(value) is int and (least is None or value >= least)
+
+
+def _are_files(value: Any) -> bool:
+    splits = value.values() if isinstance(value, dict) else [value]
+    return all(one and (_is_text(one) or _are_texts(one)) for one in splits)
+
+
+TEXT, FLAG = Form("a text", _is_text), Form("true or false", lambda value: isinstance(value, bool))
+FORMS = {
+    "test_split": TEXT,
+    "target_delimiter": TEXT,
+    "fewshot_delimiter": TEXT,
+    "num_fewshot": Form("a whole number, 0 or more", lambda value: _is_whole(value, 0), null=True),
+    "dataset_kwargs data_files": Form("a file's name or a list of names, of each split or of all", _are_files, null=True),
+    "generation_kwargs until": Form("a text or a list of texts", lambda v: _is_text(v) or _are_texts(v), null=True),
+    "generation_kwargs max_gen_toks": Form("a whole number, 1 or more", lambda value: _is_whole(value, 1)),
+    "metric_list regexes_to_ignore": Form("a list of texts", _are_texts, null=True),
+    "metric_list ignore_case": FLAG,
+    "metric_list ignore_punctuation": FLAG,
+    "filter_list name": TEXT,
+    "filter_list filter": Form("a list of steps", lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value)),
+    "step function": TEXT,
+    "step regex_pattern": TEXT,
+    "step group_select": Form("a whole number", _is_whole),
+    "step fallback": TEXT,
+}  # fmt: skip
+NEEDED = {"filter_list": ("name", "filter"), "step": ("function",), "metric_list": ("metric",)}
+
+
+def wrong_form(config: Mapping[str, Any]) -> str | None:
+    """The first value that is of no form that is read, and what it must be; None: there is none."""
+    told = _first_wrong("", config)
+    for name in ("dataset_kwargs", "generation_kwargs", "metric_list", "filter_list"):
+        inside = config.get(name) or []
+        for one in inside if isinstance(inside, list) else [inside]:
+            told = told or _first_wrong(name, one)
+            for step in one.get("filter", ()) if name == "filter_list" and told is None else ():
+                told = told or _first_wrong("step", step)
+                if told is None and step["function"] == "regex" and "regex_pattern" not in step:
+                    told = "a step regex has no regex_pattern: write what it looks for"
+    if told is not None:
+        return told
+    for name, key in (("metric_list", "metric"), ("filter_list", "name")):
+        given = [one[key] for one in config.get(name) or []]
+        if twice := [one for one in given if given.count(one) > 1]:
+            return f"{name} has {twice[0]} twice: leave one out"
+    return None
+
+
+def _first_wrong(place: str, values: Mapping[str, Any]) -> str | None:
+    if missing := [name for name in NEEDED.get(place, ()) if name not in values]:
+        return f"{place} has an entry without {missing[0]}: write it"
+    for name, value in values.items():
+        form = FORMS.get(f"{place} {name}".strip())
+        if form is not None and not form.fits(value) and not (form.null and value is None):
+            return f"{f'{place} {name}'.strip()} is {value!r}: give {form.words}"
+    return None
