@@ -33,9 +33,9 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
         raise UserError(told) from error
 
 
-def nearest(value: str, known: Collection[str]) -> str:
-    """A hint such as "did you mean 'kv2'?" or, with nothing near, the list of what is known."""
-    close = get_close_matches(value, known, n=1, cutoff=0.5)
+def nearest(value: str, known: Collection[str], likeness: float = 0.5) -> str:
+    """A hint such as "did you mean 'kv2'?" or, with nothing near, the list of what is known. likeness: at least, up to 1."""
+    close = get_close_matches(value, known, n=1, cutoff=likeness)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 

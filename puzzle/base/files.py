@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,6 +139,14 @@ def claim_output(out: Path, force: bool, reads: Iterable[str | Path | None] = ()
     for one in reads:
         if one is not None and Path(one).resolve().is_relative_to(target):
             raise UserError(f"`out` {out} is, or holds, {one}, which is read: choose another directory")
+
+
+def free_bytes(directory: Path) -> int:
+    """Of the disk that `directory`, which may yet have to be created, is on."""
+    there = directory.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
 
 
 def check_writable(directory: Path) -> None:

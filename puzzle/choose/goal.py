@@ -40,7 +40,8 @@ class Limit:
     """option: its name, everywhere. read: an absolute amount's text; example, help, metavar: how it is written. own: the parent's
     figure, which relative targets multiply. resource: of the selection problem; bound: (target, batch, workload) -> the most that
     the resource may be, and reached: the figure that an amount of the resource means. words: what to say of the best figure that
-    can be reached, with {value} and, where a multiple says more, {times}; larger: whether more is better. of_workload: whether
+    can be reached, with {value} and, where it says more, {times}, a multiple, or {bytes}, of a size; unit: of what was asked for,
+    {absolute}; larger: whether more is better. of_workload: whether
     each workload has its own."""
 
     option: str
@@ -136,8 +137,8 @@ LIMITS = (
         help="Weights, KV cache at full context, workspace: 80GB or 60%.",
         resource="memory_bytes",
         own=lambda p: p.memory_bytes,
-        words="the smallest child takes {value:.0f} bytes",
-        unit="{absolute:.0f} bytes",
+        words="the smallest child takes {value:.0f} bytes ({bytes})",
+        unit="{absolute:.0f} bytes ({bytes})",
     ),
     Limit(
         option="params",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from puzzle.base.units import bytes_text
 from puzzle.choose.goal import BY_OPTION, Limit, host_label
 from puzzle.choose.workloads import Demand
 from puzzle.solver.explain import least, nearest, smallest_conflict, without
@@ -75,10 +76,11 @@ def _words(limit: Limit, one: Demand) -> Words:
     """Of a row of `LIMITS`, in one workload."""
     target, own, work = one.goal.limits[limit.option], limit.own(one.parent), one.costs.work
     head = f"`also` {one.suffix[1:]}:{limit.option}" if one.suffix else f"`{limit.option}`"
-    typed = f"{head} {limit.unit.format(target=target, absolute=target.absolute(own))}"
+    asked = target.absolute(own)
+    typed = f"{head} {limit.unit.format(target=target, absolute=asked, bytes=bytes_text(asked))}"
     return Words(
         typed,
-        lambda value: limit.words.format(value=value, times=value / own, own=own),
+        lambda value: limit.words.format(value=value, times=value / own, own=own, bytes=bytes_text(value)),
         limit.larger,
         lambda batch, amount: limit.reached(amount, one.at(batch), work),
     )
@@ -93,7 +95,7 @@ def _structure(main: Demand) -> dict[str, Words]:
     goal = main.goal
     return {
         "cached_tokens": Words(
-            f"`cached_tokens` {goal.cached_tokens}", lambda v: f"that many tokens need {v:.0f} bytes"
+            f"`cached_tokens` {goal.cached_tokens}", lambda v: f"that many tokens need {v:.0f} bytes ({bytes_text(v)})"
         ),
         "keep_attention": Words(
             f"`keep_attention` {goal.keep_attention}",

@@ -71,7 +71,7 @@ def print_solution(solved: Architecture) -> None:
             f", of which slicing {one['base']:.5g} (measured)" if one["base"] and one["objective"] is not None else ""
         )
         say(f"{one['sizes']}: {score}{begun} ({one['library']})")
-    slack = ", ".join(f"{name} {value:.4g}" for name, value in solved.slack.items())
+    slack = ", ".join(f"{name} {_amount(name, value, '.4g')}" for name, value in solved.slack.items())
     say(
         f"{solved.status}: sum of scores {solved.objective:.5g} nats/token, {solved.certificate}, "
         f"slack: {slack} ({solved.solver}, {solved.seconds:.2f} s)"
@@ -160,12 +160,21 @@ def print_continuations(found: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _amount(limit: str, value: float, form: str) -> str:
+    """Of a limit, by its name, which that of a further workload begins with too."""
+    return bytes_text(value) if limit.startswith("memory") else f"{value:{form}}"
+
+
 def print_prices(solved: Architecture) -> None:
     """What 1 % more of each limit buys; nothing without --explain."""
     for price in solved.prices or ():
         change = price["objective"] - solved.objective
         share = f" ({100 * change / solved.objective:+.2f} %)" if solved.objective else ""
-        moved = "1 % less throughput" if price["limit"] == "throughput" else f"{price['limit']} {price['moved']:.6g}"
+        moved = (
+            "1 % less throughput"
+            if price["limit"] == "throughput"
+            else f"{price['limit']} {_amount(price['limit'], price['moved'], '.6g')}"
+        )
         say(f"{moved}: sum of scores {change:+.4g}{share}")
 
 

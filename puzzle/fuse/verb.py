@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.console import say
+from puzzle.base.device import pick_device
 from puzzle.base.errors import UserError
 from puzzle.base.files import check_writable, claim_output, write_json
 from puzzle.base.units import check_positive, parse_bytes, parse_count
@@ -87,8 +88,10 @@ def fuse_verb(source: Path, wanted: FuseOptions) -> dict[str, Any]:
     runs = _given(source, opened, wanted)
     if runs is not None:
         describe(child, runs, wanted.norm, None)  # says what is wrong before anything is measured
-    elif not wanted.data and wanted.dependency_file is None:
+    else:
+        pick_device(wanted.device)  # that, and whether anything can be fused, is told before anything is measured
         pick_runs(child, Rule(keep_last=rule.keep_last, max_width=rule.max_width), None)
+    if runs is None and not wanted.data and wanted.dependency_file is None:
         raise UserError("nothing says which layers to fuse: pass `data` with held-out text, or `runs` 3-5 by hand")
     dependency, report = _measured(opened, wanted)
     written = _drawn(wanted.heat_map, dependency, child.name)

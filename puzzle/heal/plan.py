@@ -17,6 +17,7 @@ from puzzle.base.ranks import Ranks, running_ranks
 from puzzle.base.units import bytes_text
 from puzzle.data.mixture import Stage
 from puzzle.heal.aligned_teacher import AlignedTeacher
+from puzzle.heal.checkpoint import disk_bytes
 from puzzle.heal.loss import Seen
 from puzzle.heal.memory import micro_batch, plan_memory
 from puzzle.heal.on_policy import continued, on_policy_steps
@@ -29,8 +30,6 @@ from puzzle.heal.write_teacher import shown
 
 TIMED_STEPS = 3
 WARM_UP_STEPS = 4  # two eager ones, the capture of the CUDA graph, a replay
-CHECKPOINT_BYTES = 12  # per trained parameter: weight and two moments
-KEPT_CHECKPOINTS = 2  # the newest, and the one being written
 
 
 def plan_heal(options: HealOptions) -> dict[str, Any]:
@@ -67,7 +66,6 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
         device = ranks.device
         # Of steps alone: what an evaluation takes beside them is in the formula.
         steps = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-        exported = sum(t.numel() for _, t in trainer.learner.child.named_weights()) * 2
         return {
             "device": short_name(device),
             "processes": ranks.world,
@@ -88,7 +86,7 @@ def plan_heal(options: HealOptions) -> dict[str, Any]:
                 "teacher_logits_bytes": kept,
                 "teacher_seconds": round(teaching, 3),
                 "sampling_seconds": round(sum(sampling), 3),
-                "disk_bytes": KEPT_CHECKPOINTS * CHECKPOINT_BYTES * trained + exported + kept,
+                "disk_bytes": disk_bytes(trainer) + kept,
             },
         }
 

@@ -116,6 +116,7 @@ def _heal(options: HealOptions, stages: list[Stage], ranks: Ranks, data: HealDat
         say(f"the teacher {taught}")
     tutor = aligned if stored is None else stored
     trainer = build_trainer(options, stages, models, ranks, sharded=plan.sharded, ahead=plan.tokens, tutor=tutor)
+    ranks.from_first(lambda: work.check_disk(trainer))
     run = Run(options, stages, data, trainer, work, Log(work.log if ranks.is_first else None, tracked))
     run.train()
     record = ranks.from_first(lambda: run.record(facts, models))

@@ -25,7 +25,7 @@ from torch import Tensor
 from puzzle.base.console import Bar, progress, say
 from puzzle.base.device import compute_dtype, held_memory, pick_device, wait_for
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, wait_for_files
+from puzzle.base.files import check_writable, content_hash, wait_for_files
 from puzzle.base.ranks import Ranks, held_by_all, running_ranks
 from puzzle.base.replay import Replayed
 from puzzle.base.units import check_positive, check_seed, parse_layers
@@ -105,10 +105,23 @@ class BuildOptions:
         )
 
 
+def check_library_directory(out: Path) -> None:
+    """Raise UserError for a directory that cannot be written, or holds files and no library. Directories may be there before: costs, or a sliced parent
+    of the library's own."""
+    check_writable(out)
+    if out.is_dir() and not (out / "library.json").is_file():
+        foreign = sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith("."))
+        if foreign:
+            raise UserError(
+                f"`out` {out} holds {foreign[0]} and no library (no library.json): choose another directory"
+            )
+
+
 class Builder:
     """One library build: plan first (`plan`), then `run`. ranks: the processes that build it together; None: this one."""
 
     def __init__(self, parent: HfModel, options: BuildOptions, ranks: Ranks | None = None):
+        check_library_directory(options.out)
         self.parent, self.options = parent, options
         self.ranks = ranks or Ranks(device=pick_device(options.device))
         self.structure = parent.structure

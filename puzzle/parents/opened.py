@@ -179,10 +179,9 @@ def open_model(source: str | Path) -> HfModel:
     checkpoint = Checkpoint(directory)
     model_type = str(checkpoint.config.get("model_type"))
     if model_type not in families():
-        hint = nearest(model_type, sorted(families()))
-        raise UserError(
-            f"{directory} is a '{model_type}' model, which is not supported; {hint} (supported: {', '.join(families())})"
-        )
+        hint = nearest(model_type, sorted(families()), likeness=0.8)  # gpt2 is no gpt_oss
+        known_too = "" if hint.startswith("known") else f" (supported: {', '.join(families())})"
+        raise UserError(f"{directory} is a '{model_type}' model, which is not supported; {hint}{known_too}")
     known = families()[model_type]
     config = defaults_of(checkpoint.config, directory)
     if known.prefixes:

@@ -170,7 +170,10 @@ def profile(
                     bar.advance(1)
                 drift.append(timer.reference())
     seconds = time.perf_counter() - begin
-    rows = _medians(_read_rows(partial))
+    asked = {
+        (target.key, at) for target in every for at in target.points
+    }  # an interrupted run may have had another grid
+    rows = _medians(row for row in _read_rows(partial) if (row.part, At(row.phase, row.batch, row.context)) in asked)
     write_costs(path, rows)
     partial.unlink()
     conditions.append(_conditions(where))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
-from puzzle.base.files import check_writable
+from puzzle.base.files import check_writable, free_bytes
 from puzzle.base.ranks import running_ranks
 from puzzle.base.units import bytes_text, parse_layers
 from puzzle.base.workload import Workload
@@ -142,6 +141,8 @@ def check_goal(recipe: Recipe, goal: Goal, structure: Structure) -> None:
             raise UserError(f"`tp` {asked.tp}: shares are priced on GPUs, and `gpu` is cpu: leave `tp` out")
         structure.share(asked.tp)
         find_all_reduces(recipe.profile.gpu, asked.tp, [PACKAGED])
+    if asked.min_distance > 1 and asked.finalists is None:
+        raise UserError(f"`min_distance` {asked.min_distance} is not used without `finalists`: leave it out")
     if asked.min_distance > structure.num_layers:
         raise UserError(f"`min_distance` {asked.min_distance}: the parent has {structure.num_layers} layers")
     check_steps(goal, recipe.workload)
@@ -265,10 +266,7 @@ def check_heal(heal: HealOptions) -> None:
 
 def check_disk(out: Path, needed: dict[str, int]) -> None:
     """Raise UserError where the stages' files do not fit. needed: bytes of each stage, less what is there already."""
-    there = out.absolute()
-    while not there.exists():
-        there = there.parent
-    free, held = shutil.disk_usage(there).free, sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    free, held = free_bytes(out), sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     total = max(0, sum(needed.values()) - held)
     if total > free:
         stages = ", ".join(f"{name} {bytes_text(count)}" for name, count in needed.items() if count)

@@ -13,8 +13,9 @@ from functools import partial
 from typing import Any
 
 from puzzle.fuse.stage import dependency_plan
+from puzzle.heal.checkpoint import CHECKPOINT_BYTES, KEPT_CHECKPOINTS
 from puzzle.heal.memory import MASTER_BYTES
-from puzzle.heal.plan import CHECKPOINT_BYTES, KEPT_CHECKPOINTS, plan_heal
+from puzzle.heal.plan import plan_heal
 from puzzle.heal.settings import HealOptions
 from puzzle.heal.stored_teacher import bytes_per_token
 from puzzle.library.build import Builder

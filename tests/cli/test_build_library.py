@@ -167,3 +167,20 @@ def test_disk_full_in_the_middle_keeps_what_was_complete(puzzle, one_line_error,
     monkeypatch.setattr(store, "save_file", real)
     assert puzzle(*arguments).exit_code == 0
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
+
+
+def test_a_directory_of_something_else_is_refused(puzzle, one_line_error, parent, child, corpus, tmp_path):
+    """Nothing is written into it, also by a dry run's words; costs that were measured before the library are none of that."""
+    place = shutil.copytree(child, tmp_path / "child")
+    before = sorted(path.name for path in place.iterdir())
+    for more in ([], ["--dry-run"]):
+        done = puzzle("build-library", parent, "--data", corpus, "--out", place, *more)
+        one_line_error(done, "and no library (no library.json): choose another directory")
+    assert sorted(path.name for path in place.iterdir()) == before
+    (tmp_path / "lib" / "costs").mkdir(parents=True)
+    assert (
+        puzzle(
+            "build-library", parent, "--data", corpus, "--seq-len", 32, "--out", tmp_path / "lib", "--dry-run"
+        ).exit_code
+        == 0
+    )

@@ -49,7 +49,7 @@ def test_limits_hold_together(puzzle, own_library):
         (["--throughput", "2x", "--input-len", "0"], ["--input-len 0"]),
         (["--throughput", "2x", "--output-len", "9999"], ["exceed the parent's context of 256"]),
         (["--throughput", "2x", "--input-len", "100"], ["prompts of 16 to 16 tokens", "profile again", "--prefill"]),
-        (["--memory", "1kB"], ["--memory 1000 bytes cannot be met", "smallest child"]),
+        (["--memory", "1kB"], ["--memory 1000 bytes (1000 B) cannot be met", "smallest child"]),
         (["--params", "10"], ["--params 10 cannot be met", "smallest child"]),
         (["--latency", "1e-9"], ["--latency 1e-09 s cannot be met", "fastest child"]),
         (["--throughput", "2x", "--time-limit", "-1"], ["--time-limit -1"]),

@@ -148,3 +148,9 @@ def test_help_shows_examples(puzzle):
     done = puzzle("fuse", "--help")
     assert done.exit_code == 0
     assert "puzzle fuse child --runs 3-5,8-11 --out fused" in done.output
+
+
+def test_a_child_that_cannot_be_fused_is_not_measured(puzzle, one_line_error, parent, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("puzzle.fuse.verb.open_walker", None)
+    done = puzzle("fuse", parent, "--data", corpus, "--out", tmp_path / "fused")
+    one_line_error(done, "has no two neighbouring layers without attention")

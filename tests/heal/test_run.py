@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -347,3 +348,14 @@ def test_a_cuda_graph_gives_what_eager_steps_give(puzzle, child, parent, small, 
         assert "no CUDA graph here" not in done.stderr
         found.append([line["loss"] for line in read_log(out / "heal.jsonl") if "loss" in line])
     assert found[0] == pytest.approx(found[1], rel=0.03)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_trained(
+    puzzle, one_line_error, child, parent, small, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    done = puzzle("heal", child, "--teacher", parent, *small, "--out", tmp_path / "out")
+    one_line_error(done, "and the healed child need ", "97.7 KiB are free: free some space")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.heal" / "heal.jsonl").exists()

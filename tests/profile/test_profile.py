@@ -85,6 +85,16 @@ def test_killed_and_resumed(tmp_path, subject, python):
     assert CostTable(path).batches == [1, 4]
 
 
+def test_points_of_another_grid_are_no_part_of_the_table(tmp_path, subject, python):
+    """What an interrupted run has measured beyond what is asked for now would be a table with holes."""
+    ended, _, told = python("-c", KILLED.replace("OUT", str(tmp_path)).replace("GRID", repr(GRID)))
+    assert ended == -signal.SIGKILL, told
+    grid = replace(GRID, batches=(4, 8))
+    path, facts = profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=grid)
+    assert {row["batch"] for row in rows(path) if row["phase"] == "decode"} == {"4", "8"}
+    assert facts["points"] == len(rows(path)) == count_points(subject, grid)
+
+
 def test_what_does_not_fit_is_recorded_and_skipped(tmp_path, monkeypatch, subject):
     real = GpuTimer._time
 

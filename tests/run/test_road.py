@@ -274,6 +274,7 @@ BAD = [
     ({"solve": {"fusion_dependency": "/x.json"}}, "solve.fusion_dependency is not used without solve.fusion"),
     ({"solve": {"finalists": 2}}, "solve.explain is not measured with solve.finalists: leave one of them out"),
     ({"solve": {"explain": False, "finalists": 2, "min_distance": 9}}, "solve.min_distance 9: the parent has 4 layers"),
+    ({"solve": {"min_distance": 2}}, "solve.min_distance 2 is not used without solve.finalists: leave it out"),
     ({"solve": {"pairs": True}}, "solve.pairs are fitted from measured children: pass solve.finalists too"),
     ({"solve": {"baseline": "greedy"}}, "unknown key 'solve.baseline'"),
     ({"fuse": {"sequences": 0}}, "fuse.sequences 0: must be above 0"),
@@ -348,7 +349,7 @@ def test_an_engine_that_lacks_the_family(puzzle, one_line_error, write, tmp_path
 
 def test_a_disk_that_is_too_small(puzzle, one_line_error, write, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     done = puzzle("run", write(), "--out", tmp_path / "run")
     one_line_error(done, "of disk (build-library ", "heal ", "export nemotron-nas ", "97.7 KiB are free")
     assert not (tmp_path / "run").exists()
