@@ -138,7 +138,9 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--rounds", type=int, metavar="N", help="Then score anew around the best, N times or until no gain.")
 @options.held_out
 @options.dry_run
-@click.option("--problem", type=options.PATH, help="A problem.json of your own, without a LIBRARY.")
+@click.option(
+    "--problem", type=options.PATH, help="A problem.json of your own, without a LIBRARY; solver/jsonio.py has its form."
+)
 @click.option("--out", type=options.PATH, help="Default: LIBRARY/solution, or solution.json.")
 @options.as_json
 def solve_command(

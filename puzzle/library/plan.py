@@ -22,7 +22,7 @@ Spaces = Mapping[int, Mapping[str, Space]]  # per layer and slot
 # Per trained parameter, all the time, beside a copy to compute with: float32 master and AdamW's two moments.
 STATE_BYTES = 12
 START_BYTES = 4  # per trained parameter, in host memory: the initial weights, in case training does not improve them
-RESERVED = 1.15  # of the GPU's allocator over what is in use: 27.0 GB for 23.8 GB, benchmarks/results/build_8b.csv
+RESERVED = 1.15  # of the GPU's allocator over what is in use: 27.0 GB for 23.8 GB, docs/lessons.md
 HOST_BYTES = 10**8  # on a CPU, code and buffers of the libraries that the first steps bring in: 63 MB measured
 NESTED_STREAMS = 3  # of every nested variant but one: its segment's output, their sum, and its gradient
 TWIN_BYTES = 12  # per parameter of the variant in its step, on a CPU: gradients, scaled and clipped; a GPU holds one of `compute_bytes`

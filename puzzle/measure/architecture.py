@@ -252,14 +252,25 @@ def _typed(value: Mapping[str, Any]) -> dict[str, Any]:
     def choice(raw: Mapping[str, str]) -> Choice:
         return Choice(variant=raw["variant"], sub_block=parse_key(raw["sub_block"]), precision=raw["precision"])
 
+    def prediction(raw: Mapping[str, Any]) -> Prediction:
+        for name, number in raw.items():
+            if type(number) not in (int, float) and not (number is None and name == "active_parameters"):
+                raise TypeError(f"{name} is {number!r}")
+        return Prediction(**raw)
+
     def promised(raw: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "workload": Workload(**raw["workload"]),
-            "predicted": Prediction(**raw["predicted"]),
-            "parent_predicted": Prediction(**raw["parent_predicted"]),
+            "predicted": prediction(raw["predicted"]),
+            "parent_predicted": prediction(raw["parent_predicted"]),
             "extrapolated": tuple(raw["extrapolated"]),
         }
 
+    if not value["layers"]:
+        raise ValueError("it has no layers")
+    for name, keys in (("goal", ()), ("costs", ("device", "precision", "sha256"))):
+        if not isinstance(value[name], dict) or not value[name].keys() >= set(keys):
+            raise TypeError(f"{name}: {value[name]!r}")
     return promised(value) | {
         "parent": Structure.from_json(value["parent"]),
         "whole": Structure.from_json(value["whole"]) if value.get("whole") else None,

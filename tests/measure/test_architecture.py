@@ -93,6 +93,10 @@ def test_a_run_is_one_layer_of_all_channels(fused):
         (lambda v: v["predicted"].pop("batch"), "batch"),
         (lambda v: v.update(colour="red"), "colour"),
         (lambda v: v["parent"]["layers"][0].update(ffn="ffn"), "kind 'ffn' is unknown"),
+        (lambda v: v.update(layers=[]), "it has no layers"),
+        (lambda v: v.update(goal=None), "goal: None"),
+        (lambda v: v.update(costs={}), "costs: {}"),
+        (lambda v: v["predicted"].update(batch="x"), "batch is 'x'"),
     ],
 )
 def test_what_is_not_understood_is_refused(fused, tmp_path, change, wanted):
