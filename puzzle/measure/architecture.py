@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from puzzle.base.errors import UserError
+from puzzle.base.errors import UserError, writing
 from puzzle.base.files import read_any, read_json, write_json
 from puzzle.base.units import FIXED_BYTES, PRECISION_BYTES
 from puzzle.base.workload import Workload
@@ -224,8 +224,9 @@ def architecture_path(path: Path) -> Path:
 
 def write_architecture(path: Path, architecture: Architecture) -> None:
     """With what was measured beside it for the one that was there removed."""
-    for name in FINALISTS:
-        path.with_name(name).unlink(missing_ok=True)
+    with writing(path):
+        for name in FINALISTS:
+            path.with_name(name).unlink(missing_ok=True)
     write_json(path, architecture.to_json(), SCHEMA)
 
 

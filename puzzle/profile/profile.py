@@ -170,12 +170,17 @@ def profile(
                     bar.advance(1)
                 drift.append(timer.reference())
     seconds = time.perf_counter() - begin
-    asked = {
-        (target.key, at) for target in every for at in target.points
-    }  # an interrupted run may have had another grid
-    rows = _medians(row for row in _read_rows(partial) if (row.part, At(row.phase, row.batch, row.context)) in asked)
+    asked = {(target.key, at) for target in every for at in target.points}
+    # Other: of an interrupted run with another grid.
+    taken, other = list[CostRow](), list[CostRow]()
+    for row in _read_rows(partial):
+        (taken if (row.part, At(row.phase, row.batch, row.context)) in asked else other).append(row)
+    rows = _medians(taken)
     write_costs(path, rows)
-    partial.unlink()
+    if other:
+        write_costs(partial, other)
+    else:
+        partial.unlink()
     conditions.append(_conditions(where))
     facts = {
         **timer.facts,

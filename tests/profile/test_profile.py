@@ -93,6 +93,9 @@ def test_points_of_another_grid_are_no_part_of_the_table(tmp_path, subject, pyth
     path, facts = profile(subject, gpu="h100", out=tmp_path, device="cpu", grid=grid)
     assert {row["batch"] for row in rows(path) if row["phase"] == "decode"} == {"4", "8"}
     assert facts["points"] == len(rows(path)) == count_points(subject, grid)
+    kept = rows(tmp_path / "reference.partial.csv")  # for that grid
+    assert kept
+    assert not set(keys(kept)) & set(keys(rows(path)))
 
 
 def test_what_does_not_fit_is_recorded_and_skipped(tmp_path, monkeypatch, subject):
