@@ -50,7 +50,9 @@ def _grown(selection: Selection, axis: str, values: list[float], out: Path) -> l
         asdict(selection.problem(batch)) for batch in selection.batches
     ]  # all that an answer depends on, but for how
     how = [request.backend, request.time_limit, request.baseline, request.same_batch]
-    told = json.dumps([axis, values, costs.table.hash, how, posed], sort_keys=True, default=sorted)  # sets, in an order
+    told = json.dumps(
+        [axis, values, costs.table.hash, how, posed], sort_keys=True, allow_nan=False, default=sorted
+    )  # sets, in an order
     key = hashlib.sha256(told.encode()).hexdigest()
     rows = _resume(out, key)
     with progress("frontier", len(values)) as bar, open(path, "a" if rows else "w", newline="") as handle:

@@ -313,7 +313,9 @@ def read_rows(task: str, patterns: Sequence[str], directory: Path, given: bool) 
             if text.startswith("[")
             else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
-        json.dumps(rows, ensure_ascii=False).encode()  # half a surrogate pair, which no tokenizer takes, is no text
+        json.dumps(
+            rows, ensure_ascii=False, allow_nan=False
+        ).encode()  # half a surrogate pair, which no tokenizer takes, is no text
     except (OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"task {task}: {found[0]} cannot be read as rows of JSON ({first_line(error)})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
