@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, writing
+from puzzle.base.units import bytes_text
 
 SCHEMA = 1  # of files whose content has not changed since the first version
 
@@ -92,10 +93,15 @@ def read_any(path: Path, made_by: str) -> dict[str, Any]:
 
 
 def content_hash(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`. [64 hex digits]"""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    ).hexdigest()
+    """sha256 of the canonical JSON of `value`, of sets sorted. [64 hex digits]"""
+    told = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_sorted)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _sorted(value: Any) -> list[Any]:
+    if not isinstance(value, set | frozenset):
+        raise TypeError(f"{type(value).__name__} is no JSON")
+    return sorted(value)
 
 
 def file_hash(path: Path) -> str:
@@ -141,12 +147,17 @@ def claim_output(out: Path, force: bool, reads: Iterable[str | Path | None] = ()
             raise UserError(f"`out` {out} is, or holds, {one}, which is read: choose another directory")
 
 
-def free_bytes(directory: Path) -> int:
-    """Of the disk that `directory`, which may yet have to be created, is on."""
+def check_room(directory: Path, needed: int, who: str, parts: str = "") -> None:
+    """Raise UserError where `directory`, which may yet have to be created, will not hold `needed` bytes, those that are in it counted.
+    who: what needs them, with its verb; parts: of them, in words that end with a separator."""
     there = directory.absolute()
     while not there.exists():
         there = there.parent
-    return shutil.disk_usage(there).free
+    free, held = shutil.disk_usage(there).free, sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    if (more := needed - held) > free:
+        raise UserError(
+            f"{who} {bytes_text(more)} of disk ({parts}predicted) and {bytes_text(free)} are free: free some space, or choose another place"
+        )
 
 
 def check_writable(directory: Path) -> None:

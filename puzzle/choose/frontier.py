@@ -6,7 +6,6 @@ OUT/frontier.csv grows a row a point, so that an interrupted run goes on; OUT/fr
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from puzzle.base.console import progress
 from puzzle.base.errors import UserError
-from puzzle.base.files import json_text, read_json, write_json
+from puzzle.base.files import content_hash, json_text, read_json, write_json
 from puzzle.base.lock import holding
 from puzzle.choose.goal import AXES, BY_OPTION, Target
 from puzzle.choose.problem import Selection
@@ -46,14 +45,9 @@ def library_frontier(selection: Selection, axis: str, count: int, out: Path) -> 
 def _grown(selection: Selection, axis: str, values: list[float], out: Path) -> list[dict]:
     """The rows of frontier.csv after those that were missing are there, in the order of the file."""
     costs, request, path = selection.costs, selection.request, out / "frontier.csv"
-    posed = [
-        asdict(selection.problem(batch)) for batch in selection.batches
-    ]  # all that an answer depends on, but for how
     how = [request.backend, request.time_limit, request.baseline, request.same_batch]
-    told = json.dumps(
-        [axis, values, costs.table.hash, how, posed], sort_keys=True, allow_nan=False, default=sorted
-    )  # sets, in an order
-    key = hashlib.sha256(told.encode()).hexdigest()
+    posed = [asdict(selection.problem(batch)) for batch in selection.batches]
+    key = content_hash([axis, values, costs.table.hash, how, posed])
     rows = _resume(out, key)
     with progress("frontier", len(values)) as bar, open(path, "a" if rows else "w", newline="") as handle:
         writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")

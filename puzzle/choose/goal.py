@@ -41,8 +41,7 @@ class Limit:
     figure, which relative targets multiply. resource: of the selection problem; bound: (target, batch, workload) -> the most that
     the resource may be, and reached: the figure that an amount of the resource means. words: what to say of the best figure that
     can be reached, with {value} and, where it says more, {times}, a multiple, or {bytes}, of a size; unit: of what was asked for,
-    {absolute}; larger: whether more is better. of_workload: whether
-    each workload has its own."""
+    {absolute}; larger: whether more is better. of_workload: whether each workload has its own."""
 
     option: str
     read: Callable[[str, str], float]

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from puzzle.base.errors import UserError, first_line, writing
-from puzzle.base.files import free_bytes, read_json, write_json
+from puzzle.base.files import check_room, read_json, write_json
 from puzzle.base.ranks import Ranks
-from puzzle.base.units import bytes_text
 from puzzle.heal.train import Trainer
 
 CHECKPOINT_BYTES = 12  # per trained parameter: weight and two moments
@@ -71,13 +70,7 @@ class WorkDir:
 
     def check_disk(self, trainer: Trainer) -> None:
         """Raise UserError where checkpoints and child will not fit, before anything is trained."""
-        held = sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
-        needed, free = disk_bytes(trainer) - held, free_bytes(self.path)
-        if needed > free:
-            raise UserError(
-                f"checkpoints in {self.path} and the healed child need {bytes_text(needed)} of disk (predicted) and {bytes_text(free)} are "
-                "free: free some space, or choose another place"
-            )
+        check_room(self.path, disk_bytes(trainer), f"checkpoints in {self.path} and the healed child need")
 
     def newest(self) -> int:
         """The step of the newest whole checkpoint, 0 when there is none."""

@@ -106,8 +106,8 @@ class BuildOptions:
 
 
 def check_library_directory(out: Path) -> None:
-    """Raise UserError for a directory that cannot be written, or holds files and no library. Directories may be there before: costs, or a sliced parent
-    of the library's own."""
+    """Raise UserError for a directory that cannot be written, or holds files and no library. Directories may be there before: costs, or a
+    sliced parent of the library's own."""
     check_writable(out)
     if out.is_dir() and not (out / "library.json").is_file():
         foreign = sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith("."))

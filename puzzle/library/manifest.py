@@ -45,7 +45,11 @@ def score_of(scores: Mapping[str, Mapping[str, float]], variants: Replacement) -
     as `Library.scores`. Raises KeyError with the name of what has none."""
     replaced = {slot: name for slot, name in variants.items() if name != PARENT}
     joint = scores.get(score_name(replaced))
-    return joint["kl"] if joint is not None else sum(scores[score_name({s: n})]["kl"] for s, n in replaced.items())
+    return (
+        joint["kl"]
+        if joint is not None
+        else sum((scores[score_name({s: n})]["kl"] for s, n in replaced.items()), start=0.0)
+    )
 
 
 @dataclass(frozen=True, slots=True)

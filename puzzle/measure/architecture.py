@@ -223,9 +223,9 @@ def architecture_path(path: Path) -> Path:
 
 
 def write_architecture(path: Path, architecture: Architecture) -> None:
-    """With what was measured beside it for the one that was there removed."""
+    """What was measured beside an architecture.json that was there is removed with it."""
     with writing(path):
-        for name in FINALISTS:
+        for name in FINALISTS if path.name == "architecture.json" else ():
             path.with_name(name).unlink(missing_ok=True)
     write_json(path, architecture.to_json(), SCHEMA)
 

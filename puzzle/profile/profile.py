@@ -174,7 +174,7 @@ def profile(
     # Other: of an interrupted run with another grid.
     taken, other = list[CostRow](), list[CostRow]()
     for row in _read_rows(partial):
-        (taken if (row.part, At(row.phase, row.batch, row.context)) in asked else other).append(row)
+        (taken if _place(row) in asked else other).append(row)
     rows = _medians(taken)
     write_costs(path, rows)
     if other:
@@ -253,4 +253,9 @@ def _read_done(partial: Path, facts: Mapping[str, str]) -> Counter[tuple[str, At
         return Counter()
     rows = [r for r in _read_rows(partial) if r.device == facts["device"] and r.precision == facts["precision"]]
     write_costs(partial, rows)
-    return Counter((r.part, At(r.phase, r.batch, r.context)) for r in rows)
+    return Counter(map(_place, rows))
+
+
+def _place(row: CostRow) -> tuple[str, At]:
+    """Which point of which part it is."""
+    return row.part, At(row.phase, row.batch, row.context)

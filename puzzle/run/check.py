@@ -9,7 +9,7 @@ from pathlib import Path
 
 from puzzle.base.device import check_gpu
 from puzzle.base.errors import UserError
-from puzzle.base.files import check_writable, free_bytes
+from puzzle.base.files import check_room, check_writable
 from puzzle.base.ranks import running_ranks
 from puzzle.base.units import bytes_text, parse_layers
 from puzzle.base.workload import Workload
@@ -266,11 +266,5 @@ def check_heal(heal: HealOptions) -> None:
 
 def check_disk(out: Path, needed: dict[str, int]) -> None:
     """Raise UserError where the stages' files do not fit. needed: bytes of each stage, less what is there already."""
-    free, held = free_bytes(out), sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-    total = max(0, sum(needed.values()) - held)
-    if total > free:
-        stages = ", ".join(f"{name} {bytes_text(count)}" for name, count in needed.items() if count)
-        raise UserError(
-            f"{out} needs {bytes_text(total)} of disk ({stages}; predicted) and {bytes_text(free)} are free: free some "
-            "space, or choose another place"
-        )
+    stages = ", ".join(f"{name} {bytes_text(count)}" for name, count in needed.items() if count)
+    check_room(out, sum(needed.values()), f"{out} needs", f"{stages}; ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 
@@ -55,29 +55,29 @@ NEEDED = {"filter_list": ("name", "filter"), "step": ("function",), "metric_list
 
 def wrong_form(config: Mapping[str, Any]) -> str | None:
     """The first value that is of no form that is read, and what it must be; None: there is none."""
-    told = _first_wrong("", config)
+    return next(_wrong(config), None)
+
+
+def _wrong(config: Mapping[str, Any]) -> Iterator[str]:
+    """Nobody may ask for more than the first: what comes after it takes it as right."""
+    yield from _wrong_values("", config)
     for name in ("dataset_kwargs", "generation_kwargs", "metric_list", "filter_list"):
         inside = config.get(name) or []
         for one in inside if isinstance(inside, list) else [inside]:
-            told = told or _first_wrong(name, one)
-            for step in one.get("filter", ()) if name == "filter_list" and told is None else ():
-                told = told or _first_wrong("step", step)
-                if told is None and step["function"] == "regex" and "regex_pattern" not in step:
-                    told = "a step regex has no regex_pattern: write what it looks for"
-    if told is not None:
-        return told
+            yield from _wrong_values(name, one)
+            for step in one.get("filter", ()) if name == "filter_list" else ():
+                yield from _wrong_values("step", step)
+                if step["function"] == "regex" and "regex_pattern" not in step:
+                    yield "a step regex has no regex_pattern: write what it looks for"
     for name, key in (("metric_list", "metric"), ("filter_list", "name")):
         given = [one[key] for one in config.get(name) or []]
-        if twice := [one for one in given if given.count(one) > 1]:
-            return f"{name} has {twice[0]} twice: leave one out"
-    return None
+        yield from (f"{name} has {one} twice: leave one out" for one in given if given.count(one) > 1)
 
 
-def _first_wrong(place: str, values: Mapping[str, Any]) -> str | None:
-    if missing := [name for name in NEEDED.get(place, ()) if name not in values]:
-        return f"{place} has an entry without {missing[0]}: write it"
+def _wrong_values(place: str, values: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{place} has an entry without {one}: write it" for one in NEEDED.get(place, ()) if one not in values)
     for name, value in values.items():
-        form = FORMS.get(f"{place} {name}".strip())
+        told = f"{place} {name}".strip()
+        form = FORMS.get(told)
         if form is not None and not form.fits(value) and not (form.null and value is None):
-            return f"{f'{place} {name}'.strip()} is {value!r}: give {form.words}"
-    return None
+            yield f"{told} is {value!r}: give {form.words}"

@@ -287,7 +287,8 @@ def _check_read(config: Mapping[str, Any]) -> None:
 
 
 def read_rows(task: str, patterns: Sequence[str], directory: Path, given: bool) -> list[Row]:
-    """Of the first pattern that a file has. given: whether the user named the directory. Raises UserError for none, for several, and for one that is no table of JSON."""
+    """Of the first pattern that a file has. given: whether the user named the directory. Raises UserError for none, for several, and for one
+    that is no table of JSON."""
     for pattern in patterns:
         try:
             found = [Path(pattern)] if Path(pattern).is_file() else sorted(directory.glob(pattern.lstrip("/")))
@@ -313,9 +314,8 @@ def read_rows(task: str, patterns: Sequence[str], directory: Path, given: bool) 
             if text.startswith("[")
             else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
-        json.dumps(
-            rows, ensure_ascii=False, allow_nan=False
-        ).encode()  # half a surrogate pair, which no tokenizer takes, is no text
+        # Half a surrogate pair, which no tokenizer takes, cannot be encoded.
+        json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
     except (OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"task {task}: {found[0]} cannot be read as rows of JSON ({first_line(error)})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):

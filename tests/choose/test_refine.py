@@ -389,8 +389,15 @@ def test_a_single_sequence_says_no_error(puzzle, own_library, corpus, tmp_path, 
 def test_what_was_written_for_another_question_goes(puzzle, own_library, corpus, tmp_path):
     out = tmp_path / "s"
     assert puzzle("solve", own_library, *SOLVE, "--finalists", 3, "--data", corpus, *TEXT, "--out", out).exit_code == 0
+    there = {path.name for path in out.iterdir()}
+    assert puzzle("solve", own_library, *SOLVE, "--diverse", 2, "--out", out).exit_code == 0
+    assert {path.name for path in out.iterdir()} == there | {"architecture-01.json", "architecture-02.json"}
     assert puzzle("solve", own_library, *SOLVE, "--out", out).exit_code == 0
-    assert [path.name for path in out.iterdir()] == ["architecture.json"]
+    assert {path.name for path in out.iterdir()} == {
+        "architecture.json",
+        "architecture-01.json",
+        "architecture-02.json",
+    }
     for count in (3, 2):
         assert puzzle("solve", own_library, *SOLVE, "--diverse", count, "--out", tmp_path / "d").exit_code == 0
         assert len(list((tmp_path / "d").iterdir())) == count
