@@ -69,29 +69,32 @@ def no_gpu() -> None:
     raise RuntimeError("No CUDA GPUs are available")
 
 
+# In place of torch.cuda's. The seeds: torch 2.11 counts the GPUs that are visible when it seeds them, and keeps their number.
+NO_GPU = {"is_available": lambda: False, "init": no_gpu, "manual_seed_all": lambda seed: None}
+GPU_AGAIN = {name: getattr(torch.cuda, name) for name in NO_GPU}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def on_the_cpu():
     """Whatever the machine has, there is no GPU in this process nor in those that it starts: what tests compare is float32 of a
     CPU, and bf16 of a GPU would be other numbers. Session-wide, since fixtures make libraries and models too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.cuda, "init", no_gpu)
+        for name, function in NO_GPU.items():
+            patch.setattr(torch.cuda, name, function)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
-
-
-GPU_AGAIN = (torch.cuda.is_available, torch.cuda.init)
 
 
 @pytest.fixture
 def gpu(on_the_cpu, monkeypatch) -> bool:
     """The machine as it is, for as long as a test lasts: is there a GPU?"""
-    for name, function in zip(("is_available", "init"), GPU_AGAIN, strict=True):
+    for name, function in GPU_AGAIN.items():
         monkeypatch.setattr(torch.cuda, name, function)
     if VISIBLE is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+    torch.cuda.manual_seed_all(0)
     return GPU
 
 

@@ -150,7 +150,7 @@ library() { children library "$WORK/library-$LANE.csv" mip library; }
 chosen() { there chosen && children chosen "$RESULTS/chosen.csv" "$METHODS" $PARTS --tokens "$HEAL_TOKENS"; }
 
 long() {
-  there long && TASK_METHODS=$LONG_METHODS children long "$RESULTS/chosen_long.csv" "$LONG_METHODS" choose measure heal ${TASKS:+tasks} --tokens "$LONG_TOKENS"
+  there long && TASK_METHODS=$LONG_METHODS children long "$RESULTS/chosen_long.csv" "$LONG_METHODS" choose measure bench heal ${TASKS:+tasks} --tokens "$LONG_TOKENS"
 }
 
 rank() { # rank SPEED: in a copy of the library, with measurements of its own

@@ -38,9 +38,28 @@ def test_a_marked_test_sees_the_gpu(picked):
     assert torch.cuda.is_available()
 
 
+@pytest.fixture
+def seeds(monkeypatch) -> list[object]:
+    """What is asked of every GPU that is visible, whose number torch 2.11 then keeps."""
+    asked: list[object] = []
+    monkeypatch.setattr(torch.cuda.random, "_lazy_call", lambda callback, **settings: asked.append(callback))
+    return asked
+
+
+def test_a_gpu_that_is_hidden_is_not_seeded(seeds):
+    torch.manual_seed(0)
+    assert not seeds
+
+
+def test_a_gpu_that_is_seen_is_seeded(seeds, gpu):
+    assert len(seeds) == 1
+    torch.manual_seed(0)
+    assert len(seeds) == 2
+
+
 def test_whatever_the_machine_has(tmp_path):
-    """Both of the above where torch says that there is a GPU."""
-    asked = ("-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'pt'}", "-k", "picked or marked", __file__)
+    """All of the above where torch says that there is a GPU."""
+    asked = ("-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'pt'}", "-k", "not whatever", __file__)
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", WITH_A_GPU, *asked], cwd=root, capture_output=True, text=True)
-    assert "2 passed, 1 deselected" in done.stdout, done.stdout
+    assert "4 passed, 1 deselected" in done.stdout, done.stdout
