@@ -8,7 +8,7 @@
 #     selection    ranks of children near the optimum, and every way to choose                             selection.csv
 #     chosen       every way to choose and the baselines: chosen, measured, healed on HEAL_TOKENS; where TASKS is set,
 #                  the tasks of TASK_METHODS before and after                                              chosen.csv
-#     long         LONG_METHODS of `chosen`, healed on LONG_TOKENS; their tasks where TASKS is set          chosen_long.csv
+#     long         the same of LONG_METHODS, healed on LONG_TOKENS; their tasks after it where TASKS is set chosen_long.csv
 #     coupled      a second pass of distillation for the MIP's child at the last of SPEEDS                 coupled.csv
 #
 # Several GPUs share WORK: GPUS=0,1,2 starts a lane on each (0,0,0: three on one, where one loads and reads while others heal), or call the
@@ -25,7 +25,7 @@
 #   TASKS=sets SPEEDS=1.5 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK library chosen    # benchmarks/results/chosen.csv, 1.5x
 #   TASKS=sets SPEEDS=2 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK library chosen      # benchmarks/results/chosen.csv, 2x
 #   SPEEDS=2 benchmarks/gpu/selection.sh WORK coupled                                   # benchmarks/results/coupled.csv, of the same WORK
-#   TASKS=sets SPEEDS=2 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK long                # benchmarks/results/chosen_long.csv, of the same WORK
+#   TASKS=sets SPEEDS=2 GPUS=0,0,0 benchmarks/gpu/selection.sh WORK library long        # benchmarks/results/chosen_long.csv
 #
 # Rehearsal on a CPU, of the reference parent:
 #
