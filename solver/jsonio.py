@@ -46,6 +46,8 @@ def read_problem(path: Path) -> tuple[Problem, Diverse | None]:
         raise ProblemError(f"{path} cannot be read ({error})") from error
     except json.JSONDecodeError as error:
         raise ProblemError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise ProblemError(f"{path} is not JSON that can be read ({error})") from error
     return parse_problem(raw, str(path))
 
 

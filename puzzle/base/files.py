@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,14 @@ def finite(value: Any, where: str = "") -> Any:
     return None
 
 
+def parse_json(text: str | bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Raises ValueError for what is no JSON, is nested too deeply or has a number of too many digits."""
+    try:
+        return json.loads(text, parse_constant=parse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_json(path: Path, value: dict[str, Any], schema: int = SCHEMA) -> None:
     """Write `value` with `"schema"` first, atomically, as `json_text` does."""
     write_text(path, json_text({"schema": schema, **value}) + "\n")
@@ -82,10 +90,10 @@ def read_json(path: Path, made_by: str, schema: int = SCHEMA) -> dict[str, Any]:
 def read_any(path: Path, made_by: str) -> dict[str, Any]:
     """The same, of any schema."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: make it with `{made_by}`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): make it again with `{made_by}`") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not an object: make it again with `{made_by}`")

@@ -103,6 +103,14 @@ def check_positive(options: object, *names: str) -> None:
                 positive(name, one)
 
 
+def check_text(name: str, text: str) -> None:
+    """Raise UserError for what no tokenizer takes: bytes of a command line that are not UTF-8, or half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"`{name}` {text!r} is no text in UTF-8: write it in UTF-8") from error
+
+
 def check_seed(seed: int) -> None:
     """Raise UserError unless a random generator takes it."""
     if seed < 0:

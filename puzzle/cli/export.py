@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from puzzle.base.errors import UserError
+from puzzle.base.files import parse_json
 from puzzle.base.units import parse_bytes
 from puzzle.cli import options
 from puzzle.cli.modes import Mode, Verb
@@ -86,7 +86,7 @@ def export_command(
     from puzzle.export.write import export, open_source
 
     try:
-        evaluation = None if measured is None else json.loads(measured.read_text(encoding="utf-8"))
+        evaluation = None if measured is None else parse_json(measured.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"`measured` {measured} cannot be read ({error}): save what `puzzle evaluate --json` prints"

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from puzzle.base.errors import UserError, nearest
+from puzzle.base.yaml_text import parse_yaml
 from puzzle.data.documents import Source
 
 _KEYS = ("name", "path", "weight", "max_epochs", "text_field", "messages", "loss")
@@ -32,7 +33,7 @@ LOSSES = ("all", "assistant")
 def read_blend(path: Path) -> list[Source]:
     """The sources of a blend file. Raises UserError, naming file, source and value, for anything wrong in it."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"`blend` {path} does not exist: give a YAML file with a list of sources") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

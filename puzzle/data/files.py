@@ -10,7 +10,6 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import os
 import zlib
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, first_line
+from puzzle.base.files import parse_json
 
 TEXT_SUFFIXES = frozenset((
     ".txt", ".md", ".rst", ".py", ".pyi", ".c", ".h", ".cpp", ".hpp", ".cc", ".cu", ".rs", ".go", ".java", ".js", ".ts",
@@ -208,8 +208,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parsed(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UserError(f"{where} is not JSON ({getattr(error, 'msg', error)}): mend or remove it") from error
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, writing
-from puzzle.base.files import json_text, write_text
+from puzzle.base.files import json_text, parse_json, write_text
 
 
 class Log:
@@ -41,8 +40,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            found.append(parse_json(line))
+        except ValueError:
             break
     return found
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from puzzle.base.errors import UserError
+from puzzle.base.units import check_text
 from puzzle.data.tokenizer import load_tokenizer
 from puzzle.parents.structure import Structure
 from puzzle.runtime.model import CausalModel
@@ -23,6 +24,8 @@ SEED = 0  # of every prompt and model anew, so that all draw the same numbers
 
 def encode(prompts: Sequence[str], directory: Path, structure: Structure) -> list[list[int]]:
     """Token ids of each prompt. Raises UserError for one that gives none, or leaves no room for the continuation."""
+    for prompt in prompts:
+        check_text("prompts", prompt)
     tokenizer = load_tokenizer(directory)
     found = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
     for prompt, ids in zip(prompts, found, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,11 @@ def _evaluate(
     say(f"measuring divergence on {tokens.validation.numel():,} held-out tokens, both models {plan.told()}")
     whole, cut = (Layered(w, on, compute_dtype(on), streamed=plan.streamed, forward=True) for w in opened.weights)
     against = compare_layered(whole, cut, tokens.validation, plan, ranks)
+    for model, figure in ((parent, "parent_loss"), (child, "lm_loss"), (child, "kl")):
+        if not math.isfinite(against[figure]):
+            raise UserError(
+                f"{model.name} gives logits that are no numbers (NaN or infinity) on the held-out text: look at its weights, or make it again"
+            )
     said = None
     if options.prompts and ranks.is_first and whole.model is not None and cut.model is not None:
         said = continuations({"parent": whole.model, "child": cut.model}, options.prompts, opened.tokenizer)

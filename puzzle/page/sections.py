@@ -195,6 +195,9 @@ def frontier(run: Found) -> str:
 
     def finalists(told: str, value: Any) -> str:
         points = [(one["sum_of_scores"], one["kl"]) for one in value["children"]]
+        numbers(*(figure for point in points for figure in point))
+        if type(value["best"]) is not int or not 0 <= value["best"] < len(points):
+            raise ValueError(f"best {value['best']!r} is none of {len(points)} children")
         best = Series("lowest KL", [points[value["best"]]], 1, "", "filled")
         labels = ("finalists", "sum of scores, nats/token (predicted)", "KL, nats/token (measured)")
         made = chart(*labels, [Series("children", points, 0, "", "filled"), best])
@@ -216,6 +219,7 @@ def tasks(run: Found) -> str:
                     else {"documents": one.get("documents"), **each, **one["differences"].get(metric, {})}
                 )
                 rows.append({"task": task, "metric": metric or None, **flat(shown)})
+                numbers(*(figure for figure in rows[-1].values() if isinstance(figure, float)))
         columns = list(dict.fromkeys(key for row in rows for key in row))
         head = say(f"{name}: measured on {value.get('device', 'an unnamed device')}; [intervals].")
         return head + table(columns, [[row.get(key) for key in columns] for row in rows], 2) if rows else ""
@@ -243,6 +247,7 @@ def flat(value: Any, within: str = "") -> dict[str, Any]:
     """{"goal": {"throughput": "2x"}} -> {"goal throughput": "2x"}; means with their intervals, short lists as text, others counted."""
     if isinstance(value, Mapping) and {"mean", "low", "high"} <= value.keys():
         low, high = value["low"], value["high"]
+        numbers(value["mean"], low, high)
         value = f"{value['mean']:.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
     elif isinstance(value, Mapping):
         nested = [flat(one, f"{within} {name}".strip()) for name, one in value.items() if one is not None]

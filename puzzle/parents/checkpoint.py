@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puzzle.base.errors import UserError
+from puzzle.base.files import parse_json
 from puzzle.base.finite import all_finite
 from puzzle.kernels.fp8 import from_fp8
 from puzzle.parents import mxfp4
@@ -84,10 +85,10 @@ class Checkpoint:
         path = self.directory / name
         try:
             text = path.read_text(encoding="utf-8")
-            value = json.loads(text, parse_constant=lambda name: {"__float__": name})  # as transformers writes infinity
+            value = parse_json(text, parse_constant=lambda name: {"__float__": name})  # as transformers writes infinity
         except FileNotFoundError:
             raise UserError(f"{self.directory} has no {name}: is it a Hugging Face checkpoint?") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} is not valid JSON ({error}): download the checkpoint again") from error
         if not isinstance(value, dict):
             raise UserError(f"{path} holds {type(value).__name__}, not an object: download the checkpoint again")
@@ -195,7 +196,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as handle:
             length = struct.unpack("<Q", handle.read(8))[0]
-            header = json.loads(handle.read(length))
+            header = parse_json(handle.read(length))
         end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
         if path.stat().st_size != 8 + length + end:
             raise ValueError(f"{path.stat().st_size} bytes instead of {8 + length + end}")

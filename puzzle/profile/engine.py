@@ -16,7 +16,6 @@ The interface is that of `cost_table.CostTable`, so that `solve` prices an engin
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, nearest
-from puzzle.base.files import content_hash, read_json
+from puzzle.base.files import content_hash, parse_json, read_json
 from puzzle.base.machine import gpu_facts
 from puzzle.base.units import PRECISION_BYTES
 from puzzle.base.workload import Workload
@@ -294,7 +293,7 @@ def read_architectures(path: Path) -> dict:
     """architectures.json beside the measurements: {"gpu", "device", "versions", "precision", "date", "architectures": {name:
     {"sub_blocks": {key: count}, "head": "head h… v…"}}}. Raises UserError when a field is missing or a key is not understood."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
         for name, parts in value["architectures"].items():
             parts_of(parts)
             if not all(type(n) is int and n > 0 for n in parts["sub_blocks"].values()):

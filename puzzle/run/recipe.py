@@ -14,6 +14,7 @@ import yaml
 
 from puzzle.base.errors import UserError, nearest, renaming
 from puzzle.base.workload import Workload
+from puzzle.base.yaml_text import parse_yaml
 from puzzle.choose.goal import BY_OPTION, GoalOptions
 from puzzle.choose.options import SolveOptions
 from puzzle.export.engines import ENGINES, ExportOptions
@@ -92,26 +93,12 @@ SECTIONS = ("build", "score", "profile", "goal", "workload", "solve", "fuse", "h
 OPTIONAL = {"fuse": FuseOptions(), "heal": HealOptions(child="", out=Path())}
 
 
-class _EveryKeyOnce(yaml.SafeLoader):
-    """YAML's last value of a key that stands twice would win without a word. Keys are text."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:  # as they are written: 8 and on are names of sizes, no numbers and no truths
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                key.tag = "tag:yaml.org,2002:str"
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key} stands twice")
-        return super().construct_mapping(node, deep)
-
-
 def read_recipe(path: Path, size: str | None = None) -> Recipe:
     """size: the one of the recipe's `sizes` whose values stand in place of the others. Raises UserError, in one line that names the key,
     for a missing file, broken YAML, an unknown key (with the nearest known one), a wrong type, an impossible value or a size that is not
     there."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _EveryKeyOnce)
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read ({error}): see examples/quickstart.yaml") from error
     except yaml.YAMLError as error:

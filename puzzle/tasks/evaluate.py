@@ -14,8 +14,8 @@ import torch
 from puzzle.base.console import say
 from puzzle.base.device import name_of, pick_device
 from puzzle.base.errors import UserError, nearest
-from puzzle.base.lock import holding
-from puzzle.base.units import check_positive
+from puzzle.base.lock import holding_file
+from puzzle.base.units import check_positive, check_text
 from puzzle.measure.measurable import Measurable
 from puzzle.runtime.open import RUN_HERE
 from puzzle.tasks import harness, sandbox
@@ -24,6 +24,7 @@ from puzzle.tasks.model import Model
 from puzzle.tasks.request import Answers
 from puzzle.tasks.statistics import around, difference_interval, mean_interval
 
+MOST_SAMPLES = 1024
 Scores = dict[str, dict[str, Any]]  # {task: {metric: a value of each document, or lm-eval's own {"value", "stderr"}}}
 
 
@@ -52,6 +53,9 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "limit", "samples", "max_new_tokens", "memory_limit")
+        check_text("system", self.system or "")
+        if self.samples > MOST_SAMPLES:
+            raise UserError(f"`samples` {self.samples} of each answer are too many: give {MOST_SAMPLES} at most")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"`temperature` {self.temperature}: 0 is greedy, more is sampled")
         if self.samples > 1 and self.temperature == 0:
@@ -84,7 +88,7 @@ def evaluate_tasks(
     _check_used(options, any(task.generates for task in local) or bool(others))
     with ExitStack() as stack:
         if not dry_run:
-            stack.enter_context(holding(options.answers.absolute().with_name(f".{options.answers.name}.lock")))
+            stack.enter_context(holding_file(options.answers))
         models = _models(parent, child, device, options, dry_run)
         theirs = harness.load(others) if others else {}
         allowed = sandbox.guarantees() if code and not dry_run else None

@@ -37,6 +37,7 @@ FORMS = {
     "target_delimiter": TEXT,
     "fewshot_delimiter": TEXT,
     "num_fewshot": Form("a whole number, 0 or more", lambda value: _is_whole(value, 0), null=True),
+    "fewshot_config samples": Form("a list of rows", lambda v: isinstance(v, list) and all(isinstance(one, dict) for one in v), null=True),
     "dataset_kwargs data_files": Form("a file's name or a list of names, of each split or of all", _are_files, null=True),
     "generation_kwargs until": Form("a text or a list of texts", lambda v: _is_text(v) or _are_texts(v), null=True),
     "generation_kwargs max_gen_toks": Form("a whole number, 1 or more", lambda value: _is_whole(value, 1)),
@@ -61,7 +62,7 @@ def wrong_form(config: Mapping[str, Any]) -> str | None:
 def _wrong(config: Mapping[str, Any]) -> Iterator[str]:
     """Nobody may ask for more than the first: what comes after it takes it as right."""
     yield from _wrong_values("", config)
-    for name in ("dataset_kwargs", "generation_kwargs", "metric_list", "filter_list"):
+    for name in ("dataset_kwargs", "fewshot_config", "generation_kwargs", "metric_list", "filter_list"):
         inside = config.get(name) or []
         for one in inside if isinstance(inside, list) else [inside]:
             yield from _wrong_values(name, one)

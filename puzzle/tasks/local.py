@@ -21,6 +21,8 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 
 from puzzle.base.errors import UserError, first_line
+from puzzle.base.files import parse_json
+from puzzle.base.yaml_text import parse_yaml
 from puzzle.tasks import sandbox
 from puzzle.tasks.form import wrong_form
 from puzzle.tasks.request import Answer, Request
@@ -82,7 +84,7 @@ class LocalTask:
         if isinstance(asked, str):
             try:
                 found = row[asked] if asked in row else ast.literal_eval(self.render("doc_to_choice", row))
-            except (SyntaxError, ValueError):
+            except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
                 found = None
         found = list(found.values()) if isinstance(found, dict) else found
         if not isinstance(found, list) or not found:
@@ -93,7 +95,7 @@ class LocalTask:
         """Which choice is: by its number, or by its text."""
         told, choices = self.render("doc_to_target", row), self.choices(row)
         column = row.get(self.config["doc_to_target"])
-        by_text = isinstance(column, str) or not told.isdigit()
+        by_text = isinstance(column, str) or re.fullmatch("[0-9]{1,9}", told) is None
         number = (choices.index(told) if told in choices else -1) if by_text else int(told)
         if not 0 <= number < len(choices):
             raise UserError(f"task {self.name}: the right answer is {told!r} of {len(choices)} choices in {dict(row)}")
@@ -231,7 +233,7 @@ def read_task(path: Path, data: Path | None, limit: int | None) -> LocalTask:
     """data: directory that the file's data lie in; None: beside it. Raises NotReadHere for what only lm-eval knows, UserError for a broken
     file and for missing data."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = parse_yaml(path.read_text(encoding="utf-8"))
     except yaml.constructor.ConstructorError as error:
         raise NotReadHere(f"{first_line(error)}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -287,11 +289,14 @@ def _check_read(config: Mapping[str, Any]) -> None:
 
 
 def read_rows(task: str, patterns: Sequence[str], directory: Path, given: bool) -> list[Row]:
-    """Of the first pattern that a file has. given: whether the user named the directory. Raises UserError for none, for several, and for one
-    that is no table of JSON."""
+    """Of the first pattern that a file has, in the directory; as a path by itself, or from where we are, where the directory has none. given:
+    whether the user named the directory, and then nowhere else but in a path by itself. Raises UserError for none, for several, and for one that is
+    no table of JSON."""
     for pattern in patterns:
         try:
-            found = [Path(pattern)] if Path(pattern).is_file() else sorted(directory.glob(pattern.lstrip("/")))
+            found = sorted(directory.glob(pattern.lstrip("/")))
+            if not found and Path(pattern).is_file() and (Path(pattern).is_absolute() or not given):
+                found = [Path(pattern)]
         except (ValueError, IndexError, NotImplementedError) as error:
             raise UserError(
                 f"task {task}: {pattern!r} names no file of its data ({error}): give the file's name"
@@ -310,13 +315,13 @@ def read_rows(task: str, patterns: Sequence[str], directory: Path, given: bool) 
         with opened(found[0], "rt", encoding="utf-8") as handle:
             text = handle.read()
         rows = (
-            json.loads(text)
+            parse_json(text)
             if text.startswith("[")
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
+            else [parse_json(line) for line in text.split("\n") if line.strip()]
         )
         # Half a surrogate pair, which no tokenizer takes, cannot be encoded.
         json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
-    except (OSError, EOFError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"task {task}: {found[0]} cannot be read as rows of JSON ({first_line(error)})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"task {task}: {found[0]} has no rows, an object of JSON on each line")

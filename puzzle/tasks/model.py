@@ -218,6 +218,7 @@ class Model:
             batch = max(1, min(MOST[kind], len(wanted), int(0.6 * (memory - size) / each)))
             model = self.opened.load(self.device, dtype)
             self._runtime = open_runtime(model, batch, longest, self.precision, fp8=self.fp8, consume=True)
+            self._runtime.lost = torch.zeros(batch, dtype=torch.bool, device=self.device)
         return self._runtime
 
     def close(self) -> None:
@@ -246,6 +247,7 @@ class Model:
             sums.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0].double())
             likeliest.append(logits.argmax(-1) == target)
         lengths = [one.scored for one in batch]
+        self._check_finite(torch.cat(sums).isfinite().all())
         each = zip(torch.cat(sums).cpu().split(lengths), torch.cat(likeliest).cpu().split(lengths), strict=True)
         return [[float(values.sum()), bool(same.all())] for values, same in each]
 
@@ -264,6 +266,8 @@ class Model:
             runtime.at(0)
             self._steps[sampled] = runtime.replayed(runtime.step)
         draw(position)
+        assert runtime.lost is not None
+        runtime.lost.zero_()
         runtime.prefill(given[:, :first])
         last = max(len(one.ids) + one.new for one in batch) - 1
         while True:
@@ -274,10 +278,19 @@ class Model:
                 tokens = torch.stack(seen, dim=1).tolist()
                 found = [self._said(one, tokens[n][len(one.ids) - first :]) for n, one in enumerate(batch)]
                 if position == last or all(done for _, done in found):
+                    assert runtime.lost is not None
+                    self._check_finite(~runtime.lost.any())
                     return [text for text, _ in found]
             position += 1
             draw(position)
             self._steps[sampled]()
+
+    def _check_finite(self, told: Tensor) -> None:
+        """told: whether all logits of this batch were numbers. Raises UserError where they were not: none of its answers is kept."""
+        if not told:
+            raise UserError(
+                f"{self.told} gives logits that are no numbers (NaN or infinity), and answers nothing: look at its weights, or make it again"
+            )
 
     def _sampling(self, runtime: Runtime, rows: list[Encoded]) -> Callable[[int], None]:
         """Set the runtime to sample, or not. Gives what draws the noise of the token at a position: the same for a request, whatever stands
