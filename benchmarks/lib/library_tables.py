@@ -11,7 +11,7 @@ def bld(rows: list[Row]) -> str:
     rates = list(dict.fromkeys(r["lr"] for r in rows))
     head = f"{int(first['tokens']):,} tokens at {', '.join(rates)}{built if len(rates) == 1 else ''}.\n\n"
     told = {"sub-block": "kind", "variant": "variant"} | ({"rate": "lr"} if len(rates) > 1 else {})
-    columns = [*told, "nMSE at init", "trained", "KL at init", "trained", "KL lowered by", "in layers"]
+    columns = [*told, "nMSE at init", "where training ended", "KL at init", "of what is kept", "KL lowered by", "in layers"]
     return head + table(
         columns,
         (
@@ -51,7 +51,7 @@ def linear(rows: list[Row]) -> str:
     layers = [layer for (layer,) in groups(rows, "layer") if layer != "median"]
     told = f"Medians over layers {', '.join(layers)}; {int(rows[0]['tokens']):,} tokens at {rows[0]['lr']}."
     return f"{told}\n\n" + table(
-        ["in place of", "map", "initialisation", "nMSE at init", "trained", "KL at init", "trained"],
+        ["in place of", "map", "initialisation", "nMSE at init", "where training ended", "KL at init", "of what is kept"],
         (
             [r["slot"], r["map"], r["initialisation"],
              *(number(r[column], 3) for column in ("nmse", "nmse_trained", "kl", "kl_trained"))]

@@ -1,4 +1,4 @@
-"""What is left, after healing, of what choosing by measured divergence buys; and what a road in steps buys.
+"""What is left, after healing, of what choosing by measured divergence buys, beside simple rules and a road in steps.
 
 Protocol: one library and one cost table, of RECIPE without its healing. At every speed-up, by `solve`: the additive MIP (`mip`), the best
 of finalists (`finalists`), with interactions (`pairs`), after new scores around the MIP's child (`rescored`), around the best of

@@ -15,6 +15,7 @@ from puzzle.blocklib.distill import Recipe
 from puzzle.blocklib.variant import PARENT
 from puzzle.data.packing import TokenData
 from puzzle.library.manifest import SCHEMA, Space
+from puzzle.library.store import BlockStore
 from puzzle.parents.opened import HfModel
 from puzzle.parents.point import Point, point_of
 
@@ -28,8 +29,9 @@ def write_library(
     spaces: Mapping[int, Mapping[str, Space]],
     first: Mapping[str, Any] | None = None,
 ) -> None:
-    """New, or the same parent with the search space widened. spaces: per layer and slot; first: as `origin_facts`, where the parent is a
-    healed child. Raises UserError for another parent or origin."""
+    """New, or the same parent with the search space widened; what was asked for before and has no block, since that build was stopped, is no
+    longer offered. spaces: per layer and slot; first: as `origin_facts`, where the parent is a healed child. Raises UserError for another
+    parent or origin."""
     fingerprint, point = parent.checkpoint.fingerprint(), point_of(parent.directory)
     path, source = root / "library.json", parent.source
     layers: dict[str, dict[str, dict[str, str]]] = {}
@@ -38,8 +40,11 @@ def write_library(
         try:
             theirs, before = str(old["parent"]["fingerprint"]), (old.get("origin") or old["parent"]).get("name")
             there = old["layers"] if old.get("schema") == SCHEMA else {}
-            layers = {index: {slot: {**keys} for slot, keys in slots.items()} for index, slots in there.items()}
-        except (KeyError, TypeError, AttributeError) as error:
+            layers = {
+                index: {slot: _made(root, int(index), slot, keys) for slot, keys in slots.items()}
+                for index, slots in there.items()
+            }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"{path} is broken ({error}): remove it, and run the same command again; it keeps all blocks"
             ) from error
@@ -81,6 +86,12 @@ def write_library(
         "layers": {index: layers[index] for index in sorted(layers, key=int)},
     }
     write_json(path, facts, SCHEMA)
+
+
+def _made(root: Path, layer: int, slot: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """Those of these variants that have a block."""
+    paths = {name: BlockStore(root).path(layer, slot, name).with_suffix(".json") for name in keys}
+    return {name: key for name, key in keys.items() if paths[name].is_file()}
 
 
 def origin_facts(origin: HfModel) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from puzzle.base.errors import UserError, writing
-from puzzle.base.lock import holding
+from puzzle.base.lock import holding, holding_file
 
 SOLVE = ("--gpu", "cpu", "--input-len", 16, "--output-len", 16, "--throughput", "1.1x")
 
@@ -179,6 +179,30 @@ def test_a_lock_leaves_no_directory_behind(tmp_path):
         with holding(tmp_path / "a" / "b"):
             assert (tmp_path / "a/b/.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
         assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_locked_by_whatever_name(tmp_path):
+    """What a killed process has left there is taken over, and goes."""
+    place, name = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    place.touch()
+    name.symlink_to(place)
+    (tmp_path / ".a.jsonl.lock").write_text("process 1 on nowhere")
+    code = HOLDER.replace("holding", "holding_file")
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    holder = subprocess.Popen([sys.executable, "-c", code, str(place)], **options)
+    assert holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(
+            UserError, match=f"b.jsonl is being changed by process {holder.pid} on .*: wait for it, or use another file"
+        ),
+        holding_file(name),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with holding_file(name):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".a.jsonl.lock", "a.jsonl", "b.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 
 def test_a_limit_below_what_is_possible(puzzle, one_line_error, places):

@@ -163,6 +163,30 @@ def test_a_library_can_be_widened(parent, corpus, tmp_path):
         assert list(space["ffn"]) == ["parent", "none", "0.25"]
 
 
+def test_what_a_stopped_build_has_not_made_is_not_offered(puzzle, parent, corpus, tmp_path, monkeypatch):
+    """To the next one, which asks for other variants and is whole; asked for again it is made."""
+    out = tmp_path / "lib"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("puzzle.library.build.Builder._run_group", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_library(str(parent), options(corpus, out, attention="kv1", ffn="none"))
+    assert [*Library.open(out).spaces[0]["attention"]] == ["parent", "kv1"]
+    build_library(str(parent), options(corpus, out, attention="none", ffn="none"))
+    for space in Library.open(out).spaces:
+        assert {slot: list(names) for slot, names in space.items()} == {
+            "attention": ["parent", "none"],
+            "ffn": ["parent", "none"],
+        }
+    done = puzzle("score", out, "--data", corpus, "--parent", parent, "--sequences", 2, "--seq-len", 32)
+    assert done.exit_code == 0, (done.output, done.exception)
+    build_library(str(parent), options(corpus, out, attention="kv1", ffn="none"))
+    assert [*Library.open(out).spaces[0]["attention"]] == ["parent", "none", "kv1"]
+
+
 def test_damaged_blocks_are_trained_again(parent, corpus, tmp_path):
     out = tmp_path / "lib"
     build_library(str(parent), options(corpus, out, attention="kv1", ffn="0.5"))

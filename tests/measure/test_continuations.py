@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from puzzle.measure import continuations as module
@@ -52,9 +54,23 @@ def test_evaluate_shows_them(puzzle, parent, child, corpus):
             "ab " * 200,
             "--prompt has one of 401 tokens: with 48 more they exceed the parent's context of 256; shorten it",
         ),
+        ("x\udcff", "--prompt 'x\\udcff' is no text in UTF-8"),
     ],
-    ids=["empty", "blank", "long"],
+    ids=["empty", "blank", "long", "bytes"],
 )
 def test_prompts_that_are_refused(puzzle, one_line_error, parent, child, corpus, prompt, message):
     asked = ("--data", corpus, *COMMON, "--prompt", "import os", "--prompt", prompt)
     one_line_error(puzzle("evaluate", parent, child, *asked), message)
+
+
+@pytest.mark.parametrize("which", ["parent", "child"])
+def test_a_model_of_no_numbers_is_named(puzzle, one_line_error, parent, child, corpus, tmp_path, poison, which):
+    """Weights that are numbers, and logits that are none; with --json as without."""
+    models = {"parent": parent, "child": child}
+    models[which] = shutil.copytree(models[which], tmp_path / "broken")
+    poison(models[which], "model.norm.weight", lambda scale: torch.full_like(scale, 3e38))
+    for more in ((), ("--json",)):
+        one_line_error(
+            puzzle("evaluate", *models.values(), "--data", corpus, *COMMON, *more),
+            "broken gives logits that are no numbers",
+        )

@@ -179,6 +179,11 @@ def test_a_library_alone(puzzle, library, tmp_path):
         ("evaluate.json", '{"child": {"kl": "far"}, "parent": {}, "device": "cpu", "precision": "bf16"}'),
         ("result.json", '{"schema": 1}'),
         ("tasks.json", '{"tasks": [1]}'),
+        ("tasks.json", "[" * 100_000),
+        *(("tasks.json", json.dumps({"tasks": {"a": {"documents": 3, "metrics": {"acc": {"child": one}}, "differences": {}}}}))
+          for one in ({"mean": math.nan, "low": None, "high": None}, {"mean": 1, "low": 0, "high": math.inf}, math.nan)),
+        *(("measured/finalists.json", json.dumps({"best": best, "children": [{"sum_of_scores": 1.0, "kl": kl}, {"sum_of_scores": 2.0, "kl": 1.0}]}))
+          for best, kl in ((-1, 1.0), (0.0, 1.0), (0, math.nan), (0, math.inf))),
         ("recipe.json", "\x00"),
         ("frontier/frontier.csv", "value,batch\n1,2\n"),
         ("frontier/frontier.json", "nothing"),
@@ -192,7 +197,7 @@ def test_a_library_alone(puzzle, library, tmp_path):
         ("library/blocks/L01/ffn/0.5.json", "{}"),
         ("library/costs/cpu/tiny.csv", "versions,device,date\n1\n"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_file_is_named(puzzle, one_line_error, own, name, text):
     """And the page that is there stays."""
     (own / "report.html").write_text("before")

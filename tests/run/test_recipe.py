@@ -151,6 +151,8 @@ def test_paths_are_relative_to_the_recipe(write, tmp_path):
         ("parent: [p]", "parent is ['p'], it must be text"),
         ("parent: p\ndevice: null", "device is None, it must be text"),
         ("parent: [", "not valid YAML"),
+        ("parent: 2020-99-99", "not valid YAML"),
+        ("parent: " + "[" * 3000, "not valid YAML (it is nested too deeply"),
         ("parent: p\ngoal: 2x", "'goal' is '2x'"),
         (
             "parent: p\nheal: {stages: '32:1k', tokens: 5}",

@@ -151,6 +151,8 @@ REFUSED = {
     "code": (["--tasks", "humaneval", "--task-data", "DATA"], "runs generated code", "--run-code"),
     "unused": (["--tasks", "hellaswag", "--task-data", "DATA", "--max-new-tokens", 5], "--max-new-tokens 5 is for generated answers", "leave it out"),
     "samples": (["--tasks", "gsm8k", "--task-data", "DATA", "--samples", 3], "--samples 3 are all alike", "--temperature"),
+    "too many samples": (["--tasks", "gsm8k", "--task-data", "DATA", "--samples", 10**9, "--temperature", 1], "--samples 1000000000 of each answer are too many", "1024 at most"),
+    "no text": (["--tasks", "gsm8k", "--task-data", "DATA", "--chat", "--system", "\udcff"], "--system '\\udcff' is no text in UTF-8", ""),
     "no chat": (["--tasks", "gsm8k", "--task-data", "DATA", "--system", "x"], "--system is part of a chat", "--chat"),
     "precision": (["--tasks", "gsm8k", "--task-data", "DATA", "--precision", "fp8"], "--precision fp8", "float32"),
     "answers": (["--tasks", "gsm8k", "--task-data", "DATA", "--answers", "FOREIGN"], "is no answer of", "--answers"),

@@ -109,6 +109,9 @@ def test_choices_may_be_a_list_or_by_name(read):
         (TEXT, {"filter_list": [{"filter": []}]}, "filter_list has an entry without name"),
         (TEXT, {"filter_list": [{"name": "x", "filter": [{"function": "regex"}]}]}, "a step regex has no regex_pattern"),
         (TEXT, {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "a", "group_select": "0"}]}]}, "step group_select is '0'"),
+        *((CHOICE, {"num_fewshot": 1, "fewshot_config": {"samples": value}}, "samples is .*: give a list of rows") for value in ([5], {"q": 1}, "abc")),
+        *((CHOICE, {"doc_to_target": value}, "the right answer is") for value in ("²", "1" * 5000)),
+        (CHOICE, {"doc_to_choice": "{[1]: 2}"}, "`doc_to_choice` gives no list of choices"),
         (TEXT, {"metric_list": [{"metric": "pass@1"}], "doc_to_text": "question"}, None),
     ],
 )  # fmt: skip
@@ -119,6 +122,39 @@ def test_what_is_wrong_with_a_file_is_told_before_anything_is_answered(read, bas
         return
     with pytest.raises(UserError, match=told):
         read(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("metadata: 2020-99-99", "a value that is none: month must be in 1..12"),
+        ("metadata: " + "[" * 3000, "nested too deeply"),
+        ("task: own", "the key task stands twice"),
+    ],
+)
+def test_a_file_that_is_no_yaml(tmp_path, text, told):
+    (tmp_path / "own.yaml").write_text(f"task: own\n{text}\n")
+    with pytest.raises(UserError, match=f"own.yaml cannot be read .*{told}"):
+        read_task(tmp_path / "own.yaml", None, None)
+
+
+def test_data_are_where_they_were_said_to_be(read, tmp_path, monkeypatch):
+    """Not where we are, unless they are nowhere else and nobody has said; a path by itself counts either way."""
+    here, named = tmp_path / "here", tmp_path / "named"
+    for place in (here, named):
+        place.mkdir()
+        (place / "rows.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    (named / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 2))
+    monkeypatch.chdir(here)
+    assert len(read(CHOICE).rows) == 2
+    assert len(read_task(tmp_path / "own.yaml", named, None).rows) == 4
+    (tmp_path / "rows.jsonl").unlink()
+    assert len(read_task(tmp_path / "own.yaml", None, None).rows) == 1
+    (named / "rows.jsonl").unlink()
+    with pytest.raises(UserError, match="give another `task_data`"):
+        read_task(tmp_path / "own.yaml", named, None)
+    read(CHOICE, dataset_kwargs={"data_files": {"test": str(here / "rows.jsonl")}})
+    assert len(read_task(tmp_path / "own.yaml", named, None).rows) == 1
 
 
 def test_what_only_lm_eval_knows(read):

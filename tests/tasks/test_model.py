@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from puzzle.base.errors import UserError
 from puzzle.measure.measurable import of_checkpoint
 from puzzle.runtime import open as opening
 from puzzle.runtime.fast import FastRuntime
@@ -68,6 +69,24 @@ def test_text_does_not_depend_on_its_neighbours(chatting, cut, tmp_path, runtime
         alone = opened(directory, tmp_path, f"{directory.name}-alone")
         assert [alone.answer([request])[0] for request in sampled] == together[len(greedy) :]
         assert len(set(together[len(greedy) :])) == len(sampled)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request(context="x", continuation="y"),
+        Request(context="x", max_tokens=4),
+        Request(context="x", max_tokens=4, temperature=1.0),
+    ],
+)
+def test_what_is_no_number_answers_nothing(chatting, tmp_path, runtime, poison, request_):
+    """Weights that are numbers, and logits that are none: nothing is kept, nor of the sound requests beside it."""
+    broken = shutil.copytree(chatting, tmp_path / "broken")
+    poison(broken, "model.norm.weight", lambda scale: torch.full_like(scale, 3e38))
+    with pytest.raises(UserError, match="broken in float32 gives logits that are no numbers"):
+        opened(broken, tmp_path).answer([request_])
+    assert not (tmp_path / "a.jsonl").exists()
+    assert opened(chatting, tmp_path).answer([request_])
 
 
 def test_what_ends_an_answer(chatting, tmp_path):
