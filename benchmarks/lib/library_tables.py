@@ -11,7 +11,15 @@ def bld(rows: list[Row]) -> str:
     rates = list(dict.fromkeys(r["lr"] for r in rows))
     head = f"{int(first['tokens']):,} tokens at {', '.join(rates)}{built if len(rates) == 1 else ''}.\n\n"
     told = {"sub-block": "kind", "variant": "variant"} | ({"rate": "lr"} if len(rates) > 1 else {})
-    columns = [*told, "nMSE at init", "where training ended", "KL at init", "of what is kept", "KL lowered by", "in layers"]
+    columns = [
+        *told,
+        "nMSE at init",
+        "where training ended",
+        "KL at init",
+        "of what is kept",
+        "KL lowered by",
+        "in layers",
+    ]
     return head + table(
         columns,
         (
