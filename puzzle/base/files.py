@@ -155,13 +155,18 @@ def claim_output(out: Path, force: bool, reads: Iterable[str | Path | None] = ()
             raise UserError(f"`out` {out} is, or holds, {one}, which is read: choose another directory")
 
 
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest above it that is there."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
 def check_room(directory: Path, needed: int, who: str, parts: str = "") -> None:
     """Raise UserError where `directory`, which may yet have to be created, will not hold `needed` bytes, those that are in it counted.
     who: what needs them, with its verb; parts: of them, in words that end with a separator."""
-    there = directory.absolute()
-    while not there.exists():
-        there = there.parent
-    free, held = shutil.disk_usage(there).free, sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    free, held = (
+        shutil.disk_usage(_nearest(directory)).free,
+        sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()),
+    )
     if (more := needed - held) > free:
         raise UserError(
             f"{who} {bytes_text(more)} of disk ({parts}predicted) and {bytes_text(free)} are free: free some space, or choose another place"
@@ -171,9 +176,7 @@ def check_room(directory: Path, needed: int, who: str, parts: str = "") -> None:
 def check_writable(directory: Path) -> None:
     """Raise UserError unless files can be made in `directory` (which may yet have to be created)."""
     with writing(directory):
-        existing = directory.absolute()
-        while not existing.exists():
-            existing = existing.parent
+        existing = _nearest(directory)
         if not existing.is_dir():
             raise UserError(f"`out` {existing} is a file: give a directory")
         if not os.access(existing, os.W_OK | os.X_OK):

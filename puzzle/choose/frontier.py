@@ -6,7 +6,6 @@ OUT/frontier.csv grows a row a point, so that an interrupted run goes on; OUT/fr
 from __future__ import annotations
 
 import csv
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from puzzle.base.console import progress
 from puzzle.base.errors import UserError
-from puzzle.base.files import content_hash, json_text, read_json, write_json
+from puzzle.base.files import content_hash, json_text, parse_json, read_json, write_json
 from puzzle.base.lock import holding
 from puzzle.choose.goal import AXES, BY_OPTION, Target
 from puzzle.choose.problem import Selection
@@ -123,7 +122,7 @@ def _rows(path: Path) -> list[dict]:
             {
                 **{k: float(row[k]) for k in ("value", "score", "tokens_per_second", "latency_seconds")},
                 **{k: int(row[k]) for k in ("batch", "memory_bytes")},
-                "layers": json.loads(row["layers"]),
+                "layers": parse_json(row["layers"]),
             }
             for row in csv.DictReader(handle)
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError
+from puzzle.base.files import parse_json
 from puzzle.data.tokenizer import load_tokenizer, tokenizer_files
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -136,6 +137,6 @@ def _converted(directory: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error

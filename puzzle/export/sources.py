@@ -94,7 +94,7 @@ def licence_of(directory: Path) -> str | None:
         return None
     try:
         front = yaml.safe_load(parts[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):  # not ours: a key that stands twice costs no licence
         return None
     found = front.get("license") if isinstance(front, dict) else None
     return str(found) if found else None

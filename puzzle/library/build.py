@@ -250,7 +250,7 @@ class Builder:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
         self._snapshots.remove()
-        wait_for_files([self.store.path(*key).with_suffix(".json") for key in absent])
+        wait_for_files([self.store.record_path(*key) for key in absent])
         say(f"trained {len(absent)} blocks into {out}")
 
     # -- one group -------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ class Children:
             for slot, name in replaced.items():
                 place = layer, slot, name
                 if place not in self._hashes:
-                    there = store.path(*place).with_suffix(".json").is_file()
+                    there = store.record_path(*place).is_file()
                     self._hashes[place] = store.record(*place)["sha256"] if there else ""
                 found.append(self._hashes[place])
         return content_hash(found) if all(found) else ""

@@ -34,14 +34,19 @@ def write_library(
     parent or origin."""
     fingerprint, point = parent.checkpoint.fingerprint(), point_of(parent.directory)
     path, source = root / "library.json", parent.source
-    layers: dict[str, dict[str, dict[str, str]]] = {}
+    store, layers = BlockStore(root), dict[str, dict[str, dict[str, str]]]()
     if path.is_file():
         old = read_any(path, "puzzle build-library")
         try:
             theirs, before = str(old["parent"]["fingerprint"]), (old.get("origin") or old["parent"]).get("name")
             there = old["layers"] if old.get("schema") == SCHEMA else {}
             layers = {
-                index: {slot: _made(root, int(index), slot, keys) for slot, keys in slots.items()}
+                index: {
+                    slot: {
+                        name: key for name, key in keys.items() if store.record_path(int(index), slot, name).is_file()
+                    }
+                    for slot, keys in slots.items()
+                }
                 for index, slots in there.items()
             }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -86,12 +91,6 @@ def write_library(
         "layers": {index: layers[index] for index in sorted(layers, key=int)},
     }
     write_json(path, facts, SCHEMA)
-
-
-def _made(root: Path, layer: int, slot: str, keys: Mapping[str, str]) -> dict[str, str]:
-    """Those of these variants that have a block."""
-    paths = {name: BlockStore(root).path(layer, slot, name).with_suffix(".json") for name in keys}
-    return {name: key for name, key in keys.items() if paths[name].is_file()}
 
 
 def origin_facts(origin: HfModel) -> dict[str, Any]:

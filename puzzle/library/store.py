@@ -32,8 +32,12 @@ class BlockStore:
         return self.root / "blocks" / layer_name(layer)
 
     def path(self, layer: int, slot: str, variant: str) -> Path:
-        """Of the tensors; the record has the same name with .json."""
+        """Of the tensors."""
         return self.layer(layer) / slot / f"{variant}.safetensors"
+
+    def record_path(self, layer: int, slot: str, variant: str) -> Path:
+        """Of the record beside them, with which a block exists."""
+        return self.path(layer, slot, variant).with_suffix(".json")
 
     def has(self, layer: int, slot: str, variant: str, key: str) -> bool:
         """True when this very block (same content key) is complete and whole on disk.
@@ -59,7 +63,7 @@ class BlockStore:
         metadata = {"puzzle": json.dumps({**spec, "key": record["key"]}, sort_keys=True, allow_nan=False)}
         with replacing(path) as temporary:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
-        write_json(path.with_suffix(".json"), {**record, "sha256": file_hash(path)})
+        write_json(self.record_path(layer, slot, variant), {**record, "sha256": file_hash(path)})
 
     def read(self, layer: int, slot: str, variant: str) -> dict[str, Tensor]:
         """The block's tensors. Raises UserError when missing, cut short, or not what was written."""
@@ -81,4 +85,4 @@ class BlockStore:
             raise UserError(f"{path} is not a safetensors file ({error}): delete it and build again") from error
 
     def record(self, layer: int, slot: str, variant: str) -> dict[str, Any]:
-        return read_json(self.path(layer, slot, variant).with_suffix(".json"), "puzzle build-library")
+        return read_json(self.record_path(layer, slot, variant), "puzzle build-library")

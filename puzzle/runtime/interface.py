@@ -32,7 +32,7 @@ class Runtime(ABC):
     ids: Tensor
     head: Tensor
     noise: Tensor | None = None  # [B, V]: tokens are sampled with it, see `choose`
-    lost: Tensor | None = None  # [B] bool: whose logits were no numbers once; None: nobody looks
+    nonfinite: Tensor | None = None  # [B] bool: whose logits were NaN or infinite once; None: nobody looks
     temperature: Tensor  # [B, 1], beside it
     device: torch.device
     vocab_size: int
@@ -63,8 +63,8 @@ class Runtime(ABC):
     def choose(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
         """The next token of some sequences: the likeliest, or with noise, drawn from an exponential distribution, a sample of
         softmax(logits / temperature) (Gumbel's trick). logits [rows, V] -> [rows]"""
-        if self.lost is not None:
-            self.lost[rows] |= ~logits.amax(-1).isfinite()
+        if self.nonfinite is not None:
+            self.nonfinite[rows] |= ~logits.amax(-1).isfinite()
         if self.noise is None:
             return logits.argmax(-1)
         return (logits.float() / self.temperature[rows] - self.noise[rows].log()).argmax(-1)

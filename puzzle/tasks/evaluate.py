@@ -24,7 +24,7 @@ from puzzle.tasks.model import Model
 from puzzle.tasks.request import Answers
 from puzzle.tasks.statistics import around, difference_interval, mean_interval
 
-MOST_SAMPLES = 1024
+MOST_SAMPLES = 1024  # all requests are there at once
 Scores = dict[str, dict[str, Any]]  # {task: {metric: a value of each document, or lm-eval's own {"value", "stderr"}}}
 
 

@@ -22,6 +22,10 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+
+
 def _is_whole(value: Any, least: int | None = None) -> bool:
     return type(value) is int and (least is None or value >= least)
 
@@ -37,7 +41,7 @@ FORMS = {
     "target_delimiter": TEXT,
     "fewshot_delimiter": TEXT,
     "num_fewshot": Form("a whole number, 0 or more", lambda value: _is_whole(value, 0), null=True),
-    "fewshot_config samples": Form("a list of rows", lambda v: isinstance(v, list) and all(isinstance(one, dict) for one in v), null=True),
+    "fewshot_config samples": Form("a list of rows", _are_mappings, null=True),
     "dataset_kwargs data_files": Form("a file's name or a list of names, of each split or of all", _are_files, null=True),
     "generation_kwargs until": Form("a text or a list of texts", lambda v: _is_text(v) or _are_texts(v), null=True),
     "generation_kwargs max_gen_toks": Form("a whole number, 1 or more", lambda value: _is_whole(value, 1)),
@@ -45,13 +49,20 @@ FORMS = {
     "metric_list ignore_case": FLAG,
     "metric_list ignore_punctuation": FLAG,
     "filter_list name": TEXT,
-    "filter_list filter": Form("a list of steps", lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value)),
+    "filter_list filter": Form("a list of steps", _are_mappings),
     "step function": TEXT,
     "step regex_pattern": TEXT,
     "step group_select": Form("a whole number", _is_whole),
     "step fallback": TEXT,
 }  # fmt: skip
 NEEDED = {"filter_list": ("name", "filter"), "step": ("function",), "metric_list": ("metric",)}
+
+
+def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What lies within another key, one or several, each by that key."""
+    for name in ("dataset_kwargs", "fewshot_config", "generation_kwargs", "metric_list", "filter_list"):
+        inside = config.get(name) or []
+        yield from ((name, one) for one in (inside if isinstance(inside, list) else [inside]))
 
 
 def wrong_form(config: Mapping[str, Any]) -> str | None:
@@ -62,14 +73,12 @@ def wrong_form(config: Mapping[str, Any]) -> str | None:
 def _wrong(config: Mapping[str, Any]) -> Iterator[str]:
     """Nobody may ask for more than the first: what comes after it takes it as right."""
     yield from _wrong_values("", config)
-    for name in ("dataset_kwargs", "fewshot_config", "generation_kwargs", "metric_list", "filter_list"):
-        inside = config.get(name) or []
-        for one in inside if isinstance(inside, list) else [inside]:
-            yield from _wrong_values(name, one)
-            for step in one.get("filter", ()) if name == "filter_list" else ():
-                yield from _wrong_values("step", step)
-                if step["function"] == "regex" and "regex_pattern" not in step:
-                    yield "a step regex has no regex_pattern: write what it looks for"
+    for name, one in entries(config):
+        yield from _wrong_values(name, one)
+        for step in one.get("filter", ()) if name == "filter_list" else ():
+            yield from _wrong_values("step", step)
+            if step["function"] == "regex" and "regex_pattern" not in step:
+                yield "a step regex has no regex_pattern: write what it looks for"
     for name, key in (("metric_list", "metric"), ("filter_list", "name")):
         given = [one[key] for one in config.get(name) or []]
         yield from (f"{name} has {one} twice: leave one out" for one in given if given.count(one) > 1)

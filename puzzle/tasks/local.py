@@ -24,7 +24,7 @@ from puzzle.base.errors import UserError, first_line
 from puzzle.base.files import parse_json
 from puzzle.base.yaml_text import parse_yaml
 from puzzle.tasks import sandbox
-from puzzle.tasks.form import wrong_form
+from puzzle.tasks.form import entries, wrong_form
 from puzzle.tasks.request import Answer, Request
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -262,10 +262,7 @@ def read_task(path: Path, data: Path | None, limit: int | None) -> LocalTask:
 
 
 def _check_read(config: Mapping[str, Any]) -> None:
-    keys = set(config)
-    for name in ("dataset_kwargs", "fewshot_config", "generation_kwargs", "metric_list", "filter_list"):
-        inside = config.get(name) or []
-        keys |= {f"{name} {key}" for one in (inside if isinstance(inside, list) else [inside]) for key in one}
+    keys = set(config) | {f"{name} {key}" for name, one in entries(config) for key in one}
     if unknown := sorted(keys - READ):
         raise NotReadHere(f"`{unknown[0]}`")
     kind, metrics = config.get("output_type"), [one.get("metric") for one in config.get("metric_list") or [{}]]

@@ -218,7 +218,7 @@ class Model:
             batch = max(1, min(MOST[kind], len(wanted), int(0.6 * (memory - size) / each)))
             model = self.opened.load(self.device, dtype)
             self._runtime = open_runtime(model, batch, longest, self.precision, fp8=self.fp8, consume=True)
-            self._runtime.lost = torch.zeros(batch, dtype=torch.bool, device=self.device)
+            self._runtime.nonfinite = torch.zeros(batch, dtype=torch.bool, device=self.device)
         return self._runtime
 
     def close(self) -> None:
@@ -246,9 +246,9 @@ class Model:
             logits = F.linear(part, runtime.head).float()
             sums.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0].double())
             likeliest.append(logits.argmax(-1) == target)
-        lengths = [one.scored for one in batch]
-        self._check_finite(torch.cat(sums).isfinite().all())
-        each = zip(torch.cat(sums).cpu().split(lengths), torch.cat(likeliest).cpu().split(lengths), strict=True)
+        lengths, likelihoods = [one.scored for one in batch], torch.cat(sums).cpu()
+        self._check_finite(likelihoods.isfinite())
+        each = zip(likelihoods.split(lengths), torch.cat(likeliest).cpu().split(lengths), strict=True)
         return [[float(values.sum()), bool(same.all())] for values, same in each]
 
     @torch.inference_mode()
@@ -266,8 +266,9 @@ class Model:
             runtime.at(0)
             self._steps[sampled] = runtime.replayed(runtime.step)
         draw(position)
-        assert runtime.lost is not None
-        runtime.lost.zero_()
+        nonfinite = runtime.nonfinite
+        assert nonfinite is not None
+        nonfinite.zero_()
         runtime.prefill(given[:, :first])
         last = max(len(one.ids) + one.new for one in batch) - 1
         while True:
@@ -278,16 +279,15 @@ class Model:
                 tokens = torch.stack(seen, dim=1).tolist()
                 found = [self._said(one, tokens[n][len(one.ids) - first :]) for n, one in enumerate(batch)]
                 if position == last or all(done for _, done in found):
-                    assert runtime.lost is not None
-                    self._check_finite(~runtime.lost.any())
+                    self._check_finite(~nonfinite)
                     return [text for text, _ in found]
             position += 1
             draw(position)
             self._steps[sampled]()
 
-    def _check_finite(self, told: Tensor) -> None:
-        """told: whether all logits of this batch were numbers. Raises UserError where they were not: none of its answers is kept."""
-        if not told:
+    def _check_finite(self, finite: Tensor) -> None:
+        """finite: which logits of this batch were numbers. Raises UserError where any were not: none of its answers is kept."""
+        if not finite.all():
             raise UserError(
                 f"{self.told} gives logits that are no numbers (NaN or infinity), and answers nothing: look at its weights, or make it again"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.base.errors import UserError, writing
-from puzzle.base.files import content_hash
+from puzzle.base.files import content_hash, parse_json
 
 Text = str | tuple[int, ...]  # or its tokens
 Answer = Any  # [log-likelihood in nats, whether every token is the likeliest] of a continuation, or a text
@@ -54,13 +54,13 @@ class Answers:
         self.end = data.rfind(b"\n") + 1  # a killed process leaves a part of a line
         for number, line in enumerate(data[: self.end].splitlines(), 1):
             try:
-                one = json.loads(line)
+                one = parse_json(line)
                 assert one.keys() >= {"key", "model", "answer", "tokens", "seconds"}
                 assert isinstance(one["key"], str)
                 assert _is_answer(one["answer"])
                 assert all(type(one[name]) in (int, float) and one[name] >= 0 for name in ("tokens", "seconds"))
                 self.lines[one["key"]] = one
-            except (ValueError, AttributeError, AssertionError, RecursionError):
+            except (ValueError, AttributeError, AssertionError):
                 raise self._foreign(number) from None
         if not self.end and not START.startswith(data[: len(START)]):
             raise self._foreign(1)
